@@ -1,0 +1,281 @@
+"""save and load: one safetensors file that holds a quantized model's tensors and the plan that made it.
+
+Nothing is ever unpickled. The metadata entry "fxquant" is JSON: format, version, sites, left, fusions, mapping, aliases
+of tied tensors, preserved attributes; the entry "sha256" is a digest of the whole file with this entry zeroed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import struct
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import fx, nn
+
+from fxquant._version import __version__
+from fxquant.errors import CheckpointError, nearest
+from fxquant.graph import edit
+from fxquant.graph.clean import clean
+from fxquant.graph.convert import convert
+from fxquant.graph.fuse import fuse
+from fxquant.graph.module import Fusion, FxModule, Left, Record, Site, finish, need_stage, preserve
+from fxquant.graph.observe import observe
+from fxquant.graph.plan import replay
+from fxquant.graph.trace import trace
+from fxquant.operators import OPERATORS, Operator, find_row
+from fxquant.qconfig import QConfig
+from fxquant.qconfig_mapping import ObjectType, QConfigMapping, type_name
+
+FORMAT = 1
+_BLANK = "0" * 64
+_CHUNK_BYTES = 1 << 20
+
+
+def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a quantized model to one safetensors file, atomically: the file is complete or not there.
+
+    Raises ModelStateError for anything but a result of convert_fx (or load).
+    """
+    model = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
+    tensors, aliases = _distinct(model.state_dict())
+    target = pathlib.Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, name, {"fxquant": json.dumps(_describe(model, aliases)), "sha256": _BLANK})
+        _sign(name)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[Operator] = OPERATORS) -> FxModule:
+    """Return the quantized model that `save` wrote.
+
+    model: the float architecture, in eval mode; it may live on the meta device, for no float weight is read or made.
+    It is not changed. operators: the table that the model was prepared with, if rows of your own were in it.
+
+    Raises CheckpointError for a file that is damaged, altered, foreign, newer than this version, or another model's.
+    """
+    plan = _read_plan(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    for name, first in plan["aliases"].items():
+        tensors[name] = tensors[first]
+    record = _record(model, plan, operators, path)
+    result = _rebuild(model, record, path)
+    _check_tensors(result, tensors, path)
+    result.load_state_dict(tensors, assign=True)
+    _fill_unsaved(result, model, path)
+    return result
+
+
+def _distinct(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return a state_dict with each tied tensor once, and the other names of those."""
+    first: dict[Any, str] = {}
+    tensors, aliases = {}, {}
+    for name, tensor in state.items():
+        key = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+        )
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor.detach().contiguous()
+            if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+                tensors[name] = tensors[name].clone()  # a view of something larger
+    return tensors, aliases
+
+
+def _describe(model: FxModule, aliases: dict[str, str]) -> dict[str, Any]:
+    """Return the plan as JSON values."""
+    record = model.record
+    mapping = record.mapping.to_dict()
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "model": model.__class__.__name__,
+        "sites": [{**vars(site), "qconfig": site.qconfig.to_dict()} for site in record.sites],
+        "left": [asdict(left) for left in record.left],
+        "fusions": [asdict(fusion) for fusion in record.fusions],
+        "mapping": {
+            key: _plain(value) if key == "" else [[_plain(part) for part in entry] for entry in value]
+            for key, value in mapping.items()
+        },
+        "aliases": aliases,
+        "preserved": list(record.preserved),
+        "float_bytes": record.float_bytes,
+    }
+
+
+def _plain(part: Any) -> Any:
+    """Return one part of a mapping entry as a JSON value: qconfigs as dicts, types by name."""
+    if isinstance(part, QConfig):
+        return part.to_dict()
+    return type_name(part) if callable(part) else part
+
+
+def _sign(name: str) -> None:
+    """Write a file's digest into its header, in the place kept for it, and flush the file to the disk."""
+    with open(name, "r+b") as file:
+        header, digest = _digest(file)
+        place = header.index(f'"{_BLANK}"'.encode())
+        file.seek(8 + place + 1)
+        file.write(digest.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _digest(file: BinaryIO) -> tuple[bytes, str]:
+    """Return a file's header as it stands, and the digest of the file with the digest in it zeroed."""
+    file.seek(0)
+    start = file.read(8)
+    if len(start) < 8:
+        raise CheckpointError("is empty or cut short")
+    (length,) = struct.unpack("<Q", start)
+    header = file.read(length) if length <= os.fstat(file.fileno()).st_size else b""
+    if len(header) < length or not header.startswith(b"{"):
+        raise CheckpointError("is cut short, or no safetensors file")
+    try:
+        claimed = json.loads(header).get("__metadata__", {}).get("sha256", "")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"has a damaged header ({error})") from error
+    digest = hashlib.sha256(start + (header.replace(claimed.encode(), _BLANK.encode(), 1) if claimed else header))
+    while chunk := file.read(_CHUNK_BYTES):
+        digest.update(chunk)
+    return header, digest.hexdigest()
+
+
+def _read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a checkpoint's plan once the file is known to be whole, ours, and of a format that this version reads."""
+    try:
+        with open(path, "rb") as file:
+            header, digest = _digest(file)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}; write it anew with fxquant.save") from error
+    metadata = json.loads(header).get("__metadata__", {})
+    if "fxquant" not in metadata:
+        raise CheckpointError(f"{path}: is a safetensors file, but not one that fxquant.save wrote")
+    if metadata.get("sha256") != digest:
+        raise CheckpointError(f"{path}: is damaged or was altered: its content does not give its own digest")
+    plan: dict[str, Any] = json.loads(metadata["fxquant"])
+    if plan["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path}: was written by fxquant {plan['version']} in format {plan['format']}; this is fxquant "
+            f"{__version__}, which reads up to format {FORMAT}: upgrade fxquant"
+        )
+    return plan
+
+
+def _record(
+    model: nn.Module, plan: dict[str, Any], operators: Sequence[Operator], path: str | os.PathLike[str]
+) -> Record:
+    """Return the record that a plan's JSON describes."""
+    sites = tuple(Site(**{**site, "qconfig": QConfig.from_dict(site["qconfig"])}) for site in plan["sites"])
+    for site in sites:
+        if find_row(operators, site.operator) is None:
+            known = [row.name for row in operators]
+            raise CheckpointError(
+                f"{path}: {site.path!r} needs the operator {site.operator!r}, which is not in the table"
+                f"{nearest(site.operator, known)} Pass load(..., operators=(*OPERATORS, YOUR_ROW))"
+            )
+    return Record(
+        stage="quantized",
+        sites=sites,
+        left=tuple(Left(**left) for left in plan["left"]),
+        fusions=tuple(Fusion(path=f["path"], chain=tuple(f["chain"])) for f in plan["fusions"]),
+        mapping=_mapping(plan["mapping"], model, operators),
+        operators=tuple(operators),
+        preserved=preserve(model, tuple(plan["preserved"])),
+        float_bytes=plan["float_bytes"],
+    )
+
+
+def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operator]) -> QConfigMapping:
+    """Return the mapping; a type's name becomes the type where the model or the table has it, else stays a name."""
+    kinds: set[ObjectType] = {type(module) for module in model.modules()}
+    for row in operators:
+        kinds.update(row.modules)
+        kinds.update(row.functions)
+    by_name = {type_name(kind): kind for kind in kinds}
+
+    def restore(part: Any, is_type: bool) -> Any:
+        if isinstance(part, dict):
+            return QConfig.from_dict(part)
+        return by_name.get(part, part) if is_type else part
+
+    positions = {"object_type": 0, "module_name_object_type_order": 1}
+    return QConfigMapping.from_dict(
+        {
+            key: restore(value, False)
+            if key == ""
+            else [[restore(part, positions.get(key) == i) for i, part in enumerate(entry)] for entry in value]
+            for key, value in plain.items()
+        }
+    )
+
+
+def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> FxModule:
+    """Return the quantized model without data: the recorded decisions applied to a mirror on the meta device."""
+    traced = trace(model, record.operators, device="meta")
+    fuse(traced.module, traced.hooked, only=record.fusions)
+    try:
+        plan = replay(traced.module, record.sites)
+    except (LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: was made for another model than this {type(model).__name__}: {error}"
+        ) from error
+    sites = observe(traced.module, plan)
+    module: fx.GraphModule = traced.module
+    convert(module, sites, record.operators)
+    return finish(clean(module, model), model, record)
+
+
+def _check_tensors(result: FxModule, tensors: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError unless the file's tensors are just those that the model needs."""
+    own = result.state_dict()
+    for name, tensor in own.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: has no tensor {name!r}, which this model needs{nearest(name, tensors)}")
+        found = tensors[name]
+        if found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: {name!r} is {tuple(found.shape)} {found.dtype}, but this model needs {tuple(tensor.shape)} "
+                f"{tensor.dtype}: the checkpoint is another model's"
+            )
+    extra = sorted(tensors.keys() - own.keys())
+    if extra:
+        raise CheckpointError(f"{path}: has {extra[0]!r}, for which this model has no place{nearest(extra[0], own)}")
+
+
+def _fill_unsaved(result: FxModule, model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Give the buffers that no state_dict holds (persistent=False) the values that the user's model has."""
+    for name, buffer in list(result.named_buffers()):
+        if buffer.device.type == "meta":
+            source = edit.get_tensor(model, name)
+            if source is None or source.device.type == "meta":
+                raise CheckpointError(
+                    f"{path}: holds no value for the non-persistent buffer {name!r}, nor does the model, which is "
+                    "on the meta device; build the model on the CPU and load into that"
+                )
+            owner, _, last = name.rpartition(".")
+            result.get_submodule(owner)._buffers[last] = source.detach().clone()

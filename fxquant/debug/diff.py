@@ -1,0 +1,151 @@
+"""graph_diff: what changed between two graphs, node by node, and why."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxquant.debug.table import html_table, megabytes, shorten, text_table
+from fxquant.graph import edit
+from fxquant.graph.module import FxModule
+from fxquant.graph.trace import trace
+from fxquant.operators import OPERATORS
+from fxquant.qconfig_mapping import qconfig_name, type_name
+
+_HEADERS = ("", "node", "before", "after", "size")
+_WIDTHS = (1, 20, 22, 30, 14)
+
+
+@dataclass(frozen=True)
+class DiffRow:
+    """One node of either graph. sign: " " kept, "~" changed, "-" removed, "+" added; note: its scheme, or why not."""
+
+    sign: str
+    name: str
+    before: str
+    after: str
+    note: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class GraphDiff:
+    """The difference between two graphs: print it, show it in a notebook, or walk its rows."""
+
+    rows: tuple[DiffRow, ...]
+    bytes_before: int
+    bytes_after: int
+    quantized: int
+    candidates: int
+
+    @property
+    def total(self) -> str:
+        """The last line: bytes before and after, their ratio, and how many of the candidates are quantized."""
+        ratio = self.bytes_before / self.bytes_after if self.bytes_after else 1.0
+        sites = f"; {self.quantized} of {self.candidates} quantizable sites" if self.candidates else ""
+        return f"{megabytes(self.bytes_before)} → {megabytes(self.bytes_after)}, {ratio:.2f}×{sites}"
+
+    def __str__(self) -> str:
+        cells = [
+            (
+                row.sign,
+                shorten(row.name, _WIDTHS[1]),
+                shorten(row.before, _WIDTHS[2]),
+                "\n".join(part for part in (shorten(row.after, _WIDTHS[3]), row.note) if part),
+                _sizes(row),
+            )
+            for row in self.rows
+        ]
+        return f"{text_table(cells, _HEADERS, _WIDTHS)}\n\n{self.total}"
+
+    def _repr_html_(self) -> str:
+        cells = [
+            (row.sign, row.name, row.before, f"{row.after} ({row.note})" if row.note else row.after, _sizes(row))
+            for row in self.rows
+        ]
+        return html_table(cells, _HEADERS, self.total)
+
+
+def graph_diff(before: nn.Module, after: nn.Module) -> GraphDiff:
+    """Return what changed between two models: float, fused, prepared or quantized, or any torch.fx.GraphModule.
+
+    A model that is no graph yet is traced. Nodes are matched by name, which fxquant's passes keep.
+    """
+    old, new = _as_graph(before), _as_graph(after)
+    old_nodes, new_nodes = ({node.name: node for node in module.graph.nodes} for module in (old, new))
+    notes = _notes(after)
+    rows = []
+    for name in _merged(list(old_nodes), list(new_nodes)):
+        a, b = old_nodes.get(name), new_nodes.get(name)
+        was, size_before = _describe(a, old)
+        now, size_after = _describe(b, new)
+        sign = "+" if a is None else "-" if b is None else "~" if was != now else " "
+        note = notes.get(name, "") or (notes.get(str(b.target), "") if b is not None and b.op == "call_module" else "")
+        rows.append(DiffRow(sign, name, was, "" if sign == " " else now, note, size_before, size_after))
+    quantized, candidates = _counts(after if isinstance(after, FxModule) else before)
+    return GraphDiff(tuple(rows), edit.byte_count(before), edit.byte_count(after), quantized, candidates)
+
+
+def _as_graph(model: nn.Module) -> fx.GraphModule:
+    return model if isinstance(model, fx.GraphModule) else trace(model, OPERATORS).module
+
+
+def _merged(old: list[str], new: list[str]) -> list[str]:
+    """Return the names of both graphs in an order that keeps each one's own."""
+    names: list[str] = []
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        names += old[a:b] if tag == "equal" else [*old[a:b], *new[c:d]]
+    return list(dict.fromkeys(names))
+
+
+def _describe(node: fx.Node | None, module: fx.GraphModule) -> tuple[str, int]:
+    """Return what a node is, in a word or two, and the bytes of the tensors it brings."""
+    if node is None:
+        return "", 0
+    if node.op == "call_module":
+        target = module.get_submodule(str(node.target))
+        return type_name(type(target)), edit.byte_count(target)
+    if node.op == "get_attr":
+        tensor = edit.get_tensor(module, str(node.target))
+        if tensor is None:
+            return str(node.target), 0
+        kind = str(tensor.dtype).removeprefix("torch.")
+        return f"{kind} {tuple(tensor.shape)}", tensor.numel() * tensor.element_size()
+    if node.op == "call_function":
+        function: Any = node.target
+        is_overload = isinstance(function, torch._ops.OpOverload)
+        return str(function).removesuffix(".default") if is_overload else type_name(function), 0
+    return (f".{node.target}()" if node.op == "call_method" else node.op), 0
+
+
+def _notes(model: nn.Module) -> dict[str, str]:
+    """Return, by node name or module path, the qconfig of each site and the reason of each candidate left float."""
+    if not isinstance(model, FxModule):
+        return {}
+    record = model.record
+    notes = {site.call or site.path: qconfig_name(site.qconfig) for site in record.sites}
+    notes.update({left.path: f"float: {left.reason}" for left in record.left})
+    for fusion in record.fusions:
+        notes.update({part.replace(".", "_"): f"fused into {fusion.path}" for part in fusion.chain[1:]})
+    return notes
+
+
+def _counts(model: nn.Module) -> tuple[int, int]:
+    if not isinstance(model, FxModule):
+        return 0, 0
+    return len(model.record.sites), len(model.record.sites) + len(model.record.left)
+
+
+def _sizes(row: DiffRow) -> str:
+    """Return the sizes as one cell; an equal pair once."""
+    before, after = megabytes(row.bytes_before), megabytes(row.bytes_after)
+    if not row.bytes_before and not row.bytes_after:
+        return ""
+    if row.sign in "+-" or row.bytes_before == row.bytes_after:
+        return after if row.sign == "+" else before
+    return f"{before}\n→ {after}"

@@ -1,0 +1,116 @@
+"""explain: every candidate, what was decided about it, by which rule, and what it saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fxquant.debug.table import html_table, megabytes, shorten, text_table
+from fxquant.errors import ModelStateError
+from fxquant.graph.module import FxModule, Record
+from fxquant.qconfig_mapping import qconfig_name
+
+_HEADERS = ("path", "was", "now", "decided by", "saved")
+_WIDTHS = (24, 16, 26, 12, 10)
+
+
+@dataclass(frozen=True)
+class ExplainRow:
+    """One candidate. decision: its qconfig, or "float: why"; rule: the mapping entry; saved_bytes: 0 if left float."""
+
+    path: str
+    kind: str
+    operator: str
+    is_quantized: bool
+    decision: str
+    rule: str
+    float_bytes: int
+    saved_bytes: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What became of every candidate: print it, show it in a notebook, or walk its rows."""
+
+    rows: tuple[ExplainRow, ...]
+    fusions: tuple[str, ...]
+    stage: str
+
+    @property
+    def total(self) -> str:
+        """The last line: how many candidates and how many of their bytes are quantized."""
+        done = [row for row in self.rows if row.is_quantized]
+        covered, all_bytes = sum(r.float_bytes for r in done), sum(r.float_bytes for r in self.rows)
+        share = f"{100 * covered / all_bytes:.1f} %" if all_bytes else "none"
+        tense = "quantized" if self.stage == "quantized" else "to be quantized by convert_fx"
+        saved = f", {megabytes(sum(r.saved_bytes for r in done))} saved" if self.stage == "quantized" else ""
+        return (
+            f"{len(done)} of {len(self.rows)} candidates {tense}: {share} of {megabytes(all_bytes)} of weights{saved}"
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                shorten(row.path, _WIDTHS[0]),
+                shorten(row.kind, _WIDTHS[1]),
+                row.decision,
+                row.rule,
+                megabytes(row.saved_bytes) if row.is_quantized and self.stage == "quantized" else "",
+            )
+            for row in self.rows
+        ]
+
+    def __str__(self) -> str:
+        lines = [text_table(self._cells(), _HEADERS, _WIDTHS), ""]
+        lines += [f"fused: {fusion}" for fusion in self.fusions]
+        return "\n".join([*lines, self.total])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._cells(), _HEADERS, "; ".join([*self.fusions, self.total]))
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Return what became of every candidate of a prepared or quantized model, those inside leaves too.
+
+    A candidate is a module or call that holds a weight of two or more dimensions. Raises ModelStateError for a float
+    model: prepare_fx decides.
+    """
+    if not isinstance(model, FxModule) or model.record.stage == "fused":
+        raise ModelStateError(
+            f"explain needs the result of prepare_fx or convert_fx, got {type(model).__name__}; "
+            "the mapping given to prepare_fx is what decides"
+        )
+    record = model.record
+    fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
+    return Explanation(_rows(record), fusions, record.stage)
+
+
+def _rows(record: Record) -> tuple[ExplainRow, ...]:
+    quantized = [
+        ExplainRow(
+            path=site.path,
+            kind=site.kind,
+            operator=site.operator,
+            is_quantized=True,
+            decision=qconfig_name(site.qconfig),
+            rule=site.rule,
+            float_bytes=site.float_bytes,
+            saved_bytes=site.float_bytes - site.int_bytes if site.int_bytes else 0,
+        )
+        for site in record.sites
+    ]
+    left = [
+        ExplainRow(
+            path=entry.path,
+            kind=entry.kind,
+            operator="",
+            is_quantized=False,
+            decision=f"float: {entry.reason}",
+            rule=entry.rule,
+            float_bytes=entry.float_bytes,
+            saved_bytes=0,
+        )
+        for entry in record.left
+    ]
+    return tuple(quantized + left)

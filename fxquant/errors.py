@@ -1,0 +1,62 @@
+"""The errors of fxquant: every one says what, where, what was received and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FxQuantError(Exception):
+    """Base of every error that fxquant raises for a user's mistake."""
+
+
+class TraceError(FxQuantError):
+    """The model could not be traced into a graph."""
+
+
+class ModelStateError(FxQuantError):
+    """The model is not in the state that the call needs (training mode, not prepared, already converted)."""
+
+
+class ExampleInputsError(FxQuantError):
+    """The example inputs do not fit the model."""
+
+
+class QConfigError(FxQuantError):
+    """A qconfig or a QConfigMapping says something that cannot be done."""
+
+
+class MappingNameError(QConfigError):
+    """A QConfigMapping entry matches nothing in the model."""
+
+
+class AttributeNameError(FxQuantError, AttributeError):
+    """preserved_attributes names something that the model does not have."""
+
+
+class ShapeError(FxQuantError, ValueError):
+    """A tensor's shape does not fit a quantized module."""
+
+
+class DTypeError(FxQuantError, TypeError):
+    """A tensor's dtype cannot be taken by a quantized module."""
+
+
+class IndexRangeError(FxQuantError, IndexError):
+    """An index lies outside of a quantized table."""
+
+
+class CheckpointError(FxQuantError):
+    """A checkpoint is damaged, foreign, newer than this version, or made for another model."""
+
+
+def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
+    """Return "; did you mean 'a' or 'b'?", or what there is to choose from, to end an error message with."""
+    known = sorted(set(candidates))
+    close = difflib.get_close_matches(word, known, n=count, cutoff=0.5)
+    if close:
+        return "; did you mean " + " or ".join(repr(name) for name in close) + "?"
+    if not known:
+        return "; there is none"
+    more = f", … ({len(known)} in all)" if len(known) > 8 else ""
+    return "; there are " + ", ".join(repr(name) for name in known[:8]) + more

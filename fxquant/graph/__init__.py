@@ -1,0 +1,1 @@
+"""The passes, one a file: trace, fuse, plan, observe, convert, clean."""

@@ -1,0 +1,31 @@
+"""Last pass: the converted model keeps only what its graph uses, and shares no tensor with the float model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+def clean(module: fx.GraphModule, source: nn.Module) -> fx.GraphModule:
+    """Return the module rebuilt around its graph, with copies of the float tensors that were still the source's.
+
+    Unused submodules and tensors stay behind. The user's nodes are not touched: convert erased its own dead ones.
+    """
+    module.graph.lint()
+    rebuilt = fx.GraphModule(module, module.graph)
+    borrowed = {t.untyped_storage().data_ptr() for t in (*source.parameters(), *source.buffers())} - {0}
+    copies: dict[int, torch.Tensor] = {}
+    for owner in rebuilt.modules():
+        held: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+        for tensors in held:
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.untyped_storage().data_ptr() in borrowed:
+                    tensors[name] = copies.setdefault(id(tensor), _own(tensor))
+    return rebuilt
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    twin = tensor.detach().clone()
+    return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin

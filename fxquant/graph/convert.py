@@ -1,0 +1,113 @@
+"""Fifth pass: each site calls its row of the table; modules are swapped, calls become fxquant's operators."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.graph import edit
+from fxquant.graph.module import Site
+from fxquant.graph.plan import name_operands
+from fxquant.numerics import QuantizedTensor
+from fxquant.operators import Call, Operator, find_row
+from fxquant.qconfig import QConfig
+
+
+class WeightCache:
+    """Quantizes each weight once a way, so that tied float weights stay one int8 table."""
+
+    def __init__(self) -> None:
+        self._done: dict[tuple[Any, ...], tuple[torch.Tensor, QuantizedTensor]] = {}
+
+    def quantize(self, weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
+        """Return a weight as the qconfig wants it: the same tensors for the same weight and qconfig."""
+        place = weight.untyped_storage().data_ptr() or id(weight)
+        key = (place, weight.storage_offset(), weight.shape, weight.stride(), qconfig.weight, qconfig.weight_observer)
+        if key not in self._done:
+            self._done[key] = (
+                weight,
+                qconfig.quantize_weight(weight),
+            )  # the weight is kept so that its key stays its own
+        return self._done[key][1]
+
+
+def convert(module: fx.GraphModule, sites: tuple[Site, ...], operators: tuple[Operator, ...]) -> tuple[Site, ...]:
+    """Rewrite in place and return the sites with their bytes after."""
+    cache = WeightCache()
+    done = {}
+    for site in sites:
+        change = _convert_module if site.observer is None else _convert_call
+        done[id(site)] = change(module, site, operators, cache)
+    module.recompile()
+    return tuple(done[id(site)] for site in sites)
+
+
+def _row(operators: tuple[Operator, ...], site: Site) -> Operator:
+    row = find_row(operators, site.operator)
+    if row is None:
+        raise AssertionError(f"the plan names operator {site.operator!r}, which is not in the table")
+    return row
+
+
+def _convert_module(module: fx.GraphModule, site: Site, operators: tuple[Operator, ...], cache: WeightCache) -> Site:
+    """Swap one module."""
+    float_module = module.get_submodule(site.path)
+    _rescue_reads(module, site.path)
+    quantized = _row(operators, site).convert_module(float_module, site.qconfig, cache.quantize)
+    quantized.train(False)
+    edit.swap_module(module, site.path, quantized)
+    return replace(site, int_bytes=edit.byte_count(quantized))
+
+
+def _rescue_reads(module: fx.GraphModule, path: str) -> None:
+    """Move a float tensor that other nodes still read out of a module that is about to be swapped."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith(f"{path}."):
+            tensor = edit.get_tensor(module, str(node.target))
+            if tensor is not None and tensor.is_floating_point() and node.users:
+                kept = edit.free_name(module, str(node.target).replace(".", "_"))
+                edit.set_tensor(module, kept, tensor)
+                node.target = kept
+
+
+def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator, ...], cache: WeightCache) -> Site:
+    """Rewrite one functional call: the node keeps its name, place and stack trace."""
+    graph = module.graph
+    observed = next(n for n in graph.nodes if n.op == "call_module" and n.target == site.observer)
+    (node,) = observed.users
+    row = _row(operators, site)
+    (weight,) = observed.args  # not site.path: a swap of the module around it may have moved it
+    path = str(weight.target)
+    tensor = edit.get_tensor(module, path)
+    assert tensor is not None, path
+    quantized = cache.quantize(tensor, site.qconfig)
+    operands = name_operands(row, node)
+    name = next(name for name, operand in operands.items() if operand is observed)
+    with graph.inserting_before(node):
+        nodes = _place(module, graph, path, quantized)
+    operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
+    like = torch.empty_like(tensor, device="meta")
+    node.target, kwargs = row.convert_function(Call(node.target, operands, {name: like}, site.qconfig))
+    node.args, node.kwargs = (), {key: value for key, value in kwargs.items() if value is not None}
+    edit.erase_dead(graph, [observed])
+    size = sum(part.numel() * part.element_size() for part in quantized if part is not None)
+    return replace(site, int_bytes=size)
+
+
+def _place(module: fx.GraphModule, graph: fx.Graph, path: str, quantized: QuantizedTensor) -> list[fx.Node | None]:
+    """Return get_attr nodes of a quantized weight's tensors, stored beside the float weight."""
+    nodes: list[fx.Node | None] = []
+    kind = str(quantized.values.dtype).removeprefix("torch.")
+    for part, suffix in zip(quantized, (f"_{kind}", "_scale", "_zero_point"), strict=True):
+        if part is None:
+            nodes.append(None)
+            continue
+        target = f"{path}{suffix}"
+        if edit.get_tensor(module, target) is not part:
+            target = edit.free_name(module, target)
+            edit.set_tensor(module, target, part)
+        nodes.append(graph.get_attr(target))
+    return nodes

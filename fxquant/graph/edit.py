@@ -1,0 +1,162 @@
+"""Small tools on module trees and graphs that the passes share."""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""The attributes of a module that hold what its call runs beside forward."""
+
+_LIBRARIES = (str(pathlib.Path(torch.__file__).parent), str(pathlib.Path(__file__).parents[1]), "<")
+
+
+def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn.Module:
+    """Return a copy of a module tree that shares the tensors' storage and nothing else.
+
+    Tied tensors stay tied. What the copy's Python code assigns or appends, and what `.to` does to it, never reaches the
+    original. device: "meta" for a copy without data. hooks: whether the modules keep their hooks.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(root):
+        memo[id(tensor)] = _alias(tensor, device)
+    modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    for module in modules:
+        if not isinstance(module, fx.GraphModule):
+            memo[id(module)] = object.__new__(type(module))
+    for module in reversed(modules):  # children first: a GraphModule's own deepcopy reads them
+        if isinstance(module, fx.GraphModule):
+            copy.deepcopy(module, memo)
+        else:
+            twin = memo[id(module)]
+            twin.__dict__.update({name: _copied(value, memo) for name, value in module.__dict__.items()})
+    result: nn.Module = memo.get(id(root), root)
+    if not hooks:
+        for module in result.modules():
+            for name in HOOKS:
+                getattr(module, name, {}).clear()
+    return result
+
+
+def _tensors(root: nn.Module) -> Iterator[torch.Tensor]:
+    for module in root.modules():
+        yield from (t for t in module._parameters.values() if t is not None)
+        yield from (t for t in module._buffers.values() if t is not None)
+        yield from (t for t in vars(module).values() if isinstance(t, torch.Tensor))
+
+
+def _alias(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
+    shared = tensor.detach() if device is None else torch.empty_like(tensor, device=device)
+    return nn.Parameter(shared, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shared
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a deep copy, or the thing itself where it cannot be copied (a lock, an open file)."""
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
+        return value
+
+
+def carry_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Give one module the hooks of another."""
+    for name in HOOKS:
+        if getattr(source, name, None):
+            setattr(target, name, copy.copy(getattr(source, name)))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether calling the module runs anything beside its forward."""
+    return any(getattr(module, name, None) for name in HOOKS)
+
+
+def swap_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path, with the hooks of the one it replaces."""
+    carry_hooks(root.get_submodule(path), module)
+    parent, _, name = path.rpartition(".")
+    root.get_submodule(parent)._modules[name] = module
+
+
+def get_tensor(root: nn.Module, path: str) -> torch.Tensor | None:
+    """Return the tensor at a path, or None where there is none."""
+    value: Any = root
+    for name in path.split("."):
+        if not hasattr(value, name):
+            return None
+        value = getattr(value, name)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def set_tensor(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
+    """Put a tensor at a path: a parameter if it is one, else a buffer; what was there goes."""
+    parent, _, name = path.rpartition(".")
+    owner = root.get_submodule(parent)
+    for place in (owner._parameters, owner._buffers, vars(owner)):
+        place.pop(name, None)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(name, tensor)
+    else:
+        owner.register_buffer(name, tensor)
+
+
+def free_name(root: nn.Module, path: str) -> str:
+    """Return the path, with a number at its end if something is there already."""
+    parent, _, name = path.rpartition(".")
+    owner = root.get_submodule(parent)
+    number, unique = 0, name
+    while hasattr(owner, unique):
+        number += 1
+        unique = f"{name}_{number}"
+    return f"{parent}.{unique}" if parent else unique
+
+
+def erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase those of our own nodes that nothing uses any more, and what fed only them. The user's nodes stay."""
+    for node in nodes:
+        if not node.users and node.op in ("get_attr", "call_module"):
+            feeders = node.all_input_nodes
+            graph.erase_node(node)
+            erase_dead(graph, feeders)
+
+
+def user_frame(error: BaseException) -> str:
+    """Return "file.py:12, in forward: `the line`" of the user's code in which an error arose, or ""."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if not frame.filename.startswith(_LIBRARIES):
+            return f"{frame.filename}:{frame.lineno}, in {frame.name}: `{(frame.line or '').strip()}`"
+    return ""
+
+
+def node_frame(node: fx.Node) -> str:
+    """Return "file.py:12" of the user's line that made a node, or ""."""
+    for line in reversed((node.stack_trace or "").splitlines()):
+        line = line.strip()
+        if line.startswith('File "'):
+            filename, _, rest = line[6:].partition('", line ')
+            if not filename.startswith(_LIBRARIES):
+                return f"{filename}:{rest.partition(',')[0]}"
+    return ""
+
+
+def byte_count(root: nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers, tied ones counted once."""
+    seen = {
+        (t.untyped_storage().data_ptr() or id(t), t.storage_offset(), t.shape): t.numel() * t.element_size()
+        for t in (*root.parameters(), *root.buffers())
+    }
+    return sum(seen.values())

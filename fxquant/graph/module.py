@@ -1,0 +1,195 @@
+"""The GraphModule that fxquant gives back, and what it remembers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxquant.errors import AttributeNameError, ModelStateError, nearest
+from fxquant.graph import edit
+from fxquant.nn.base import dtype_errors
+from fxquant.operators import Operator
+from fxquant.qconfig import QConfig
+from fxquant.qconfig_mapping import QConfigMapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One decision to quantize.
+
+    path: the module's path, or its weight's path for a call. kind: what it was ("nn.Linear", "F.linear"). operator: the
+    row's name. rule: the mapping entry that decided. call, observer: a call's node name and the path of its weight's
+    observer, None for a module. float_bytes, int_bytes: what its tensors take before and after (0 before convert_fx).
+    """
+
+    path: str
+    kind: str
+    operator: str
+    qconfig: QConfig
+    rule: str
+    call: str | None = None
+    observer: str | None = None
+    float_bytes: int = 0
+    int_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """One candidate that stays float, and why."""
+
+    path: str
+    kind: str
+    reason: str
+    rule: str = ""
+    float_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """One chain that became one node. path: where it stands now; chain: what it was, in order."""
+
+    path: str
+    chain: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """All that a model of ours remembers beside its graph. stage: "fused", "prepared" or "quantized"."""
+
+    stage: str
+    sites: tuple[Site, ...] = ()
+    left: tuple[Left, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
+    mapping: QConfigMapping = field(default_factory=QConfigMapping)
+    operators: tuple[Operator, ...] = ()
+    preserved: Mapping[str, Any] = field(default_factory=dict)
+    float_bytes: int = 0
+
+    def advance(self, **changes: Any) -> Record:
+        """Return a record with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method or property of the user's class, to be bound to the new model when it is asked for."""
+
+    owner: type
+    name: str
+
+    def bind(self, model: nn.Module) -> Any:
+        """Return the attribute as if `model` were an instance of the owner."""
+        return inspect.getattr_static(self.owner, self.name).__get__(model, type(model))
+
+
+class FxModule(fx.GraphModule):
+    """A torch.fx.GraphModule that keeps its record, its hooks and its preserved attributes in copies and pickles."""
+
+    record: Record
+
+    @classmethod
+    def build(cls, root: nn.Module, graph: fx.Graph, name: str, record: Record) -> FxModule:
+        """Return the module for a graph over a root's submodules and tensors."""
+        module = cls(root, graph, name)
+        module.__dict__["record"] = record
+        module.train(False)
+        return module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            record = self.__dict__.get("record")
+            if record is not None and name in record.preserved:
+                value = record.preserved[name]
+                return value.bind(self) if isinstance(value, Method) else value
+            raise AttributeError(
+                f"this {self.__class__.__name__} is a traced graph and has no attribute {name!r}; a graph keeps what "
+                f"forward uses. If your float model has it, name it: "
+                f"prepare_fx(..., preserved_attributes=({name!r},))"
+            ) from None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FxModule:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, FxModule)
+        twin.__dict__["record"] = copy.deepcopy(self.record, memo)
+        for name in edit.HOOKS:
+            twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        return twin
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        nodes = [(node.name, node.meta) for node in self.graph.nodes]
+        return _restore, (super().__reduce__(), self.__class__.__name__, nodes)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load tensors as nn.Module does; integers never take floats, nor floats integers (RuntimeError)."""
+        errors = dtype_errors(self.state_dict(), state_dict)
+        if errors:
+            raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {self.__class__.__name__}:", *errors]))
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def _restore(reduced: tuple[Any, ...], name: str, nodes: list[tuple[str, dict[str, Any]]]) -> FxModule:
+    """Rebuild from a pickle: torch.fx rebuilds a plain GraphModule by tracing its own code; make it ours again."""
+    plain = reduced[0](*reduced[1])
+    for node, (own_name, meta) in zip(plain.graph.nodes, nodes, strict=True):
+        node.name, node.meta = own_name, meta
+    graph = copy.deepcopy(plain.graph)  # whose namespace knows those names
+    module = FxModule.build(plain, graph, name, plain.__dict__["record"])
+    edit.carry_hooks(plain, module)
+    module.train(plain.training)
+    return module
+
+
+def finish(module: fx.GraphModule, source: nn.Module, record: Record) -> FxModule:
+    """Return the result of a pass as an FxModule, with the hooks that its source has."""
+    result = FxModule.build(module, module.graph, type(source).__name__, record)
+    places = dict(result.named_modules())
+    for path, original in source.named_modules():
+        if path in places and edit.has_hooks(original):
+            edit.carry_hooks(original, places[path])
+    return result
+
+
+def preserve(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the attributes of a float model that its graph shall keep. AttributeNameError for one it has not."""
+    kept: dict[str, Any] = {}
+    for name in names:
+        if isinstance(inspect.getattr_static(type(model), name, None), property) or (
+            hasattr(type(model), name) and name not in vars(model)
+        ):
+            kept[name] = Method(next(kind for kind in type(model).__mro__ if name in vars(kind)), name)
+        elif hasattr(model, name):
+            kept[name] = copy.deepcopy(getattr(model, name))
+        else:
+            known = [known for known in dir(model) if not known.startswith("_")]
+            raise AttributeNameError(
+                f"preserved_attributes names {name!r}, which {type(model).__name__} does not have{nearest(name, known)}"
+            )
+    return kept
+
+
+def stage_of(model: nn.Module) -> str:
+    """Return "float", "fused", "prepared" or "quantized"."""
+    return model.record.stage if isinstance(model, FxModule) else "float"
+
+
+def need_stage(model: Any, stage: str, caller: str, cure: str) -> FxModule:
+    """Return the model if it is at the stage that a call needs, else raise ModelStateError."""
+    if isinstance(model, FxModule) and model.record.stage == stage:
+        return model
+    got = f"a model that is {model.record.stage} already" if isinstance(model, FxModule) else type(model).__name__
+    raise ModelStateError(f"{caller} needs the result of {cure}, got {got}")
+
+
+def tensors_meta(value: Any) -> Any:
+    """Return what is recorded of a node's value: torch.fx's TensorMetadata in the place of each tensor."""
+    from torch.fx.passes.shape_prop import _extract_tensor_metadata
+
+    return torch.utils._pytree.tree_map_only(torch.Tensor, _extract_tensor_metadata, value)

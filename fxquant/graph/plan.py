@@ -1,0 +1,256 @@
+"""Third pass: the mapping and the operator table decide, once, what each candidate becomes and why.
+
+A candidate is a module or call that holds a weight of two or more dimensions. Each becomes a Site, or is left with a
+reason. Nothing is changed here, and nothing later decides again.
+"""
+
+from __future__ import annotations
+
+import collections
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from fxquant.errors import MappingNameError, QConfigError, nearest
+from fxquant.graph import edit
+from fxquant.graph.module import Left, Site
+from fxquant.graph.trace import SCOPE, Traced
+from fxquant.nn import QuantizedModule
+from fxquant.nn.fused import FLOAT_TYPES, linear_relu
+from fxquant.operators import Operator, find_function_row, find_module_row
+from fxquant.operators.base import refuse_weight
+from fxquant.qconfig_mapping import QConfigMapping, Rule, type_name
+
+
+class Target(NamedTuple):
+    """A functional call that a Site is about: the node, and the get_attr node of its weight."""
+
+    node: fx.Node
+    weight: fx.Node
+
+
+@dataclass
+class Plan:
+    """What was decided. calls: the functional sites' nodes, by the weight's path and the call's name."""
+
+    sites: list[Site]
+    left: list[Left]
+    calls: list[tuple[Site, Target]]
+
+
+class _Planner:
+    """Walks a graph once and collects the decisions."""
+
+    def __init__(self, traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator]) -> None:
+        self.traced, self.mapping, self.operators = traced, mapping, operators
+        self.module = traced.module
+        self.plan = Plan([], [], [])
+        self.counts: collections.Counter[tuple[str, Any]] = collections.Counter()
+
+    def run(self) -> Plan:
+        """Return the plan for every candidate of the graph."""
+        seen: set[str] = set()
+        for node in self.module.graph.nodes:
+            if node.op == "call_module":
+                if node.target not in seen:
+                    seen.add(node.target)
+                    self.visit_module(node.target, self.module.get_submodule(node.target))
+            elif node.op in ("call_function", "call_method"):
+                self.visit_call(node)
+        self.check_orders()
+        return self.plan
+
+    def visit_module(self, path: str, module: nn.Module, inside: str = "") -> None:
+        """Decide for a leaf module and for what lies inside it. inside: why children cannot be swapped, if so."""
+        kind = FLOAT_TYPES.get(type(module), type(module))
+        row = find_module_row(self.operators, type(module))
+        own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+        if isinstance(module, QuantizedModule):
+            return
+        if row is not None or own:
+            rule = self.rule(path, path.rpartition(".")[0], kind)
+            reason = inside or (row.refuse_module(module) if row else _unknown(module, kind, self.operators))
+            size = sum(t.numel() * t.element_size() for t in module.parameters())
+            self.decide(path, kind, row, rule, reason, size)
+        if row is None:
+            shut = inside or (
+                "" if _calls_children(module) else f"{type_name(kind)} reads its children's weights itself"
+            )
+            for name, child in module.named_children():
+                self.visit_module(f"{path}.{name}", child, shut)
+
+    def visit_call(self, node: fx.Node) -> None:
+        """Decide for a functional call."""
+        row = find_function_row(self.operators, node.target) if callable(node.target) else None
+        if row is None:
+            self.visit_other_call(node)
+            return
+        function = torch.nn.functional.linear if node.target is linear_relu else node.target
+        scope = node.meta.get(SCOPE, "")
+        rule = self.rule(scope, scope, function)
+        operands = name_operands(row, node)
+        weight = operands[row.weights[0]]
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or weight.target not in self.traced.registered:
+            self.decide(node.name, function, None, rule, "its weight is no registered parameter or buffer", 0)
+            return
+        tensor = edit.get_tensor(self.module, str(weight.target))
+        if tensor is None:
+            raise AssertionError(f"{weight.target} was traced but is not in the graph module")
+        reason = row.refuse_call(operands) or refuse_weight(tensor)
+        size = tensor.numel() * tensor.element_size()
+        site = self.decide(str(weight.target), function, row, rule, reason, size, call=node.name)
+        if site is not None:
+            self.plan.calls.append((site, Target(node, weight)))
+
+    def visit_other_call(self, node: fx.Node) -> None:
+        """Report a call that reads a weight and has no row: what it computes with stays float."""
+        for weight in node.all_input_nodes:
+            tensor = edit.get_tensor(self.module, str(weight.target)) if weight.op == "get_attr" else None
+            if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
+                scope, name = node.meta.get(SCOPE, ""), _call_name(node)
+                reason = f"there is no quantized form of {name}"
+                size = tensor.numel() * tensor.element_size()
+                self.decide(str(weight.target), name, None, self.rule(scope, scope, node.target), reason, size)
+
+    def rule(self, path: str, scope: str, kind: Any) -> Rule:
+        """Return the mapping entry that decides, by any of the names that a shared module goes by."""
+        index = self.counts[(scope, kind)]
+        self.counts[(scope, kind)] += 1
+        names = (path, *(name for name in self.traced.aliases.get(path, ()) if name != path))
+        rules = [self.mapping.resolve(name, scope, (kind,), index) for name in names]
+        return next((rule for rule in rules if rule.text.startswith("module_name")), rules[0])
+
+    def decide(
+        self,
+        path: str,
+        kind: Any,
+        row: Operator | None,
+        rule: Rule,
+        reason: str | None,
+        float_bytes: int,
+        call: str | None = None,
+    ) -> Site | None:
+        """Record a Site and return it, or record why there is none."""
+        told = kind if isinstance(kind, str) else type_name(kind)
+        if rule.qconfig is None:
+            reason = (
+                f"the mapping says float ({rule.text})" if rule.text != "no entry" else "no mapping entry covers it"
+            )
+        elif reason is None and row is not None and not row.accepts(rule.qconfig):
+            takes = "; ".join(scheme.name for scheme in row.schemes)
+            if rule.direct:
+                raise QConfigError(
+                    f"{path!r} ({told}) cannot take the qconfig that {rule.text} gives it: {rule.qconfig}. "
+                    f"It takes: {takes}"
+                )
+            reason = f"its qconfig ({rule.qconfig}) is for other operators; this one takes: {takes}"
+        if row is None or rule.qconfig is None or reason is not None:
+            self.plan.left.append(
+                Left(path=path, kind=told, reason=reason or "", rule=rule.text, float_bytes=float_bytes)
+            )
+            return None
+        site = Site(
+            path=path,
+            kind=told,
+            operator=row.name,
+            qconfig=rule.qconfig,
+            rule=rule.text,
+            call=call,
+            float_bytes=float_bytes,
+        )
+        self.plan.sites.append(site)
+        return site
+
+    def check_orders(self) -> None:
+        """Raise MappingNameError for a set_module_name_object_type_order entry whose index is never reached."""
+        for name, kind, index in self.mapping.module_name_object_type_order_qconfigs:
+            count = self.counts[(name, kind)]
+            if index >= count or index < 0:
+                raise MappingNameError(
+                    f"set_module_name_object_type_order({name!r}, {type_name(kind)}, {index}): "
+                    f"{name!r} has {count} quantizable {type_name(kind)}, numbered from 0"
+                )
+
+
+def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator]) -> Plan:
+    """Return what each candidate becomes and why.
+
+    Raises QConfigError where an entry that names a candidate directly gives it a qconfig that its operator cannot take.
+    """
+    return _Planner(traced, mapping, operators).run()
+
+
+def replay(module: fx.GraphModule, sites: Sequence[Site]) -> Plan:
+    """Return the plan that holds these sites, taken elsewhere for the same architecture (a checkpoint's).
+
+    Raises LookupError, saying what is missing, where the graph has no such module or call.
+    """
+    nodes = {node.name: node for node in module.graph.nodes}
+    calls = []
+    for site in sites:
+        if site.call is None:
+            module.get_submodule(site.path)
+            continue
+        node = nodes.get(site.call)
+        weight = next((n for n in node.all_input_nodes if n.target == site.path), None) if node is not None else None
+        if node is None or weight is None:
+            raise LookupError(f"no call {site.call!r} of {site.kind} on {site.path!r}")
+        calls.append((site, Target(node, weight)))
+    return Plan(list(sites), [], calls)
+
+
+def check_mapping(mapping: QConfigMapping, traced: Traced) -> None:
+    """Raise MappingNameError for a name or pattern that matches nothing in the model; warn of a type not in it."""
+    names = {path for path in traced.aliases if path}
+    for name in (*mapping.module_name_qconfigs, *(key[0] for key in mapping.module_name_object_type_order_qconfigs)):
+        if name and name not in names:
+            raise MappingNameError(
+                f"the mapping names module {name!r}, which is not in the model{nearest(name, names)}"
+            )
+    for pattern in mapping.module_name_regex_qconfigs:
+        probe = QConfigMapping().set_module_name_regex(pattern, None)
+        if not any(probe.resolve(name, "", (), 0).text.startswith("module_name_regex") for name in (*names, "")):
+            raise MappingNameError(
+                f"the mapping's regular expression {pattern!r} matches no module from its start (re.match)"
+                f"{nearest(pattern, names)}"
+            )
+    present = {type(module) for module in traced.original.modules()} | {n.target for n in traced.module.graph.nodes}
+    for kind in mapping.object_type_qconfigs:
+        if kind not in present:
+            warnings.warn(
+                f"the mapping has an entry for {type_name(kind)}, which occurs nowhere in the model", stacklevel=3
+            )
+
+
+def name_operands(row: Operator, node: fx.Node) -> dict[str, Any]:
+    """Return a call's operands by the names that its row gives them."""
+    return {**dict(zip(row.operands, node.args, strict=False)), **node.kwargs}
+
+
+def _calls_children(module: nn.Module) -> bool:
+    """Return whether a module calls its children, so that they may be swapped: a user's forward, or a container's."""
+    forward = inspect.getattr_static(type(module), "forward", None)
+    home = getattr(forward, "__module__", "")
+    return not home.startswith("torch.") or home == "torch.nn.modules.container"
+
+
+def _unknown(module: nn.Module, kind: type[nn.Module], operators: Sequence[Operator]) -> str:
+    """Return why a weight-bearing module without a row stays float."""
+    known = next((base for row in operators for base in row.modules if isinstance(module, base)), None)
+    if known is not None:
+        return f"it is a subclass of {type_name(known)}, of which only the exact type is known"
+    if "Conv" in kind.__name__:
+        return f"{type_name(kind)} has no dynamic form: convolutions stay float under a dynamic qconfig"
+    return f"there is no quantized form of {type_name(kind)}"
+
+
+def _call_name(node: fx.Node) -> str:
+    if isinstance(node.target, str):
+        return f".{node.target}()"
+    target: Callable[..., Any] | Any = node.target
+    return type_name(target) if not isinstance(target, torch._ops.OpOverload) else str(target)

@@ -1,0 +1,21 @@
+"""Float modules that stand for fused chains, and the quantized modules that convert_fx puts in."""
+
+from fxquant.nn.base import QuantizedModule
+from fxquant.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
+from fxquant.nn.fused import ConvReLU1d, ConvReLU2d, ConvReLU3d, LinearReLU, linear_relu
+from fxquant.nn.linear import DynamicQuantizedLinear, DynamicQuantizedLinearReLU
+from fxquant.nn.lstm import DynamicQuantizedLSTM
+
+__all__ = [
+    "ConvReLU1d",
+    "ConvReLU2d",
+    "ConvReLU3d",
+    "DynamicQuantizedLSTM",
+    "DynamicQuantizedLinear",
+    "DynamicQuantizedLinearReLU",
+    "LinearReLU",
+    "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
+    "QuantizedModule",
+    "linear_relu",
+]

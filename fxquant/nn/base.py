@@ -1,0 +1,70 @@
+"""What the quantized modules share: plain buffers that keep their dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from fxquant.numerics import QuantizedTensor
+from fxquant.qconfig import QConfig
+
+Quantize: TypeAlias = Callable[[torch.Tensor, QConfig], QuantizedTensor]
+
+
+def quantize_alone(weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
+    """Return the weight as the qconfig wants it; `convert_fx` passes a function that keeps tied weights tied."""
+    return qconfig.quantize_weight(weight)
+
+
+class QuantizedModule(nn.Module):
+    """A module whose weights are plain buffers: `name`, `name_scale` and, where affine, `name_zero_point`.
+
+    Biases stay frozen float parameters. Moving the module to another dtype leaves the weights and scales as they are;
+    loading a state_dict of another kind (a float one, say) is an error and never a silent cast.
+    """
+
+    def __init__(self, qconfig: QConfig) -> None:
+        super().__init__()
+        self.qconfig = qconfig
+        self.training = False
+
+    def set_weight(self, name: str, weight: QuantizedTensor) -> None:
+        """Register a quantized weight and what it takes to read it as buffers."""
+        self.register_buffer(name, weight.values)
+        self.register_buffer(f"{name}_scale", weight.scale)
+        self.register_buffer(f"{name}_zero_point", weight.zero_point)
+
+    def set_bias(self, name: str, bias: torch.Tensor | None) -> None:
+        """Register a bias, copied, as a frozen parameter."""
+        self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach().clone(), False))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        errors: list[str] = args[-1]
+        errors.extend(
+            dtype_errors({prefix + name: t for name, t in self._buffers.items() if t is not None}, state_dict)
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def dtype_errors(own: Mapping[str, torch.Tensor], incoming: Mapping[str, Any]) -> list[str]:
+    """Return a line for each incoming tensor whose values would be cast to another kind of number."""
+    return [
+        f"{name} holds {tensor.dtype}, the state_dict has {incoming[name].dtype}: it belongs to a model that was "
+        "quantized differently, or not at all"
+        for name, tensor in own.items()
+        if isinstance(incoming.get(name), torch.Tensor)
+        and incoming[name].dtype != tensor.dtype
+        and not (incoming[name].is_floating_point() and tensor.dtype == torch.float32)
+    ]

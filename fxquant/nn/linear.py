@@ -1,0 +1,57 @@
+"""The dynamically quantized Linear, with and without a ReLU."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from fxquant import ops
+from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
+from fxquant.numerics import QuantizedTensor
+from fxquant.qconfig import QConfig, default_dynamic_qconfig
+
+
+class DynamicQuantizedLinear(QuantizedModule):
+    """A Linear with int8 (or float16) weights; its input is quantized at each call, row by row.
+
+    weight: (O, I) int8; weight_scale: (O,) float32; bias: (O,) or None. x: (..., I) float -> (..., O) in x's dtype.
+    Raises ShapeError or DTypeError for another x. docs/numerics.md, eq. 7–8.
+    """
+
+    relu: ClassVar[bool] = False
+    weight: torch.Tensor
+    weight_scale: torch.Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, weight: QuantizedTensor, bias: torch.Tensor | None = None, qconfig: QConfig = default_dynamic_qconfig
+    ) -> None:
+        super().__init__(qconfig)
+        self.out_features, self.in_features = weight.values.shape
+        self.set_weight("weight", weight)
+        self.set_bias("bias", bias)
+
+    @classmethod
+    def from_float(
+        cls, module: nn.Linear, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
+    ) -> DynamicQuantizedLinear:
+        """Return the quantized form of a float Linear (or LinearReLU), which is left as it is."""
+        return cls(quantize(module.weight, qconfig), module.bias, qconfig)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x @ weight.T + bias."""
+        return ops.linear(
+            x, self.weight, self.weight_scale, self.bias, self.relu, self.qconfig.per_row, self.qconfig.qmax
+        )
+
+    def extra_repr(self) -> str:
+        """Return what print shows: the sizes and the scheme."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.qconfig}"
+
+
+class DynamicQuantizedLinearReLU(DynamicQuantizedLinear):
+    """A DynamicQuantizedLinear followed by a ReLU, in one kernel."""
+
+    relu = True

@@ -1,0 +1,138 @@
+"""The quantization arithmetic: scales, zero points, rounding, packing. docs/numerics.md has the equations.
+
+Sources: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference" (affine scheme with an exact zero); gemmlowp, doc/quantization.md (nudged zero point); torch.ao's
+`_choose_qparams` (symmetric scale over half the steps). Every float operation here is a single IEEE float32
+operation in a stated order, never fused, so that each kernel can give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fxquant.spec import TensorSpec
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+MAX_COLUMNS = (2**31 - 1) // (255 * 128)  # so many products of a uint8 and an int8 always fit an int32 sum
+FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least normal number: below it 1 / scale overflows
+
+
+class QuantizedTensor(NamedTuple):
+    """A tensor's integers and how to read them: x ≈ (values - zero_point) * scale, an index of dimension 0 at a time.
+
+    values: (N, ...) int8, uint8 (4-bit: two values a byte, low nibble first) or float16.
+    scale: (N,) float32, or None for float16 values.
+    zero_point: (N,) float32, or None where it is 0.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor | None
+    zero_point: torch.Tensor | None
+
+
+def quantize_rows(x: torch.Tensor, qmax: int, per_row: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (q, scale, zero_point) of an activation, measured from the values themselves. docs/numerics.md, eq. 1–4.
+
+    x: (M, K) float32 -> q: (M, K) float32 holding whole numbers in [0, qmax]; scale and zero_point: (M, 1) float32
+    (one for each row, or the same one in every row when per_row is False).
+    A NaN makes the scale of its row NaN; an infinity counts as the largest float32; a row whose scale would be below
+    the least normal float32 is all zeros with scale 1.
+    """
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        return x, x.new_ones(x.shape[0], 1), x.new_zeros(x.shape[0], 1)
+    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    if not per_row:
+        low = low.amin(dim=0, keepdim=True).expand(x.shape[0], 1)
+        high = high.amax(dim=0, keepdim=True).expand(x.shape[0], 1)
+    low = low.clamp(-FLOAT32_MAX, 0.0)  # real 0 must be exact: padding and ReLU produce it
+    high = high.clamp(0.0, FLOAT32_MAX)
+    scale = (high * 0.5 - low * 0.5) / (qmax * 0.5)  # halves: the widest range does not overflow
+    scale = torch.where(scale < FLOAT32_TINY, 1.0, scale)
+    inverse = 1.0 / scale
+    zero_point = (low * -inverse).round_().clamp_(0, qmax)
+    q = (x * inverse).round_().add_(zero_point).clamp_(0, qmax)
+    return q.nan_to_num_(nan=0.0), scale, zero_point.nan_to_num(nan=0.0)
+
+
+def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (scale, zero_point) for weights that span [low, high]. docs/numerics.md, eq. 5–6.
+
+    low, high: (N,) float32, one a channel or one for all -> scale, zero_point: (N,) float32.
+    Symmetric: scale = max(|low|, |high|) / steps, zero_point 0. Affine (embedding rows): scale = (high - low) / steps
+    and the real-valued zero_point = -low / scale of torch.ao's float_qparams scheme. A range of 0 gives scale 1 (the
+    symmetric case) or the constant itself (the affine case), so that a constant is exact.
+    """
+    if spec.symmetric:
+        scale = torch.maximum(low.abs(), high.abs()) / (spec.scale_steps or spec.qmax)
+        return torch.where(scale < FLOAT32_TINY, 1.0, scale), torch.zeros_like(scale)
+    scale = (high * 0.5 - low * 0.5) / ((spec.scale_steps or spec.qmax - spec.qmin) * 0.5)
+    flat = scale < FLOAT32_TINY
+    # A constant row c: q = 0 and (0 - zero_point) * scale = c with scale |c|, zero_point -sign(c).
+    scale = torch.where(flat, torch.where(low == 0, 1.0, low.abs()), scale)
+    return scale, torch.where(flat, -low.sign(), -low / scale)
+
+
+def quantize_with(
+    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: TensorSpec
+) -> torch.Tensor:
+    """Return the integers of a weight under given qparams: clamp(round(w / scale + zero_point), qmin, qmax).
+
+    weight: (N, ...) float32; scale, zero_point: (N,) float32 -> (N, ...) int8 or uint8, 4-bit packed along the last
+    dimension.
+    """
+    shape = (-1,) + (1,) * (weight.dim() - 1)
+    q = (weight / scale.view(shape) + zero_point.view(shape)).round_().clamp_(spec.qmin, spec.qmax)
+    q = q.to(spec.torch_dtype)
+    return pack_uint4(q) if spec.dtype == "uint4" else q
+
+
+def to_float16(weight: torch.Tensor) -> QuantizedTensor:
+    """Return a weight in half precision, values beyond its range at ±65504."""
+    return QuantizedTensor(weight.detach().to(torch.float32).clamp(-65504.0, 65504.0).to(torch.float16), None, None)
+
+
+def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the least and the greatest value, one pair an index of dimension 0 (equal ones for axis "tensor").
+
+    weight: (N, ...) float32 -> two (N,) float32; zeros where there is nothing to measure.
+    """
+    rows = weight.reshape(weight.shape[0], -1) if weight.numel() else weight.new_zeros(weight.shape[0], 1)
+    if rows.shape[0] == 0:
+        return rows.new_zeros(0), rows.new_zeros(0)
+    low, high = torch.aminmax(rows, dim=1)
+    if spec.axis == "tensor":
+        low, high = low.amin().expand_as(low), high.amax().expand_as(high)
+    return low, high
+
+
+def dequantize_weight(weight: QuantizedTensor, bits: int = 8, columns: int | None = None) -> torch.Tensor:
+    """Return the float32 tensor that the integers stand for.
+
+    columns: the length of the last dimension, needed when a packed 4-bit row has an odd length.
+    """
+    values = unpack_uint4(weight.values, columns) if bits == 4 else weight.values
+    if weight.scale is None:
+        return values.to(torch.float32)
+    shape = (-1,) + (1,) * (values.dim() - 1)
+    real = values.to(torch.float32)
+    if weight.zero_point is not None:
+        real = real - weight.zero_point.view(shape)
+    return real * weight.scale.view(shape)
+
+
+def pack_uint4(q: torch.Tensor) -> torch.Tensor:
+    """Return values 0–15 packed two a byte along the last dimension, low nibble first, an odd end padded with 0.
+
+    q: (..., D) uint8 -> (..., ceil(D / 2)) uint8.
+    """
+    if q.shape[-1] % 2:
+        q = torch.nn.functional.pad(q, (0, 1))
+    return q[..., 0::2] | (q[..., 1::2] << 4)
+
+
+def unpack_uint4(packed: torch.Tensor, columns: int | None = None) -> torch.Tensor:
+    """Return what `pack_uint4` packed: (..., P) uint8 -> (..., columns or 2 P) uint8."""
+    q = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return q if columns is None else q[..., :columns]

@@ -1,0 +1,42 @@
+"""The operator table: one row a family. A user's own rows go beside them: `operators=(*OPERATORS, MY_ROW)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from fxquant.operators.base import Call, NewCall, Operator, Scheme
+from fxquant.operators.embedding import EMBEDDING, EMBEDDING_BAG
+from fxquant.operators.linear import LINEAR
+from fxquant.operators.lstm import LSTM
+
+OPERATORS: tuple[Operator, ...] = (LINEAR, LSTM, EMBEDDING, EMBEDDING_BAG)
+
+
+def find_module_row(operators: Sequence[Operator], kind: type[nn.Module]) -> Operator | None:
+    """Return the row whose modules hold this exact type; of several the last, so that a user's row overrides ours."""
+    return next((row for row in reversed(operators) if kind in row.modules), None)
+
+
+def find_function_row(operators: Sequence[Operator], function: Callable[..., Any]) -> Operator | None:
+    """Return the row that holds this function; of several the last."""
+    return next((row for row in reversed(operators) if function in row.functions), None)
+
+
+def find_row(operators: Sequence[Operator], name: str) -> Operator | None:
+    """Return the row of this name; of several the last."""
+    return next((row for row in reversed(operators) if row.name == name), None)
+
+
+__all__ = [
+    "OPERATORS",
+    "Call",
+    "NewCall",
+    "Operator",
+    "Scheme",
+    "find_function_row",
+    "find_module_row",
+    "find_row",
+]

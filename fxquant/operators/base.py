@@ -1,0 +1,131 @@
+"""What a row of the operator table is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fxquant.nn.base import Quantize
+from fxquant.numerics import MAX_COLUMNS
+from fxquant.qconfig import QConfig
+
+ANY = "any"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """One kind of qconfig that an operator accepts.
+
+    weight: the weights' dtype; symmetric: whether they have no zero point; activation: the input's dtype, or ANY where
+    the operator has no activation to quantize, so that only the qconfig's weight half applies.
+    """
+
+    name: str
+    weight: str
+    symmetric: bool = False
+    activation: str = ANY
+
+    def accepts(self, qconfig: QConfig) -> bool:
+        """Return whether a qconfig is of this kind."""
+        weight, activation = qconfig.weight, qconfig.activation
+        if weight.dtype != self.weight or weight.symmetric != self.symmetric:
+            return False
+        if self.activation == ANY:
+            return True
+        return (
+            activation is not None
+            and activation.dtype == self.activation
+            and activation.dynamic
+            and not activation.symmetric
+            and activation.qmin == 0
+        )
+
+
+INT8_DYNAMIC = Scheme(name="int8 weights, uint8 dynamic activations", weight="int8", symmetric=True, activation="uint8")
+FLOAT16_WEIGHTS = Scheme(name="float16 weights", weight="float16")
+INT8_ROWS = Scheme(name="int8 rows", weight="int8", symmetric=True)
+UINT8_ROWS = Scheme(name="affine uint8 rows", weight="uint8")
+UINT4_ROWS = Scheme(name="affine 4-bit rows", weight="uint4")
+
+
+class Call(NamedTuple):
+    """A functional call that is to be quantized, its operands by name.
+
+    operands: what the user passed, with each weight replaced by the graph node of its integers and joined by
+    `<name>_scale` and `<name>_zero_point` nodes (or None); weights: a meta tensor like each float weight.
+    """
+
+    function: Callable[..., Any]
+    operands: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    qconfig: QConfig
+
+
+class NewCall(NamedTuple):
+    """What a functional call becomes: the operator to call and its operands by name."""
+
+    target: Callable[..., Any]
+    kwargs: dict[str, Any]
+
+
+def no_functions(call: Call) -> NewCall:
+    """Stand in for convert_function in a row that has no functions."""
+    raise NotImplementedError(f"{call.function} has no functional form")
+
+
+def never_refuse(_: Any) -> None:
+    """Stand in for a check in a row that takes every module or call of its kinds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """A row of the table: one family of float modules and calls, and how each becomes quantized.
+
+    name, summary: for reports and docs/operators.md. modules: exact float types, the fused ones too. functions: float
+    functions. operands: the functions' operand names in their order. weights: which operands are constant weights.
+    schemes: the qconfigs it accepts. refuse_module, refuse_call: return why one module, or one call's operands, must
+    stay float, or None. convert_module(module, qconfig, quantize), convert_function(call): see `Call`; rows never edit
+    graphs.
+    """
+
+    name: str
+    summary: str
+    modules: tuple[type[nn.Module], ...] = ()
+    functions: tuple[Callable[..., Any], ...] = ()
+    operands: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    schemes: tuple[Scheme, ...]
+    convert_module: Callable[[Any, QConfig, Quantize], nn.Module]
+    convert_function: Callable[[Call], NewCall] = no_functions
+    refuse_module: Callable[[Any], str | None] = never_refuse
+    refuse_call: Callable[[dict[str, Any]], str | None] = never_refuse
+
+    def accepts(self, qconfig: QConfig) -> bool:
+        """Return whether one of the row's schemes takes the qconfig."""
+        return any(scheme.accepts(qconfig) for scheme in self.schemes)
+
+
+def refuse_weight(weight: torch.Tensor, sums: bool = True) -> str | None:
+    """Return why a weight cannot become integers, or None. sums: whether its products along a row are added up."""
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating point"
+    if sums and weight.shape[-1] > MAX_COLUMNS:
+        return f"its weight has {weight.shape[-1]} columns; int32 sums are exact up to {MAX_COLUMNS}"
+    if weight.device.type != "meta" and not bool(torch.isfinite(weight.detach()).all()):
+        return "its weight holds NaN or infinity"
+    return None
+
+
+def refuse_parameters(module: nn.Module, sums: bool = True) -> str | None:
+    """Return why a module's own weights cannot become integers, or None."""
+    if module.training:
+        return "it is in training mode; call .eval() on it"
+    for name, weight in module.named_parameters(recurse=False):
+        reason = refuse_weight(weight, sums and weight.dim() > 1)
+        if reason is not None:
+            return reason.replace("its weight", f"its {name}", 1)
+    return None

@@ -1,0 +1,52 @@
+"""Linear, LinearReLU and F.linear: int8 weights, activations quantized at each call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from fxquant import ops
+from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLinearReLU, LinearReLU, linear_relu
+from fxquant.nn.base import Quantize
+from fxquant.operators.base import FLOAT16_WEIGHTS, INT8_DYNAMIC, Call, NewCall, Operator, refuse_parameters
+from fxquant.qconfig import QConfig
+
+
+def _refuse(module: nn.Linear) -> str | None:
+    if "weight" not in module._parameters:
+        return "its weight is recomputed at each call (weight_norm or the like); remove that first"
+    return refuse_parameters(module)
+
+
+def _convert_module(module: nn.Linear, qconfig: QConfig, quantize: Quantize) -> nn.Module:
+    kind = DynamicQuantizedLinearReLU if isinstance(module, LinearReLU) else DynamicQuantizedLinear
+    return kind.from_float(module, qconfig, quantize)
+
+
+def _convert_function(call: Call) -> NewCall:
+    operands: dict[str, Any] = {
+        "x": call.operands["input"],
+        "weight": call.operands["weight"],
+        "scale": call.operands["weight_scale"],
+        "bias": call.operands.get("bias"),
+        "relu": call.function is linear_relu,
+        "per_row": call.qconfig.per_row,
+        "qmax": call.qconfig.qmax,
+    }
+    return NewCall(ops.OVERLOADS["linear"], operands)
+
+
+LINEAR = Operator(
+    name="linear",
+    summary="x @ weight.T + bias, and the same followed by a ReLU",
+    modules=(nn.Linear, LinearReLU),
+    functions=(F.linear, linear_relu),
+    operands=("input", "weight", "bias"),
+    weights=("weight",),
+    schemes=(INT8_DYNAMIC, FLOAT16_WEIGHTS),
+    convert_module=_convert_module,
+    convert_function=_convert_function,
+    refuse_module=_refuse,
+)

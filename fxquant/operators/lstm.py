@@ -1,0 +1,24 @@
+"""LSTM: int8 weights, input rows and each step's hidden rows quantized as they come."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxquant.nn import DynamicQuantizedLSTM
+from fxquant.operators.base import FLOAT16_WEIGHTS, INT8_DYNAMIC, Operator, refuse_parameters
+
+
+def _refuse(module: nn.LSTM) -> str | None:
+    if len(module._parameters) != len(module._flat_weights):
+        return "its weights are recomputed at each call (weight_norm or the like); remove that first"
+    return refuse_parameters(module)
+
+
+LSTM = Operator(
+    name="lstm",
+    summary="nn.LSTM with any number of layers, bidirectional, batch_first, with projections, packed sequences",
+    modules=(nn.LSTM,),
+    schemes=(INT8_DYNAMIC, FLOAT16_WEIGHTS),
+    convert_module=DynamicQuantizedLSTM.from_float,
+    refuse_module=_refuse,
+)

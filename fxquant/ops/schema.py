@@ -1,0 +1,141 @@
+"""The operators' schemas, their shape (fake) functions, and the checks that every implementation shares.
+
+Shapes: B batch, T time, I in, H hidden, P projection (H without one), O out, V vocabulary, D embedding, L layers times
+directions. Each operator is registered once, in the namespace `torch.ops.fxquant`, with the plain-torch reference for
+every device; `fxquant.ops` chooses what a CPU call really runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fxquant.errors import DTypeError, ShapeError
+from fxquant.ops import reference
+
+LIBRARY = torch.library.Library("fxquant", "DEF")  # type: ignore[no-untyped-call]
+
+SCHEMAS = {
+    "linear": "(Tensor x, Tensor weight, Tensor? scale, Tensor? bias=None, bool relu=False, bool per_row=True,"
+    " int qmax=255) -> Tensor",
+    "lstm": "(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, Tensor[] scales, Tensor[] biases,"
+    " bool bidirectional=False, bool per_row=True, int qmax=255) -> (Tensor, Tensor, Tensor)",
+    "embedding": "(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, SymInt embedding_dim, int bits=8,"
+    " ScalarType dtype=float32) -> Tensor",
+    "embedding_bag": "(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, SymInt embedding_dim,"
+    " Tensor? offsets=None, str mode='mean', Tensor? per_sample_weights=None, bool include_last_offset=False,"
+    " int? padding_idx=None, int bits=8, ScalarType dtype=float32) -> Tensor",
+}
+
+
+def check_linear(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raise ShapeError or DTypeError unless x is (..., I) floating point for a weight (O, I)."""
+    if not x.is_floating_point():
+        raise DTypeError(f"a quantized linear takes a float tensor, got {x.dtype}; call x.float() before it")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ShapeError(
+            f"a quantized linear of {weight.shape[1]} inputs takes x of shape (..., {weight.shape[1]}), "
+            f"got {tuple(x.shape)}"
+        )
+
+
+def check_lstm(
+    x: torch.Tensor, batch_sizes: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor, inputs: int
+) -> None:
+    """Raise ShapeError or DTypeError unless x is (T, B, I) or packed (N, I), h0 (L, B, P) and c0 (L, B, H)."""
+    for name, tensor in (("input", x), ("h0", h0), ("c0", c0)):
+        if not tensor.is_floating_point():
+            raise DTypeError(f"a quantized LSTM takes float tensors, got {name} of {tensor.dtype}")
+    want = 3 if batch_sizes is None else 2
+    if x.dim() != want or x.shape[-1] != inputs:
+        raise ShapeError(
+            f"a quantized LSTM of {inputs} inputs takes {want}-D input whose last dimension is {inputs}, "
+            f"got {tuple(x.shape)}"
+        )
+    batch = x.shape[1] if batch_sizes is None else None
+    for name, state in (("h0", h0), ("c0", c0)):
+        if state.dim() != 3 or (batch is not None and state.shape[1] != batch):
+            raise ShapeError(f"a quantized LSTM called with batch {batch} got {name} of shape {tuple(state.shape)}")
+
+
+def check_indices(indices: torch.Tensor, operator: str) -> None:
+    """Raise DTypeError unless the indices are int32 or int64."""
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise DTypeError(f"a quantized {operator} takes int32 or int64 indices, got {indices.dtype}")
+
+
+def _fake_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    relu: bool = False,
+    per_row: bool = True,
+    qmax: int = 255,
+) -> torch.Tensor:
+    check_linear(x, weight)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_lstm(
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    bidirectional: bool = False,
+    per_row: bool = True,
+    qmax: int = 255,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_lstm(x, batch_sizes, h0, c0, weights[0].shape[1])
+    columns = h0.shape[-1] * (2 if bidirectional else 1)
+    return x.new_empty((*x.shape[:-1], columns)), x.new_empty(h0.shape), x.new_empty(c0.shape)
+
+
+def _fake_embedding(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    embedding_dim: int,
+    bits: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    check_indices(indices, "embedding")
+    return weight.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+
+
+def _fake_embedding_bag(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    embedding_dim: int,
+    offsets: torch.Tensor | None = None,
+    mode: str = "mean",
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+    bits: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    check_indices(indices, "embedding bag")
+    bags = indices.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
+    return weight.new_empty((bags, embedding_dim), dtype=dtype)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "linear": _fake_linear,
+    "lstm": _fake_lstm,
+    "embedding": _fake_embedding,
+    "embedding_bag": _fake_embedding_bag,
+}
+
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fxquant::{_name}", _FAKES[_name], lib=LIBRARY)

@@ -1,0 +1,138 @@
+"""QConfig: how the activations and the weights of one operator become integers; and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxquant.errors import QConfigError
+from fxquant.numerics import QuantizedTensor, to_float16
+from fxquant.observers import MinMaxObserver, Observer, PerChannelMinMaxObserver
+from fxquant.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class QConfig:
+    """How an operator is quantized.
+
+    activation: how its input becomes integers at each call; None: it stays float (weight-only).
+    weight: how its weights do, once.
+    weight_observer: the Observer class that finds a weight's range; None: the min-max observer of the weight's axis.
+
+    An operator without activations (an embedding) uses the weight half alone.
+    """
+
+    activation: TensorSpec | None
+    weight: TensorSpec
+    weight_observer: type[Observer] | None = None
+
+    def __post_init__(self) -> None:
+        for name, spec in (("activation", self.activation), ("weight", self.weight)):
+            if not isinstance(spec, TensorSpec) and not (name == "activation" and spec is None):
+                raise QConfigError(f"QConfig.{name} must be a TensorSpec, got {type(spec).__name__}")
+        if self.weight.dynamic or self.weight.axis == "row":
+            raise QConfigError(f"QConfig.weight is quantized once, per tensor or per channel; got '{self.weight}'")
+        if self.activation is not None and self.activation.axis == "channel":
+            raise QConfigError(f"QConfig.activation has one scale a row or one a tensor; got '{self.activation}'")
+        self.make_observer()
+
+    @property
+    def is_static(self) -> bool:
+        """Whether activations would need calibration."""
+        return self.activation is not None and self.activation.is_integer and not self.activation.dynamic
+
+    @property
+    def per_row(self) -> bool:
+        """Whether activations have one scale a row (else one a tensor)."""
+        return self.activation is None or self.activation.axis == "row"
+
+    @property
+    def qmax(self) -> int:
+        """The greatest activation integer: 255, or 127 with a reduced range."""
+        return 255 if self.activation is None or not self.activation.is_integer else self.activation.qmax
+
+    def make_observer(self) -> Observer | None:
+        """Return a fresh observer for one weight, None for float16."""
+        if not self.weight.is_integer:
+            return None
+        default = PerChannelMinMaxObserver if self.weight.axis == "channel" else MinMaxObserver
+        return (self.weight_observer or default)(self.weight)
+
+    def quantize_weight(self, weight: torch.Tensor) -> QuantizedTensor:
+        """Return a weight as this qconfig wants it; on the meta device, meta tensors of the right shapes."""
+        observer = self.make_observer()
+        return to_float16(weight) if observer is None else observer.quantize(weight)
+
+    def with_reduce_range(self) -> QConfig:
+        """Return the same with 7-bit activations, 0–127, as torch.ao's `reduce_range=True`."""
+        if self.activation is None or self.activation.dtype != "uint8":
+            raise QConfigError(f"reduce_range needs uint8 activations, this qconfig has {self.activation}")
+        return dataclasses.replace(self, activation=dataclasses.replace(self.activation, qmax=127))
+
+    def __str__(self) -> str:
+        return f"{self.weight}" if self.activation is None else f"{self.weight}, activation {self.activation}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values; the observer by its name."""
+        observer = self.weight_observer
+        return {
+            "activation": None if self.activation is None else self.activation.to_dict(),
+            "weight": self.weight.to_dict(),
+            "weight_observer": None if observer is None else observer.__name__,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> QConfig:
+        """Return the qconfig that `to_dict` described. A custom observer is not restored: the weights exist already."""
+        known = {kind.__name__: kind for kind in (MinMaxObserver, PerChannelMinMaxObserver)}
+        activation = fields["activation"]
+        return cls(
+            None if activation is None else TensorSpec(**activation),
+            TensorSpec(**fields["weight"]),
+            known.get(fields["weight_observer"]),
+        )
+
+
+_ROWS = TensorSpec(dtype="uint8", qmin=0, qmax=255, axis="row", dynamic=True)
+_WHOLE = TensorSpec(dtype="uint8", qmin=0, qmax=255, axis="tensor", dynamic=True)
+_CHANNELS = TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="channel")
+
+default_dynamic_qconfig = QConfig(activation=_ROWS, weight=_CHANNELS)
+"""uint8 affine activations, one scale a row, 8 bits; int8 symmetric weights, one scale an output channel."""
+
+per_tensor_dynamic_qconfig = QConfig(
+    activation=_WHOLE,
+    weight=TensorSpec(dtype="int8", qmin=-128, qmax=127, symmetric=True, axis="tensor", scale_steps=127.5),
+)
+"""torch.ao's default_dynamic_qconfig: one scale a tensor; `.with_reduce_range()` for its 7-bit activations."""
+
+per_channel_dynamic_qconfig = QConfig(
+    activation=_WHOLE,
+    weight=TensorSpec(dtype="int8", qmin=-128, qmax=127, symmetric=True, axis="channel", scale_steps=127.5),
+)
+"""torch.ao's per_channel_dynamic_qconfig: one activation scale a tensor, one weight scale an output channel."""
+
+float16_dynamic_qconfig = QConfig(activation=None, weight=TensorSpec(dtype="float16"))
+"""float16 weights, computed in float32: half the memory, nearly no error."""
+
+float_qparams_weight_only_qconfig = QConfig(
+    activation=None, weight=TensorSpec(dtype="uint8", qmin=0, qmax=255, axis="channel")
+)
+"""Embeddings: uint8 rows, affine with a real-valued zero point, as torch.ao's preset of this name."""
+
+float_qparams_weight_only_qconfig_4bit = QConfig(
+    activation=None, weight=TensorSpec(dtype="uint4", qmin=0, qmax=15, axis="channel")
+)
+"""Embeddings: 4-bit affine rows, two values a byte."""
+
+PRESETS = {
+    "default_dynamic_qconfig": default_dynamic_qconfig,
+    "per_tensor_dynamic_qconfig": per_tensor_dynamic_qconfig,
+    "per_channel_dynamic_qconfig": per_channel_dynamic_qconfig,
+    "float16_dynamic_qconfig": float16_dynamic_qconfig,
+    "float_qparams_weight_only_qconfig": float_qparams_weight_only_qconfig,
+    "float_qparams_weight_only_qconfig_4bit": float_qparams_weight_only_qconfig_4bit,
+}

@@ -1,0 +1,222 @@
+"""QConfigMapping: which qconfig each part of a model gets.
+
+The setters, their precedence and the dict form are torch.ao's, so that its users keep their code.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from fxquant.errors import QConfigError, nearest
+from fxquant.qconfig import PRESETS, QConfig, default_dynamic_qconfig
+
+ObjectType = Callable[..., Any] | str
+Choice = QConfig | None
+
+_KEYS = ("", "object_type", "module_name_regex", "module_name", "module_name_object_type_order")
+
+
+class Rule(NamedTuple):
+    """Which entry of a mapping decided, and what it says.
+
+    text: the entry, as its setter is called, or "no entry". direct: it names this very module, type or call, so that
+    a qconfig the operator cannot take is the user's mistake and not a by-catch.
+    """
+
+    qconfig: Choice
+    text: str
+    direct: bool
+
+
+class QConfigMapping:
+    """Which qconfig each module and call gets; a qconfig of None leaves it float.
+
+    Precedence, highest first: `set_module_name_object_type_order`, `set_module_name` (the nearest enclosing module that
+    is named), `set_module_name_regex` (the first entry that matches, by re.match), `set_object_type`, `set_global`.
+    Setters change the mapping and return it.
+    """
+
+    def __init__(self) -> None:
+        self.global_qconfig: Choice = None
+        self.object_type_qconfigs: dict[ObjectType, Choice] = {}
+        self.module_name_regex_qconfigs: dict[str, Choice] = {}
+        self.module_name_qconfigs: dict[str, Choice] = {}
+        self.module_name_object_type_order_qconfigs: dict[tuple[str, ObjectType, int], Choice] = {}
+
+    def set_global(self, global_qconfig: Choice) -> QConfigMapping:
+        """Set what everything gets that no other entry decides."""
+        self.global_qconfig = _checked(global_qconfig)
+        return self
+
+    def set_object_type(self, object_type: ObjectType, qconfig: Choice) -> QConfigMapping:
+        """Set what a module type (nn.Linear), a function (F.linear) or a method ("matmul") gets."""
+        if not (callable(object_type) or isinstance(object_type, str)):
+            raise QConfigError(
+                f"set_object_type takes a module class, a function or a method's name, got {object_type!r}"
+            )
+        self.object_type_qconfigs[object_type] = _checked(qconfig)
+        return self
+
+    def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> QConfigMapping:
+        """Set what modules get whose path matches from its start (re.match); of several entries the first wins."""
+        try:
+            re.compile(module_name_regex)
+        except (re.error, TypeError) as error:
+            raise QConfigError(
+                f"set_module_name_regex: {module_name_regex!r} is no regular expression: {error}"
+            ) from error
+        self.module_name_regex_qconfigs[module_name_regex] = _checked(qconfig)
+        return self
+
+    def set_module_name(self, module_name: str, qconfig: Choice) -> QConfigMapping:
+        """Set what the module at a path gets, and everything inside it."""
+        if not isinstance(module_name, str):
+            raise QConfigError(f"set_module_name takes a path such as 'encoder.layers.0', got {module_name!r}")
+        self.module_name_qconfigs[module_name] = _checked(qconfig)
+        return self
+
+    def set_module_name_object_type_order(
+        self, module_name: str, object_type: ObjectType, index: int, qconfig: Choice
+    ) -> QConfigMapping:
+        """Set what the index-th call of a type or function inside the module at a path gets."""
+        self.module_name_object_type_order_qconfigs[(module_name, object_type, index)] = _checked(qconfig)
+        return self
+
+    def resolve(self, path: str, scope: str, types: tuple[ObjectType, ...], index: int) -> Rule:
+        """Return the entry that decides for one candidate.
+
+        path: the module's path, or for a call the path of the module whose forward makes it; scope: the path of the
+        module that the candidate is counted in; types: what it is (an nn.Linear that was fused is still nn.Linear);
+        index: its number among those in `scope`.
+        """
+        for kind in types:
+            key = (scope, kind, index)
+            if key in self.module_name_object_type_order_qconfigs:
+                text = f"module_name_object_type_order ({scope!r}, {type_name(kind)}, {index})"
+                return Rule(self.module_name_object_type_order_qconfigs[key], text, True)
+        for name in _enclosing(path):
+            if name in self.module_name_qconfigs:
+                return Rule(self.module_name_qconfigs[name], f"module_name {name!r}", name == path)
+        for pattern, qconfig in self.module_name_regex_qconfigs.items():
+            if re.match(pattern, path):
+                return Rule(qconfig, f"module_name_regex {pattern!r}", False)
+        for kind in types:
+            if kind in self.object_type_qconfigs:
+                return Rule(self.object_type_qconfigs[kind], f"object_type {type_name(kind)}", True)
+        return Rule(self.global_qconfig, "global" if self.global_qconfig is not None else "no entry", False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping in torch.ao's dict form, which `from_dict` takes back."""
+        return {
+            "": self.global_qconfig,
+            "object_type": list(self.object_type_qconfigs.items()),
+            "module_name_regex": list(self.module_name_regex_qconfigs.items()),
+            "module_name": list(self.module_name_qconfigs.items()),
+            "module_name_object_type_order": [
+                (*key, qconfig) for key, qconfig in self.module_name_object_type_order_qconfigs.items()
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, qconfig_dict: dict[str, Any]) -> QConfigMapping:
+        """Return the mapping that a dict in torch.ao's form describes. An unknown key is a QConfigError."""
+        for key in qconfig_dict:
+            if key not in _KEYS:
+                raise QConfigError(f"QConfigMapping.from_dict: unknown key {key!r}{nearest(str(key), _KEYS[1:])}")
+        mapping = cls()
+        if "" in qconfig_dict:
+            mapping.set_global(qconfig_dict[""])
+        for key in _KEYS[1:]:
+            setter = getattr(mapping, f"set_{key}")
+            for entry in qconfig_dict.get(key, ()):
+                try:
+                    setter(*entry)
+                except TypeError as error:
+                    raise QConfigError(f"QConfigMapping.from_dict: {key!r} has a malformed entry {entry!r}") from error
+        return mapping
+
+    def copy(self) -> QConfigMapping:
+        """Return a mapping of its own with the same entries."""
+        twin = QConfigMapping()
+        for name, value in vars(self).items():
+            setattr(twin, name, copy.copy(value))
+        return twin
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, QConfigMapping):
+            return NotImplemented
+        # The order of regex entries decides between them, so it counts.
+        return self.to_dict().keys() == other.to_dict().keys() and all(
+            list(a.items()) == list(b.items()) if name == "module_name_regex_qconfigs" else a == b
+            for (name, a), b in zip(vars(self).items(), vars(other).values(), strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # it is mutable
+
+    def __repr__(self) -> str:
+        lines = "".join(f"\n  .{line}" for line in self._entries())
+        return f"QConfigMapping(){lines}"
+
+    def _entries(self) -> Iterator[str]:
+        if self.global_qconfig is not None:
+            yield f"set_global({qconfig_name(self.global_qconfig)})"
+        for key in _KEYS[1:]:
+            for *key_parts, qconfig in self.to_dict()[key]:
+                what = ", ".join(type_name(part) if callable(part) else repr(part) for part in key_parts)
+                yield f"set_{key}({what}, {qconfig_name(qconfig)})"
+
+
+def default_dynamic_qconfig_mapping() -> QConfigMapping:
+    """Return the mapping that quantizes everything dynamically: `set_global(default_dynamic_qconfig)`."""
+    return QConfigMapping().set_global(default_dynamic_qconfig)
+
+
+def qconfig_name(qconfig: Choice) -> str:
+    """Return a qconfig's preset name where it has one, else what it says."""
+    if qconfig is None:
+        return "None"
+    for name, preset in PRESETS.items():
+        if qconfig == preset:
+            return name
+    return f"QConfig({qconfig})"
+
+
+def type_name(kind: ObjectType) -> str:
+    """Return a module type or function as one would write it: "nn.Linear", "F.linear", "my_package.Block"."""
+    if isinstance(kind, str):
+        return repr(kind)
+    module, name = getattr(kind, "__module__", None) or "", getattr(kind, "__name__", repr(kind))
+    if module.startswith("torch.nn.modules"):
+        return f"nn.{name}"
+    if module in ("torch.nn.functional", "torch._C._nn"):
+        return f"F.{name}"
+    return f"{module}.{name}" if module and not module.startswith(("torch", "fxquant", "_operator")) else name
+
+
+def _enclosing(path: str) -> Iterator[str]:
+    """Yield a module path and the paths around it, innermost first, the root's "" last."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def _checked(qconfig: Any) -> Choice:
+    """Return the qconfig, or raise QConfigError: a static one, one of torch.ao's, something else."""
+    if qconfig is None:
+        return None
+    if not isinstance(qconfig, QConfig):
+        theirs = type(qconfig).__module__.startswith("torch.ao")
+        hint = (
+            "import the preset of the same name from fxquant" if theirs else "use a fxquant.QConfig, or None for float"
+        )
+        raise QConfigError(f"a qconfig must be a fxquant.QConfig, got {type(qconfig).__qualname__}; {hint}")
+    if qconfig.is_static:
+        raise QConfigError(
+            f"a static qconfig ({qconfig.activation}) needs calibration, which fxquant does not have yet; "
+            "use a dynamic one: default_dynamic_qconfig"
+        )
+    return qconfig

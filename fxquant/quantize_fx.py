@@ -1,0 +1,110 @@
+"""prepare_fx, convert_fx and fuse_fx: the way through the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from fxquant.errors import QConfigError
+from fxquant.graph import edit
+from fxquant.graph.clean import clean
+from fxquant.graph.convert import convert
+from fxquant.graph.fuse import fuse
+from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve
+from fxquant.graph.observe import observe
+from fxquant.graph.plan import check_mapping, plan
+from fxquant.graph.trace import bind_inputs, check_model, propagate, trace
+from fxquant.operators import OPERATORS, Operator
+from fxquant.qconfig_mapping import QConfigMapping
+
+
+def prepare_fx(
+    model: nn.Module,
+    qconfig_mapping: QConfigMapping | Mapping[str, Any],
+    example_inputs: Any,
+    *,
+    preserved_attributes: Sequence[str] = (),
+    operators: Sequence[Operator] = OPERATORS,
+) -> FxModule:
+    """Return the model as a graph that computes exactly what it does, with every quantization decision taken.
+
+    model: in eval mode; it is not changed, and its weights are shared, not copied, until convert_fx.
+    qconfig_mapping: which qconfig each part gets, as a QConfigMapping or in its dict form.
+    example_inputs: a tuple of one call's positional arguments, or one tensor; really run.
+    preserved_attributes: names of attributes, methods and properties of the model that shall stay reachable.
+    operators: the operator table; rows of your own go beside ours: (*OPERATORS, MY_ROW).
+
+    Dynamic quantization needs no calibration: convert_fx may follow at once. Raises ModelStateError, TraceError,
+    ExampleInputsError, QConfigError, MappingNameError or AttributeNameError; then nothing was changed.
+    """
+    mapping = _as_mapping(qconfig_mapping)
+    _refuse_ours(model, "prepare_fx")
+    check_model(model)
+    preserved = preserve(model, tuple(preserved_attributes))
+    inputs = bind_inputs(model, example_inputs)
+    traced = trace(model, operators)
+    propagate(traced.module, inputs)
+    check_mapping(mapping, traced)
+    fusions = fuse(traced.module, traced.hooked)
+    decided = plan(traced, mapping, operators)
+    record = Record(
+        stage="prepared",
+        sites=observe(traced.module, decided),
+        left=tuple(decided.left),
+        fusions=fusions,
+        mapping=mapping,
+        operators=tuple(operators),
+        preserved=preserved,
+        float_bytes=edit.byte_count(model),
+    )
+    return finish(traced.module, model, record)
+
+
+def convert_fx(prepared: nn.Module) -> FxModule:
+    """Return the quantized model that prepare_fx decided on. The prepared model is left as it was.
+
+    Raises ModelStateError for anything but a result of prepare_fx.
+    """
+    source = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
+    module = edit.mirror(source)
+    assert isinstance(module, fx.GraphModule)
+    sites = convert(module, source.record.sites, source.record.operators)
+    return finish(clean(module, source), source, source.record.advance(stage="quantized", sites=sites))
+
+
+def fuse_fx(model: nn.Module, example_inputs: Any = None, *, preserved_attributes: Sequence[str] = ()) -> FxModule:
+    """Return the model as a graph whose chains (Conv → BatchNorm, Linear → ReLU, …) are fused, still float.
+
+    example_inputs: as for prepare_fx. Without them the rank of values is not known, and a folded BatchNorm1d is guarded
+    by an assertion in the graph.
+    """
+    _refuse_ours(model, "fuse_fx")
+    traced = trace(model, OPERATORS)
+    preserved = preserve(model, tuple(preserved_attributes))
+    if example_inputs is not None:
+        propagate(traced.module, bind_inputs(model, example_inputs))
+    fusions = fuse(traced.module, traced.hooked)
+    record = Record(stage="fused", fusions=fusions, preserved=preserved, float_bytes=edit.byte_count(model))
+    return finish(traced.module, model, record)
+
+
+def _as_mapping(mapping: QConfigMapping | Mapping[str, Any]) -> QConfigMapping:
+    """Return a mapping of the prepared model's own."""
+    if isinstance(mapping, QConfigMapping):
+        return mapping.copy()
+    if isinstance(mapping, Mapping):
+        return QConfigMapping.from_dict(dict(mapping))
+    theirs = (
+        " (torch.ao's: import QConfigMapping from fxquant)" if type(mapping).__module__.startswith("torch.ao") else ""
+    )
+    raise QConfigError(
+        f"qconfig_mapping must be a QConfigMapping or its dict form, got {type(mapping).__name__}{theirs}"
+    )
+
+
+def _refuse_ours(model: Any, caller: str) -> None:
+    """Raise ModelStateError for a model that went through fxquant already."""
+    if isinstance(model, FxModule) and model.record.stage != "fused":
+        need_stage(model, "float", caller, "nothing of fxquant's: the float model")

@@ -47,7 +47,8 @@ class _Tracer(fx.Tracer):
         return (
             super().is_leaf_module(m, module_qualified_name)
             or module_qualified_name in self._hooked  # inlining it would lose its hooks
-            or (isinstance(m, (*self._leaves, QuantizedModule, torch.jit.ScriptModule)) and _forward_is_torchs(m))
+            or isinstance(m, (QuantizedModule, torch.jit.ScriptModule))
+            or any(isinstance(m, kind) and type(m).forward is kind.forward for kind in self._leaves)
         )
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -55,12 +56,6 @@ class _Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         node.meta[SCOPE] = self.scope.module_path
         return node
-
-
-def _forward_is_torchs(module: nn.Module) -> bool:
-    """Return whether a module, perhaps of a user's subclass, runs the forward of a torch.nn or fxquant.nn class."""
-    forward = inspect.getattr_static(type(module), "forward", None)
-    return getattr(forward, "__module__", "").startswith(("torch.", "fxquant.nn."))
 
 
 def trace(model: nn.Module, operators: Sequence[Operator], device: str | None = None) -> Traced:

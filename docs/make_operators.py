@@ -1,0 +1,34 @@
+"""Write docs/operators.md from the operator table."""
+
+import pathlib
+
+from fxquant import OPERATORS
+from fxquant.ops.schema import SCHEMAS
+from fxquant.qconfig import PRESETS
+from fxquant.qconfig_mapping import type_name
+
+_HEAD = """# Operators
+
+What fxquant quantizes, made from the operator table by `python docs/make_operators.py`. Whatever else holds a weight stays
+float, and `fxquant.explain` says why.
+"""
+
+
+def page() -> str:
+    """Return the page's text."""
+    parts = [_HEAD]
+    for row in OPERATORS:
+        kinds = ", ".join(f"`{type_name(kind)}`" for kind in (*row.modules, *row.functions))
+        presets = ", ".join(f"`{name}`" for name, preset in PRESETS.items() if row.accepts(preset))
+        schemes = "; ".join(scheme.name for scheme in row.schemes)
+        parts.append(
+            f"## {row.name}\n\n{row.summary}.\n\n"
+            f"| | |\n|---|---|\n| float | {kinds} |\n| takes | {schemes} |\n| presets | {presets} |\n"
+        )
+    parts.append("## The registered operators\n\nIn graphs, `torch.compile` and `torch.export` they are `torch.ops.fxquant.*`:\n")
+    parts.append("```text\n" + "\n".join(f"{name}{schema}" for name, schema in SCHEMAS.items()) + "\n```\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    (pathlib.Path(__file__).parent / "operators.md").write_text(page(), encoding="utf8")

@@ -25,7 +25,9 @@ def page() -> str:
             f"## {row.name}\n\n{row.summary}.\n\n"
             f"| | |\n|---|---|\n| float | {kinds} |\n| takes | {schemes} |\n| presets | {presets} |\n"
         )
-    parts.append("## The registered operators\n\nIn graphs, `torch.compile` and `torch.export` they are `torch.ops.fxquant.*`:\n")
+    parts.append(
+        "## The registered operators\n\nIn graphs, `torch.compile` and `torch.export` they are `torch.ops.fxquant.*`:\n"
+    )
     parts.append("```text\n" + "\n".join(f"{name}{schema}" for name, schema in SCHEMAS.items()) + "\n```\n")
     return "\n".join(parts)
 

@@ -121,6 +121,7 @@ def _describe(model: FxModule, aliases: dict[str, str]) -> dict[str, Any]:
         },
         "aliases": aliases,
         "preserved": list(record.preserved),
+        "constants": dict(record.constants),
         "float_bytes": record.float_bytes,
     }
 
@@ -206,6 +207,7 @@ def _record(
         mapping=_mapping(plan["mapping"], model, operators),
         operators=tuple(operators),
         preserved=preserve(model, tuple(plan["preserved"])),
+        constants=plan["constants"],
         float_bytes=plan["float_bytes"],
     )
 
@@ -236,7 +238,7 @@ def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operat
 
 def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> FxModule:
     """Return the quantized model without data: the recorded decisions applied to a mirror on the meta device."""
-    traced = trace(model, record.operators, device="meta")
+    traced = trace(model, record.operators, device="meta", constants=record.constants)
     fuse(traced.module, traced.hooked, only=record.fusions)
     try:
         plan = replay(traced.module, record.sites)

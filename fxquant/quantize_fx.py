@@ -15,7 +15,7 @@ from fxquant.graph.fuse import fuse
 from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import check_mapping, plan
-from fxquant.graph.trace import bind_inputs, check_model, propagate, trace
+from fxquant.graph.trace import bind_inputs, capture, check_model, trace
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig_mapping import QConfigMapping
 
@@ -44,8 +44,7 @@ def prepare_fx(
     check_model(model)
     preserved = preserve(model, tuple(preserved_attributes))
     inputs = bind_inputs(model, example_inputs)
-    traced = trace(model, operators)
-    propagate(traced.module, inputs)
+    traced = capture(model, operators, inputs)
     check_mapping(mapping, traced)
     fusions = fuse(traced.module, traced.hooked)
     decided = plan(traced, mapping, operators)
@@ -57,6 +56,7 @@ def prepare_fx(
         mapping=mapping,
         operators=tuple(operators),
         preserved=preserved,
+        constants=traced.constants,
         float_bytes=edit.byte_count(model),
     )
     return finish(traced.module, model, record)
@@ -81,10 +81,12 @@ def fuse_fx(model: nn.Module, example_inputs: Any = None, *, preserved_attribute
     by an assertion in the graph.
     """
     _refuse_ours(model, "fuse_fx")
-    traced = trace(model, OPERATORS)
+    check_model(model)
     preserved = preserve(model, tuple(preserved_attributes))
-    if example_inputs is not None:
-        propagate(traced.module, bind_inputs(model, example_inputs))
+    if example_inputs is None:
+        traced = trace(model, OPERATORS)
+    else:
+        traced = capture(model, OPERATORS, bind_inputs(model, example_inputs))
     fusions = fuse(traced.module, traced.hooked)
     record = Record(stage="fused", fusions=fusions, preserved=preserved, float_bytes=edit.byte_count(model))
     return finish(traced.module, model, record)

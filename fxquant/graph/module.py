@@ -69,6 +69,7 @@ class Record:
     mapping: QConfigMapping = field(default_factory=QConfigMapping)
     operators: tuple[Operator, ...] = ()
     preserved: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
     float_bytes: int = 0
 
     def advance(self, **changes: Any) -> Record:
@@ -186,10 +187,3 @@ def need_stage(model: Any, stage: str, caller: str, cure: str) -> FxModule:
         return model
     got = f"a model that is {model.record.stage} already" if isinstance(model, FxModule) else type(model).__name__
     raise ModelStateError(f"{caller} needs the result of {cure}, got {got}")
-
-
-def tensors_meta(value: Any) -> Any:
-    """Return what is recorded of a node's value: torch.fx's TensorMetadata in the place of each tensor."""
-    from torch.fx.passes.shape_prop import _extract_tensor_metadata
-
-    return torch.utils._pytree.tree_map_only(torch.Tensor, _extract_tensor_metadata, value)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import rnn
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import ExampleInputsError, ModelStateError, TraceError
 from fxquant.graph import edit
-from fxquant.graph.module import tensors_meta
 from fxquant.nn import QuantizedModule
 from fxquant.operators import Operator
+
+_LEAF_FUNCTIONS = (
+    rnn.pack_padded_sequence,
+    rnn.pad_packed_sequence,
+    rnn.pack_sequence,
+    rnn.unpack_sequence,
+    rnn.pad_sequence,
+    rnn.unpad_sequence,
+)
+"""Functions of torch that look at values, and so are calls in the graph instead of being traced through."""
 
 SCOPE = "fxquant_scope"
 """The key in node.meta of the path of the module whose forward made the node."""
@@ -31,6 +44,7 @@ class Traced:
     registered: frozenset[str]  # the paths of the original's parameters and buffers
     hooked: frozenset[str]  # the paths of its modules that have hooks
     aliases: dict[str, tuple[str, ...]]  # a module's path in the graph, and all its paths in the original
+    constants: dict[str, Any]  # the arguments that the graph is made for
 
 
 class _Tracer(fx.Tracer):
@@ -39,7 +53,8 @@ class _Tracer(fx.Tracer):
     record_stack_traces = True
 
     def __init__(self, leaves: tuple[type[nn.Module], ...] = (), hooked: frozenset[str] = frozenset()) -> None:
-        super().__init__(param_shapes_constant=True)
+        super().__init__(autowrap_functions=_LEAF_FUNCTIONS, param_shapes_constant=True)
+        self._autowrap_search.append(rnn)  # also where a model calls them as nn.utils.rnn.pack_padded_sequence
         self._leaves, self._hooked = leaves, hooked
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -58,10 +73,58 @@ class _Tracer(fx.Tracer):
         return node
 
 
-def trace(model: nn.Module, operators: Sequence[Operator], device: str | None = None) -> Traced:
+def capture(model: nn.Module, operators: Sequence[Operator], inputs: tuple[Any, ...]) -> Traced:
+    """Return a model's graph, run once on the example inputs, so that every node's shapes and dtypes are recorded.
+
+    Where plain arguments (None, bool, int, float, str; given or left at their defaults) steer forward, so that it does
+    not trace or run without knowing them, the graph is made for those values, with a warning, and asserts them.
+    Raises what `trace` and `propagate` raise.
+    """
+    try:
+        return _captured(model, operators, inputs, {})
+    except (TraceError, ExampleInputsError):
+        constants = _plain_arguments(model, inputs)
+        if constants:
+            with contextlib.suppress(TraceError, ExampleInputsError):  # then the first error tells more
+                traced = _captured(model, operators, inputs, constants)
+                told = ", ".join(f"{name}={value!r}" for name, value in constants.items())
+                warnings.warn(
+                    f"{type(model).__name__} was traced for {told}, because its forward branches on such values; the "
+                    "graph asserts them. For others, prepare the model once more with them in example_inputs",
+                    stacklevel=3,
+                )
+                return traced
+        raise
+
+
+def _captured(
+    model: nn.Module, operators: Sequence[Operator], inputs: tuple[Any, ...], constants: dict[str, Any]
+) -> Traced:
+    traced = trace(model, operators, constants=constants)
+    propagate(traced.module, inputs)
+    return traced
+
+
+def _plain_arguments(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Return those of a call's arguments, defaults included, that are plain values and so can be fixed."""
+    bound = inspect.signature(model.forward).bind(*inputs)
+    bound.apply_defaults()
+    return {
+        name: value
+        for name, value in bound.arguments.items()
+        if value is None or isinstance(value, (bool, int, float, str))
+    }
+
+
+def trace(
+    model: nn.Module,
+    operators: Sequence[Operator],
+    device: str | None = None,
+    constants: Mapping[str, Any] | None = None,
+) -> Traced:
     """Return a model's graph over a mirror of its modules and tensors, whose hooks are left off meanwhile.
 
-    Raises ModelStateError for a model in training mode or with lazy parameters, TraceError for one that torch.fx cannot
+    constants: arguments that are fixed, and asserted. Raises ModelStateError for a model in training mode or with lazy parameters, TraceError for one that torch.fx cannot
     trace, naming the user's file and line.
     """
     check_model(model)
@@ -74,15 +137,18 @@ def trace(model: nn.Module, operators: Sequence[Operator], device: str | None = 
     tracer = _Tracer(leaves, hooked)
     try:
         with torch.no_grad():
-            graph = tracer.trace(root)
+            graph = tracer.trace(root, dict(constants) if constants else None)
     except Exception as error:
         raise _trace_error(model, error) from error
+    for node in graph.nodes:
+        if node.target in _LEAF_FUNCTIONS:
+            node.meta.pop("is_wrapped", None)  # torch.fx would write a wrap("torch.nn…") that breaks later traces
     name = model.__class__.__name__
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
     aliases = {path: tuple(same) for same in paths.values() for path in same}
-    return Traced(fx.GraphModule(root, graph, name), model, registered, hooked, aliases)
+    return Traced(fx.GraphModule(root, graph, name), model, registered, hooked, aliases, dict(constants or {}))
 
 
 def check_model(model: Any) -> None:
@@ -102,9 +168,10 @@ def _trace_error(model: nn.Module, error: Exception) -> TraceError:
     """Return the error that says where tracing failed, why, and what to try."""
     where = edit.user_frame(error)
     cause = str(error).strip().splitlines()
+    home = type(model).__module__
     return TraceError(
         f"{type(model).__name__} does not trace: {cause[0] if cause else type(error).__name__}\n"
-        f"  at {where or 'an unknown place'}\n"
+        f"  at {where or f'{home}.{type(model).__name__}.forward; put the module inside one of your own, as a leaf'}\n"
         "  torch.fx runs forward once with stand-ins for tensors, so Python cannot branch on, loop over or convert "
         "their values there. Try one of:\n"
         "  - write the choice with tensors (torch.where) or base it on a module attribute;\n"
@@ -136,21 +203,39 @@ def bind_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
 class _Shapes(fx.Interpreter):
     """Runs a graph once and records what each node gave."""
 
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # it would add lines of its own to our errors
+
     def run_node(self, n: fx.Node) -> Any:
         """Return the node's value, its shape and dtype recorded in node.meta["tensor_meta"]."""
         try:
             value = super().run_node(n)
         except Exception as error:
-            given = tensors_meta([self.env[node] for node in n.all_input_nodes])
-            told = ", ".join(f"{tuple(meta.shape)} {meta.dtype}" for meta in given if hasattr(meta, "shape"))
+            given = pytree.tree_leaves([self.env[node] for node in n.all_input_nodes])
+            told = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in given if isinstance(t, torch.Tensor))
             raise ExampleInputsError(
                 f"the model fails on example_inputs at {n.name!r}"
                 f"{f', {edit.node_frame(n)}' if edit.node_frame(n) else ''}, which got [{told}]: "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
                 "  example_inputs are really run: pass one call's arguments, with true shapes, dtypes and value ranges"
             ) from error
-        n.meta["tensor_meta"] = tensors_meta(value)
+        n.meta["tensor_meta"] = _tensors_meta(value)
         return value
+
+
+def _tensors_meta(value: Any) -> Any:
+    """Return a value with torch.fx's TensorMetadata in the place of each tensor; a packed sequence as a tuple."""
+    if isinstance(value, torch.Tensor):
+        return _extract_tensor_metadata(value)
+    if isinstance(value, rnn.PackedSequence):
+        return tuple(_tensors_meta(part) for part in value)
+    parts, form = pytree.tree_flatten(value, is_leaf=lambda part: isinstance(part, (torch.Tensor, rnn.PackedSequence)))
+    return (
+        value
+        if len(parts) == 1 and parts[0] is value
+        else pytree.tree_unflatten([_tensors_meta(part) for part in parts], form)
+    )
 
 
 def propagate(module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
@@ -158,7 +243,7 @@ def propagate(module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
 
     Raises ExampleInputsError where a node fails, naming the user's line.
     """
-    copies = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+    copies = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user meets the float model's own warnings when running it
         _Shapes(module).run(*copies)

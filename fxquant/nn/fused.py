@@ -11,33 +11,33 @@ from torch.overrides import handle_torch_function, has_torch_function
 class LinearReLU(nn.Linear):
     """relu(linear(x)), as one float module. x: (..., I) -> (..., O)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return relu(x @ weight.T + bias)."""
-        return F.relu(super().forward(x))
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return relu(input @ weight.T + bias)."""
+        return F.relu(super().forward(input))
 
 
 class ConvReLU1d(nn.Conv1d):
     """relu(conv1d(x)), as one float module."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return relu of the convolution."""
-        return F.relu(super().forward(x))
+        return F.relu(super().forward(input))
 
 
 class ConvReLU2d(nn.Conv2d):
     """relu(conv2d(x)), as one float module."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return relu of the convolution."""
-        return F.relu(super().forward(x))
+        return F.relu(super().forward(input))
 
 
 class ConvReLU3d(nn.Conv3d):
     """relu(conv3d(x)), as one float module."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return relu of the convolution."""
-        return F.relu(super().forward(x))
+        return F.relu(super().forward(input))
 
 
 WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {

@@ -16,8 +16,8 @@ from fxquant.qconfig import QConfig, default_dynamic_qconfig
 class DynamicQuantizedLinear(QuantizedModule):
     """A Linear with int8 (or float16) weights; its input is quantized at each call, row by row.
 
-    weight: (O, I) int8; weight_scale: (O,) float32; bias: (O,) or None. x: (..., I) float -> (..., O) in x's dtype.
-    Raises ShapeError or DTypeError for another x. docs/numerics.md, eq. 7–8.
+    weight: (O, I) int8; weight_scale: (O,) float32; bias: (O,) or None. input: (..., I) float -> (..., O) in its dtype.
+    Raises ShapeError or DTypeError for another input. docs/numerics.md, eq. 7–8.
     """
 
     relu: ClassVar[bool] = False
@@ -40,10 +40,10 @@ class DynamicQuantizedLinear(QuantizedModule):
         """Return the quantized form of a float Linear (or LinearReLU), which is left as it is."""
         return cls(quantize(module.weight, qconfig), module.bias, qconfig)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x @ weight.T + bias."""
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input @ weight.T + bias."""
         return ops.linear(
-            x, self.weight, self.weight_scale, self.bias, self.relu, self.qconfig.per_row, self.qconfig.qmax
+            input, self.weight, self.weight_scale, self.bias, self.relu, self.qconfig.per_row, self.qconfig.qmax
         )
 
     def extra_repr(self) -> str:

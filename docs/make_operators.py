@@ -9,8 +9,8 @@ from fxquant.qconfig_mapping import type_name
 
 _HEAD = """# Operators
 
-What fxquant quantizes, made from the operator table by `python docs/make_operators.py`. Whatever else holds a weight stays
-float, and `fxquant.explain` says why.
+What fxquant quantizes, made from the operator table by `python docs/make_operators.py`. Whatever else holds a weight
+stays float, and `fxquant.explain` says why.
 """
 
 

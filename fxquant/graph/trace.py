@@ -124,8 +124,8 @@ def trace(
 ) -> Traced:
     """Return a model's graph over a mirror of its modules and tensors, whose hooks are left off meanwhile.
 
-    constants: arguments that are fixed, and asserted. Raises ModelStateError for a model in training mode or with lazy parameters, TraceError for one that torch.fx cannot
-    trace, naming the user's file and line.
+    constants: arguments that are fixed, and asserted. Raises ModelStateError for a model in training mode or with lazy
+    parameters, TraceError for one that torch.fx cannot trace, naming the user's file and line.
     """
     check_model(model)
     hooked = frozenset(name for name, module in model.named_modules() if name and edit.has_hooks(module))

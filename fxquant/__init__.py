@@ -18,6 +18,7 @@ from fxquant.errors import (
 )
 from fxquant.observers import MinMaxObserver, Observer, PerChannelMinMaxObserver
 from fxquant.operators import OPERATORS, Operator
+from fxquant.ops import KernelInfo, kernel_info
 from fxquant.qconfig import (
     QConfig,
     default_dynamic_qconfig,
@@ -42,6 +43,7 @@ __all__ = [
     "MappingNameError",
     "MinMaxObserver",
     "ModelStateError",
+    "KernelInfo",
     "Observer",
     "Operator",
     "PerChannelMinMaxObserver",
@@ -61,6 +63,7 @@ __all__ = [
     "float_qparams_weight_only_qconfig_4bit",
     "fuse_fx",
     "graph_diff",
+    "kernel_info",
     "load",
     "per_channel_dynamic_qconfig",
     "per_tensor_dynamic_qconfig",

@@ -70,20 +70,22 @@ def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> t
     scale = (high * 0.5 - low * 0.5) / ((spec.scale_steps or spec.qmax - spec.qmin) * 0.5)
     flat = scale < FLOAT32_TINY
     # A constant row c: q = 0 and (0 - zero_point) * scale = c with scale |c|, zero_point -sign(c).
-    scale = torch.where(flat, torch.where(low == 0, 1.0, low.abs()), scale)
-    return scale, torch.where(flat, -low.sign(), -low / scale)
+    constant = torch.where(low.abs() < FLOAT32_TINY, 0.0, low)
+    scale = torch.where(flat, torch.where(constant == 0, 1.0, constant.abs()), scale)
+    return scale, torch.where(flat, -constant.sign(), -low / scale)
 
 
 def quantize_with(
     weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: TensorSpec
 ) -> torch.Tensor:
-    """Return the integers of a weight under given qparams: clamp(round(w / scale + zero_point), qmin, qmax).
+    """Return the integers of a weight under given qparams: clamp(round(w (1 / scale) + zero_point), qmin, qmax).
 
     weight: (N, ...) float32; scale, zero_point: (N,) float32 -> (N, ...) int8 or uint8, 4-bit packed along the last
     dimension.
     """
     shape = (-1,) + (1,) * (weight.dim() - 1)
-    q = (weight / scale.view(shape) + zero_point.view(shape)).round_().clamp_(spec.qmin, spec.qmax)
+    inverse = (1.0 / scale).view(shape)  # as torch.ao: a division rounds otherwise where w / scale is close to 127.5
+    q = (weight * inverse + zero_point.view(shape)).round_().clamp_(spec.qmin, spec.qmax)
     q = q.to(spec.torch_dtype)
     return pack_uint4(q) if spec.dtype == "uint4" else q
 

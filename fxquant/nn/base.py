@@ -51,11 +51,12 @@ class QuantizedModule(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = {prefix + name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        mismatched = dtype_errors(own, state_dict)
         errors: list[str] = args[-1]
-        errors.extend(
-            dtype_errors({prefix + name: t for name, t in self._buffers.items() if t is not None}, state_dict)
-        )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        errors.extend(mismatched)
+        if not mismatched:  # else copying would cast before the error is raised
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def dtype_errors(own: Mapping[str, torch.Tensor], incoming: Mapping[str, Any]) -> list[str]:

@@ -46,6 +46,10 @@ class DynamicQuantizedLSTM(QuantizedModule):
                     getattr(module, f"bias_ih_{cell}").float() + getattr(module, f"bias_hh_{cell}").float(),
                 )
 
+        weights = [f"weight_{matrix}_{cell}" for cell in self._cells for matrix in self._matrices]
+        scales = [f"{name}_scale" for name in weights] if qconfig.weight.is_integer else []
+        self._tensor_names = weights, scales, [f"bias_{cell}" for cell in self._cells] if self.bias else []
+
     @classmethod
     def from_float(
         cls, module: nn.LSTM, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
@@ -83,12 +87,16 @@ class DynamicQuantizedLSTM(QuantizedModule):
     def _run(
         self, x: torch.Tensor, sizes: torch.Tensor | None, state: State
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        names = [f"weight_{matrix}_{cell}" for cell in self._cells for matrix in self._matrices]
-        weights = [getattr(self, name) for name in names]
-        scales = [getattr(self, f"{name}_scale") for name in names] if self.qconfig.weight.is_integer else []
-        biases = [getattr(self, f"bias_{cell}") for cell in self._cells] if self.bias else []
+        weights, scales, biases = (self._own(names) for names in self._tensor_names)
         per_row, qmax = self.qconfig.per_row, self.qconfig.qmax
         return ops.lstm(x, sizes, *state, weights, scales, biases, self.bidirectional, per_row, qmax)
+
+    def _own(self, names: list[str]) -> list[torch.Tensor]:
+        """Return own tensors by name, past nn.Module's slow lookup where no compiler needs to see it."""
+        if torch.compiler.is_compiling():
+            return [getattr(self, name) for name in names]
+        buffers, parameters = self._buffers, self._parameters
+        return [buffers[name] if name in buffers else parameters[name] for name in names]  # type: ignore[misc]
 
     def _state(self, x: torch.Tensor, hx: State | None, batch: int, order: torch.Tensor | None) -> State:
         """Return (h0, c0) in the batch's order, or raise ShapeError."""

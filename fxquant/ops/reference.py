@@ -9,6 +9,7 @@ Float16 weights are the exception: they go through torch's float matmul.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ def linear(
     x: (..., I) float; weight: (O, I) int8 or float16; scale: (O,) float32, None for float16; bias: (O,) or None
     -> (..., O) in x's dtype. per_row False: one scale for all of x. qmax: 255, or 127 for 7-bit activations.
     """
-    rows = x.reshape(-1, weight.shape[1]).to(torch.float32)
+    rows = x.reshape(math.prod(x.shape[:-1]), weight.shape[1]).to(torch.float32)
     y = project(rows, weight, scale, per_row, qmax)
     if bias is not None:
         y += bias.to(torch.float32)
@@ -60,7 +61,8 @@ def integer_matmul(q: torch.Tensor, zero_point: torch.Tensor, weight: torch.Tens
     q: (M, K) float32 of whole numbers 0–255; zero_point: (M, 1) float32; weight: (N, K) int8 -> (M, N) int32.
     """
     rows, columns = q.shape
-    if rows and columns and weight.shape[0] and q.device.type == "cpu" and has_exact_int_mm():
+    # One column: torch._int_mm takes weight.t() of (N, 1) for another layout and gives wrong products (torch 2.13).
+    if rows and columns > 1 and weight.shape[0] and q.device.type == "cpu" and has_exact_int_mm():
         # q - 128 fits int8; a last row of ones gives the weights' sums, which turn it back into q - zero_point.
         signed = torch.cat((q - 128.0, q.new_ones(1, columns))).to(torch.int8)
         sums = torch._int_mm(signed, weight.t())

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from fxquant.errors import DTypeError, ShapeError
-from fxquant.ops import reference
 
 LIBRARY = torch.library.Library("fxquant", "DEF")  # type: ignore[no-untyped-call]
 
@@ -137,5 +136,4 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"fxquant::{_name}", _FAKES[_name], lib=LIBRARY)

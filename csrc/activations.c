@@ -1,0 +1,46 @@
+/* The quantization of activation rows: fxquant.numerics.quantize_rows, to the bit. */
+#include <float.h>
+#include <math.h>
+
+#include "fxquant.h"
+
+#if FLT_EVAL_METHOD != 0
+#error "float arithmetic must be plain IEEE single precision: the results would differ from the reference"
+#endif
+
+/* Adding this to a float of less than 2^22 rounds it to a whole number, halves to even, as torch.round does. */
+static const float ROUND = 12582912.0f;
+
+int64_t fxq_depth(int64_t columns) { return (columns + FXQ_DEPTH - 1) / FXQ_DEPTH * FXQ_DEPTH; }
+
+/* 16 more rows: a block of 16 may be partly filled, and the dot form keeps a row of its own (see avx512.h). */
+int64_t fxq_packed_bytes(int64_t rows, int64_t columns) {
+    return (rows + 16) * fxq_depth(columns) * fxq_active->value_bytes;
+}
+
+void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax) {
+    const float low = range->low < -FLT_MAX ? -FLT_MAX : range->low;
+    const float high = range->high > FLT_MAX ? FLT_MAX : range->high;
+    float scale = (high * 0.5f - low * 0.5f) / ((float)qmax * 0.5f);
+    if (scale < FLT_MIN) scale = 1.0f;
+    if (range->is_nan) scale = NAN;
+    const float inverse = 1.0f / scale;
+    float zero = (low * -inverse + ROUND) - ROUND;
+    if (!(zero > 0.0f)) zero = 0.0f; /* NaN too */
+    if (zero > (float)qmax) zero = (float)qmax;
+    const int32_t zero_point = (int32_t)zero;
+    const uint32_t pair = (uint32_t)(-128 * zero_point) << 16 | ((uint32_t)-zero_point & 0xffffu);
+    *row = (struct fxq_row){scale, inverse, zero_point, (int32_t)pair};
+}
+
+void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int64_t stride, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row += 16) {
+        const float *rows[16];
+        const int count = last - row < 16 ? (int)(last - row) : 16;
+        for (int i = 0; i < count; i++) rows[i] = source + (row + i) * stride;
+        fxq_active->quantize(x, row, count, rows);
+    }
+}
+
+/* The block form's copy of a weight's last 64 rows, and 32 rows of 1040 staged outputs: see avx512_blocks.h. */
+int64_t fxq_matmul_scratch_bytes(int64_t columns) { return 64 * fxq_depth(columns) + 32 * 1040 * (int64_t)sizeof(float); }

@@ -1,0 +1,145 @@
+/* The block form of a product (see avx512.h), around a tile product that the includer defines:
+ *
+ * static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int blocks, int tiles,
+ *                      int32_t (*c)[256], struct epilogue *earlier);
+ *
+ * gives c[2 * i + j] = tile of outputs 16 i .. 16 i + 15 (i < tiles <= 4) by activation block j (j < blocks <= 2), each
+ * [16 outputs][16 rows]; meanwhile it calls finish_tiles(earlier, ...) now and then, so that the stores and shuffles of
+ * the last block fill the time in which this block waits for its tiles. */
+
+/* The finished tiles of a block that wait for dequantization. */
+struct epilogue {
+    const struct fxq_matmul *job;
+    const int32_t (*c)[256];
+    int next, count, blocks; /* tiles in the order of c, but the second activation block first */
+    int64_t n, n1, m;        /* first output, end of the outputs, first activation row */
+    int32_t *pairs;          /* corrections of these outputs: see correct() */
+    int ones;                /* in which row of the last activation block the ones are, or -1 */
+    float *out;              /* of (m, n) */
+    const float *addend;
+    int64_t out_stride, addend_stride;
+};
+
+/* A row sum s as two int16, s = 128 * high + low with 0 <= low < 128: then one vpdpwssd with the row's zero_pair,
+ * (-zero_point, -128 * zero_point), subtracts s * zero_point exactly. |high| < 2^15 up to 32768 columns. */
+FXQ_INLINE __m512i make_pairs(__m512i sums) {
+    const __m512i low = _mm512_and_si512(sums, _mm512_set1_epi32(127));
+    return _mm512_or_si512(_mm512_slli_epi32(_mm512_srai_epi32(sums, 7), 16), low);
+}
+
+FXQ_INLINE __m512i correct(__m512i sums, __m512i pairs, int32_t zero_pair) {
+    return _mm512_dpwssd_epi32(sums, pairs, _mm512_set1_epi32(zero_pair));
+}
+
+static void finish_tile(struct epilogue *e, int group, int block) {
+    const int64_t n = e->n + 16 * group, rows = e->job->x->rows - e->m - 16 * block;
+    const int32_t *c = e->c[2 * group + block];
+    __m512i v[16];
+    FXQ_UNROLL(16) for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(c + 16 * i);
+    transpose_16x16(v);
+    if (e->ones >= 0 && block == e->blocks - 1) {
+        const __m512i at = _mm512_mullo_epi32(_mm512_set1_epi32(16), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+        _mm512_storeu_si512(e->pairs + 16 * group, make_pairs(_mm512_i32gather_epi32(at, c + e->ones, 4)));
+    }
+    const __m512i pairs = _mm512_loadu_si512(e->pairs + 16 * group);
+    const struct outputs_16 o = begin_outputs(e->job, n, e->n1);
+    const struct fxq_row *row = e->job->x->row + e->m + 16 * block;
+    float *out = e->out + 16 * block * e->out_stride + 16 * group;
+    const float *addend = e->addend ? e->addend + 16 * block * e->addend_stride + 16 * group : NULL;
+    FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+        if (i >= rows) break;
+        finish_outputs(&o, correct(v[i], pairs, row[i].zero_pair), row[i].scale, out + i * e->out_stride,
+                       addend ? addend + i * e->addend_stride : NULL);
+    }
+}
+
+FXQ_INLINE void finish_tiles(struct epilogue *e, int count) {
+    for (; count > 0 && e->next < e->count; count--, e->next++) {
+        const int group = e->next / e->blocks;
+        finish_tile(e, group, e->blocks - 1 - e->next % e->blocks);
+    }
+}
+
+static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int blocks, int tiles,
+                     int32_t (*c)[256], struct epilogue *earlier);
+
+/* Copy 16 or 32 rows of staged outputs to where they belong, past the caches: whole aligned lines by non-temporal
+ * stores, the ends of each row by masked ones. */
+static void stream_rows(const float *staged, int64_t staged_stride, float *out, int64_t stride, int64_t rows, int64_t columns) {
+    for (int64_t m = 0; m < rows; m++) {
+        const float *from = staged + m * staged_stride;
+        float *to = out + m * stride;
+        const int64_t head = (int64_t)(-((uintptr_t)to >> 2) & 15);
+        int64_t k = head < columns ? head : columns;
+        _mm512_mask_storeu_ps(to, first_lanes(k), _mm512_maskz_loadu_ps(first_lanes(k), from));
+        for (; k + 16 <= columns; k += 16) _mm512_stream_ps(to + k, _mm512_loadu_ps(from + k));
+        const __mmask16 rest = first_lanes(columns - k);
+        if (rest) _mm512_mask_storeu_ps(to + k, rest, _mm512_maskz_loadu_ps(rest, from + k));
+    }
+}
+
+/* Outputs [n0, n1), few enough that their weights stay in the L2 cache, by activation rows [m, m + 16 * blocks). */
+static void matmul_strip(const struct fxq_matmul *job, struct weight_reader *reader, int64_t n0, int64_t n1, int64_t m,
+                         int blocks, int32_t *pairs, int ones, const struct fxq_target *to) {
+    const struct fxq_activations *x = job->x;
+    _Alignas(64) int32_t c[2][8][256]; /* this block's tiles and the last one's: 16 KiB, in the L1 cache */
+    struct epilogue earlier = {.count = 0};
+    int parity = 0;
+    for (int64_t n = n0; n < n1; n += BLOCK_ROWS, parity ^= 1) {
+        const int64_t left = n1 - n < BLOCK_ROWS ? n1 - n : BLOCK_ROWS;
+        const int tiles = (int)(left + 15) / 16;
+        int64_t stride;
+        const int8_t *w = weight_rows(reader, n, 16 * (tiles + (tiles & 1)), &stride);
+        multiply(w, stride, x->depth, (const uint8_t *)x->packed + m * x->depth, blocks, tiles, c[parity], &earlier);
+        finish_tiles(&earlier, 8);
+        earlier = (struct epilogue){
+            .job = job, .c = (const int32_t(*)[256])c[parity], .count = tiles * blocks, .blocks = blocks, .n = n, .n1 = n1,
+            .m = m, .pairs = pairs + (n - n0), .ones = ones, .out = to->out + m * to->out_stride + n - n0,
+            .addend = to->addend ? to->addend + m * to->addend_stride + n - n0 : NULL,
+            .out_stride = to->out_stride, .addend_stride = to->addend_stride};
+    }
+    finish_tiles(&earlier, 8);
+}
+
+/* scratch: BLOCK_ROWS * depth bytes for the weight's end, then 32 * STAGED_STRIDE floats for staged outputs. */
+static void matmul_block_form(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+    const struct fxq_activations *x = job->x;
+    struct weight_reader reader = read_weight(job->weight, job->outputs, x->columns, scratch);
+    float *staged = (float *)((char *)scratch + BLOCK_ROWS * x->depth);
+    _Alignas(64) int32_t pairs[MOST_CHUNK_ROWS + 16];
+    int64_t chunk = CHUNK_BYTES / (x->depth ? x->depth : 1) / BLOCK_ROWS * BLOCK_ROWS;
+    chunk = chunk < BLOCK_ROWS ? BLOCK_ROWS : chunk > MOST_CHUNK_ROWS ? MOST_CHUNK_ROWS : chunk;
+    const int64_t blocks = (x->rows + 15) / 16;
+    /* The ones' product comes with the last activation rows; more than two blocks would need it before. */
+    const int ones = blocks <= 2 && x->rows % 16 && !job->sums ? (int)(x->rows % 16) : -1;
+    for (int64_t n = n0; n < n1; n += chunk) {
+        const int64_t end = n1 - n < chunk ? n1 : n + chunk;
+        if (ones < 0) {
+            if (job->sums) memcpy(pairs, job->sums + n, (size_t)(end - n) * sizeof *pairs);
+            else row_sums(job->weight, job->outputs, x->columns, n, end, pairs, scratch);
+            reader.copied = -1;
+            for (int64_t i = 0; i < end - n; i += 16) {
+                _mm512_store_si512(pairs + i, make_pairs(_mm512_load_si512(pairs + i)));
+            }
+        }
+        for (int64_t block = 0; block < blocks; block += 2) {
+            const int64_t m = 16 * block;
+            const int count = blocks - block < 2 ? 1 : 2;
+            struct fxq_target target = {to->out + n - n0, to->out_stride, to->addend ? to->addend + n - n0 : NULL, to->addend_stride};
+            if (job->stream) { /* matmul_strip adds m * stride */
+                target.out = staged - m * STAGED_STRIDE;
+                target.out_stride = STAGED_STRIDE;
+            }
+            matmul_strip(job, &reader, n, end, m, count, pairs, ones, &target);
+            if (job->stream) {
+                const int64_t rows = x->rows - m < 32 ? x->rows - m : 32;
+                stream_rows(staged, STAGED_STRIDE, to->out + m * to->out_stride + n - n0, to->out_stride, rows, end - n);
+            }
+        }
+    }
+    if (job->stream) _mm_sfence();
+}
+
+static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+    (is_dot_form(job->x) ? matmul_dot_form : matmul_block_form)(job, n0, n1, to, scratch);
+}

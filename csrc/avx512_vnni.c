@@ -1,0 +1,69 @@
+/* AVX512-VNNI: 64 products of uint8 by int8 an instruction (vpdpbusd), added to int32 without saturation. */
+#include "isa.h"
+
+#ifdef FXQ_HAS_VNNI_AND_AMX
+#include <immintrin.h>
+#ifdef __clang__
+FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#else
+FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
+#endif
+
+#define DOT_FORM_ROWS 6 /* beyond, 16 activations in the lanes beat adding up lanes, even if not all 16 are used */
+#include "avx512.h"
+#include "avx512_blocks.h"
+
+FXQ_INLINE __m512i broadcast_4(const int8_t *w) {
+    int32_t four;
+    memcpy(&four, w, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+/* 8 outputs by 32 activations: 16 accumulators, two registers of activations, one of weights. 10 loads for 16 products:
+ * the two product units stay busy. Lanes are activations, 4 columns a lane. */
+FXQ_INLINE void multiply_8x2(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int32_t *c) {
+    __m512i acc[8][2];
+    FXQ_UNROLL(8) for (int i = 0; i < 8; i++) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < depth; k += 4) {
+        const __m512i b0 = _mm512_load_si512(b + 16 * k), b1 = _mm512_load_si512(b + 16 * (depth + k));
+        FXQ_UNROLL(8) for (int i = 0; i < 8; i++) {
+            const __m512i weights = broadcast_4(w + i * stride + k);
+            acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], b0, weights);
+            acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], b1, weights);
+        }
+    }
+    FXQ_UNROLL(8) for (int i = 0; i < 8; i++) {
+        _mm512_store_si512(c + 16 * i, acc[i][0]);
+        _mm512_store_si512(c + 256 + 16 * i, acc[i][1]);
+    }
+}
+
+/* 16 outputs by 16 activations: 16 accumulators, one register of activations, the weights broadcast from memory. */
+FXQ_INLINE void multiply_16x1(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int32_t *c) {
+    __m512i acc[16];
+    FXQ_UNROLL(16) for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < depth; k += 4) {
+        const __m512i b0 = _mm512_load_si512(b + 16 * k);
+        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbusd_epi32(acc[i], b0, broadcast_4(w + i * stride + k));
+    }
+    FXQ_UNROLL(16) for (int i = 0; i < 16; i++) _mm512_store_si512(c + 16 * i, acc[i]);
+}
+
+static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int blocks, int tiles,
+                     int32_t (*c)[256], struct epilogue *earlier) {
+    for (int i = 0; i < tiles; i++) {
+        const int8_t *rows = w + 16 * i * stride;
+        if (blocks == 2) {
+            multiply_8x2(rows, stride, depth, b, c[2 * i]);
+            multiply_8x2(rows + 8 * stride, stride, depth, b, c[2 * i] + 128);
+        } else {
+            multiply_16x1(rows, stride, depth, b, c[2 * i]);
+        }
+        finish_tiles(earlier, blocks);
+    }
+}
+
+const struct fxq_kernels fxq_avx512_vnni = {.name = "avx512_vnni", .value_bytes = 1, .quantize = quantize,
+                                            .row_sums = row_sums, .matmul = matmul, FXQ_ELEMENTWISE};
+FXQ_TARGET_END
+#endif

@@ -1,0 +1,102 @@
+/* Rows of quantized tables, and their sums, means and maxima over bags. */
+#include <stdatomic.h>
+#include <string.h>
+
+#include "fxquant.h"
+
+struct job {
+    const struct fxq_table *table;
+    const struct fxq_indices *indices;
+    const struct fxq_bags *bags;
+    float *out;
+    float *scratch; /* a row a thread */
+    atomic_int status;
+};
+
+static int64_t index_at(const struct fxq_indices *indices, int64_t i) {
+    return indices->is_wide ? ((const int64_t *)indices->values)[i] : ((const int32_t *)indices->values)[i];
+}
+
+static bool is_row(const struct fxq_table *table, int64_t index) { return index >= 0 && index < table->rows; }
+
+static void take_rows(void *arg, int thread, int threads) {
+    struct job *job = arg;
+    const struct fxq_table *table = job->table;
+    const int64_t count = job->indices->count, last = count * (thread + 1) / threads;
+    for (int64_t i = count * thread / threads; i < last; i++) {
+        const int64_t index = index_at(job->indices, i);
+        if (!is_row(table, index)) {
+            atomic_store(&job->status, FXQ_BAD_INDEX);
+            return;
+        }
+        fxq_active->table_row(table, index, job->out + i * table->columns);
+    }
+}
+
+int fxq_embedding(const struct fxq_table *table, const struct fxq_indices *indices, float *out, int threads) {
+    struct job job = {.table = table, .indices = indices, .out = out, .status = FXQ_OK};
+    fxq_run(take_rows, &job, fxq_worthwhile(indices->count * table->columns, indices->count, threads));
+    return atomic_load(&job.status);
+}
+
+/* One bag, its rows added one after another; the mean is the sum divided by the count. */
+static int reduce_bag(const struct job *job, int64_t first, int64_t last, float *row, float *out) {
+    const struct fxq_table *table = job->table;
+    const struct fxq_bags *bags = job->bags;
+    int64_t count = 0;
+    memset(out, 0, (size_t)table->columns * sizeof *out);
+    for (int64_t i = first; i < last; i++) {
+        const int64_t index = index_at(job->indices, i);
+        if (!is_row(table, index)) return FXQ_BAD_INDEX;
+        if (index == bags->padding) continue;
+        const bool is_first_max = bags->mode == FXQ_MAX && count == 0;
+        fxq_active->table_row(table, index, is_first_max ? out : row);
+        if (bags->mode != FXQ_MAX) fxq_active->add_scaled(out, row, bags->weights ? bags->weights[i] : 1.0f, table->columns);
+        else if (!is_first_max) fxq_active->take_greater(out, row, table->columns);
+        count++;
+    }
+    if (bags->mode == FXQ_MEAN && count > 1) {
+        for (int64_t k = 0; k < table->columns; k++) out[k] /= (float)count;
+    }
+    return FXQ_OK;
+}
+
+static void reduce_bags(void *arg, int thread, int threads) {
+    struct job *job = arg;
+    const struct fxq_bags *bags = job->bags;
+    const int64_t columns = job->table->columns, last = bags->count * (thread + 1) / threads;
+    for (int64_t bag = bags->count * thread / threads; bag < last; bag++) {
+        int64_t from = bag * bags->width, to = from + bags->width;
+        if (bags->offsets) {
+            from = bags->offsets[bag];
+            to = bag + 1 < bags->count + bags->has_end ? bags->offsets[bag + 1] : job->indices->count;
+        }
+        const int status = reduce_bag(job, from, to, job->scratch + thread * columns, job->out + bag * columns);
+        if (status != FXQ_OK) {
+            atomic_store(&job->status, status);
+            return;
+        }
+    }
+}
+
+static bool are_offsets_sound(const struct fxq_bags *bags, int64_t indices) {
+    if (bags->offsets == NULL) return true;
+    const int64_t count = bags->count + bags->has_end;
+    if (count && bags->offsets[0] != 0) return false;
+    for (int64_t i = 1; i < count; i++) {
+        if (bags->offsets[i] < bags->offsets[i - 1]) return false;
+    }
+    return count == 0 || bags->offsets[count - 1] <= indices;
+}
+
+int fxq_embedding_bag(const struct fxq_table *table, const struct fxq_indices *indices, const struct fxq_bags *bags,
+                      float *out, int threads) {
+    if (!are_offsets_sound(bags, indices->count)) return FXQ_BAD_OFFSETS;
+    struct job job = {.table = table, .indices = indices, .bags = bags, .out = out, .status = FXQ_OK};
+    threads = fxq_worthwhile(indices->count * table->columns, bags->count, threads);
+    job.scratch = fxq_scratch(threads * table->columns * (int64_t)sizeof(float) + 64);
+    if (job.scratch == NULL) return FXQ_NO_MEMORY;
+    fxq_run(reduce_bags, &job, threads);
+    fxq_trim_scratch();
+    return atomic_load(&job.status);
+}

@@ -1,0 +1,164 @@
+/* What the parts of the kernel library share. Pointers are raw, tensors are dense and row-major, no call keeps anything.
+ *
+ * Words: M rows of activations, K columns (the depth of a product), N outputs. A product is
+ *   y[m][n] = float(sum_k (q[m][k] - zero_point[m]) * weight[n][k]) * (row_scale[m] * scale[n])
+ * with every float operation single and in this order: fxquant/ops/reference.py is the specification, to the bit. So
+ * this code is compiled with -ffp-contract=off and uses no fused multiply-add. */
+#ifndef FXQUANT_H
+#define FXQUANT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define FXQ_DEPTH 64 /* activations are padded with zeros to whole steps of 64 columns */
+
+/* How the values of one row of activations were quantized. */
+struct fxq_row {
+    float scale, inverse;
+    int32_t zero_point;
+    int32_t zero_pair; /* -zero_point and -128 * zero_point as two int16: see correct() in avx512.h */
+};
+
+/* Least and greatest value of something, 0 included; is_nan if a NaN was among them. */
+struct fxq_range {
+    float low, high;
+    bool is_nan;
+};
+
+/* Quantized activations. `packed` is laid out as the instruction set's matmul wants it. */
+struct fxq_activations {
+    int64_t rows, columns, depth; /* depth: columns rounded up to FXQ_DEPTH */
+    int qmax;
+    bool per_row; /* false: row[] was filled from one range for all rows */
+    struct fxq_row *row;
+    void *packed; /* fxq_packed_bytes() */
+};
+
+/* One quantized product, shared by the threads that each compute some outputs of it. */
+struct fxq_matmul {
+    const struct fxq_activations *x;
+    const int8_t *weight; /* (outputs, x->columns) */
+    int64_t outputs;
+    const float *scale; /* (outputs,) */
+    const float *bias;  /* (outputs,) or NULL */
+    const int32_t *sums; /* sums of the weight's rows, or NULL: computed on the way */
+    bool relu;
+    bool stream; /* write past the caches: for outputs too large to be read back from them */
+};
+
+/* Where a thread's outputs [n0, n1) go: out[m * out_stride + n - n0], after adding addend[m * addend_stride + n - n0]. */
+struct fxq_target {
+    float *out;
+    int64_t out_stride;
+    const float *addend; /* or NULL */
+    int64_t addend_stride;
+};
+
+/* A quantized embedding table: real = (value - zero_point) * scale. */
+struct fxq_table {
+    const void *values; /* (rows, columns) int8 or uint8; 4 bits: (rows, (columns + 1) / 2), low nibble first */
+    int64_t rows, columns;
+    int bits;
+    bool is_signed;
+    const float *scale, *zero_point; /* (rows,); zero_point may be NULL */
+};
+
+/* What an instruction set provides. */
+struct fxq_kernels {
+    const char *name;
+    int value_bytes; /* of a packed activation: 1 for uint8, 2 for int16 that the zero point is already taken from */
+    void (*begin)(void), (*end)(void); /* around a thread's work; may be NULL */
+    void (*measure)(const float *x, int64_t count, struct fxq_range *range); /* widens *range */
+    /* Quantize rows [first, first + count) of x, found at rows[0..count). first % 16 == 0, count <= 16. */
+    void (*quantize)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
+    void (*row_sums)(const int8_t *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1, int32_t *sums,
+                     void *scratch); /* NULL where value_bytes is 2 */
+    void (*matmul)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
+    /* gates: 4 runs of `units` floats, gate_stride apart; h may be any buffer of `units`. */
+    void (*lstm_cell)(const float *gates, int64_t gate_stride, int64_t units, float *c, float *h);
+    void (*table_row)(const struct fxq_table *table, int64_t row, float *out);
+    /* out[i] = out[i] + x[i] * weight, or the greater of the two */
+    void (*add_scaled)(float *out, const float *x, float weight, int64_t count);
+    void (*take_greater)(float *out, const float *x, int64_t count);
+};
+
+extern const struct fxq_kernels *fxq_active; /* set by fxq_select_isa */
+
+/* cpu.c: why the named instruction set cannot be used ("" if it can), and its kernels. */
+int fxq_isa_count(void);
+const char *fxq_isa_name(int index); /* best first */
+const char *fxq_isa_obstacle(int index);
+bool fxq_select_isa(int index); /* -1: the best one */
+
+/* pool.c: run fn(arg, thread, threads) on `threads` threads, this one included. fn may find fewer threads than asked. */
+typedef void (*fxq_job)(void *arg, int thread, int threads);
+void fxq_run(fxq_job fn, void *arg, int threads);
+void fxq_barrier(int threads); /* inside fn only */
+extern int64_t fxq_least_share; /* multiplications that a thread must have to be worth waking; tests make it 1 */
+int fxq_worthwhile(int64_t work, int64_t parts, int threads); /* how many of `threads` to use */
+
+/* scratch.c: this thread's reusable memory, at least `bytes`, aligned to 64, or NULL. One block: a later call moves it. */
+void *fxq_scratch(int64_t bytes);
+void fxq_trim_scratch(void); /* gives back an unusually large block */
+
+/* activations.c */
+int64_t fxq_depth(int64_t columns);
+int64_t fxq_packed_bytes(int64_t rows, int64_t columns);
+int64_t fxq_matmul_scratch_bytes(int64_t columns); /* one thread's scratch in matmul and row_sums */
+void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax);
+void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int64_t stride, int64_t first, int64_t last);
+
+/* The operators. They return 0, FXQ_NO_MEMORY or FXQ_BAD_INDEX. */
+enum { FXQ_OK = 0, FXQ_NO_MEMORY = -1, FXQ_BAD_INDEX = -2, FXQ_BAD_OFFSETS = -3 };
+
+struct fxq_linear {
+    const float *x;
+    int64_t rows, columns;
+    const int8_t *weight;
+    int64_t outputs;
+    const float *scale, *bias;
+    float *out;
+    bool relu, per_row;
+    int qmax;
+};
+int fxq_linear(const struct fxq_linear *call, int threads);
+
+struct fxq_lstm_cell_weights {
+    const int8_t *ih, *hh, *hr; /* (4H, I), (4H, P), (P, H) or NULL */
+    const float *ih_scale, *hh_scale, *hr_scale, *bias;
+};
+struct fxq_lstm {
+    const float *x; /* (rows, inputs): steps one after another */
+    int64_t steps, batch, inputs, hidden, outputs; /* outputs: P, which is H without a projection */
+    const int64_t *sizes; /* (steps,) rows a step, or NULL: batch in each */
+    int layers, directions;
+    const struct fxq_lstm_cell_weights *cells; /* layers * directions */
+    const float *h0;                           /* (cells, batch, outputs) */
+    float *h, *c;                              /* h: written; c: (cells, batch, hidden), advanced in place */
+    float *out;                                /* (rows, directions * outputs) */
+    bool per_row;
+    int qmax;
+};
+int fxq_lstm(const struct fxq_lstm *call, int threads);
+
+struct fxq_indices {
+    const void *values;
+    int64_t count;
+    bool is_wide; /* int64, not int32 */
+};
+int fxq_embedding(const struct fxq_table *table, const struct fxq_indices *indices, float *out, int threads);
+
+enum { FXQ_SUM = 0, FXQ_MEAN = 1, FXQ_MAX = 2 };
+struct fxq_bags {
+    const int64_t *offsets; /* (count,), with has_end (count + 1,); NULL: bags of `width` indices each */
+    int64_t count, width;
+    bool has_end;
+    int mode;
+    const float *weights; /* like the indices, or NULL */
+    int64_t padding;      /* index to leave out, or -1 */
+};
+int fxq_embedding_bag(const struct fxq_table *table, const struct fxq_indices *indices, const struct fxq_bags *bags,
+                      float *out, int threads);
+
+#endif

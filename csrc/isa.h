@@ -1,0 +1,43 @@
+/* Which instruction sets this compiler can build, and how a file says that it is written for one.
+ *
+ * Each instruction set has a file of its own, all built with the same flags: a file's functions carry their target
+ * themselves, in gcc's form or in clang's. */
+#ifndef FXQUANT_ISA_H
+#define FXQUANT_ISA_H
+
+#include "fxquant.h"
+
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 6)
+#define FXQ_HAS_AVX2 1
+#endif
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define FXQ_HAS_VNNI_AND_AMX 1
+#endif
+#if defined(__aarch64__) && (defined(__clang__) || __GNUC__ >= 8)
+#define FXQ_HAS_NEON_DOT 1
+#endif
+
+#define FXQ_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define FXQ_TARGET_BEGIN(features) FXQ_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define FXQ_TARGET_END FXQ_PRAGMA(clang attribute pop)
+#define FXQ_UNROLL(count) FXQ_PRAGMA(clang loop unroll_count(count))
+#else
+#define FXQ_TARGET_BEGIN(features) FXQ_PRAGMA(GCC push_options) FXQ_PRAGMA(GCC target(features))
+#define FXQ_TARGET_END FXQ_PRAGMA(GCC pop_options)
+#define FXQ_UNROLL(count) FXQ_PRAGMA(GCC unroll count)
+#endif
+#define FXQ_INLINE static inline __attribute__((always_inline))
+
+extern const struct fxq_kernels fxq_portable;
+#ifdef FXQ_HAS_AVX2
+extern const struct fxq_kernels fxq_avx2;
+#endif
+#ifdef FXQ_HAS_VNNI_AND_AMX
+extern const struct fxq_kernels fxq_avx_vnni, fxq_avx512_vnni, fxq_amx;
+#endif
+#ifdef FXQ_HAS_NEON_DOT
+extern const struct fxq_kernels fxq_neon_dot;
+#endif
+
+#endif

@@ -1,0 +1,110 @@
+"""The one place that decides which implementation a call runs: the native kernels where they can, else plain torch.
+
+`torch.ops.fxquant.*` runs these functions. So does an eager call on plain CPU tensors, without torch's dispatcher (see
+`is_eager`): that costs more than a small product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fxquant.ops import native, reference
+from fxquant.ops.schema import check_indices, check_linear, check_lstm
+
+
+def is_eager(x: object, weight: object) -> bool:
+    """Return whether nobody watches this call: no compiler, tracer, subclass, mode, transform or gradient."""
+    return (
+        not torch.compiler.is_compiling()
+        and (type(x) is torch.Tensor or type(x) is torch.nn.Parameter)
+        and type(weight) is torch.Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not x.is_neg()
+        and torch._C._len_torch_dispatch_stack() == 0  # type: ignore[attr-defined]
+        and torch._C._len_torch_function_stack() == 0  # type: ignore[attr-defined]
+        and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        and torch._C._get_tracing_state() is None  # type: ignore[attr-defined]
+    )
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    relu: bool = False,
+    per_row: bool = True,
+    qmax: int = 255,
+) -> torch.Tensor:
+    """Run `reference.linear` or its native kernel."""
+    check_linear(x, weight)
+    run = native.linear if native.takes(x, weight) else reference.linear
+    return run(x, weight, scale, bias, relu, per_row, qmax)
+
+
+def lstm(
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    bidirectional: bool = False,
+    per_row: bool = True,
+    qmax: int = 255,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run `reference.lstm` or its native kernel."""
+    check_lstm(x, batch_sizes, h0, c0, weights[0].shape[1])
+    run = native.lstm if native.takes(x, weights[0]) else reference.lstm
+    return run(x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax)
+
+
+def embedding(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    embedding_dim: int,
+    bits: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Run `reference.embedding` or its native kernel."""
+    check_indices(indices, "embedding")
+    run = native.embedding if native.takes(indices, weight) else reference.embedding
+    return run(indices, weight, scale, zero_point, embedding_dim, bits, dtype)
+
+
+def embedding_bag(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    embedding_dim: int,
+    offsets: torch.Tensor | None = None,
+    mode: str = "mean",
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+    bits: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Run `reference.embedding_bag` or its native kernel."""
+    check_indices(indices, "embedding bag")
+    run = native.embedding_bag if native.takes(indices, weight) else reference.embedding_bag
+    return run(
+        indices,
+        weight,
+        scale,
+        zero_point,
+        embedding_dim,
+        offsets,
+        mode,
+        per_sample_weights,
+        include_last_offset,
+        padding_idx,
+        bits,
+        dtype,
+    )

@@ -25,6 +25,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+tutorials: $(VENV)/.docs
+	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir build/tutorials --log-level WARN tutorials/*.ipynb
+
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 

@@ -91,7 +91,7 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
     like = torch.empty_like(tensor, device="meta")
     node.target, kwargs = row.convert_function(Call(node.target, operands, {name: like}, site.qconfig))
-    node.args, node.kwargs = (), {key: value for key, value in kwargs.items() if value is not None}
+    node.args, node.kwargs = (), kwargs
     edit.erase_dead(graph, [observed])
     size = sum(part.numel() * part.element_size() for part in quantized if part is not None)
     return replace(site, int_bytes=size)

@@ -26,7 +26,7 @@ _LIBRARIES = (str(pathlib.Path(torch.__file__).parent), str(pathlib.Path(__file_
 
 
 def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn.Module:
-    """Return a copy of a module tree that shares the tensors' storage and nothing else.
+    """Return a copy of a module tree that shares the parameters' storage and nothing else.
 
     Tied tensors stay tied. What the copy's Python code assigns or appends, and what `.to` does to it, never reaches the
     original. device: "meta" for a copy without data. hooks: whether the modules keep their hooks.
@@ -61,7 +61,9 @@ def _tensors(root: nn.Module) -> Iterator[torch.Tensor]:
 
 def _alias(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
     shared = tensor.detach() if device is None else torch.empty_like(tensor, device=device)
-    return nn.Parameter(shared, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shared
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(shared, tensor.requires_grad)
+    return shared if device is not None else shared.clone()  # forward may write into a buffer (a counter, a cache)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -138,9 +138,7 @@ class _Planner:
         """Record a Site and return it, or record why there is none."""
         told = kind if isinstance(kind, str) else type_name(kind)
         if rule.qconfig is None:
-            reason = (
-                f"the mapping says float ({rule.text})" if rule.text != "no entry" else "no mapping entry covers it"
-            )
+            reason = "the mapping says float" if rule.text != "no entry" else "no mapping entry covers it"
         elif reason is None and row is not None and not row.accepts(rule.qconfig):
             takes = "; ".join(scheme.name for scheme in row.schemes)
             if rule.direct:

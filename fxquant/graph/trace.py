@@ -66,6 +66,16 @@ class _Tracer(fx.Tracer):
             or any(isinstance(m, kind) and type(m).forward is kind.forward for kind in self._leaves)
         )
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Return what forward gets for an attribute; torch.fx's own cannot do buffers beside param_shapes_constant."""
+        if self.proxy_buffer_attributes and isinstance(attr_val, torch.Tensor):
+            name = next((name for name, buffer in self.root.named_buffers() if buffer is attr_val), None)
+            if name is not None:
+                if name not in parameter_proxy_cache:
+                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+                return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Return a node that knows its scope."""
         node = super().create_node(*args, **kwargs)
@@ -132,12 +142,9 @@ def trace(
     registered = frozenset(
         name for named in (model.named_parameters, model.named_buffers) for name, _ in named(remove_duplicate=False)
     )
-    root = edit.mirror(model, device, hooks=False)
     leaves = tuple(kind for row in operators for kind in row.modules)
-    tracer = _Tracer(leaves, hooked)
     try:
-        with torch.no_grad():
-            graph = tracer.trace(root, dict(constants) if constants else None)
+        root, graph = _graph(model, _Tracer(leaves, hooked), device, constants)
     except Exception as error:
         raise _trace_error(model, error) from error
     for node in graph.nodes:
@@ -149,6 +156,22 @@ def trace(
         paths.setdefault(id(module), []).append(path)
     aliases = {path: tuple(same) for same in paths.values() for path in same}
     return Traced(fx.GraphModule(root, graph, name), model, registered, hooked, aliases, dict(constants or {}))
+
+
+def _graph(
+    model: nn.Module, tracer: _Tracer, device: str | None, constants: Mapping[str, Any] | None
+) -> tuple[nn.Module, fx.Graph]:
+    """Return a mirror of a model and its graph. Forward meets buffers as they are, and so may branch on their values,
+    unless it writes into one: then that must be a node.
+    """
+    while True:
+        root = edit.mirror(model, device, hooks=False)
+        versions = [buffer._version for buffer in root.buffers()]
+        with torch.no_grad():
+            graph = tracer.trace(root, dict(constants) if constants else None)
+        if tracer.proxy_buffer_attributes or [buffer._version for buffer in root.buffers()] == versions:
+            return root, graph
+        tracer.proxy_buffer_attributes = True
 
 
 def check_model(model: Any) -> None:
@@ -244,6 +267,9 @@ def propagate(module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
     Raises ExampleInputsError where a node fails, naming the user's line.
     """
     copies = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user meets the float model's own warnings when running it
         _Shapes(module).run(*copies)
+        for buffer, before in buffers:  # this run shall not count: forward may write into its buffers
+            buffer.copy_(before)

@@ -1,0 +1,238 @@
+"""Speed, size and loss of the word language model: fxquant beside float torch, torch.ao FX and ONNX Runtime.
+
+    python benchmarks/word_language_model.py [--data FOLDER --checkpoint FILE] [--threads 1,2] [--shapes 25x1,1x1,25x16]
+
+All sides live in one process and take turns: in each round every side is called over and over for a while, and its
+median call is kept. Ratios are taken round by round, so that a machine that slows down does so for both halves. Sides
+whose packages are missing are left out, and said to be. Without a checkpoint the weights are random, of the documents'
+shape (33278 words, 512, 256, 5 layers): time does not depend on their values. With --data the loss is measured too.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script, only benchmarks/ is on the path
+
+from benchmarks.machine import describe_machine  # noqa: E402
+from benchmarks.onnx_runtime import OnnxRuntimeModel, export_quantized  # noqa: E402
+from tutorials.word_language_model import (  # noqa: E402
+    Corpus,
+    WordLanguageModel,
+    WordLanguageModelError,
+    check_eval_mode,
+    evaluate,
+    load_checkpoint,
+    quantize,
+    quantize_with_torch_ao,
+    state_dict_bytes,
+    torch_threads,
+)
+from tutorials.word_language_model.options import shapes, thread_counts, token_count  # noqa: E402
+
+Hidden = tuple[Tensor, Tensor]
+Call = Callable[[Tensor, Hidden], tuple[Tensor, Hidden]]
+DOCUMENTS_SIZES = {"words": 33278, "embedding_size": 512, "hidden_size": 256, "layers": 5}
+FXQUANT = "fxquant"
+FEWEST_CALLS = 5
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to compute the model. `prepare` gives the callable for a number of threads."""
+
+    name: str
+    size_bytes: int
+    prepare: Callable[[int], Call]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The median call of each round, in ms, for a side, shape and number of threads; and its ratio to fxquant."""
+
+    side: str
+    shape: str
+    threads: int
+    rounds_ms: list[float]
+    ratios: list[float]
+
+
+def make_sides(model: WordLanguageModel, folder: Path) -> list[Side]:
+    """Return the sides that can be had here; print which cannot, and why."""
+    example_inputs = (torch.zeros(25, 1, dtype=torch.long), model.init_hidden(1))
+    int8_model = quantize(model, example_inputs)
+    sides = [
+        Side(FXQUANT, state_dict_bytes(int8_model), lambda _: int8_model),
+        Side("float", state_dict_bytes(model), lambda _: model),
+    ]
+    try:
+        theirs = quantize_with_torch_ao(model, example_inputs)
+        sides.append(Side("torch.ao FX", state_dict_bytes(theirs), lambda _: theirs))
+    except ImportError as error:
+        print(f"torch.ao: not here ({error})", file=sys.stderr)
+    try:
+        path = folder / "quantized.onnx"
+        export_quantized(model, example_inputs, path)
+        sides.append(Side("ONNX Runtime", path.stat().st_size, lambda threads: OnnxRuntimeModel(path, threads)))
+    except ImportError as error:
+        print(f"ONNX Runtime: not here ({error})", file=sys.stderr)
+    return sides
+
+
+def median_call_ms(call: Call, words: Tensor, hidden: Hidden, seconds: float) -> float:
+    """Return the median time of a call, from as many as fit into `seconds`; the first quarter only warms up."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < FEWEST_CALLS or time.perf_counter() < end:
+        begin = time.perf_counter()
+        call(words, hidden)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times[len(times) // 4 :])
+
+
+def time_shape(
+    calls: dict[str, Call], words: Tensor, hidden: Hidden, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Return each side's median ms, round by round, the sides taking turns and each round beginning with another."""
+    names = list(calls)
+    results: dict[str, list[float]] = {name: [] for name in names}
+    with torch.no_grad():
+        for round_number in range(rounds):
+            first = round_number % len(names)
+            for name in names[first:] + names[:first]:
+                results[name].append(median_call_ms(calls[name], words, hidden, seconds))
+    return results
+
+
+def measure(sides: list[Side], text: Tensor, model: WordLanguageModel, options: argparse.Namespace) -> list[Timing]:
+    """Return the timings of all sides, for each number of threads and each shape; progress goes to standard error."""
+    timings = []
+    for threads in options.threads:
+        with torch_threads(threads):
+            calls = {side.name: side.prepare(threads) for side in sides}
+            check_eval_mode(calls)
+            for length, batch in options.shapes:
+                shape = f"{length}x{batch}"
+                words = text[: length * batch].view(batch, length).t().contiguous()
+                print(f"measuring {shape}, {threads} thread(s)", file=sys.stderr)
+                found = time_shape(calls, words, model.init_hidden(batch), options.rounds, options.seconds)
+                for name, rounds_ms in found.items():
+                    ratios = [peer / ours for peer, ours in zip(rounds_ms, found[FXQUANT], strict=True)]
+                    timings.append(Timing(name, shape, threads, rounds_ms, ratios))
+    return timings
+
+
+def print_speed(timings: list[Timing]) -> None:
+    """Print a line for each timing: the median over the rounds, and how many times fxquant's time that is."""
+    rows = [
+        (
+            timing.threads,
+            timing.shape,
+            timing.side,
+            f"{statistics.median(timing.rounds_ms):.3f}",
+            f"{min(timing.rounds_ms):.3f}–{max(timing.rounds_ms):.3f}",
+            f"{statistics.median(timing.ratios):.2f}",
+            f"{min(timing.ratios):.2f}–{max(timing.ratios):.2f}",
+        )
+        for timing in timings
+    ]
+    headers = ("threads", "shape", "side", "ms", "least–most", "× fxquant's time", "least–most")
+    print(tabulate(rows, headers=headers, disable_numparse=True, colalign=("right", "left", "left") + ("right",) * 4))
+
+
+def measure_quality(sides: list[Side], text: Tensor | None, hidden: Hidden) -> list[dict[str, object]]:
+    """Return each side's size, and where there is a text its loss, perplexity and time over it at one thread."""
+    rows: list[dict[str, object]] = [{"side": side.name, "size_bytes": side.size_bytes} for side in sides]
+    if text is None:
+        return rows
+    with torch_threads(1):
+        results = evaluate({side.name: side.prepare(1) for side in sides}, text, hidden)
+    for row, result in zip(rows, results.values(), strict=True):
+        row |= {"tokens": result.tokens, "loss": result.loss, "perplexity": result.perplexity}
+        row |= {"seconds": result.seconds, "ms_a_token": result.ms_a_token}
+    return rows
+
+
+def print_quality(rows: list[dict[str, object]]) -> None:
+    """Print sizes in MB and, where measured, the losses."""
+    shown = [{"side": row["side"], "size, MB": row["size_bytes"] / 1e6, **_shown_quality(row)} for row in rows]
+    print(tabulate(shown, headers="keys", floatfmt=("", ".2f", "", ".5f", ".2f", ".2f", ".3f")))
+
+
+def _shown_quality(row: dict[str, object]) -> dict[str, object]:
+    return {key.replace("_", " "): value for key, value in row.items() if key not in ("side", "size_bytes")}
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--data", type=Path, help="folder of train.txt, valid.txt and test.txt")
+    option("--checkpoint", type=Path, help="float model as safetensors")
+    option(
+        "--tokens", type=token_count, default=10_000, metavar="N|all", help="words to take the loss over (%(default)s)"
+    )
+    option("--threads", type=thread_counts, default="1,2", help="(%(default)s)")
+    option("--shapes", type=shapes, default="25x1,1x1,25x16", help="length x batch (%(default)s)")
+    option("--rounds", type=int, default=5, help="(%(default)s)")
+    option("--seconds", type=float, default=1.0, help="for one side in one round (%(default)s)")
+    option("--json", type=Path, help="where to write the figures with the machine's description")
+    return parser.parse_args(arguments)
+
+
+def load(options: argparse.Namespace) -> tuple[WordLanguageModel, Tensor | None]:
+    """Return the model and the test text, or random weights and None."""
+    if options.checkpoint:
+        model = load_checkpoint(options.checkpoint)
+    else:
+        torch.manual_seed(0)
+        model = WordLanguageModel(**DOCUMENTS_SIZES).eval()
+    if not options.data:
+        return model, None
+    corpus = Corpus.from_folder(options.data)
+    for length, batch in options.shapes:
+        words, there = length * batch, len(corpus.test)
+        if words > there:
+            raise WordLanguageModelError(f"{length}x{batch} needs {words} words, the test text has {there}")
+    if len(corpus.dictionary) > model.encoder.num_embeddings:
+        raise WordLanguageModelError(f"{options.data} has more words than the model: {len(corpus.dictionary)}")
+    return model, corpus.test
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and write the JSON file."""
+    options = parse_arguments(arguments)
+    try:
+        model, text = load(options)
+    except WordLanguageModelError as error:
+        raise SystemExit(f"error: {error}") from None
+    machine = describe_machine()
+    print("\n".join(f"{key}: {value}" for key, value in machine.items()), "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        sides = make_sides(model, Path(folder))
+        longest = max(length * batch for length, batch in options.shapes)
+        words = text if text is not None else torch.randint(model.encoder.num_embeddings, (longest,))
+        part = text if text is None or options.tokens is None else text[: options.tokens + 1]
+        quality = measure_quality(sides, part, model.init_hidden(1))
+        print_quality(quality)
+        timings = measure(sides, words, model, options)
+    print()
+    print_speed(timings)
+    if options.json:
+        content = {"machine": machine, "quality": quality, "timings": [asdict(timing) for timing in timings]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
 from fxquant._version import __version__
-from fxquant.errors import CheckpointError, nearest
+from fxquant.errors import CheckpointError, FxQuantError, nearest
 from fxquant.graph import edit
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert
@@ -30,7 +30,8 @@ from fxquant.graph.fuse import fuse
 from fxquant.graph.module import Fusion, FxModule, Left, Record, Site, finish, need_stage, preserve
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import replay
-from fxquant.graph.trace import trace
+from fxquant.graph.trace import check_model, trace
+from fxquant.nn.base import dtype_errors
 from fxquant.operators import OPERATORS, Operator, find_row
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import ObjectType, QConfigMapping, type_name
@@ -69,19 +70,31 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[
 
     Raises CheckpointError for a file that is damaged, altered, foreign, newer than this version, or another model's.
     """
+    check_model(model)
     plan = _read_plan(path)
     try:
         tensors = load_file(path)
+        for name, first in plan["aliases"].items():
+            tensors[name] = tensors[first]
+        record = _record(model, plan, operators, path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    for name, first in plan["aliases"].items():
-        tensors[name] = tensors[first]
-    record = _record(model, plan, operators, path)
+    except FxQuantError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _senseless(path, error) from error
     result = _rebuild(model, record, path)
     _check_tensors(result, tensors, path)
     result.load_state_dict(tensors, assign=True)
     _fill_unsaved(result, model, path)
     return result
+
+
+def _senseless(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    """Return the error for a plan that is signed but not one that `save` writes."""
+    return CheckpointError(
+        f"{path}: its plan makes no sense ({type(error).__name__}: {error}); write it anew with fxquant.save"
+    )
 
 
 def _distinct(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -157,10 +170,10 @@ def _digest(file: BinaryIO) -> tuple[bytes, str]:
     if len(header) < length or not header.startswith(b"{"):
         raise CheckpointError("is cut short, or no safetensors file")
     try:
-        claimed = json.loads(header).get("__metadata__", {}).get("sha256", "")
+        claimed = json.loads(header).get("__metadata__", {}).get("sha256", "").encode()
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"has a damaged header ({error})") from error
-    digest = hashlib.sha256(start + (header.replace(claimed.encode(), _BLANK.encode(), 1) if claimed else header))
+    digest = hashlib.sha256(start + (header.replace(claimed, _BLANK.encode(), 1) if claimed else header))
     while chunk := file.read(_CHUNK_BYTES):
         digest.update(chunk)
     return header, digest.hexdigest()
@@ -180,8 +193,12 @@ def _read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is a safetensors file, but not one that fxquant.save wrote")
     if metadata.get("sha256") != digest:
         raise CheckpointError(f"{path}: is damaged or was altered: its content does not give its own digest")
-    plan: dict[str, Any] = json.loads(metadata["fxquant"])
-    if plan["format"] > FORMAT:
+    try:
+        plan: dict[str, Any] = json.loads(metadata["fxquant"])
+        is_newer = plan["format"] > FORMAT
+    except (LookupError, TypeError, ValueError) as error:
+        raise _senseless(path, error) from error
+    if is_newer:
         raise CheckpointError(
             f"{path}: was written by fxquant {plan['version']} in format {plan['format']}; this is fxquant "
             f"{__version__}, which reads up to format {FORMAT}: upgrade fxquant"
@@ -261,7 +278,7 @@ def _check_tensors(result: FxModule, tensors: dict[str, torch.Tensor], path: str
         if name not in tensors:
             raise CheckpointError(f"{path}: has no tensor {name!r}, which this model needs{nearest(name, tensors)}")
         found = tensors[name]
-        if found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
+        if found.shape != tensor.shape or dtype_errors({name: tensor}, tensors):
             raise CheckpointError(
                 f"{path}: {name!r} is {tuple(found.shape)} {found.dtype}, but this model needs {tuple(tensor.shape)} "
                 f"{tensor.dtype}: the checkpoint is another model's"

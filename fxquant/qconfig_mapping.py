@@ -63,7 +63,7 @@ class QConfigMapping:
     def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> QConfigMapping:
         """Set what modules get whose path matches from its start (re.match); of several entries the first wins."""
         try:
-            re.compile(module_name_regex)
+            re.compile(module_name_regex + "")  # a string: a compiled pattern could not go into a checkpoint
         except (re.error, TypeError) as error:
             raise QConfigError(
                 f"set_module_name_regex: {module_name_regex!r} is no regular expression: {error}"

@@ -85,7 +85,8 @@ def graph_diff(before: nn.Module, after: nn.Module) -> GraphDiff:
         was, size_before = _describe(a, old)
         now, size_after = _describe(b, new)
         sign = "+" if a is None else "-" if b is None else "~" if was != now else " "
-        note = notes.get(name, "") or (notes.get(str(b.target), "") if b is not None and b.op == "call_module" else "")
+        path = next((str(node.target) for node in (b, a) if node is not None and node.op == "call_module"), "")
+        note = notes.get(name, "") or notes.get(path, "")
         rows.append(DiffRow(sign, name, was, "" if sign == " " else now, note, size_before, size_after))
     quantized, candidates = _counts(after if isinstance(after, FxModule) else before)
     return GraphDiff(tuple(rows), edit.byte_count(before), edit.byte_count(after), quantized, candidates)
@@ -131,7 +132,7 @@ def _notes(model: nn.Module) -> dict[str, str]:
     notes = {site.call or site.path: qconfig_name(site.qconfig) for site in record.sites}
     notes.update({left.path: f"float: {left.reason}" for left in record.left})
     for fusion in record.fusions:
-        notes.update({part.replace(".", "_"): f"fused into {fusion.path}" for part in fusion.chain[1:]})
+        notes.update(dict.fromkeys(fusion.chain[1:], f"fused into {fusion.path}"))
     return notes
 
 

@@ -93,6 +93,7 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     node.target, kwargs = row.convert_function(Call(node.target, operands, {name: like}, site.qconfig))
     node.args, node.kwargs = (), kwargs
     edit.erase_dead(graph, [observed])
+    module.delete_submodule(str(site.observer))  # it may stand inside a leaf, which is kept whole
     size = sum(part.numel() * part.element_size() for part in quantized if part is not None)
     return replace(site, int_bytes=size)
 

@@ -117,11 +117,18 @@ class FxModule(fx.GraphModule):
                 f"prepare_fx(..., preserved_attributes=({name!r},))"
             ) from None
 
+    def __copy__(self) -> FxModule:
+        twin = FxModule.build(self, self.graph, self.__class__.__name__, self.record)
+        edit.carry_hooks(self, twin)
+        return twin
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FxModule:
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, FxModule)
         twin.__class__.__name__ = self.__class__.__name__  # a class of the twin's own
         twin.__dict__["record"] = copy.deepcopy(self.record, memo)
+        for name in self.__dict__.keys() - twin.__dict__.keys():  # what the user hung on it
+            twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         for name in edit.HOOKS:
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         return twin
@@ -162,7 +169,7 @@ def _restore(
         node.name, node.meta = own_name, meta
     graph = copy.deepcopy(plain.graph)  # whose namespace knows those names
     module = FxModule.build(plain, graph, name, plain.__dict__["record"])
-    module.__dict__.update(hooks)
+    module.__dict__.update({**{n: v for n, v in plain.__dict__.items() if n not in module.__dict__}, **hooks})
     module.train(plain.training)
     return module
 

@@ -74,13 +74,14 @@ class _Planner:
             return
         if row is not None or own:
             rule = self.rule(path, path.rpartition(".")[0], kind)
-            reason = inside or (row.refuse_module(module) if row else _unknown(module, kind, self.operators))
+            reason = row.refuse_module(module) if row else _unknown(module, kind, self.operators)
+            reason = inside or _replaced(module) or reason
             size = sum(t.numel() * t.element_size() for t in module.parameters())
             self.decide(path, kind, row, rule, reason, size)
         if row is None:
-            shut = inside or (
-                "" if _calls_children(module) else f"{type_name(kind)} reads its children's weights itself"
-            )
+            shut = inside or _replaced(module)
+            if not shut and not _calls_children(module):
+                shut = f"{type_name(kind)} reads its children's weights itself"
             for name, child in module.named_children():
                 self.visit_module(f"{path}.{name}", child, shut)
 
@@ -235,6 +236,11 @@ def _calls_children(module: nn.Module) -> bool:
     forward = inspect.getattr_static(type(module), "forward", None)
     home = getattr(forward, "__module__", "")
     return not home.startswith("torch.") or home == "torch.nn.modules.container"
+
+
+def _replaced(module: nn.Module) -> str:
+    """Return why a module's type does not say what it computes, if so."""
+    return "its forward was replaced on the instance" if "forward" in vars(module) else ""
 
 
 def _unknown(module: nn.Module, kind: type[nn.Module], operators: Sequence[Operator]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,14 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=_LEAF_FUNCTIONS, param_shapes_constant=True)
         self._autowrap_search.append(rnn)  # also where a model calls them as nn.utils.rnn.pack_padded_sequence
         self._leaves, self._hooked = leaves, hooked
+        self._autocast = _autocast()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module is called as it is, rather than traced through."""
         return (
             super().is_leaf_module(m, module_qualified_name)
             or module_qualified_name in self._hooked  # inlining it would lose its hooks
+            or "forward" in vars(m)  # replaced on the instance, perhaps by a closure over the original
             or isinstance(m, (QuantizedModule, torch.jit.ScriptModule))
             or any(isinstance(m, kind) and type(m).forward is kind.forward for kind in self._leaves)
         )
@@ -76,11 +78,30 @@ class _Tracer(fx.Tracer):
                 return parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Return a node that knows its scope."""
-        node = super().create_node(*args, **kwargs)
+    def create_node(self, kind: str, target: Any, args: tuple[Any, ...], *rest: Any, **named: Any) -> fx.Node:
+        """Return a node that knows its scope; refuse what a graph would silently compute otherwise."""
+        if _autocast() != self._autocast:
+            raise RuntimeError("forward enters torch.autocast, which a graph does not hold; enter it around the call")
+        if kind == "call_method" and target.endswith("_") and not target.endswith("__") and _is_fresh(args[0]):
+            raise RuntimeError(
+                f"forward writes (.{target}) into a tensor that it makes itself, which a graph makes only once; "
+                "make it from an input: x.new_zeros(...)"
+            )
+        node = super().create_node(kind, target, args, *rest, **named)
         node.meta[SCOPE] = self.scope.module_path
         return node
+
+
+def _autocast() -> tuple[torch.dtype | None, ...]:
+    """Return what torch.autocast now casts to, a device type at a time; None where it is off."""
+    return tuple(
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")
+    )
+
+
+def _is_fresh(operand: Any) -> bool:
+    """Return whether an operand is a tensor that is neither the model's nor an input's."""
+    return isinstance(operand, fx.Node) and operand.op == "get_attr" and str(operand.target).startswith("_tensor_con")
 
 
 def capture(model: nn.Module, operators: Sequence[Operator], inputs: tuple[Any, ...]) -> Traced:
@@ -144,7 +165,7 @@ def trace(
     )
     leaves = tuple(kind for row in operators for kind in row.modules)
     try:
-        root, graph = _graph(model, _Tracer(leaves, hooked), device, constants)
+        root, graph = _graph(model, lambda: _Tracer(leaves, hooked), device, constants)
     except Exception as error:
         raise _trace_error(model, error) from error
     for node in graph.nodes:
@@ -159,19 +180,26 @@ def trace(
 
 
 def _graph(
-    model: nn.Module, tracer: _Tracer, device: str | None, constants: Mapping[str, Any] | None
+    model: nn.Module, make_tracer: Callable[[], _Tracer], device: str | None, constants: Mapping[str, Any] | None
 ) -> tuple[nn.Module, fx.Graph]:
     """Return a mirror of a model and its graph. Forward meets buffers as they are, and so may branch on their values,
-    unless it writes into one: then that must be a node.
+    unless it writes into one, or slices one by an input's size: then buffers must be nodes.
     """
-    while True:
-        root = edit.mirror(model, device, hooks=False)
+    failure: Exception | None = None
+    for buffers_are_nodes in (False, True):
+        root, tracer = edit.mirror(model, device, hooks=False), make_tracer()
+        tracer.proxy_buffer_attributes = buffers_are_nodes
         versions = [buffer._version for buffer in root.buffers()]
-        with torch.no_grad():
-            graph = tracer.trace(root, dict(constants) if constants else None)
-        if tracer.proxy_buffer_attributes or [buffer._version for buffer in root.buffers()] == versions:
+        try:
+            with torch.no_grad():
+                graph = tracer.trace(root, dict(constants) if constants else None)
+        except Exception as error:
+            failure = failure or error
+            continue
+        if buffers_are_nodes or [buffer._version for buffer in root.buffers()] == versions:
             return root, graph
-        tracer.proxy_buffer_attributes = True
+    assert failure is not None
+    raise failure
 
 
 def check_model(model: Any) -> None:
@@ -180,6 +208,11 @@ def check_model(model: Any) -> None:
         raise ModelStateError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelStateError("TorchScript models cannot be traced; pass the nn.Module that it was made from")
+    if "forward" in vars(model):
+        raise ModelStateError(
+            f"the forward of this {type(model).__name__} was replaced on the instance, where torch.fx does not see it; "
+            "define it in a class"
+        )
     if model.training:
         raise ModelStateError(f"{type(model).__name__} is in training mode; call model.eval() first")
     for name, parameter in model.named_parameters():

@@ -9,8 +9,8 @@ from fxquant.operators.base import FLOAT16_WEIGHTS, INT8_DYNAMIC, Operator, refu
 
 
 def _refuse(module: nn.LSTM) -> str | None:
-    if len(module._parameters) != len(module._flat_weights):
-        return "its weights are recomputed at each call (weight_norm or the like); remove that first"
+    if any(name not in module._parameters for name in module._flat_weights_names):
+        return "its weights are recomputed at each call (weight_norm, pruning or the like); remove that first"
     return refuse_parameters(module)
 
 

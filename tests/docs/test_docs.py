@@ -1,0 +1,52 @@
+"""The documentation says what the code does."""
+
+import importlib.util
+import pathlib
+import re
+
+import torch
+from torch import nn
+
+import fxquant
+from fxquant import QConfigMapping, default_dynamic_qconfig
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+def test_operators_page_is_made_from_the_table():
+    spec = importlib.util.spec_from_file_location("make_operators", DOCS / "make_operators.py")
+    make_operators = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_operators)
+    assert (DOCS / "operators.md").read_text(encoding="utf8") == make_operators.page(), "run docs/make_operators.py"
+
+
+def test_the_operator_of_the_guide_works_as_printed(tmp_path):
+    code = re.search(r"```python\n(.*?)```", (DOCS / "adding_an_operator.md").read_text(encoding="utf8"), re.S).group(1)
+    definitions, call = code.split("prepared = ")
+    names: dict = {"__name__": "guide"}
+    exec(definitions, names)
+    names["model"] = nn.Sequential(names["LookupSum"](30, 8), nn.Linear(8, 4)).eval()
+    names["mapping"] = QConfigMapping().set_global(default_dynamic_qconfig)
+    names["example_inputs"] = indices = torch.randint(30, (5, 3))
+    exec("prepared = " + call, names)
+    quantized = fxquant.convert_fx(names["prepared"])
+    assert [site.operator for site in quantized.record.sites] == ["lookup_sum", "linear"]
+    table = names["model"][0].table
+    rows = quantized.get_submodule("0")(indices)
+    assert (rows - names["model"][0](indices)).abs().max() <= 3 * table.abs().max() / 254 * (1 + 1e-5)
+
+    fxquant.save(quantized, tmp_path / "m.safetensors")
+    operators = (*fxquant.OPERATORS, names["LOOKUP_SUM"])
+    loaded = fxquant.load(names["model"], tmp_path / "m.safetensors", operators=operators)
+    assert torch.equal(loaded(indices), quantized(indices))
+
+
+def test_every_public_name_that_the_pages_import_exists():
+    for page in [ROOT / "README.md", *DOCS.glob("*.md")]:
+        for module, names in re.findall(
+            r"^from (fxquant\S*) import ([^\n#(]+)$", page.read_text(encoding="utf8"), re.M
+        ):
+            room = importlib.import_module(module)
+            for name in names.split(","):
+                assert hasattr(room, name.strip()), f"{page.name}: {module} has no {name.strip()}"

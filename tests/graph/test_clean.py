@@ -1,0 +1,79 @@
+"""Clean: what is unused goes, what the user wrote stays, nothing is shared with the float model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxquant import convert_fx
+from tests.samples import prepare, quantize
+
+
+class Careful(nn.Module):
+    """Calls whose results nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("spare", torch.zeros(3))
+
+    def forward(self, x):
+        torch._assert(x.shape[-1] == 4, "last dimension must be 4")
+        x = x * 1
+        x.clamp_(min=0)
+        F.relu_(x)
+        return self.net(x)
+
+
+def test_asserts_and_inplace_calls_are_kept():
+    quantized = quantize(Careful(), torch.randn(2, 4))
+    assert [n.target for n in quantized.graph.nodes if n.op in ("call_function", "call_method")].count(
+        torch._assert
+    ) == 1
+    negative = -torch.rand(2, 4)
+    assert torch.equal(quantized(negative), quantized(torch.zeros(2, 4)))
+    with pytest.raises(AssertionError, match="last dimension must be 4"):
+        quantized(torch.randn(2, 5))
+
+
+def test_unused_modules_and_tensors_go():
+    quantized = quantize(Careful(), torch.randn(2, 4))
+    assert {name.split(".")[0] for name in quantized.state_dict()} == {"net"}
+
+
+def test_nothing_is_shared_with_the_float_model():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.net = nn.Conv1d(4, 4, 1), nn.LayerNorm(4), nn.Linear(4, 4)
+            self.scale = nn.Parameter(torch.ones(4))
+            self.register_buffer("shift", torch.ones(4))
+
+        def forward(self, x):
+            return self.net(self.norm(self.conv(x))) * self.scale + self.shift
+
+    model = Model()
+    prepared = prepare(model, torch.randn(2, 4, 4))
+    quantized = convert_fx(prepared)
+    theirs = {t.untyped_storage().data_ptr() for m in (model, prepared) for t in m.state_dict().values()}
+    assert theirs.isdisjoint(t.untyped_storage().data_ptr() for t in quantized.state_dict().values())
+
+
+def test_tied_float_tensors_stay_tied_when_copied():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.net = nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.net(self.b(self.a(x)))
+
+    quantized = quantize(Model(), torch.randn(2, 4, 4))
+    assert quantized.a.weight is quantized.b.weight
+
+
+def test_the_code_of_the_graph_is_printable_and_linted():
+    quantized = quantize(Careful(), torch.randn(2, 4))
+    quantized.graph.lint()
+    assert "def forward" in quantized.code

@@ -1,0 +1,188 @@
+"""FxModule: copies, pickles and torch.save keep all of it; its attributes and its state_dict."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxquant import FxQuantError, convert_fx, explain, fuse_fx
+from fxquant.graph.module import FxModule, stage_of
+from tests.samples import WordLM, everything, lm_inputs, prepare, quantize, same_bits
+
+
+def through_torch_save(module):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+TWINS = {
+    "deepcopy": copy.deepcopy,
+    "copy of a copy": lambda m: copy.deepcopy(copy.deepcopy(m)),
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "pickle of a pickle": lambda m: pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(m)))),
+    "pickle of a copy": lambda m: pickle.loads(pickle.dumps(copy.deepcopy(m))),
+    "torch.save": through_torch_save,
+}
+
+
+class Busy(nn.Module):
+    """Modules, functionals, a tie, methods of the same name: what node names are hard to keep for."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.linear, self.drop = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Dropout()
+        self.add_module("a|b", nn.Linear(8, 8))
+
+    def forward(self, ids, scale: float = 2.0):
+        x = self.drop(self.encoder(ids))
+        x = F.linear(F.relu(self.linear(x)), self.linear.weight) * scale
+        x = F.linear(getattr(self, "a|b")(x), self.encoder.weight)
+        torch._assert(x.shape[-1] == 20, "columns")
+        return {"logits": x, "none": None, "pair": (x + 1, 3)}
+
+
+@pytest.fixture(params=["fused", "prepared", "quantized"])
+def model(request):
+    float_model, ids = Busy().eval(), torch.arange(5)
+    if request.param == "fused":
+        return fuse_fx(float_model, ids)
+    prepared = prepare(float_model, ids)
+    return prepared if request.param == "prepared" else convert_fx(prepared)
+
+
+@pytest.mark.parametrize("twin_of", TWINS.values(), ids=TWINS)
+def test_a_twin_computes_the_same_and_goes_on(model, twin_of):
+    ids = torch.arange(7)
+    twin = twin_of(model)
+    assert isinstance(twin, FxModule)
+    assert same_bits(twin(ids), model(ids))
+    assert twin.record == model.record
+    assert not twin.training
+    assert twin.__class__.__name__ == "Busy"
+    if stage_of(model) == "prepared":
+        assert same_bits(convert_fx(twin)(ids), convert_fx(model)(ids))
+    if stage_of(model) != "fused":
+        assert str(explain(twin)) == str(explain(model))
+
+
+@pytest.mark.parametrize("twin_of", TWINS.values(), ids=TWINS)
+def test_a_twin_keeps_names_targets_shapes_and_stack_traces(model, twin_of):
+    twin = twin_of(model)
+    for a, b in zip(model.graph.nodes, twin.graph.nodes, strict=True):
+        assert (a.name, a.op, str(a.target)) == (b.name, b.op, str(b.target))
+        assert a.stack_trace == b.stack_trace
+        assert ("tensor_meta" in a.meta) == ("tensor_meta" in b.meta)
+    assert any(node.stack_trace for node in twin.graph.nodes)
+
+
+@pytest.mark.parametrize("twin_of", TWINS.values(), ids=TWINS)
+def test_a_twin_shares_no_tensor(model, twin_of):
+    twin = twin_of(model)
+    mine = {t.data_ptr() for t in model.state_dict().values()}
+    assert mine.isdisjoint(t.data_ptr() for t in twin.state_dict().values())
+
+
+def test_a_shallow_copy_is_one_of_ours(model):
+    twin, ids = copy.copy(model), torch.arange(7)
+    assert isinstance(twin, FxModule)
+    assert twin.record is model.record
+    assert same_bits(twin(ids), model(ids))
+
+
+def test_tied_tables_stay_tied_in_twins():
+    quantized = quantize(WordLM(ninp=8, tie=True), *lm_inputs(WordLM()))
+    assert quantized.encoder.weight is quantized.decoder.weight
+    for twin_of in TWINS.values():
+        twin = twin_of(quantized)
+        assert twin.encoder.weight.data_ptr() == twin.decoder.weight.data_ptr()
+
+
+def test_a_state_dict_of_the_float_model_is_refused_and_nothing_is_changed():
+    model = WordLM().eval()
+    quantized = quantize(model, *lm_inputs(model))
+    before = {n: t.clone() for n, t in quantized.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"encoder.weight holds torch.int8, the state_dict has torch.float32"):
+        quantized.load_state_dict(model.state_dict(), strict=False)
+    assert all(torch.equal(t, before[n]) for n, t in quantized.state_dict().items())
+
+
+def test_a_functionals_integers_are_refused_as_floats():
+    from tests.samples import Call
+
+    quantized = quantize(Call(F.linear, 4, 6), torch.randn(2, 6))
+    state = {n: t.float() for n, t in quantized.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"weight_int8 holds torch.int8, the state_dict has torch.float32"):
+        quantized.load_state_dict(state)
+
+
+def test_a_state_dict_of_another_shape_is_torchs_error():
+    small, big = WordLM().eval(), WordLM(nhid=9).eval()
+    quantized, other = quantize(small, *lm_inputs(small)), quantize(big, *lm_inputs(big))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        quantized.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to(torch.bfloat16)])
+def test_another_dtype_keeps_int8_and_scales(move):
+    model = WordLM().eval()
+    inputs = lm_inputs(model)
+    quantized = quantize(model, *inputs)
+    before = {n: t.clone() for n, t in quantized.state_dict().items()}
+    move(quantized)
+    for name, tensor in quantized.state_dict().items():
+        if not name.split(".")[-1].startswith("bias"):
+            assert torch.equal(tensor, before[name])
+            assert tensor.dtype == before[name].dtype
+
+
+@pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.double()])
+def test_another_dtype_keeps_the_scales_of_functionals(move):
+    from tests.samples import Call
+
+    quantized = quantize(Call(F.linear, 4, 6), torch.randn(2, 6))
+    scale = quantized.weight_scale.clone()
+    move(quantized)
+    assert quantized.weight_scale.dtype == torch.float32
+    assert torch.equal(quantized.weight_scale, scale)
+
+
+def test_an_unknown_attribute_says_how_to_keep_it():
+    model = WordLM()
+    for result in (prepare(model, *lm_inputs(model)), quantize(model, *lm_inputs(model))):
+        with pytest.raises(
+            AttributeError, match=r"no attribute 'init_hidden'.*preserved_attributes=\('init_hidden',\)"
+        ):
+            result.init_hidden(3)
+        assert not hasattr(result, "init_hidden")
+
+
+def test_a_method_moved_by_dtype_is_still_the_models():
+    model = WordLM()
+    quantized = quantize(model, *lm_inputs(model), preserved_attributes=("init_hidden", "nlayers", "nhid"))
+    assert quantized.half().init_hidden(2)[0].shape == (2, 2, 8)
+
+
+def test_what_the_user_hangs_on_a_result_is_kept_in_twins(model):
+    model.vocabulary = {"<eos>": 0}
+    for name, twin_of in TWINS.items():
+        twin = twin_of(model)
+        assert twin.vocabulary == {"<eos>": 0}, name
+        assert twin.vocabulary is not model.vocabulary
+
+
+def test_every_error_of_ours_is_caught_by_one_name():
+    with pytest.raises(FxQuantError, match="convert_fx needs the result of prepare_fx"):
+        convert_fx(nn.Linear(2, 2))
+
+
+def test_stages():
+    model, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4)
+    prepared = prepare(model, x, mapping=everything())
+    stages = [stage_of(m) for m in (model, fuse_fx(model, x), prepared, convert_fx(prepared))]
+    assert stages == ["float", "fused", "prepared", "quantized"]

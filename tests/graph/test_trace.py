@@ -1,0 +1,397 @@
+"""Tracing: leaves, errors that name the user's line, example inputs that are really run."""
+
+import copy
+import pathlib
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxquant import (
+    OPERATORS,
+    ExampleInputsError,
+    ModelStateError,
+    TraceError,
+    convert_fx,
+    fuse_fx,
+    prepare_fx,
+)
+from fxquant.graph.trace import trace
+from tests.samples import WordLM, everything, lm_inputs, prepare, quantize, same_bits
+
+HERE = pathlib.Path(__file__).name
+
+
+def line_of(text):
+    """Return the number of the first line of this file that holds a text."""
+    lines = pathlib.Path(__file__).read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if text in line)
+
+
+class BranchOnValue(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:  # the branch
+            return x
+        return -x
+
+
+class LoopOverTensor(nn.Module):
+    def forward(self, x):
+        return sum(row for row in x)  # the loop
+
+
+class ToNumber(nn.Module):
+    def forward(self, x):
+        return x * float(x.max())  # the conversion
+
+
+class Bug(nn.Module):
+    def forward(self, x):
+        return x + self.absent  # the bug
+
+
+@pytest.mark.parametrize(
+    ("kind", "marker"),
+    [
+        (BranchOnValue, "# the branch"),
+        (LoopOverTensor, "# the loop"),
+        (ToNumber, "# the conversion"),
+        (Bug, "# the bug"),
+    ],
+)
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_model_that_does_not_trace_names_the_users_line(kind, marker, is_nested):
+    model = nn.Sequential(nn.Linear(2, 2), kind()) if is_nested else kind()
+    with pytest.raises(TraceError, match=rf"does not trace: .+\n.*{HERE}:{line_of(marker)}, in forward") as caught:
+        prepare(model, torch.ones(2, 2))
+    assert "torch.fx.wrap" in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("call", [lambda m: prepare_fx(m, everything(), torch.ones(2, 2)), fuse_fx])
+def test_training_mode_is_an_error(call):
+    with pytest.raises(ModelStateError, match=r"Linear is in training mode; call model.eval\(\) first"):
+        call(nn.Linear(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated", "ignore:.*torch.jit.*is not supported")
+def test_a_torchscript_model_is_an_error():
+    with pytest.raises(ModelStateError, match="TorchScript models cannot be traced"):
+        prepare_fx(torch.jit.script(nn.Linear(2, 2)).eval(), everything(), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("thing", [None, lambda x: x, {"a": 1}, nn.Linear])
+def test_something_that_is_no_module_is_an_error(thing):
+    with pytest.raises(ModelStateError, match=r"expected a torch.nn.Module, got"):
+        prepare_fx(thing, everything(), torch.ones(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_lazy_module_is_an_error():
+    with pytest.raises(ModelStateError, match=r"'0.weight' is lazy and has no shape yet"):
+        prepare(nn.Sequential(nn.LazyLinear(3)), torch.ones(2, 2))
+
+
+def test_example_inputs_may_be_one_tensor_or_a_list():
+    model, x = nn.Sequential(nn.Linear(2, 2)).eval(), torch.ones(3, 2)
+    for inputs in (x, (x,), [x]):
+        assert torch.equal(prepare_fx(model, everything(), inputs)(x), model(x))
+
+
+@pytest.mark.parametrize("inputs", [None, {"x": 1}, "x", 3])
+def test_example_inputs_of_another_kind_are_an_error(inputs):
+    with pytest.raises(ExampleInputsError, match=f"or one tensor, got {type(inputs).__name__}"):
+        prepare_fx(nn.Linear(2, 2).eval(), everything(), inputs)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_wrong_number_of_example_inputs_is_an_error(count):
+    with pytest.raises(ExampleInputsError, match=rf"has {count} arguments, but forward is Linear\(input"):
+        prepare_fx(nn.Linear(2, 2).eval(), everything(), (torch.ones(3, 2),) * count)
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.net(x)  # the line that fails
+
+
+@pytest.mark.parametrize("x", [torch.ones(3, 5), torch.ones(3, 4, dtype=torch.int64), torch.ones(3, 4).double()])
+def test_example_inputs_that_do_not_run_name_node_line_and_what_came(x):
+    message = (
+        rf"the model fails on example_inputs at 'net'.*{HERE}:{line_of('# the line that fails')}, "
+        rf"which got \[\({', '.join(map(str, x.shape))}\) {x.dtype}\]"
+    )
+    with pytest.raises(ExampleInputsError, match=message):
+        prepare(Named(), x)
+
+
+def test_shapes_and_dtypes_of_every_node_are_recorded():
+    model = WordLM()
+    prepared = prepare(model, *lm_inputs(model, 5, 3))
+    found = {n.name: n.meta["tensor_meta"] for n in prepared.graph.nodes if n.op == "call_module"}
+    assert (found["encoder"].shape, found["encoder"].dtype) == ((5, 3, 12), torch.float32)
+    assert found["rnn"][1][0].shape == (2, 3, 8)
+    assert all("tensor_meta" in n.meta for n in prepared.graph.nodes if n.op not in ("output", "get_attr"))
+
+
+def test_nodes_have_stack_traces_of_the_users_lines():
+    model = WordLM()
+    quantized = convert_fx(prepare(model, *lm_inputs(model)))
+    for node in quantized.graph.nodes:
+        if node.op == "call_module":
+            assert re.search(r'samples\.py", line \d+, in forward', node.stack_trace)
+
+
+def test_leaves_are_the_tables_modules_and_torchs_own():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return torch.tanh(self.inner(x))
+
+    graph = trace(nn.Sequential(Own(), nn.LayerNorm(2)).eval(), OPERATORS).module.graph
+    assert [n.target for n in graph.nodes if n.op == "call_module"] == ["0.inner", "1"]
+
+
+def test_a_users_subclass_with_a_forward_of_its_own_is_traced_through():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight) * 2
+
+    model, x = nn.Sequential(Scaled(4, 4)), torch.randn(3, 4)
+    prepared = prepare(model, x)
+    assert [site.path for site in prepared.record.sites] == ["0.weight"]
+    assert torch.equal(prepared(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["a|b", "3", "a b", "é", "a-b"])
+def test_odd_submodule_names(name):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module(name, nn.Linear(4, 4))
+            self.inner = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 4), nn.ReLU())})
+
+        def forward(self, x):
+            x = F.linear(getattr(self, name)(x), getattr(self, name).weight)
+            return self.inner[name](x)
+
+    model, x = Model(), torch.randn(3, 4)
+    prepared = prepare(model, x)
+    assert torch.equal(prepared(x), model(x))
+    assert len(prepared.record.sites) == 3
+    quantized = convert_fx(prepared)
+    assert (quantized(x) - model(x)).norm() < 0.1 * model(x).norm()
+
+
+def test_a_model_that_sets_attributes_in_forward():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.calls, self.last, self.log = nn.Linear(4, 4), 0, None, []
+
+        def forward(self, x):
+            self.calls += 1
+            self.last = self.net(x)
+            self.log.append("called")
+            return self.last
+
+    model, x = Model(), torch.randn(3, 4)
+    quantized = quantize(model, x)
+    assert (model.calls, model.last, model.log) == (0, None, [])
+    assert quantized(x).shape == (3, 4)
+
+
+def test_a_model_that_appends_to_a_global_like_list_of_its_child():
+    class Child(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.seen = nn.Linear(4, 4), {"shapes": []}
+
+        def forward(self, x):
+            self.seen["shapes"].append(1)
+            return self.net(x)
+
+    model = nn.Sequential(Child())
+    quantize(model, torch.randn(3, 4))
+    assert model[0].seen == {"shapes": []}
+
+
+def test_a_buffer_written_in_forward_is_the_prepared_models_own():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 4)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count.add_(1)
+            return self.net(x) + self.count
+
+    model, x = Model().eval(), torch.randn(3, 4)
+    prepared = prepare(model, x)
+    quantized = convert_fx(prepared)
+    assert (prepared.count.item(), quantized.count.item()) == (0, 0)
+    assert torch.equal(prepared(x), copy.deepcopy(model)(x))
+    for module, counts in ((prepared, (1, 0)), (quantized, (0, 1))):
+        for other in (prepared, quantized):
+            other.count.zero_()
+        module(x)
+        assert (prepared.count.item(), quantized.count.item()) == counts
+    assert model.count == 0
+
+
+def test_a_graph_module_can_be_prepared():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), torch.randn(3, 4)
+    graph = torch.fx.symbolic_trace(model)
+    assert same_bits(quantize(graph, x)(x), quantize(model, x)(x))
+
+
+def test_a_module_with_a_lock_can_be_prepared():
+    import threading
+
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    model.lock = threading.Lock()
+    assert quantize(model, x)(x).shape == (3, 4)
+
+
+def test_shape_arithmetic_stays_dynamic():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 6)
+
+        def forward(self, x):
+            b, t, _ = x.shape
+            return self.net(x).view(b, t, 2, 3).reshape(b * t, -1)
+
+    quantized = quantize(Model(), torch.randn(2, 3, 4))
+    assert quantized(torch.randn(5, 7, 4)).shape == (35, 6)
+
+
+def test_tracing_fires_no_autograd():
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    prepare(model, x)
+    assert all(p.grad is None and p.is_leaf for p in model.parameters())
+
+
+class PositionalEncoding(nn.Module):
+    """A buffer sliced by the input's length, as in the transformer tutorial."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+        self.register_buffer("pe", torch.randn(50, 1, 4))
+
+    def forward(self, x):
+        return self.net(x + self.pe[: x.size(0)])
+
+
+def test_a_buffer_sliced_by_the_inputs_length():
+    model = PositionalEncoding().eval()
+    prepared = prepare(model, torch.randn(3, 2, 4))
+    x = torch.randn(7, 2, 4)
+    assert torch.equal(prepared(x), model(x))
+    assert convert_fx(prepared)(x).shape == (7, 2, 4)
+
+
+def test_a_buffer_that_forward_branches_on():
+    class Model(PositionalEncoding):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("times", torch.tensor(2))
+
+        def forward(self, x):
+            for _ in range(int(self.times)):
+                x = self.net(x)
+            return x
+
+    model, x = Model().eval(), torch.randn(3, 2, 4)
+    assert torch.equal(prepare(model, x)(x), model(x))
+
+
+def test_a_root_whose_forward_was_replaced_on_the_instance_is_an_error():
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    model.forward = lambda x: x
+    with pytest.raises(ModelStateError, match="the forward of this Sequential was replaced on the instance"):
+        prepare(model, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("is_hooked", [False, True])
+@pytest.mark.parametrize("is_container", [False, True])
+def test_a_part_whose_forward_was_replaced_on_the_instance_keeps_it(is_hooked, is_container):
+    linear = nn.Linear(4, 4)
+    part = nn.Sequential(linear) if is_container else linear
+    model, x = nn.Sequential(part, nn.Linear(4, 4)).eval(), torch.randn(2, 4)
+    if is_hooked:
+        part.register_forward_hook(lambda *_: None)
+    part.forward = lambda x: F.linear(x, linear.weight) * 3
+    prepared = prepare(model, x)
+    assert torch.equal(prepared(x), model(x))
+    assert [site.path for site in prepared.record.sites] == ["1"]
+    assert [left.reason for left in prepared.record.left] == ["its forward was replaced on the instance"]
+    assert (convert_fx(prepared)(x) - model(x)).norm() < 0.1 * model(x).norm()
+
+
+class Autocast(Named):
+    def __init__(self, enabled):
+        super().__init__()
+        self.enabled = enabled
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
+            return self.net(x)  # under autocast
+
+
+def test_autocast_inside_forward_is_an_error():
+    with pytest.raises(
+        TraceError, match=rf"enters torch.autocast, which a graph.*\n.*{line_of('# under autocast')}, in"
+    ):
+        prepare(Autocast(True), torch.randn(2, 4))
+
+
+def test_autocast_that_changes_nothing_is_none():
+    model, x = Autocast(False).eval(), torch.randn(2, 4)
+    assert torch.equal(prepare(model, x)(x), model(x))
+
+
+def test_autocast_around_the_call_is_in_force():
+    model, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prepared = prepare(model, x)
+        assert same_bits(prepared(x), model(x))
+
+
+class WritesIntoFresh(Named):
+    def forward(self, x):
+        total = torch.zeros(2, 4)
+        total += self.net(x)  # written into
+        return total
+
+
+def test_writing_into_a_tensor_made_in_forward_is_an_error():
+    with pytest.raises(
+        TraceError, match=rf"a tensor that it makes itself.*\n.*{line_of('# written into')}, in forward"
+    ):
+        prepare(WritesIntoFresh(), torch.randn(2, 4))
+
+
+def test_writing_into_a_tensor_made_from_an_input_is_fine():
+    class Model(Named):
+        def forward(self, x):
+            total = x.new_zeros(2, 4)
+            total += self.net(x)
+            return total.add_(torch.ones(4))
+
+    model, x = Model().eval(), torch.randn(2, 4)
+    prepared = prepare(model, x)
+    for _ in range(2):
+        assert torch.equal(prepared(x), model(x))

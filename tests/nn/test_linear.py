@@ -1,0 +1,62 @@
+"""DynamicQuantizedLinear: near the float module by a derived bound, and its forms."""
+
+import pytest
+import torch
+from torch import nn
+
+from fxquant import ShapeError, float16_dynamic_qconfig, per_tensor_dynamic_qconfig
+from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLinearReLU, LinearReLU
+from tests.samples import linear_bound
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shift", [-4.0, 0.0, 4.0])
+def test_it_is_near_the_float_module(bias, shift):
+    module = nn.Linear(50, 30, bias=bias)
+    x = torch.randn(8, 50) + shift
+    error = (DynamicQuantizedLinear.from_float(module)(x).double() - module.double()(x.double())).abs()
+    assert bool((error <= linear_bound(x, module.weight, module.bias)).all())
+
+
+def test_relu_is_applied_after_the_bias():
+    module = LinearReLU(20, 10)
+    x = torch.randn(6, 20)
+    plain = DynamicQuantizedLinear.from_float(module)(x)
+    assert torch.equal(DynamicQuantizedLinearReLU.from_float(module)(x), plain.clamp(min=0))
+    assert plain.min() < 0
+
+
+def test_half_weights_are_much_nearer():
+    module, x = nn.Linear(50, 30), torch.randn(8, 50)
+    error = (DynamicQuantizedLinear.from_float(module, float16_dynamic_qconfig)(x) - module(x)).abs()
+    assert bool((error <= 2**-11 * 1.1 * (x.abs() @ module.weight.abs().t())).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_module_of_another_dtype_converts(dtype):
+    module, x = nn.Linear(20, 10).to(dtype), torch.randn(3, 20).to(dtype)
+    quantized = DynamicQuantizedLinear.from_float(module)
+    assert quantized(x).dtype == dtype
+    assert quantized.weight_scale.dtype == torch.float32
+    bound = linear_bound(x, module.weight, module.bias) + torch.finfo(dtype).eps * module.double()(x.double()).abs()
+    assert bool(((quantized(x).double() - module.double()(x.double())).abs() <= bound).all())
+
+
+def test_a_shape_that_does_not_fit_is_refused():
+    with pytest.raises(ShapeError, match=r"of 6 inputs takes x of shape \(..., 6\), got \(3, 5\)"):
+        DynamicQuantizedLinear.from_float(nn.Linear(6, 4))(torch.randn(3, 5))
+
+
+def test_per_tensor_lets_rows_share_a_scale():
+    module, x = nn.Linear(20, 10), torch.randn(2, 20)
+    x[1] *= 1000
+    shared = DynamicQuantizedLinear.from_float(module, per_tensor_dynamic_qconfig)(x)
+    alone = DynamicQuantizedLinear.from_float(module, per_tensor_dynamic_qconfig)(x[:1])
+    assert not torch.equal(shared[:1], alone)
+
+
+def test_repr_shows_sizes_and_scheme():
+    module = DynamicQuantizedLinear.from_float(nn.Linear(6, 4, bias=False))
+    assert repr(module) == (
+        "DynamicQuantizedLinear(6, 4, bias=False, int8 symmetric per channel, activation uint8 affine per row)"
+    )

@@ -1,0 +1,190 @@
+"""What every row of the operator table keeps, walked row by row with the samples of tests/samples.py."""
+
+import copy
+import dataclasses
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant import OPERATORS, QConfigError, QConfigMapping, convert_fx, graph_diff
+from fxquant.nn import QuantizedModule
+from fxquant.ops import reference, schema
+from fxquant.qconfig_mapping import type_name
+from tests.samples import SAMPLES, SCHEMES, everything, leaves, prepare, same_bits
+
+CASES = [
+    (row, sample, scheme.name) for row in OPERATORS for sample in SAMPLES.get(row.name, ()) for scheme in row.schemes
+]
+
+
+def case_id(case):
+    row, sample, scheme = case
+    return f"{row.name}-{type_name(sample.covers)}-{scheme}".replace(" ", "_")
+
+
+@pytest.fixture(params=CASES, ids=[case_id(case) for case in CASES])
+def case(request):
+    row, sample, scheme = request.param
+    torch.manual_seed(5)
+    model, inputs = sample.model().eval(), sample.inputs()
+    prepared = prepare(model, *inputs, mapping=everything(SCHEMES[scheme]))
+    return row, sample, model, inputs, prepared
+
+
+@pytest.mark.parametrize("row", OPERATORS, ids=lambda row: row.name)
+def test_every_module_and_function_of_a_row_has_a_sample(row):
+    assert {sample.covers for sample in SAMPLES.get(row.name, ())} == {*row.modules, *row.functions}
+
+
+@pytest.mark.parametrize("row", OPERATORS, ids=lambda row: row.name)
+def test_every_scheme_of_a_row_has_a_qconfig_that_it_takes(row):
+    for scheme in row.schemes:
+        assert scheme.accepts(SCHEMES[scheme.name])
+        assert row.accepts(SCHEMES[scheme.name])
+
+
+@pytest.mark.parametrize("row", OPERATORS, ids=lambda row: row.name)
+def test_every_row_has_an_operator_with_a_reference(row):
+    assert row.name in schema.SCHEMAS
+    assert callable(getattr(reference, row.name))
+
+
+def test_names_are_unique_and_summaries_given():
+    assert len({row.name for row in OPERATORS}) == len(OPERATORS)
+    assert all(row.summary for row in OPERATORS)
+
+
+@pytest.mark.parametrize("row", OPERATORS, ids=lambda row: row.name)
+def test_weights_are_operands_of_the_functions(row):
+    import inspect
+
+    assert set(row.weights) <= set(row.operands)
+    for function in row.functions:
+        try:
+            names = list(inspect.signature(function).parameters)
+        except ValueError:  # F.linear is built in: its names are in its documentation
+            names = ["input", "weight", "bias"]
+            assert "linear(input, weight, bias=None)" in function.__doc__
+        assert tuple(names) == row.operands
+
+
+def test_rows_are_values():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        OPERATORS[0].name = "other"
+
+
+def test_the_sample_is_one_site(case):
+    row, sample, _, _, prepared = case
+    (site,) = prepared.record.sites
+    assert site.operator == row.name
+    assert prepared.record.left == ()
+    assert (site.call is None) == isinstance(sample.covers, type)
+
+
+def test_the_quantized_model_is_smaller_and_near(case):
+    _, _, model, inputs, prepared = case
+    quantized = convert_fx(prepared)
+    (site,) = quantized.record.sites
+    assert 0 < site.int_bytes < site.float_bytes
+    weight = next(model.parameters())
+    for got, expected in zip(leaves(quantized(*inputs)), leaves(model(*inputs)), strict=True):
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        # A doubled scale or a lost bias is ten times as much. Rows of 4-bit values: half of 1 / 15 of a range.
+        assert (got - expected).norm() <= (0.1 if site.qconfig.weight.bits == 4 else 0.03) * expected.norm()
+        assert not torch.equal(got, expected)
+    assert not any(p.shape == weight.shape for p in quantized.parameters())
+
+
+def test_the_graph_holds_the_rows_operator_or_a_quantized_module(case):
+    row, sample, _, _, prepared = case
+    quantized = convert_fx(prepared)
+    (node,) = [n for n in quantized.graph.nodes if n.op in ("call_module", "call_function") and "getitem" not in n.name]
+    if isinstance(sample.covers, type):
+        assert isinstance(quantized.get_submodule(node.target), QuantizedModule)
+    else:
+        assert node.target is getattr(torch.ops.fxquant, row.name).default
+
+
+def test_rows_are_independent(case):
+    _, sample, _, inputs, prepared = case
+    quantized = convert_fx(prepared)
+    together = leaves(quantized(*inputs))[0]
+    is_torchs_matmul = prepared.record.sites[0].qconfig.weight.dtype == "float16" and inputs[0].is_floating_point()
+    for index in range(inputs[0].shape[sample.rows]):
+        alone = leaves(quantized(inputs[0].narrow(sample.rows, index, 1)))[0]
+        expected = together.narrow(sample.rows, index, 1)
+        assert torch.allclose(alone, expected, atol=1e-5) if is_torchs_matmul else torch.equal(alone, expected)
+
+
+def test_copies_pickles_and_state_dicts(case):
+    _, _, _, inputs, prepared = case
+    quantized = convert_fx(prepared)
+    expected = quantized(*inputs)
+    assert same_bits(copy.deepcopy(quantized)(*inputs), expected)
+    assert same_bits(pickle.loads(pickle.dumps(quantized))(*inputs), expected)
+    other = convert_fx(copy.deepcopy(prepared))
+    with torch.no_grad():
+        for tensor in other.state_dict().values():
+            tensor.zero_()
+    buffer = io.BytesIO()
+    torch.save(quantized.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert same_bits(other(*inputs), expected)
+
+
+def test_checkpoints(case, tmp_path):
+    _, sample, _model, inputs, prepared = case
+    quantized = convert_fx(prepared)
+    fxquant.save(quantized, tmp_path / "q")
+    with torch.device("meta"):
+        skeleton = sample.model().eval()
+    assert same_bits(fxquant.load(skeleton, tmp_path / "q")(*inputs), quantized(*inputs))
+
+
+def test_compile_and_export(case):
+    _, _, _, inputs, prepared = case
+    quantized = convert_fx(prepared)
+    expected = quantized(*inputs)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, inside export and dynamo
+        compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")(*inputs)
+        exported = torch.export.export(quantized, inputs).module()(*inputs)
+    for got in (compiled, exported):
+        assert same_bits(got, expected)
+
+
+def test_views_name_the_site(case):
+    row, _, model, _, prepared = case
+    quantized = convert_fx(prepared)
+    (site,) = quantized.record.sites
+    explained = fxquant.explain(quantized)
+    assert [(r.path, r.operator, r.is_quantized, r.saved_bytes) for r in explained.rows] == [
+        (site.path, row.name, True, site.float_bytes - site.int_bytes)
+    ]
+    assert "1 of 1 quantizable sites" in graph_diff(model, quantized).total
+
+
+def test_float_weights_that_are_not_finite_are_left_with_a_reason(case):
+    _, _sample, model, inputs, prepared = case
+    qconfig = prepared.record.sites[0].qconfig
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[3] = float("nan")
+    (left,) = prepare(model, *inputs, mapping=everything(qconfig)).record.left
+    assert "NaN or infinity" in left.reason
+
+
+def test_a_qconfig_of_no_scheme_is_refused(case):
+    _row, sample, model, inputs, _ = case
+    odd = fxquant.QConfig(
+        activation=None, weight=fxquant.TensorSpec(dtype="int8", qmin=-100, qmax=100, axis="channel")
+    )  # affine int8 weights: nobody takes them
+    written = {fxquant.nn.LinearReLU: nn.Linear, fxquant.nn.linear_relu: torch.nn.functional.linear}
+    kind = written.get(sample.covers, sample.covers)
+    with pytest.raises(QConfigError, match="cannot take the qconfig"):
+        prepare(model, *inputs, mapping=QConfigMapping().set_object_type(kind, odd))

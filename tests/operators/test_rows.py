@@ -1,0 +1,217 @@
+"""What single rows refuse, with the reason that the report shows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.samples import Call, everything, indices, kinds, prepare, quantize, same_bits
+
+
+def reasons(model, *inputs, mapping=None):
+    prepared = prepare(model, *inputs, mapping=mapping)
+    assert prepared.record.sites == ()
+    assert same_bits(quantize(model, *inputs, mapping=mapping)(*inputs), model(*inputs))
+    return [left.reason for left in prepared.record.left]
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_max_norm_stays_float(kind):
+    (reason,) = reasons(nn.Sequential(kind(20, 9, max_norm=1.0)), indices(3, 4))
+    assert reason == "max_norm rescales its float rows at each call"
+
+
+def test_functional_max_norm_stays_float():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(20, 9), requires_grad=False)
+
+        def forward(self, x):
+            return F.embedding(x, self.table, None, 0.5)
+
+    model = Model()
+    prepared = prepare(model, indices(3))
+    assert [left.reason for left in prepared.record.left] == ["max_norm rescales its float rows at each call"]
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LSTM, nn.Embedding])
+def test_a_parametrized_weight_stays_float(kind):
+    module = kind(6, 6)
+    name = "weight_hh_l0" if kind is nn.LSTM else "weight"
+    torch.nn.utils.parametrizations.weight_norm(module, name)
+    x = indices(3, top=6) if kind is nn.Embedding else torch.randn(3, 2, 6)
+    prepared = prepare(nn.Sequential(module), x)
+    assert prepared.record.sites == ()
+    assert len(prepared.record.left) >= 1
+
+
+@pytest.mark.parametrize(("kind", "name"), [(nn.Linear, "weight"), (nn.LSTM, "weight_hh_l0")])
+def test_a_pruned_weight_stays_float(kind, name):
+    from torch.nn.utils import prune
+
+    module = kind(6, 6)
+    prune.l1_unstructured(module, name, 0.5)
+    model, x = nn.Sequential(module).eval(), torch.randn(3, 2, 6)
+    (left,) = prepare(model, x).record.left
+    assert "recomputed at each call" in left.reason
+    assert same_bits(quantize(model, x)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_old_style_weight_norm_stays_float():
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(6, 6)))
+    (reason,) = [left.reason for left in prepare(model, torch.randn(3, 6)).record.left]
+    assert reason == "its weight is recomputed at each call (weight_norm or the like); remove that first"
+
+
+class OtherLinear(nn.Linear):
+    """A user's subclass, whose forward may do anything."""
+
+
+def test_a_subclass_stays_float():
+    (reason,) = reasons(nn.Sequential(OtherLinear(4, 4)), torch.randn(2, 4))
+    assert reason == "it is a subclass of nn.Linear, of which only the exact type is known"
+
+
+def test_a_convolution_says_that_it_stays_float():
+    (reason,) = reasons(nn.Sequential(nn.Conv1d(3, 4, 2)), torch.randn(2, 3, 5))
+    assert reason == "nn.Conv1d has no dynamic form: convolutions stay float under a dynamic qconfig"
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
+def test_other_recurrent_layers_have_no_quantized_form(kind):
+    (reason,) = reasons(nn.Sequential(kind(4, 4)), torch.randn(2, 3, 4))
+    assert reason == f"there is no quantized form of nn.{kind.__name__}"
+
+
+def test_attention_stays_float_with_its_projection():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    found = {left.path: left.reason for left in prepare(Model(), torch.randn(2, 3, 8)).record.left}
+    assert found["attention"] == "there is no quantized form of nn.MultiheadAttention"
+    assert "reads its children's weights itself" in found["attention.out_proj"]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [lambda self, x: x @ self.weight.t(), lambda self, x: torch.matmul(x, self.weight.t()),
+     lambda self, x: F.bilinear(x, x, self.cube)],
+)  # fmt: skip
+def test_other_uses_of_a_weight_are_reported(forward):
+    model = type("Model", (nn.Module,), {"forward": forward})()
+    model.weight, model.cube = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(2, 4, 4))
+    (reason,) = reasons(model, torch.randn(3, 4))
+    assert reason.startswith("there is no quantized form of ")
+
+
+def test_linear_on_an_input_stays_float():
+    class Model(nn.Module):
+        def forward(self, x, w):
+            return F.linear(x, w)
+
+    assert reasons(Model(), torch.randn(3, 4), torch.randn(2, 4)) == ["its weight is no registered parameter or buffer"]
+
+
+def test_linear_on_a_plain_tensor_stays_float():
+    model = Call(F.linear, 4, 6)
+    del model.weight
+    model.weight = torch.randn(4, 6)
+    assert reasons(model, torch.randn(3, 6)) == ["its weight is no registered parameter or buffer"]
+
+
+def test_linear_on_a_computed_weight_stays_float():
+    class Model(Call):
+        def forward(self, x):
+            return F.linear(x, self.weight * 2)
+
+    found = reasons(Model(None, 4, 6), torch.randn(3, 6))
+    assert "its weight is no registered parameter or buffer" in found
+
+
+def test_linear_on_a_buffer_is_quantized():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.randn(4, 6))
+
+        def forward(self, x):
+            return F.linear(x, self.weight)
+
+    model, x = Model(), torch.randn(3, 6)
+    quantized = quantize(model, x)
+    assert [site.path for site in quantized.record.sites] == ["weight"]
+    assert "weight" not in dict(quantized.named_buffers())
+
+
+def test_a_bag_takes_all_of_its_options_by_name_and_place():
+    class Model(Call):
+        def forward(self, x, offsets, weights):
+            return F.embedding_bag(x, self.weight, offsets, None, 2.0, False, "sum", False, weights,
+                                   include_last_offset=True, padding_idx=2)  # fmt: skip
+
+    model = Model(None, 20, 9)
+    inputs = indices(7), torch.tensor([0, 3, 7]), torch.rand(7)
+    quantized = quantize(model, *inputs)
+    assert (quantized(*inputs) - model(*inputs)).abs().max() <= model.weight.abs().max() / 254 * 4 * 1.01
+
+
+def test_a_functional_embedding_keeps_its_padding_index_out_of_the_way():
+    class Model(Call):
+        def forward(self, x):
+            return F.embedding(x, self.weight, padding_idx=0)
+
+    model, x = Model(None, 20, 9), indices(5)
+    assert (quantize(model, x)(x) - model(x)).abs().max() <= model.weight.abs().max() / 254 * 1.01
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w, b: F.linear(x, w, b),
+        lambda x, w, b: F.linear(x, w, bias=b),
+        lambda x, w, b: F.linear(x, weight=w, bias=b),
+        lambda x, w, b: F.linear(bias=b, weight=w, input=x),
+        lambda x, w, b: F.linear(x, w, None) + b,
+    ],
+)
+def test_linear_takes_its_operands_by_name_and_place(call):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return call(x, self.net.weight, self.net.bias)
+
+    model, x = Model(), torch.randn(3, 6)
+    quantized, expected = quantize(model, x), quantize(nn.Sequential(model.net), x)
+    assert torch.equal(quantized(x), expected(x))
+
+
+def test_linear_may_have_its_bias_from_the_input():
+    class Model(Call):
+        def forward(self, x, bias):
+            return F.linear(x, self.weight, bias)
+
+    model, inputs = Model(None, 4, 6), (torch.randn(3, 6), torch.randn(4))
+    quantized = quantize(model, *inputs)
+    assert (quantized(*inputs) - model(*inputs)).norm() < 0.02 * model(*inputs).norm()
+
+
+def test_modules_inside_a_users_container_are_all_reached():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"a": nn.Linear(4, 4)})["a"]))
+    assert list(kinds(quantize(model, torch.randn(2, 4))).values()).count("DynamicQuantizedLinear") == 2
+
+
+def test_a_half_model_gives_its_own_dtype():
+    model, x = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)).half(), torch.randn(3, 8).half()
+    quantized = quantize(model, x, mapping=everything())
+    assert quantized(x).dtype == torch.float16
+    assert (quantized(x) - model(x)).norm() < 0.05 * model(x).norm()

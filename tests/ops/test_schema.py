@@ -1,0 +1,157 @@
+"""The operators as torch sees them: opcheck, fake shapes, and what they refuse."""
+
+import pytest
+import torch
+
+from fxquant import DTypeError, ShapeError, ops
+from fxquant.ops import reference, schema
+from fxquant.qconfig import default_dynamic_qconfig
+
+INT8 = default_dynamic_qconfig
+
+
+def quantized(*shape):
+    return INT8.quantize_weight(torch.randn(*shape))[:2]
+
+
+def lstm_arguments(inputs=6, hidden=5, layers=1, directions=1, proj=0, bias=True, packed=False):
+    """Return the operands of one call of the lstm operator."""
+    torch.manual_seed(1)
+    size = proj or hidden
+    weights, scales, biases = [], [], []
+    for layer in range(layers):
+        for _ in range(directions):
+            shapes = [(4 * hidden, inputs if layer == 0 else size * directions), (4 * hidden, size)]
+            for shape in [*shapes, (proj, hidden)] if proj else shapes:
+                values, scale = quantized(*shape)
+                weights.append(values)
+                scales.append(scale)
+            biases.append(torch.randn(4 * hidden))
+    x = torch.randn(7, inputs) if packed else torch.randn(3, 4, inputs)
+    sizes = torch.tensor([4, 2, 1]) if packed else None
+    h0, c0 = torch.randn(layers * directions, 4, size), torch.randn(layers * directions, 4, hidden)
+    return x, sizes, h0, c0, weights, scales, biases if bias else [], directions == 2
+
+
+def table_arguments(bits=8, affine=False):
+    qconfig = {8: "float_qparams_weight_only_qconfig", 4: "float_qparams_weight_only_qconfig_4bit"}[bits]
+    import fxquant
+
+    spec = getattr(fxquant, qconfig) if affine or bits == 4 else INT8
+    return torch.randint(10, (3, 4)), *spec.quantize_weight(torch.randn(10, 7)), 7
+
+
+def cases():
+    x = torch.randn(3, 6)
+    yield "linear", (x, *quantized(4, 6)), {}
+    yield "linear", (x.half(), *quantized(4, 6), torch.randn(4), True, False, 127), {}
+    yield "linear", (torch.randn(2, 3, 6), torch.randn(4, 6).half(), None), {}
+    yield "linear", (torch.randn(0, 6), *quantized(4, 6)), {}
+    yield "lstm", lstm_arguments(), {}
+    yield "lstm", lstm_arguments(layers=2, directions=2, proj=3), {}
+    yield "lstm", lstm_arguments(bias=False, packed=True), {}
+    yield "embedding", table_arguments(), {}
+    yield "embedding", table_arguments(bits=4), {"bits": 4, "dtype": torch.float16}
+    yield "embedding", table_arguments(affine=True), {}
+    yield "embedding_bag", table_arguments(), {"mode": "max"}
+    weights = torch.rand(12)
+    indices, *table = table_arguments(affine=True)
+    options = {"offsets": torch.tensor([0, 5, 12]), "mode": "sum", "per_sample_weights": weights}
+    yield "embedding_bag", (indices.reshape(-1), *table), {**options, "include_last_offset": True, "padding_idx": 3}
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c[0])
+def test_opcheck(case):
+    name, args, kwargs = case
+    torch.library.opcheck(getattr(torch.ops.fxquant, name).default, args, kwargs)
+
+
+def test_every_operator_is_opchecked_here():
+    assert {case[0] for case in CASES} == set(schema.SCHEMAS)
+
+
+@pytest.mark.parametrize("name", schema.SCHEMAS)
+def test_every_operator_has_a_reference_with_the_schemas_operands(name):
+    import inspect
+
+    operands = [argument.name for argument in getattr(torch.ops.fxquant, name).default._schema.arguments]
+    assert list(inspect.signature(getattr(reference, name)).parameters) == operands
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c[0])
+def test_the_functions_give_the_references_numbers(case):
+    name, args, kwargs = case
+    got, expected = ops.OVERLOADS[name](*args, **kwargs), getattr(reference, name)(*args, **kwargs)
+    pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
+    exact = name != "embedding_bag" and not any(t.dtype == torch.float16 for t in args if isinstance(t, torch.Tensor))
+    for a, b in pairs:
+        assert torch.equal(a, b) if exact else torch.allclose(a, b, rtol=2**-10 if a.dtype == torch.half else 1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c[0])
+def test_no_operand_is_changed(case):
+    name, args, kwargs = case
+    flat = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, list) else [a]) if torch.is_tensor(t)]
+    before = [t.clone() for t in flat]
+    ops.OVERLOADS[name](*args, **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(before, flat, strict=True))
+
+
+LINEAR = quantized(4, 6)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (), (6, 3)])
+def test_linear_refuses_another_shape(shape):
+    with pytest.raises(ShapeError, match=r"of 6 inputs takes x of shape \(..., 6\), got"):
+        ops.linear(torch.zeros(shape), *LINEAR)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_linear_refuses_integers(dtype):
+    with pytest.raises(DTypeError, match=f"takes a float tensor, got {dtype}".replace(".", r"\.")):
+        ops.linear(torch.zeros(3, 6, dtype=dtype), *LINEAR)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 6), (6,)])
+def test_lstm_refuses_another_shape(shape):
+    _, *rest = lstm_arguments()
+    with pytest.raises(ShapeError, match="of 6 inputs takes 3-D input whose last dimension is 6"):
+        ops.lstm(torch.zeros(shape), *rest)
+
+
+@pytest.mark.parametrize("state", [2, 3])
+def test_lstm_refuses_a_state_of_another_batch(state):
+    arguments = list(lstm_arguments())
+    arguments[state] = torch.zeros(1, 9, 5)
+    with pytest.raises(ShapeError, match=rf"with batch 4 got {'h0' if state == 2 else 'c0'} of shape \(1, 9, 5\)"):
+        ops.lstm(*arguments)
+
+
+@pytest.mark.parametrize(("place", "name"), [(0, "input"), (2, "h0"), (3, "c0")])
+def test_lstm_refuses_integers(place, name):
+    arguments = list(lstm_arguments())
+    arguments[place] = arguments[place].long()
+    with pytest.raises(DTypeError, match=rf"takes float tensors, got {name} of torch\.int64"):
+        ops.lstm(*arguments)
+
+
+@pytest.mark.parametrize("name", ["embedding", "embedding_bag"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.bool])
+def test_tables_refuse_other_indices(name, dtype):
+    indices, *table = table_arguments()
+    with pytest.raises(DTypeError, match=rf"takes int32 or int64 indices, got {dtype}"):
+        getattr(ops, name)(indices.to(dtype), *table)
+
+
+@pytest.mark.parametrize("name", ["linear", "embedding"])
+def test_compiled_graphs_refuse_with_the_same_words(name):
+    with torch.device("meta"):
+        if name == "linear":
+            with pytest.raises(ShapeError, match="of 6 inputs takes"):
+                ops.linear(torch.zeros(3, 5), torch.zeros(4, 6, dtype=torch.int8), torch.ones(4))
+        else:
+            with pytest.raises(DTypeError, match="takes int32 or int64"):
+                ops.embedding(torch.zeros(3), torch.zeros(4, 6, dtype=torch.int8), torch.ones(4), None, 6)

@@ -1,0 +1,158 @@
+"""Models that the tests share, and for each row of the operator table at least one sample of every module and call.
+
+A new row needs a sample here: tests/operators/test_contract.py walks the table and fails on a row without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxquant
+from fxquant import QConfig, QConfigMapping, TensorSpec, convert_fx, prepare_fx
+from fxquant.nn import LinearReLU, linear_relu
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One use of a row: a model whose only candidate it is, and the inputs of one call.
+
+    covers: the float module type or function. rows: the dimension of the first input along which rows are independent,
+    and the same dimension of the first output.
+    """
+
+    covers: Any
+    model: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Any, ...]]
+    rows: int = 0
+
+
+class Call(nn.Module):
+    """A model that calls a function on an input and a parameter of its own."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], *shape: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(*shape) / 4)
+        self.function, self.kwargs = function, kwargs
+
+    def forward(self, x):
+        return self.function(x, self.weight, **self.kwargs)
+
+
+def relu_of_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.relu(F.linear(x, weight))
+
+
+def indices(*shape: int, top: int = 20) -> torch.Tensor:
+    return torch.randint(top, shape)
+
+
+SAMPLES: dict[str, tuple[Sample, ...]] = {
+    "linear": (
+        Sample(nn.Linear, lambda: nn.Sequential(nn.Linear(24, 12)), lambda: (torch.randn(5, 24),)),
+        Sample(LinearReLU, lambda: nn.Sequential(nn.Linear(24, 12), nn.ReLU()), lambda: (torch.randn(5, 24),)),
+        Sample(F.linear, lambda: Call(F.linear, 12, 24), lambda: (torch.randn(5, 24),)),
+        Sample(linear_relu, lambda: Call(relu_of_linear, 12, 24), lambda: (torch.randn(5, 24),)),
+    ),
+    "lstm": (Sample(nn.LSTM, lambda: nn.Sequential(nn.LSTM(10, 8, 2)), lambda: (torch.randn(4, 3, 10),), rows=1),),
+    "embedding": (
+        Sample(nn.Embedding, lambda: nn.Sequential(nn.Embedding(20, 9)), lambda: (indices(4, 3),)),
+        Sample(F.embedding, lambda: Call(F.embedding, 20, 9), lambda: (indices(4, 3),)),
+    ),
+    "embedding_bag": (
+        Sample(nn.EmbeddingBag, lambda: nn.Sequential(nn.EmbeddingBag(20, 9)), lambda: (indices(4, 3),)),
+        Sample(F.embedding_bag, lambda: Call(F.embedding_bag, 20, 9), lambda: (indices(4, 3),)),
+    ),
+}
+
+SCHEMES: dict[str, QConfig] = {
+    "int8 weights, uint8 dynamic activations": fxquant.default_dynamic_qconfig,
+    "float16 weights": fxquant.float16_dynamic_qconfig,
+    "int8 rows": QConfig(
+        activation=None, weight=TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="channel")
+    ),
+    "affine uint8 rows": fxquant.float_qparams_weight_only_qconfig,
+    "affine 4-bit rows": fxquant.float_qparams_weight_only_qconfig_4bit,
+}
+"""A qconfig for each scheme, by the scheme's name."""
+
+
+class WordLM(nn.Module):
+    """The documents' word language model, small."""
+
+    def __init__(self, ntoken=50, ninp=12, nhid=8, nlayers=2, tie=False):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.encoder = nn.Embedding(ntoken, ninp)
+        self.rnn = nn.LSTM(ninp, nhid, nlayers, dropout=0.5 if nlayers > 1 else 0)
+        self.decoder = nn.Linear(nhid, ntoken)
+        self.nlayers, self.nhid = nlayers, nhid
+        if tie:
+            self.decoder.weight = self.encoder.weight
+
+    def forward(self, input, hidden):
+        output, hidden = self.rnn(self.drop(self.encoder(input)), hidden)
+        return self.decoder(self.drop(output)), hidden
+
+    def init_hidden(self, bsz):
+        weight = next(self.parameters())
+        return weight.new_zeros(self.nlayers, bsz, self.nhid), weight.new_zeros(self.nlayers, bsz, self.nhid)
+
+
+def lm_inputs(model: WordLM, time: int = 5, batch: int = 3) -> tuple[Any, ...]:
+    return torch.randint(model.encoder.num_embeddings, (time, batch)), model.init_hidden(batch)
+
+
+def everything(qconfig: QConfig | None = fxquant.default_dynamic_qconfig) -> QConfigMapping:
+    return QConfigMapping().set_global(qconfig)
+
+
+def prepare(model: nn.Module, *inputs: Any, mapping: Any = None, **options: Any) -> fxquant.graph.module.FxModule:
+    return prepare_fx(model.eval(), mapping or everything(), inputs, **options)
+
+
+def quantize(model: nn.Module, *inputs: Any, mapping: Any = None, **options: Any) -> fxquant.graph.module.FxModule:
+    return convert_fx(prepare(model, *inputs, mapping=mapping, **options))
+
+
+def leaves(tree: Any) -> list[torch.Tensor]:
+    """Return the tensors of nested tuples, lists, dicts and PackedSequences, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [t for branch in tree for t in leaves(branch)] if isinstance(tree, (tuple, list)) else []
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Return whether all tensors of two results are equal in shape, dtype and bits; a NaN equals a NaN."""
+    return all(
+        x.shape == y.shape and x.dtype == y.dtype and torch.equal(x.isnan(), y.isnan())
+        and torch.equal(x.nan_to_num(), y.nan_to_num())
+        for x, y in zip(leaves(a), leaves(b), strict=True)
+    )  # fmt: skip
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    """Return the type's name of every module, by its path."""
+    return {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+def linear_bound(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return how far default_dynamic_qconfig may put x @ weight.T + bias from the float result, element by element.
+
+    With |x - x̂| ≤ s_x / 2 and |w - ŵ| ≤ s_w / 2, |Σ x w - Σ x̂ ŵ| ≤ Σ |x̂| s_w / 2 + Σ |w| s_x / 2, where
+    |x̂| ≤ |x| + s_x / 2; and two float32 roundings of a sum of K products. (The zero point is rounded, which may clip an
+    end of the row's range by as much as half a step more: s_x where s_x / 2 stood.)
+    """
+    x, weight = x.double(), weight.detach().double()
+    s_x = (x.amax(-1, keepdim=True).clamp(min=0) - x.amin(-1, keepdim=True).clamp(max=0)) / 255
+    s_w = weight.abs().amax(-1) / 127
+    size = x.abs() @ weight.abs().t() + (0 if bias is None else bias.detach().double().abs())
+    steps = s_x * weight.abs().sum(-1) + (x.abs() + s_x).sum(-1, keepdim=True) * s_w / 2
+    return steps + (x.shape[-1] + 4) * 2**-24 * size

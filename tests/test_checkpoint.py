@@ -1,0 +1,491 @@
+"""save and load: round trips, meta skeletons, every kind of damage, and files of others."""
+
+import json
+import os
+import pathlib
+import pickle
+import random
+import struct
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxquant
+from fxquant import CheckpointError, FxQuantError, ModelStateError, QConfigMapping, convert_fx, graph_diff
+from tests.samples import SCHEMES, Call, WordLM, everything, leaves, lm_inputs, prepare, quantize, same_bits
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+def round_trip(model, skeleton, path, *inputs, mapping=None, **options):
+    """Assert that a saved model loads into a skeleton and computes the same; return both."""
+    quantized = quantize(model, *inputs, mapping=mapping, **options)
+    fxquant.save(quantized, path)
+    loaded = fxquant.load(skeleton.eval(), path)
+    assert same_bits(loaded(*inputs), quantized(*inputs))
+    assert all(tensor.device.type == "cpu" for tensor in (*loaded.parameters(), *loaded.buffers()))
+    return quantized, loaded
+
+
+def on_meta(make):
+    with torch.device("meta"):
+        return make()
+
+
+@pytest.mark.parametrize("skeleton", [WordLM, lambda: on_meta(WordLM)], ids=["cpu", "meta"])
+def test_round_trip(skeleton, path):
+    model = WordLM()
+    quantized, loaded = round_trip(model, skeleton(), path, *lm_inputs(model))
+    assert loaded.record.sites == quantized.record.sites
+    assert loaded.record.mapping == quantized.record.mapping
+    assert str(fxquant.explain(loaded)) == str(fxquant.explain(quantized))
+    assert graph_diff(quantized, loaded).bytes_after == graph_diff(model, quantized).bytes_after
+    assert loaded.state_dict().keys() == quantized.state_dict().keys()
+
+
+def test_a_meta_skeleton_never_holds_float_weights(path, monkeypatch):
+    model = WordLM()
+    fxquant.save(quantize(model, *lm_inputs(model)), path)
+    skeleton = on_meta(WordLM).eval()
+    floats = []
+    original = torch.empty_like
+
+    def spy(tensor, *args, **kwargs):
+        result = original(tensor, *args, **kwargs)
+        if result.device.type != "meta" and result.is_floating_point():
+            floats.append(result.numel())
+        return result
+
+    monkeypatch.setattr(torch, "empty_like", spy)
+    fxquant.load(skeleton, path)
+    assert floats == []
+    assert {p.device.type for p in skeleton.parameters()} == {"meta"}
+
+
+def test_the_skeleton_is_not_changed(path):
+    model, other = WordLM().eval(), WordLM().eval()
+    inputs = lm_inputs(model)
+    fxquant.save(quantize(model, *inputs), path)
+    expected = other(*inputs)
+    loaded = fxquant.load(other, path)
+    with torch.no_grad():
+        for tensor in loaded.state_dict().values():
+            tensor.zero_()
+    assert same_bits(other(*inputs), expected)
+
+
+def test_a_loaded_model_saves_loads_and_copies_again(path, tmp_path):
+    model = WordLM()
+    inputs = lm_inputs(model)
+    quantized, loaded = round_trip(model, WordLM(), path, *inputs)
+    fxquant.save(loaded, tmp_path / "again")
+    plans = []
+    for file in (path, tmp_path / "again"):
+        with safetensors.safe_open(file, "pt") as opened:
+            plans.append(json.loads(opened.metadata()["fxquant"]))
+    assert plans[0] == plans[1]
+    assert same_bits(pickle.loads(pickle.dumps(loaded))(*inputs), quantized(*inputs))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme(scheme, path):
+    model = WordLM()
+    round_trip(model, on_meta(WordLM), path, *lm_inputs(model), mapping=everything(SCHEMES[scheme]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_other_dtypes(dtype, path):
+    model = WordLM().to(dtype)
+    _, loaded = round_trip(model, on_meta(WordLM).to(dtype), path, *lm_inputs(model))
+    assert loaded(*lm_inputs(model))[0].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "skeleton", [lambda: WordLM(ninp=8, tie=True), lambda: on_meta(lambda: WordLM(ninp=8, tie=True))]
+)
+def test_tied_weights_are_saved_once_and_loaded_tied(skeleton, path):
+    model = WordLM(ninp=8, tie=True)
+    _, loaded = round_trip(model, skeleton(), path, *lm_inputs(model))
+    assert loaded.encoder.weight.data_ptr() == loaded.decoder.weight.data_ptr()
+    with safetensors.safe_open(path, "pt") as file:
+        names = set(file.keys())
+    assert ("encoder.weight" in names) != ("decoder.weight" in names)
+
+
+def test_a_bn_fused_model(path):
+    def make():
+        model = nn.Sequential(nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5),
+                              nn.BatchNorm1d(5), nn.ReLU())  # fmt: skip
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(torch.rand_like(buffer))
+        return model
+
+    x = torch.randn(2, 3, 5)
+    quantized, loaded = round_trip(make(), make(), path, x)
+    assert loaded.record.fusions == quantized.record.fusions
+    round_trip(make(), on_meta(make), path, x)
+
+
+def test_functionals_and_a_shared_module(path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 6))
+            self.net = nn.Linear(6, 6)
+            self.same = self.net
+
+        def forward(self, x):
+            x = F.relu(F.linear(self.same(self.net(x)), self.weight))
+            return F.linear(x, self.net.weight)
+
+    quantized, _ = round_trip(Model(), on_meta(Model), path, torch.randn(2, 6))
+    assert len(quantized.record.sites) == 3
+
+
+def test_an_embedding_tied_to_a_functional(path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Embedding(20, 8)
+
+        def forward(self, x):
+            return F.linear(torch.tanh(self.encoder(x)), self.encoder.weight)
+
+    round_trip(Model(), on_meta(Model), path, torch.arange(5))
+    round_trip(Model(), on_meta(Model), path, torch.arange(5), mapping=everything().set_module_name("encoder", None))
+    round_trip(Model(), on_meta(Model), path, torch.arange(5), mapping=everything().set_object_type(F.linear, None))
+
+
+def test_what_the_mapping_left_float(path):
+    model = WordLM()
+    mapping = everything().set_module_name("decoder", None).set_module_name_regex("enc.*", None)
+    quantized, loaded = round_trip(model, on_meta(WordLM), path, *lm_inputs(model), mapping=mapping)
+    assert loaded.record.left == quantized.record.left
+    assert type(loaded.decoder) is nn.Linear
+
+
+def test_the_mapping_is_restored_with_its_types(path):
+    model = WordLM()
+    mapping = (
+        everything()
+        .set_object_type(nn.Linear, fxquant.per_tensor_dynamic_qconfig)
+        .set_module_name("encoder", fxquant.float_qparams_weight_only_qconfig)
+        .set_module_name_object_type_order("", nn.LSTM, 0, fxquant.float16_dynamic_qconfig)
+    )
+    _, loaded = round_trip(model, WordLM(), path, *lm_inputs(model), mapping=mapping)
+    assert loaded.record.mapping == mapping
+
+
+def test_preserved_attributes(path):
+    model, names = WordLM(), ("init_hidden", "nlayers", "nhid")
+    _, loaded = round_trip(model, WordLM(), path, *lm_inputs(model), preserved_attributes=names)
+    assert loaded.init_hidden(3)[0].shape == (2, 3, 8)
+
+
+def test_buffers_of_the_users(path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 4)
+            self.register_buffer("mask", torch.tensor([True, False, True, True]))
+            self.register_buffer("shift", torch.randn(4))
+            self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+        def forward(self, x):
+            return self.net(x) * self.mask + self.shift + self.table
+
+    round_trip(Model(), on_meta(Model), path, torch.randn(2, 4))
+
+
+class Shift(nn.Module):
+    """Adds a buffer that no state_dict holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+    def forward(self, x):
+        return x + self.table
+
+
+def test_a_non_persistent_buffer_in_a_leaf_comes_from_the_model(path):
+    def make():
+        model = nn.Sequential(nn.Linear(4, 4), Shift())
+        model[1].register_forward_hook(lambda *_: None)  # so it is a leaf, kept whole
+        return model
+
+    round_trip(make(), make(), path, torch.randn(2, 4))
+    with pytest.raises(CheckpointError, match=r"holds no value for the non-persistent buffer '1.table'"):
+        fxquant.load(on_meta(make).eval(), path)
+
+
+def test_the_file_is_safetensors_with_a_readable_plan(path):
+    model = WordLM()
+    quantized = quantize(model, *lm_inputs(model))
+    fxquant.save(quantized, path)
+    tensors = safetensors.torch.load_file(path)
+    assert {n: (t.dtype, t.shape) for n, t in tensors.items()} == {
+        n: (t.dtype, t.shape) for n, t in quantized.state_dict().items()}  # fmt: skip
+    with safetensors.safe_open(path, "pt") as file:
+        plan = json.loads(file.metadata()["fxquant"])
+    assert (plan["format"], plan["version"], plan["model"]) == (1, fxquant.__version__, "WordLM")
+    assert [site["path"] for site in plan["sites"]] == ["encoder", "rnn", "decoder"]
+
+
+def test_the_state_dict_goes_through_safetensors(path):
+    model = WordLM()
+    quantized = quantize(model, *lm_inputs(model))
+    safetensors.torch.save_file(quantized.state_dict(), path)
+    other = quantize(WordLM(), *lm_inputs(model))
+    other.load_state_dict(safetensors.torch.load_file(path))
+    inputs = lm_inputs(model)
+    assert same_bits(other(*inputs), quantized(*inputs))
+
+
+# What save refuses, and that it is atomic.
+
+
+@pytest.mark.parametrize("stage", ["float", "prepared"])
+def test_only_quantized_models_are_saved(stage, path):
+    model = WordLM().eval()
+    given = model if stage == "float" else prepare(model, *lm_inputs(model))
+    with pytest.raises(ModelStateError, match=r"save needs the result of convert_fx\(prepared\)"):
+        fxquant.save(given, path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("breaks", ["save_file", "_sign", "replace"])
+def test_a_save_that_fails_leaves_the_old_file_and_no_litter(breaks, path, monkeypatch):
+    from fxquant import checkpoint
+
+    model = WordLM()
+    quantized = quantize(model, *lm_inputs(model))
+    fxquant.save(quantized, path)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(*((checkpoint.os, "replace", fail) if breaks == "replace" else (checkpoint, breaks, fail)))
+    with pytest.raises(OSError, match="disk full"):
+        fxquant.save(quantized, path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_paths_may_be_strings_and_replace_what_is_there(path):
+    model = WordLM()
+    path.write_text("old")
+    fxquant.save(quantize(model, *lm_inputs(model)), str(path))
+    assert fxquant.load(WordLM().eval(), str(path)).record.stage == "quantized"
+
+
+def test_other_users_may_read_the_file_as_any_new_file(path):
+    model = WordLM()
+    fxquant.save(quantize(model, *lm_inputs(model)), path)
+    plain = path.with_name("plain")
+    plain.write_text("")
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
+# Damage.
+
+
+@pytest.fixture
+def saved(path):
+    model = Call(F.linear, 6, 5)
+    fxquant.save(quantize(model, torch.randn(2, 5)), path)
+    return path
+
+
+def load_small(path):
+    return fxquant.load(Call(F.linear, 6, 5).eval(), path)
+
+
+def test_every_truncation_is_refused(saved):
+    whole = saved.read_bytes()
+    for length in sorted({*range(40), *range(40, len(whole), 97), len(whole) - 1}):
+        saved.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=f"^{saved}: "):
+            load_small(saved)
+
+
+def test_every_flipped_bit_is_refused(saved):
+    whole = saved.read_bytes()
+    generator = random.Random(0)
+    places = {*range(24), *generator.sample(range(len(whole)), 250), *range(len(whole) - 54, len(whole))}
+    for place in sorted(places):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << generator.randrange(8)
+        saved.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"^{saved}: "):
+            load_small(saved)
+
+
+def test_bytes_added_at_the_end_are_refused(saved):
+    saved.write_bytes(saved.read_bytes() + b"\0")
+    with pytest.raises(CheckpointError, match="is damaged or was altered"):
+        load_small(saved)
+
+
+def rewrite(path, change):
+    """Save the file anew with an altered plan or tensors and a digest that is right for them."""
+    from fxquant import checkpoint
+
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load_file(path)
+    plan = json.loads(metadata["fxquant"])
+    change(plan, tensors)
+    safetensors.torch.save_file(tensors, path, {"fxquant": json.dumps(plan), "sha256": "0" * 64})
+    checkpoint._sign(path)
+
+
+def test_a_newer_format_is_refused(saved):
+    rewrite(saved, lambda plan, _: plan.update(format=2, version="9.9"))
+    with pytest.raises(CheckpointError, match=r"was written by fxquant 9\.9 in format 2; .* upgrade fxquant"):
+        load_small(saved)
+
+
+def test_a_missing_tensor_is_refused(saved):
+    rewrite(saved, lambda _, tensors: tensors.pop("weight_scale"))
+    with pytest.raises(CheckpointError, match="has no tensor 'weight_scale', which this model needs"):
+        load_small(saved)
+
+
+def test_a_tensor_too_many_is_refused(saved):
+    rewrite(saved, lambda _, tensors: tensors.update(other=torch.zeros(1)))
+    with pytest.raises(CheckpointError, match="has 'other', for which this model has no place"):
+        load_small(saved)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(6, 4, dtype=torch.int8), torch.zeros(6, 5), torch.zeros(30, dtype=torch.int8)]
+)
+def test_a_tensor_of_another_form_is_refused(saved, tensor):
+    rewrite(saved, lambda _, tensors: tensors.update(weight_int8=tensor))
+    with pytest.raises(CheckpointError, match=r"'weight_int8' is .* but this model needs"):
+        load_small(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+def test_integers_of_another_dtype_are_refused(saved, dtype):
+    rewrite(saved, lambda _, tensors: tensors.update(weight_int8=tensors["weight_int8"].to(dtype)))
+    with pytest.raises(FxQuantError, match="weight_int8"):
+        load_small(saved)
+
+
+def damaged_plans():
+    return {
+        "no sites": lambda plan, _: plan.pop("sites"),
+        "no format": lambda plan, _: plan.pop("format"),
+        "format of text": lambda plan, _: plan.update(format="one"),
+        "a site with a field too many": lambda plan, _: plan["sites"][0].update(shell="rm"),
+        "a site without a path": lambda plan, _: plan["sites"][0].pop("path"),
+        "a qconfig that contradicts itself": lambda plan, _: plan["sites"][0]["qconfig"]["weight"].update(qmax=999),
+        "no qconfig": lambda plan, _: plan["sites"][0].pop("qconfig"),
+        "an alias of nothing": lambda plan, _: plan["aliases"].update(x="y"),
+        "a mapping of another kind": lambda plan, _: plan.update(mapping=3),
+        "a preserved attribute it does not have": lambda plan, _: plan.update(preserved=["absent"]),
+        "a site that is not there": lambda plan, _: plan["sites"][0].update(path="other"),
+        "a call that is not there": lambda plan, _: plan["sites"][0].update(call="other"),
+        "an operator that is not there": lambda plan, _: plan["sites"][0].update(operator="other"),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_plans())
+def test_a_plan_that_makes_no_sense_is_one_of_our_errors(saved, name):
+    rewrite(saved, damaged_plans()[name])
+    with pytest.raises(FxQuantError, match=r"."):
+        load_small(saved)
+
+
+def test_a_foreign_safetensors_file_is_refused(path):
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match=r"is a safetensors file, but not one that fxquant.save wrote"):
+        load_small(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x80\x04K\x01.", b"PK\x03\x04" + b"\0" * 100, b"{}", b"\xff" * 64, struct.pack("<Q", 2) + b"[]",
+     struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 8) + b'{"a": 1}', struct.pack("<Q", 2) + b"{}",
+     struct.pack("<Q", 21) + b'{"__metadata__": null'[:20] + b"}", struct.pack("<Q", 19) + b'{"__metadata__": 3}',
+     struct.pack("<Q", 31) + b'{"__metadata__": {"sha256": 1}}'],
+)  # fmt: skip
+def test_something_else_is_refused(path, content):
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"^{path}: "):
+        load_small(path)
+
+
+def test_a_pickle_is_never_loaded(path, tmp_path):
+    class Boom:
+        def __reduce__(self):
+            return pathlib.Path(tmp_path / "boom").touch, ()
+
+    torch.save({"model": Boom()}, path)
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        load_small(path)
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder"])
+def test_a_file_that_cannot_be_opened(tmp_path, kind):
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        load_small(tmp_path / "absent" if kind == "missing" else tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda: WordLM(nhid=9), lambda: WordLM(ntoken=51), lambda: WordLM(nlayers=1), lambda: WordLM(nlayers=3),
+     lambda: nn.Sequential(nn.Linear(4, 4)), lambda: WordLM(ninp=8, tie=True)],
+    ids=["hidden", "tokens", "fewer layers", "more layers", "another model", "tied"],
+)  # fmt: skip
+def test_another_architecture_is_refused(other, path):
+    model = WordLM()
+    fxquant.save(quantize(model, *lm_inputs(model)), path)
+    with pytest.raises(CheckpointError, match=f"^{path}: "):
+        fxquant.load(other().eval(), path)
+
+
+def test_an_lstm_with_other_options_is_refused(path):
+    fxquant.save(quantize(nn.Sequential(nn.LSTM(4, 4, bidirectional=True)), torch.randn(2, 3, 4)), path)
+    for other in ({}, {"bias": False, "bidirectional": True}, {"proj_size": 2, "bidirectional": True}):
+        with pytest.raises(CheckpointError, match=f"^{path}: "):
+            fxquant.load(nn.Sequential(nn.LSTM(4, 4, **other)).eval(), path)
+
+
+@pytest.mark.parametrize("model", [lambda: WordLM().train(), lambda: None])
+def test_load_needs_a_model_in_eval_mode(model, path):
+    lm = WordLM()
+    fxquant.save(quantize(lm, *lm_inputs(lm)), path)
+    with pytest.raises(ModelStateError, match=r"training mode|expected a torch.nn.Module"):
+        fxquant.load(model(), path)
+
+
+def test_a_failed_load_changes_nothing(saved):
+    model = Call(F.linear, 6, 5).eval()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    rewrite(saved, lambda _, tensors: tensors.pop("weight_scale"))
+    with pytest.raises(CheckpointError, match="has no tensor"):
+        fxquant.load(model, saved)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_model_with_hooks_and_a_mapping_of_nothing(path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    model[0].register_forward_hook(lambda *_: None)
+    round_trip(model, model, path, torch.randn(2, 4))
+    quantized = convert_fx(prepare(model, torch.randn(2, 4), mapping=QConfigMapping()))
+    fxquant.save(quantized, path)
+    x = torch.randn(2, 4)
+    assert torch.equal(fxquant.load(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), path)(x), model(x))
+    assert len(leaves(model(x))) == 1

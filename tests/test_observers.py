@@ -1,0 +1,110 @@
+"""Observers: pass-throughs that remember a range."""
+
+import copy
+
+import pytest
+import torch
+
+from fxquant import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigError, TensorSpec
+from fxquant.observers import Observer
+from tests.samples import Call, everything, quantize
+
+X = torch.tensor([[-1.0, 4.0], [2.0, 3.0]])
+
+
+@pytest.mark.parametrize("kind", [MinMaxObserver, PerChannelMinMaxObserver])
+def test_it_returns_the_very_tensor(kind):
+    assert kind()(X) is X
+
+
+def test_min_max_of_the_whole_tensor():
+    observer = MinMaxObserver()
+    observer(X)
+    assert (observer.min_val.tolist(), observer.max_val.tolist()) == ([-1, -1], [4, 4])
+
+
+def test_min_max_per_channel():
+    observer = PerChannelMinMaxObserver()
+    observer(X)
+    assert (observer.min_val.tolist(), observer.max_val.tolist()) == ([-1, 2], [4, 3])
+
+
+def test_ranges_grow_over_several_tensors():
+    observer = PerChannelMinMaxObserver()
+    observer(X)
+    observer(X * 2)
+    observer(X / 2)
+    assert (observer.min_val.tolist(), observer.max_val.tolist()) == ([-2, 1], [8, 6])
+
+
+def test_observing_the_same_again_changes_nothing():
+    observer = PerChannelMinMaxObserver()
+    observer(X)
+    before = observer.calculate_qparams()
+    observer(X)
+    assert all(torch.equal(a, b) for a, b in zip(before, observer.calculate_qparams(), strict=True))
+
+
+def test_qparams_follow_from_the_range():
+    observer = PerChannelMinMaxObserver()
+    observer(torch.tensor([[-1.27, 1.0], [2.54, 0.0]]))
+    scale, zero_point = observer.calculate_qparams()
+    assert torch.allclose(scale, torch.tensor([0.01, 0.02]), rtol=2**-23, atol=0)
+    assert zero_point.tolist() == [0, 0]
+
+
+def test_qparams_before_any_tensor_are_an_error():
+    with pytest.raises(QConfigError, match="MinMaxObserver has seen no tensor yet"):
+        MinMaxObserver().calculate_qparams()
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis"), [(MinMaxObserver, "channel"), (PerChannelMinMaxObserver, "tensor")]
+)  # fmt: skip
+def test_a_spec_of_another_axis_is_an_error(kind, axis):
+    with pytest.raises(
+        QConfigError, match=f"{kind.__name__} measures per .*, but its spec is 'int8 symmetric per {axis}"
+    ):
+        kind(TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis=axis))
+
+
+def test_its_range_is_not_saved_but_is_copied():
+    observer = MinMaxObserver()
+    observer(X)
+    assert observer.state_dict() == {}
+    assert torch.equal(copy.deepcopy(observer).max_val, observer.max_val)
+
+
+def test_repr_shows_spec_and_range():
+    observer = MinMaxObserver()
+    assert "range" not in repr(observer)
+    observer(X)
+    assert "int8 symmetric per tensor, range [-1, 4]" in repr(observer)
+
+
+def test_half_precision_is_measured_in_float32():
+    observer = MinMaxObserver()
+    observer(X.half())
+    assert observer.min_val.dtype == torch.float32
+
+
+class ClippingObserver(Observer):
+    """A user's own: the range is half as wide, so that outliers saturate."""
+
+    axis = "channel"
+
+    def measure(self, x):
+        low, high = super().measure(x)
+        return low / 2, high / 2
+
+
+def test_a_users_observer_decides_the_scales():
+    qconfig = everything().global_qconfig
+    clipping = QConfig(activation=qconfig.activation, weight=qconfig.weight, weight_observer=ClippingObserver)
+    torch.manual_seed(3)
+    modules = torch.nn.Sequential(torch.nn.Linear(6, 4)), Call(torch.nn.functional.linear, 4, 6)
+    for model in modules:
+        x = torch.randn(2, 6)
+        plain, clipped = quantize(model, x), quantize(model, x, mapping=everything(clipping))
+        scales = [next(b for n, b in m.named_buffers() if n.endswith("_scale")) for m in (plain, clipped)]
+        assert torch.equal(scales[1], scales[0] / 2)

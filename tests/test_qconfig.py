@@ -1,0 +1,188 @@
+"""QConfig: what it refuses, its JSON form, and the presets' numbers beside torch.ao's."""
+
+import copy
+import json
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant import (
+    MinMaxObserver,
+    PerChannelMinMaxObserver,
+    QConfig,
+    QConfigError,
+    TensorSpec,
+    default_dynamic_qconfig,
+    float16_dynamic_qconfig,
+    float_qparams_weight_only_qconfig,
+    float_qparams_weight_only_qconfig_4bit,
+    per_channel_dynamic_qconfig,
+    per_tensor_dynamic_qconfig,
+)
+from fxquant.qconfig import PRESETS
+from tests.samples import everything, leaves, quantize
+
+WEIGHT = default_dynamic_qconfig.weight
+ACTIVATION = default_dynamic_qconfig.activation
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activation": None, "weight": None}, "QConfig.weight must be a TensorSpec, got NoneType"),
+        ({"activation": "uint8", "weight": WEIGHT}, "QConfig.activation must be a TensorSpec, got str"),
+        ({"activation": None, "weight": ACTIVATION}, "weight is quantized once"),
+        (
+            {"activation": TensorSpec(dtype="uint8", qmax=255, axis="channel", dynamic=True), "weight": WEIGHT},
+            "activation has one scale a row or one a tensor",
+        ),
+        (
+            {"activation": ACTIVATION, "weight": WEIGHT, "weight_observer": MinMaxObserver},
+            "MinMaxObserver measures per tensor",
+        ),
+    ],
+)
+def test_contradictions_are_refused(fields, message):
+    with pytest.raises(QConfigError, match=message):
+        QConfig(**fields)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_exported_and_go_through_json_and_pickle(name):
+    preset = getattr(fxquant, name)
+    assert preset is PRESETS[name]
+    assert QConfig.from_dict(json.loads(json.dumps(preset.to_dict()))) == preset
+    assert pickle.loads(pickle.dumps(preset)) == preset
+
+
+def test_a_named_observer_goes_through_json():
+    qconfig = QConfig(activation=ACTIVATION, weight=WEIGHT, weight_observer=PerChannelMinMaxObserver)
+    assert QConfig.from_dict(qconfig.to_dict()) == qconfig
+
+
+def test_reduce_range_is_7_bits():
+    assert per_tensor_dynamic_qconfig.with_reduce_range().qmax == 127
+    assert per_tensor_dynamic_qconfig.qmax == 255
+
+
+def test_reduce_range_needs_integer_activations():
+    with pytest.raises(QConfigError, match="reduce_range needs uint8 activations, this qconfig has None"):
+        float16_dynamic_qconfig.with_reduce_range()
+
+
+@pytest.mark.parametrize(("qconfig", "per_row"), [(default_dynamic_qconfig, True), (per_tensor_dynamic_qconfig, False)])
+def test_per_row(qconfig, per_row):
+    assert qconfig.per_row is per_row
+
+
+def test_default_weights_are_symmetric_int8_one_scale_a_channel():
+    weight = torch.randn(7, 20)
+    values, scale, zero_point = default_dynamic_qconfig.quantize_weight(weight)
+    assert values.dtype == torch.int8
+    assert zero_point is None
+    assert torch.allclose(scale.double(), weight.double().abs().amax(1) / 127, rtol=2**-23, atol=0)
+    assert values.abs().amax(1).tolist() == [127] * 7
+    assert bool(((values * scale.double()[:, None] - weight).abs() <= scale.double()[:, None] / 2 * (1 + 2**-14)).all())
+
+
+def test_weights_on_meta_give_meta_tensors_of_the_same_form():
+    weight = torch.randn(7, 5)
+    for qconfig in PRESETS.values():
+        real, meta = qconfig.quantize_weight(weight), qconfig.quantize_weight(weight.to("meta"))
+        for a, b in zip(real, meta, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (b.device.type == "meta" and (a.shape, a.dtype) == (b.shape, b.dtype))
+
+
+# Parity with torch.ao, whose modules are deprecated: their warnings are theirs, not ours.
+
+
+def theirs(model, qconfig, *inputs):
+    """Return torch.ao's quantized form of a model, made through its FX path."""
+    from torch.ao.quantization import QConfigMapping as Mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    return convert_fx(prepare_fx(copy.deepcopy(model), Mapping().set_global(qconfig), inputs))
+
+
+@pytest.fixture
+def _their_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.usefixtures("_their_warnings")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("reduce_range", [False, True])
+def test_per_tensor_linear_gives_torch_aos_numbers(seed, channels, reduce_range):
+    import torch.ao.quantization as tq
+
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(32, 24)).eval()
+    x = torch.randn(5, 32) * 3
+    peer = theirs(model, tq.per_channel_dynamic_qconfig if channels else tq.default_dynamic_qconfig, x).get_submodule(
+        "0"
+    )
+    ours = per_channel_dynamic_qconfig if channels else per_tensor_dynamic_qconfig
+    quantized = quantize(model, x, mapping=everything(ours.with_reduce_range() if reduce_range else ours))
+    assert torch.equal(quantized.get_submodule("0").weight, peer.weight().int_repr())
+    # The same integers go in and come out; only the order of the float32 roundings after them differs.
+    expected = torch.ops.quantized.linear_dynamic(x, peer._packed_params._packed_params, reduce_range)
+    assert bool(((quantized(x) - expected).abs() <= 4 * 2**-23 * expected.abs().amax()).all())
+
+
+@pytest.mark.usefixtures("_their_warnings")
+def test_per_tensor_lstm_gives_torch_aos_numbers():
+    import torch.ao.quantization as tq
+
+    model = nn.Sequential(nn.LSTM(12, 8)).eval()
+    x = torch.randn(1, 2, 12)  # one step from zeros: later ones differ where a hidden value sits on a step's edge
+    peer = theirs(model, tq.default_dynamic_qconfig, x)
+    quantized = quantize(model, x, mapping=everything(per_tensor_dynamic_qconfig.with_reduce_range()))
+    for name, tensor in peer.get_submodule("0").get_weight().items():
+        assert torch.equal(getattr(quantized.get_submodule("0"), name), tensor.int_repr()), name
+    for a, b in zip(leaves(quantized(x)), leaves(peer(x)), strict=True):
+        assert (a - b).abs().max() <= 8 * 2**-23  # gates within (-8, 8), σ and tanh to a few roundings
+
+
+@pytest.mark.usefixtures("_their_warnings")
+@pytest.mark.parametrize("bag", [False, True])
+def test_float_qparams_rows_give_torch_aos_numbers(bag):
+    import torch.ao.quantization as tq
+
+    model = (Bags() if bag else nn.Sequential(nn.Embedding(30, 16))).eval()
+    inputs = (torch.randint(30, (20,)), torch.tensor([0, 3, 9])) if bag else (torch.randint(30, (20,)),)
+    expected = theirs(model, tq.float_qparams_weight_only_qconfig, *inputs)(*inputs)
+    quantized = quantize(model, *inputs, mapping=everything(float_qparams_weight_only_qconfig))
+    largest = next(model.parameters()).abs().max()
+    assert (quantized(*inputs) - expected).abs().max() <= 8 * 2**-23 * 11 * largest  # at most 11 rows a bag
+
+
+@pytest.mark.usefixtures("_their_warnings")
+def test_4_bit_rows_are_torch_aos_but_for_its_half_precision_scales():
+    import torch.ao.quantization as tq
+
+    model, ids = Bags().eval(), torch.arange(30)
+    inputs = ids, ids  # a bag a row
+    expected = theirs(model, tq.float_qparams_weight_only_qconfig_4bit, *inputs)(*inputs)
+    quantized = quantize(model, *inputs, mapping=everything(float_qparams_weight_only_qconfig_4bit))
+    low, high = model.bag.weight.detach().aminmax(dim=1, keepdim=True)
+    # Theirs keeps scale and offset in float16: 2⁻¹¹ of (15 scales) and of the offset.
+    assert bool(((quantized(*inputs) - expected).abs() <= 2**-11 * ((high - low) + low.abs()) * 1.01).all())
+
+
+class Bags(nn.Module):
+    """An EmbeddingBag called with offsets."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(30, 16, mode="sum")
+
+    def forward(self, indices, offsets):
+        return self.bag(indices, offsets)

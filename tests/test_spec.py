@@ -1,0 +1,69 @@
+"""TensorSpec: what it refuses and what it says."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from fxquant import QConfigError, TensorSpec
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(QConfigError, match="'int3' is not one of int8, uint8"):
+        TensorSpec(dtype="int3")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "qmin", "qmax"), [("int8", -129, 127), ("uint8", 0, 256), ("uint8", -1, 9), ("uint4", 0, 16)]
+)
+def test_a_range_beyond_the_dtype_is_refused(dtype, qmin, qmax):
+    with pytest.raises(QConfigError, match=rf"range \[{qmin}, {qmax}\] does not fit {dtype}"):
+        TensorSpec(dtype=dtype, qmin=qmin, qmax=qmax)
+
+
+@pytest.mark.parametrize(("qmin", "qmax"), [(5, 5), (6, 5)])
+def test_an_empty_range_is_refused(qmin, qmax):
+    with pytest.raises(QConfigError, match="does not fit"):
+        TensorSpec(dtype="uint8", qmin=qmin, qmax=qmax)
+
+
+def test_an_unknown_axis_is_refused():
+    with pytest.raises(QConfigError, match="axis 'column' is not one of"):
+        TensorSpec(dtype="int8", qmin=-127, qmax=127, axis="column")
+
+
+def test_it_is_a_value():
+    spec = TensorSpec(dtype="uint8", qmin=0, qmax=255)
+    assert spec == TensorSpec(dtype="uint8", qmax=255)
+    assert hash(spec) == hash(pickle.loads(pickle.dumps(spec)))
+    with pytest.raises(AttributeError, match="cannot assign"):
+        spec.qmax = 7
+
+
+@pytest.mark.parametrize(
+    ("dtype", "qmax", "bits", "storage"),
+    [("int8", 127, 8, torch.int8), ("uint8", 255, 8, torch.uint8), ("uint4", 15, 4, torch.uint8),
+     ("float16", 0, 16, torch.float16)],
+)  # fmt: skip
+def test_bits_and_storage(dtype, qmax, bits, storage):
+    spec = TensorSpec(dtype=dtype, qmax=qmax)
+    assert (spec.bits, spec.torch_dtype, spec.is_integer) == (bits, storage, dtype != "float16")
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        (TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="channel"), "int8 symmetric per channel"),
+        (TensorSpec(dtype="uint8", qmax=255, axis="row", dynamic=True), "uint8 affine per row"),
+        (TensorSpec(dtype="uint8", qmax=127), "uint8 0–127 affine per tensor"),
+        (TensorSpec(dtype="float16"), "float16"),
+    ],
+)
+def test_str_says_the_scheme(spec, text):
+    assert str(spec) == text
+
+
+def test_to_dict_goes_through_json():
+    spec = TensorSpec(dtype="int8", qmin=-128, qmax=127, symmetric=True, scale_steps=127.5)
+    assert TensorSpec(**json.loads(json.dumps(spec.to_dict()))) == spec

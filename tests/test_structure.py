@@ -1,0 +1,157 @@
+"""The package's shape: floors, sizes, docstrings, and what it may not import."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import fxquant
+
+PACKAGE = pathlib.Path(fxquant.__file__).parent
+FLOORS = {
+    "errors": 0, "spec": 0, "_version": 0,
+    "numerics": 1, "ops": 1,
+    "qconfig": 2, "qconfig_mapping": 2, "observers": 2, "nn": 2,
+    "operators": 3,
+    "graph": 4,
+    "quantize_fx": 5, "eager": 5, "checkpoint": 5, "from_torch_ao": 5,
+    "debug": 6,
+    "": 7,
+}  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+WAY_OVER = "from_torch_ao.py"
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {module_name(path): path for path in FILES}
+
+
+def part_of(name):
+    """Return the part of the package, a file or folder at its top, that a module belongs to."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def imports(path):
+    """Return the modules that a file imports anywhere in it, `from a import b` as a.b where that is a module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in NAMES else str(node.module))
+    return found
+
+
+EDGES = {name: {i for i in imports(path) if i in NAMES and i != name} for name, path in NAMES.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_run_downward_only(name):
+    assert part_of(name) in FLOORS, f"{name} has no floor; give it one in this test and in DESIGN.md"
+    upward = {i for i in EDGES[name] if FLOORS[part_of(i)] > FLOORS[part_of(name)]}
+    assert not upward, f"{name} imports from a floor above it: {sorted(upward)}"
+
+
+def test_no_import_cycles():
+    # A package's __init__ gathers its own files, so inside a package an edge to the __init__ would be a cycle too.
+    edges = {name: set(targets) for name, targets in EDGES.items()}
+    while leaf := next((name for name, targets in edges.items() if not targets), None):
+        del edges[leaf]
+        for targets in edges.values():
+            targets.discard(leaf)
+    assert not edges, f"a cycle among {sorted(edges)}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name != WAY_OVER], ids=lambda p: module_name(p))
+def test_nothing_names_what_upstream_deprecates(path):
+    quantized = {"qint8", "quint8", "qint32", "quint4x2", "quint2x4"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        dotted = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        assert not dotted.startswith(("torch.ao", "torch.ops.quantized", "torch.quantization")), dotted
+        assert not (isinstance(node, ast.Attribute) and node.attr in quantized), dotted
+        assert not (isinstance(node, ast.alias) and node.name in quantized), ast.unparse(node)
+    theirs = {i for i in imports(path) if i.startswith(("torch.ao", "torch.quantization", "torch.nn.quantized"))}
+    assert not theirs
+
+
+def test_importing_it_imports_nothing_of_torch_ao():
+    code = (
+        "import sys, torch; had = set(sys.modules); import fxquant; "
+        "print(sorted(m for m in set(sys.modules) - had if m.startswith(('torch.ao', 'torch.quantization'))))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert run.stdout.strip() == "[]"
+
+
+def test_nothing_is_ever_unpickled():
+    users = {name for name, path in NAMES.items() if imports(path) & {"pickle", "dill", "cloudpickle"}}
+    calls = {
+        name
+        for name, path in NAMES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "eval", "exec")
+    }
+    assert not users | calls
+
+
+def test_only_lazily_is_the_way_over_imported():
+    importers = [name for name, targets in EDGES.items() if any(t.endswith("from_torch_ao") for t in targets)]
+    for name in importers:
+        top = {a for node in ast.parse(NAMES[name].read_text()).body for a in ast.walk(node)
+               if isinstance(node, (ast.Import, ast.ImportFrom)) and isinstance(a, ast.alias)}  # fmt: skip
+        assert not any("from_torch_ao" in alias.name for alias in top), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: module_name(p))
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) < 450
+
+
+def test_every_public_name_has_a_docstring():
+    bare = []
+    for name, path in NAMES.items():
+        tree = ast.parse(path.read_text())
+        if ast.get_docstring(tree) is None:
+            bare.append(name)
+        classes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+        for owner in [tree, *classes]:
+            for node in owner.body:
+                is_definition = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                if is_definition and not node.name.startswith("_") and ast.get_docstring(node) is None:
+                    bare.append(f"{name}.{node.name}")
+    assert not bare
+
+
+def test_functions_fit_a_screen():
+    long = [
+        f"{name}.{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for name, path in NAMES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60
+    ]
+    assert not long
+
+
+def test_nothing_prints():
+    calls = [
+        f"{name}:{node.lineno}"
+        for name, path in NAMES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not calls
+
+
+def test_everything_exported_exists_and_is_sorted():
+    assert all(hasattr(fxquant, name) for name in fxquant.__all__)
+    constants_first = sorted(fxquant.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+    assert fxquant.__all__ == constants_first

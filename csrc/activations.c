@@ -42,5 +42,5 @@ void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int
     }
 }
 
-/* The block form's copy of a weight's last 64 rows, and 32 rows of 1040 staged outputs: see avx512_blocks.h. */
-int64_t fxq_matmul_scratch_bytes(int64_t columns) { return 64 * fxq_depth(columns) + 32 * 1040 * (int64_t)sizeof(float); }
+/* The copy of a weight's last rows (row_major.h), 64 of them in the block form. */
+int64_t fxq_matmul_scratch_bytes(int64_t columns) { return 64 * fxq_depth(columns); }

@@ -4,9 +4,9 @@
 #ifdef FXQ_HAS_VNNI_AND_AMX
 #include <immintrin.h>
 #ifdef __clang__
-FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8")
+FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,prfchw")
 #else
-FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,prefer-vector-width=512")
+FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,prfchw,prefer-vector-width=512")
 #endif
 
 #define DOT_FORM_ROWS 2 /* beyond, a tile product is faster even with most of its columns empty */
@@ -28,7 +28,7 @@ static void end(void) { _tile_release(); }
 /* The weights of the block after this one, which lie right behind it: the tiles' strided loads alone would each wait for
  * the L3 cache. A step of 64 columns fetches as many lines as it uses. */
 FXQ_INLINE void fetch_rows(const int8_t *from, int lines) {
-    FXQ_UNROLL(16) for (int i = 0; i < lines; i++) _mm_prefetch((const char *)from + 64 * i, _MM_HINT_T0);
+    FXQ_UNROLL(16) for (int i = 0; i < lines; i++) _mm_prefetch((const char *)from + 64 * i, _MM_HINT_T1);
 }
 
 /* 32 outputs by 32 activations: accumulators 0–3, weights 4 and 5, activations 6 and 7. A product takes 16 cycles and
@@ -50,7 +50,7 @@ FXQ_INLINE void multiply_2x2(const int8_t *w, int64_t stride, int64_t depth, con
         _tile_loadd(5, w1 + k, stride);
         _tile_dpbsud(2, 5, 6);
         _tile_dpbsud(3, 5, 7);
-        if (0) fetch_rows(next + 32 * k, 32);
+        if (next) fetch_rows(next + 32 * k, 32);
         finish_tiles(earlier, pace);
     }
     _tile_stored(0, c[0], 64);
@@ -77,7 +77,7 @@ FXQ_INLINE void multiply_4x1(const int8_t *w, int64_t stride, int64_t depth, con
         _tile_dpbsud(2, 6, 7);
         _tile_loadd(4, w3 + k, stride);
         _tile_dpbsud(3, 4, 7);
-        if (0) fetch_rows(next + 64 * k, 64);
+        if (next) fetch_rows(next + 64 * k, 64);
         finish_tiles(earlier, pace);
     }
     _tile_stored(0, c[0], 64);
@@ -98,7 +98,7 @@ FXQ_INLINE void multiply_2x1(const int8_t *w, int64_t stride, int64_t depth, con
         _tile_dpbsud(0, 4, 7);
         _tile_loadd(5, w1 + k, stride);
         _tile_dpbsud(1, 5, 7);
-        if (0) fetch_rows(next + 32 * k, 32);
+        if (next) fetch_rows(next + 32 * k, 32);
         finish_tiles(earlier, pace);
     }
     _tile_stored(0, c[0], 64);
@@ -106,13 +106,12 @@ FXQ_INLINE void multiply_2x1(const int8_t *w, int64_t stride, int64_t depth, con
 }
 
 static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int blocks, int tiles,
-                     int32_t (*c)[256], struct epilogue *earlier) {
+                     int32_t (*c)[256], struct epilogue *earlier, const int8_t *next) {
     const int64_t steps = depth / 64 ? depth / 64 : 1;
-    const int8_t *next = w + BLOCK_ROWS * stride;
     if (blocks == 2) {
         const int pace = (int)((8 + 2 * steps - 1) / (2 * steps));
         multiply_2x2(w, stride, depth, b, c, earlier, pace, next);
-        if (tiles > 2) multiply_2x2(w + 32 * stride, stride, depth, b, c + 4, earlier, pace, next + 32 * stride);
+        if (tiles > 2) multiply_2x2(w + 32 * stride, stride, depth, b, c + 4, earlier, pace, next ? next + 32 * stride : NULL);
     } else if (tiles > 2) {
         multiply_4x1(w, stride, depth, b, c, earlier, (int)((4 + steps - 1) / steps), next);
     } else {

@@ -11,43 +11,64 @@ FXQ_TARGET_BEGIN("avx2")
 
 enum { WIDE_ROWS = 3 }; /* from so many rows of activations, the weights are converted to int16 once and kept */
 
-FXQ_INLINE __m256i load_weights(const struct group *g, int row, int64_t k) {
-    const int64_t at = row * g->stride + k;
-    if (g->is_wide) return _mm256_loadu_si256((const __m256i *)((const int16_t *)g->weights + at));
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)((const int8_t *)g->weights + at)));
+/* 16 weights of a row: as they are, or converted from int8. `is_wide` is a constant wherever this is inlined. */
+FXQ_INLINE __m256i load_weights(const void *row, int64_t k, bool is_wide) {
+    if (is_wide) return _mm256_loadu_si256((const __m256i *)((const int16_t *)row + k));
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)((const int8_t *)row + k)));
 }
 
 FXQ_INLINE __m256i load_values(const int16_t *a) { return _mm256_loadu_si256((const __m256i *)a); }
 
 FXQ_INLINE __m256i add_product(__m256i sum, __m256i a, __m256i w) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, w)); }
 
-static __m128i dot_4x1(const struct group *g, int first, const int16_t *a) {
-    __m256i acc[4];
-    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) acc[i] = _mm256_setzero_si256();
-    for (int64_t k = 0; k < g->depth; k += 16) {
-        const __m256i values = load_values(a + k);
-        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) acc[i] = add_product(acc[i], values, load_weights(g, first + i, k));
-    }
-    return sum_4(acc[0], acc[1], acc[2], acc[3]);
+FXQ_INLINE const void *row_of(const struct group *g, int row, bool is_wide) {
+    return (const char *)g->weights + row * g->stride * (is_wide ? 2 : 1);
 }
 
-FXQ_INLINE void dot_4x2_any(const struct group *g, int first, const int16_t *a, const int16_t *b, __m128i sums[2]) {
-    __m256i acc[4], more[4];
-    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) acc[i] = more[i] = _mm256_setzero_si256();
-    for (int64_t k = 0; k < g->depth; k += 16) {
-        const __m256i values = load_values(a + k), others = load_values(b + k);
-        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
-            const __m256i weights = load_weights(g, first + i, k);
-            acc[i] = add_product(acc[i], values, weights);
-            more[i] = add_product(more[i], others, weights);
-        }
+FXQ_INLINE __m128i dot_4x1_as(const struct group *g, int first, const int16_t *a, bool is_wide) {
+    const void *w0 = row_of(g, first, is_wide), *w1 = row_of(g, first + 1, is_wide);
+    const void *w2 = row_of(g, first + 2, is_wide), *w3 = row_of(g, first + 3, is_wide);
+    __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0;
+    for (int64_t k = 0, depth = g->depth; k < depth; k += 16) {
+        const __m256i values = load_values(a + k);
+        s0 = add_product(s0, values, load_weights(w0, k, is_wide));
+        s1 = add_product(s1, values, load_weights(w1, k, is_wide));
+        s2 = add_product(s2, values, load_weights(w2, k, is_wide));
+        s3 = add_product(s3, values, load_weights(w3, k, is_wide));
     }
-    sums[0] = sum_4(acc[0], acc[1], acc[2], acc[3]);
-    sums[1] = sum_4(more[0], more[1], more[2], more[3]);
+    return sum_4(s0, s1, s2, s3);
+}
+
+FXQ_INLINE void dot_4x2_as(const struct group *g, int first, const int16_t *a, const int16_t *b, __m128i sums[2], bool is_wide) {
+    const void *w0 = row_of(g, first, is_wide), *w1 = row_of(g, first + 1, is_wide);
+    const void *w2 = row_of(g, first + 2, is_wide), *w3 = row_of(g, first + 3, is_wide);
+    __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0, t0 = s0, t1 = s0, t2 = s0, t3 = s0;
+    for (int64_t k = 0, depth = g->depth; k < depth; k += 16) {
+        const __m256i values = load_values(a + k), others = load_values(b + k);
+        __m256i w = load_weights(w0, k, is_wide);
+        s0 = add_product(s0, values, w);
+        t0 = add_product(t0, others, w);
+        w = load_weights(w1, k, is_wide);
+        s1 = add_product(s1, values, w);
+        t1 = add_product(t1, others, w);
+        w = load_weights(w2, k, is_wide);
+        s2 = add_product(s2, values, w);
+        t2 = add_product(t2, others, w);
+        w = load_weights(w3, k, is_wide);
+        s3 = add_product(s3, values, w);
+        t3 = add_product(t3, others, w);
+    }
+    sums[0] = sum_4(s0, s1, s2, s3);
+    sums[1] = sum_4(t0, t1, t2, t3);
+}
+
+static __m128i dot_4x1(const struct group *g, int first, const int16_t *a) {
+    return g->is_wide ? dot_4x1_as(g, first, a, true) : dot_4x1_as(g, first, a, false);
 }
 
 static void dot_4x2(const struct group *g, int first, const int16_t *a, const int16_t *b, __m128i sums[2]) {
-    dot_4x2_any(g, first, a, b, sums);
+    if (g->is_wide) dot_4x2_as(g, first, a, b, sums, true);
+    else dot_4x2_as(g, first, a, b, sums, false);
 }
 
 static void widen_rows(const int8_t *w, int64_t stride, int64_t depth, int16_t *wide) {

@@ -63,7 +63,6 @@ enum {
     BLOCK_ROWS = 64,                   /* outputs of one step of the block form: 4 tiles */
     CHUNK_BYTES = 512 << 10,           /* of weights that stay in the L2 cache while all activations pass */
     MOST_CHUNK_ROWS = 1024,
-    STAGED_STRIDE = MOST_CHUNK_ROWS + 16, /* not a power of two: 32 rows would share few sets of the L1 cache */
     MOST_BLOCK_FORM_COLUMNS = 32768    /* correct() splits the row sums into int16 halves */
 };
 

@@ -1,11 +1,12 @@
 /* The block form of a product (see avx512.h), around a tile product that the includer defines:
  *
  * static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int blocks, int tiles,
- *                      int32_t (*c)[256], struct epilogue *earlier);
+ *                      int32_t (*c)[256], struct epilogue *earlier, const int8_t *next);
  *
  * gives c[2 * i + j] = tile of outputs 16 i .. 16 i + 15 (i < tiles <= 4) by activation block j (j < blocks <= 2), each
  * [16 outputs][16 rows]; meanwhile it calls finish_tiles(earlier, ...) now and then, so that the stores and shuffles of
- * the last block fill the time in which this block waits for its tiles. */
+ * the last block fill the time in which this block waits for its tiles. next: the weights to come, or NULL when they are
+ * in the L2 cache already. */
 
 /* The finished tiles of a block that wait for dequantization. */
 struct epilogue {
@@ -48,6 +49,7 @@ static void finish_tile(struct epilogue *e, int group, int block) {
     const float *addend = e->addend ? e->addend + 16 * block * e->addend_stride + 16 * group : NULL;
     FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
         if (i >= rows) break;
+        __builtin_prefetch(out + i * e->out_stride + BLOCK_ROWS, 1); /* the line of the next block */
         finish_outputs(&o, correct(v[i], pairs, row[i].zero_pair), row[i].scale, out + i * e->out_stride,
                        addend ? addend + i * e->addend_stride : NULL);
     }
@@ -61,22 +63,7 @@ FXQ_INLINE void finish_tiles(struct epilogue *e, int count) {
 }
 
 static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int blocks, int tiles,
-                     int32_t (*c)[256], struct epilogue *earlier);
-
-/* Copy 16 or 32 rows of staged outputs to where they belong, past the caches: whole aligned lines by non-temporal
- * stores, the ends of each row by masked ones. */
-static void stream_rows(const float *staged, int64_t staged_stride, float *out, int64_t stride, int64_t rows, int64_t columns) {
-    for (int64_t m = 0; m < rows; m++) {
-        const float *from = staged + m * staged_stride;
-        float *to = out + m * stride;
-        const int64_t head = (int64_t)(-((uintptr_t)to >> 2) & 15);
-        int64_t k = head < columns ? head : columns;
-        _mm512_mask_storeu_ps(to, first_lanes(k), _mm512_maskz_loadu_ps(first_lanes(k), from));
-        for (; k + 16 <= columns; k += 16) _mm512_stream_ps(to + k, _mm512_loadu_ps(from + k));
-        const __mmask16 rest = first_lanes(columns - k);
-        if (rest) _mm512_mask_storeu_ps(to + k, rest, _mm512_maskz_loadu_ps(rest, from + k));
-    }
-}
+                     int32_t (*c)[256], struct epilogue *earlier, const int8_t *next);
 
 /* Outputs [n0, n1), few enough that their weights stay in the L2 cache, by activation rows [m, m + 16 * blocks). */
 static void matmul_strip(const struct fxq_matmul *job, struct weight_reader *reader, int64_t n0, int64_t n1, int64_t m,
@@ -90,7 +77,8 @@ static void matmul_strip(const struct fxq_matmul *job, struct weight_reader *rea
         const int tiles = (int)(left + 15) / 16;
         int64_t stride;
         const int8_t *w = weight_rows(reader, n, 16 * (tiles + (tiles & 1)), &stride);
-        multiply(w, stride, x->depth, (const uint8_t *)x->packed + m * x->depth, blocks, tiles, c[parity], &earlier);
+        multiply(w, stride, x->depth, (const uint8_t *)x->packed + m * x->depth, blocks, tiles, c[parity], &earlier,
+                 m == 0 ? w + BLOCK_ROWS * stride : NULL);
         finish_tiles(&earlier, 8);
         earlier = (struct epilogue){
             .job = job, .c = (const int32_t(*)[256])c[parity], .count = tiles * blocks, .blocks = blocks, .n = n, .n1 = n1,
@@ -101,11 +89,10 @@ static void matmul_strip(const struct fxq_matmul *job, struct weight_reader *rea
     finish_tiles(&earlier, 8);
 }
 
-/* scratch: BLOCK_ROWS * depth bytes for the weight's end, then 32 * STAGED_STRIDE floats for staged outputs. */
+/* scratch: BLOCK_ROWS * depth bytes for the weight's end. */
 static void matmul_block_form(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
     const struct fxq_activations *x = job->x;
     struct weight_reader reader = read_weight(job->weight, job->outputs, x->columns, scratch);
-    float *staged = (float *)((char *)scratch + BLOCK_ROWS * x->depth);
     _Alignas(64) int32_t pairs[MOST_CHUNK_ROWS + 16];
     int64_t chunk = CHUNK_BYTES / (x->depth ? x->depth : 1) / BLOCK_ROWS * BLOCK_ROWS;
     chunk = chunk < BLOCK_ROWS ? BLOCK_ROWS : chunk > MOST_CHUNK_ROWS ? MOST_CHUNK_ROWS : chunk;
@@ -125,19 +112,10 @@ static void matmul_block_form(const struct fxq_matmul *job, int64_t n0, int64_t 
         for (int64_t block = 0; block < blocks; block += 2) {
             const int64_t m = 16 * block;
             const int count = blocks - block < 2 ? 1 : 2;
-            struct fxq_target target = {to->out + n - n0, to->out_stride, to->addend ? to->addend + n - n0 : NULL, to->addend_stride};
-            if (job->stream) { /* matmul_strip adds m * stride */
-                target.out = staged - m * STAGED_STRIDE;
-                target.out_stride = STAGED_STRIDE;
-            }
+            const struct fxq_target target = {to->out + n - n0, to->out_stride, to->addend ? to->addend + n - n0 : NULL, to->addend_stride};
             matmul_strip(job, &reader, n, end, m, count, pairs, ones, &target);
-            if (job->stream) {
-                const int64_t rows = x->rows - m < 32 ? x->rows - m : 32;
-                stream_rows(staged, STAGED_STRIDE, to->out + m * to->out_stride + n - n0, to->out_stride, rows, end - n);
-            }
         }
     }
-    if (job->stream) _mm_sfence();
 }
 
 static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {

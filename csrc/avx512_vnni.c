@@ -50,7 +50,8 @@ FXQ_INLINE void multiply_16x1(const int8_t *w, int64_t stride, int64_t depth, co
 }
 
 static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int blocks, int tiles,
-                     int32_t (*c)[256], struct epilogue *earlier) {
+                     int32_t (*c)[256], struct epilogue *earlier, const int8_t *next) {
+    (void)next;
     for (int i = 0; i < tiles; i++) {
         const int8_t *rows = w + 16 * i * stride;
         if (blocks == 2) {

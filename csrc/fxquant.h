@@ -44,7 +44,6 @@ struct fxq_matmul {
     const float *bias;  /* (outputs,) or NULL */
     const int32_t *sums; /* sums of the weight's rows, or NULL: computed on the way */
     bool relu;
-    bool stream; /* write past the caches: for outputs too large to be read back from them */
 };
 
 /* Where a thread's outputs [n0, n1) go: out[m * out_stride + n - n0], after adding addend[m * addend_stride + n - n0]. */

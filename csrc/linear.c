@@ -1,8 +1,6 @@
 /* y = x W^T + bias, with x quantized as it comes. */
 #include "fxquant.h"
 
-enum { STREAM_BYTES = 6 << 20 }; /* larger outputs go past the caches */
-
 struct job {
     const struct fxq_linear *call;
     struct fxq_activations x;
@@ -64,7 +62,7 @@ int fxq_linear(const struct fxq_linear *call, int threads) {
     job.ranges = (struct fxq_range *)(memory + packed + rows);
     job.scratch = memory + packed + rows + ranges;
     job.matmul = (struct fxq_matmul){.x = &job.x, .weight = call->weight, .outputs = call->outputs, .scale = call->scale,
-        .bias = call->bias, .relu = call->relu, .stream = call->rows * call->outputs * 4 > STREAM_BYTES && call->outputs >= 256};
+        .bias = call->bias, .relu = call->relu};
     fxq_run(work, &job, threads);
     fxq_trim_scratch();
     return FXQ_OK;

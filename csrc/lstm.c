@@ -218,48 +218,51 @@ static void keep_last_rows(const struct cell *cell, float *h) {
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
-static char *take(char **memory, int64_t bytes) {
-    char *taken = *memory;
-    *memory += aligned(bytes);
+/* Memory handed out piece by piece; without a base only the sum counts. */
+struct supply {
+    char *base;
+    int64_t used;
+};
+
+static void *take(struct supply *supply, int64_t bytes) {
+    void *taken = supply->base ? supply->base + supply->used : NULL;
+    supply->used += aligned(bytes);
     return taken;
 }
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-static struct fxq_activations take_activations(char **memory, const struct fxq_lstm *call, int64_t rows, int64_t columns) {
+static struct fxq_activations take_activations(struct supply *memory, const struct fxq_lstm *call, int64_t rows, int64_t columns) {
     struct fxq_activations x = {.columns = columns, .depth = fxq_depth(columns), .qmax = call->qmax, .per_row = call->per_row};
     x.packed = take(memory, fxq_packed_bytes(rows, columns));
-    x.row = (struct fxq_row *)take(memory, rows * (int64_t)sizeof *x.row);
+    x.row = take(memory, rows * (int64_t)sizeof *x.row);
     return x;
 }
 
-/* Lay out a thread's memory from `memory` (NULL to measure it) and return its end. */
-static char *lay_out_cell(struct cell *cell, const struct fxq_lstm *call, char *memory) {
+static void lay_out_cell(struct cell *cell, const struct fxq_lstm *call, struct supply *memory) {
     const int64_t columns = most(most(call->inputs, call->hidden), call->directions * call->outputs);
-    cell->h = take_activations(&memory, call, call->batch, call->outputs);
-    cell->raw = take_activations(&memory, call, call->cells->hr ? call->batch : 0, call->hidden);
+    cell->h = take_activations(memory, call, call->batch, call->outputs);
+    cell->raw = take_activations(memory, call, call->cells->hr ? call->batch : 0, call->hidden);
     cell->units = most(GATES_TOGETHER / call->batch / 64, 1) * 64;
     if (cell->units > call->hidden) cell->units = call->hidden;
-    cell->pre = (float *)take(&memory, call->batch * 4 * cell->units * (int64_t)sizeof(float));
-    cell->scratch = take(&memory, fxq_matmul_scratch_bytes(columns));
-    return memory;
+    cell->pre = take(memory, call->batch * 4 * cell->units * (int64_t)sizeof(float));
+    cell->scratch = take(memory, fxq_matmul_scratch_bytes(columns));
 }
 
-static char *lay_out_stack(struct stack *s, const struct fxq_lstm *call, int threads, char *memory) {
+static void lay_out_stack(struct stack *s, const struct fxq_lstm *call, int threads, struct supply *memory) {
     const int64_t floats = sizeof(float), width = call->directions * call->outputs;
     const bool needs_sums = call->steps > 1 && fxq_active->row_sums;
-    s->x = take_activations(&memory, call, s->chunk_rows, most(call->inputs, width));
-    s->ranges = (struct fxq_range *)take(&memory, threads * (int64_t)sizeof *s->ranges);
+    s->x = take_activations(memory, call, s->chunk_rows, most(call->inputs, width));
+    s->ranges = take(memory, threads * (int64_t)sizeof *s->ranges);
     s->gates_stride = 4 * call->hidden + 16;
-    s->gates = (float *)take(&memory, s->chunk_rows * s->gates_stride * floats);
-    for (int i = 0; i < 2; i++) s->layer[i] = (float *)take(&memory, call->layers > 1 + i ? s->rows * width * floats : 0);
-    s->hidden = (float *)take(&memory, call->cells->hr ? call->batch * call->hidden * floats : 0);
-    char *sums = take(&memory, 4 * call->hidden * floats);
-    s->hh_sums = needs_sums ? (int32_t *)sums : NULL;
-    sums = take(&memory, call->outputs * floats);
-    s->hr_sums = needs_sums ? (int32_t *)sums : NULL;
-    s->own = memory;
-    return memory + threads * s->own_bytes;
+    s->gates = take(memory, s->chunk_rows * s->gates_stride * floats);
+    for (int i = 0; i < 2; i++) s->layer[i] = take(memory, call->layers > 1 + i ? s->rows * width * floats : 0);
+    s->hidden = take(memory, call->cells->hr ? call->batch * call->hidden * floats : 0);
+    void *sums = take(memory, 4 * call->hidden * floats);
+    s->hh_sums = needs_sums ? sums : NULL;
+    sums = take(memory, call->outputs * floats);
+    s->hr_sums = needs_sums ? sums : NULL;
+    s->own = take(memory, threads * s->own_bytes);
 }
 
 static void work(void *arg, int thread, int threads) {
@@ -267,7 +270,8 @@ static void work(void *arg, int thread, int threads) {
     const struct fxq_lstm *call = s->call;
     const int64_t width = call->directions * call->outputs, states = call->batch * call->outputs;
     struct cell cell = {.stack = s, .thread = thread, .threads = threads};
-    lay_out_cell(&cell, call, s->own + thread * s->own_bytes);
+    struct supply own = {s->own + thread * s->own_bytes, 0};
+    lay_out_cell(&cell, call, &own);
     cell.u0 = share(call->hidden, thread, threads);
     cell.u1 = share(call->hidden, thread + 1, threads);
     cell.out_stride = width;
@@ -294,22 +298,24 @@ int fxq_lstm(const struct fxq_lstm *call, int threads) {
     const int64_t step_work = 4 * call->hidden * call->outputs * call->batch; /* a barrier must be worth it at each */
     threads = fxq_worthwhile(step_work, (call->hidden + 15) / 16, threads);
     struct stack s = {.call = call};
-    int64_t *starts = NULL;
-    const int64_t starts_bytes = aligned((call->steps + 1) * (int64_t)sizeof *starts);
-    s.rows = 0;
     for (int64_t t = 0; t < call->steps; t++) s.rows += call->sizes ? call->sizes[t] : call->batch;
     s.chunk_rows = most(most(CHUNK_ROWS, call->batch), GATES_BYTES / (16 * call->hidden));
     if (s.chunk_rows > s.rows) s.chunk_rows = s.rows;
-    struct cell measured = {.stack = &s};
-    s.own_bytes = lay_out_cell(&measured, call, NULL) - (char *)NULL;
-    const int64_t bytes = starts_bytes + (lay_out_stack(&s, call, threads, NULL) - (char *)NULL);
-    char *memory = fxq_scratch(bytes);
-    if (memory == NULL) return FXQ_NO_MEMORY;
-    starts = (int64_t *)memory;
+
+    struct cell any = {.stack = &s};
+    struct supply measure_cell = {NULL, 0}, measure_all = {NULL, 0};
+    lay_out_cell(&any, call, &measure_cell);
+    s.own_bytes = measure_cell.used;
+    const int64_t starts_bytes = (call->steps + 1) * (int64_t)sizeof *s.starts;
+    take(&measure_all, starts_bytes);
+    lay_out_stack(&s, call, threads, &measure_all);
+    struct supply memory = {fxq_scratch(measure_all.used), 0};
+    if (memory.base == NULL) return FXQ_NO_MEMORY;
+    int64_t *starts = take(&memory, starts_bytes);
     starts[0] = 0;
     for (int64_t t = 0; t < call->steps; t++) starts[t + 1] = starts[t] + (call->sizes ? call->sizes[t] : call->batch);
     s.starts = starts;
-    lay_out_stack(&s, call, threads, memory + starts_bytes);
+    lay_out_stack(&s, call, threads, &memory);
     fxq_run(work, &s, threads);
     fxq_trim_scratch();
     return FXQ_OK;

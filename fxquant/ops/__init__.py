@@ -1,4 +1,4 @@
-"""The quantized operators, as functions: eager calls on plain tensors run at once, others through `torch.ops.fxquant`."""
+"""The quantized operators as functions: eager calls on plain tensors run at once, others by `torch.ops.fxquant`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OVERLOADS = {name: getattr(torch.ops.fxquant, name).default for name in SCHEMAS}
 def linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Call `torch.ops.fxquant.linear`, whose arguments `dispatch.linear` has."""
     run = dispatch.linear if dispatch.is_eager(x, weight) else OVERLOADS["linear"]
-    return run(x, weight, *rest)  # type: ignore[no-any-return]
+    return run(x, weight, *rest)
 
 
 def lstm(
@@ -35,19 +35,19 @@ def lstm(
     """Call `torch.ops.fxquant.lstm`, whose arguments `dispatch.lstm` has."""
     is_eager = dispatch.is_eager(x, weights[0]) and dispatch.is_eager(h0, c0)
     run = dispatch.lstm if is_eager else OVERLOADS["lstm"]
-    return run(x, batch_sizes, h0, c0, weights, *rest)  # type: ignore[no-any-return]
+    return run(x, batch_sizes, h0, c0, weights, *rest)
 
 
 def embedding(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Call `torch.ops.fxquant.embedding`, whose arguments `dispatch.embedding` has."""
     run = dispatch.embedding if dispatch.is_eager(indices, weight) else OVERLOADS["embedding"]
-    return run(indices, weight, *rest)  # type: ignore[no-any-return]
+    return run(indices, weight, *rest)
 
 
 def embedding_bag(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Call `torch.ops.fxquant.embedding_bag`, whose arguments `dispatch.embedding_bag` has."""
     run = dispatch.embedding_bag if dispatch.is_eager(indices, weight) else OVERLOADS["embedding_bag"]
-    return run(indices, weight, *rest)  # type: ignore[no-any-return]
+    return run(indices, weight, *rest)
 
 
 __all__ = ["OVERLOADS", "KernelInfo", "embedding", "embedding_bag", "kernel_info", "linear", "lstm"]

@@ -20,12 +20,12 @@ def is_eager(x: object, weight: object) -> bool:
         not torch.compiler.is_compiling()
         and (type(x) is torch.Tensor or type(x) is torch.nn.Parameter)
         and type(weight) is torch.Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
         and not (x.requires_grad and torch.is_grad_enabled())
         and not x.is_neg()
-        and torch._C._len_torch_dispatch_stack() == 0  # type: ignore[attr-defined]
-        and torch._C._len_torch_function_stack() == 0  # type: ignore[attr-defined]
-        and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        and torch._C._get_tracing_state() is None  # type: ignore[attr-defined]
     )
 
 

@@ -30,8 +30,8 @@ _MODES = {"sum": 0, "mean": 1, "max": 2}
 class KernelInfo:
     """Which kernels run the quantized operators.
 
-    library: the library's path, None when plain torch does the work; isa: its instruction set; threads: how many threads
-    the next call may use; why: why not a better library or instruction set, empty when there is none.
+    library: the library's path, None when plain torch does the work; isa: its instruction set; threads: how many
+    threads the next call may use; why: why not a better library or instruction set, empty when there is none.
     """
 
     library: str | None
@@ -228,8 +228,8 @@ def _cell_addresses(
     per_cell, gates = len(weights) // cells, 4 * hidden
     if per_cell not in (2, 3) or len(scales) != len(weights) or (per_cell == 2 and outputs != hidden):
         raise ShapeError(
-            f"a quantized LSTM of {cells} cells, {hidden} hidden units and {outputs} outputs got {len(weights)} weights "
-            f"and {len(scales)} scales"
+            f"a quantized LSTM of {cells} cells, {hidden} hidden units and {outputs} outputs got {len(weights)} "
+            f"weights and {len(scales)} scales"
         )
     addresses: list[int] = []
     alive: list[torch.Tensor] = []
@@ -326,14 +326,14 @@ def embedding_bag(
     bits: int = 8,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Return a sum, mean or max of a quantized table's rows for each bag: `reference.embedding_bag`, to float rounding."""
+    """Return a sum, mean or max of a table's rows for each bag: `reference.embedding_bag`, to float rounding."""
     rows = weight.shape[0]
     told, alive = _table(indices, weight, scale, zero_point, embedding_dim, bits)
     is_known = mode in _MODES and (
         per_sample_weights is None or (mode == "sum" and per_sample_weights.shape == indices.shape)
     )
-    has_form = (
-        indices.dim() == 2 and offsets is None or indices.dim() == 1 and offsets is not None and offsets.dim() == 1
+    has_form = (indices.dim() == 2 and offsets is None) or (
+        indices.dim() == 1 and offsets is not None and offsets.dim() == 1
     )
     status = _BAD_OFFSETS
     if is_known and has_form:

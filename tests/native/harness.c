@@ -1,0 +1,102 @@
+/* The kernels without Python: random cases on every instruction set, hashed. One line an instruction set; the hashes are
+ * equal on all of them, and on all processors. argv: cases, threads. Used by test_harness.py. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../../csrc/fxquant.h"
+
+static uint64_t state, hash;
+
+static uint32_t next(void) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 33);
+}
+
+static int64_t below(int64_t n) { return next() % n; }
+
+static void *take(int64_t bytes) {
+    void *memory = malloc((size_t)bytes + 1);
+    if (memory == NULL) abort();
+    return memory;
+}
+
+static int8_t *weights(int64_t count) {
+    int8_t *w = take(count);
+    for (int64_t i = 0; i < count; i++) w[i] = (int8_t)below(256);
+    return w;
+}
+
+static float *floats(int64_t count, float scale, bool is_signed) {
+    float *x = take(count * 4);
+    for (int64_t i = 0; i < count; i++) x[i] = (float)(below(20001) - (is_signed ? 10000 : 0)) * scale;
+    return x;
+}
+
+static void mix(const float *x, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], 4);
+        if (isnan(x[i])) bits = 0x7fc00000; /* any NaN is as good as another */
+        hash = (hash ^ bits) * 1099511628211u;
+    }
+}
+
+static void linear_case(int threads) {
+    const int64_t rows = below(40), columns = below(200), outputs = below(150);
+    float *x = floats(rows * columns, 1e-3f, true), *scale = floats(outputs, 1e-6f, false), *bias = floats(outputs, 1e-4f, true);
+    float *out = take(rows * outputs * 4);
+    int8_t *w = weights(outputs * columns);
+    if (below(10) == 0 && rows * columns) x[below(rows * columns)] = NAN;
+    if (below(10) == 0 && rows * columns) x[below(rows * columns)] = -INFINITY;
+    const struct fxq_linear call = {.x = x, .rows = rows, .columns = columns, .weight = w, .outputs = outputs, .scale = scale,
+        .bias = below(3) ? bias : NULL, .out = out, .relu = below(3) == 0, .per_row = below(3) > 0, .qmax = below(3) ? 255 : 127};
+    if (fxq_linear(&call, threads) != FXQ_OK) abort();
+    mix(out, rows * outputs);
+    free(x), free(scale), free(bias), free(out), free(w);
+}
+
+static void lstm_case(int threads) {
+    const int64_t steps = 1 + below(5), batch = 1 + below(20), inputs = 1 + below(80), hidden = 1 + below(90);
+    const int64_t gates = 4 * hidden;
+    const int directions = 1 + (int)below(2);
+    struct fxq_lstm_cell_weights cells[2] = {0};
+    for (int i = 0; i < directions; i++) {
+        cells[i] = (struct fxq_lstm_cell_weights){.ih = weights(gates * inputs), .hh = weights(gates * hidden),
+            .ih_scale = floats(gates, 1e-6f, false), .hh_scale = floats(gates, 1e-6f, false), .bias = floats(gates, 1e-4f, true)};
+    }
+    float *x = floats(steps * batch * inputs, 1e-3f, true), *h0 = floats(directions * batch * hidden, 1e-4f, true);
+    float *h = take(directions * batch * hidden * 4), *c = floats(directions * batch * hidden, 1e-4f, true);
+    float *out = take(steps * batch * directions * hidden * 4);
+    const struct fxq_lstm call = {.x = x, .steps = steps, .batch = batch, .inputs = inputs, .hidden = hidden, .outputs = hidden,
+        .layers = 1, .directions = directions, .cells = cells, .h0 = h0, .h = h, .c = c, .out = out, .per_row = below(3) > 0, .qmax = 255};
+    if (fxq_lstm(&call, threads) != FXQ_OK) abort();
+    mix(out, steps * batch * directions * hidden);
+    mix(h, directions * batch * hidden);
+    mix(c, directions * batch * hidden);
+    for (int i = 0; i < directions; i++) {
+        free((void *)cells[i].ih), free((void *)cells[i].hh), free((void *)cells[i].ih_scale);
+        free((void *)cells[i].hh_scale), free((void *)cells[i].bias);
+    }
+    free(x), free(h0), free(h), free(c), free(out);
+}
+
+int main(int count, char **arguments) {
+    const int cases = count > 1 ? atoi(arguments[1]) : 300, threads = count > 2 ? atoi(arguments[2]) : 2;
+    fxq_least_share = 1;
+    for (int isa = 0; isa < fxq_isa_count(); isa++) {
+        if (!fxq_select_isa(isa)) {
+            printf("%s: %s\n", fxq_isa_name(isa), fxq_isa_obstacle(isa));
+            continue;
+        }
+        state = 1;
+        hash = 14695981039346656037u;
+        for (int i = 0; i < cases; i++) {
+            linear_case(threads);
+            if (i % 4 == 0) lstm_case(threads);
+        }
+        printf("%s: %016llx\n", fxq_isa_name(isa), (unsigned long long)hash);
+    }
+    return 0;
+}

@@ -1,0 +1,76 @@
+"""The native kernels against the reference: the same bits, on every instruction set and number of threads."""
+
+import os
+
+import pytest
+import torch
+
+from fxquant.ops import native, reference
+from tests.native import cases
+from tests.native.cases import failures, int8, kernels, same_bits
+
+SETTINGS = [(isa, threads) for isa in cases.usable() for threads in (1, 2)]
+COUNTS = {"linear": 1200, "lstm": 120, "embedding": 150, "embedding_bag": 150}  # times ten settings
+
+
+@pytest.mark.parametrize("operator", COUNTS)
+def test_random_cases_give_the_references_bits(operator):
+    wrong = [line for seed in range(COUNTS[operator]) for line in failures(operator, seed, SETTINGS)]
+    assert not wrong, "\n".join(wrong[:20])
+
+
+@pytest.mark.skipif("FXQUANT_EXHAUSTIVE" not in os.environ, reason="some hours: set FXQUANT_EXHAUSTIVE=1")
+def test_every_small_shape_and_a_million_random_cases(isa):
+    with kernels(isa, 1):
+        for rows in range(65):
+            for columns in range(65):
+                x, weight, scale = torch.randn(rows, columns), int8(64, columns), torch.rand(64)
+                for outputs in range(65):
+                    args = (x, weight[:outputs], scale[:outputs])
+                    assert same_bits(native.linear(*args), reference.linear(*args)), (rows, columns, outputs)
+    wrong = [line for seed in range(10**6) for line in failures("linear", seed, [(isa, 1), (isa, 2)])]
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def test_a_row_gives_the_same_bits_alone_and_in_any_batch(isa):
+    x, weight, scale = torch.randn(70, 130), int8(100, 130), torch.rand(100)
+    with kernels(isa, 1):
+        together = native.linear(x, weight, scale)
+        for rows in (1, 2, 3, 7, 16, 33):
+            assert same_bits(native.linear(x[5 : 5 + rows], weight, scale), together[5 : 5 + rows]), rows
+
+
+def test_step_by_step_equals_the_whole_sequence(isa):
+    weights = [int8(4 * 50, 30), int8(4 * 50, 50)]
+    scales, biases = [torch.rand(200) * 0.01 for _ in weights], [torch.randn(200)]
+    x, h, c = torch.randn(9, 3, 30), torch.randn(1, 3, 50), torch.randn(1, 3, 50)
+    with kernels(isa, 1):
+        whole = native.lstm(x, None, h, c, weights, scales, biases)
+        for step in range(9):
+            out, h, c = native.lstm(x[step : step + 1], None, h, c, weights, scales, biases)
+            assert same_bits(out[0], whole[0][step]), step
+    assert same_bits(h, whole[1])
+    assert same_bits(c, whole[2])
+
+
+@pytest.mark.parametrize("columns", [32768, 32769, 70000])  # the tiles' form ends at 32768; 66,000 can pass 2**31
+def test_very_deep_products_give_the_references_bits(isa, columns):
+    x, weight, scale = torch.randn(20, columns), int8(3, columns), torch.rand(3)
+    with kernels(isa, 2):
+        assert same_bits(native.linear(x, weight, scale), reference.linear(x, weight, scale))
+
+
+def test_a_large_product_gives_the_references_bits(isa):
+    x, weight, scale, bias = torch.randn(75, 300), int8(2100, 300), torch.rand(2100), torch.randn(2100)
+    with kernels(isa, 2):
+        assert same_bits(native.linear(x, weight, scale, bias), reference.linear(x, weight, scale, bias))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_a_bags_mean_and_greatest_skip_the_padding(isa, mode):
+    weight, scale = torch.tensor([[1, 2], [3, -4], [5, 6]], dtype=torch.int8), torch.ones(3)
+    with kernels(isa, 1):
+        indices = torch.tensor([[0, 1, 2], [2, 2, 2]])
+        bags = native.embedding_bag(indices, weight, scale, None, 2, mode=mode, padding_idx=2)
+    expected = {"sum": [4.0, -2.0], "mean": [2.0, -1.0], "max": [3.0, 2.0]}[mode]
+    assert bags.tolist() == [expected, [0.0, 0.0]]

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import struct
-import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, BinaryIO
@@ -48,14 +48,16 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     model = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
     tensors, aliases = _distinct(model.state_dict())
     target = pathlib.Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
+    name = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}")
     try:
+        name.touch()
+        mode = name.stat().st_mode  # what the user's umask gives; save_file would give it to the owner alone
         save_file(tensors, name, {"fxquant": json.dumps(_describe(model, aliases)), "sha256": _BLANK})
+        name.chmod(mode)
         _sign(name)
-        os.replace(name, target)
+        name.replace(target)
     except BaseException:
-        os.unlink(name)
+        name.unlink(missing_ok=True)
         raise
 
 
@@ -133,7 +135,7 @@ def _plain(part: Any) -> Any:
     return type_name(part) if callable(part) else part
 
 
-def _sign(name: str) -> None:
+def _sign(name: pathlib.Path) -> None:
     """Write a file's digest into its header, in the place kept for it, and flush the file to the disk."""
     with open(name, "r+b") as file:
         header, digest = _digest(file)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxquant.errors import AttributeNameError, ModelStateError, nearest
@@ -118,6 +120,7 @@ class FxModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> FxModule:
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, FxModule)
+        twin.__class__.__name__ = self.__class__.__name__  # a class of the twin's own
         twin.__dict__["record"] = copy.deepcopy(self.record, memo)
         for name in edit.HOOKS:
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
@@ -125,7 +128,22 @@ class FxModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         nodes = [(node.name, node.meta) for node in self.graph.nodes]
-        return _restore, (super().__reduce__(), self.__class__.__name__, nodes)
+        hooks = {name: self.__dict__[name] for name in edit.HOOKS}  # torch.fx drops those of the root
+        return _restore, (super().__reduce__(), self.__class__.__name__, nodes, hooks)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FxModule:
+        """Move as nn.Module does; what a quantized call reads as buffers, its integers and scales, keeps its dtype."""
+        is_quantized = "record" in self.__dict__ and self.record.stage == "quantized"
+        calls = {site.call for site in self.record.sites} if is_quantized else set()
+        read = [part for node in self.graph.nodes if node.name in calls for part in node.all_input_nodes]
+        kept = {str(part.target): edit.get_tensor(self, str(part.target)) for part in read if part.op == "get_attr"}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for path, tensor in kept.items():
+            moved = edit.get_tensor(self, path)
+            if tensor is None or moved is None or isinstance(moved, nn.Parameter) or moved.dtype == tensor.dtype:
+                continue
+            edit.set_tensor(self, path, tensor.to(moved.device))
+        return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load tensors as nn.Module does; integers never take floats, nor floats integers (RuntimeError)."""
@@ -135,14 +153,16 @@ class FxModule(fx.GraphModule):
         return super().load_state_dict(state_dict, strict, assign)
 
 
-def _restore(reduced: tuple[Any, ...], name: str, nodes: list[tuple[str, dict[str, Any]]]) -> FxModule:
+def _restore(
+    reduced: tuple[Any, ...], name: str, nodes: list[tuple[str, dict[str, Any]]], hooks: dict[str, Any]
+) -> FxModule:
     """Rebuild from a pickle: torch.fx rebuilds a plain GraphModule by tracing its own code; make it ours again."""
     plain = reduced[0](*reduced[1])
     for node, (own_name, meta) in zip(plain.graph.nodes, nodes, strict=True):
         node.name, node.meta = own_name, meta
     graph = copy.deepcopy(plain.graph)  # whose namespace knows those names
     module = FxModule.build(plain, graph, name, plain.__dict__["record"])
-    edit.carry_hooks(plain, module)
+    module.__dict__.update(hooks)
     module.train(plain.training)
     return module
 
@@ -158,21 +178,46 @@ def finish(module: fx.GraphModule, source: nn.Module, record: Record) -> FxModul
 
 
 def preserve(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the attributes of a float model that its graph shall keep. AttributeNameError for one it has not."""
-    kept: dict[str, Any] = {}
+    """Return the attributes of a float model that its graph shall keep; what a kept method's code names comes along.
+
+    Raises AttributeNameError for a name that the model does not have.
+    """
     for name in names:
-        if isinstance(inspect.getattr_static(type(model), name, None), property) or (
-            hasattr(type(model), name) and name not in vars(model)
-        ):
-            kept[name] = Method(next(kind for kind in type(model).__mro__ if name in vars(kind)), name)
-        elif hasattr(model, name):
-            kept[name] = copy.deepcopy(getattr(model, name))
-        else:
+        if not hasattr(model, name):
             known = [known for known in dir(model) if not known.startswith("_")]
             raise AttributeNameError(
                 f"preserved_attributes names {name!r}, which {type(model).__name__} does not have{nearest(name, known)}"
             )
-    return kept
+    kept: dict[str, Any] = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        own = inspect.getattr_static(type(model), name, None)
+        if isinstance(own, property) or (hasattr(own, "__get__") and name not in vars(model)):
+            kept[name] = Method(next(kind for kind in type(model).__mro__ if name in vars(kind)), name)
+            waiting += [other for other in _named_in(own) if other not in kept and _is_users(model, other)]
+        else:
+            kept[name] = copy.deepcopy(getattr(model, name))
+    return {name: kept[name] for name in sorted(kept, key=lambda name: (name not in names, name))}
+
+
+def _named_in(function: Any) -> set[str]:
+    """Return every name that the code of a method or property mentions."""
+    if isinstance(function, property):
+        function = function.fget
+    waiting, found = [getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)], set()
+    while waiting:
+        code = waiting.pop()
+        if code is not None:
+            found.update(code.co_names)
+            waiting += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return found
+
+
+def _is_users(model: nn.Module, name: str) -> bool:
+    """Return whether a name is an attribute that the user's class or instance adds to nn.Module's own."""
+    in_class = any(name in vars(kind) for kind in type(model).__mro__ if not issubclass(nn.Module, kind))
+    return in_class or (name in vars(model) and name not in vars(nn.Module()))
 
 
 def stage_of(model: nn.Module) -> str:

@@ -250,7 +250,7 @@ class _Shapes(fx.Interpreter):
 def _tensors_meta(value: Any) -> Any:
     """Return a value with torch.fx's TensorMetadata in the place of each tensor; a packed sequence as a tuple."""
     if isinstance(value, torch.Tensor):
-        return _extract_tensor_metadata(value)
+        return _extract_tensor_metadata(value)._replace(memory_format=None)  # which torch.save cannot pickle
     if isinstance(value, rnn.PackedSequence):
         return tuple(_tensors_meta(part) for part in value)
     parts, form = pytree.tree_flatten(value, is_leaf=lambda part: isinstance(part, (torch.Tensor, rnn.PackedSequence)))

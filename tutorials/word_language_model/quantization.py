@@ -11,8 +11,8 @@ from fxquant import QConfigMapping, convert_fx, default_dynamic_qconfig, prepare
 from .checkpoint import infer_sizes
 from .model import Hidden, WordLanguageModel
 
-# What a caller still needs once the model is a graph: init_hidden, and the two numbers that it reads.
-PRESERVED = ("init_hidden", "layers", "hidden_size")
+# What a caller still needs once the model is a graph. The two numbers that the method reads come along.
+PRESERVED = ("init_hidden",)
 
 
 def quantize(model: WordLanguageModel, example_inputs: tuple[Tensor, Hidden]) -> nn.Module:

@@ -1,6 +1,15 @@
 """Sphinx configuration: MyST pages and the API reference from docstrings; warnings are errors."""
 
+import pathlib
+import shutil
+
 import fxquant
+
+HERE = pathlib.Path(__file__).parent
+shutil.rmtree(HERE / "notebooks", ignore_errors=True)  # Sphinx reads below its own folder only
+shutil.copytree(
+    HERE.parent / "tutorials", HERE / "notebooks", ignore=lambda _, names: [n for n in names if n[-6:] != ".ipynb"]
+)
 
 project = "fxquant"
 author = "the fxquant authors"

@@ -151,9 +151,10 @@ class DynamicQuantizedLSTM(DynamicQuantizedRecurrent):
 
     def run(self, x: torch.Tensor, sizes: torch.Tensor | None, states: States) -> States:
         """Return (output, h, c)."""
+        h0, c0 = states
         weights, scales, biases = self.own(self._weights), self.own(self._scales), self.own(self._biases)
         per_row, qmax = self.qconfig.per_row, self.qconfig.qmax
-        return ops.lstm(x, sizes, *states, weights, scales, biases, self.bidirectional, per_row, qmax)
+        return ops.lstm(x, sizes, h0, c0, weights, scales, biases, self.bidirectional, per_row, qmax)
 
 
 class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
@@ -172,7 +173,7 @@ class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
         hidden_biases = self.own(self._hidden_biases)
         per_row, qmax = self.qconfig.per_row, self.qconfig.qmax
         return ops.rnn(
-            x, sizes, *states, weights, scales, biases, hidden_biases, self.mode, self.bidirectional, per_row, qmax
+            x, sizes, states[0], weights, scales, biases, hidden_biases, self.mode, self.bidirectional, per_row, qmax
         )
 
 

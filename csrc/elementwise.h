@@ -8,7 +8,8 @@
 #include "isa.h"
 
 #define ROUND 12582912.0f /* 1.5 * 2^23: see activations.c */
-#define FXQ_ELEMENTWISE .measure = measure, .lstm_cell = lstm_cell, .table_row = table_row, .add_scaled = add_scaled, \
+#define FXQ_ELEMENTWISE .measure = measure, \
+    .lstm_cell = lstm_cell, .gru_cell = gru_cell, .rnn_cell = rnn_cell, .table_row = table_row, .add_scaled = add_scaled, \
     .take_greater = take_greater
 
 FXQ_INLINE uint32_t float_bits(float x) {
@@ -108,6 +109,29 @@ static void lstm_cell(const float *restrict gates, int64_t gate_stride, int64_t 
         const float ec = exp_minus_1(state * 2.0f);
         c[u] = state;
         h[u] = ec / (d_o * (ec + 2.0f));
+    }
+}
+
+FXQ_INLINE float tanh_of(float x) {
+    const float e = exp_minus_1(x * 2.0f);
+    return e / (e + 2.0f);
+}
+
+static void gru_cell(const float *restrict gates, int64_t gate_stride, int64_t units, const float *restrict x_n,
+                     const float *restrict before, float *restrict h) {
+    const float *gr = gates, *gz = gates + gate_stride, *inner = gates + 2 * gate_stride;
+    for (int64_t u = 0; u < units; u++) {
+        const float dr = exp_minus_1(-gr[u]) + 2.0f, dz = exp_minus_1(-gz[u]) + 2.0f;
+        const float n = tanh_of(x_n[u] + inner[u] / dr);
+        h[u] = n + (before[u] - n) / dz;
+    }
+}
+
+static void rnn_cell(const float *restrict gates, int64_t units, bool is_relu, float *restrict h) {
+    if (is_relu) {
+        for (int64_t u = 0; u < units; u++) h[u] = gates[u] < 0.0f ? 0.0f : gates[u];
+    } else {
+        for (int64_t u = 0; u < units; u++) h[u] = tanh_of(gates[u]);
     }
 }
 

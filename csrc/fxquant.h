@@ -76,6 +76,9 @@ struct fxq_kernels {
     void (*matmul)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
     /* gates: 4 runs of `units` floats, gate_stride apart; h may be any buffer of `units`. */
     void (*lstm_cell)(const float *gates, int64_t gate_stride, int64_t units, float *c, float *h);
+    /* gates: r, z and the hidden part of n; x_n: the input's part of n; before: the last h. */
+    void (*gru_cell)(const float *gates, int64_t gate_stride, int64_t units, const float *x_n, const float *before, float *h);
+    void (*rnn_cell)(const float *gates, int64_t units, bool is_relu, float *h);
     void (*table_row)(const struct fxq_table *table, int64_t row, float *out);
     /* out[i] = out[i] + x[i] * weight, or the greater of the two */
     void (*add_scaled)(float *out, const float *x, float weight, int64_t count);
@@ -123,23 +126,28 @@ struct fxq_linear {
 };
 int fxq_linear(const struct fxq_linear *call, int threads);
 
-struct fxq_lstm_cell_weights {
-    const int8_t *ih, *hh, *hr; /* (4H, I), (4H, P), (P, H) or NULL */
-    const float *ih_scale, *hh_scale, *hr_scale, *bias;
+/* G gates a hidden unit, rows of the weights by gate: LSTM i f g o, GRU r z n, plain RNN one. */
+enum fxq_mode { FXQ_LSTM, FXQ_GRU, FXQ_RNN_TANH, FXQ_RNN_RELU };
+struct fxq_recurrent_weights {
+    const int8_t *ih, *hh, *hr; /* (G * H, I), (G * H, P), an LSTM's projection (P, H) or NULL */
+    const float *ih_scale, *hh_scale, *hr_scale;
+    const float *bias;        /* (G * H,) or NULL */
+    const float *hidden_bias; /* a GRU's b_hn, (H,), or NULL */
 };
-struct fxq_lstm {
+struct fxq_recurrent {
+    enum fxq_mode mode;
     const float *x; /* (rows, inputs): steps one after another */
     int64_t steps, batch, inputs, hidden, outputs; /* outputs: P, which is H without a projection */
     const int64_t *sizes; /* (steps,) rows a step, or NULL: batch in each */
     int layers, directions;
-    const struct fxq_lstm_cell_weights *cells; /* layers * directions */
+    const struct fxq_recurrent_weights *cells; /* layers * directions */
     const float *h0;                           /* (cells, batch, outputs) */
-    float *h, *c;                              /* h: written; c: (cells, batch, hidden), advanced in place */
+    float *h, *c;                              /* h: written; an LSTM's c: (cells, batch, hidden), advanced in place */
     float *out;                                /* (rows, directions * outputs) */
     bool per_row;
     int qmax;
 };
-int fxq_lstm(const struct fxq_lstm *call, int threads);
+int fxq_recurrent(const struct fxq_recurrent *call, int threads);
 
 struct fxq_indices {
     const void *values;

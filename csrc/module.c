@@ -41,47 +41,44 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count)
     return result(status);
 }
 
-/* Fill in the cells from one flat tuple of addresses: for each cell ih, hh, (hr,) then their scales, then the bias. */
-static struct fxq_lstm_cell_weights *read_cells(PyObject *addresses, Py_ssize_t cells, bool has_projection) {
-    const Py_ssize_t per_cell = has_projection ? 7 : 5;
-    if (!PyTuple_Check(addresses) || PyTuple_Size(addresses) != cells * per_cell) {
-        PyErr_SetString(PyExc_TypeError, "lstm takes one tuple of all the weights' addresses");
+/* The cells from one flat tuple of 8 addresses each, 0 for none: ih, hh, hr, their scales, bias, hidden_bias. */
+static struct fxq_recurrent_weights *read_cells(PyObject *addresses, Py_ssize_t cells) {
+    if (!PyTuple_Check(addresses) || PyTuple_Size(addresses) != cells * 8) {
+        PyErr_SetString(PyExc_TypeError, "recurrent takes one tuple of all the cells' addresses");
         return NULL;
     }
-    struct fxq_lstm_cell_weights *weights = calloc((size_t)cells, sizeof *weights);
+    struct fxq_recurrent_weights *weights = calloc((size_t)cells, sizeof *weights);
     if (weights == NULL) {
         PyErr_NoMemory();
         return NULL;
     }
     for (Py_ssize_t i = 0; i < cells; i++) {
-        void *a[7] = {0};
-        for (Py_ssize_t j = 0; j < per_cell; j++) a[j] = ADDRESS(PyTuple_GetItem(addresses, i * per_cell + j));
-        weights[i] = has_projection ? (struct fxq_lstm_cell_weights){a[0], a[1], a[2], a[3], a[4], a[5], a[6]}
-                                    : (struct fxq_lstm_cell_weights){a[0], a[1], NULL, a[2], a[3], NULL, a[4]};
+        void *a[8];
+        for (Py_ssize_t j = 0; j < 8; j++) a[j] = ADDRESS(PyTuple_GetItem(addresses, i * 8 + j));
+        weights[i] = (struct fxq_recurrent_weights){a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]};
     }
     return weights;
 }
 
-/* lstm(x, steps, batch, inputs, hidden, outputs, sizes, layers, directions, addresses, has_projection, h0, h, c, out,
- *      per_row, qmax, threads) */
-static PyObject *lstm(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+/* recurrent(mode, x, steps, batch, inputs, hidden, outputs, sizes, layers, directions, addresses, h0, h, c, out, per_row,
+ *           qmax, threads) */
+static PyObject *recurrent(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!has_count("lstm", count, 18)) return NULL;
-    struct fxq_lstm call = {
-        .x = ADDRESS(args[0]), .steps = INTEGER(args[1]), .batch = INTEGER(args[2]), .inputs = INTEGER(args[3]),
-        .hidden = INTEGER(args[4]), .outputs = INTEGER(args[5]), .sizes = ADDRESS(args[6]), .layers = (int)INTEGER(args[7]),
-        .directions = (int)INTEGER(args[8]), .h0 = ADDRESS(args[11]), .h = ADDRESS(args[12]), .c = ADDRESS(args[13]),
-        .out = ADDRESS(args[14]), .per_row = INTEGER(args[15]) != 0, .qmax = (int)INTEGER(args[16])};
-    const bool has_projection = INTEGER(args[10]) != 0;
+    if (!has_count("recurrent", count, 18)) return NULL;
+    struct fxq_recurrent call = {
+        .mode = (enum fxq_mode)INTEGER(args[0]), .x = ADDRESS(args[1]), .steps = INTEGER(args[2]), .batch = INTEGER(args[3]),
+        .inputs = INTEGER(args[4]), .hidden = INTEGER(args[5]), .outputs = INTEGER(args[6]), .sizes = ADDRESS(args[7]),
+        .layers = (int)INTEGER(args[8]), .directions = (int)INTEGER(args[9]), .h0 = ADDRESS(args[11]), .h = ADDRESS(args[12]),
+        .c = ADDRESS(args[13]), .out = ADDRESS(args[14]), .per_row = INTEGER(args[15]) != 0, .qmax = (int)INTEGER(args[16])};
     const int threads = (int)INTEGER(args[17]);
     if (PyErr_Occurred()) return NULL;
-    struct fxq_lstm_cell_weights *cells = read_cells(args[9], (Py_ssize_t)call.layers * call.directions, has_projection);
+    struct fxq_recurrent_weights *cells = read_cells(args[10], (Py_ssize_t)call.layers * call.directions);
     if (cells == NULL) return NULL;
     call.cells = cells;
     int status = FXQ_OK;
     if (!PyErr_Occurred()) {
         Py_BEGIN_ALLOW_THREADS
-        status = fxq_lstm(&call, threads);
+        status = fxq_recurrent(&call, threads);
         Py_END_ALLOW_THREADS
     }
     free(cells);
@@ -187,7 +184,7 @@ static PyObject *set_least_share(PyObject *self, PyObject *least) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 static PyMethodDef methods[] = {
-    FAST(linear), FAST(lstm), FAST(embedding), FAST(embedding_bag), FAST(use_huge_pages),
+    FAST(linear), FAST(recurrent), FAST(embedding), FAST(embedding_bag), FAST(use_huge_pages),
     {"isas", isas, METH_NOARGS, NULL}, {"active_isa", active_isa, METH_NOARGS, NULL}, {"select_isa", select_isa, METH_O, NULL},
     {"set_least_share", set_least_share, METH_O, NULL},
     {NULL, NULL, 0, NULL}};
@@ -197,6 +194,6 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "fxqua
 PyMODINIT_FUNC PyInit__native(void) {
     fxq_select_isa(-1);
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "interface", 1) != 0) Py_CLEAR(module); /* of native.py's _INTERFACE */
+    if (module && PyModule_AddIntConstant(module, "interface", 2) != 0) Py_CLEAR(module); /* of native.py's _INTERFACE */
     return module;
 }

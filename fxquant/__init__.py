@@ -3,6 +3,7 @@
 from fxquant._version import __version__
 from fxquant.checkpoint import load, save
 from fxquant.debug import explain, graph_diff
+from fxquant.eager import quantize_dynamic
 from fxquant.errors import (
     AttributeNameError,
     CheckpointError,
@@ -68,5 +69,6 @@ __all__ = [
     "per_channel_dynamic_qconfig",
     "per_tensor_dynamic_qconfig",
     "prepare_fx",
+    "quantize_dynamic",
     "save",
 ]

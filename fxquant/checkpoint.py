@@ -25,9 +25,9 @@ from fxquant._version import __version__
 from fxquant.errors import CheckpointError, FxQuantError, nearest
 from fxquant.graph import edit
 from fxquant.graph.clean import clean
-from fxquant.graph.convert import convert
+from fxquant.graph.convert import convert, convert_modules
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import Fusion, FxModule, Left, Record, Site, finish, need_stage, preserve
+from fxquant.graph.module import Fusion, Left, Record, Site, finish, keep_record, need_stage, preserve
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import replay
 from fxquant.graph.trace import check_model, trace
@@ -46,14 +46,14 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises ModelStateError for anything but a result of convert_fx (or load).
     """
-    model = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
-    tensors, aliases = _distinct(model.state_dict())
+    record = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
+    tensors, aliases = _distinct(quantized.state_dict())
     target = pathlib.Path(path)
     name = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         name.touch()
         mode = name.stat().st_mode  # what the user's umask gives; save_file would give it to the owner alone
-        save_file(tensors, name, {"fxquant": json.dumps(_describe(model, aliases)), "sha256": _BLANK})
+        save_file(tensors, name, {"fxquant": json.dumps(_describe(quantized, record, aliases)), "sha256": _BLANK})
         name.chmod(mode)
         _sign(name)
         name.replace(target)
@@ -62,7 +62,7 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
         raise
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[Operator] = OPERATORS) -> FxModule:
+def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[Operator] = OPERATORS) -> nn.Module:
     """Return the quantized model that `save` wrote.
 
     model: the float architecture, in eval mode; it may live on the meta device, for no float weight is read or made.
@@ -119,14 +119,14 @@ def _distinct(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
     return tensors, aliases
 
 
-def _describe(model: FxModule, aliases: dict[str, str]) -> dict[str, Any]:
+def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict[str, Any]:
     """Return the plan as JSON values."""
-    record = model.record
     mapping = record.mapping.to_dict()
     return {
         "format": FORMAT,
         "version": __version__,
-        "model": model.__class__.__name__,
+        "model": type(model).__name__,
+        "is_traced": record.is_traced,
         "sites": [{**vars(site), "qconfig": site.qconfig.to_dict()} for site in record.sites],
         "left": [asdict(left) for left in record.left],
         "fusions": [asdict(fusion) for fusion in record.fusions],
@@ -220,6 +220,7 @@ def _record(
             )
     return Record(
         stage="quantized",
+        is_traced=plan["is_traced"],
         sites=sites,
         left=tuple(Left(**left) for left in plan["left"]),
         fusions=tuple(Fusion(path=f["path"], chain=tuple(f["chain"])) for f in plan["fusions"]),
@@ -255,8 +256,10 @@ def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operat
     )
 
 
-def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> FxModule:
+def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> nn.Module:
     """Return the quantized model without data: the recorded decisions applied to a mirror on the meta device."""
+    if not record.is_traced:
+        return _rebuild_tree(model, record, path)
     traced = trace(model, record.operators, device="meta", constants=record.constants)
     fuse(traced.module, traced.hooked, only=record.fusions)
     try:
@@ -271,7 +274,19 @@ def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> 
     return finish(clean(module, model), model, record)
 
 
-def _check_tensors(result: FxModule, tensors: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+def _rebuild_tree(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> nn.Module:
+    """Return the same for a model of quantize_dynamic, which is not traced."""
+    root = edit.mirror(model, device="meta").eval()
+    try:
+        root, _ = convert_modules(root, record.sites, record.operators)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"{path}: was made for another model than this {type(model).__name__}: {error}"
+        ) from error
+    return keep_record(root, record)
+
+
+def _check_tensors(result: nn.Module, tensors: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
     """Raise CheckpointError unless the file's tensors are just those that the model needs."""
     own = result.state_dict()
     for name, tensor in own.items():
@@ -288,7 +303,7 @@ def _check_tensors(result: FxModule, tensors: dict[str, torch.Tensor], path: str
         raise CheckpointError(f"{path}: has {extra[0]!r}, for which this model has no place{nearest(extra[0], own)}")
 
 
-def _fill_unsaved(result: FxModule, model: nn.Module, path: str | os.PathLike[str]) -> None:
+def _fill_unsaved(result: nn.Module, model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Give the buffers that no state_dict holds (persistent=False) the values that the user's model has."""
     for name, buffer in list(result.named_buffers()):
         if buffer.device.type == "meta":

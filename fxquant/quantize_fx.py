@@ -12,7 +12,7 @@ from fxquant.graph import edit
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve
+from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, record_of
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import check_mapping, plan
 from fxquant.graph.trace import bind_inputs, capture, check_model, trace
@@ -45,7 +45,7 @@ def prepare_fx(
     preserved = preserve(model, tuple(preserved_attributes))
     inputs = bind_inputs(model, example_inputs)
     traced = capture(model, operators, inputs)
-    check_mapping(mapping, traced)
+    check_mapping(mapping, traced.names, [node.target for node in traced.module.graph.nodes])
     fusions = fuse(traced.module, traced.hooked)
     decided = plan(traced, mapping, operators)
     record = Record(
@@ -67,11 +67,11 @@ def convert_fx(prepared: nn.Module) -> FxModule:
 
     Raises ModelStateError for anything but a result of prepare_fx.
     """
-    source = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
-    module = edit.mirror(source)
+    record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
+    module = edit.mirror(prepared)
     assert isinstance(module, fx.GraphModule)
-    sites = convert(module, source.record.sites, source.record.operators)
-    return finish(clean(module, source), source, source.record.advance(stage="quantized", sites=sites))
+    sites = convert(module, record.sites, record.operators)
+    return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites))
 
 
 def fuse_fx(model: nn.Module, example_inputs: Any = None, *, preserved_attributes: Sequence[str] = ()) -> FxModule:
@@ -108,5 +108,6 @@ def _as_mapping(mapping: QConfigMapping | Mapping[str, Any]) -> QConfigMapping:
 
 def _refuse_ours(model: Any, caller: str) -> None:
     """Raise ModelStateError for a model that went through fxquant already."""
-    if isinstance(model, FxModule) and model.record.stage != "fused":
+    record = record_of(model)
+    if record is not None and record.stage != "fused":
         need_stage(model, "float", caller, "nothing of fxquant's: the float model")

@@ -60,6 +60,15 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         Sample(linear_relu, lambda: Call(relu_of_linear, 12, 24), lambda: (torch.randn(5, 24),)),
     ),
     "lstm": (Sample(nn.LSTM, lambda: nn.Sequential(nn.LSTM(10, 8, 2)), lambda: (torch.randn(4, 3, 10),), rows=1),),
+    "rnn": (
+        Sample(nn.GRU, lambda: nn.Sequential(nn.GRU(10, 8, 2)), lambda: (torch.randn(4, 3, 10),), rows=1),
+        Sample(nn.RNN, lambda: nn.Sequential(nn.RNN(10, 8, 2)), lambda: (torch.randn(4, 3, 10),), rows=1),
+    ),
+    "cell": (
+        Sample(nn.LSTMCell, lambda: nn.Sequential(nn.LSTMCell(10, 8)), lambda: (torch.randn(5, 10),)),
+        Sample(nn.GRUCell, lambda: nn.Sequential(nn.GRUCell(10, 8)), lambda: (torch.randn(5, 10),)),
+        Sample(nn.RNNCell, lambda: nn.Sequential(nn.RNNCell(10, 8)), lambda: (torch.randn(5, 10),)),
+    ),
     "embedding": (
         Sample(nn.Embedding, lambda: nn.Sequential(nn.Embedding(20, 9)), lambda: (indices(4, 3),)),
         Sample(F.embedding, lambda: Call(F.embedding, 20, 9), lambda: (indices(4, 3),)),

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxquant.debug.table import html_table, megabytes, shorten, text_table
 from fxquant.graph import edit
-from fxquant.graph.module import FxModule
+from fxquant.graph.module import record_of
 from fxquant.graph.trace import trace
 from fxquant.operators import OPERATORS
 from fxquant.qconfig_mapping import qconfig_name, type_name
@@ -88,7 +88,7 @@ def graph_diff(before: nn.Module, after: nn.Module) -> GraphDiff:
         path = next((str(node.target) for node in (b, a) if node is not None and node.op == "call_module"), "")
         note = notes.get(name, "") or notes.get(path, "")
         rows.append(DiffRow(sign, name, was, "" if sign == " " else now, note, size_before, size_after))
-    quantized, candidates = _counts(after if isinstance(after, FxModule) else before)
+    quantized, candidates = _counts(before if record_of(after) is None else after)
     return GraphDiff(tuple(rows), edit.byte_count(before), edit.byte_count(after), quantized, candidates)
 
 
@@ -126,9 +126,9 @@ def _describe(node: fx.Node | None, module: fx.GraphModule) -> tuple[str, int]:
 
 def _notes(model: nn.Module) -> dict[str, str]:
     """Return, by node name or module path, the qconfig of each site and the reason of each candidate left float."""
-    if not isinstance(model, FxModule):
+    record = record_of(model)
+    if record is None:
         return {}
-    record = model.record
     notes = {site.call or site.path: qconfig_name(site.qconfig) for site in record.sites}
     notes.update({left.path: f"float: {left.reason}" for left in record.left})
     for fusion in record.fusions:
@@ -137,9 +137,8 @@ def _notes(model: nn.Module) -> dict[str, str]:
 
 
 def _counts(model: nn.Module) -> tuple[int, int]:
-    if not isinstance(model, FxModule):
-        return 0, 0
-    return len(model.record.sites), len(model.record.sites) + len(model.record.left)
+    record = record_of(model)
+    return (0, 0) if record is None else (len(record.sites), len(record.sites) + len(record.left))
 
 
 def _sizes(row: DiffRow) -> str:

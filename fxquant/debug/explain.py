@@ -8,7 +8,7 @@ from torch import nn
 
 from fxquant.debug.table import html_table, megabytes, shorten, text_table
 from fxquant.errors import ModelStateError
-from fxquant.graph.module import FxModule, Record
+from fxquant.graph.module import Record, record_of
 from fxquant.qconfig_mapping import qconfig_name
 
 _HEADERS = ("path", "was", "now", "decided by", "saved")
@@ -76,12 +76,12 @@ def explain(model: nn.Module) -> Explanation:
     A candidate is a module or call that holds a weight of two or more dimensions. Raises ModelStateError for a float
     model: prepare_fx decides.
     """
-    if not isinstance(model, FxModule) or model.record.stage == "fused":
+    record = record_of(model)
+    if record is None or record.stage == "fused":
         raise ModelStateError(
             f"explain needs the result of prepare_fx or convert_fx, got {type(model).__name__}; "
             "the mapping given to prepare_fx is what decides"
         )
-    record = model.record
     fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
     return Explanation(_rows(record), fusions, record.stage)
 

@@ -15,15 +15,20 @@ def clean(module: fx.GraphModule, source: nn.Module) -> fx.GraphModule:
     """
     module.graph.lint()
     rebuilt = fx.GraphModule(module, module.graph)
+    own_tensors(rebuilt, source)
+    return rebuilt
+
+
+def own_tensors(module: nn.Module, source: nn.Module) -> None:
+    """Give a module copies, tied as they were, of the tensors that it shares with a source."""
     borrowed = {t.untyped_storage().data_ptr() for t in (*source.parameters(), *source.buffers())} - {0}
     copies: dict[int, torch.Tensor] = {}
-    for owner in rebuilt.modules():
+    for owner in module.modules():
         held: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
         for tensors in held:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.untyped_storage().data_ptr() in borrowed:
                     tensors[name] = copies.setdefault(id(tensor), _own(tensor))
-    return rebuilt
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxquant.graph import edit
 from fxquant.graph.module import Site
@@ -37,12 +37,28 @@ class WeightCache:
 def convert(module: fx.GraphModule, sites: tuple[Site, ...], operators: tuple[Operator, ...]) -> tuple[Site, ...]:
     """Rewrite in place and return the sites with their bytes after."""
     cache = WeightCache()
-    done = {}
+    done = []
     for site in sites:
-        change = _convert_module if site.observer is None else _convert_call
-        done[id(site)] = change(module, site, operators, cache)
+        if site.observer is None:
+            _rescue_reads(module, site.path)
+            done.append(_convert_module(module, site, operators, cache))
+        else:
+            done.append(_convert_call(module, site, operators, cache))
     module.recompile()
-    return tuple(done[id(site)] for site in sites)
+    return tuple(done)
+
+
+def convert_modules(
+    root: nn.Module, sites: tuple[Site, ...], operators: tuple[Operator, ...]
+) -> tuple[nn.Module, tuple[Site, ...]]:
+    """Swap the modules of a tree in place; return its root, which may be one of them, and the sites with bytes."""
+    cache = WeightCache()
+    if [site.path for site in sites] != [""]:
+        return root, tuple(_convert_module(root, site, operators, cache) for site in sites)
+    holder = nn.ModuleDict({"root": root})
+    (site,) = sites
+    done = _convert_module(holder, replace(site, path="root"), operators, cache)
+    return holder["root"], (replace(done, path=""),)
 
 
 def _row(operators: tuple[Operator, ...], site: Site) -> Operator:
@@ -52,10 +68,9 @@ def _row(operators: tuple[Operator, ...], site: Site) -> Operator:
     return row
 
 
-def _convert_module(module: fx.GraphModule, site: Site, operators: tuple[Operator, ...], cache: WeightCache) -> Site:
+def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ...], cache: WeightCache) -> Site:
     """Swap one module."""
     float_module = module.get_submodule(site.path)
-    _rescue_reads(module, site.path)
     quantized = _row(operators, site).convert_module(float_module, site.qconfig, cache.quantize)
     quantized.train(False)
     edit.swap_module(module, site.path, quantized)

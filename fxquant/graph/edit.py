@@ -34,6 +34,8 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
     memo: dict[int, Any] = {}
     for tensor in _tensors(root):
         memo[id(tensor)] = _alias(tensor, device)
+    for module in root.modules():
+        memo.update((id(t), _alias(t, None)) for t in vars(module).values() if isinstance(t, torch.Tensor))
     modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
     for module in modules:
         if not isinstance(module, fx.GraphModule):
@@ -56,7 +58,6 @@ def _tensors(root: nn.Module) -> Iterator[torch.Tensor]:
     for module in root.modules():
         yield from (t for t in module._parameters.values() if t is not None)
         yield from (t for t in module._buffers.values() if t is not None)
-        yield from (t for t in vars(module).values() if isinstance(t, torch.Tensor))
 
 
 def _alias(tensor: torch.Tensor, device: str | None) -> torch.Tensor:

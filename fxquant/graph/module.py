@@ -61,9 +61,13 @@ class Fusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """All that a model of ours remembers beside its graph. stage: "fused", "prepared" or "quantized"."""
+    """All that a model of ours remembers beside its graph. stage: "fused", "prepared" or "quantized".
+
+    is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead.
+    """
 
     stage: str
+    is_traced: bool = True
     sites: tuple[Site, ...] = ()
     left: tuple[Left, ...] = ()
     fusions: tuple[Fusion, ...] = ()
@@ -227,14 +231,24 @@ def _is_users(model: nn.Module, name: str) -> bool:
     return in_class or (name in vars(model) and name not in vars(nn.Module()))
 
 
-def stage_of(model: nn.Module) -> str:
-    """Return "float", "fused", "prepared" or "quantized"."""
-    return model.record.stage if isinstance(model, FxModule) else "float"
+def keep_record(model: nn.Module, record: Record) -> nn.Module:
+    """Return a model of the user's own class that carries a record, in copies and pickles too."""
+    model.__dict__["_fxquant_record"] = record
+    return model
 
 
-def need_stage(model: Any, stage: str, caller: str, cure: str) -> FxModule:
-    """Return the model if it is at the stage that a call needs, else raise ModelStateError."""
-    if isinstance(model, FxModule) and model.record.stage == stage:
-        return model
-    got = f"a model that is {model.record.stage} already" if isinstance(model, FxModule) else type(model).__name__
+def record_of(model: Any) -> Record | None:
+    """Return what a model of ours remembers, None for any other."""
+    if isinstance(model, FxModule):
+        return model.record
+    found = vars(model).get("_fxquant_record") if isinstance(model, nn.Module) else None
+    return found if isinstance(found, Record) else None
+
+
+def need_stage(model: Any, stage: str, caller: str, cure: str) -> Record:
+    """Return the model's record if it is at the stage that a call needs, else raise ModelStateError."""
+    record = record_of(model)
+    if record is not None and record.stage == stage:
+        return record
+    got = f"a model that is {record.stage} already" if record is not None else type(model).__name__
     raise ModelStateError(f"{caller} needs the result of {cure}, got {got}")

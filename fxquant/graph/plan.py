@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import fx, nn
 from fxquant.errors import MappingNameError, QConfigError, nearest
 from fxquant.graph import edit
 from fxquant.graph.module import Left, Site
-from fxquant.graph.trace import SCOPE, Traced
+from fxquant.graph.trace import SCOPE, Names, Traced, names_of
 from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.operators import Operator, find_function_row, find_module_row
@@ -44,24 +44,29 @@ class Plan:
 
 
 class _Planner:
-    """Walks a graph once and collects the decisions."""
+    """Walks a graph, or a module tree, once and collects the decisions."""
 
-    def __init__(self, traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator]) -> None:
-        self.traced, self.mapping, self.operators = traced, mapping, operators
-        self.module = traced.module
+    def __init__(self, module: nn.Module, names: Names, mapping: QConfigMapping, operators: Sequence[Operator]) -> None:
+        self.module, self.names, self.mapping, self.operators = module, names, mapping, operators
         self.plan = Plan([], [], [])
         self.counts: collections.Counter[tuple[str, Any]] = collections.Counter()
 
-    def run(self) -> Plan:
+    def run(self, graph: fx.Graph) -> Plan:
         """Return the plan for every candidate of the graph."""
         seen: set[str] = set()
-        for node in self.module.graph.nodes:
+        for node in graph.nodes:
             if node.op == "call_module":
                 if node.target not in seen:
                     seen.add(node.target)
                     self.visit_module(node.target, self.module.get_submodule(node.target))
             elif node.op in ("call_function", "call_method"):
                 self.visit_call(node)
+        self.check_orders()
+        return self.plan
+
+    def run_tree(self) -> Plan:
+        """Return the plan for every module, whatever calls it."""
+        self.visit_module("", self.module)
         self.check_orders()
         return self.plan
 
@@ -83,7 +88,7 @@ class _Planner:
             if not shut and not _calls_children(module):
                 shut = f"{type_name(kind)} reads its children's weights itself"
             for name, child in module.named_children():
-                self.visit_module(f"{path}.{name}", child, shut)
+                self.visit_module(f"{path}.{name}" if path else name, child, shut)
 
     def visit_call(self, node: fx.Node) -> None:
         """Decide for a functional call."""
@@ -96,7 +101,7 @@ class _Planner:
         rule = self.rule(scope, scope, function)
         operands = name_operands(row, node)
         weight = operands[row.weights[0]]
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or weight.target not in self.traced.registered:
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or weight.target not in self.names.tensors:
             self.decide(node.name, function, None, rule, "its weight is no registered parameter or buffer", 0)
             return
         tensor = edit.get_tensor(self.module, str(weight.target))
@@ -122,7 +127,7 @@ class _Planner:
         """Return the mapping entry that decides, by any of the names that a shared module goes by."""
         index = self.counts[(scope, kind)]
         self.counts[(scope, kind)] += 1
-        names = (path, *(name for name in self.traced.aliases.get(path, ()) if name != path))
+        names = (path, *(name for name in self.names.aliases.get(path, ()) if name != path))
         rules = [self.mapping.resolve(name, scope, (kind,), index) for name in names]
         return next((rule for rule in rules if rule.text.startswith("module_name")), rules[0])
 
@@ -181,7 +186,12 @@ def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator])
 
     Raises QConfigError where an entry that names a candidate directly gives it a qconfig that its operator cannot take.
     """
-    return _Planner(traced, mapping, operators).run()
+    return _Planner(traced.module, traced.names, mapping, operators).run(traced.module.graph)
+
+
+def plan_modules(module: nn.Module, mapping: QConfigMapping, operators: Sequence[Operator]) -> Plan:
+    """Return what each module of a tree becomes and why; functional calls are out of reach. Raises as `plan` does."""
+    return _Planner(module, names_of(module), mapping, operators).run_tree()
 
 
 def replay(module: fx.GraphModule, sites: Sequence[Site]) -> Plan:
@@ -203,9 +213,9 @@ def replay(module: fx.GraphModule, sites: Sequence[Site]) -> Plan:
     return Plan(list(sites), [], calls)
 
 
-def check_mapping(mapping: QConfigMapping, traced: Traced) -> None:
+def check_mapping(mapping: QConfigMapping, known: Names, functions: Iterable[Any] = ()) -> None:
     """Raise MappingNameError for a name or pattern that matches nothing in the model; warn of a type not in it."""
-    names = {path for path in traced.aliases if path}
+    names = {path for path in known.aliases if path}
     for name in (*mapping.module_name_qconfigs, *(key[0] for key in mapping.module_name_object_type_order_qconfigs)):
         if name and name not in names:
             raise MappingNameError(
@@ -218,7 +228,7 @@ def check_mapping(mapping: QConfigMapping, traced: Traced) -> None:
                 f"the mapping's regular expression {pattern!r} matches no module from its start (re.match)"
                 f"{nearest(pattern, names)}"
             )
-    present = {type(module) for module in traced.original.modules()} | {n.target for n in traced.module.graph.nodes}
+    present = known.kinds | set(functions)
     for kind in mapping.object_type_qconfigs:
         if kind not in present:
             warnings.warn(

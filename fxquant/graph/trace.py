@@ -36,14 +36,33 @@ SCOPE = "fxquant_scope"
 
 
 @dataclass(frozen=True)
+class Names:
+    """What a model's parts are called. aliases: each module's path, and all the paths that the same module has."""
+
+    aliases: dict[str, tuple[str, ...]]
+    tensors: frozenset[str]  # the paths of its parameters and buffers
+    kinds: frozenset[type]  # the types of its modules
+
+
+def names_of(model: nn.Module) -> Names:
+    """Return what a model's parts are called."""
+    tensors = frozenset(
+        name for named in (model.named_parameters, model.named_buffers) for name, _ in named(remove_duplicate=False)
+    )
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    aliases = {path: tuple(same) for same in paths.values() for path in same}
+    return Names(aliases, tensors, frozenset(type(module) for module in model.modules()))
+
+
+@dataclass(frozen=True)
 class Traced:
     """A traced model: the graph over a mirror of it, and what the later passes need to know of the original."""
 
     module: fx.GraphModule
-    original: nn.Module
-    registered: frozenset[str]  # the paths of the original's parameters and buffers
+    names: Names  # of the original
     hooked: frozenset[str]  # the paths of its modules that have hooks
-    aliases: dict[str, tuple[str, ...]]  # a module's path in the graph, and all its paths in the original
     constants: dict[str, Any]  # the arguments that the graph is made for
 
 
@@ -160,9 +179,6 @@ def trace(
     """
     check_model(model)
     hooked = frozenset(name for name, module in model.named_modules() if name and edit.has_hooks(module))
-    registered = frozenset(
-        name for named in (model.named_parameters, model.named_buffers) for name, _ in named(remove_duplicate=False)
-    )
     leaves = tuple(kind for row in operators for kind in row.modules)
     try:
         root, graph = _graph(model, lambda: _Tracer(leaves, hooked), device, constants)
@@ -172,11 +188,7 @@ def trace(
         if node.target in _LEAF_FUNCTIONS:
             node.meta.pop("is_wrapped", None)  # torch.fx would write a wrap("torch.nn…") that breaks later traces
     name = model.__class__.__name__
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(path)
-    aliases = {path: tuple(same) for same in paths.values() for path in same}
-    return Traced(fx.GraphModule(root, graph, name), model, registered, hooked, aliases, dict(constants or {}))
+    return Traced(fx.GraphModule(root, graph, name), names_of(model), hooked, dict(constants or {}))
 
 
 def _graph(
@@ -232,7 +244,7 @@ def _trace_error(model: nn.Module, error: Exception) -> TraceError:
         "their values there. Try one of:\n"
         "  - write the choice with tensors (torch.where) or base it on a module attribute;\n"
         "  - move that part into a function and mark it with torch.fx.wrap;\n"
-        "  - quantize the submodules that trace, each with its own prepare_fx and convert_fx."
+        "  - swap its modules without a graph: fxquant.quantize_dynamic(model)."
     )
 
 

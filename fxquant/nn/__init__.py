@@ -1,18 +1,24 @@
 """Float modules that stand for fused chains, and the quantized modules that convert_fx puts in."""
 
 from fxquant.nn.base import QuantizedModule
+from fxquant.nn.cells import DynamicQuantizedGRUCell, DynamicQuantizedLSTMCell, DynamicQuantizedRNNCell
 from fxquant.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from fxquant.nn.fused import ConvReLU1d, ConvReLU2d, ConvReLU3d, LinearReLU, linear_relu
 from fxquant.nn.linear import DynamicQuantizedLinear, DynamicQuantizedLinearReLU
-from fxquant.nn.lstm import DynamicQuantizedLSTM
+from fxquant.nn.recurrent import DynamicQuantizedGRU, DynamicQuantizedLSTM, DynamicQuantizedRNN
 
 __all__ = [
     "ConvReLU1d",
     "ConvReLU2d",
     "ConvReLU3d",
+    "DynamicQuantizedGRU",
+    "DynamicQuantizedGRUCell",
     "DynamicQuantizedLSTM",
+    "DynamicQuantizedLSTMCell",
     "DynamicQuantizedLinear",
     "DynamicQuantizedLinearReLU",
+    "DynamicQuantizedRNN",
+    "DynamicQuantizedRNNCell",
     "LinearReLU",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",

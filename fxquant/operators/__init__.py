@@ -10,9 +10,9 @@ from torch import nn
 from fxquant.operators.base import Call, NewCall, Operator, Scheme
 from fxquant.operators.embedding import EMBEDDING, EMBEDDING_BAG
 from fxquant.operators.linear import LINEAR
-from fxquant.operators.lstm import LSTM
+from fxquant.operators.recurrent import CELL, LSTM, RNN
 
-OPERATORS: tuple[Operator, ...] = (LINEAR, LSTM, EMBEDDING, EMBEDDING_BAG)
+OPERATORS: tuple[Operator, ...] = (LINEAR, LSTM, RNN, CELL, EMBEDDING, EMBEDDING_BAG)
 
 
 def find_module_row(operators: Sequence[Operator], kind: type[nn.Module]) -> Operator | None:

@@ -38,6 +38,18 @@ def lstm(
     return run(x, batch_sizes, h0, c0, weights, *rest)
 
 
+def rnn(
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    h0: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call `torch.ops.fxquant.rnn`, whose arguments `dispatch.rnn` has."""
+    is_eager = dispatch.is_eager(x, weights[0]) and dispatch.is_eager(h0, weights[0])
+    return (dispatch.rnn if is_eager else OVERLOADS["rnn"])(x, batch_sizes, h0, weights, *rest)
+
+
 def embedding(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Call `torch.ops.fxquant.embedding`, whose arguments `dispatch.embedding` has."""
     run = dispatch.embedding if dispatch.is_eager(indices, weight) else OVERLOADS["embedding"]
@@ -50,4 +62,4 @@ def embedding_bag(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> to
     return run(indices, weight, *rest)
 
 
-__all__ = ["OVERLOADS", "KernelInfo", "embedding", "embedding_bag", "kernel_info", "linear", "lstm"]
+__all__ = ["OVERLOADS", "KernelInfo", "embedding", "embedding_bag", "kernel_info", "linear", "lstm", "rnn"]

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fxquant.ops import native, reference
-from fxquant.ops.schema import check_indices, check_linear, check_lstm
+from fxquant.ops import native, reference, reference_recurrent
+from fxquant.ops.schema import RNN_MODES, check_indices, check_linear, check_recurrent
 
 
 def is_eager(x: object, weight: object) -> bool:
@@ -56,10 +56,29 @@ def lstm(
     per_row: bool = True,
     qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run `reference.lstm` or its native kernel."""
-    check_lstm(x, batch_sizes, h0, c0, weights[0].shape[1])
-    run = native.lstm if native.takes(x, weights[0]) else reference.lstm
+    """Run `reference_recurrent.lstm` or its native kernel."""
+    check_recurrent("LSTM", x, batch_sizes, weights[0].shape[1], h0=h0, c0=c0)
+    run = native.lstm if native.takes(x, weights[0]) else reference_recurrent.lstm
     return run(x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax)
+
+
+def rnn(
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    h0: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    hidden_biases: Sequence[torch.Tensor],
+    mode: str,
+    bidirectional: bool = False,
+    per_row: bool = True,
+    qmax: int = 255,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `reference_recurrent.rnn` or its native kernel."""
+    check_recurrent(RNN_MODES[mode], x, batch_sizes, weights[0].shape[1], h0=h0)
+    run = reference_recurrent.rnn
+    return run(x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax)
 
 
 def embedding(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fxquant.errors import ShapeError
-from fxquant.ops import reference
+from fxquant.ops import reference, reference_recurrent
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
 
 _INTERFACE = 1  # what module.c says it is: a library left from another version is not called
@@ -173,11 +173,11 @@ def lstm(
     per_row: bool = True,
     qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (output, h, c) of a stack of LSTM layers: `reference.lstm`."""
+    """Return (output, h, c) of a stack of LSTM layers: `reference_recurrent.lstm`."""
     cells, batch, outputs = h0.shape
     hidden, directions = c0.shape[2], 2 if bidirectional else 1
     if x.numel() == 0 or hidden == 0 or batch == 0:
-        return reference.lstm(x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax)
+        return reference_recurrent.lstm(x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax)
     sizes = None if batch_sizes is None else batch_sizes.to(torch.int64).contiguous()
     addresses, _alive = _cell_addresses(x.shape[-1], hidden, outputs, cells, directions, weights, scales, biases)
     if sizes is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -88,92 +87,6 @@ def has_exact_int_mm() -> bool:
             if not bool((sums == 96 * 127 * value).all()):
                 return False
     return True
-
-
-def lstm(
-    x: torch.Tensor,
-    batch_sizes: torch.Tensor | None,
-    h0: torch.Tensor,
-    c0: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
-    bidirectional: bool = False,
-    per_row: bool = True,
-    qmax: int = 255,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (output, h, c) of a stack of LSTM layers. docs/numerics.md, eq. 9–12.
-
-    x: (T, B, I) float, or (N, I) rows of a packed sequence with batch_sizes (T,) int64; h0: (L, B, P), c0: (L, B, H),
-    L = layers × directions. weights: for each of the L cells weight_ih (4H, I), weight_hh (4H, P) and, with a
-    projection, weight_hr (P, H), int8 or float16, gates in the order i, f, g, o; scales: as many (rows,) float32, none
-    for float16; biases: L of (4H,), or none -> output (T, B, D·P) or (N, D·P), h (L, B, P), c (L, B, H), in x's dtype.
-    """
-    cells, directions = h0.shape[0], 2 if bidirectional else 1
-    per_cell = len(weights) // cells
-    sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
-    rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-    h, c = h0.to(torch.float32, copy=True), c0.to(torch.float32, copy=True)
-    for first in range(0, cells, directions):
-        outputs = []
-        for cell in range(first, first + directions):
-            own = slice(cell * per_cell, (cell + 1) * per_cell)
-            matrices = [(weight, scales[own][i] if scales else None) for i, weight in enumerate(weights[own])]
-            gates = project(rows, *matrices[0], per_row, qmax)
-            if biases:
-                gates += biases[cell].to(torch.float32)
-            backward = cell > first
-            outputs.append(_run_cell(gates, sizes, h[cell], c[cell], matrices[1:], backward, per_row, qmax))
-        rows = torch.cat(outputs, dim=1) if bidirectional else outputs[0]
-    output = rows.reshape(*x.shape[:-1], rows.shape[-1])
-    return output.to(x.dtype), h.to(x.dtype), c.to(x.dtype)
-
-
-def _run_cell(
-    gates: torch.Tensor,
-    sizes: list[int],
-    h: torch.Tensor,
-    c: torch.Tensor,
-    matrices: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-    backward: bool,
-    per_row: bool,
-    qmax: int,
-) -> torch.Tensor:
-    """Run one direction of one layer over time; h (B, P) and c (B, H) are advanced in place. Returns (N, P) outputs."""
-    output = gates.new_empty(gates.shape[0], h.shape[1])
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    steps = range(len(sizes))
-    for step in reversed(steps) if backward else steps:
-        live, rows = sizes[step], slice(starts[step], starts[step + 1])  # a packed batch shrinks as sequences end
-        pre = gates[rows] + project(h[:live], *matrices[0], per_row, qmax)
-        state, hidden = lstm_cell(pre, c[:live])
-        for matrix in matrices[1:]:
-            hidden = project(hidden, *matrix, per_row, qmax)
-        h[:live] = output[rows] = hidden
-        c[:live] = state
-    return output
-
-
-def lstm_cell(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (c', h) of one LSTM step: c' = σ(f) c + σ(i) tanh(g), h = σ(o) tanh(c'). docs/numerics.md, eq. 11–12.
-
-    gates: (B, 4H) float32, i f g o before their nonlinearities, overwritten; c: (B, H) float32.
-    With e(x) = exp(x) - 1: σ(x) = 1 / (2 + e(-x)) and tanh(x) = e(2x) / (2 + e(2x)), so that a product of the two
-    costs one division.
-    """
-    hidden = c.shape[-1]
-    gates[:, : 2 * hidden].neg_()
-    gates[:, 2 * hidden : 3 * hidden].mul_(2.0)
-    gates[:, 3 * hidden :].neg_()
-    e = expm1_(gates)
-    d = e + 2.0
-    ei_, ef_, eg_, eo_ = d.chunk(4, dim=1)
-    eg = e[:, 2 * hidden : 3 * hidden]
-    state = (c / ef_).add_(eg.div(ei_ * eg_))
-    ec = expm1_(state * 2.0)
-    return state, ec / (eo_ * (ec + 2.0))
 
 
 _LOG2E = 1.4426950408889634

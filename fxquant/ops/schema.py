@@ -21,12 +21,18 @@ SCHEMAS = {
     " int qmax=255) -> Tensor",
     "lstm": "(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, Tensor[] scales, Tensor[] biases,"
     " bool bidirectional=False, bool per_row=True, int qmax=255) -> (Tensor, Tensor, Tensor)",
+    "rnn": "(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor[] weights, Tensor[] scales, Tensor[] biases,"
+    " Tensor[] hidden_biases, str mode, bool bidirectional=False, bool per_row=True, int qmax=255) -> (Tensor, Tensor)",
     "embedding": "(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, SymInt embedding_dim, int bits=8,"
     " ScalarType dtype=float32) -> Tensor",
     "embedding_bag": "(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, SymInt embedding_dim,"
     " Tensor? offsets=None, str mode='mean', Tensor? per_sample_weights=None, bool include_last_offset=False,"
     " int? padding_idx=None, int bits=8, ScalarType dtype=float32) -> Tensor",
 }
+
+
+RNN_MODES = {"gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
+"""The modes of the operator rnn, and what each is called in errors."""
 
 
 def check_linear(x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -40,23 +46,26 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor) -> None:
         )
 
 
-def check_lstm(
-    x: torch.Tensor, batch_sizes: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor, inputs: int
+def check_recurrent(
+    kind: str, x: torch.Tensor, batch_sizes: torch.Tensor | None, inputs: int, **states: torch.Tensor
 ) -> None:
-    """Raise ShapeError or DTypeError unless x is (T, B, I) or packed (N, I), h0 (L, B, P) and c0 (L, B, H)."""
-    for name, tensor in (("input", x), ("h0", h0), ("c0", c0)):
+    """Raise ShapeError or DTypeError unless x is (T, B, I) or packed (N, I), and each state (L, B, ...).
+
+    kind: what to call it in errors: "LSTM", "GRU", "RNN".
+    """
+    for name, tensor in (("input", x), *states.items()):
         if not tensor.is_floating_point():
-            raise DTypeError(f"a quantized LSTM takes float tensors, got {name} of {tensor.dtype}")
+            raise DTypeError(f"a quantized {kind} takes float tensors, got {name} of {tensor.dtype}")
     want = 3 if batch_sizes is None else 2
     if x.dim() != want or x.shape[-1] != inputs:
         raise ShapeError(
-            f"a quantized LSTM of {inputs} inputs takes {want}-D input whose last dimension is {inputs}, "
+            f"a quantized {kind} of {inputs} inputs takes {want}-D input whose last dimension is {inputs}, "
             f"got {tuple(x.shape)}"
         )
     batch = x.shape[1] if batch_sizes is None else None
-    for name, state in (("h0", h0), ("c0", c0)):
+    for name, state in states.items():
         if state.dim() != 3 or (batch is not None and state.shape[1] != batch):
-            raise ShapeError(f"a quantized LSTM called with batch {batch} got {name} of shape {tuple(state.shape)}")
+            raise ShapeError(f"a quantized {kind} called with batch {batch} got {name} of shape {tuple(state.shape)}")
 
 
 def check_indices(indices: torch.Tensor, operator: str) -> None:
@@ -90,9 +99,26 @@ def _fake_lstm(
     per_row: bool = True,
     qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_lstm(x, batch_sizes, h0, c0, weights[0].shape[1])
+    check_recurrent("LSTM", x, batch_sizes, weights[0].shape[1], h0=h0, c0=c0)
     columns = h0.shape[-1] * (2 if bidirectional else 1)
     return x.new_empty((*x.shape[:-1], columns)), x.new_empty(h0.shape), x.new_empty(c0.shape)
+
+
+def _fake_rnn(
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    h0: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    hidden_biases: Sequence[torch.Tensor],
+    mode: str,
+    bidirectional: bool = False,
+    per_row: bool = True,
+    qmax: int = 255,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_recurrent(RNN_MODES[mode], x, batch_sizes, weights[0].shape[1], h0=h0)
+    return x.new_empty((*x.shape[:-1], h0.shape[-1] * (2 if bidirectional else 1))), x.new_empty(h0.shape)
 
 
 def _fake_embedding(
@@ -130,6 +156,7 @@ def _fake_embedding_bag(
 _FAKES: dict[str, Callable[..., Any]] = {
     "linear": _fake_linear,
     "lstm": _fake_lstm,
+    "rnn": _fake_rnn,
     "embedding": _fake_embedding,
     "embedding_bag": _fake_embedding_bag,
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fxquant.ops import native, reference
+from fxquant.ops import native, reference, reference_recurrent
 
 LIBRARY = native._library
 ISAS: dict[str, str] = dict(LIBRARY.isas()) if LIBRARY else {}  # name -> why it cannot be used, "" if it can
@@ -163,7 +163,7 @@ def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[
     args = (strided(x, rng), sizes, strided(h0, rng), strided(c0, rng), weights, scales, biases)
     return (
         native.lstm,
-        reference.lstm,
+        reference_recurrent.lstm,
         (*args, directions == 2, rng.random() < 0.7, rng.choice((255, 127))),
         not is_extreme,
     )

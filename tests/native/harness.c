@@ -48,8 +48,8 @@ static void linear_case(int threads) {
     float *x = floats(rows * columns, 1e-3f, true), *scale = floats(outputs, 1e-6f, false), *bias = floats(outputs, 1e-4f, true);
     float *out = take(rows * outputs * 4);
     int8_t *w = weights(outputs * columns);
-    if (below(10) == 0 && rows * columns) x[below(rows * columns)] = NAN;
-    if (below(10) == 0 && rows * columns) x[below(rows * columns)] = -INFINITY;
+    if (below(10) == 0 && rows * columns > 0) x[below(rows * columns)] = NAN;
+    if (below(10) == 0 && rows * columns > 0) x[below(rows * columns)] = -INFINITY;
     const struct fxq_linear call = {.x = x, .rows = rows, .columns = columns, .weight = w, .outputs = outputs, .scale = scale,
         .bias = below(3) ? bias : NULL, .out = out, .relu = below(3) == 0, .per_row = below(3) > 0, .qmax = below(3) ? 255 : 127};
     if (fxq_linear(&call, threads) != FXQ_OK) abort();
@@ -57,27 +57,28 @@ static void linear_case(int threads) {
     free(x), free(scale), free(bias), free(out), free(w);
 }
 
-static void lstm_case(int threads) {
+static void recurrent_case(int threads) {
     const int64_t steps = 1 + below(5), batch = 1 + below(20), inputs = 1 + below(80), hidden = 1 + below(90);
-    const int64_t gates = 4 * hidden;
+    const enum fxq_mode mode = (enum fxq_mode)below(4);
+    const int64_t gates = (mode == FXQ_LSTM ? 4 : mode == FXQ_GRU ? 3 : 1) * hidden;
     const int directions = 1 + (int)below(2);
-    struct fxq_lstm_cell_weights cells[2] = {0};
+    struct fxq_recurrent_weights cells[2] = {0};
     for (int i = 0; i < directions; i++) {
-        cells[i] = (struct fxq_lstm_cell_weights){.ih = weights(gates * inputs), .hh = weights(gates * hidden),
-            .ih_scale = floats(gates, 1e-6f, false), .hh_scale = floats(gates, 1e-6f, false), .bias = floats(gates, 1e-4f, true)};
+        cells[i] = (struct fxq_recurrent_weights){.ih = weights(gates * inputs), .hh = weights(gates * hidden),
+            .ih_scale = floats(gates, 1e-6f, false), .hh_scale = floats(gates, 1e-6f, false), .bias = floats(gates, 1e-4f, true), .hidden_bias = mode == FXQ_GRU ? floats(hidden, 1e-4f, true) : NULL};
     }
     float *x = floats(steps * batch * inputs, 1e-3f, true), *h0 = floats(directions * batch * hidden, 1e-4f, true);
     float *h = take(directions * batch * hidden * 4), *c = floats(directions * batch * hidden, 1e-4f, true);
     float *out = take(steps * batch * directions * hidden * 4);
-    const struct fxq_lstm call = {.x = x, .steps = steps, .batch = batch, .inputs = inputs, .hidden = hidden, .outputs = hidden,
+    const struct fxq_recurrent call = {.mode = mode, .x = x, .steps = steps, .batch = batch, .inputs = inputs, .hidden = hidden, .outputs = hidden,
         .layers = 1, .directions = directions, .cells = cells, .h0 = h0, .h = h, .c = c, .out = out, .per_row = below(3) > 0, .qmax = 255};
-    if (fxq_lstm(&call, threads) != FXQ_OK) abort();
+    if (fxq_recurrent(&call, threads) != FXQ_OK) abort();
     mix(out, steps * batch * directions * hidden);
     mix(h, directions * batch * hidden);
     mix(c, directions * batch * hidden);
     for (int i = 0; i < directions; i++) {
         free((void *)cells[i].ih), free((void *)cells[i].hh), free((void *)cells[i].ih_scale);
-        free((void *)cells[i].hh_scale), free((void *)cells[i].bias);
+        free((void *)cells[i].hh_scale), free((void *)cells[i].bias), free((void *)cells[i].hidden_bias);
     }
     free(x), free(h0), free(h), free(c), free(out);
 }
@@ -94,7 +95,7 @@ int main(int count, char **arguments) {
         hash = 14695981039346656037u;
         for (int i = 0; i < cases; i++) {
             linear_case(threads);
-            if (i % 4 == 0) lstm_case(threads);
+            if (i % 4 == 0) recurrent_case(threads);
         }
         printf("%s: %016llx\n", fxq_isa_name(isa), (unsigned long long)hash);
     }

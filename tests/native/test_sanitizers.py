@@ -36,10 +36,16 @@ def test_random_cases_touch_no_memory_but_their_own(tmp_path):
     library = preload(compiler) if compiler else None
     if library is None:
         pytest.skip("no gcc with AddressSanitizer here")
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]
-    built = subprocess.run(
-        build, cwd=ROOT, env={**os.environ, "CC": compiler, "FXQUANT_CFLAGS": FLAGS}, capture_output=True, text=True, check=False
-    )
+    build = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        f"--build-lib={tmp_path}/lib",
+        f"--build-temp={tmp_path}/temp",
+    ]
+    tools = {**os.environ, "CC": compiler, "FXQUANT_CFLAGS": FLAGS}
+    built = subprocess.run(build, cwd=ROOT, env=tools, capture_output=True, text=True, check=False)
     extensions = list((tmp_path / "lib").rglob("_native*.so"))
     assert extensions, built.stderr
     environment = {

@@ -13,7 +13,6 @@ from torch import nn
 import fxquant
 from fxquant import OPERATORS, QConfigError, QConfigMapping, convert_fx, graph_diff
 from fxquant.nn import QuantizedModule
-from fxquant.ops import reference, schema
 from fxquant.qconfig_mapping import type_name
 from tests.samples import SAMPLES, SCHEMES, everything, leaves, prepare, same_bits
 
@@ -46,12 +45,6 @@ def test_every_scheme_of_a_row_has_a_qconfig_that_it_takes(row):
     for scheme in row.schemes:
         assert scheme.accepts(SCHEMES[scheme.name])
         assert row.accepts(SCHEMES[scheme.name])
-
-
-@pytest.mark.parametrize("row", OPERATORS, ids=lambda row: row.name)
-def test_every_row_has_an_operator_with_a_reference(row):
-    assert row.name in schema.SCHEMAS
-    assert callable(getattr(reference, row.name))
 
 
 def test_names_are_unique_and_summaries_given():

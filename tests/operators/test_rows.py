@@ -79,12 +79,6 @@ def test_a_convolution_says_that_it_stays_float():
     assert reason == "nn.Conv1d has no dynamic form: convolutions stay float under a dynamic qconfig"
 
 
-@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
-def test_other_recurrent_layers_have_no_quantized_form(kind):
-    (reason,) = reasons(nn.Sequential(kind(4, 4)), torch.randn(2, 3, 4))
-    assert reason == f"there is no quantized form of nn.{kind.__name__}"
-
-
 def test_attention_stays_float_with_its_projection():
     class Model(nn.Module):
         def __init__(self):

@@ -111,24 +111,6 @@ def test_expm1_saturates_and_keeps_nan():
     assert got[3].isnan()
 
 
-def test_lstm_cell_is_the_float_cell():
-    gates, c = torch.randn(50, 4 * 16) * 4, torch.randn(50, 16)
-    i, f, g, o = (part.double() for part in gates.chunk(4, dim=1))
-    state = f.sigmoid() * c.double() + i.sigmoid() * g.tanh()
-    hidden = o.sigmoid() * state.tanh()
-    got_state, got_hidden = reference.lstm_cell(gates.clone(), c)
-    # each of exp's three results carries 4e-7 and a few roundings; tanh(c') inherits the error of c'
-    assert (got_state - state).abs().max() <= 2e-6 * (1 + c.abs().max())
-    assert (got_hidden - hidden).abs().max() <= 4e-6 * (1 + c.abs().max())
-
-
-def test_lstm_cell_saturates():
-    gates = torch.tensor([[100.0, -100.0, 100.0, 100.0], [math.inf, math.inf, -math.inf, -math.inf]])
-    state, hidden = reference.lstm_cell(gates, torch.tensor([[0.5], [0.25]]))
-    assert torch.allclose(state, torch.tensor([[1.0], [-0.75]]), atol=1e-6)
-    assert torch.allclose(hidden, torch.tensor([[math.tanh(1.0)], [0.0]]), atol=1e-6)
-
-
 @pytest.mark.parametrize("bits", [8, 4])
 def test_embedding_is_its_equation(bits):
     q = torch.randint(2**bits, (10, 5), dtype=torch.uint8)

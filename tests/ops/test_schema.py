@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fxquant import DTypeError, ShapeError, ops
-from fxquant.ops import reference, schema
+from fxquant.ops import reference, reference_recurrent, schema
 from fxquant.qconfig import default_dynamic_qconfig
 
 INT8 = default_dynamic_qconfig
+REFERENCES = {**vars(reference), **vars(reference_recurrent)}
 
 
 def quantized(*shape):
@@ -33,6 +34,23 @@ def lstm_arguments(inputs=6, hidden=5, layers=1, directions=1, proj=0, bias=True
     return x, sizes, h0, c0, weights, scales, biases if bias else [], directions == 2
 
 
+def rnn_arguments(mode, inputs=6, hidden=5, packed=False):
+    """Return the operands of one call of the rnn operator, two layers in both directions."""
+    torch.manual_seed(1)
+    gates = 3 if mode == "gru" else 1
+    weights, scales = [], []
+    for cell in range(4):
+        for columns in (inputs if cell < 2 else 2 * hidden, hidden):
+            values, scale = quantized(gates * hidden, columns)
+            weights.append(values)
+            scales.append(scale)
+    biases = [torch.randn(gates * hidden) for _ in range(4)]
+    hidden_biases = [torch.randn(hidden) for _ in range(4)] if mode == "gru" else []
+    x = torch.randn(7, inputs) if packed else torch.randn(3, 4, inputs)
+    sizes = torch.tensor([4, 2, 1]) if packed else None
+    return x, sizes, torch.randn(4, 4, hidden), weights, scales, biases, hidden_biases, mode, True
+
+
 def table_arguments(bits=8, affine=False):
     qconfig = {8: "float_qparams_weight_only_qconfig", 4: "float_qparams_weight_only_qconfig_4bit"}[bits]
     import fxquant
@@ -50,6 +68,9 @@ def cases():
     yield "lstm", lstm_arguments(), {}
     yield "lstm", lstm_arguments(layers=2, directions=2, proj=3), {}
     yield "lstm", lstm_arguments(bias=False, packed=True), {}
+    yield "rnn", rnn_arguments("gru"), {}
+    yield "rnn", rnn_arguments("rnn_tanh", packed=True), {}
+    yield "rnn", rnn_arguments("rnn_relu"), {"per_row": False, "qmax": 127}
     yield "embedding", table_arguments(), {}
     yield "embedding", table_arguments(bits=4), {"bits": 4, "dtype": torch.float16}
     yield "embedding", table_arguments(affine=True), {}
@@ -78,13 +99,13 @@ def test_every_operator_has_a_reference_with_the_schemas_operands(name):
     import inspect
 
     operands = [argument.name for argument in getattr(torch.ops.fxquant, name).default._schema.arguments]
-    assert list(inspect.signature(getattr(reference, name)).parameters) == operands
+    assert list(inspect.signature(REFERENCES[name]).parameters) == operands
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c[0])
 def test_the_functions_give_the_references_numbers(case):
     name, args, kwargs = case
-    got, expected = ops.OVERLOADS[name](*args, **kwargs), getattr(reference, name)(*args, **kwargs)
+    got, expected = ops.OVERLOADS[name](*args, **kwargs), REFERENCES[name](*args, **kwargs)
     pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
     exact = name != "embedding_bag" and not any(t.dtype == torch.float16 for t in args if isinstance(t, torch.Tensor))
     for a, b in pairs:

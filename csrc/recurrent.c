@@ -1,0 +1,127 @@
+/* A whole stack of LSTM, GRU or plain RNN layers in one call: layers by directions by steps, by one team of threads. */
+#include <string.h>
+
+#include "recurrent.h"
+
+enum {
+    GATES_BYTES = 512 << 10, /* of a chunk's input products: they stay in the L2 cache until their step */
+    CHUNK_ROWS = 32,         /* but at least so many rows, for the matrix product's sake */
+    GATES_TOGETHER = 1024    /* rows times hidden units whose gates are finished together: 16 KiB, in the L1 cache */
+};
+
+/* Each row's last output: of step 0 when time runs backward, else of the last step that the row lives to. */
+static void keep_last_rows(const struct cell *cell, float *h) {
+    const struct stack *s = cell->stack;
+    const int64_t batch = s->call->batch, outputs = s->call->outputs;
+    for (int64_t b = 0, step; b < batch; b++) {
+        for (step = cell->is_backward ? 0 : s->call->steps - 1; step > 0 && live_rows(s, step) <= b; step--) {}
+        const bool has_lived = live_rows(s, step) > b;
+        const float *row = has_lived ? cell->out + (s->starts[step] + b) * cell->out_stride : cell->h0 + b * outputs;
+        memcpy(h + b * outputs, row, (size_t)outputs * sizeof *h);
+    }
+}
+
+static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
+
+/* Memory handed out piece by piece; without a base only the sum counts. */
+struct supply {
+    char *base;
+    int64_t used;
+};
+
+static void *take(struct supply *supply, int64_t bytes) {
+    void *taken = supply->base ? supply->base + supply->used : NULL;
+    supply->used += aligned(bytes);
+    return taken;
+}
+
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static struct fxq_activations take_activations(struct supply *memory, const struct fxq_recurrent *call, int64_t rows, int64_t columns) {
+    struct fxq_activations x = {.columns = columns, .depth = fxq_depth(columns), .qmax = call->qmax, .per_row = call->per_row};
+    x.packed = take(memory, fxq_packed_bytes(rows, columns));
+    x.row = take(memory, rows * (int64_t)sizeof *x.row);
+    return x;
+}
+
+static void lay_out_cell(struct cell *cell, const struct fxq_recurrent *call, struct supply *memory) {
+    const int64_t columns = most(most(call->inputs, call->hidden), call->directions * call->outputs);
+    cell->h = take_activations(memory, call, call->batch, call->outputs);
+    cell->raw = take_activations(memory, call, call->cells->hr ? call->batch : 0, call->hidden);
+    cell->units = most(GATES_TOGETHER / call->batch / 64, 1) * 64;
+    if (cell->units > call->hidden) cell->units = call->hidden;
+    cell->pre = take(memory, call->batch * cell->stack->gates * cell->units * (int64_t)sizeof(float));
+    cell->scratch = take(memory, fxq_matmul_scratch_bytes(columns));
+}
+
+static void lay_out_stack(struct stack *s, const struct fxq_recurrent *call, int threads, struct supply *memory) {
+    const int64_t floats = sizeof(float), width = call->directions * call->outputs;
+    const bool needs_sums = call->steps > 1 && fxq_active->row_sums;
+    s->x = take_activations(memory, call, s->chunk_rows, most(call->inputs, width));
+    s->ranges = take(memory, threads * (int64_t)sizeof *s->ranges);
+    s->input_stride = s->gates * call->hidden + 16;
+    s->input_part = take(memory, s->chunk_rows * s->input_stride * floats);
+    for (int i = 0; i < 2; i++) s->layer[i] = take(memory, call->layers > 1 + i ? s->rows * width * floats : 0);
+    s->hidden = take(memory, call->cells->hr ? call->batch * call->hidden * floats : 0);
+    void *sums = take(memory, s->gates * call->hidden * floats);
+    s->hh_sums = needs_sums ? sums : NULL;
+    sums = take(memory, call->outputs * floats);
+    s->hr_sums = needs_sums ? sums : NULL;
+    s->own = take(memory, threads * s->own_bytes);
+}
+
+static void work(void *arg, int thread, int threads) {
+    struct stack *s = arg;
+    const struct fxq_recurrent *call = s->call;
+    const int64_t width = call->directions * call->outputs, states = call->batch * call->outputs;
+    struct cell cell = {.stack = s, .thread = thread, .threads = threads};
+    struct supply own = {s->own + thread * s->own_bytes, 0};
+    lay_out_cell(&cell, call, &own);
+    cell.u0 = share(call->hidden, thread, threads);
+    cell.u1 = share(call->hidden, thread + 1, threads);
+    cell.out_stride = width;
+    if (fxq_active->begin) fxq_active->begin();
+    for (int layer = 0; layer < call->layers; layer++) {
+        float *out = layer + 1 < call->layers ? s->layer[layer % 2] : call->out;
+        cell.input = layer ? s->layer[(layer - 1) % 2] : call->x;
+        cell.inputs = layer ? width : call->inputs;
+        for (int direction = 0; direction < call->directions; direction++) {
+            const int index = layer * call->directions + direction;
+            cell.weights = &call->cells[index];
+            cell.h0 = call->h0 + index * states;
+            cell.c = call->c ? call->c + index * call->batch * call->hidden : NULL;
+            cell.out = out + direction * call->outputs;
+            cell.is_backward = direction == 1;
+            fxq_run_cell(&cell);
+            if (thread == 0) keep_last_rows(&cell, call->h + index * states);
+        }
+    }
+    if (fxq_active->end) fxq_active->end();
+}
+
+int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
+    struct stack s = {.call = call, .gates = call->mode == FXQ_LSTM ? 4 : call->mode == FXQ_GRU ? 3 : 1};
+    const int64_t step_work = s.gates * call->hidden * call->outputs * call->batch; /* worth a barrier at each step? */
+    threads = fxq_worthwhile(step_work, (call->hidden + 15) / 16, threads);
+    for (int64_t t = 0; t < call->steps; t++) s.rows += call->sizes ? call->sizes[t] : call->batch;
+    s.chunk_rows = most(most(CHUNK_ROWS, call->batch), GATES_BYTES / (4 * s.gates * call->hidden));
+    if (s.chunk_rows > s.rows) s.chunk_rows = s.rows;
+
+    struct cell any = {.stack = &s};
+    struct supply measure_cell = {NULL, 0}, measure_all = {NULL, 0};
+    lay_out_cell(&any, call, &measure_cell);
+    s.own_bytes = measure_cell.used;
+    const int64_t starts_bytes = (call->steps + 1) * (int64_t)sizeof *s.starts;
+    take(&measure_all, starts_bytes);
+    lay_out_stack(&s, call, threads, &measure_all);
+    struct supply memory = {fxq_scratch(measure_all.used), 0};
+    if (memory.base == NULL) return FXQ_NO_MEMORY;
+    int64_t *starts = take(&memory, starts_bytes);
+    starts[0] = 0;
+    for (int64_t t = 0; t < call->steps; t++) starts[t + 1] = starts[t] + (call->sizes ? call->sizes[t] : call->batch);
+    s.starts = starts;
+    lay_out_stack(&s, call, threads, &memory);
+    fxq_run(work, &s, threads);
+    fxq_trim_scratch();
+    return FXQ_OK;
+}

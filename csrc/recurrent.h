@@ -1,0 +1,57 @@
+/* What the two files of the recurrent layers share: recurrent_cell.c runs one cell through time, recurrent.c a stack.
+ *
+ * A cell (one direction of one layer) takes its input in chunks of steps: quantize the chunk's rows, multiply them with
+ * weight_ih all at once, then step through time. Each thread owns some hidden units, with their gates and states; a step
+ * needs other threads' units only as the quantized h of the step before, which every thread makes for itself. That h is
+ * read from the output rows: they are never written twice, so that one barrier a step is enough. */
+#ifndef FXQUANT_RECURRENT_H
+#define FXQUANT_RECURRENT_H
+
+#include "fxquant.h"
+
+/* A call's shared memory. */
+struct stack {
+    const struct fxq_recurrent *call;
+    int64_t gates; /* G: rows of the weights for each hidden unit */
+    int64_t rows, chunk_rows;
+    const int64_t *starts;    /* (steps + 1,) first row of each step */
+    struct fxq_activations x; /* of a chunk */
+    struct fxq_range *ranges; /* a thread */
+    float *input_part;        /* (chunk_rows, input_stride >= G * H): the input's part of the gates, with the bias */
+    int64_t input_stride;     /* 16 more: rows a power of two apart would share few sets of the L1 cache */
+    float *layer[2];          /* outputs of the layers between */
+    float *hidden;            /* (batch, H), before a projection */
+    int32_t *hh_sums, *hr_sums;
+    char *own; /* each thread's memory */
+    int64_t own_bytes;
+};
+
+/* One cell, as one thread sees it. */
+struct cell {
+    struct stack *stack;
+    const struct fxq_recurrent_weights *weights;
+    const float *input, *h0;
+    int64_t inputs;
+    float *out, *c; /* out: (rows, out_stride), its first column this direction's */
+    int64_t out_stride;
+    bool is_backward;
+    int thread, threads;
+    int64_t u0, u1;             /* own hidden units */
+    struct fxq_activations h;   /* the last step's outputs */
+    struct fxq_activations raw; /* hidden before the projection */
+    int64_t units;              /* hidden units at a time */
+    float *pre;                 /* (batch, G, units) gates before their nonlinearities */
+    void *scratch;
+};
+
+/* Where a thread's share of `count` things begins: shares are whole blocks of 16. */
+static inline int64_t share(int64_t count, int index, int parts) {
+    const int64_t at = (count + 15) / 16 * index / parts * 16;
+    return at < count ? at : count;
+}
+
+static inline int64_t live_rows(const struct stack *s, int64_t step) { return s->starts[step + 1] - s->starts[step]; }
+
+void fxq_run_cell(struct cell *cell);
+
+#endif

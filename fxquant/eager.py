@@ -1,0 +1,93 @@
+"""quantize_dynamic: the eager way. Modules are swapped where they stand; the model's own Python code runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from fxquant.errors import ModelStateError, QConfigError
+from fxquant.graph import edit
+from fxquant.graph.clean import own_tensors
+from fxquant.graph.convert import convert_modules
+from fxquant.graph.module import Record, keep_record, record_of
+from fxquant.graph.plan import check_mapping, plan_modules
+from fxquant.graph.trace import names_of
+from fxquant.operators import OPERATORS, Operator
+from fxquant.qconfig import (
+    QConfig,
+    default_dynamic_qconfig,
+    float16_dynamic_qconfig,
+    float_qparams_weight_only_qconfig,
+)
+from fxquant.qconfig_mapping import QConfigMapping
+
+What: TypeAlias = type[nn.Module] | str
+
+_BY_DTYPE = {
+    "int8": default_dynamic_qconfig,
+    "qint8": default_dynamic_qconfig,
+    "float16": float16_dynamic_qconfig,
+    "uint8": float_qparams_weight_only_qconfig,
+    "quint8": float_qparams_weight_only_qconfig,
+}
+
+
+def quantize_dynamic(
+    model: nn.Module,
+    qconfig_spec: QConfigMapping | Mapping[What, QConfig | None] | Iterable[What] | None = None,
+    dtype: torch.dtype = torch.int8,
+    *,
+    operators: Iterable[Operator] = OPERATORS,
+) -> nn.Module:
+    """Return the model with its modules swapped for quantized ones, in eval mode. It is not traced and not changed.
+
+    qconfig_spec: module types and names to quantize; a dict of them to qconfigs (None: float); a QConfigMapping; or
+    None for every module that the operator table knows. dtype: what types and names without a qconfig of their own
+    get: torch.int8 (default_dynamic_qconfig), torch.float16, torch.uint8 (embeddings).
+
+    For models that do not trace; calls of F.linear and the like are out of reach here. `fxquant.explain` says what
+    became of each module, `fxquant.save` and `load` work as for a result of convert_fx.
+
+    Raises ModelStateError, QConfigError or MappingNameError; then nothing was changed.
+    """
+    table = tuple(operators)
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule) or record_of(model) is not None:
+        raise ModelStateError(f"quantize_dynamic needs the float model, an nn.Module, got {type(model).__name__}")
+    mapping = _as_mapping(qconfig_spec, dtype)
+    check_mapping(mapping, names_of(model))
+    root = edit.mirror(model).eval()
+    decided = plan_modules(root, mapping, table)
+    root, sites = convert_modules(root, tuple(decided.sites), table)
+    own_tensors(root, model)
+    record = Record(
+        stage="quantized",
+        is_traced=False,
+        sites=sites,
+        left=tuple(decided.left),
+        mapping=mapping,
+        operators=table,
+        float_bytes=edit.byte_count(model),
+    )
+    return keep_record(root, record)
+
+
+def _as_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:
+    """Return a qconfig_spec as a mapping."""
+    if isinstance(spec, QConfigMapping):
+        return spec.copy()
+    name = str(dtype).removeprefix("torch.")
+    if name not in _BY_DTYPE:
+        raise QConfigError(f"quantize_dynamic: dtype {dtype} is not one of torch.int8, torch.float16, torch.uint8")
+    if spec is None:
+        return QConfigMapping().set_global(_BY_DTYPE[name])
+    mapping = QConfigMapping()
+    for what in spec:
+        qconfig = spec[what] if isinstance(spec, Mapping) else _BY_DTYPE[name]
+        if isinstance(what, str):
+            mapping.set_module_name(what, qconfig)
+        else:
+            mapping.set_object_type(what, qconfig)
+    return mapping

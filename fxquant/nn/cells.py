@@ -1,0 +1,49 @@
+"""The dynamically quantized LSTMCell, GRUCell and RNNCell: one step of one layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxquant.errors import ShapeError
+from fxquant.nn.recurrent import (
+    DynamicQuantizedGRU,
+    DynamicQuantizedLSTM,
+    DynamicQuantizedRecurrent,
+    DynamicQuantizedRNN,
+)
+
+
+class DynamicQuantizedCell(DynamicQuantizedRecurrent):
+    """What the three cells share: a layer's arithmetic, one step a call."""
+
+    def forward(self, input: torch.Tensor, hx: Any = None) -> Any:
+        """Return the next state: h, an LSTMCell's (h, c).
+
+        input: (B, I) or (I,); hx: h of (B, H) or (H,), an LSTMCell's (h, c), zeros when None -> the same forms, in
+        input's dtype. Raises ShapeError or DTypeError for anything else.
+        """
+        given = None if hx is None else tuple(hx) if self.has_cell_state else (hx,)
+        if input.dim() not in (1, 2):
+            raise ShapeError(f"{self._name()} takes (B, I) or (I,), got {tuple(input.shape)}")
+        is_batched = input.dim() == 2
+        x = input.unsqueeze(0) if is_batched else input.view(1, 1, -1)
+        if given is not None:
+            if any(state.dim() != input.dim() for state in given):
+                raise ShapeError(f"{self._name()} takes input and hx both with or both without a batch")
+            given = tuple(state.unsqueeze(0) if is_batched else state.view(1, 1, -1) for state in given)
+        _, *states = self.run(x, None, self._states(x, given, x.shape[1], None))
+        return self._as_given([state.squeeze(0) if is_batched else state.view(-1) for state in states])
+
+
+class DynamicQuantizedLSTMCell(DynamicQuantizedCell, DynamicQuantizedLSTM):
+    """An nn.LSTMCell with quantized weights."""
+
+
+class DynamicQuantizedGRUCell(DynamicQuantizedCell, DynamicQuantizedGRU):
+    """An nn.GRUCell with quantized weights."""
+
+
+class DynamicQuantizedRNNCell(DynamicQuantizedCell, DynamicQuantizedRNN):
+    """An nn.RNNCell (tanh or relu) with quantized weights."""

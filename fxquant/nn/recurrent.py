@@ -1,0 +1,198 @@
+"""The dynamically quantized LSTM, GRU and RNN."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fxquant import ops
+from fxquant.errors import ShapeError
+from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
+from fxquant.qconfig import QConfig, default_dynamic_qconfig
+
+States = tuple[torch.Tensor, ...]
+
+_LAYER_OPTIONS: dict[str, Any] = {
+    "num_layers": 1,
+    "batch_first": False,
+    "bidirectional": False,
+    "proj_size": 0,
+    "dropout": 0.0,
+}
+
+
+def _bias_name(cell: str) -> str:
+    return f"bias{cell}" if cell else "gate_bias"  # `bias` of a cell says whether there is one
+
+
+class DynamicQuantizedRecurrent(QuantizedModule):
+    """What LSTM, GRU and RNN share: int8 (or float16) weights, called as the nn module is; made by `from_float`.
+
+    Input rows and each step's hidden rows are quantized as they come, each with a scale of its own, so that a sequence
+    gives the same bits alone, in any batch, and step by step. The buffers are named as torch names the weights
+    (weight_ih_l0: (G·H, I) int8, weight_ih_l0_scale: (G·H,) float32, …); bias_l0 is the sum of the two float biases.
+    Dropout between layers is for training only and has no part here.
+    """
+
+    has_cell_state: ClassVar[bool] = False
+    num_layers: int
+    proj_size: int
+    bidirectional: bool
+    batch_first: bool
+
+    def __init__(
+        self, module: Any, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
+    ) -> None:
+        super().__init__(qconfig)
+        self.input_size, self.hidden_size, self.bias = module.input_size, module.hidden_size, module.bias
+        for name, default in _LAYER_OPTIONS.items():  # a cell has none of them
+            setattr(self, name, getattr(module, name, default))
+        sides = ("", "_reverse") if self.bidirectional else ("",)
+        is_cell = isinstance(module, nn.RNNCellBase)
+        self._cells = [""] if is_cell else [f"_l{layer}{side}" for layer in range(self.num_layers) for side in sides]
+        matrices = ("ih", "hh", "hr") if self.proj_size else ("ih", "hh")
+        self._weights = [f"weight_{matrix}{cell}" for cell in self._cells for matrix in matrices]
+        self._scales = [f"{name}_scale" for name in self._weights] if qconfig.weight.is_integer else []
+        self._biases = [_bias_name(cell) for cell in self._cells] if self.bias else []
+        for name in self._weights:
+            self.set_weight(name, quantize(getattr(module, name), qconfig))
+        for cell in self._cells if self.bias else ():
+            self.join_biases(cell, getattr(module, f"bias_ih{cell}"), getattr(module, f"bias_hh{cell}"))
+
+    @classmethod
+    def from_float(
+        cls, module: Any, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
+    ) -> DynamicQuantizedRecurrent:
+        """Return the quantized form of a float module of the same name, which is left as it is."""
+        return cls(module, qconfig, quantize)
+
+    def join_biases(self, cell: str, bias_ih: torch.Tensor, bias_hh: torch.Tensor) -> None:
+        """Register a cell's biases as its operator wants them."""
+        self.set_bias(_bias_name(cell), bias_ih.float() + bias_hh.float())
+
+    def run(self, x: torch.Tensor, sizes: torch.Tensor | None, states: States) -> States:
+        """Return (output, *states) of the operator."""
+        raise NotImplementedError
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Return (output, hx).
+
+        input: (T, B, I), with batch_first (B, T, I), without a batch (T, I), or a PackedSequence; hx: h0 of (L, B, P),
+        an LSTM's (h0, c0) of (L, B, P) and (L, B, H), without a batch (L, P) and (L, H), zeros when None -> the same
+        forms, in input's dtype. Raises ShapeError or DTypeError for anything else.
+        """
+        given = None if hx is None else tuple(hx) if self.has_cell_state else (hx,)
+        if isinstance(input, PackedSequence):
+            data, sizes, order, back = input
+            output, *states = self.run(data, sizes, self._states(data, given, int(sizes[0]), order))
+            if back is not None:
+                states = [state.index_select(1, back) for state in states]
+            return PackedSequence(output, sizes, order, back), self._as_given(states)
+        if input.dim() not in (2, 3):
+            raise ShapeError(f"{self._name()} takes 3-D input, or 2-D without a batch, got {tuple(input.shape)}")
+        is_batched = input.dim() == 3
+        x = input.transpose(0, 1) if is_batched and self.batch_first else input
+        if not is_batched:
+            x = x.unsqueeze(1)
+            given = None if given is None else tuple(map(self._with_batch, ("h0", "c0"), given))
+        output, *states = self.run(x, None, self._states(x, given, x.shape[1], None))
+        if not is_batched:
+            return output.squeeze(1), self._as_given([state.squeeze(1) for state in states])
+        return output.transpose(0, 1) if self.batch_first else output, self._as_given(states)
+
+    def own(self, names: list[str]) -> list[torch.Tensor]:
+        """Return own tensors by name, past nn.Module's slow lookup where no compiler needs to see it."""
+        if torch.compiler.is_compiling():
+            return [getattr(self, name) for name in names]
+        buffers, parameters = self._buffers, self._parameters
+        return [buffers[name] if name in buffers else parameters[name] for name in names]  # type: ignore[misc]
+
+    def _states(self, x: torch.Tensor, given: States | None, batch: int, order: torch.Tensor | None) -> States:
+        """Return the initial states in the batch's order, or raise ShapeError."""
+        shapes = [(len(self._cells), batch, size) for size in (self.proj_size or self.hidden_size, self.hidden_size)]
+        names = ("h0", "c0") if self.has_cell_state else ("h0",)
+        if given is None:
+            return tuple(x.new_zeros(shape) for _, shape in zip(names, shapes, strict=False))
+        if len(given) != len(names):
+            raise ShapeError(f"{self._name()} takes hx of {' and '.join(names)}, got {len(given)} tensors")
+        for name, state, shape in zip(names, given, shapes, strict=False):
+            if tuple(state.shape) != shape:
+                raise ShapeError(f"{self._name()} needs {name} of shape {shape}, got {tuple(state.shape)}")
+        return given if order is None else tuple(state.index_select(1, order) for state in given)
+
+    def _with_batch(self, name: str, state: torch.Tensor) -> torch.Tensor:
+        if state.dim() != 2:
+            raise ShapeError(f"{self._name()}: for input without a batch {name} must be 2-D, got {tuple(state.shape)}")
+        return state.unsqueeze(1)
+
+    def _as_given(self, states: list[torch.Tensor]) -> Any:
+        return tuple(states) if self.has_cell_state else states[0]
+
+    def _name(self) -> str:
+        return "a quantized " + type(self).__name__.removeprefix("DynamicQuantized")
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: for callers of the nn module's method of this name."""
+
+    def extra_repr(self) -> str:
+        """Return what print shows: the sizes, the options that differ from the defaults, and the scheme."""
+        defaults = {**_LAYER_OPTIONS, "bias": True, "dropout": self.dropout}
+        told = [f"{name}={getattr(self, name)}" for name in defaults if getattr(self, name) != defaults[name]]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *told, str(self.qconfig)])
+
+
+class DynamicQuantizedLSTM(DynamicQuantizedRecurrent):
+    """An nn.LSTM with quantized weights. docs/numerics.md, eq. 9–12."""
+
+    has_cell_state = True
+
+    def run(self, x: torch.Tensor, sizes: torch.Tensor | None, states: States) -> States:
+        """Return (output, h, c)."""
+        h0, c0 = states
+        weights, scales, biases = self.own(self._weights), self.own(self._scales), self.own(self._biases)
+        per_row, qmax = self.qconfig.per_row, self.qconfig.qmax
+        return ops.lstm(x, sizes, h0, c0, weights, scales, biases, self.bidirectional, per_row, qmax)
+
+
+class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
+    """An nn.RNN (tanh or relu) with quantized weights. docs/numerics.md, eq. 17."""
+
+    def __init__(
+        self, module: Any, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
+    ) -> None:
+        super().__init__(module, qconfig, quantize)
+        self.mode = module.mode.lower() if hasattr(module, "mode") else f"rnn_{module.nonlinearity}"
+        self._hidden_biases: list[str] = []
+
+    def run(self, x: torch.Tensor, sizes: torch.Tensor | None, states: States) -> States:
+        """Return (output, h)."""
+        weights, scales, biases = self.own(self._weights), self.own(self._scales), self.own(self._biases)
+        hidden_biases = self.own(self._hidden_biases)
+        per_row, qmax = self.qconfig.per_row, self.qconfig.qmax
+        return ops.rnn(
+            x, sizes, states[0], weights, scales, biases, hidden_biases, self.mode, self.bidirectional, per_row, qmax
+        )
+
+
+class DynamicQuantizedGRU(DynamicQuantizedRNN):
+    """An nn.GRU with quantized weights. hidden_bias_l0: (H,), the n gate's hidden bias, which stays by itself.
+
+    docs/numerics.md, eq. 14–16.
+    """
+
+    def __init__(
+        self, module: Any, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
+    ) -> None:
+        DynamicQuantizedRecurrent.__init__(self, module, qconfig, quantize)
+        self.mode = "gru"
+        self._hidden_biases = [f"hidden_{name}" for name in self._biases]
+
+    def join_biases(self, cell: str, bias_ih: torch.Tensor, bias_hh: torch.Tensor) -> None:
+        """Register b_ih + b_hh of the gates r and z with b_in, and b_hn."""
+        both = 2 * self.hidden_size
+        joined = torch.cat((bias_ih[:both].float() + bias_hh[:both].float(), bias_ih[both:].float()))
+        self.set_bias(_bias_name(cell), joined)
+        self.set_bias(f"hidden_{_bias_name(cell)}", bias_hh[both:].float())

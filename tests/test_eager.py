@@ -1,0 +1,156 @@
+"""quantize_dynamic: the same table and numbers as prepare_fx and convert_fx, by module swap."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant import (
+    MappingNameError,
+    ModelStateError,
+    QConfigError,
+    QConfigMapping,
+    default_dynamic_qconfig,
+    explain,
+    float16_dynamic_qconfig,
+    quantize_dynamic,
+)
+from fxquant.nn import DynamicQuantizedLSTM
+from tests.samples import WordLM, everything, kinds, lm_inputs, quantize, same_bits
+
+
+class Loop(nn.Module):
+    """A model that does not trace: it loops over its input and branches on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.GRUCell(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = None
+        for step in x:
+            h = self.cell(step, h)
+            if h.abs().sum() > 1e6:
+                break
+        return self.out(h)
+
+
+def test_types_are_quantized_and_the_rest_says_why():
+    model = WordLM().eval()
+    quantized = quantize_dynamic(model, {nn.LSTM, nn.Linear}, dtype=torch.int8)
+    assert type(quantized) is WordLM
+    assert kinds(quantized)["rnn"] == "DynamicQuantizedLSTM"
+    assert kinds(quantized)["decoder"] == "DynamicQuantizedLinear"
+    assert kinds(quantized)["encoder"] == "Embedding"
+    assert [row.decision for row in explain(quantized).rows if row.path == "encoder"] == [
+        "float: no mapping entry covers it"
+    ]
+    assert kinds(model)["decoder"] == "Linear"
+
+
+def test_the_numbers_are_those_of_the_graph_form():
+    model = WordLM().eval()
+    inputs = lm_inputs(model)
+    mapping = everything().set_object_type(nn.Embedding, None)
+    assert same_bits(
+        quantize_dynamic(model, {nn.LSTM, nn.Linear})(*inputs), quantize(model, *inputs, mapping=mapping)(*inputs)
+    )
+
+
+def test_a_model_that_does_not_trace_is_quantized():
+    torch.manual_seed(0)
+    model, x = Loop().eval(), torch.randn(5, 4, 6)
+    quantized = quantize_dynamic(model)
+    assert kinds(quantized)["cell"] == "DynamicQuantizedGRUCell"
+    expected = model(x)
+    assert (quantized(x) - expected).norm() <= 0.05 * expected.norm()
+
+
+def test_a_dict_of_names_and_types_to_qconfigs():
+    spec = {nn.Linear: default_dynamic_qconfig, "decoder": None, "rnn": float16_dynamic_qconfig}
+    quantized = quantize_dynamic(WordLM().eval(), spec)
+    assert kinds(quantized)["decoder"] == "Linear"
+    assert quantized.rnn.weight_ih_l0.dtype == torch.float16
+
+
+def test_a_mapping_is_taken():
+    quantized = quantize_dynamic(WordLM().eval(), QConfigMapping().set_module_name("decoder", default_dynamic_qconfig))
+    assert [site.path for site in quantized._fxquant_record.sites] == ["decoder"]
+
+
+def test_torch_aos_dtype_is_understood():
+    quantized = quantize_dynamic(WordLM().eval(), {nn.LSTM}, dtype=torch.qint8)
+    assert kinds(quantized)["rnn"] == "DynamicQuantizedLSTM"
+
+
+def test_another_dtype_is_an_error():
+    with pytest.raises(QConfigError, match=r"dtype torch\.int32 is not one of"):
+        quantize_dynamic(WordLM().eval(), {nn.LSTM}, dtype=torch.int32)
+
+
+def test_a_misspelt_name_is_an_error_with_the_nearest():
+    with pytest.raises(MappingNameError, match="did you mean 'decoder'"):
+        quantize_dynamic(WordLM().eval(), {"decodr"})
+
+
+def test_twice_is_an_error():
+    with pytest.raises(ModelStateError, match="needs the float model"):
+        quantize_dynamic(quantize_dynamic(WordLM().eval()))
+
+
+def test_a_table_module_by_itself():
+    assert isinstance(quantize_dynamic(nn.LSTM(4, 4)), DynamicQuantizedLSTM)
+
+
+def test_a_model_in_training_mode_comes_back_in_eval_mode_and_stays_as_it_was():
+    model = WordLM().train()
+    assert not quantize_dynamic(model).training
+    assert model.training
+    assert model.drop.training
+
+
+def test_hooks_methods_and_ties_survive():
+    model, seen = WordLM(ninp=8, tie=True).eval(), []
+    model.rnn.register_forward_hook(lambda *_: seen.append(1))
+    quantized = quantize_dynamic(model)
+    quantized(torch.zeros(2, 1, dtype=torch.long), quantized.init_hidden(1))
+    assert seen == [1]
+    assert quantized.encoder.weight is quantized.decoder.weight
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_a_checkpoint_goes_round(tmp_path, on_meta):
+    model = WordLM().eval()
+    inputs = lm_inputs(model)
+    quantized = quantize_dynamic(model, {nn.LSTM, nn.Linear})
+    fxquant.save(quantized, tmp_path / "m.safetensors")
+    with torch.device("meta" if on_meta else "cpu"):
+        skeleton = WordLM().eval()
+    loaded = fxquant.load(skeleton, tmp_path / "m.safetensors")
+    assert type(loaded) is WordLM
+    assert same_bits(loaded(*inputs), quantized(*inputs))
+    assert str(explain(loaded)) == str(explain(quantized))
+
+
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_remember(twin_of):
+    model = WordLM().eval()
+    quantized = quantize_dynamic(model)
+    twin = twin_of(quantized)
+    inputs = lm_inputs(model)
+    assert same_bits(twin(*inputs), quantized(*inputs))
+    assert str(explain(twin)) == str(explain(quantized))
+
+
+def test_the_float_model_shares_nothing_with_the_result():
+    model = WordLM().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantized = quantize_dynamic(model, {nn.LSTM})
+    for tensor in (*quantized.parameters(), *quantized.buffers()):
+        tensor.data.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -137,6 +137,7 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict
         "aliases": aliases,
         "preserved": list(record.preserved),
         "constants": dict(record.constants),
+        "untraced": dict(record.untraced),
         "float_bytes": record.float_bytes,
     }
 
@@ -228,6 +229,7 @@ def _record(
         operators=tuple(operators),
         preserved=preserve(model, tuple(plan["preserved"])),
         constants=plan["constants"],
+        untraced=plan["untraced"],
         float_bytes=plan["float_bytes"],
     )
 
@@ -260,7 +262,7 @@ def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> 
     """Return the quantized model without data: the recorded decisions applied to a mirror on the meta device."""
     if not record.is_traced:
         return _rebuild_tree(model, record, path)
-    traced = trace(model, record.operators, device="meta", constants=record.constants)
+    traced = trace(model, record.operators, device="meta", constants=record.constants, untraced=record.untraced)
     fuse(traced.module, traced.hooked, only=record.fusions)
     try:
         plan = replay(traced.module, record.sites)

@@ -9,13 +9,14 @@ from torch import fx, nn
 
 from fxquant.errors import QConfigError
 from fxquant.graph import edit
+from fxquant.graph.capture import bind_inputs, capture
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, record_of
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import check_mapping, plan
-from fxquant.graph.trace import bind_inputs, capture, check_model, trace
+from fxquant.graph.trace import check_model, trace
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig_mapping import QConfigMapping
 
@@ -57,6 +58,7 @@ def prepare_fx(
         operators=tuple(operators),
         preserved=preserved,
         constants=traced.constants,
+        untraced=traced.untraced,
         float_bytes=edit.byte_count(model),
     )
     return finish(traced.module, model, record)

@@ -35,6 +35,7 @@ class Explanation:
 
     rows: tuple[ExplainRow, ...]
     fusions: tuple[str, ...]
+    untraced: tuple[str, ...]
     stage: str
 
     @property
@@ -64,10 +65,11 @@ class Explanation:
     def __str__(self) -> str:
         lines = [text_table(self._cells(), _HEADERS, _WIDTHS), ""]
         lines += [f"fused: {fusion}" for fusion in self.fusions]
+        lines += [f"not traced: {path}" for path in self.untraced]
         return "\n".join([*lines, self.total])
 
     def _repr_html_(self) -> str:
-        return html_table(self._cells(), _HEADERS, "; ".join([*self.fusions, self.total]))
+        return html_table(self._cells(), _HEADERS, "; ".join([*self.fusions, *self.untraced, self.total]))
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -83,7 +85,8 @@ def explain(model: nn.Module) -> Explanation:
             "the mapping given to prepare_fx is what decides"
         )
     fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
-    return Explanation(_rows(record), fusions, record.stage)
+    untraced = tuple(f"{path}: {why}" for path, why in record.untraced.items())
+    return Explanation(_rows(record), fusions, untraced, record.stage)
 
 
 def _rows(record: Record) -> tuple[ExplainRow, ...]:

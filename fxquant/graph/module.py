@@ -75,6 +75,7 @@ class Record:
     operators: tuple[Operator, ...] = ()
     preserved: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    untraced: Mapping[str, str] = field(default_factory=dict)
     float_bytes: int = 0
 
     def advance(self, **changes: Any) -> Record:
@@ -95,7 +96,10 @@ class Method:
 
 
 class FxModule(fx.GraphModule):
-    """A torch.fx.GraphModule that keeps its record, its hooks and its preserved attributes in copies and pickles."""
+    """A torch.fx.GraphModule that keeps its record, its hooks and its preserved attributes in copies and pickles.
+
+    record: what it remembers, unless the user's model has a module of that name: `record_of` finds it always.
+    """
 
     record: Record
 
@@ -103,7 +107,7 @@ class FxModule(fx.GraphModule):
     def build(cls, root: nn.Module, graph: fx.Graph, name: str, record: Record) -> FxModule:
         """Return the module for a graph over a root's submodules and tensors."""
         module = cls(root, graph, name)
-        module.__dict__["record"] = record
+        keep_record(module, record)
         module.train(False)
         return module
 
@@ -111,7 +115,9 @@ class FxModule(fx.GraphModule):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            record = self.__dict__.get("record")
+            record = record_of(self)
+            if record is not None and name == "record":
+                return record
             if record is not None and name in record.preserved:
                 value = record.preserved[name]
                 return value.bind(self) if isinstance(value, Method) else value
@@ -122,7 +128,7 @@ class FxModule(fx.GraphModule):
             ) from None
 
     def __copy__(self) -> FxModule:
-        twin = FxModule.build(self, self.graph, self.__class__.__name__, self.record)
+        twin = FxModule.build(self, self.graph, self.__class__.__name__, self._fxquant_record)
         edit.carry_hooks(self, twin)
         return twin
 
@@ -130,7 +136,7 @@ class FxModule(fx.GraphModule):
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, FxModule)
         twin.__class__.__name__ = self.__class__.__name__  # a class of the twin's own
-        twin.__dict__["record"] = copy.deepcopy(self.record, memo)
+        twin.__dict__["_fxquant_record"] = copy.deepcopy(self._fxquant_record, memo)
         for name in self.__dict__.keys() - twin.__dict__.keys():  # what the user hung on it
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         for name in edit.HOOKS:
@@ -144,8 +150,8 @@ class FxModule(fx.GraphModule):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FxModule:
         """Move as nn.Module does; what a quantized call reads as buffers, its integers and scales, keeps its dtype."""
-        is_quantized = "record" in self.__dict__ and self.record.stage == "quantized"
-        calls = {site.call for site in self.record.sites} if is_quantized else set()
+        record = record_of(self)
+        calls = {site.call for site in record.sites} if record is not None and record.stage == "quantized" else set()
         read = [part for node in self.graph.nodes if node.name in calls for part in node.all_input_nodes]
         kept = {str(part.target): edit.get_tensor(self, str(part.target)) for part in read if part.op == "get_attr"}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -155,6 +161,12 @@ class FxModule(fx.GraphModule):
                 continue
             edit.set_tensor(self, path, tensor.to(moved.device))
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
+        errors: list[str] = args[-1]
+        errors.extend(dtype_errors(own, state_dict))  # as a part of a larger model, whose load_state_dict is not ours
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load tensors as nn.Module does; integers never take floats, nor floats integers (RuntimeError)."""
@@ -172,7 +184,7 @@ def _restore(
     for node, (own_name, meta) in zip(plain.graph.nodes, nodes, strict=True):
         node.name, node.meta = own_name, meta
     graph = copy.deepcopy(plain.graph)  # whose namespace knows those names
-    module = FxModule.build(plain, graph, name, plain.__dict__["record"])
+    module = FxModule.build(plain, graph, name, plain.__dict__["_fxquant_record"])
     module.__dict__.update({**{n: v for n, v in plain.__dict__.items() if n not in module.__dict__}, **hooks})
     module.train(plain.training)
     return module
@@ -207,7 +219,7 @@ def preserve(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
         if isinstance(own, property) or (hasattr(own, "__get__") and name not in vars(model)):
             kept[name] = Method(next(kind for kind in type(model).__mro__ if name in vars(kind)), name)
             waiting += [other for other in _named_in(own) if other not in kept and _is_users(model, other)]
-        else:
+        elif not isinstance(getattr(model, name), nn.Module):  # a module that forward uses is there by itself
             kept[name] = copy.deepcopy(getattr(model, name))
     return {name: kept[name] for name in sorted(kept, key=lambda name: (name not in names, name))}
 
@@ -239,8 +251,6 @@ def keep_record(model: nn.Module, record: Record) -> nn.Module:
 
 def record_of(model: Any) -> Record | None:
     """Return what a model of ours remembers, None for any other."""
-    if isinstance(model, FxModule):
-        return model.record
     found = vars(model).get("_fxquant_record") if isinstance(model, nn.Module) else None
     return found if isinstance(found, Record) else None
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import warnings
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import rnn
-from torch.utils import _pytree as pytree
 
-from fxquant.errors import ExampleInputsError, ModelStateError, TraceError
+from fxquant.errors import ModelStateError, TraceError
 from fxquant.graph import edit
 from fxquant.nn import QuantizedModule
 from fxquant.operators import Operator
@@ -30,6 +26,9 @@ _LEAF_FUNCTIONS = (
     rnn.unpad_sequence,
 )
 """Functions of torch that look at values, and so are calls in the graph instead of being traced through."""
+
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+"""Wrappers around a model, and the attribute that holds it."""
 
 SCOPE = "fxquant_scope"
 """The key in node.meta of the path of the module whose forward made the node."""
@@ -64,6 +63,7 @@ class Traced:
     names: Names  # of the original
     hooked: frozenset[str]  # the paths of its modules that have hooks
     constants: dict[str, Any]  # the arguments that the graph is made for
+    untraced: dict[str, str]  # the paths of modules that do not trace and are called as they are, and why
 
 
 class _Tracer(fx.Tracer):
@@ -71,21 +71,31 @@ class _Tracer(fx.Tracer):
 
     record_stack_traces = True
 
-    def __init__(self, leaves: tuple[type[nn.Module], ...] = (), hooked: frozenset[str] = frozenset()) -> None:
+    def __init__(self, leaves: tuple[type[nn.Module], ...] = (), whole: frozenset[str] = frozenset()) -> None:
+        """leaves: types that the operator table knows. whole: paths of modules that must not be traced through."""
         super().__init__(autowrap_functions=_LEAF_FUNCTIONS, param_shapes_constant=True)
         self._autowrap_search.append(rnn)  # also where a model calls them as nn.utils.rnn.pack_padded_sequence
-        self._leaves, self._hooked = leaves, hooked
+        self._leaves, self._whole = leaves, whole
+        self.failed = ""  # the path of the innermost module in which tracing failed; "" is the root
         self._autocast = _autocast()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module is called as it is, rather than traced through."""
         return (
             super().is_leaf_module(m, module_qualified_name)
-            or module_qualified_name in self._hooked  # inlining it would lose its hooks
+            or module_qualified_name in self._whole
             or "forward" in vars(m)  # replaced on the instance, perhaps by a closure over the original
             or isinstance(m, (QuantizedModule, torch.jit.ScriptModule))
             or any(isinstance(m, kind) and type(m).forward is kind.forward for kind in self._leaves)
         )
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Return what a module's call gives, and remember where it failed."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Return what forward gets for an attribute; torch.fx's own cannot do buffers beside param_shapes_constant."""
@@ -123,47 +133,12 @@ def _is_fresh(operand: Any) -> bool:
     return isinstance(operand, fx.Node) and operand.op == "get_attr" and str(operand.target).startswith("_tensor_con")
 
 
-def capture(model: nn.Module, operators: Sequence[Operator], inputs: tuple[Any, ...]) -> Traced:
-    """Return a model's graph, run once on the example inputs, so that every node's shapes and dtypes are recorded.
+class _UntraceableError(Exception):
+    """Tracing failed in the module at a path ("" is the root)."""
 
-    Where plain arguments (None, bool, int, float, str; given or left at their defaults) steer forward, so that it does
-    not trace or run without knowing them, the graph is made for those values, with a warning, and asserts them.
-    Raises what `trace` and `propagate` raise.
-    """
-    try:
-        return _captured(model, operators, inputs, {})
-    except (TraceError, ExampleInputsError):
-        constants = _plain_arguments(model, inputs)
-        if constants:
-            with contextlib.suppress(TraceError, ExampleInputsError):  # then the first error tells more
-                traced = _captured(model, operators, inputs, constants)
-                told = ", ".join(f"{name}={value!r}" for name, value in constants.items())
-                warnings.warn(
-                    f"{type(model).__name__} was traced for {told}, because its forward branches on such values; the "
-                    "graph asserts them. For others, prepare the model once more with them in example_inputs",
-                    stacklevel=3,
-                )
-                return traced
-        raise
-
-
-def _captured(
-    model: nn.Module, operators: Sequence[Operator], inputs: tuple[Any, ...], constants: dict[str, Any]
-) -> Traced:
-    traced = trace(model, operators, constants=constants)
-    propagate(traced.module, inputs)
-    return traced
-
-
-def _plain_arguments(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """Return those of a call's arguments, defaults included, that are plain values and so can be fixed."""
-    bound = inspect.signature(model.forward).bind(*inputs)
-    bound.apply_defaults()
-    return {
-        name: value
-        for name, value in bound.arguments.items()
-        if value is None or isinstance(value, (bool, int, float, str))
-    }
+    def __init__(self, path: str, error: Exception) -> None:
+        super().__init__(path)
+        self.path, self.error = path, error
 
 
 def trace(
@@ -171,24 +146,36 @@ def trace(
     operators: Sequence[Operator],
     device: str | None = None,
     constants: Mapping[str, Any] | None = None,
+    untraced: Mapping[str, str] | None = None,
+    keep_whole: bool = False,
 ) -> Traced:
     """Return a model's graph over a mirror of its modules and tensors, whose hooks are left off meanwhile.
 
-    constants: arguments that are fixed, and asserted. Raises ModelStateError for a model in training mode or with lazy
-    parameters, TraceError for one that torch.fx cannot trace, naming the user's file and line.
+    constants: arguments that are fixed, and asserted. untraced: submodules known not to trace. keep_whole: whether one
+    that turns out not to trace is called as it is, the innermost first, rather than an error.
+
+    Raises ModelStateError for a model in training mode or with lazy parameters, TraceError for one that torch.fx cannot
+    trace, naming the user's file and line.
     """
     check_model(model)
     hooked = frozenset(name for name, module in model.named_modules() if name and edit.has_hooks(module))
     leaves = tuple(kind for row in operators for kind in row.modules)
-    try:
-        root, graph = _graph(model, lambda: _Tracer(leaves, hooked), device, constants)
-    except Exception as error:
-        raise _trace_error(model, error) from error
+    kept = dict(untraced or {})
+    while True:
+        tracer = functools.partial(_Tracer, leaves, hooked | kept.keys())  # inlining a module would lose its hooks
+        try:
+            root, graph = _graph(model, tracer, device, constants)
+            break
+        except _UntraceableError as failure:
+            error = failure.error
+            if not keep_whole or not failure.path or failure.path in kept:
+                raise _trace_error(model, error) from error
+            kept[failure.path] = f"{_cause(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
     for node in graph.nodes:
         if node.target in _LEAF_FUNCTIONS:
             node.meta.pop("is_wrapped", None)  # torch.fx would write a wrap("torch.nn…") that breaks later traces
     name = model.__class__.__name__
-    return Traced(fx.GraphModule(root, graph, name), names_of(model), hooked, dict(constants or {}))
+    return Traced(fx.GraphModule(root, graph, name), names_of(model), hooked, dict(constants or {}), kept)
 
 
 def _graph(
@@ -197,7 +184,7 @@ def _graph(
     """Return a mirror of a model and its graph. Forward meets buffers as they are, and so may branch on their values,
     unless it writes into one, or slices one by an input's size: then buffers must be nodes.
     """
-    failure: Exception | None = None
+    failure: _UntraceableError | None = None
     for buffers_are_nodes in (False, True):
         root, tracer = edit.mirror(model, device, hooks=False), make_tracer()
         tracer.proxy_buffer_attributes = buffers_are_nodes
@@ -206,7 +193,7 @@ def _graph(
             with torch.no_grad():
                 graph = tracer.trace(root, dict(constants) if constants else None)
         except Exception as error:
-            failure = failure or error
+            failure = failure or _UntraceableError(tracer.failed, error)
             continue
         if buffers_are_nodes or [buffer._version for buffer in root.buffers()] == versions:
             return root, graph
@@ -220,6 +207,9 @@ def check_model(model: Any) -> None:
         raise ModelStateError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelStateError("TorchScript models cannot be traced; pass the nn.Module that it was made from")
+    for kind, inner in _WRAPPERS.items():
+        if type(model).__name__ == kind and hasattr(model, inner):
+            raise ModelStateError(f"a {kind} is a wrapper; pass the model inside it: model.{inner}")
     if "forward" in vars(model):
         raise ModelStateError(
             f"the forward of this {type(model).__name__} was replaced on the instance, where torch.fx does not see it; "
@@ -232,13 +222,17 @@ def check_model(model: Any) -> None:
             raise ModelStateError(f"{name!r} is lazy and has no shape yet; run the model once on real input first")
 
 
+def _cause(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _trace_error(model: nn.Module, error: Exception) -> TraceError:
     """Return the error that says where tracing failed, why, and what to try."""
     where = edit.user_frame(error)
-    cause = str(error).strip().splitlines()
     home = type(model).__module__
     return TraceError(
-        f"{type(model).__name__} does not trace: {cause[0] if cause else type(error).__name__}\n"
+        f"{type(model).__name__} does not trace: {_cause(error)}\n"
         f"  at {where or f'{home}.{type(model).__name__}.forward; put the module inside one of your own, as a leaf'}\n"
         "  torch.fx runs forward once with stand-ins for tensors, so Python cannot branch on, loop over or convert "
         "their values there. Try one of:\n"
@@ -246,75 +240,3 @@ def _trace_error(model: nn.Module, error: Exception) -> TraceError:
         "  - move that part into a function and mark it with torch.fx.wrap;\n"
         "  - swap its modules without a graph: fxquant.quantize_dynamic(model)."
     )
-
-
-def bind_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
-    """Return the example inputs as a tuple that fits forward's signature, or raise ExampleInputsError."""
-    if isinstance(example_inputs, torch.Tensor):
-        example_inputs = (example_inputs,)
-    if not isinstance(example_inputs, (tuple, list)):
-        raise ExampleInputsError(
-            "example_inputs must be a tuple of the positional arguments of one call, or one tensor, "
-            f"got {type(example_inputs).__name__}"
-        )
-    inputs = tuple(example_inputs)
-    signature = inspect.signature(model.forward)
-    try:
-        signature.bind(*inputs)
-    except TypeError as error:
-        raise ExampleInputsError(
-            f"example_inputs has {len(inputs)} arguments, but forward is {type(model).__name__}{signature}: {error}"
-        ) from error
-    return inputs
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph once and records what each node gave."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False  # it would add lines of its own to our errors
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Return the node's value, its shape and dtype recorded in node.meta["tensor_meta"]."""
-        try:
-            value = super().run_node(n)
-        except Exception as error:
-            given = pytree.tree_leaves([self.env[node] for node in n.all_input_nodes])
-            told = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in given if isinstance(t, torch.Tensor))
-            raise ExampleInputsError(
-                f"the model fails on example_inputs at {n.name!r}"
-                f"{f', {edit.node_frame(n)}' if edit.node_frame(n) else ''}, which got [{told}]: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
-                "  example_inputs are really run: pass one call's arguments, with true shapes, dtypes and value ranges"
-            ) from error
-        n.meta["tensor_meta"] = _tensors_meta(value)
-        return value
-
-
-def _tensors_meta(value: Any) -> Any:
-    """Return a value with torch.fx's TensorMetadata in the place of each tensor; a packed sequence as a tuple."""
-    if isinstance(value, torch.Tensor):
-        return _extract_tensor_metadata(value)._replace(memory_format=None)  # which torch.save cannot pickle
-    if isinstance(value, rnn.PackedSequence):
-        return tuple(_tensors_meta(part) for part in value)
-    parts, form = pytree.tree_flatten(value, is_leaf=lambda part: isinstance(part, (torch.Tensor, rnn.PackedSequence)))
-    return (
-        value
-        if len(parts) == 1 and parts[0] is value
-        else pytree.tree_unflatten([_tensors_meta(part) for part in parts], form)
-    )
-
-
-def propagate(module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
-    """Run a graph on copies of the example inputs and record every node's shapes and dtypes; no hook is fired.
-
-    Raises ExampleInputsError where a node fails, naming the user's line.
-    """
-    copies = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the user meets the float model's own warnings when running it
-        _Shapes(module).run(*copies)
-        for buffer, before in buffers:  # this run shall not count: forward may write into its buffers
-            buffer.copy_(before)

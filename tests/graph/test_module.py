@@ -187,3 +187,33 @@ def test_stages():
     stages = [record_of(m).stage for m in (fuse_fx(model, x), prepared, convert_fx(prepared))]
     assert stages == ["fused", "prepared", "quantized"]
     assert record_of(model) is None
+
+
+def test_a_users_module_may_be_named_record():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.record = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.record(x)
+
+    x = torch.randn(2, 4)
+    quantized = convert_fx(prepare(Model().eval(), x))
+    assert type(quantized.record).__name__ == "DynamicQuantizedLinear"
+    assert [site.path for site in record_of(copy.deepcopy(quantized)).sites] == ["record"]
+
+
+def test_inside_a_larger_model_floats_are_not_loaded_into_integers():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    outer = nn.Sequential(convert_fx(prepare(Model().eval(), torch.randn(2, 4))))
+    state = {name: tensor.float() for name, tensor in outer.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"weight_int8 holds torch\.int8, the state_dict has torch\.float32"):
+        outer.load_state_dict(state)

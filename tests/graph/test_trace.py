@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxquant
 from fxquant import (
     OPERATORS,
     ExampleInputsError,
     ModelStateError,
     TraceError,
     convert_fx,
+    explain,
     fuse_fx,
     prepare_fx,
 )
@@ -61,13 +63,88 @@ class Bug(nn.Module):
         (Bug, "# the bug"),
     ],
 )
-@pytest.mark.parametrize("is_nested", [False, True])
-def test_a_model_that_does_not_trace_names_the_users_line(kind, marker, is_nested):
-    model = nn.Sequential(nn.Linear(2, 2), kind()) if is_nested else kind()
+def test_a_model_that_does_not_trace_names_the_users_line(kind, marker):
+    model = kind()
     with pytest.raises(TraceError, match=rf"does not trace: .+\n.*{HERE}:{line_of(marker)}, in forward") as caught:
         prepare(model, torch.ones(2, 2))
     assert "torch.fx.wrap" in str(caught.value)
     assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "marker"),
+    [(BranchOnValue, "# the branch"), (LoopOverTensor, "# the loop"), (ToNumber, "# the conversion")],
+)
+def test_a_submodule_that_does_not_trace_is_called_as_it_is_and_told(kind, marker):
+    model, x = nn.Sequential(nn.Linear(2, 2), kind()), torch.ones(2, 2)
+    quantized = quantize(model, x)
+    assert list(quantized.record.untraced) == ["1"]
+    assert f"{HERE}:{line_of(marker)}, in forward" in quantized.record.untraced["1"]
+    assert "not traced: 1: " in str(explain(quantized))
+    assert type(quantized.get_submodule("1")) is kind
+
+
+def test_a_submodule_with_a_bug_is_an_error():
+    with pytest.raises(TraceError, match=rf"{HERE}:{line_of('# the bug')}"):
+        prepare(nn.Sequential(nn.Linear(2, 2), Bug()), torch.ones(2, 2))
+
+
+class Loop(nn.Module):
+    """A decoder as people write it: a Python loop over a cell, with an early end."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.LSTMCell(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        state, outputs = None, []
+        for step in x.unbind(0):
+            state = self.cell(step, state)
+            outputs.append(self.out(state[0]))
+            if bool(state[0].abs().max() > 1e6):
+                break
+        return torch.stack(outputs)
+
+
+def test_the_modules_inside_one_that_does_not_trace_are_quantized(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), Loop()).eval(), torch.randn(4, 3, 6)
+    quantized = quantize(model, x)
+    assert [site.path for site in quantized.record.sites] == ["0", "1.cell", "1.out"]
+    assert (quantized(x) - model(x)).norm() <= 0.05 * model(x).norm()
+    fxquant.save(quantized, tmp_path / "m.safetensors")
+    assert same_bits(fxquant.load(model, tmp_path / "m.safetensors")(x), quantized(x))
+
+
+class Draws(nn.Module):
+    def forward(self, x):
+        return x + torch.rand(4)
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.hidden = nn.LSTM(4, 4), None
+
+    def forward(self, x):
+        output, self.hidden = self.rnn(x, self.hidden)
+        return output
+
+
+@pytest.mark.parametrize(("kind", "call"), [(Draws, "first"), (Remembers, "second")])
+def test_what_a_graph_cannot_hold_is_found_by_running_it(kind, call):
+    with pytest.raises(TraceError, match=f"the graph's {call} call does not give what the model's does"):
+        prepare(kind(), torch.randn(2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "inner"),
+    [(lambda m: torch.compile(m, backend="eager"), "_orig_mod"), (nn.DataParallel, "module")],
+)
+def test_a_wrapper_is_an_error_that_names_the_model_inside(wrap, inner):
+    wrapped = wrap(nn.Sequential(nn.Linear(2, 2)).eval()).eval()
+    with pytest.raises(ModelStateError, match=rf"pass the model inside it: model\.{inner}"):
+        prepare_fx(wrapped, everything(), torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("call", [lambda m: prepare_fx(m, everything(), torch.ones(2, 2)), fuse_fx])

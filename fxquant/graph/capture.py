@@ -147,8 +147,8 @@ def verify(model: nn.Module, module: fx.GraphModule, inputs: tuple[Any, ...]) ->
         if not _same_bits(_run(twin, inputs), _run(graph, inputs)):
             raise TraceError(
                 f"{type(model).__name__} traces, but the graph's {call} call does not give what the model's does.\n"
-                "  A graph holds tensor operations on inputs and parameters. It cannot hold random numbers that forward "
-                "draws without an input (torch.rand(4): draw it outside, or use torch.rand_like(x)), nor "
+                "  A graph holds tensor operations on inputs and parameters. It cannot hold random numbers that"
+                " forward draws without an input (torch.rand(4): draw it outside, or use torch.rand_like(x)), nor "
                 "state that forward keeps in Python attributes from call to call (self.hidden: pass it in and out, or "
                 "make it a buffer).\n"
                 "  Or swap the modules without a graph: fxquant.quantize_dynamic(model)."

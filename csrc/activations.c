@@ -33,7 +33,8 @@ void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax) {
     *row = (struct fxq_row){scale, inverse, zero_point, (int32_t)pair};
 }
 
-void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int64_t stride, int64_t first, int64_t last) {
+void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int64_t stride, int64_t first,
+                       int64_t last) {
     for (int64_t row = first; row < last; row += 16) {
         const float *rows[16];
         const int count = last - row < 16 ? (int)(last - row) : 16;

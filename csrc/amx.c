@@ -25,8 +25,8 @@ static void begin(void) { _tile_loadconfig(&all_tiles); }
 
 static void end(void) { _tile_release(); }
 
-/* The weights of the block after this one, which lie right behind it: the tiles' strided loads alone would each wait for
- * the L3 cache. A step of 64 columns fetches as many lines as it uses. */
+/* The weights of the block after this one, which lie right behind it: the tiles' strided loads alone would each wait
+ * for the L3 cache. A step of 64 columns fetches as many lines as it uses. */
 FXQ_INLINE void fetch_rows(const int8_t *from, int lines) {
     FXQ_UNROLL(16) for (int i = 0; i < lines; i++) _mm_prefetch((const char *)from + 64 * i, _MM_HINT_T1);
 }
@@ -111,7 +111,9 @@ static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8
     if (blocks == 2) {
         const int pace = (int)((8 + 2 * steps - 1) / (2 * steps));
         multiply_2x2(w, stride, depth, b, c, earlier, pace, next);
-        if (tiles > 2) multiply_2x2(w + 32 * stride, stride, depth, b, c + 4, earlier, pace, next ? next + 32 * stride : NULL);
+        if (tiles <= 2) return;
+        if (next) next += 32 * stride;
+        multiply_2x2(w + 32 * stride, stride, depth, b, c + 4, earlier, pace, next);
     } else if (tiles > 2) {
         multiply_4x1(w, stride, depth, b, c, earlier, (int)((4 + steps - 1) / steps), next);
     } else {

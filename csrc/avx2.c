@@ -19,7 +19,9 @@ FXQ_INLINE __m256i load_weights(const void *row, int64_t k, bool is_wide) {
 
 FXQ_INLINE __m256i load_values(const int16_t *a) { return _mm256_loadu_si256((const __m256i *)a); }
 
-FXQ_INLINE __m256i add_product(__m256i sum, __m256i a, __m256i w) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, w)); }
+FXQ_INLINE __m256i add_product(__m256i sum, __m256i a, __m256i w) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, w));
+}
 
 FXQ_INLINE const void *row_of(const struct group *g, int row, bool is_wide) {
     return (const char *)g->weights + row * g->stride * (is_wide ? 2 : 1);
@@ -39,7 +41,8 @@ FXQ_INLINE __m128i dot_4x1_as(const struct group *g, int first, const int16_t *a
     return sum_4(s0, s1, s2, s3);
 }
 
-FXQ_INLINE void dot_4x2_as(const struct group *g, int first, const int16_t *a, const int16_t *b, __m128i sums[2], bool is_wide) {
+FXQ_INLINE void dot_4x2_as(const struct group *g, int first, const int16_t *a, const int16_t *b, __m128i sums[2],
+                           bool is_wide) {
     const void *w0 = row_of(g, first, is_wide), *w1 = row_of(g, first + 1, is_wide);
     const void *w2 = row_of(g, first + 2, is_wide), *w3 = row_of(g, first + 3, is_wide);
     __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0, t0 = s0, t1 = s0, t2 = s0, t3 = s0;
@@ -95,6 +98,7 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
     }
 }
 
-const struct fxq_kernels fxq_avx2 = {.name = "avx2", .value_bytes = 2, .quantize = quantize, .matmul = matmul, FXQ_ELEMENTWISE};
+const struct fxq_kernels fxq_avx2 = {.name = "avx2", .value_bytes = 2, .quantize = quantize, .matmul = matmul,
+                                     FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

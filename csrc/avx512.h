@@ -86,7 +86,8 @@ FXQ_INLINE void transpose_16x16(__m512i v[16]) {
     }
     FXQ_UNROLL(4) for (int j = 0; j < 4; j++) { /* transpose the 4 x 4 lanes of v[j], v[4 + j], v[8 + j], v[12 + j] */
         const __m512i a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88), b = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd);
-        const __m512i c = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88), d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
         t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
         t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
         t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
@@ -121,6 +122,11 @@ static void quantize(const struct fxq_activations *x, int64_t first, int count, 
 
 /* -- the dot form ------------------------------------------------------------------------------------------------ */
 
+/* 128-bit lanes: a0 + a1, a2 + a3, b0 + b1, b2 + b3. */
+FXQ_INLINE __m512i add_lanes(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
 /* Lane n of the result is the sum of the lanes of v[n]: 15 additions and 30 shuffles for 16 sums. */
 FXQ_INLINE __m512i sum_16(const __m512i v[16]) {
     __m512i fours[4];
@@ -130,9 +136,7 @@ FXQ_INLINE __m512i sum_16(const __m512i v[16]) {
         const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
         fours[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
     }
-    const __m512i x = _mm512_add_epi32(_mm512_shuffle_i32x4(fours[0], fours[1], 0x88), _mm512_shuffle_i32x4(fours[0], fours[1], 0xdd));
-    const __m512i y = _mm512_add_epi32(_mm512_shuffle_i32x4(fours[2], fours[3], 0x88), _mm512_shuffle_i32x4(fours[2], fours[3], 0xdd));
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
+    return add_lanes(add_lanes(fours[0], fours[1]), add_lanes(fours[2], fours[3]));
 }
 
 /* sum + the products of 64 columns, 4 a lane. Not the intrinsic: gcc 12 copies and spills its accumulators. */
@@ -194,9 +198,11 @@ FXQ_INLINE __m512i dot_16_minus(const int8_t *w, int64_t stride, int64_t depth, 
     return sum_16(difference);
 }
 
-static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1, int32_t *sums, void *scratch) {
+static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1, int32_t *sums,
+                     void *scratch) {
     struct weight_reader reader = read_weight(weight, outputs, columns, scratch);
-    const __m512i ones = _mm512_set1_epi8(1), last = _mm512_maskz_set1_epi8(columns % 64 ? ~0ull >> (64 - columns % 64) : ~0ull, 1);
+    const __mmask64 in_last_step = columns % 64 ? ~0ull >> (64 - columns % 64) : ~0ull;
+    const __m512i ones = _mm512_set1_epi8(1), last = _mm512_maskz_set1_epi8(in_last_step, 1);
     for (int64_t n = n0; n < n1; n += 16) {
         int64_t stride;
         const int8_t *w = weight_rows(&reader, n, 16, &stride);
@@ -220,13 +226,15 @@ struct outputs_16 {
 };
 
 FXQ_INLINE struct outputs_16 begin_outputs(const struct fxq_matmul *job, int64_t n, int64_t n1) {
-    struct outputs_16 o = {job->relu, first_lanes(n1 - n), _mm512_setzero_ps(), _mm512_set1_ps(-0.0f)}; /* y + -0 is y, to the bit */
+    const __m512 no_bias = _mm512_set1_ps(-0.0f); /* y + -0 is y, to the bit */
+    struct outputs_16 o = {job->relu, first_lanes(n1 - n), _mm512_setzero_ps(), no_bias};
     o.scale = _mm512_maskz_loadu_ps(o.lanes, job->scale + n);
     if (job->bias) o.bias = _mm512_mask_loadu_ps(o.bias, o.lanes, job->bias + n);
     return o;
 }
 
-FXQ_INLINE void finish_outputs(const struct outputs_16 *o, __m512i sums, float row_scale, float *out, const float *addend) {
+FXQ_INLINE void finish_outputs(const struct outputs_16 *o, __m512i sums, float row_scale, float *out,
+                               const float *addend) {
     __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(_mm512_set1_ps(row_scale), o->scale));
     y = _mm512_add_ps(y, o->bias);
     if (addend) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(o->lanes, addend));
@@ -234,7 +242,8 @@ FXQ_INLINE void finish_outputs(const struct outputs_16 *o, __m512i sums, float r
     _mm512_mask_storeu_ps(out, o->lanes, y);
 }
 
-static void matmul_dot_form(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+static void matmul_dot_form(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
+                            void *scratch) {
     const struct fxq_activations *x = job->x;
     const uint8_t *q = x->packed, *extra = q + x->rows * x->depth;
     struct weight_reader reader = read_weight(job->weight, job->outputs, x->columns, scratch);
@@ -253,8 +262,9 @@ static void matmul_dot_form(const struct fxq_matmul *job, int64_t n0, int64_t n1
         for (int64_t m = 0; m < x->rows; m++) {
             const __m512i zero_point = _mm512_set1_epi32(x->row[m].zero_point);
             const __m512i sums = dot_16(w, stride, x->depth, q + m * x->depth);
+            const float *addend = to->addend ? to->addend + m * to->addend_stride + n - n0 : NULL;
             finish_outputs(&o, _mm512_sub_epi32(sums, _mm512_mullo_epi32(zero_point, row_sums)), x->row[m].scale,
-                           to->out + m * to->out_stride + n - n0, to->addend ? to->addend + m * to->addend_stride + n - n0 : NULL);
+                           to->out + m * to->out_stride + n - n0, addend);
         }
     }
 }

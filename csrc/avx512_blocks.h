@@ -39,8 +39,9 @@ static void finish_tile(struct epilogue *e, int group, int block) {
     FXQ_UNROLL(16) for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(c + 16 * i);
     transpose_16x16(v);
     if (e->ones >= 0 && block == e->blocks - 1) {
-        const __m512i at = _mm512_mullo_epi32(_mm512_set1_epi32(16), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-        _mm512_storeu_si512(e->pairs + 16 * group, make_pairs(_mm512_i32gather_epi32(at, c + e->ones, 4)));
+        const __m512i column = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+        const __m512i sums = _mm512_i32gather_epi32(column, c + e->ones, 4);
+        _mm512_storeu_si512(e->pairs + 16 * group, make_pairs(sums));
     }
     const __m512i pairs = _mm512_loadu_si512(e->pairs + 16 * group);
     const struct outputs_16 o = begin_outputs(e->job, n, e->n1);
@@ -71,6 +72,7 @@ static void matmul_strip(const struct fxq_matmul *job, struct weight_reader *rea
     const struct fxq_activations *x = job->x;
     _Alignas(64) int32_t c[2][8][256]; /* this block's tiles and the last one's: 16 KiB, in the L1 cache */
     struct epilogue earlier = {.count = 0};
+    const bool is_new = m == 0 && !job->sums; /* sums are given for weights that are used again and again */
     int parity = 0;
     for (int64_t n = n0; n < n1; n += BLOCK_ROWS, parity ^= 1) {
         const int64_t left = n1 - n < BLOCK_ROWS ? n1 - n : BLOCK_ROWS;
@@ -78,11 +80,11 @@ static void matmul_strip(const struct fxq_matmul *job, struct weight_reader *rea
         int64_t stride;
         const int8_t *w = weight_rows(reader, n, 16 * (tiles + (tiles & 1)), &stride);
         multiply(w, stride, x->depth, (const uint8_t *)x->packed + m * x->depth, blocks, tiles, c[parity], &earlier,
-                 m == 0 ? w + BLOCK_ROWS * stride : NULL);
+                 is_new ? w + BLOCK_ROWS * stride : NULL);
         finish_tiles(&earlier, 8);
         earlier = (struct epilogue){
-            .job = job, .c = (const int32_t(*)[256])c[parity], .count = tiles * blocks, .blocks = blocks, .n = n, .n1 = n1,
-            .m = m, .pairs = pairs + (n - n0), .ones = ones, .out = to->out + m * to->out_stride + n - n0,
+            .job = job, .c = (const int32_t(*)[256])c[parity], .count = tiles * blocks, .blocks = blocks, .n = n,
+            .n1 = n1, .m = m, .pairs = pairs + (n - n0), .ones = ones, .out = to->out + m * to->out_stride + n - n0,
             .addend = to->addend ? to->addend + m * to->addend_stride + n - n0 : NULL,
             .out_stride = to->out_stride, .addend_stride = to->addend_stride};
     }
@@ -90,7 +92,8 @@ static void matmul_strip(const struct fxq_matmul *job, struct weight_reader *rea
 }
 
 /* scratch: BLOCK_ROWS * depth bytes for the weight's end. */
-static void matmul_block_form(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+static void matmul_block_form(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
+                              void *scratch) {
     const struct fxq_activations *x = job->x;
     struct weight_reader reader = read_weight(job->weight, job->outputs, x->columns, scratch);
     _Alignas(64) int32_t pairs[MOST_CHUNK_ROWS + 16];
@@ -112,7 +115,8 @@ static void matmul_block_form(const struct fxq_matmul *job, int64_t n0, int64_t 
         for (int64_t block = 0; block < blocks; block += 2) {
             const int64_t m = 16 * block;
             const int count = blocks - block < 2 ? 1 : 2;
-            const struct fxq_target target = {to->out + n - n0, to->out_stride, to->addend ? to->addend + n - n0 : NULL, to->addend_stride};
+            const float *addend = to->addend ? to->addend + n - n0 : NULL;
+            const struct fxq_target target = {to->out + n - n0, to->out_stride, addend, to->addend_stride};
             matmul_strip(job, &reader, n, end, m, count, pairs, ones, &target);
         }
     }

@@ -44,7 +44,9 @@ FXQ_INLINE void multiply_16x1(const int8_t *w, int64_t stride, int64_t depth, co
     FXQ_UNROLL(16) for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_si512();
     for (int64_t k = 0; k < depth; k += 4) {
         const __m512i b0 = _mm512_load_si512(b + 16 * k);
-        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbusd_epi32(acc[i], b0, broadcast_4(w + i * stride + k));
+        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+            acc[i] = _mm512_dpbusd_epi32(acc[i], b0, broadcast_4(w + i * stride + k));
+        }
     }
     FXQ_UNROLL(16) for (int i = 0; i < 16; i++) _mm512_store_si512(c + 16 * i, acc[i]);
 }

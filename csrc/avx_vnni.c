@@ -11,7 +11,9 @@ FXQ_TARGET_BEGIN("avx2,avxvnni")
 
 FXQ_INLINE __m256i load_bytes(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 
-FXQ_INLINE const int8_t *group_row(const struct group *g, int row) { return (const int8_t *)g->weights + row * g->stride; }
+FXQ_INLINE const int8_t *group_row(const struct group *g, int row) {
+    return (const int8_t *)g->weights + row * g->stride;
+}
 
 static __m128i dot_4x1(const struct group *g, int first, const uint8_t *a) {
     const int8_t *w = group_row(g, first);
@@ -19,7 +21,9 @@ static __m128i dot_4x1(const struct group *g, int first, const uint8_t *a) {
     FXQ_UNROLL(4) for (int i = 0; i < 4; i++) acc[i] = _mm256_setzero_si256();
     for (int64_t k = 0; k < g->depth; k += 32) {
         const __m256i values = load_bytes(a + k);
-        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) acc[i] = _mm256_dpbusd_avx_epi32(acc[i], values, load_bytes(w + i * g->stride + k));
+        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
+            acc[i] = _mm256_dpbusd_avx_epi32(acc[i], values, load_bytes(w + i * g->stride + k));
+        }
     }
     return sum_4(acc[0], acc[1], acc[2], acc[3]);
 }
@@ -40,7 +44,8 @@ static void dot_4x2(const struct group *g, int first, const uint8_t *a, const ui
     sums[1] = sum_4(more[0], more[1], more[2], more[3]);
 }
 
-static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1, int32_t *sums, void *scratch) {
+static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1, int32_t *sums,
+                     void *scratch) {
     struct weight_reader reader = read_weight(weight, outputs, columns, scratch);
     uint8_t *ones = (uint8_t *)scratch + 8 * reader.depth;
     memset(ones, 1, (size_t)columns);
@@ -66,7 +71,7 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
     }
 }
 
-const struct fxq_kernels fxq_avx_vnni = {.name = "avx_vnni", .value_bytes = 1, .quantize = quantize, .row_sums = row_sums,
-                                         .matmul = matmul, FXQ_ELEMENTWISE};
+const struct fxq_kernels fxq_avx_vnni = {.name = "avx_vnni", .value_bytes = 1, .quantize = quantize,
+                                         .row_sums = row_sums, .matmul = matmul, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

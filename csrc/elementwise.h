@@ -100,7 +100,8 @@ FXQ_INLINE float exp_minus_1(float x) {
     return p * power + (power - 1.0f);
 }
 
-static void lstm_cell(const float *restrict gates, int64_t gate_stride, int64_t units, float *restrict c, float *restrict h) {
+static void lstm_cell(const float *restrict gates, int64_t gate_stride, int64_t units, float *restrict c,
+                      float *restrict h) {
     const float *gi = gates, *gf = gates + gate_stride, *gg = gates + 2 * gate_stride, *go = gates + 3 * gate_stride;
     for (int64_t u = 0; u < units; u++) {
         const float di = exp_minus_1(-gi[u]) + 2.0f, df = exp_minus_1(-gf[u]) + 2.0f;

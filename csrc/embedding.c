@@ -51,7 +51,8 @@ static int reduce_bag(const struct job *job, int64_t first, int64_t last, float 
         if (index == bags->padding) continue;
         const bool is_first_max = bags->mode == FXQ_MAX && count == 0;
         fxq_active->table_row(table, index, is_first_max ? out : row);
-        if (bags->mode != FXQ_MAX) fxq_active->add_scaled(out, row, bags->weights ? bags->weights[i] : 1.0f, table->columns);
+        const float weight = bags->weights ? bags->weights[i] : 1.0f;
+        if (bags->mode != FXQ_MAX) fxq_active->add_scaled(out, row, weight, table->columns);
         else if (!is_first_max) fxq_active->take_greater(out, row, table->columns);
         count++;
     }

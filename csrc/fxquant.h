@@ -77,7 +77,8 @@ struct fxq_kernels {
     /* gates: 4 runs of `units` floats, gate_stride apart; h may be any buffer of `units`. */
     void (*lstm_cell)(const float *gates, int64_t gate_stride, int64_t units, float *c, float *h);
     /* gates: r, z and the hidden part of n; x_n: the input's part of n; before: the last h. */
-    void (*gru_cell)(const float *gates, int64_t gate_stride, int64_t units, const float *x_n, const float *before, float *h);
+    void (*gru_cell)(const float *gates, int64_t gate_stride, int64_t units, const float *x_n, const float *before,
+                     float *h);
     void (*rnn_cell)(const float *gates, int64_t units, bool is_relu, float *h);
     void (*table_row)(const struct fxq_table *table, int64_t row, float *out);
     /* out[i] = out[i] + x[i] * weight, or the greater of the two */

@@ -37,7 +37,8 @@ static void work(void *arg, int thread, int threads) {
     struct job *job = arg;
     const struct fxq_linear *call = job->call;
     if (fxq_active->begin) fxq_active->begin();
-    quantize_share(job, share(call->rows, 16, thread, threads), share(call->rows, 16, thread + 1, threads), thread, threads);
+    const int64_t m0 = share(call->rows, 16, thread, threads), m1 = share(call->rows, 16, thread + 1, threads);
+    quantize_share(job, m0, m1, thread, threads);
     fxq_barrier(threads);
     const int64_t n0 = share(call->outputs, 64, thread, threads), n1 = share(call->outputs, 64, thread + 1, threads);
     const struct fxq_target to = {call->out + n0, call->outputs, NULL, 0};
@@ -61,8 +62,8 @@ int fxq_linear(const struct fxq_linear *call, int threads) {
         .qmax = call->qmax, .per_row = call->per_row, .row = (struct fxq_row *)(memory + packed), .packed = memory};
     job.ranges = (struct fxq_range *)(memory + packed + rows);
     job.scratch = memory + packed + rows + ranges;
-    job.matmul = (struct fxq_matmul){.x = &job.x, .weight = call->weight, .outputs = call->outputs, .scale = call->scale,
-        .bias = call->bias, .relu = call->relu};
+    job.matmul = (struct fxq_matmul){.x = &job.x, .weight = call->weight, .outputs = call->outputs,
+        .scale = call->scale, .bias = call->bias, .relu = call->relu};
     fxq_run(work, &job, threads);
     fxq_trim_scratch();
     return FXQ_OK;

@@ -38,7 +38,8 @@ FXQ_INLINE int32x4_t dot_4(const int8_t *w, int64_t stride, int64_t depth, const
     return vpaddq_s32(vpaddq_s32(s0, s1), vpaddq_s32(s2, s3));
 }
 
-static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1, int32_t *sums, void *scratch) {
+static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1, int32_t *sums,
+                     void *scratch) {
     (void)outputs, (void)scratch;
     for (int64_t n = n0; n < n1; n++) {
         int32_t sum = 0;
@@ -47,7 +48,8 @@ static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int
     }
 }
 
-static void finish_outputs(const struct fxq_matmul *job, const struct fxq_target *to, int64_t m, int64_t n, int64_t n0, int count, const int32_t *sums) {
+static void finish_outputs(const struct fxq_matmul *job, const struct fxq_target *to, int64_t m, int64_t n, int64_t n0,
+                           int count, const int32_t *sums) {
     float *out = to->out + m * to->out_stride + n - n0;
     const float *addend = to->addend ? to->addend + m * to->addend_stride + n - n0 : NULL;
     for (int i = 0; i < count; i++) {
@@ -69,7 +71,8 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
         const int8_t *w = weight_rows(&reader, n, 4, &stride);
         int32_t given[4] = {0}, sums[4];
         if (job->sums) memcpy(given, job->sums + n, (size_t)count * sizeof *given);
-        const int32x4_t row_sums = job->sums ? vld1q_s32(given) : dot_4(w, stride, x->depth, values + x->rows * x->depth);
+        const uint8_t *ones = values + x->rows * x->depth;
+        const int32x4_t row_sums = job->sums ? vld1q_s32(given) : dot_4(w, stride, x->depth, ones);
         for (int64_t m = 0; m < x->rows; m++) {
             const int32x4_t dots = dot_4(w, stride, x->depth, values + m * x->depth);
             vst1q_s32(sums, vmlaq_n_s32(dots, row_sums, 128 - x->row[m].zero_point));
@@ -78,7 +81,7 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
     }
 }
 
-const struct fxq_kernels fxq_neon_dot = {.name = "neon_dot", .value_bytes = 1, .quantize = quantize, .row_sums = row_sums,
-                                         .matmul = matmul, FXQ_ELEMENTWISE};
+const struct fxq_kernels fxq_neon_dot = {.name = "neon_dot", .value_bytes = 1, .quantize = quantize,
+                                         .row_sums = row_sums, .matmul = matmul, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

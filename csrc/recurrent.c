@@ -37,8 +37,10 @@ static void *take(struct supply *supply, int64_t bytes) {
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-static struct fxq_activations take_activations(struct supply *memory, const struct fxq_recurrent *call, int64_t rows, int64_t columns) {
-    struct fxq_activations x = {.columns = columns, .depth = fxq_depth(columns), .qmax = call->qmax, .per_row = call->per_row};
+static struct fxq_activations take_activations(struct supply *memory, const struct fxq_recurrent *call, int64_t rows,
+                                               int64_t columns) {
+    struct fxq_activations x = {
+        .columns = columns, .depth = fxq_depth(columns), .qmax = call->qmax, .per_row = call->per_row};
     x.packed = take(memory, fxq_packed_bytes(rows, columns));
     x.row = take(memory, rows * (int64_t)sizeof *x.row);
     return x;

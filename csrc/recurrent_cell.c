@@ -65,8 +65,8 @@ static void project_input(const struct cell *cell, int64_t first_row, int64_t ro
 }
 
 /* A run of gates: rows n .. n + count - 1 of weight_hh by the last h, plus the input's part of them where it is given. */
-static void multiply_hidden(struct cell *cell, const struct fxq_matmul *product, int64_t n, int64_t count, int64_t first_gate,
-                            int64_t units, const float *input_part) {
+static void multiply_hidden(struct cell *cell, const struct fxq_matmul *product, int64_t n, int64_t count,
+                            int64_t first_gate, int64_t units, const float *input_part) {
     const struct stack *s = cell->stack;
     const struct fxq_target to = {cell->pre + first_gate * units, s->gates * units, input_part, s->input_stride};
     fxq_active->matmul(product, n, n + count, &to, cell->scratch);
@@ -76,13 +76,15 @@ static void multiply_hidden(struct cell *cell, const struct fxq_matmul *product,
 static void multiply_hidden_n(struct cell *cell, int64_t u, int64_t units) {
     const struct stack *s = cell->stack;
     const int64_t hidden = s->call->hidden, first = 2 * hidden;
-    const struct fxq_matmul product = {.x = &cell->h, .weight = cell->weights->hh + first * s->call->outputs, .outputs = hidden,
-                                       .scale = cell->weights->hh_scale + first, .bias = cell->weights->hidden_bias,
+    const struct fxq_matmul product = {.x = &cell->h, .weight = cell->weights->hh + first * s->call->outputs,
+                                       .outputs = hidden, .scale = cell->weights->hh_scale + first,
+                                       .bias = cell->weights->hidden_bias,
                                        .sums = s->hh_sums ? s->hh_sums + first : NULL};
     multiply_hidden(cell, &product, u, units, 2, units, NULL);
 }
 
-static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t units, const float *input_part, const float *before, float *out) {
+static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t units, const float *input_part,
+                       const float *before, float *out) {
     const struct stack *s = cell->stack;
     const int64_t hidden = s->call->hidden;
     const float *pre = cell->pre + m * s->gates * units;
@@ -112,7 +114,8 @@ static void advance(struct cell *cell, int64_t live, const struct previous *prev
         }
         if (s->call->mode == FXQ_GRU) multiply_hidden_n(cell, u, units);
         for (int64_t m = 0; m < live; m++) {
-            finish_row(cell, m, u, units, input_part + m * s->input_stride, previous_row(previous, m), out + m * out_stride + u);
+            finish_row(cell, m, u, units, input_part + m * s->input_stride, previous_row(previous, m),
+                       out + m * out_stride + u);
         }
     }
 }
@@ -124,7 +127,8 @@ static void project_hidden(struct cell *cell, int64_t live, float *out) {
     quantize_state(&cell->raw, live, &hidden);
     const struct fxq_matmul product = {.x = &cell->raw, .weight = cell->weights->hr, .outputs = call->outputs,
                                        .scale = cell->weights->hr_scale, .sums = cell->stack->hr_sums};
-    const int64_t n0 = share(call->outputs, cell->thread, cell->threads), n1 = share(call->outputs, cell->thread + 1, cell->threads);
+    const int64_t n0 = share(call->outputs, cell->thread, cell->threads);
+    const int64_t n1 = share(call->outputs, cell->thread + 1, cell->threads);
     const struct fxq_target to = {out + n0, cell->out_stride, NULL, 0};
     if (n0 < n1) fxq_active->matmul(&product, n0, n1, &to, cell->scratch);
 }
@@ -133,7 +137,8 @@ static void run_steps(struct cell *cell, int64_t first, int64_t last, int64_t fi
     struct stack *s = cell->stack;
     const struct fxq_recurrent *call = s->call;
     for (int64_t i = first; i < last; i++) {
-        const int64_t step = cell->is_backward ? call->steps - 1 - i : i, before = cell->is_backward ? step + 1 : step - 1;
+        const int64_t step = cell->is_backward ? call->steps - 1 - i : i;
+        const int64_t before = cell->is_backward ? step + 1 : step - 1;
         const int64_t live = live_rows(s, step);
         struct previous previous = {NULL, cell->h0, cell->out_stride, call->outputs, 0};
         if (i > 0) {
@@ -163,7 +168,8 @@ static void sum_weights(const struct cell *cell) {
         fxq_active->row_sums(cell->weights->hh, rows, outputs, n + cell->u0, n + cell->u1, s->hh_sums + n + cell->u0,
                              cell->scratch);
     }
-    const int64_t n0 = share(outputs, cell->thread, cell->threads), n1 = share(outputs, cell->thread + 1, cell->threads);
+    const int64_t n0 = share(outputs, cell->thread, cell->threads);
+    const int64_t n1 = share(outputs, cell->thread + 1, cell->threads);
     if (cell->weights->hr && n0 < n1) {
         fxq_active->row_sums(cell->weights->hr, outputs, hidden, n0, n1, s->hr_sums + n0, cell->scratch);
     }
@@ -173,7 +179,8 @@ static struct fxq_range measure_input(const struct cell *cell) {
     struct stack *s = cell->stack;
     struct fxq_range range = {0.0f, 0.0f, false};
     if (s->x.per_row) return range;
-    const int64_t first = share(s->rows, cell->thread, cell->threads), last = share(s->rows, cell->thread + 1, cell->threads);
+    const int64_t first = share(s->rows, cell->thread, cell->threads);
+    const int64_t last = share(s->rows, cell->thread + 1, cell->threads);
     fxq_active->measure(cell->input + first * cell->inputs, (last - first) * cell->inputs, &range);
     s->ranges[cell->thread] = range;
     fxq_barrier(cell->threads);

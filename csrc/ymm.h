@@ -43,9 +43,12 @@ struct outputs_8 {
     __m256 scale, bias;
 };
 
-FXQ_INLINE struct outputs_8 begin_outputs(const struct fxq_matmul *job, const struct fxq_target *to, int64_t n, int64_t n0, int64_t n1) {
+FXQ_INLINE struct outputs_8 begin_outputs(const struct fxq_matmul *job, const struct fxq_target *to, int64_t n,
+                                          int64_t n0, int64_t n1) {
     const __m256i left = _mm256_set1_epi32(n1 - n < 8 ? (int)(n1 - n) : 8);
-    struct outputs_8 o = {.job = job, .to = to, .at = n - n0, .row_sums = _mm256_setzero_si256(), .bias = _mm256_setzero_ps()};
+    struct outputs_8 o = {.job = job, .to = to, .at = n - n0};
+    o.row_sums = _mm256_setzero_si256();
+    o.bias = _mm256_setzero_ps();
     o.lanes = _mm256_cmpgt_epi32(left, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     o.scale = _mm256_maskload_ps(job->scale + n, o.lanes);
     if (job->bias) o.bias = _mm256_maskload_ps(job->bias + n, o.lanes);
@@ -59,7 +62,8 @@ FXQ_INLINE void finish_outputs(const struct outputs_8 *o, int64_t m, __m256i sum
     }
     __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_mul_ps(_mm256_set1_ps(row->scale), o->scale));
     if (o->job->bias) y = _mm256_add_ps(y, o->bias);
-    if (o->to->addend) y = _mm256_add_ps(y, _mm256_maskload_ps(o->to->addend + m * o->to->addend_stride + o->at, o->lanes));
+    const struct fxq_target *to = o->to;
+    if (to->addend) y = _mm256_add_ps(y, _mm256_maskload_ps(to->addend + m * to->addend_stride + o->at, o->lanes));
     if (o->job->relu) y = _mm256_max_ps(_mm256_setzero_ps(), y); /* the second operand where one is NaN */
     _mm256_maskstore_ps(o->to->out + m * o->to->out_stride + o->at, o->lanes, y);
 }

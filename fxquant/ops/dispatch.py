@@ -77,7 +77,7 @@ def rnn(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `reference_recurrent.rnn` or its native kernel."""
     check_recurrent(RNN_MODES[mode], x, batch_sizes, weights[0].shape[1], h0=h0)
-    run = reference_recurrent.rnn
+    run = native.rnn if native.takes(x, weights[0]) else reference_recurrent.rnn
     return run(x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax)
 
 

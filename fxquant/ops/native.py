@@ -7,23 +7,25 @@ avx2, neon_dot or portable forces an instruction set. Both are read once, at imp
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from fxquant.errors import ShapeError
+from fxquant.errors import DTypeError, ShapeError
 from fxquant.ops import reference, reference_recurrent
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
 
-_INTERFACE = 1  # what module.c says it is: a library left from another version is not called
+_INTERFACE = 3  # what module.c says it is: a library left from another version is not called
 _BAD_INDEX, _BAD_OFFSETS = -2, -3
 _MODES = {"sum": 0, "mean": 1, "max": 2}
+_RECURRENT = {"lstm": (0, 4), "gru": (1, 3), "rnn_tanh": (2, 1), "rnn_relu": (3, 1)}  # number in fxquant.h, gates
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def _choose_isa(library: Any) -> str:
 _library, _why = _load()
 if _library is not None:
     _why = _choose_isa(_library)
+    _library.set_dtypes(torch.float32, torch.int8)
 output_pool = OutputPool(limit_from_environment(), _library.use_huge_pages if _library is not None else lambda *_: None)
 
 
@@ -138,26 +141,13 @@ def linear(
     outputs, columns = weight.shape
     shape = (*x.shape[:-1], outputs)
     count = x.numel() // columns if columns else math.prod(shape[:-1])
-    rows = _floats(x)
-    weight = weight.contiguous()
-    scale = _vector("scale", scale, outputs)
-    if bias is not None:
-        bias = _vector("bias", bias, outputs)
     out = output_pool.empty(shape, 4 * count * outputs)
-    _library.linear(
-        rows.data_ptr(),
-        count,
-        columns,
-        weight.data_ptr(),
-        outputs,
-        scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        relu,
-        per_row,
-        qmax,
-        torch.get_num_threads(),
-    )
+    rest = (out, count, columns, outputs, relu, per_row, qmax, torch.get_num_threads())
+    if not _library.linear(x, weight, scale, bias, *rest):  # something is not dense, or not float32
+        dense_bias = None if bias is None else _vector("bias", bias, outputs)
+        dense = (_floats(x), weight.contiguous(), _vector("scale", scale, outputs), dense_bias)
+        if not _library.linear(*dense, *rest):
+            raise DTypeError(f"a quantized linear takes a weight of torch.int8 or float16, got {weight.dtype}")
     return out if x.dtype is torch.float32 else out.to(x.dtype)
 
 
@@ -174,86 +164,132 @@ def lstm(
     qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (output, h, c) of a stack of LSTM layers: `reference_recurrent.lstm`."""
-    cells, batch, outputs = h0.shape
-    hidden, directions = c0.shape[2], 2 if bidirectional else 1
-    if x.numel() == 0 or hidden == 0 or batch == 0:
+    if x.numel() == 0 or h0.numel() == 0 or c0.numel() == 0:
         return reference_recurrent.lstm(x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax)
+    c = _floats(c0.clone())
+    parts = (weights, scales, biases, ())
+    output, h = _recurrent("lstm", x, batch_sizes, h0, c, parts, bidirectional, per_row, qmax)
+    return output, h, c if x.dtype is torch.float32 else c.to(x.dtype)
+
+
+def rnn(
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    h0: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    hidden_biases: Sequence[torch.Tensor],
+    mode: str,
+    bidirectional: bool = False,
+    per_row: bool = True,
+    qmax: int = 255,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (output, h) of a stack of GRU or plain RNN layers: `reference_recurrent.rnn`."""
+    parts = (weights, scales, biases, hidden_biases)
+    if x.numel() == 0 or h0.numel() == 0:
+        return reference_recurrent.rnn(x, batch_sizes, h0, *parts, mode, bidirectional, per_row, qmax)
+    return _recurrent(mode, x, batch_sizes, h0, None, parts, bidirectional, per_row, qmax)
+
+
+_Parts: TypeAlias = tuple[
+    Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]
+]
+
+
+def _recurrent(
+    mode: str,
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    h0: torch.Tensor,
+    c: torch.Tensor | None,
+    parts: _Parts,
+    bidirectional: bool,
+    per_row: bool,
+    qmax: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (output, h) in x's dtype; c, dense floats, is advanced in place."""
+    cells, batch, outputs = h0.shape
+    hidden, directions = outputs if c is None else c.shape[2], 2 if bidirectional else 1
+    inputs = x.shape[-1]
+    number, gates = _RECURRENT[mode]
+    if c is not None and c.shape != (cells, batch, hidden):
+        raise ShapeError(f"a quantized LSTM got h0 of shape {tuple(h0.shape)} and c0 of shape {tuple(c.shape)}")
+    addresses, _alive = _cell_addresses(inputs, gates * hidden, hidden, outputs, cells, directions, parts)
     sizes = None if batch_sizes is None else batch_sizes.to(torch.int64).contiguous()
-    addresses, _alive = _cell_addresses(x.shape[-1], hidden, outputs, cells, directions, weights, scales, biases)
     if sizes is not None:
         _check_sizes(sizes, x.shape[0], batch)
     rows, start = _floats(x), _floats(h0)
-    h, c = torch.empty_like(start), _floats(c0.clone())
-    out = torch.empty((*x.shape[:-1], directions * outputs))
-    _library.lstm(
+    h, out = torch.empty_like(start), torch.empty((*x.shape[:-1], directions * outputs), dtype=torch.float32)
+    _library.recurrent(
+        number,
         rows.data_ptr(),
         x.shape[0] if sizes is None else sizes.shape[0],
         batch,
-        x.shape[-1],
+        inputs,
         hidden,
         outputs,
         0 if sizes is None else sizes.data_ptr(),
         cells // directions,
         directions,
-        tuple(addresses),
-        len(weights) == 3 * cells,
+        *addresses,
         start.data_ptr(),
         h.data_ptr(),
-        c.data_ptr(),
+        0 if c is None else c.data_ptr(),
         out.data_ptr(),
         per_row,
         qmax,
         torch.get_num_threads(),
     )
-    if x.dtype is torch.float32:
-        return out, h, c
-    return out.to(x.dtype), h.to(x.dtype), c.to(x.dtype)
+    return (out, h) if x.dtype is torch.float32 else (out.to(x.dtype), h.to(x.dtype))
 
 
 def _cell_addresses(
-    inputs: int,
-    hidden: int,
-    outputs: int,
-    cells: int,
-    directions: int,
-    weights: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
-) -> tuple[list[int], list[torch.Tensor]]:
-    """Return, for each cell, the addresses of its weights, of their scales and of its bias, and the tensors there.
+    inputs: int, rows: int, hidden: int, outputs: int, cells: int, directions: int, parts: _Parts
+) -> tuple[list[tuple[int, ...]], list[list[torch.Tensor]]]:
+    """Return the addresses of the weights, scales, biases and hidden biases, and the tensors there that are copies.
 
-    Raises ShapeError where one does not fit. A model of some layers spends more time here than in its kernel unless
-    each tensor is asked little: hence its number of elements, not its shape.
+    rows: of weight_ih, gates by hidden units. Raises ShapeError where a tensor does not fit.
     """
-    per_cell, gates = len(weights) // cells, 4 * hidden
-    if per_cell not in (2, 3) or len(scales) != len(weights) or (per_cell == 2 and outputs != hidden):
+    counts = _cell_counts(inputs, rows, hidden, outputs, cells, directions, tuple(map(len, parts)))
+    addresses, copies = [], []
+    for i, (tensors, sizes) in enumerate(zip(parts, counts, strict=True)):
+        found = _library.addresses(tensors, sizes, i == 0)
+        if found is None:
+            copies.append([_dense(i == 0, tensor, size) for tensor, size in zip(tensors, sizes, strict=True)])
+            found = _library.addresses(copies[-1], sizes, i == 0)
+            if found is None:
+                raise DTypeError("a quantized recurrent layer takes weights of torch.int8, or all of float16")
+        addresses.append(found)
+    return addresses, copies
+
+
+@functools.lru_cache(maxsize=256)
+def _cell_counts(
+    inputs: int, rows: int, hidden: int, outputs: int, cells: int, directions: int, given: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Return how many elements each weight, scale, bias and hidden bias has, or raise ShapeError for their numbers."""
+    per_cell = given[0] // cells
+    fits = given[0] == given[1] == cells * per_cell and given[2] in (0, cells) and given[3] in (0, cells)
+    if per_cell not in (2, 3) or not fits or (per_cell == 2 and outputs != hidden):
         raise ShapeError(
-            f"a quantized LSTM of {cells} cells, {hidden} hidden units and {outputs} outputs got {len(weights)} "
-            f"weights and {len(scales)} scales"
+            f"a quantized recurrent layer of {cells} cells, {hidden} hidden units and {outputs} outputs got "
+            f"{given[0]} weights, {given[1]} scales, {given[2]} biases and {given[3]} hidden biases"
         )
-    addresses: list[int] = []
-    alive: list[torch.Tensor] = []
+    weights: list[int] = []
     for cell in range(cells):
         columns = inputs if cell < directions else directions * outputs
-        own = slice(cell * per_cell, (cell + 1) * per_cell)
-        for weight, size in zip(weights[own], (gates * columns, gates * outputs, outputs * hidden), strict=False):
-            if weight.numel() != size:
-                raise ShapeError(f"a quantized LSTM needs a weight of {size} elements, got shape {tuple(weight.shape)}")
-            dense = weight if weight.is_contiguous() else weight.contiguous()
-            alive.append(dense)
-            addresses.append(dense.data_ptr())
-        vectors = [
-            *zip(scales[own], (gates, gates, outputs), strict=False),
-            *([(biases[cell], gates)] if biases else []),
-        ]
-        for vector, size in vectors:
-            if vector.numel() != size or vector.dtype is not torch.float32 or not vector.is_contiguous():
-                vector = _vector("scale or bias", vector, size)
-            alive.append(vector)
-            addresses.append(vector.data_ptr())
-        if not biases:
-            addresses.append(0)
-    return addresses, alive
+        weights += [rows * columns, rows * outputs, outputs * hidden][:per_cell]
+    return tuple(weights), (rows, rows, outputs)[:per_cell] * cells, (rows,) * given[2], (hidden,) * given[3]
+
+
+def _dense(is_weight: bool, tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """Return a weight, or a scale or bias as floats, dense; raise ShapeError unless it has `count` elements."""
+    if not is_weight:
+        return _vector("scale or bias", tensor, count)
+    if tensor.numel() != count:
+        raise ShapeError(f"a quantized layer needs a weight of {count} elements, got {tuple(tensor.shape)}")
+    return tensor.contiguous()
 
 
 def _check_sizes(sizes: torch.Tensor, rows: int, batch: int) -> None:
@@ -274,6 +310,8 @@ def _table(
 ) -> tuple[tuple[int, ...], list[torch.Tensor]]:
     """Return what the library is told of a table and indices, and the tensors to keep alive meanwhile."""
     rows = weight.shape[0]
+    if weight.dtype not in (torch.int8, torch.uint8):
+        raise DTypeError(f"a quantized table holds torch.int8, torch.uint8 or float16, got {weight.dtype}")
     if weight.shape != (rows, (columns + 1) // 2 if bits == 4 else columns):
         raise ShapeError(f"a quantized table of {columns} columns at {bits} bits cannot be {tuple(weight.shape)}")
     scale = _vector("scale", scale, rows)

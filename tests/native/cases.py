@@ -169,6 +169,25 @@ def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[
     )
 
 
+def rnn_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
+    rng = random.Random(seed)
+    mode = rng.choice(("gru", "gru", "rnn_tanh", "rnn_relu"))
+    gates = 3 if mode == "gru" else 1
+    _, _, lstm_args, is_rich = lstm_case(seed)
+    x, sizes, h0, _, weights, _, _, bidirectional, per_row, qmax = lstm_args
+    cells, directions, hidden = h0.shape[0], 2 if bidirectional else 1, rng.choice((1, 3, 16, 20, 50, 64, 65, 100))
+    weights, scales = [], []
+    for cell in range(cells):
+        columns = x.shape[-1] if cell < directions else directions * hidden
+        weights += [int8(gates * hidden, columns), int8(gates * hidden, hidden)]
+        scales += [torch.rand(gates * hidden) * 0.01, torch.rand(gates * hidden) * 0.01]
+    biases = [torch.randn(gates * hidden) for _ in range(cells)] if rng.random() < 0.7 else []
+    hidden_biases = [torch.randn(hidden) for _ in range(cells)] if biases and mode == "gru" else []
+    state = strided(torch.randn(cells, h0.shape[1], hidden) * rng.choice((0.0, 1.0)), rng)
+    args = (x, sizes, state, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax)
+    return native.rnn, reference_recurrent.rnn, args, is_rich and mode != "rnn_relu"
+
+
 def table_case(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, int]:
     """Return (weight, scale, zero_point, columns, bits)."""
     rows, columns, kind = (
@@ -214,7 +233,13 @@ def embedding_bag_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any
     return native.embedding_bag, reference.embedding_bag, args, False
 
 
-CASES = {"linear": linear_case, "lstm": lstm_case, "embedding": embedding_case, "embedding_bag": embedding_bag_case}
+CASES = {
+    "linear": linear_case,
+    "lstm": lstm_case,
+    "rnn": rnn_case,
+    "embedding": embedding_case,
+    "embedding_bag": embedding_bag_case,
+}
 
 
 def is_right(operator: str, args: tuple[Any, ...], got: torch.Tensor, expected: torch.Tensor) -> bool:

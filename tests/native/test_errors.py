@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxquant.errors import IndexRangeError, ShapeError
+from fxquant.errors import DTypeError, IndexRangeError, ShapeError
 from fxquant.ops import native
 from tests.native.cases import int8
 
@@ -18,6 +18,23 @@ def test_an_index_beyond_the_table_is_an_error(call, index):
 def test_a_wrong_number_of_scales_is_an_error():
     with pytest.raises(ShapeError, match="scale of shape"):
         native.linear(torch.randn(2, 4), int8(3, 4), torch.rand(2))
+
+
+def test_a_weight_of_other_integers_is_an_error():
+    with pytest.raises(DTypeError, match=r"torch.int8 or float16, got torch.int32"):
+        native.linear(torch.randn(2, 4), int8(3, 4).int(), torch.rand(3))
+
+
+def test_lstm_weights_of_two_kinds_are_an_error():
+    weights, state = [int8(8, 4), int8(8, 2).half()], torch.zeros(1, 1, 2)
+    with pytest.raises(DTypeError, match=r"torch.int8, or all of float16"):
+        native.lstm(torch.randn(1, 1, 4), None, state, state, weights, [torch.rand(8)] * 2, [])
+
+
+def test_a_wrong_number_of_scales_for_an_lstm_is_an_error():
+    weights, state = [int8(8, 4), int8(8, 2)], torch.zeros(1, 1, 2)
+    with pytest.raises(ShapeError, match="1 scales"):
+        native.lstm(torch.randn(1, 1, 4), None, state, state, weights, [torch.rand(8)], [])
 
 
 def test_a_wrong_number_of_biases_is_an_error():
@@ -37,6 +54,11 @@ def test_batch_sizes_that_do_not_fit_are_an_error(sizes):
     state = torch.zeros(1, 2, 2)
     with pytest.raises(ShapeError, match="batch_sizes"):
         native.lstm(torch.randn(3, 4), torch.tensor(sizes), state, state, weights, [torch.rand(8)] * 2, [])
+
+
+def test_a_table_of_other_integers_is_an_error():
+    with pytest.raises(DTypeError, match=r"got torch.int16"):
+        native.embedding(torch.tensor([0]), int8(3, 6).short(), torch.rand(3), None, 6)
 
 
 def test_a_table_of_other_columns_is_an_error():

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -29,19 +30,11 @@ def is_eager(x: object, weight: object) -> bool:
     )
 
 
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None = None,
-    relu: bool = False,
-    per_row: bool = True,
-    qmax: int = 255,
-) -> torch.Tensor:
-    """Run `reference.linear` or its native kernel."""
+def linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """Run `reference.linear` or its native kernel; both say what the arguments are."""
     check_linear(x, weight)
     run = native.linear if native.takes(x, weight) else reference.linear
-    return run(x, weight, scale, bias, relu, per_row, qmax)
+    return run(x, weight, *rest)
 
 
 def lstm(
@@ -50,16 +43,12 @@ def lstm(
     h0: torch.Tensor,
     c0: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
-    bidirectional: bool = False,
-    per_row: bool = True,
-    qmax: int = 255,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run `reference_recurrent.lstm` or its native kernel."""
     check_recurrent("LSTM", x, batch_sizes, weights[0].shape[1], h0=h0, c0=c0)
     run = native.lstm if native.takes(x, weights[0]) else reference_recurrent.lstm
-    return run(x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax)
+    return run(x, batch_sizes, h0, c0, weights, *rest)
 
 
 def rnn(
@@ -71,59 +60,23 @@ def rnn(
     biases: Sequence[torch.Tensor],
     hidden_biases: Sequence[torch.Tensor],
     mode: str,
-    bidirectional: bool = False,
-    per_row: bool = True,
-    qmax: int = 255,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `reference_recurrent.rnn` or its native kernel."""
     check_recurrent(RNN_MODES[mode], x, batch_sizes, weights[0].shape[1], h0=h0)
     run = native.rnn if native.takes(x, weights[0]) else reference_recurrent.rnn
-    return run(x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax)
+    return run(x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, *rest)
 
 
-def embedding(
-    indices: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    embedding_dim: int,
-    bits: int = 8,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
+def embedding(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Run `reference.embedding` or its native kernel."""
     check_indices(indices, "embedding")
     run = native.embedding if native.takes(indices, weight) else reference.embedding
-    return run(indices, weight, scale, zero_point, embedding_dim, bits, dtype)
+    return run(indices, weight, *rest)
 
 
-def embedding_bag(
-    indices: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    embedding_dim: int,
-    offsets: torch.Tensor | None = None,
-    mode: str = "mean",
-    per_sample_weights: torch.Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-    bits: int = 8,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
+def embedding_bag(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Run `reference.embedding_bag` or its native kernel."""
     check_indices(indices, "embedding bag")
     run = native.embedding_bag if native.takes(indices, weight) else reference.embedding_bag
-    return run(
-        indices,
-        weight,
-        scale,
-        zero_point,
-        embedding_dim,
-        offsets,
-        mode,
-        per_sample_weights,
-        include_last_offset,
-        padding_idx,
-        bits,
-        dtype,
-    )
+    return run(indices, weight, *rest)

@@ -19,6 +19,7 @@ from torch import fx, nn
 from fxquant.errors import MappingNameError, QConfigError, nearest
 from fxquant.graph import edit
 from fxquant.graph.module import Left, Site
+from fxquant.graph.reads import weights_read
 from fxquant.graph.trace import SCOPE, Names, Traced, names_of
 from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
@@ -87,8 +88,10 @@ class _Planner:
             shut = inside or _replaced(module)
             if not shut and not _calls_children(module):
                 shut = f"{type_name(kind)} reads its children's weights itself"
+            read = weights_read(module)
             for name, child in module.named_children():
-                self.visit_module(f"{path}.{name}" if path else name, child, shut)
+                itself = f"the code of {type_name(kind)} reads self.{name}'s weight itself" if name in read else ""
+                self.visit_module(f"{path}.{name}" if path else name, child, shut or itself)
 
     def visit_call(self, node: fx.Node) -> None:
         """Decide for a functional call."""

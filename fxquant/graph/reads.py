@@ -1,0 +1,56 @@
+"""Which weights a module's own Python code reads past their modules, found in its bytecode.
+
+Code that is not traced runs on as it is: where it says F.linear(x, self.embedding.weight), a quantized embedding would
+hand it integers. Such a module must stay float.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_WEIGHTS = ("weight", "weight_ih", "weight_hh", "weight_ih_l0", "weight_hh_l0", "in_proj_weight", "all_weights")
+_HARMLESS = ("device", "shape", "size", "dim", "ndim", "numel", "requires_grad")
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
+
+
+def weights_read(module: nn.Module) -> frozenset[str]:
+    """Return the names of the submodules whose weights forward, or a method that it calls, reads itself.
+
+    {"embedding"} for `self.embedding.weight`; asking a weight for its shape or device does not count.
+    """
+    found: set[str] = set()
+    waiting: list[Any] = [getattr(type(module), "forward", None)]
+    seen: set[types.CodeType] = set()
+    while waiting:
+        function = inspect.unwrap(waiting.pop())
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen or getattr(function, "__module__", "").startswith("torch."):
+            continue
+        seen.add(code)
+        for names in _attribute_chains(code):
+            waiting += [getattr(type(module), name) for name in names if hasattr(type(module), name)]
+            for owner, weight, use in zip(names, names[1:], [*names[2:], ""], strict=False):
+                if weight in _WEIGHTS and use not in _HARMLESS:
+                    found.add(owner)
+    return frozenset(found)
+
+
+def _attribute_chains(code: types.CodeType) -> Iterator[list[str]]:
+    """Yield each run of attribute names in a function's code and the functions inside it: a.b.c gives ["b", "c"]."""
+    chain: list[str] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _LOADS:
+            chain.append(str(instruction.argval))
+        elif instruction.opname not in ("CACHE", "PRECALL", "PUSH_NULL"):
+            yield chain
+            chain = []
+    yield chain
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            yield from _attribute_chains(part)

@@ -12,6 +12,7 @@ FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int
 #define DOT_FORM_ROWS 2 /* beyond, a tile product is faster even with most of its columns empty */
 #include "avx512.h"
 #include "avx512_blocks.h"
+#include "avx512_lstm.h"
 
 /* All eight tiles are 16 rows of 64 bytes; a thread sets them once a job. Constant data, not a local variable: gcc 12
  * thinks that _tile_loadconfig reads 8 bytes, and would leave the others unwritten. */
@@ -121,7 +122,77 @@ static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8
     }
 }
 
+/* 16 rows by the 4 gates of 16 units: accumulators 0–3, activations 4, weights 5–7 in turn. */
+FXQ_INLINE void zero_units(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+FXQ_INLINE void add_units(const int8_t *w, int64_t depth, const uint8_t *q, int64_t k) {
+    w += k * UNIT_BLOCK_GATES;
+    _tile_loadd(4, q + k, depth);
+    _tile_loadd(5, w, 256);
+    _tile_dpbusd(0, 4, 5);
+    _tile_loadd(6, w + 64, 256);
+    _tile_dpbusd(1, 4, 6);
+    _tile_loadd(7, w + 128, 256);
+    _tile_dpbusd(2, 4, 7);
+    _tile_loadd(5, w + 192, 256);
+    _tile_dpbusd(3, 4, 5);
+}
+
+FXQ_INLINE void store_units(int32_t (*c)[256]) {
+    _tile_stored(0, c[0], 64);
+    _tile_stored(1, c[1], 64);
+    _tile_stored(2, c[2], 64);
+    _tile_stored(3, c[3], 64);
+}
+
+/* The tiles of a block of units are multiplied between the rows of the block before, whose gates take longer. */
+static void step_tiles(const struct fxq_lstm_step *s, int64_t m, int count) {
+    const int64_t depth = s->h->depth;
+    const uint8_t *q = (const uint8_t *)s->h->packed + m * depth;
+    const int8_t *w = (const int8_t *)s->packed + s->u0 * 4 * depth;
+    _Alignas(64) int32_t c[2][4][256];
+    int parity = 0;
+    zero_units();
+    for (int64_t k = 0; k < depth; k += 64) add_units(w, depth, q, k);
+    store_units(c[parity]);
+    for (int64_t u = s->u0; u < s->u1; u += UNIT_BLOCK, parity ^= 1) {
+        const struct unit_block b = begin_units(s, u);
+        const bool has_next = u + UNIT_BLOCK < s->u1;
+        int64_t k = 0;
+        w += 4 * UNIT_BLOCK * depth;
+        if (has_next) zero_units();
+        for (int i = 0; i < count; i += 2) {
+            const int64_t due = has_next ? depth * (i + 2) / count : 0;
+            for (; k < due && k < depth; k += 64) add_units(w, depth, q, k);
+            struct unit_row rows[2] = {{.block = &b, .m = m + i}, {.block = &b, .m = m + i + 1}};
+            FXQ_UNROLL(8) for (int j = 0; j < 8; j++) {
+                rows[j / 4].sums[j % 4] = _mm512_load_si512(c[parity][j % 4] + 16 * (i + j / 4));
+            }
+            if (i + 1 < count) finish_states(s, rows, 2);
+            else finish_states(s, rows, 1);
+        }
+        if (has_next) store_units(c[parity ^ 1]);
+    }
+}
+
+enum { MOST_ROWS_WITHOUT_TILES = 4 }; /* a register of weights serves four rows; loading tiles takes longer than that */
+
+static void lstm_step(const struct fxq_lstm_step *s) {
+    if (s->h->rows <= MOST_ROWS_WITHOUT_TILES) {
+        lstm_step_by_rows(s);
+        return;
+    }
+    for (int64_t m = 0; m < s->h->rows; m += 16) step_tiles(s, m, (int)(s->h->rows - m < 16 ? s->h->rows - m : 16));
+    finish_hidden(s);
+}
+
 const struct fxq_kernels fxq_amx = {.name = "amx", .value_bytes = 1, .begin = begin, .end = end, .quantize = quantize,
-                                    .row_sums = row_sums, .matmul = matmul, FXQ_ELEMENTWISE};
+                                    .row_sums = row_sums, .matmul = matmul, .pack_lstm = pack_lstm,
+                                    .lstm_step = lstm_step, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -117,7 +117,7 @@ static void quantize_block_form(const struct fxq_activations *x, int64_t first, 
 
 static void quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
     set_own_rows(x, first, count, rows);
-    (is_dot_form(x) ? quantize_row_major : quantize_block_form)(x, first, count, rows);
+    (x->is_row_major || is_dot_form(x) ? quantize_row_major : quantize_block_form)(x, first, count, rows);
 }
 
 /* -- the dot form ------------------------------------------------------------------------------------------------ */

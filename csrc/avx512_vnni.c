@@ -12,6 +12,7 @@ FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-wi
 #define DOT_FORM_ROWS 6 /* beyond, 16 activations in the lanes beat adding up lanes, even if not all 16 are used */
 #include "avx512.h"
 #include "avx512_blocks.h"
+#include "avx512_lstm.h"
 
 FXQ_INLINE __m512i broadcast_4(const int8_t *w) {
     int32_t four;
@@ -67,6 +68,7 @@ static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8
 }
 
 const struct fxq_kernels fxq_avx512_vnni = {.name = "avx512_vnni", .value_bytes = 1, .quantize = quantize,
-                                            .row_sums = row_sums, .matmul = matmul, FXQ_ELEMENTWISE};
+                                            .row_sums = row_sums, .matmul = matmul, .pack_lstm = pack_lstm,
+                                            .lstm_step = lstm_step_by_rows, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -31,6 +31,7 @@ struct fxq_activations {
     int64_t rows, columns, depth; /* depth: columns rounded up to FXQ_DEPTH */
     int qmax;
     bool per_row; /* false: row[] was filled from one range for all rows */
+    bool is_row_major; /* packed row by row, `depth` bytes each, whatever the instruction set's matmul wants */
     struct fxq_row *row;
     void *packed; /* fxq_packed_bytes() */
 };
@@ -52,6 +53,19 @@ struct fxq_target {
     int64_t out_stride;
     const float *addend; /* or NULL */
     int64_t addend_stride;
+};
+
+/* One step of an LSTM by a thread, of units [u0, u1), with what pack_lstm made. u0 % 16 == 0. */
+struct fxq_lstm_step {
+    const struct fxq_activations *h; /* the last step's outputs, is_row_major */
+    const void *packed;              /* of all units */
+    const int32_t *pairs;
+    const float *scale; /* (4 * hidden,) */
+    int64_t hidden, u0, u1;
+    const float *input_part; /* (rows, 4 * hidden), input_stride apart */
+    int64_t input_stride;
+    float *c, *out; /* (rows, hidden); out: rows out_stride apart */
+    int64_t out_stride;
 };
 
 /* A quantized embedding table: real = (value - zero_point) * scale. */
@@ -80,6 +94,11 @@ struct fxq_kernels {
     void (*gru_cell)(const float *gates, int64_t gate_stride, int64_t units, const float *x_n, const float *before,
                      float *h);
     void (*rnn_cell)(const float *gates, int64_t units, bool is_relu, float *h);
+    /* For sequences: weight (4 * hidden, columns) packed once, then whole steps. NULL: matmul and lstm_cell do it.
+     * packed: 4 * hidden rows of fxq_depth(columns) bytes, pairs: 4 * hidden, with hidden rounded up to 16. */
+    void (*pack_lstm)(const int8_t *weight, int64_t hidden, int64_t columns, int64_t u0, int64_t u1, void *packed,
+                      int32_t *pairs);
+    void (*lstm_step)(const struct fxq_lstm_step *step);
     void (*table_row)(const struct fxq_table *table, int64_t row, float *out);
     /* out[i] = out[i] + x[i] * weight, or the greater of the two */
     void (*add_scaled)(float *out, const float *x, float weight, int64_t count);

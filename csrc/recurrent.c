@@ -6,7 +6,10 @@
 enum {
     GATES_BYTES = 512 << 10, /* of a chunk's input products: they stay in the L2 cache until their step */
     CHUNK_ROWS = 32,         /* but at least so many rows, for the matrix product's sake */
-    GATES_TOGETHER = 1024    /* rows times hidden units whose gates are finished together: 16 KiB, in the L1 cache */
+    GATES_TOGETHER = 1024,   /* rows times hidden units whose gates are finished together: 16 KiB, in the L1 cache */
+    PACKED_STEPS = 4,        /* steps that repay the packing of an LSTM's weight_hh */
+    PACKED_BYTES = 8 << 20,  /* of it: the scratch memory is kept */
+    PACKED_COLUMNS = 32768   /* row sums must fit make_pairs() */
 };
 
 /* Each row's last output: of step 0 when time runs backward, else of the last step that the row lives to. */
@@ -49,6 +52,7 @@ static struct fxq_activations take_activations(struct supply *memory, const stru
 static void lay_out_cell(struct cell *cell, const struct fxq_recurrent *call, struct supply *memory) {
     const int64_t columns = most(most(call->inputs, call->hidden), call->directions * call->outputs);
     cell->h = take_activations(memory, call, call->batch, call->outputs);
+    cell->h.is_row_major = cell->stack->packs;
     cell->raw = take_activations(memory, call, call->cells->hr ? call->batch : 0, call->hidden);
     cell->units = most(GATES_TOGETHER / call->batch / 64, 1) * 64;
     if (cell->units > call->hidden) cell->units = call->hidden;
@@ -65,7 +69,9 @@ static void lay_out_stack(struct stack *s, const struct fxq_recurrent *call, int
     s->input_part = take(memory, s->chunk_rows * s->input_stride * floats);
     for (int i = 0; i < 2; i++) s->layer[i] = take(memory, call->layers > 1 + i ? s->rows * width * floats : 0);
     s->hidden = take(memory, call->cells->hr ? call->batch * call->hidden * floats : 0);
-    void *sums = take(memory, s->gates * call->hidden * floats);
+    const int64_t units = (call->hidden + 15) / 16 * 16;
+    s->packed = take(memory, s->packs ? 4 * units * fxq_depth(call->outputs) : 0);
+    void *sums = take(memory, s->gates * units * floats);
     s->hh_sums = needs_sums ? sums : NULL;
     sums = take(memory, call->outputs * floats);
     s->hr_sums = needs_sums ? sums : NULL;
@@ -101,6 +107,12 @@ static void work(void *arg, int thread, int threads) {
     if (fxq_active->end) fxq_active->end();
 }
 
+static bool packs_weights(const struct fxq_recurrent *call) {
+    const int64_t bytes = 4 * call->hidden * call->outputs;
+    return call->mode == FXQ_LSTM && fxq_active->pack_lstm && call->steps >= PACKED_STEPS && bytes <= PACKED_BYTES &&
+           call->outputs <= PACKED_COLUMNS;
+}
+
 int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
     struct stack s = {.call = call, .gates = call->mode == FXQ_LSTM ? 4 : call->mode == FXQ_GRU ? 3 : 1};
     const int64_t step_work = s.gates * call->hidden * call->outputs * call->batch; /* worth a barrier at each step? */
@@ -109,6 +121,7 @@ int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
     s.chunk_rows = most(most(CHUNK_ROWS, call->batch), GATES_BYTES / (4 * s.gates * call->hidden));
     if (s.chunk_rows > s.rows) s.chunk_rows = s.rows;
 
+    s.packs = packs_weights(call);
     struct cell any = {.stack = &s};
     struct supply measure_cell = {NULL, 0}, measure_all = {NULL, 0};
     lay_out_cell(&any, call, &measure_cell);

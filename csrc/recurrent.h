@@ -22,6 +22,8 @@ struct stack {
     float *layer[2];          /* outputs of the layers between */
     float *hidden;            /* (batch, H), before a projection */
     int32_t *hh_sums, *hr_sums;
+    bool packs;        /* an LSTM's weight_hh is packed for its steps; then hh_sums holds what pack_lstm writes */
+    void *packed;
     char *own; /* each thread's memory */
     int64_t own_bytes;
 };

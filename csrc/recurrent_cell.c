@@ -100,6 +100,14 @@ static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t un
 static void advance(struct cell *cell, int64_t live, const struct previous *previous, const float *input_part, float *out,
                     int64_t out_stride) {
     const struct stack *s = cell->stack;
+    if (s->packs) {
+        const struct fxq_lstm_step whole = {.h = &cell->h, .packed = s->packed, .pairs = s->hh_sums,
+            .scale = cell->weights->hh_scale, .hidden = s->call->hidden, .u0 = cell->u0, .u1 = cell->u1,
+            .input_part = input_part, .input_stride = s->input_stride, .c = cell->c, .out = out,
+            .out_stride = out_stride};
+        if (cell->u0 < cell->u1) fxq_active->lstm_step(&whole);
+        return;
+    }
     const int64_t hidden = s->call->hidden, added_gates = s->call->mode == FXQ_GRU ? 2 : s->gates;
     const struct fxq_matmul product = {.x = &cell->h, .weight = cell->weights->hh, .outputs = s->gates * hidden,
                                        .scale = cell->weights->hh_scale, .sums = s->hh_sums};
@@ -158,13 +166,16 @@ static void run_steps(struct cell *cell, int64_t first, int64_t last, int64_t fi
     }
 }
 
-/* Sums of the recurrent weights' own rows, which every step needs again. */
-static void sum_weights(const struct cell *cell) {
+/* What every step needs again: sums of the recurrent weights' own rows, and these weights packed. */
+static void prepare_weights(const struct cell *cell) {
     const struct stack *s = cell->stack;
     const int64_t hidden = s->call->hidden, outputs = s->call->outputs;
     if (s->hh_sums == NULL) return;
     const int64_t rows = s->gates * hidden;
-    for (int64_t n = 0; n < rows && cell->u0 < cell->u1; n += hidden) {
+    if (s->packs) {
+        fxq_active->pack_lstm(cell->weights->hh, hidden, outputs, cell->u0, cell->u1, s->packed, s->hh_sums);
+    }
+    for (int64_t n = 0; !s->packs && n < rows && cell->u0 < cell->u1; n += hidden) {
         fxq_active->row_sums(cell->weights->hh, rows, outputs, n + cell->u0, n + cell->u1, s->hh_sums + n + cell->u0,
                              cell->scratch);
     }
@@ -192,7 +203,7 @@ void fxq_run_cell(struct cell *cell) {
     const struct stack *s = cell->stack;
     const int64_t steps = s->call->steps;
     const struct fxq_range range = measure_input(cell);
-    sum_weights(cell);
+    prepare_weights(cell);
     for (int64_t first = 0, last; first < steps; first = last) {
         int64_t rows = 0;
         for (last = first; last < steps; last++) {

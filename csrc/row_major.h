@@ -14,7 +14,7 @@ static void quantize_row_major(const struct fxq_activations *x, int64_t first, i
         quantize_values(rows[i], x->columns, &x->row[first + i], x->qmax, q);
         memset(q + columns, 0, padding);
     }
-    if (sizeof *packed == 1 && first + count == x->rows) {
+    if (sizeof *packed == 1 && first + count == x->rows && !x->is_row_major) {
         FXQ_VALUE *extra = packed + x->rows * x->depth;
         memset(extra, x->rows == 1 ? x->row[0].zero_point : 1, columns);
         memset(extra + columns, 0, padding);

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
 from fxquant._version import __version__
-from fxquant.errors import CheckpointError, FxQuantError, nearest
+from fxquant.errors import CheckpointError, FxQuantError, TraceError, nearest
 from fxquant.graph import edit
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
@@ -62,6 +62,7 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
         raise
 
 
+@torch.inference_mode(False)
 def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[Operator] = OPERATORS) -> nn.Module:
     """Return the quantized model that `save` wrote.
 
@@ -260,31 +261,25 @@ def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operat
 
 def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> nn.Module:
     """Return the quantized model without data: the recorded decisions applied to a mirror on the meta device."""
-    if not record.is_traced:
-        return _rebuild_tree(model, record, path)
-    traced = trace(model, record.operators, device="meta", constants=record.constants, untraced=record.untraced)
-    fuse(traced.module, traced.hooked, only=record.fusions)
     try:
-        plan = replay(traced.module, record.sites)
-    except (LookupError, AttributeError) as error:
+        return (_rebuild_graph if record.is_traced else _rebuild_tree)(model, record)
+    except (LookupError, AttributeError, TypeError, ValueError, AssertionError, TraceError) as error:
         raise CheckpointError(
             f"{path}: was made for another model than this {type(model).__name__}: {error}"
         ) from error
-    sites = observe(traced.module, plan)
+
+
+def _rebuild_graph(model: nn.Module, record: Record) -> nn.Module:
+    traced = trace(model, record.operators, device="meta", constants=record.constants, untraced=record.untraced)
+    fuse(traced.module, traced.hooked, only=record.fusions)
+    sites = observe(traced.module, replay(traced.module, record.sites))
     module: fx.GraphModule = traced.module
     convert(module, sites, record.operators)
     return finish(clean(module, model), model, record)
 
 
-def _rebuild_tree(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> nn.Module:
-    """Return the same for a model of quantize_dynamic, which is not traced."""
-    root = edit.mirror(model, device="meta").eval()
-    try:
-        root, _ = convert_modules(root, record.sites, record.operators)
-    except AttributeError as error:
-        raise CheckpointError(
-            f"{path}: was made for another model than this {type(model).__name__}: {error}"
-        ) from error
+def _rebuild_tree(model: nn.Module, record: Record) -> nn.Module:
+    root, _ = convert_modules(edit.mirror(model, device="meta").eval(), record.sites, record.operators)
     return keep_record(root, record)
 
 

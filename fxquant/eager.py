@@ -22,7 +22,7 @@ from fxquant.qconfig import (
     float16_dynamic_qconfig,
     float_qparams_weight_only_qconfig,
 )
-from fxquant.qconfig_mapping import QConfigMapping
+from fxquant.qconfig_mapping import QConfigMapping, type_name
 
 What: TypeAlias = type[nn.Module] | str
 
@@ -35,6 +35,7 @@ _BY_DTYPE = {
 }
 
 
+@torch.inference_mode(False)
 def quantize_dynamic(
     model: nn.Module,
     qconfig_spec: QConfigMapping | Mapping[What, QConfig | None] | Iterable[What] | None = None,
@@ -83,6 +84,8 @@ def _as_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:
         raise QConfigError(f"quantize_dynamic: dtype {dtype} is not one of torch.int8, torch.float16, torch.uint8")
     if spec is None:
         return QConfigMapping().set_global(_BY_DTYPE[name])
+    if isinstance(spec, (str, type)):
+        raise QConfigError(f"quantize_dynamic: qconfig_spec is a set or dict of types and names, {{{type_name(spec)}}}")
     mapping = QConfigMapping()
     for what in spec:
         qconfig = spec[what] if isinstance(spec, Mapping) else _BY_DTYPE[name]

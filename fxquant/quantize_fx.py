@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxquant.errors import QConfigError
@@ -21,6 +22,7 @@ from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig_mapping import QConfigMapping
 
 
+@torch.inference_mode(False)  # tensors made in inference mode could not be used outside of it
 def prepare_fx(
     model: nn.Module,
     qconfig_mapping: QConfigMapping | Mapping[str, Any],
@@ -43,7 +45,7 @@ def prepare_fx(
     mapping = _as_mapping(qconfig_mapping)
     _refuse_ours(model, "prepare_fx")
     check_model(model)
-    preserved = preserve(model, tuple(preserved_attributes))
+    preserved = preserve(model, preserved_attributes)
     inputs = bind_inputs(model, example_inputs)
     traced = capture(model, operators, inputs)
     check_mapping(mapping, traced.names, [node.target for node in traced.module.graph.nodes])
@@ -64,6 +66,7 @@ def prepare_fx(
     return finish(traced.module, model, record)
 
 
+@torch.inference_mode(False)
 def convert_fx(prepared: nn.Module) -> FxModule:
     """Return the quantized model that prepare_fx decided on. The prepared model is left as it was.
 
@@ -76,6 +79,7 @@ def convert_fx(prepared: nn.Module) -> FxModule:
     return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites))
 
 
+@torch.inference_mode(False)
 def fuse_fx(model: nn.Module, example_inputs: Any = None, *, preserved_attributes: Sequence[str] = ()) -> FxModule:
     """Return the model as a graph whose chains (Conv → BatchNorm, Linear → ReLU, …) are fused, still float.
 
@@ -84,7 +88,7 @@ def fuse_fx(model: nn.Module, example_inputs: Any = None, *, preserved_attribute
     """
     _refuse_ours(model, "fuse_fx")
     check_model(model)
-    preserved = preserve(model, tuple(preserved_attributes))
+    preserved = preserve(model, preserved_attributes)
     if example_inputs is None:
         traced = trace(model, OPERATORS)
     else:

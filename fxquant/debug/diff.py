@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxquant.debug.table import html_table, megabytes, shorten, text_table
 from fxquant.graph import edit
-from fxquant.graph.module import record_of
+from fxquant.graph.module import Record, record_of
 from fxquant.graph.trace import trace
 from fxquant.operators import OPERATORS
 from fxquant.qconfig_mapping import qconfig_name, type_name
@@ -76,7 +76,8 @@ def graph_diff(before: nn.Module, after: nn.Module) -> GraphDiff:
 
     A model that is no graph yet is traced. Nodes are matched by name, which fxquant's passes keep.
     """
-    old, new = _as_graph(before), _as_graph(after)
+    records = [record for record in map(record_of, (after, before)) if record is not None]
+    old, new = (_as_graph(model, records) for model in (before, after))
     old_nodes, new_nodes = ({node.name: node for node in module.graph.nodes} for module in (old, new))
     notes = _notes(after)
     rows = []
@@ -92,8 +93,14 @@ def graph_diff(before: nn.Module, after: nn.Module) -> GraphDiff:
     return GraphDiff(tuple(rows), edit.byte_count(before), edit.byte_count(after), quantized, candidates)
 
 
-def _as_graph(model: nn.Module) -> fx.GraphModule:
-    return model if isinstance(model, fx.GraphModule) else trace(model, OPERATORS).module
+def _as_graph(model: nn.Module, records: list[Record]) -> fx.GraphModule:
+    """Return a model's graph, traced if need be as the other one was."""
+    if isinstance(model, fx.GraphModule):
+        return model
+    if not records:
+        return trace(model, OPERATORS).module
+    constants, untraced = records[0].constants, records[0].untraced
+    return trace(model, records[0].operators or OPERATORS, constants=constants, untraced=untraced).module
 
 
 def _merged(old: list[str], new: list[str]) -> list[str]:

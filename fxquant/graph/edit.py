@@ -63,7 +63,7 @@ def _tensors(root: nn.Module) -> Iterator[torch.Tensor]:
 def _alias(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
     shared = tensor.detach() if device is None else torch.empty_like(tensor, device=device)
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(shared, tensor.requires_grad)
+        return nn.Parameter(shared, tensor.requires_grad and not tensor.is_inference())
     return shared if device is not None else shared.clone()  # forward may write into a buffer (a counter, a cache)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from fxquant.errors import AttributeNameError, ModelStateError, nearest
 from fxquant.graph import edit
+from fxquant.graph.trace import TRACING
 from fxquant.nn.base import dtype_errors
 from fxquant.operators import Operator
 from fxquant.qconfig import QConfig
@@ -180,7 +181,8 @@ def _restore(
     reduced: tuple[Any, ...], name: str, nodes: list[tuple[str, dict[str, Any]]], hooks: dict[str, Any]
 ) -> FxModule:
     """Rebuild from a pickle: torch.fx rebuilds a plain GraphModule by tracing its own code; make it ours again."""
-    plain = reduced[0](*reduced[1])
+    with TRACING:
+        plain = reduced[0](*reduced[1])
     for node, (own_name, meta) in zip(plain.graph.nodes, nodes, strict=True):
         node.name, node.meta = own_name, meta
     graph = copy.deepcopy(plain.graph)  # whose namespace knows those names
@@ -200,11 +202,13 @@ def finish(module: fx.GraphModule, source: nn.Module, record: Record) -> FxModul
     return result
 
 
-def preserve(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+def preserve(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     """Return the attributes of a float model that its graph shall keep; what a kept method's code names comes along.
 
     Raises AttributeNameError for a name that the model does not have.
     """
+    if isinstance(names, str):
+        raise AttributeNameError(f"preserved_attributes takes a tuple of names: ({names!r},)")
     for name in names:
         if not hasattr(model, name):
             known = [known for known in dir(model) if not known.startswith("_")]

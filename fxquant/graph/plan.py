@@ -246,9 +246,10 @@ def name_operands(row: Operator, node: fx.Node) -> dict[str, Any]:
 
 def _calls_children(module: nn.Module) -> bool:
     """Return whether a module calls its children, so that they may be swapped: a user's forward, or a container's."""
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return True
     forward = inspect.getattr_static(type(module), "forward", None)
-    home = getattr(forward, "__module__", "")
-    return not home.startswith("torch.") or home == "torch.nn.modules.container"
+    return not getattr(forward, "__module__", "").startswith("torch.")
 
 
 def _replaced(module: nn.Module) -> str:

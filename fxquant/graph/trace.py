@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,9 @@ _LEAF_FUNCTIONS = (
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 """Wrappers around a model, and the attribute that holds it."""
+
+TRACING = threading.RLock()
+"""Held while torch.fx traces: it patches nn.Module for the whole process, one trace at a time."""
 
 SCOPE = "fxquant_scope"
 """The key in node.meta of the path of the module whose forward made the node."""
@@ -75,7 +80,7 @@ class _Tracer(fx.Tracer):
         """leaves: types that the operator table knows. whole: paths of modules that must not be traced through."""
         super().__init__(autowrap_functions=_LEAF_FUNCTIONS, param_shapes_constant=True)
         self._autowrap_search.append(rnn)  # also where a model calls them as nn.utils.rnn.pack_padded_sequence
-        self._leaves, self._whole = leaves, whole
+        self._leaves, self._whole, self._thread = leaves, whole, threading.get_ident()
         self.failed = ""  # the path of the innermost module in which tracing failed; "" is the root
         self._autocast = _autocast()
 
@@ -90,7 +95,12 @@ class _Tracer(fx.Tracer):
         )
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Return what a module's call gives, and remember where it failed."""
+        """Return what a module's call gives, and remember where it failed.
+
+        torch.fx patches every module's call while it traces; those of other threads go their own way.
+        """
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -99,6 +109,8 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Return what forward gets for an attribute; torch.fx's own cannot do buffers beside param_shapes_constant."""
+        if threading.get_ident() != self._thread:
+            return attr_val
         if self.proxy_buffer_attributes and isinstance(attr_val, torch.Tensor):
             name = next((name for name, buffer in self.root.named_buffers() if buffer is attr_val), None)
             if name is not None:
@@ -119,6 +131,30 @@ class _Tracer(fx.Tracer):
         node = super().create_node(kind, target, args, *rest, **named)
         node.meta[SCOPE] = self.scope.module_path
         return node
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph of a module, its placeholders named as forward's arguments."""
+        graph = super().trace(root, concrete_args)
+        graph._tracer_cls = _Retracer  # what torch.fx unpickles with
+        for node in graph.nodes:
+            if getattr(node.target, "__module__", "").startswith("torch."):
+                node.meta.pop("is_wrapped", None)  # torch.fx would write a wrap("torch.nn…") that breaks later traces
+        if concrete_args:  # torch.fx numbers the names
+            named = [node for node in graph.nodes if node.op == "placeholder"]
+            for node, name in zip(named, inspect.signature(root.forward).parameters, strict=False):
+                node.target = name if not str(node.target).startswith("*") else node.target
+        return graph
+
+
+class _Retracer(_Tracer):
+    """Traces the code of one of our graphs once more, as torch.fx does to unpickle it: a node for each line."""
+
+    proxy_buffer_attributes = True
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Return what the code gets for an attribute: for a buffer always a node."""
+        cache = parameter_proxy_cache if isinstance(attr_val, nn.Parameter) else {}
+        return super().getattr(attr, attr_val, cache)
 
 
 def _autocast() -> tuple[torch.dtype | None, ...]:
@@ -171,9 +207,6 @@ def trace(
             if not keep_whole or not failure.path or failure.path in kept:
                 raise _trace_error(model, error) from error
             kept[failure.path] = f"{_cause(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
-    for node in graph.nodes:
-        if node.target in _LEAF_FUNCTIONS:
-            node.meta.pop("is_wrapped", None)  # torch.fx would write a wrap("torch.nn…") that breaks later traces
     name = model.__class__.__name__
     return Traced(fx.GraphModule(root, graph, name), names_of(model), hooked, dict(constants or {}), kept)
 
@@ -188,17 +221,22 @@ def _graph(
     for buffers_are_nodes in (False, True):
         root, tracer = edit.mirror(model, device, hooks=False), make_tracer()
         tracer.proxy_buffer_attributes = buffers_are_nodes
-        versions = [buffer._version for buffer in root.buffers()]
+        versions = _versions(root)
         try:
-            with torch.no_grad():
+            with TRACING, torch.no_grad():
                 graph = tracer.trace(root, dict(constants) if constants else None)
         except Exception as error:
             failure = failure or _UntraceableError(tracer.failed, error)
             continue
-        if buffers_are_nodes or [buffer._version for buffer in root.buffers()] == versions:
+        if buffers_are_nodes or _versions(root) == versions:
             return root, graph
     assert failure is not None
     raise failure
+
+
+def _versions(root: nn.Module) -> list[int]:
+    """Return how often each buffer was written into."""
+    return [0 if buffer.is_inference() else buffer._version for buffer in root.buffers()]
 
 
 def check_model(model: Any) -> None:

@@ -183,6 +183,7 @@ FXQ_INLINE __m512i dot_16_minus(const int8_t *w, int64_t stride, int64_t depth, 
     __m512i difference[16];
     FXQ_UNROLL(2) for (int half = 0; half < 16; half += 8) {
         struct rows_16 rows = begin_rows(w + half * stride, stride);
+        const int64_t ahead = 16 * stride; /* these rows' places in the next group: the weights come from the L3 cache */
         __m512i acc[8], less[8];
         FXQ_UNROLL(8) for (int i = 0; i < 8; i++) acc[i] = less[i] = _mm512_setzero_si512();
         for (int64_t k = 0; k < depth; k += 64) {
@@ -190,6 +191,7 @@ FXQ_INLINE __m512i dot_16_minus(const int8_t *w, int64_t stride, int64_t depth, 
             FXQ_UNROLL(8) for (int i = 0; i < 8; i++) {
                 acc[i] = add_products(acc[i], a, row_of(&rows, i));
                 less[i] = add_products(less[i], b, row_of(&rows, i));
+                _mm_prefetch((const char *)row_of(&rows, i) + ahead, _MM_HINT_T0);
             }
             advance_rows(&rows);
         }

@@ -7,7 +7,8 @@ enum {
     GATES_BYTES = 512 << 10, /* of a chunk's input products: they stay in the L2 cache until their step */
     CHUNK_ROWS = 32,         /* but at least so many rows, for the matrix product's sake */
     GATES_TOGETHER = 1024,   /* rows times hidden units whose gates are finished together: 16 KiB, in the L1 cache */
-    PACKED_STEPS = 4,        /* steps that repay the packing of an LSTM's weight_hh */
+    PACKED_STEPS = 4,        /* steps that repay the packing of an LSTM's weight_hh, */
+    PACKED_ROWS = 8,         /* if they have so many rows together */
     PACKED_BYTES = 8 << 20,  /* of it: the scratch memory is kept */
     PACKED_COLUMNS = 32768   /* row sums must fit make_pairs() */
 };
@@ -109,8 +110,8 @@ static void work(void *arg, int thread, int threads) {
 
 static bool packs_weights(const struct fxq_recurrent *call) {
     const int64_t bytes = 4 * call->hidden * call->outputs;
-    return call->mode == FXQ_LSTM && fxq_active->pack_lstm && call->steps >= PACKED_STEPS && bytes <= PACKED_BYTES &&
-           call->outputs <= PACKED_COLUMNS;
+    return call->mode == FXQ_LSTM && fxq_active->pack_lstm && call->steps >= PACKED_STEPS &&
+           call->steps * call->batch >= PACKED_ROWS && bytes <= PACKED_BYTES && call->outputs <= PACKED_COLUMNS;
 }
 
 int fxq_recurrent(const struct fxq_recurrent *call, int threads) {

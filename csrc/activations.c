@@ -43,5 +43,8 @@ void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int
     }
 }
 
-/* The copy of a weight's last rows (row_major.h), 64 of them in the block form. */
-int64_t fxq_matmul_scratch_bytes(int64_t columns) { return 64 * fxq_depth(columns); }
+/* The copy of a weight's last rows (row_major.h), 64 of them in the block form; or a packed part of it. */
+int64_t fxq_matmul_scratch_bytes(int64_t columns) {
+    const int64_t bytes = 64 * fxq_depth(columns);
+    return bytes < FXQ_PACKED_BYTES ? FXQ_PACKED_BYTES : bytes;
+}

@@ -12,6 +12,7 @@ FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int
 #define DOT_FORM_ROWS 2 /* beyond, a tile product is faster even with most of its columns empty */
 #include "avx512.h"
 #include "avx512_blocks.h"
+#include "avx512_packed.h"
 #include "avx512_lstm.h"
 
 /* All eight tiles are 16 rows of 64 bytes; a thread sets them once a job. Constant data, not a local variable: gcc 12
@@ -150,6 +151,55 @@ FXQ_INLINE void store_units(int32_t (*c)[256]) {
     _tile_stored(3, c[3], 64);
 }
 
+/* 32 rows by 64 outputs, half of the outputs at a time: accumulators 0–3, activations 4 and 5, weights 6 and 7. */
+FXQ_INLINE void multiply_packed_2(const uint8_t *q, int64_t depth, const int8_t *w, int32_t (*c)[PACKED_OUTPUTS],
+                                  struct finished_rows *earlier, int pace) {
+    const uint8_t *q1 = q + 16 * depth;
+    for (int half = 0; half < 2; half++) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t k = 0; k < depth; k += 64) {
+            const int8_t *weights = w + k * PACKED_OUTPUTS + 128 * half;
+            _tile_loadd(6, weights, 4 * PACKED_OUTPUTS);
+            _tile_loadd(4, q + k, depth);
+            _tile_dpbusd(0, 4, 6);
+            _tile_loadd(7, weights + 64, 4 * PACKED_OUTPUTS);
+            _tile_dpbusd(1, 4, 7);
+            _tile_loadd(5, q1 + k, depth);
+            _tile_dpbusd(2, 5, 6);
+            _tile_dpbusd(3, 5, 7);
+            finish_rows(earlier, pace);
+        }
+        _tile_stored(0, c[0] + 32 * half, 4 * PACKED_OUTPUTS);
+        _tile_stored(1, c[0] + 32 * half + 16, 4 * PACKED_OUTPUTS);
+        _tile_stored(2, c[16] + 32 * half, 4 * PACKED_OUTPUTS);
+        _tile_stored(3, c[16] + 32 * half + 16, 4 * PACKED_OUTPUTS);
+    }
+}
+
+/* 16 rows by 64 outputs: accumulators 0–3, activations 4, weights 5–7 in turn. */
+FXQ_INLINE void multiply_packed_1(const uint8_t *q, int64_t depth, const int8_t *w, int32_t (*c)[PACKED_OUTPUTS],
+                                  struct finished_rows *earlier, int pace) {
+    zero_units();
+    for (int64_t k = 0; k < depth; k += 64) {
+        add_units(w, depth, q, k);
+        finish_rows(earlier, pace);
+    }
+    _tile_stored(0, c[0], 4 * PACKED_OUTPUTS);
+    _tile_stored(1, c[0] + 16, 4 * PACKED_OUTPUTS);
+    _tile_stored(2, c[0] + 32, 4 * PACKED_OUTPUTS);
+    _tile_stored(3, c[0] + 48, 4 * PACKED_OUTPUTS);
+}
+
+static void multiply_packed(const uint8_t *q, int64_t depth, int blocks, const int8_t *w, int32_t (*c)[PACKED_OUTPUTS],
+                            struct finished_rows *earlier) {
+    const int64_t steps = depth / 64 ? depth / 64 : 1;
+    if (blocks == 2) multiply_packed_2(q, depth, w, c, earlier, (int)((32 + 2 * steps - 1) / (2 * steps)));
+    else multiply_packed_1(q, depth, w, c, earlier, (int)((32 + steps - 1) / steps));
+}
+
 /* The tiles of a block of units are multiplied between the rows of the block before, whose gates take longer. */
 static void step_tiles(const struct fxq_lstm_step *s, int64_t m, int count) {
     const int64_t depth = s->h->depth;
@@ -180,6 +230,11 @@ static void step_tiles(const struct fxq_lstm_step *s, int64_t m, int count) {
     }
 }
 
+static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+    if (job->x->is_row_major) matmul_packed_form(job, n0, n1, to, scratch);
+    else (is_dot_form(job->x) ? matmul_dot_form : matmul_block_form)(job, n0, n1, to, scratch);
+}
+
 enum { MOST_ROWS_WITHOUT_TILES = 4 }; /* a register of weights serves four rows; loading tiles takes longer than that */
 
 static void lstm_step(const struct fxq_lstm_step *s) {
@@ -192,7 +247,7 @@ static void lstm_step(const struct fxq_lstm_step *s) {
 }
 
 const struct fxq_kernels fxq_amx = {.name = "amx", .value_bytes = 1, .begin = begin, .end = end, .quantize = quantize,
-                                    .row_sums = row_sums, .matmul = matmul, .pack_lstm = pack_lstm,
+                                    .row_sums = row_sums, .matmul = matmul, .packs_weight = packs_weight, .pack_lstm = pack_lstm,
                                     .lstm_step = lstm_step, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -1,6 +1,6 @@
 /* What the AVX512-VNNI and AMX kernels share. The includer has begun its target.
  *
- * Two forms of a product, chosen by the number of rows alone:
+ * Two forms of a product, chosen by the number of rows:
  *
  * Dot form, few rows: the weight's rows are read as they lie, 64 columns a register, and multiplied with q's row
  * (vpdpbusd: 4 products a lane); the 16 lanes of 16 outputs' sums are then added up, all at once. Activations lie
@@ -10,6 +10,8 @@
  * rows, [depth / 4][16][4] bytes, the layout of an AMX "B" tile; the weight is read as it lies, 16 rows by 64 columns an
  * "A" tile. So the weights are never repacked, and the tile is transposed in registers when it is finished.
  *
+ * A third form, of the packed weights (avx512_packed.h), is for so many rows that a copy of the weights is repaid.
+ *
  * Columns beyond the last: q is 0 there, so that a weight's row may be read into the next one. The tensor's end is never
  * passed: see weight_rows(). */
 #include <immintrin.h>
@@ -17,7 +19,9 @@
 #define FXQ_VALUE uint8_t
 #define FXQ_OWN_QUANTIZATION
 
-FXQ_INLINE __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
+FXQ_INLINE __mmask16 first_lanes(int64_t count) {
+    return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
+}
 
 /* As in elementwise.h, in fewer instructions than compilers find: a step of an LSTM waits for these. */
 static void measure(const float *x, int64_t count, struct fxq_range *range) {
@@ -220,6 +224,17 @@ static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int
     }
 }
 
+/* A row sum s as two int16, s = 128 * high + low with 0 <= low < 128: then one vpdpwssd with the row's zero_pair,
+ * (-zero_point, -128 * zero_point), subtracts s * zero_point exactly. |high| < 2^15 up to 32768 columns. */
+FXQ_INLINE __m512i make_pairs(__m512i sums) {
+    const __m512i low = _mm512_and_si512(sums, _mm512_set1_epi32(127));
+    return _mm512_or_si512(_mm512_slli_epi32(_mm512_srai_epi32(sums, 7), 16), low);
+}
+
+FXQ_INLINE __m512i correct(__m512i sums, __m512i pairs, int32_t zero_pair) {
+    return _mm512_dpwssd_epi32(sums, pairs, _mm512_set1_epi32(zero_pair));
+}
+
 /* What the last steps of 16 outputs need. */
 struct outputs_16 {
     bool relu;
@@ -235,13 +250,16 @@ FXQ_INLINE struct outputs_16 begin_outputs(const struct fxq_matmul *job, int64_t
     return o;
 }
 
-FXQ_INLINE void finish_outputs(const struct outputs_16 *o, __m512i sums, float row_scale, float *out,
-                               const float *addend) {
+FXQ_INLINE __m512 dequantize_outputs(const struct outputs_16 *o, __m512i sums, float row_scale, const float *addend) {
     __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(_mm512_set1_ps(row_scale), o->scale));
     y = _mm512_add_ps(y, o->bias);
     if (addend) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(o->lanes, addend));
-    if (o->relu) y = _mm512_max_ps(_mm512_setzero_ps(), y); /* the second operand where one is NaN */
-    _mm512_mask_storeu_ps(out, o->lanes, y);
+    return o->relu ? _mm512_max_ps(_mm512_setzero_ps(), y) : y; /* the second operand where one is NaN */
+}
+
+FXQ_INLINE void finish_outputs(const struct outputs_16 *o, __m512i sums, float row_scale, float *out,
+                               const float *addend) {
+    _mm512_mask_storeu_ps(out, o->lanes, dequantize_outputs(o, sums, row_scale, addend));
 }
 
 static void matmul_dot_form(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,

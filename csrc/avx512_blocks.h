@@ -21,17 +21,6 @@ struct epilogue {
     int64_t out_stride, addend_stride;
 };
 
-/* A row sum s as two int16, s = 128 * high + low with 0 <= low < 128: then one vpdpwssd with the row's zero_pair,
- * (-zero_point, -128 * zero_point), subtracts s * zero_point exactly. |high| < 2^15 up to 32768 columns. */
-FXQ_INLINE __m512i make_pairs(__m512i sums) {
-    const __m512i low = _mm512_and_si512(sums, _mm512_set1_epi32(127));
-    return _mm512_or_si512(_mm512_slli_epi32(_mm512_srai_epi32(sums, 7), 16), low);
-}
-
-FXQ_INLINE __m512i correct(__m512i sums, __m512i pairs, int32_t zero_pair) {
-    return _mm512_dpwssd_epi32(sums, pairs, _mm512_set1_epi32(zero_pair));
-}
-
 static void finish_tile(struct epilogue *e, int group, int block) {
     const int64_t n = e->n + 16 * group, rows = e->job->x->rows - e->m - 16 * block;
     const int32_t *c = e->c[2 * group + block];
@@ -120,8 +109,4 @@ static void matmul_block_form(const struct fxq_matmul *job, int64_t n0, int64_t 
             matmul_strip(job, &reader, n, end, m, count, pairs, ones, &target);
         }
     }
-}
-
-static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
-    (is_dot_form(job->x) ? matmul_dot_form : matmul_block_form)(job, n0, n1, to, scratch);
 }

@@ -67,6 +67,10 @@ static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8
     }
 }
 
+static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+    (is_dot_form(job->x) ? matmul_dot_form : matmul_block_form)(job, n0, n1, to, scratch);
+}
+
 const struct fxq_kernels fxq_avx512_vnni = {.name = "avx512_vnni", .value_bytes = 1, .quantize = quantize,
                                             .row_sums = row_sums, .matmul = matmul, .pack_lstm = pack_lstm,
                                             .lstm_step = lstm_step_by_rows, FXQ_ELEMENTWISE};

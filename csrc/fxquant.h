@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #define FXQ_DEPTH 64 /* activations are padded with zeros to whole steps of 64 columns */
+#define FXQ_PACKED_BYTES (256 << 10) /* of a weight that a thread packs at a time: see avx512_packed.h */
 
 /* How the values of one row of activations were quantized. */
 struct fxq_row {
@@ -31,7 +32,7 @@ struct fxq_activations {
     int64_t rows, columns, depth; /* depth: columns rounded up to FXQ_DEPTH */
     int qmax;
     bool per_row; /* false: row[] was filled from one range for all rows */
-    bool is_row_major; /* packed row by row, `depth` bytes each, whatever the instruction set's matmul wants */
+    bool is_row_major; /* packed row by row, `depth` bytes each: for packed weights */
     struct fxq_row *row;
     void *packed; /* fxq_packed_bytes() */
 };
@@ -87,6 +88,8 @@ struct fxq_kernels {
     void (*quantize)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
     void (*row_sums)(const int8_t *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1, int32_t *sums,
                      void *scratch); /* NULL where value_bytes is 2 */
+    /* Whether a product of these sizes repays a packed copy of the weights: then x must be row by row. NULL: never. */
+    bool (*packs_weight)(int64_t rows, int64_t columns, int64_t outputs);
     void (*matmul)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
     /* gates: 4 runs of `units` floats, gate_stride apart; h may be any buffer of `units`. */
     void (*lstm_cell)(const float *gates, int64_t gate_stride, int64_t units, float *c, float *h);

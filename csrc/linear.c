@@ -59,7 +59,8 @@ int fxq_linear(const struct fxq_linear *call, int threads) {
     char *memory = fxq_scratch(packed + rows + ranges + threads * job.scratch_bytes);
     if (memory == NULL) return FXQ_NO_MEMORY;
     job.x = (struct fxq_activations){.rows = call->rows, .columns = call->columns, .depth = fxq_depth(call->columns),
-        .qmax = call->qmax, .per_row = call->per_row, .row = (struct fxq_row *)(memory + packed), .packed = memory};
+        .qmax = call->qmax, .per_row = call->per_row,
+        .is_row_major = fxq_active->packs_weight && fxq_active->packs_weight(call->rows, call->columns, call->outputs), .row = (struct fxq_row *)(memory + packed), .packed = memory};
     job.ranges = (struct fxq_range *)(memory + packed + rows);
     job.scratch = memory + packed + rows + ranges;
     job.matmul = (struct fxq_matmul){.x = &job.x, .weight = call->weight, .outputs = call->outputs,

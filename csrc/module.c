@@ -1,234 +1,331 @@
-/* The Python module: addresses and sizes in, nothing kept, the GIL released while a kernel runs.
+/* The Python module: tensors in, tensors out, nothing kept, the GIL released while a kernel runs.
  *
- * fxquant/ops/native.py, its only caller, checks shapes, dtypes and contiguity. */
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
+ * Each operator takes what its schema (fxquant/ops/schema.py) says, after `asks`: whether it is to look first if anybody
+ * watches. It gives None, having done nothing, where somebody does, where arguments are left out, or where a tensor is not
+ * dense, not of the dtype or shape that the kernels want, or a number is out of range: its caller, fxquant/ops, then makes
+ * dense copies, or lets the reference say what is wrong. */
+#include "tensors.h"
+
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #include "fxquant.h"
 
-#define ADDRESS(object) PyLong_AsVoidPtr(object)
 #define INTEGER(object) PyLong_AsLongLong(object)
 
-static bool has_count(const char *name, Py_ssize_t given, Py_ssize_t wanted) {
-    if (given == wanted) return true;
-    PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, got %zd", name, wanted, given);
-    return false;
-}
+/* Whether to go on with an operator; else it gives `nothing()`. */
+static bool may_run(PyObject *asks, PyObject *x) { return asks != Py_True || !is_watched(x); }
 
-/* None, or the exception of a status that is the caller's: memory, or a number that native.py makes an error of. */
-static PyObject *result(int status) {
-    if (status == FXQ_NO_MEMORY) return PyErr_NoMemory();
-    return PyLong_FromLong(status);
-}
-
-/* What is asked of tensors. Their methods are called from here because a model's Python code runs on cold caches, between
- * kernels that fill them: each line of it costs several times what it does in a loop. */
-static struct {
-    PyObject *numel, *is_contiguous, *data_ptr, *dtype; /* names */
-    PyObject *float32, *int8;                           /* torch's */
-} known;
-
-/* set_dtypes(torch.float32, torch.int8): once, before any kernel */
-static PyObject *set_dtypes(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
-    if (!has_count("set_dtypes", count, 2)) return NULL;
-    Py_INCREF(args[0]), Py_INCREF(args[1]);
-    known.float32 = args[0];
-    known.int8 = args[1];
-    known.numel = PyUnicode_InternFromString("numel");
-    known.is_contiguous = PyUnicode_InternFromString("is_contiguous");
-    known.data_ptr = PyUnicode_InternFromString("data_ptr");
-    known.dtype = PyUnicode_InternFromString("dtype");
-    if (!known.numel || !known.is_contiguous || !known.data_ptr || !known.dtype) return NULL;
+static PyObject *nothing(void) {
+    if (PyErr_Occurred()) return NULL;
     Py_RETURN_NONE;
 }
 
-static long long call_for_integer(PyObject *tensor, PyObject *method) {
-    PyObject *value = PyObject_CallMethodObjArgs(tensor, method, NULL);
-    const long long integer = value ? PyLong_AsLongLong(value) : -1; /* is_contiguous: a bool is an integer */
-    Py_XDECREF(value);
-    return integer;
+/* The outputs, or for a status that is not FXQ_OK nothing, or MemoryError. Takes the outputs over. */
+static PyObject *finish(int status, PyObject *outputs) {
+    if (status == FXQ_OK) return outputs;
+    Py_DECREF(outputs);
+    return status == FXQ_NO_MEMORY ? PyErr_NoMemory() : nothing();
 }
 
-/* Whether the tensor is dense, of that dtype and of so many elements; then *address is where. May set an exception. */
-static bool read_tensor(PyObject *tensor, PyObject *dtype, int64_t count, void **address) {
-    PyObject *own = PyObject_GetAttr(tensor, known.dtype);
-    Py_XDECREF(own); /* dtypes live for ever */
-    if (own != dtype || call_for_integer(tensor, known.numel) != count) return false;
-    if (call_for_integer(tensor, known.is_contiguous) != 1) return false;
-    PyObject *pointer = PyObject_CallMethodObjArgs(tensor, known.data_ptr, NULL);
-    *address = pointer ? PyLong_AsVoidPtr(pointer) : NULL;
-    Py_XDECREF(pointer);
-    return !PyErr_Occurred();
-}
-
-/* linear(x, weight, scale, bias or None, out, rows, columns, outputs, relu, per_row, qmax, threads) -> True, or False when
- * a tensor is not dense, not of its dtype or not of its size, and nothing was done */
+/* linear(asks, x, weight, scale, bias, relu, per_row, qmax) */
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!has_count("linear", count, 12)) return NULL;
-    struct fxq_linear call = {.rows = INTEGER(args[5]), .columns = INTEGER(args[6]), .outputs = INTEGER(args[7]),
-        .relu = INTEGER(args[8]) != 0, .per_row = INTEGER(args[9]) != 0, .qmax = (int)INTEGER(args[10])};
-    const int threads = (int)INTEGER(args[11]);
-    if (PyErr_Occurred()) return NULL;
-    void *x, *weight, *scale, *bias = NULL, *out;
-    if (!read_tensor(args[0], known.float32, call.rows * call.columns, &x) ||
-        !read_tensor(args[1], known.int8, call.outputs * call.columns, &weight) ||
-        !read_tensor(args[2], known.float32, call.outputs, &scale) ||
-        (args[3] != Py_None && !read_tensor(args[3], known.float32, call.outputs, &bias)) ||
-        !read_tensor(args[4], known.float32, call.rows * call.outputs, &out)) {
-        return PyErr_Occurred() ? NULL : PyBool_FromLong(0);
+    struct tensor x, weight, out;
+    struct fxq_linear call = {.rows = 1};
+    if (count != 8) return nothing();
+    if (!may_run(args[0], args[1]) || !read_tensor(args[1], &x) || x.kind != FLOAT32 || x.dimensions < 1 ||
+        !read_kind(args[2], INT8, 2, &weight) || x.shape[x.dimensions - 1] != weight.shape[1] ||
+        !read_vector(args[3], weight.shape[0], &call.scale) ||
+        !read_optional_vector(args[4], weight.shape[0], &call.bias)) {
+        return nothing();
     }
-    call.x = x;
-    call.weight = weight;
-    call.scale = scale;
-    call.bias = bias;
-    call.out = out;
+    for (int i = 0; i < x.dimensions - 1; i++) call.rows *= x.shape[i];
+    call.x = x.data;
+    call.weight = weight.data;
+    call.outputs = x.shape[x.dimensions - 1] = weight.shape[0];
+    call.columns = weight.shape[1];
+    call.relu = INTEGER(args[5]) != 0;
+    call.per_row = INTEGER(args[6]) != 0;
+    call.qmax = (int)INTEGER(args[7]);
+    const int threads = thread_count();
+    PyObject *made = PyErr_Occurred() ? NULL : new_tensor(x.shape, x.dimensions, &out);
+    if (made == NULL) return NULL;
+    call.out = out.data;
     int status;
     Py_BEGIN_ALLOW_THREADS
     status = fxq_linear(&call, threads);
     Py_END_ALLOW_THREADS
-    return status == FXQ_NO_MEMORY ? PyErr_NoMemory() : PyBool_FromLong(1);
+    return finish(status, made);
 }
 
-/* addresses(tensors, counts, is_int8) -> a tuple of the tensors' addresses, or None when one of them is not dense, not of
- * the dtype or not of its count */
-static PyObject *addresses(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
-    if (!has_count("addresses", count, 3)) return NULL;
-    const Py_ssize_t tensors = PySequence_Size(args[0]);
-    PyObject *dtype = args[2] == Py_True ? known.int8 : known.float32;
-    if (tensors < 0 || !PyTuple_Check(args[1])) return NULL;
-    if (tensors != PyTuple_Size(args[1])) Py_RETURN_NONE;
-    PyObject *all = PyTuple_New(tensors);
-    for (Py_ssize_t i = 0; all && i < tensors; i++) {
-        void *address = NULL;
-        PyObject *tensor = PySequence_GetItem(args[0], i);
-        const bool is_ready = tensor && read_tensor(tensor, dtype, INTEGER(PyTuple_GetItem(args[1], i)), &address);
-        Py_XDECREF(tensor);
-        if (!is_ready) {
-            Py_DECREF(all);
-            if (PyErr_Occurred()) return NULL;
-            Py_RETURN_NONE;
+/* One item of a sequence of tensors: its owner keeps it alive. */
+static PyObject *item(PyObject *sequence, Py_ssize_t i) {
+    PyObject *tensor = PySequence_GetItem(sequence, i);
+    Py_XDECREF(tensor);
+    return tensor;
+}
+
+static bool read_matrix(PyObject *tensors, Py_ssize_t i, int64_t rows, int64_t columns, const int8_t **data) {
+    struct tensor matrix;
+    PyObject *tensor = item(tensors, i);
+    if (!tensor || !read_kind(tensor, INT8, 2, &matrix) || matrix.shape[0] != rows || matrix.shape[1] != columns) return false;
+    *data = matrix.data;
+    return true;
+}
+
+static bool read_item(PyObject *tensors, Py_ssize_t i, int64_t count, const float **data) {
+    PyObject *tensor = item(tensors, i);
+    return tensor && read_vector(tensor, count, data);
+}
+
+enum { WEIGHTS, SCALES, BIASES, HIDDEN_BIASES }; /* the sequences of a recurrent layer's tensors */
+
+/* Fill in the weights of all cells of a call whose sizes are known; whether they all fit. */
+static bool read_cells(PyObject *const *parts, const struct fxq_recurrent *call, int gates,
+                       struct fxq_recurrent_weights *weights) {
+    const Py_ssize_t cells = (Py_ssize_t)call->layers * call->directions, each = PySequence_Size(parts[WEIGHTS]) / cells;
+    const bool has_bias = PySequence_Size(parts[BIASES]) > 0, has_own = PySequence_Size(parts[HIDDEN_BIASES]) > 0;
+    const int64_t rows = gates * call->hidden;
+    for (Py_ssize_t i = 0, at = 0; i < cells; i++, at += each) {
+        struct fxq_recurrent_weights *w = &weights[i];
+        const int64_t columns = i < call->directions ? call->inputs : call->directions * call->outputs;
+        if (!read_matrix(parts[WEIGHTS], at, rows, columns, &w->ih) || !read_item(parts[SCALES], at, rows, &w->ih_scale) ||
+            !read_matrix(parts[WEIGHTS], at + 1, rows, call->outputs, &w->hh) ||
+            !read_item(parts[SCALES], at + 1, rows, &w->hh_scale) ||
+            (has_bias && !read_item(parts[BIASES], i, rows, &w->bias)) ||
+            (has_own && !read_item(parts[HIDDEN_BIASES], i, call->hidden, &w->hidden_bias))) {
+            return false;
         }
-        PyTuple_SetItem(all, i, PyLong_FromVoidPtr(address));
-    }
-    return all;
-}
-
-/* The i-th address of a tuple, NULL beyond its end. */
-static void *address_at(PyObject *tuple, Py_ssize_t i) {
-    return i < PyTuple_Size(tuple) ? ADDRESS(PyTuple_GetItem(tuple, i)) : NULL;
-}
-
-/* The cells from four tuples of addresses: weights (ih, hh and perhaps hr of each cell), scales, biases, hidden_biases. */
-static struct fxq_recurrent_weights *read_cells(PyObject *const *tuples, Py_ssize_t cells) {
-    for (int i = 0; i < 4; i++) {
-        if (!PyTuple_Check(tuples[i])) {
-            PyErr_SetString(PyExc_TypeError, "recurrent takes four tuples of addresses");
-            return NULL;
+        if (each == 3 && (!read_matrix(parts[WEIGHTS], at + 2, call->outputs, call->hidden, &w->hr) ||
+                          !read_item(parts[SCALES], at + 2, call->outputs, &w->hr_scale))) {
+            return false;
         }
     }
-    const Py_ssize_t per_cell = cells ? PyTuple_Size(tuples[0]) / cells : 0;
-    if (per_cell < 2 || per_cell > 3 || PyTuple_Size(tuples[1]) != cells * per_cell) {
-        PyErr_SetString(PyExc_TypeError, "recurrent takes two or three weights a cell and as many scales");
+    return true;
+}
+
+/* Whether the numbers of tensors fit each other. */
+static bool are_complete(PyObject *const *parts, int64_t cells, bool is_projected) {
+    const Py_ssize_t biases = PySequence_Size(parts[BIASES]), own = PySequence_Size(parts[HIDDEN_BIASES]);
+    const Py_ssize_t weights = (Py_ssize_t)cells * (is_projected ? 3 : 2);
+    return PySequence_Size(parts[WEIGHTS]) == weights && PySequence_Size(parts[SCALES]) == weights &&
+           (biases == 0 || biases == cells) && (own == 0 || own == cells);
+}
+
+/* Whether packed rows fall from at most `batch` to at least 1 and are `rows` together. */
+static bool are_sizes_sound(const struct tensor *sizes, int64_t rows, int64_t batch) {
+    const int64_t *size = sizes->data;
+    for (int64_t i = 0; i < sizes->count; i++) {
+        if (size[i] < 1 || size[i] > (i ? size[i - 1] : batch)) return false;
+        rows -= size[i];
+    }
+    return rows == 0;
+}
+
+/* The input and the states' sizes; whether they fit each other and are not empty. */
+static bool read_sequence(struct fxq_recurrent *call, PyObject *x, PyObject *batch_sizes, PyObject *h0, PyObject *c0,
+                          struct tensor *state, struct tensor *cell_state, bool is_bidirectional) {
+    struct tensor input, sizes;
+    const bool is_packed = batch_sizes != Py_None;
+    if (!read_kind(x, FLOAT32, is_packed ? 2 : 3, &input) || !read_kind(h0, FLOAT32, 3, state)) return false;
+    *cell_state = *state;
+    if (c0 != Py_None && !read_kind(c0, FLOAT32, 3, cell_state)) return false;
+    call->x = input.data;
+    call->inputs = input.shape[input.dimensions - 1];
+    call->batch = state->shape[1];
+    call->outputs = state->shape[2];
+    call->hidden = cell_state->shape[2];
+    call->directions = is_bidirectional ? 2 : 1;
+    call->layers = (int)(state->shape[0] / call->directions);
+    call->steps = input.shape[0];
+    if (state->shape[0] % call->directions || cell_state->shape[0] != state->shape[0] ||
+        cell_state->shape[1] != call->batch || !input.count || !state->count || !cell_state->count) {
+        return false;
+    }
+    if (!is_packed) return input.shape[1] == call->batch;
+    if (!read_kind(batch_sizes, INT64, 1, &sizes) || !are_sizes_sound(&sizes, input.shape[0], call->batch)) return false;
+    call->steps = sizes.count;
+    call->sizes = sizes.data;
+    return true;
+}
+
+/* The outputs of a call as a tuple (output, h, or output, h, c), with the initial states copied where they advance. */
+static PyObject *new_outputs(struct fxq_recurrent *call, PyObject *x, const struct tensor *h0, const struct tensor *c0) {
+    struct tensor out, h, c;
+    if (!read_tensor(x, &out)) return NULL;
+    out.shape[out.dimensions - 1] = call->directions * call->outputs;
+    const bool has_cells = call->mode == FXQ_LSTM;
+    PyObject *outputs = PyTuple_New(has_cells ? 3 : 2);
+    PyObject *made[3] = {new_tensor(out.shape, out.dimensions, &out), new_tensor(h0->shape, 3, &h),
+                         has_cells ? new_tensor(c0->shape, 3, &c) : NULL};
+    bool are_made = outputs != NULL;
+    for (int i = 0; i < (has_cells ? 3 : 2); i++) {
+        are_made = are_made && made[i];
+        if (outputs && made[i]) PyTuple_SetItem(outputs, i, made[i]);
+        else Py_XDECREF(made[i]);
+    }
+    if (!are_made) {
+        Py_XDECREF(outputs);
         return NULL;
     }
-    struct fxq_recurrent_weights *weights = calloc((size_t)cells, sizeof *weights);
-    if (weights == NULL) {
-        PyErr_NoMemory();
-        return NULL;
+    call->h0 = h0->data;
+    call->h = h.data;
+    call->out = out.data;
+    if (has_cells) {
+        memcpy(c.data, c0->data, (size_t)c.count * sizeof(float));
+        call->c = c.data;
     }
-    for (Py_ssize_t i = 0, at = 0; i < cells; i++, at += per_cell) {
-        weights[i] = (struct fxq_recurrent_weights){
-            .ih = address_at(tuples[0], at), .hh = address_at(tuples[0], at + 1),
-            .ih_scale = address_at(tuples[1], at), .hh_scale = address_at(tuples[1], at + 1),
-            .bias = address_at(tuples[2], i), .hidden_bias = address_at(tuples[3], i)};
-        if (per_cell == 3) {
-            weights[i].hr = address_at(tuples[0], at + 2);
-            weights[i].hr_scale = address_at(tuples[1], at + 2);
-        }
-    }
-    return weights;
+    return outputs;
 }
 
-/* recurrent(mode, x, steps, batch, inputs, hidden, outputs, sizes, layers, directions, weights, scales, biases,
- *           hidden_biases, h0, h, c, out, per_row, qmax, threads), the tensors as addresses */
-static PyObject *recurrent(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
-    if (!has_count("recurrent", count, 21)) return NULL;
-    struct fxq_recurrent call = {
-        .mode = (enum fxq_mode)INTEGER(args[0]), .x = ADDRESS(args[1]), .steps = INTEGER(args[2]),
-        .batch = INTEGER(args[3]), .inputs = INTEGER(args[4]), .hidden = INTEGER(args[5]), .outputs = INTEGER(args[6]),
-        .sizes = ADDRESS(args[7]), .layers = (int)INTEGER(args[8]), .directions = (int)INTEGER(args[9]),
-        .h0 = ADDRESS(args[14]), .h = ADDRESS(args[15]), .c = ADDRESS(args[16]), .out = ADDRESS(args[17]),
-        .per_row = INTEGER(args[18]) != 0, .qmax = (int)INTEGER(args[19])};
-    const int threads = (int)INTEGER(args[20]);
+/* args: asks, x, batch_sizes, h0; parts: weights, scales, biases, hidden_biases; options: bidirectional, per_row, qmax */
+static PyObject *recurrent(struct fxq_recurrent call, int gates, PyObject *const *args, PyObject *c0,
+                           PyObject *const *parts, PyObject *const *options) {
+    struct tensor h, c;
+    if (!may_run(args[0], args[1]) || !may_run(args[0], args[3]) || (c0 != Py_None && !may_run(args[0], c0)) ||
+        !read_sequence(&call, args[1], args[2], args[3], c0, &h, &c, INTEGER(options[0]) != 0)) {
+        return nothing();
+    }
+    const int64_t cells = h.shape[0];
+    const bool is_projected = PySequence_Size(parts[WEIGHTS]) == 3 * cells;
+    if (!are_complete(parts, cells, is_projected) || (!is_projected && call.hidden != call.outputs)) return nothing();
+    call.per_row = INTEGER(options[1]) != 0;
+    call.qmax = (int)INTEGER(options[2]);
+    const int threads = thread_count();
     if (PyErr_Occurred()) return NULL;
-    struct fxq_recurrent_weights *cells = read_cells(args + 10, (Py_ssize_t)call.layers * call.directions);
-    if (cells == NULL) return NULL;
-    call.cells = cells;
-    int status = FXQ_OK;
-    if (!PyErr_Occurred()) {
+    struct fxq_recurrent_weights *weights = calloc((size_t)cells, sizeof *weights);
+    if (weights == NULL) return PyErr_NoMemory();
+    PyObject *outputs = read_cells(parts, &call, gates, weights) ? new_outputs(&call, args[1], &h, &c) : nothing();
+    if (outputs && outputs != Py_None) {
+        call.cells = weights;
+        int status;
         Py_BEGIN_ALLOW_THREADS
         status = fxq_recurrent(&call, threads);
         Py_END_ALLOW_THREADS
+        outputs = finish(status, outputs);
     }
-    free(cells);
-    return PyErr_Occurred() ? NULL : result(status);
+    free(weights);
+    return outputs;
 }
 
-enum { TABLE_ARGUMENTS = 10 };
-
-/* values, rows, columns, bits, is_signed, scale, zero_point, indices, count, is_wide */
-static void read_table(PyObject *const *args, struct fxq_table *table, struct fxq_indices *indices) {
-    *table = (struct fxq_table){
-        .values = ADDRESS(args[0]), .rows = INTEGER(args[1]), .columns = INTEGER(args[2]), .bits = (int)INTEGER(args[3]),
-        .is_signed = INTEGER(args[4]) != 0, .scale = ADDRESS(args[5]), .zero_point = ADDRESS(args[6])};
-    *indices = (struct fxq_indices){
-        .values = ADDRESS(args[7]), .count = INTEGER(args[8]), .is_wide = INTEGER(args[9]) != 0};
+/* lstm(asks, x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax) -> (output, h, c) */
+static PyObject *lstm(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (count != 11) return nothing();
+    PyObject *no_hidden_biases = PyTuple_New(0);
+    if (no_hidden_biases == NULL) return NULL;
+    PyObject *parts[] = {args[5], args[6], args[7], no_hidden_biases};
+    PyObject *outputs = recurrent((struct fxq_recurrent){.mode = FXQ_LSTM}, 4, args, args[4], parts, args + 8);
+    Py_DECREF(no_hidden_biases);
+    return outputs;
 }
 
-/* embedding(..., out, threads) -> 0, or -2 for an index beyond the table */
+/* rnn(asks, x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax) -> (output, h) */
+static PyObject *rnn(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    static const char *const modes[] = {"gru", "rnn_tanh", "rnn_relu"}; /* in the order of enum fxq_mode */
+    if (count != 12) return nothing();
+    for (int i = 0; i < 3; i++) {
+        if (PyUnicode_CompareWithASCIIString(args[8], modes[i]) == 0) {
+            const struct fxq_recurrent call = {.mode = (enum fxq_mode)(FXQ_GRU + i)};
+            return recurrent(call, i == 0 ? 3 : 1, args, Py_None, args + 4, args + 9);
+        }
+    }
+    return nothing();
+}
+
+/* indices, weight, scale, zero_point, embedding_dim as the operators have them */
+static bool read_table(PyObject *const *args, int bits, PyObject *dtype, struct fxq_table *table, struct fxq_indices *indices,
+                       struct tensor *index) {
+    struct tensor weight;
+    const int64_t columns = INTEGER(args[4]), width = bits == 4 ? (columns + 1) / 2 : columns;
+    if (!is_float32(dtype) || !read_tensor(args[0], index) || (index->kind != INT32 && index->kind != INT64) ||
+        index->dimensions == MOST_DIMENSIONS || !read_tensor(args[1], &weight) || weight.dimensions != 2 ||
+        (weight.kind != INT8 && weight.kind != UINT8) || weight.shape[1] != width) {
+        return false;
+    }
+    *table = (struct fxq_table){.values = weight.data, .rows = weight.shape[0], .columns = columns, .bits = bits,
+                                .is_signed = weight.kind == INT8};
+    *indices = (struct fxq_indices){index->data, index->count, index->kind == INT64};
+    return read_vector(args[2], table->rows, &table->scale) && read_optional_vector(args[3], table->rows, &table->zero_point);
+}
+
+/* embedding(asks, indices, weight, scale, zero_point, embedding_dim, bits, dtype); None too for an index beyond the table */
 static PyObject *embedding(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!has_count("embedding", count, TABLE_ARGUMENTS + 2)) return NULL;
+    struct tensor index, out;
     struct fxq_table table;
     struct fxq_indices indices;
-    read_table(args, &table, &indices);
-    float *out = ADDRESS(args[TABLE_ARGUMENTS]);
-    const int threads = (int)INTEGER(args[TABLE_ARGUMENTS + 1]);
+    if (count != 8) return nothing();
+    if (!may_run(args[0], args[1]) || !read_table(args + 1, (int)INTEGER(args[6]), args[7], &table, &indices, &index)) {
+        return nothing();
+    }
+    const int threads = thread_count();
     if (PyErr_Occurred()) return NULL;
+    index.shape[index.dimensions] = table.columns;
+    PyObject *made = new_tensor(index.shape, index.dimensions + 1, &out);
+    if (made == NULL) return NULL;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fxq_embedding(&table, &indices, out, threads);
+    status = fxq_embedding(&table, &indices, out.data, threads);
     Py_END_ALLOW_THREADS
-    return result(status);
+    return finish(status, made);
 }
 
-/* embedding_bag(..., offsets, bags, width, has_end, mode, weights, padding, out, threads) -> 0, -2 or, for offsets that
- * do not rise from 0 to the number of indices, -3 */
+/* How the indices are divided into bags: mode, offsets or None, per_sample_weights or None, include_last_offset. */
+static bool read_bags(PyObject *mode, PyObject *offsets, PyObject *weights, bool has_end, const struct tensor *index,
+                      struct fxq_bags *bags) {
+    static const char *const modes[] = {"sum", "mean", "max"}; /* FXQ_SUM, FXQ_MEAN, FXQ_MAX */
+    struct tensor tensor;
+    for (bags->mode = 0; bags->mode < 3 && PyUnicode_CompareWithASCIIString(mode, modes[bags->mode]) != 0;) bags->mode++;
+    if (bags->mode == 3 || index->dimensions != (offsets == Py_None ? 2 : 1)) return false;
+    bags->count = index->shape[0];
+    bags->width = index->shape[1];
+    if (offsets != Py_None) {
+        if (!read_kind(offsets, INT64, 1, &tensor) || tensor.count < has_end) return false;
+        bags->offsets = tensor.data;
+        bags->has_end = has_end;
+        bags->count = tensor.count - has_end;
+    }
+    if (weights == Py_None) return true;
+    if (bags->mode != FXQ_SUM || !read_kind(weights, FLOAT32, index->dimensions, &tensor) ||
+        memcmp(tensor.shape, index->shape, (size_t)index->dimensions * sizeof *index->shape) != 0) {
+        return false;
+    }
+    bags->weights = tensor.data;
+    return true;
+}
+
+/* embedding_bag(asks, indices, weight, scale, zero_point, embedding_dim, offsets, mode, per_sample_weights,
+ *               include_last_offset, padding_idx, bits, dtype); None too for an index beyond the table, or offsets that do
+ * not rise from 0 to the number of indices */
 static PyObject *embedding_bag(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!has_count("embedding_bag", count, TABLE_ARGUMENTS + 9)) return NULL;
+    struct tensor index, out;
     struct fxq_table table;
     struct fxq_indices indices;
-    read_table(args, &table, &indices);
-    PyObject *const *more = args + TABLE_ARGUMENTS;
-    const struct fxq_bags bags = {
-        .offsets = ADDRESS(more[0]), .count = INTEGER(more[1]), .width = INTEGER(more[2]), .has_end = INTEGER(more[3]) != 0,
-        .mode = (int)INTEGER(more[4]), .weights = ADDRESS(more[5]), .padding = INTEGER(more[6])};
-    float *out = ADDRESS(more[7]);
-    const int threads = (int)INTEGER(more[8]);
+    struct fxq_bags bags = {.padding = -1};
+    if (count != 13) return nothing();
+    if (!may_run(args[0], args[1]) || (args[8] != Py_None && !may_run(args[0], args[8])) ||
+        !read_table(args + 1, (int)INTEGER(args[11]), args[12], &table, &indices, &index) ||
+        !read_bags(args[7], args[6], args[8], INTEGER(args[9]) != 0, &index, &bags)) {
+        return nothing();
+    }
+    if (args[10] != Py_None) {
+        bags.padding = INTEGER(args[10]);
+        if (bags.padding < 0) bags.padding += table.rows;
+    }
+    const int threads = thread_count();
     if (PyErr_Occurred()) return NULL;
+    PyObject *made = new_tensor((int64_t[]){bags.count, table.columns}, 2, &out);
+    if (made == NULL) return NULL;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fxq_embedding_bag(&table, &indices, &bags, out, threads);
+    status = fxq_embedding_bag(&table, &indices, &bags, out.data, threads);
     Py_END_ALLOW_THREADS
-    return result(status);
+    return finish(status, made);
 }
 
 /* isas() -> ((name, obstacle), ...), best first; an empty obstacle: it can be used */
@@ -258,8 +355,8 @@ static PyObject *select_isa(PyObject *self, PyObject *index) {
 /* use_huge_pages(address, bytes): ask for them; whether they come does not matter */
 static PyObject *use_huge_pages(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!has_count("use_huge_pages", count, 2)) return NULL;
-    const uintptr_t address = (uintptr_t)ADDRESS(args[0]), bytes = (uintptr_t)INTEGER(args[1]);
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "use_huge_pages takes 2 arguments, got %zd", count);
+    const uintptr_t address = (uintptr_t)PyLong_AsVoidPtr(args[0]), bytes = (uintptr_t)INTEGER(args[1]);
     if (PyErr_Occurred()) return NULL;
 #ifdef MADV_HUGEPAGE
     const uintptr_t page = 4096, first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
@@ -281,7 +378,7 @@ static PyObject *set_least_share(PyObject *self, PyObject *least) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 static PyMethodDef methods[] = {
-    FAST(set_dtypes), FAST(linear), FAST(addresses), FAST(recurrent), FAST(embedding), FAST(embedding_bag), FAST(use_huge_pages),
+    FAST(set_torch), FAST(linear), FAST(lstm), FAST(rnn), FAST(embedding), FAST(embedding_bag), FAST(use_huge_pages),
     {"isas", isas, METH_NOARGS, NULL},
     {"active_isa", active_isa, METH_NOARGS, NULL},
     {"select_isa", select_isa, METH_O, NULL},
@@ -294,6 +391,6 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__native(void) {
     fxq_select_isa(-1);
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "interface", 3) != 0) Py_CLEAR(module); /* of native.py's _INTERFACE */
+    if (module && PyModule_AddIntConstant(module, "interface", 4) != 0) Py_CLEAR(module); /* of native.py's _INTERFACE */
     return module;
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from fxquant.numerics import QuantizedTensor
 from fxquant.qconfig import QConfig
@@ -40,6 +41,13 @@ class QuantizedModule(nn.Module):
     def set_bias(self, name: str, bias: torch.Tensor | None) -> None:
         """Register a bias, copied, as a frozen parameter."""
         self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach().clone(), False))
+
+    def own(self, names: Sequence[str]) -> list[Any]:
+        """Return own buffers and parameters by name, past nn.Module's slow lookup where no compiler needs to see it."""
+        if is_compiling():
+            return [getattr(self, name) for name in names]
+        buffers, parameters = self._buffers, self._parameters
+        return [buffers[name] if name in buffers else parameters[name] for name in names]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

@@ -10,6 +10,8 @@ from fxquant.errors import ShapeError
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
+_TENSORS = ("weight", "weight_scale", "weight_zero_point")
+
 
 class _QuantizedTable(QuantizedModule):
     """What the two share: a table of integers, (V, D), or (V, ceil(D / 2)) for 4-bit rows."""
@@ -51,10 +53,8 @@ class QuantizedEmbedding(_QuantizedTable):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the rows that the indices name."""
-        bits = self.qconfig.weight.bits
-        return ops.embedding(
-            input, self.weight, self.weight_scale, self.weight_zero_point, self.embedding_dim, bits, self.dtype
-        )
+        table = self.own(_TENSORS)
+        return ops.embedding(input, *table, self.embedding_dim, self.qconfig.weight.bits, self.dtype)
 
 
 class QuantizedEmbeddingBag(_QuantizedTable):
@@ -97,9 +97,7 @@ class QuantizedEmbeddingBag(_QuantizedTable):
             )
         return ops.embedding_bag(
             input,
-            self.weight,
-            self.weight_scale,
-            self.weight_zero_point,
+            *self.own(_TENSORS),
             self.embedding_dim,
             offsets,
             self.mode,

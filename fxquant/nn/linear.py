@@ -12,6 +12,8 @@ from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.numerics import QuantizedTensor
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
+_TENSORS = ("weight", "weight_scale", "bias")
+
 
 class DynamicQuantizedLinear(QuantizedModule):
     """A Linear with int8 (or float16) weights; its input is quantized at each call, row by row.
@@ -42,9 +44,8 @@ class DynamicQuantizedLinear(QuantizedModule):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ weight.T + bias."""
-        return ops.linear(
-            input, self.weight, self.weight_scale, self.bias, self.relu, self.qconfig.per_row, self.qconfig.qmax
-        )
+        weight, scale, bias = self.own(_TENSORS)
+        return ops.linear(input, weight, scale, bias, self.relu, self.qconfig.per_row, self.qconfig.qmax)
 
     def extra_repr(self) -> str:
         """Return what print shows: the sizes and the scheme."""

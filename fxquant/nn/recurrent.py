@@ -103,13 +103,6 @@ class DynamicQuantizedRecurrent(QuantizedModule):
             return output.squeeze(1), self._as_given([state.squeeze(1) for state in states])
         return output.transpose(0, 1) if self.batch_first else output, self._as_given(states)
 
-    def own(self, names: list[str]) -> list[torch.Tensor]:
-        """Return own tensors by name, past nn.Module's slow lookup where no compiler needs to see it."""
-        if torch.compiler.is_compiling():
-            return [getattr(self, name) for name in names]
-        buffers, parameters = self._buffers, self._parameters
-        return [buffers[name] if name in buffers else parameters[name] for name in names]  # type: ignore[misc]
-
     def _states(self, x: torch.Tensor, given: States | None, batch: int, order: torch.Tensor | None) -> States:
         """Return the initial states in the batch's order, or raise ShapeError."""
         shapes = [(len(self._cells), batch, size) for size in (self.proj_size or self.hidden_size, self.hidden_size)]

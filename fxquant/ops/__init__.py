@@ -1,65 +1,56 @@
-"""The quantized operators as functions: eager calls on plain tensors run at once, others by `torch.ops.fxquant`."""
+"""The quantized operators as functions, whose arguments `SCHEMAS` has.
+
+An eager call on plain CPU tensors goes straight to the native kernels, `native.at_once`: torch's dispatcher would cost
+more than a small product. Every other call is one of `torch.ops.fxquant.*`, which `dispatch` answers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from fxquant.ops import dispatch
-from fxquant.ops.native import KernelInfo, kernel_info
+from fxquant.ops.native import KernelInfo, at_once, kernel_info
 from fxquant.ops.schema import LIBRARY, SCHEMAS
 
 for _name in SCHEMAS:
     LIBRARY.impl(_name, getattr(dispatch, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
-OVERLOADS = {name: getattr(torch.ops.fxquant, name).default for name in SCHEMAS}
+OVERLOADS: dict[str, Callable[..., Any]] = {name: getattr(torch.ops.fxquant, name).default for name in SCHEMAS}
 """The registered operators: what graphs, torch.compile and torch.export hold."""
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """Call `torch.ops.fxquant.linear`, whose arguments `dispatch.linear` has."""
-    run = dispatch.linear if dispatch.is_eager(x, weight) else OVERLOADS["linear"]
-    return run(x, weight, *rest)
+def linear(*args: Any) -> torch.Tensor:
+    """Call `torch.ops.fxquant.linear`."""
+    out: torch.Tensor | None = None if is_compiling() else at_once.linear(True, *args)
+    return OVERLOADS["linear"](*args) if out is None else out
 
 
-def lstm(
-    x: torch.Tensor,
-    batch_sizes: torch.Tensor | None,
-    h0: torch.Tensor,
-    c0: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Call `torch.ops.fxquant.lstm`, whose arguments `dispatch.lstm` has."""
-    is_eager = dispatch.is_eager(x, weights[0]) and dispatch.is_eager(h0, c0)
-    run = dispatch.lstm if is_eager else OVERLOADS["lstm"]
-    return run(x, batch_sizes, h0, c0, weights, *rest)
+def lstm(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Call `torch.ops.fxquant.lstm`."""
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None if is_compiling() else at_once.lstm(True, *args)
+    return OVERLOADS["lstm"](*args) if out is None else out
 
 
-def rnn(
-    x: torch.Tensor,
-    batch_sizes: torch.Tensor | None,
-    h0: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Call `torch.ops.fxquant.rnn`, whose arguments `dispatch.rnn` has."""
-    is_eager = dispatch.is_eager(x, weights[0]) and dispatch.is_eager(h0, weights[0])
-    return (dispatch.rnn if is_eager else OVERLOADS["rnn"])(x, batch_sizes, h0, weights, *rest)
+def rnn(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call `torch.ops.fxquant.rnn`."""
+    out: tuple[torch.Tensor, torch.Tensor] | None = None if is_compiling() else at_once.rnn(True, *args)
+    return OVERLOADS["rnn"](*args) if out is None else out
 
 
-def embedding(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """Call `torch.ops.fxquant.embedding`, whose arguments `dispatch.embedding` has."""
-    run = dispatch.embedding if dispatch.is_eager(indices, weight) else OVERLOADS["embedding"]
-    return run(indices, weight, *rest)
+def embedding(*args: Any) -> torch.Tensor:
+    """Call `torch.ops.fxquant.embedding`."""
+    out: torch.Tensor | None = None if is_compiling() else at_once.embedding(True, *args)
+    return OVERLOADS["embedding"](*args) if out is None else out
 
 
-def embedding_bag(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """Call `torch.ops.fxquant.embedding_bag`, whose arguments `dispatch.embedding_bag` has."""
-    run = dispatch.embedding_bag if dispatch.is_eager(indices, weight) else OVERLOADS["embedding_bag"]
-    return run(indices, weight, *rest)
+def embedding_bag(*args: Any) -> torch.Tensor:
+    """Call `torch.ops.fxquant.embedding_bag`."""
+    out: torch.Tensor | None = None if is_compiling() else at_once.embedding_bag(True, *args)
+    return OVERLOADS["embedding_bag"](*args) if out is None else out
 
 
 __all__ = ["OVERLOADS", "KernelInfo", "embedding", "embedding_bag", "kernel_info", "linear", "lstm", "rnn"]

@@ -1,7 +1,6 @@
 """The one place that decides which implementation a call runs: the native kernels where they can, else plain torch.
 
-`torch.ops.fxquant.*` runs these functions. So does an eager call on plain CPU tensors, without torch's dispatcher (see
-`is_eager`): that costs more than a small product.
+`torch.ops.fxquant.*` runs these functions.
 """
 
 from __future__ import annotations
@@ -13,21 +12,6 @@ import torch
 
 from fxquant.ops import native, reference, reference_recurrent
 from fxquant.ops.schema import RNN_MODES, check_indices, check_linear, check_recurrent
-
-
-def is_eager(x: object, weight: object) -> bool:
-    """Return whether nobody watches this call: no compiler, tracer, subclass, mode, transform or gradient."""
-    return (
-        not torch.compiler.is_compiling()
-        and (type(x) is torch.Tensor or type(x) is torch.nn.Parameter)
-        and type(weight) is torch.Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not x.is_neg()
-    )
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -9,6 +9,7 @@ which another process may be reading, is never used again.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -17,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-_LEAST_BYTES = 4 << 20  # below, malloc itself keeps the memory
 _use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -55,16 +55,15 @@ class OutputPool:
         self._blocks: list[_Block] = []
         self._lock = threading.Lock()
 
-    def empty(self, shape: tuple[int, ...], n_bytes: int) -> torch.Tensor:
-        """Return an uninitialized float32 tensor of `shape`, which takes n_bytes."""
-        if n_bytes < _LEAST_BYTES:
-            return torch.empty(shape, dtype=torch.float32)
+    def empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return an uninitialized float32 tensor of `shape`, of some megabytes: malloc keeps smaller ones itself."""
+        n_bytes = 4 * math.prod(shape)
         with self._lock:
             self._blocks = [block for block in self._blocks if block.storage.nbytes() == block.n_bytes]
             for block in self._blocks:
                 if block.n_bytes == n_bytes and block.is_free():
-                    return torch.empty(0, dtype=torch.float32).set_(block.storage, 0, shape)  # type: ignore[call-overload, no-any-return]
-        out = torch.empty(shape, dtype=torch.float32)
+                    return torch.empty(0, dtype=torch.float32, device="cpu").set_(block.storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+        out = torch.empty(shape, dtype=torch.float32, device="cpu")
         self._advise(out.data_ptr(), n_bytes)
         if n_bytes <= self.limit_bytes:
             self._keep(_Block(out.untyped_storage(), n_bytes))

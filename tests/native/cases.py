@@ -111,6 +111,9 @@ def linear_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tupl
     rng = random.Random(seed)
     torch.manual_seed(seed)
     rows, columns, outputs = rng.choice(SIZES), rng.choice(DEPTHS), rng.choice(SIZES)
+    if rng.random() < 0.02:  # so many rows that the weights are packed, and so many outputs that they are streamed
+        rows, columns = rng.randint(48, 700), rng.choice((3, 64, 70))
+        outputs = rng.choice((rng.choice(SIZES), (2 << 20) // rows + rng.randint(1, 90)))
     x = torch.randn(rows, columns) * 10 ** rng.uniform(-3, 3)
     weight, scale = int8(outputs, columns), torch.rand(outputs) * 0.01 + 1e-4
     is_extreme = rng.random() < 0.25

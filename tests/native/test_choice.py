@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fxquant import ops
-from fxquant.ops import dispatch, native
+from fxquant.ops import native
 from tests.native import cases
 from tests.native.cases import int8, same_bits
 
@@ -73,31 +73,129 @@ sys.meta_path.insert(0, Finder())
     assert result.stdout.startswith("None |")
 
 
+def run_linear(x, weight=None, scale=None, bias=None):
+    """Return what the library gives at once."""
+    weight = int8(3, 4) if weight is None else weight
+    return native.at_once.linear(True, x, weight, torch.rand(3) if scale is None else scale, bias, False, True, 255)
+
+
+def test_a_plain_call_passes_the_dispatcher_by():
+    x, weight, scale = torch.randn(2, 5, 4), int8(3, 4), torch.rand(3)
+    assert same_bits(run_linear(x, weight, scale), native.reference.linear(x, weight, scale))
+    assert run_linear(torch.nn.Parameter(x)) is None
+    with torch.no_grad():
+        assert run_linear(torch.nn.Parameter(x)) is not None
+
+
+def strided(x):
+    return x.t().contiguous().t()
+
+
+def negated(x):
+    return torch._neg_view(x)
+
+
 @pytest.mark.parametrize(
-    ("kind", "is_eager"),
-    [("plain", True), ("gradient", False), ("subclass", False), ("fake", False), ("vmap", False), ("mode", False)],
+    "change",
+    [
+        strided,
+        negated,
+        torch.Tensor.double,
+        torch.Tensor.requires_grad_,
+        torch.Tensor.to_sparse,
+        lambda x: x.to("meta"),
+        lambda x: x[:, :3],
+        lambda x: x.as_subclass(type("Marked", (torch.Tensor,), {})),
+        lambda x: x.view(1, 1, 1, 1, 1, 1, 1, 2, 4),
+        lambda x: x.tolist(),
+        lambda x: None,
+    ],
 )
-def test_only_plain_calls_pass_the_dispatcher_by(kind, is_eager):
-    x, weight = torch.randn(2, 4), int8(3, 4)
-    if kind == "gradient":
-        x.requires_grad_()
-    if kind == "subclass":
-        x = x.as_subclass(type("Marked", (torch.Tensor,), {}))
-    if kind == "fake":
-        with torch._subclasses.FakeTensorMode() as mode:
-            x = mode.from_tensor(x)
-            assert not dispatch.is_eager(x, weight)
-        return
-    if kind == "vmap":
-        seen = []
-        torch.func.vmap(lambda row: (seen.append(dispatch.is_eager(row, weight)), row)[1])(x)
-        assert seen == [False]
-        return
-    if kind == "mode":
-        with torch.overrides.TorchFunctionMode():
-            assert not dispatch.is_eager(x, weight)
-        return
-    assert dispatch.is_eager(x, weight) == is_eager
+def test_an_unusual_input_is_not_taken_at_once(change):
+    assert run_linear(change(torch.randn(2, 4))) is None
+
+
+@pytest.mark.parametrize(
+    "operands",
+    [
+        {"weight": int8(3, 5)},
+        {"weight": int8(3, 4).int()},
+        {"weight": int8(4, 3).t()},
+        {"weight": int8(12)},
+        {"scale": torch.rand(2)},
+        {"scale": torch.rand(6)[::2]},
+        {"scale": torch.rand(3, 1)},
+        {"bias": torch.rand(4)},
+        {"bias": torch.rand(3).double()},
+    ],
+)
+def test_an_unusual_operand_is_not_taken_at_once(operands):
+    assert run_linear(torch.randn(2, 4), **operands) is None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+def test_a_call_that_somebody_watches_is_not_taken_at_once():
+    x, weight, scale, seen = torch.randn(2, 4), int8(3, 4), torch.rand(3), []
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert run_linear(mode.from_tensor(x)) is None
+    with torch.overrides.TorchFunctionMode():
+        assert run_linear(x, weight, scale) is None
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert run_linear(x, weight, scale) is None
+    torch.func.vmap(lambda row: (seen.append(run_linear(row, weight, scale)), row)[1])(x)
+    torch.func.vmap(lambda row: (seen.append(run_linear(x, weight, scale)), row)[1])(x)
+    torch.jit.trace(lambda row: (seen.append(run_linear(row, weight, scale)), row)[1], (x,), check_trace=False)
+    assert len(seen) >= 3
+    assert set(seen) == {None}
+
+
+def recurrent_operands():
+    """Return an LSTM's operands after `asks`: T 3, B 2, I 4, H 5, bidirectional, projected to 2."""
+    weights = [int8(20, 4), int8(20, 2), int8(2, 5)] * 2
+    scales = [torch.rand(weight.shape[0]) for weight in weights]
+    states = torch.randn(2, 2, 2), torch.randn(2, 2, 5)
+    return [torch.randn(3, 2, 4), None, *states, weights, scales, [torch.randn(20)] * 2, True, True, 255]
+
+
+@pytest.mark.parametrize(
+    ("place", "operand"),
+    [
+        (0, torch.randn(3, 2, 5)),
+        (0, torch.randn(3, 3, 4)),
+        (0, torch.randn(6, 4)),
+        (1, torch.tensor([2, 1])),
+        (1, torch.tensor([2, 2, 2])),
+        (2, torch.randn(1, 2, 2)),
+        (2, torch.randn(2, 2, 3)),
+        (3, torch.randn(2, 1, 5)),
+        (3, torch.randn(2, 2, 4)),
+        (4, [int8(20, 4), int8(20, 2), int8(2, 5)]),
+        (4, [int8(20, 4), int8(20, 2), int8(2, 5), int8(20, 4), int8(20, 3), int8(2, 5)]),
+        (4, [int8(20, 4), int8(20, 2), int8(2, 5).float()] * 2),
+        (5, [torch.rand(20)] * 6),
+        (6, [torch.rand(20)]),
+        (6, [torch.rand(5)] * 2),
+        (7, False),
+    ],
+)
+def test_an_unusual_recurrent_operand_is_not_taken_at_once(place, operand):
+    operands = recurrent_operands()
+    assert native.at_once.lstm(True, *operands) is not None
+    operands[place] = operand
+    assert native.at_once.lstm(True, *operands) is None
+
+
+def test_tensors_are_read_without_the_exchange_interface_too():
+    native._introduce_torch(native._library, None)
+    try:
+        x, args = torch.randn(2, 5, 4), (int8(3, 4), torch.rand(3), torch.randn(3))
+        assert same_bits(run_linear(x, *args), native.reference.linear(x, *args))
+        assert native.at_once.lstm(True, *recurrent_operands()) is not None
+        unusual = (strided(torch.randn(2, 4)), torch.randn(2, 4).double(), torch.randn(2, 4).to("meta"))
+        unusual += (torch.randn(1, 1, 1, 1, 1, 1, 1, 2, 4), torch.randn(2, 4).to_sparse())
+        assert [run_linear(tensor) for tensor in unusual] == [None] * 5
+    finally:
+        native._introduce_torch(native._library, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
 
 
 def test_the_registered_operator_gives_the_same_bits(isa):

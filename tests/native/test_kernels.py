@@ -53,6 +53,17 @@ def test_step_by_step_equals_the_whole_sequence(isa):
     assert same_bits(c, whole[2])
 
 
+@pytest.mark.parametrize(
+    ("rows", "outputs"), [(256, 130), (300, 64), (543, 3), (48, 43_700), (70, 30_001), (513, 4160)]
+)
+def test_products_of_many_rows_give_the_references_bits(isa, rows, outputs):
+    x, weight, scale, bias = torch.randn(rows, 70), int8(outputs, 70), torch.rand(outputs), torch.randn(outputs)
+    expected = reference.linear(x, weight, scale, bias, True)
+    for threads in (1, 3):
+        with kernels(isa, threads):
+            assert same_bits(native.linear(x, weight, scale, bias, True), expected), threads
+
+
 @pytest.mark.parametrize("columns", [32768, 32769, 70000])  # the tiles' form ends at 32768; 66,000 can pass 2**31
 def test_very_deep_products_give_the_references_bits(isa, columns):
     x, weight, scale = torch.randn(20, columns), int8(3, columns), torch.rand(3)

@@ -144,6 +144,8 @@ class _Tracer(fx.Tracer):
         for node in graph.nodes:
             if getattr(node.target, "__module__", "").startswith("torch."):
                 node.meta.pop("is_wrapped", None)  # torch.fx would write a wrap("torch.nn…") that breaks later traces
+            if isinstance(node.type, str):  # of `from __future__ import annotations`; torch.fx cannot pickle it
+                node.type = None
         if concrete_args:  # torch.fx numbers the names
             named = [node for node in graph.nodes if node.op == "placeholder"]
             for node, name in zip(named, inspect.signature(root.forward).parameters, strict=False):

@@ -202,10 +202,10 @@ ROWS, KEYS = torch.zeros(L, B, E), torch.zeros(S, B, E)
         ((ROWS, KEYS[:, :2], KEYS[:, :2]), {}, ShapeError, "takes one batch size, and as many values as keys"),
         ((ROWS, KEYS, KEYS[:3]), {}, ShapeError, "takes one batch size, and as many values as keys"),
         ((ROWS[..., :9], KEYS, KEYS), {}, ShapeError, "a quantized linear of 24 inputs"),
-        ((ROWS, KEYS, KEYS), {"attn_mask": ROWS[0, :1, :S]}, ShapeError, r"of shape \(5, 7\) or \(12, 5, 7\), got \(1, 7\)"),
+        ((ROWS, KEYS, KEYS), {"attn_mask": ROWS[0, :1, :S]}, ShapeError, r"shape \(5, 7\) or \(12, 5, 7\), got"),
         ((ROWS, KEYS, KEYS), {"key_padding_mask": ROWS[0, 0, :S]}, ShapeError, r"mask of shape \(4, 7\), got \(7,\)"),
         ((ROWS, KEYS, KEYS), {"is_causal": True}, ShapeError, "is_causal=True, a hint on attn_mask, without one"),
-        ((ROWS, KEYS, KEYS), {"attn_mask": torch.zeros(L, S).int()}, DTypeError, r"bool or floating .*, got torch\.int32"),
+        ((ROWS, KEYS, KEYS), {"attn_mask": torch.zeros(L, S).int()}, DTypeError, "bool or floating point, got"),
         ((ROWS.int(), KEYS, KEYS), {}, DTypeError, "takes a float tensor"),
     ],
 )  # fmt: skip

@@ -43,11 +43,17 @@ def additive_mask(mask: Any, like: torch.Tensor) -> Any:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
 
 
-def is_true(flag: Any) -> bool:
-    """Return a flag as a bool: None is False."""
-    if has_torch_function((flag,)):
-        return handle_torch_function(is_true, (flag,), flag)
-    return bool(flag)
+def causal_hint(is_causal: Any, mask: Any) -> bool:
+    """Return whether a self-attention's mask is the causal one: as is_causal says, or, where it is None, by its values.
+
+    So torch's encoder and decoder do it, which pick another kernel then. A compiler is not shown the values.
+    """
+    if has_torch_function((is_causal, mask)):
+        return handle_torch_function(causal_hint, (is_causal, mask), is_causal, mask)
+    if is_causal is not None or mask is None or torch.compiler.is_compiling():
+        return bool(is_causal)
+    causal = nn.Transformer.generate_square_subsequent_mask(mask.shape[-1], mask.device, mask.dtype)
+    return mask.shape == causal.shape and bool((mask == causal).all())
 
 
 def _encoder_layer(
@@ -63,8 +69,9 @@ def _encoder_layer(
 
 def _encoder(self: Any, src: Any, mask: Any = None, src_key_padding_mask: Any = None, is_causal: Any = None) -> Any:
     masks = {"src_mask": additive_mask(mask, src), "src_key_padding_mask": additive_mask(src_key_padding_mask, src)}
+    hint = causal_hint(is_causal, masks["src_mask"])
     for layer in self.layers:
-        src = layer(src, is_causal=is_true(is_causal), **masks)
+        src = layer(src, is_causal=hint, **masks)
     return src if self.norm is None else self.norm(src)
 
 
@@ -79,6 +86,7 @@ def _decoder(
     tgt_is_causal: Any = None,
     memory_is_causal: Any = False,
 ) -> Any:
+    hint = causal_hint(tgt_is_causal, tgt_mask)
     for layer in self.layers:
         tgt = layer(
             tgt,
@@ -87,7 +95,7 @@ def _decoder(
             memory_mask=memory_mask,
             tgt_key_padding_mask=tgt_key_padding_mask,
             memory_key_padding_mask=memory_key_padding_mask,
-            tgt_is_causal=is_true(tgt_is_causal),
+            tgt_is_causal=hint,
             memory_is_causal=memory_is_causal,
         )
     return tgt if self.norm is None else self.norm(tgt)

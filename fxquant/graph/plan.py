@@ -83,7 +83,8 @@ class _Planner:
             rule = self.rule(path, path.rpartition(".")[0], kind)
             reason = row.refuse_module(module) if row else _unknown(module, kind, self.operators)
             reason = inside or _replaced(module) or reason
-            size = sum(t.numel() * t.element_size() for t in module.parameters())
+            held = module.parameters(recurse=row is not None)  # what lies inside a module without a row counts itself
+            size = sum(t.numel() * t.element_size() for t in held)
             self.decide(path, kind, row, rule, reason, size)
         if row is not None:
             self.check_parts(path, module, rule)

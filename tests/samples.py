@@ -44,6 +44,17 @@ class Call(nn.Module):
         return self.function(x, self.weight, **self.kwargs)
 
 
+class SelfAttention(nn.Module):
+    """An nn.MultiheadAttention of a sequence on itself."""
+
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(*sizes, **options)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
 def relu_of_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.relu(F.linear(x, weight))
 
@@ -58,6 +69,9 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         Sample(LinearReLU, lambda: nn.Sequential(nn.Linear(24, 12), nn.ReLU()), lambda: (torch.randn(5, 24),)),
         Sample(F.linear, lambda: Call(F.linear, 12, 24), lambda: (torch.randn(5, 24),)),
         Sample(linear_relu, lambda: Call(relu_of_linear, 12, 24), lambda: (torch.randn(5, 24),)),
+    ),
+    "attention": (
+        Sample(nn.MultiheadAttention, lambda: SelfAttention(24, 3), lambda: (torch.randn(4, 3, 24),), rows=1),
     ),
     "lstm": (Sample(nn.LSTM, lambda: nn.Sequential(nn.LSTM(10, 8, 2)), lambda: (torch.randn(4, 3, 10),), rows=1),),
     "rnn": (
@@ -165,3 +179,8 @@ def linear_bound(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     size = x.abs() @ weight.abs().t() + (0 if bias is None else bias.detach().double().abs())
     steps = s_x * weight.abs().sum(-1) + (x.abs() + s_x).sum(-1, keepdim=True) * s_w / 2
     return steps + (x.shape[-1] + 4) * 2**-24 * size
+
+
+def sqnr(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """Return the signal-to-quantization-noise ratio in dB."""
+    return float(10 * torch.log10(expected.detach().pow(2).sum() / (expected - got).detach().pow(2).sum()))

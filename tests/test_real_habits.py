@@ -56,7 +56,19 @@ class Containers(nn.Module):
         return self.blocks[1]["a"](self.blocks[0](x))
 
 
+class Annotated(nn.Module):
+    """Annotations as strings, which `from __future__ import annotations` makes of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(8, 8)
+
+    def forward(self, x: "torch.Tensor", scale: "float" = 2.0) -> "torch.Tensor":
+        return self.net(x) * scale
+
+
 SPECIMENS = {
+    "annotated": (Annotated, lambda: (torch.randn(2, 8),)),
     "optional": (Optional, lambda: (torch.randn(2, 8),)),
     "positions": (Positions, lambda: (torch.randn(2, 5, 8),)),
     "packed": (Packed, lambda: (torch.randn(3, 5, 8), torch.tensor([5, 2, 4]))),

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import ExampleInputsError, TraceError
 from fxquant.graph import edit
 from fxquant.graph.trace import Traced, trace
+from fxquant.nn.transformer import avoid_fast_path
 from fxquant.operators import Operator
 
 
@@ -141,8 +142,13 @@ def propagate(module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
 
 
 def verify(model: nn.Module, module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
-    """Raise TraceError unless two calls of the graph give the bits of two calls of the model; no hook is fired."""
+    """Raise TraceError unless two calls of the graph give the bits of two calls of the model; no hook is fired.
+
+    Both with torch's transformer fast path off, whose kernels a graph does not hold.
+    """
     twin, graph = edit.mirror(model, hooks=False), edit.mirror(module)
+    for part in (*twin.modules(), *graph.modules()):
+        avoid_fast_path(part)
     for call in ("first", "second"):
         if not _same_bits(_run(twin, inputs), _run(graph, inputs)):
             raise TraceError(

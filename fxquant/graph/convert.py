@@ -11,6 +11,8 @@ from torch import fx, nn
 from fxquant.graph import edit
 from fxquant.graph.module import Site
 from fxquant.graph.plan import name_operands
+from fxquant.nn import QuantizedModule
+from fxquant.nn.transformer import avoid_fast_path
 from fxquant.numerics import QuantizedTensor
 from fxquant.operators import Call, Operator, find_row
 from fxquant.qconfig import QConfig
@@ -44,6 +46,7 @@ def convert(module: fx.GraphModule, sites: tuple[Site, ...], operators: tuple[Op
             done.append(_convert_module(module, site, operators, cache))
         else:
             done.append(_convert_call(module, site, operators, cache))
+    _keep_swapped_called(module)
     module.recompile()
     return tuple(done)
 
@@ -54,11 +57,20 @@ def convert_modules(
     """Swap the modules of a tree in place; return its root, which may be one of them, and the sites with bytes."""
     cache = WeightCache()
     if [site.path for site in sites] != [""]:
-        return root, tuple(_convert_module(root, site, operators, cache) for site in sites)
+        done = tuple(_convert_module(root, site, operators, cache) for site in sites)
+        _keep_swapped_called(root)
+        return root, done
     holder = nn.ModuleDict({"root": root})
     (site,) = sites
-    done = _convert_module(holder, replace(site, path="root"), operators, cache)
-    return holder["root"], (replace(done, path=""),)
+    alone = _convert_module(holder, replace(site, path="root"), operators, cache)
+    return holder["root"], (replace(alone, path=""),)
+
+
+def _keep_swapped_called(root: nn.Module) -> None:
+    """Turn off torch's transformer fast path where it would read a quantized module's weights; elsewhere it stays."""
+    for module in root.modules():
+        if any(isinstance(part, QuantizedModule) for part in module.modules()):
+            avoid_fast_path(module)
 
 
 def _row(operators: tuple[Operator, ...], site: Site) -> Operator:

@@ -23,6 +23,7 @@ from fxquant.graph.reads import weights_read
 from fxquant.graph.trace import SCOPE, Names, Traced, names_of
 from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
+from fxquant.nn.transformer import PLAIN_FORWARDS
 from fxquant.operators import Operator, find_function_row, find_module_row
 from fxquant.operators.base import refuse_weight
 from fxquant.qconfig_mapping import QConfigMapping, Rule, type_name
@@ -82,9 +83,12 @@ class _Planner:
             rule = self.rule(path, path.rpartition(".")[0], kind)
             reason = row.refuse_module(module) if row else _unknown(module, kind, self.operators)
             reason = inside or _replaced(module) or reason
-            size = sum(t.numel() * t.element_size() for t in module.parameters())
+            held = module.parameters(recurse=row is not None)  # what lies inside a module without a row counts itself
+            size = sum(t.numel() * t.element_size() for t in held)
             self.decide(path, kind, row, rule, reason, size)
-        if row is None:
+        if row is not None:
+            self.check_parts(path, module, rule)
+        else:
             shut = inside or _replaced(module)
             if not shut and not _calls_children(module):
                 shut = f"{type_name(kind)} reads its children's weights itself"
@@ -92,6 +96,16 @@ class _Planner:
             for name, child in module.named_children():
                 itself = f"the code of {type_name(kind)} reads self.{name}'s weight itself" if name in read else ""
                 self.visit_module(f"{path}.{name}" if path else name, child, shut or itself)
+
+    def check_parts(self, path: str, module: nn.Module, rule: Rule) -> None:
+        """Raise QConfigError for an entry by name that wants a part of a module that is one Site otherwise."""
+        for name in [name for name, _ in module.named_modules() if name]:
+            part = self.mapping.resolve(f"{path}.{name}", "", (), 0)
+            if part.text.startswith("module_name") and part.qconfig != rule.qconfig:
+                raise QConfigError(
+                    f"{part.text} decides for {name!r}, a part of {path!r}, for which {rule.text} decides otherwise; a "
+                    f"{type_name(type(module))} is quantized as a whole: name {path!r}"
+                )
 
     def visit_call(self, node: fx.Node) -> None:
         """Decide for a functional call."""
@@ -245,11 +259,13 @@ def name_operands(row: Operator, node: fx.Node) -> dict[str, Any]:
 
 
 def _calls_children(module: nn.Module) -> bool:
-    """Return whether a module calls its children, so that they may be swapped: a user's forward, or a container's."""
+    """Return whether a module calls its children, so that they may be swapped: a user's forward, a container's, or one
+    of torch's transformers', which `avoid_fast_path` keeps from reading their weights.
+    """
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return True
     forward = inspect.getattr_static(type(module), "forward", None)
-    return not getattr(forward, "__module__", "").startswith("torch.")
+    return forward in PLAIN_FORWARDS or not getattr(forward, "__module__", "").startswith("torch.")
 
 
 def _replaced(module: nn.Module) -> str:

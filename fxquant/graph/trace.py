@@ -17,6 +17,7 @@ from torch.nn.utils import rnn
 from fxquant.errors import ModelStateError, TraceError
 from fxquant.graph import edit
 from fxquant.nn import QuantizedModule
+from fxquant.nn.transformer import PLAIN_FORWARDS
 from fxquant.operators import Operator
 
 _LEAF_FUNCTIONS = (
@@ -87,7 +88,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module is called as it is, rather than traced through."""
         return (
-            super().is_leaf_module(m, module_qualified_name)
+            (super().is_leaf_module(m, module_qualified_name) and type(m).forward not in PLAIN_FORWARDS)
             or module_qualified_name in self._whole
             or "forward" in vars(m)  # replaced on the instance, perhaps by a closure over the original
             or isinstance(m, (QuantizedModule, torch.jit.ScriptModule))
@@ -102,7 +103,8 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            plain = PLAIN_FORWARDS.get(type(m).forward)
+            return super().call_module(m, functools.partial(plain, m) if plain else forward, args, kwargs)
         except Exception:
             self.failed = self.failed or self.path_of_module(m)
             raise
@@ -134,11 +136,16 @@ class _Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a module, its placeholders named as forward's arguments."""
+        plain = PLAIN_FORWARDS.get(type(root).forward)
+        if plain is not None:  # torch.fx takes the root's forward from its class
+            root.__class__ = type(type(root).__name__, (type(root),), {"forward": plain})
         graph = super().trace(root, concrete_args)
         graph._tracer_cls = _Retracer  # what torch.fx unpickles with
         for node in graph.nodes:
             if getattr(node.target, "__module__", "").startswith("torch."):
                 node.meta.pop("is_wrapped", None)  # torch.fx would write a wrap("torch.nn…") that breaks later traces
+            if isinstance(node.type, str):  # of `from __future__ import annotations`; torch.fx cannot pickle it
+                node.type = None
         if concrete_args:  # torch.fx numbers the names
             named = [node for node in graph.nodes if node.op == "placeholder"]
             for node, name in zip(named, inspect.signature(root.forward).parameters, strict=False):

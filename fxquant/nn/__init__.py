@@ -1,5 +1,6 @@
 """Float modules that stand for fused chains, and the quantized modules that convert_fx puts in."""
 
+from fxquant.nn.attention import DynamicQuantizedMultiheadAttention
 from fxquant.nn.base import QuantizedModule
 from fxquant.nn.cells import DynamicQuantizedGRUCell, DynamicQuantizedLSTMCell, DynamicQuantizedRNNCell
 from fxquant.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
@@ -17,6 +18,7 @@ __all__ = [
     "DynamicQuantizedLSTMCell",
     "DynamicQuantizedLinear",
     "DynamicQuantizedLinearReLU",
+    "DynamicQuantizedMultiheadAttention",
     "DynamicQuantizedRNN",
     "DynamicQuantizedRNNCell",
     "LinearReLU",

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from fxquant.operators.attention import ATTENTION
 from fxquant.operators.base import Call, NewCall, Operator, Scheme
 from fxquant.operators.embedding import EMBEDDING, EMBEDDING_BAG
 from fxquant.operators.linear import LINEAR
 from fxquant.operators.recurrent import CELL, LSTM, RNN
 
-OPERATORS: tuple[Operator, ...] = (LINEAR, LSTM, RNN, CELL, EMBEDDING, EMBEDDING_BAG)
+OPERATORS: tuple[Operator, ...] = (LINEAR, ATTENTION, LSTM, RNN, CELL, EMBEDDING, EMBEDDING_BAG)
 
 
 def find_module_row(operators: Sequence[Operator], kind: type[nn.Module]) -> Operator | None:

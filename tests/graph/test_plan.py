@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import OPERATORS, QConfigMapping, default_dynamic_qconfig
+from fxquant import OPERATORS, QConfigMapping, default_dynamic_qconfig, explain, quantize_dynamic
 from fxquant.graph.plan import replay
 from fxquant.graph.trace import trace
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize
@@ -123,3 +123,10 @@ def test_an_order_entry_may_name_a_fused_pair():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     mapping = QConfigMapping().set_module_name_object_type_order("", nn.Linear, 0, default_dynamic_qconfig)
     assert [site.path for site in prepare(model, torch.randn(2, 4), mapping=mapping).record.sites] == ["0"]
+
+
+def test_a_weight_beside_submodules_counts_its_own_bytes():
+    model = nn.Sequential(nn.Linear(4, 8))
+    model.register_parameter("positions", nn.Parameter(torch.zeros(2, 8)))
+    found = {row.path: row.float_bytes for row in explain(quantize_dynamic(model.eval())).rows}
+    assert found == {"": 4 * 2 * 8, "0": 4 * (4 * 8 + 8)}

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import nn
 
-from tests.samples import Call, everything, indices, kinds, prepare, quantize, same_bits
+from fxquant import QConfigError
+from tests.samples import Call, SelfAttention, everything, indices, kinds, prepare, quantize, same_bits
 
 
 def reasons(model, *inputs, mapping=None):
@@ -79,18 +81,49 @@ def test_a_convolution_says_that_it_stays_float():
     assert reason == "nn.Conv1d has no dynamic form: convolutions stay float under a dynamic qconfig"
 
 
-def test_attention_stays_float_with_its_projection():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+RECOMPUTED = "are recomputed at each call (weight_norm, pruning or the like); remove that first"
 
-        def forward(self, x):
-            return self.attention(x, x, x)[0]
 
-    found = {left.path: left.reason for left in prepare(Model(), torch.randn(2, 3, 8)).record.left}
-    assert found["attention"] == "there is no quantized form of nn.MultiheadAttention"
-    assert "reads its children's weights itself" in found["attention.out_proj"]
+def spoil_out_proj(attention):
+    attention.out_proj.weight.data[0, 0] = float("nan")
+
+
+def wrap_out_proj(attention):
+    attention.out_proj = OtherLinear(8, 8)
+
+
+def prune_in_proj(attention):
+    torch.nn.utils.prune.random_unstructured(attention, "in_proj_weight", 0.5)
+
+
+def normalize_out_proj(attention):
+    torch.nn.utils.parametrizations.weight_norm(attention.out_proj)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (spoil_out_proj, "out_proj: its weight holds NaN or infinity"),
+        (wrap_out_proj, "its out_proj is a OtherLinear"),
+        (
+            prune_in_proj,
+            f"its weights {RECOMPUTED}",
+        ),
+        (normalize_out_proj, "its out_proj is a ParametrizedNonDynamicallyQuantizableLinear"),
+    ],
+)
+def test_attention_that_cannot_be_quantized_says_why(change, reason):
+    model = SelfAttention(8, 2)
+    change(model.attention)
+    (left,) = prepare(model, torch.randn(3, 2, 8)).record.left
+    assert (left.path, left.reason) == ("attention", reason)
+
+
+@pytest.mark.parametrize("name", ["set_module_name", "set_module_name_regex"])
+def test_a_part_of_attention_cannot_be_decided_by_itself(name):
+    mapping = getattr(everything(), name)("attention.out_proj", None)
+    with pytest.raises(QConfigError, match="is quantized as a whole: name 'attention'"):
+        prepare(SelfAttention(8, 2), torch.randn(3, 2, 8), mapping=mapping)
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ FXQ_INLINE __mmask16 first_lanes(int64_t count) {
     return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
 }
 
-/* As in elementwise.h, in fewer instructions than compilers find: a step of an LSTM waits for these. */
-static void measure(const float *x, int64_t count, struct fxq_range *range) {
-    __m512 low = _mm512_set1_ps(range->low), high = _mm512_set1_ps(range->high), low2 = low, high2 = high;
-    __mmask16 nan = range->is_nan;
+/* Widen 16 ranges by x's values; whether there is a NaN among them. */
+FXQ_INLINE bool measure_lanes(const float *x, int64_t count, __m512 *least, __m512 *greatest) {
+    __m512 low = *least, high = *greatest, low2 = low, high2 = high;
+    __mmask16 nan = 0;
     int64_t k = 0;
     for (; k + 32 <= count; k += 32) {
         const __m512 v = _mm512_loadu_ps(x + k), w = _mm512_loadu_ps(x + k + 16);
@@ -42,9 +42,17 @@ static void measure(const float *x, int64_t count, struct fxq_range *range) {
         high = _mm512_max_ps(v, high);
         nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     }
-    range->low = _mm512_reduce_min_ps(_mm512_min_ps(low, low2));
-    range->high = _mm512_reduce_max_ps(_mm512_max_ps(high, high2));
-    range->is_nan = nan != 0;
+    *least = _mm512_min_ps(low, low2);
+    *greatest = _mm512_max_ps(high, high2);
+    return nan != 0;
+}
+
+/* As in elementwise.h, in fewer instructions than compilers find: a step of an LSTM waits for these. */
+static void measure(const float *x, int64_t count, struct fxq_range *range) {
+    __m512 low = _mm512_set1_ps(range->low), high = _mm512_set1_ps(range->high);
+    range->is_nan |= measure_lanes(x, count, &low, &high);
+    range->low = _mm512_reduce_min_ps(low);
+    range->high = _mm512_reduce_max_ps(high);
 }
 
 FXQ_INLINE void quantize_values(const float *x, int64_t count, const struct fxq_row *row, int qmax, uint8_t *q) {
@@ -62,6 +70,68 @@ FXQ_INLINE void quantize_values(const float *x, int64_t count, const struct fxq_
 }
 
 #include "row_major.h"
+
+/* Sixteen registers to one, whose lane n is the sum of the lanes of v[n] (or their least, or their greatest): 15
+ * operations and 30 shuffles for all. */
+#define FXQ_REDUCE_16(name, type, combine, unpacklo_32, unpackhi_32, unpacklo_64, unpackhi_64, shuffle)                    \
+    FXQ_INLINE type name##_lanes(type a, type b) { return combine(shuffle(a, b, 0x88), shuffle(a, b, 0xdd)); }             \
+    FXQ_INLINE type name(const type v[16]) {                                                                               \
+        type fours[4];                                                                                                     \
+        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {                                                                        \
+            const type a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];                                 \
+            const type ab = combine(unpacklo_32(a, b), unpackhi_32(a, b)), cd = combine(unpacklo_32(c, d), unpackhi_32(c, d)); \
+            fours[i] = combine(unpacklo_64(ab, cd), unpackhi_64(ab, cd));                                                  \
+        }                                                                                                                  \
+        return name##_lanes(name##_lanes(fours[0], fours[1]), name##_lanes(fours[2], fours[3]));                           \
+    }
+FXQ_INLINE __m512 unpacklo_pairs(__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+FXQ_INLINE __m512 unpackhi_pairs(__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+FXQ_REDUCE_16(sum_16, __m512i, _mm512_add_epi32, _mm512_unpacklo_epi32, _mm512_unpackhi_epi32, _mm512_unpacklo_epi64,
+              _mm512_unpackhi_epi64, _mm512_shuffle_i32x4)
+FXQ_REDUCE_16(least_16, __m512, _mm512_min_ps, _mm512_unpacklo_ps, _mm512_unpackhi_ps, unpacklo_pairs, unpackhi_pairs,
+              _mm512_shuffle_f32x4)
+FXQ_REDUCE_16(greatest_16, __m512, _mm512_max_ps, _mm512_unpacklo_ps, _mm512_unpackhi_ps, unpacklo_pairs, unpackhi_pairs,
+              _mm512_shuffle_f32x4)
+
+/* fxq_set_row for 16 rows at once, to the bit. nan: the rows that have one. */
+static void set_rows_16(struct fxq_row *row, int count, __m512 low, __m512 high, __mmask16 nan, int qmax) {
+    const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f), round = _mm512_set1_ps(12582912.0f);
+    const __m512 most = _mm512_set1_ps((float)qmax);
+    low = _mm512_max_ps(low, _mm512_set1_ps(-3.4028234663852886e38f));
+    high = _mm512_min_ps(high, _mm512_set1_ps(3.4028234663852886e38f));
+    __m512 scale = _mm512_sub_ps(_mm512_mul_ps(high, half), _mm512_mul_ps(low, half));
+    scale = _mm512_div_ps(scale, _mm512_mul_ps(most, half));
+    scale = _mm512_mask_mov_ps(scale, _mm512_cmp_ps_mask(scale, _mm512_set1_ps(1.17549435e-38f), _CMP_LT_OQ), one);
+    scale = _mm512_mask_mov_ps(scale, nan, _mm512_set1_ps(__builtin_nanf("")));
+    const __m512 inverse = _mm512_div_ps(one, scale);
+    const __m512 minus = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(inverse), _mm512_set1_epi32(INT32_MIN)));
+    __m512 zero = _mm512_sub_ps(_mm512_add_ps(_mm512_mul_ps(low, minus), round), round);
+    zero = _mm512_min_ps(_mm512_max_ps(zero, _mm512_setzero_ps()), most); /* NaN: 0 */
+    const __m512i zero_point = _mm512_cvttps_epi32(zero), minus_zero = _mm512_sub_epi32(_mm512_setzero_si512(), zero_point);
+    const __m512i pair = _mm512_or_si512(_mm512_slli_epi32(minus_zero, 16 + 7), _mm512_and_si512(minus_zero, _mm512_set1_epi32(0xffff)));
+    _Alignas(64) float scales[16], inverses[16];
+    _Alignas(64) int32_t zero_points[16], pairs[16];
+    _mm512_store_ps(scales, scale);
+    _mm512_store_ps(inverses, inverse);
+    _mm512_store_si512(zero_points, zero_point);
+    _mm512_store_si512(pairs, pair);
+    for (int i = 0; i < count; i++) row[i] = (struct fxq_row){scales[i], inverses[i], zero_points[i], pairs[i]};
+}
+
+/* As set_own_rows in elementwise.h: the lanes of all rows are reduced together. */
+static void set_own_rows_16(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
+    __m512 low[16], high[16];
+    __mmask16 nan = 0;
+    for (int i = 0; i < 16; i++) {
+        low[i] = high[i] = _mm512_setzero_ps();
+        if (i < count) nan |= (__mmask16)(measure_lanes(rows[i], x->columns, &low[i], &high[i]) << i);
+    }
+    set_rows_16(x->row + first, count, least_16(low), greatest_16(high), nan, x->qmax);
+}
 
 enum {
     BLOCK_ROWS = 64,                   /* outputs of one step of the block form: 4 tiles */
@@ -120,28 +190,12 @@ static void quantize_block_form(const struct fxq_activations *x, int64_t first, 
 }
 
 static void quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
-    set_own_rows(x, first, count, rows);
+    if (x->per_row && count >= 4) set_own_rows_16(x, first, count, rows);
+    else set_own_rows(x, first, count, rows); /* a few: no longer than the reduction of 16 */
     (x->is_row_major || is_dot_form(x) ? quantize_row_major : quantize_block_form)(x, first, count, rows);
 }
 
 /* -- the dot form ------------------------------------------------------------------------------------------------ */
-
-/* 128-bit lanes: a0 + a1, a2 + a3, b0 + b1, b2 + b3. */
-FXQ_INLINE __m512i add_lanes(__m512i a, __m512i b) {
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
-}
-
-/* Lane n of the result is the sum of the lanes of v[n]: 15 additions and 30 shuffles for 16 sums. */
-FXQ_INLINE __m512i sum_16(const __m512i v[16]) {
-    __m512i fours[4];
-    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
-        const __m512i a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];
-        const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-        const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-        fours[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    }
-    return add_lanes(add_lanes(fours[0], fours[1]), add_lanes(fours[2], fours[3]));
-}
 
 /* sum + the products of 64 columns, 4 a lane. Not the intrinsic: gcc 12 copies and spills its accumulators. */
 FXQ_INLINE __m512i add_products(__m512i sum, __m512i q, const int8_t *w) {

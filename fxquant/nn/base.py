@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.compiler import is_compiling
 
 from fxquant.numerics import QuantizedTensor
 from fxquant.qconfig import QConfig
@@ -43,9 +42,7 @@ class QuantizedModule(nn.Module):
         self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach().clone(), False))
 
     def own(self, names: Sequence[str]) -> list[Any]:
-        """Return own buffers and parameters by name, past nn.Module's slow lookup where no compiler needs to see it."""
-        if is_compiling():
-            return [getattr(self, name) for name in names]
+        """Return own buffers and parameters by name, past nn.Module's slow lookup."""
         buffers, parameters = self._buffers, self._parameters
         return [buffers[name] if name in buffers else parameters[name] for name in names]
 

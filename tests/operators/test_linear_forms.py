@@ -17,7 +17,7 @@ class Forms(nn.Module):
         super().__init__()
         self.net = nn.Module()
         self.net.oi = nn.Parameter(torch.randn(5, 6))
-        self.net.io = nn.Parameter(self.net.oi.detach().t().clone())
+        self.net.io = nn.Parameter(self.net.oi.detach().t().contiguous())
         self.net.register_buffer("buffer", self.net.io.detach().clone())
         self.net.bias = nn.Parameter(torch.randn(5))
         self.function = function
@@ -73,13 +73,15 @@ def test_the_prepared_model_gives_the_models_bits_and_nothing_is_left(spelling):
     assert torch.equal(observer.max_val, model.net.oi.detach().amax(1))  # one range an output channel
 
 
+@pytest.mark.parametrize(
+    ("qconfig", "dtype"), [(default_dynamic_qconfig, torch.int8), (float16_dynamic_qconfig, torch.float16)]
+)
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_the_float_matrix_and_its_transpositions_are_gone(spelling):
-    quantized = quantize(Forms(SPELLINGS[spelling]), torch.randn(3, 6))
-    assert not any(tensor.dim() > 1 for tensor in quantized.state_dict().values() if tensor.is_floating_point())
+def test_the_float_matrix_and_its_transpositions_are_gone(spelling, qconfig, dtype):
+    quantized = quantize(Forms(SPELLINGS[spelling]), torch.randn(3, 6), mapping=everything(qconfig))
     assert len([n for n in quantized.graph.nodes if n.op in ("call_function", "call_method")]) == 1
-    (values,) = (tensor for tensor in quantized.state_dict().values() if tensor.dtype == torch.int8)
-    assert values.shape == (5, 6)
+    (values,) = (tensor for tensor in quantized.state_dict().values() if tensor.dim() > 1)
+    assert (values.shape, values.dtype) == ((5, 6), dtype)
     assert values.is_contiguous()
 
 

@@ -79,12 +79,12 @@ def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ..
 
 
 def _rescue_reads(module: fx.GraphModule, path: str) -> None:
-    """Move a float tensor that other nodes still read out of a module that is about to be swapped."""
+    """Move a tensor that other nodes read, a call's integers too, out of a module that is about to be swapped."""
     for node in module.graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith(f"{path}."):
             tensor = edit.get_tensor(module, str(node.target))
-            if tensor is not None and tensor.is_floating_point() and node.users:
-                kept = edit.free_name(module, str(node.target).replace(".", "_"))
+            if tensor is not None and node.users:
+                kept = edit.free_name(module, str(node.target).replace(".", "_"), tensor)
                 edit.set_tensor(module, kept, tensor)
                 node.target = kept
 

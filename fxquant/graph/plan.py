@@ -287,7 +287,7 @@ def _replaced(module: nn.Module) -> str:
 def _refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> str | None:
     """Return why a call of a row stays float, or None."""
     operands = name_operands(row, target.node)
-    if tensor.dim() != 2:
+    if tensor.dim() != 2 and (target.is_stored_transposed or target.is_taken_transposed):
         return f"its weight is {tensor.dim()}-D, not 2-D"
     if len(target.node.args) > len(row.operands) or not operands.keys() <= set(row.operands):
         return f"it is called with more than {', '.join(row.operands)}"

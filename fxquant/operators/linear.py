@@ -34,6 +34,8 @@ def refuse_bias(bias: Any, outputs: int) -> str | None:
 
 
 def _refuse_call(operands: dict[str, Any]) -> str | None:
+    if len(operands["weight"].shape) != 2:
+        return f"its weight is {len(operands['weight'].shape)}-D, not 2-D"
     return refuse_bias(operands.get("bias"), operands["weight"].shape[0])
 
 

@@ -159,6 +159,7 @@ LEFT = {
         ("net.oi", lambda m, x: x @ F.linear(m.oi, m.oi)[0].sum().expand(6)),
         ("net.square", lambda m, x: x * torch.matmul(m.square, m.square).sum()),
     ],
+    "its weight is 1-D, not 2-D": [("net.vector", lambda m, x: F.linear(x, m.vector))],
     "its weight is 3-D, not 2-D": [("net.cube", lambda m, x: torch.matmul(x, m.cube))],
     "there is no quantized form of torch.bmm": [("net.cube", lambda m, x: torch.bmm(x.expand(2, 3, 6), m.cube))],
     "there is no quantized form of torch.baddbmm": [
@@ -181,6 +182,7 @@ def test_other_forms_stay_float_with_their_reason(path, function, reason):
     model, x = Forms(function).eval(), torch.randn(3, 6)
     model.net.square, model.net.cube = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(2, 6, 5))
     model.net.pairs, model.net.kernel = nn.Parameter(torch.randn(4, 6, 6)), nn.Parameter(torch.randn(4, 3, 2))
+    model.net.vector = nn.Parameter(torch.randn(6))
     with torch.no_grad():
         prepared, expected = prepare(model, x), model(x)
     assert (path, reason) in {(left.path, left.reason) for left in prepared.record.left}

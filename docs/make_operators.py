@@ -1,6 +1,9 @@
 """Write docs/operators.md from the operator table."""
 
+import operator
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 from fxquant import OPERATORS
 from fxquant.ops.schema import SCHEMAS
@@ -14,11 +17,18 @@ stays float, and `fxquant.explain` says why.
 """
 
 
+def _written(kind: Callable[..., Any] | str) -> str:
+    """Return a module type, function or method as one would write it."""
+    if kind is operator.matmul:
+        return "x @ weight"
+    return f".{kind}()" if isinstance(kind, str) else type_name(kind)
+
+
 def page() -> str:
     """Return the page's text."""
     parts = [_HEAD]
     for row in OPERATORS:
-        kinds = ", ".join(f"`{type_name(kind)}`" for kind in (*row.modules, *row.functions))
+        kinds = ", ".join(dict.fromkeys(f"`{_written(kind)}`" for kind in (*row.modules, *row.functions)))
         presets = ", ".join(f"`{name}`" for name, preset in PRESETS.items() if row.accepts(preset))
         schemes = "; ".join(scheme.name for scheme in row.schemes)
         parts.append(

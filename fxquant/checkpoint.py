@@ -272,7 +272,7 @@ def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> 
 def _rebuild_graph(model: nn.Module, record: Record) -> nn.Module:
     traced = trace(model, record.operators, device="meta", constants=record.constants, untraced=record.untraced)
     fuse(traced.module, traced.hooked, only=record.fusions)
-    sites = observe(traced.module, replay(traced.module, record.sites))
+    sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module
     convert(module, sites, record.operators)
     return finish(clean(module, model), model, record)

@@ -5,6 +5,7 @@ A new row needs a sample here: tests/operators/test_contract.py walks the table 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +56,23 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x)[0]
 
 
+class CallWithBias(Call):
+    """A model that calls a function on a bias of its own, an input and its weight."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], *shape: int) -> None:
+        super().__init__(function, *shape)
+        self.bias = nn.Parameter(torch.randn(shape[1]))
+
+    def forward(self, x):
+        return self.function(self.bias, x, self.weight)
+
+
 def relu_of_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.relu(F.linear(x, weight))
+
+
+def einsum_of_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("...i,oi->...o", x, weight)
 
 
 def indices(*shape: int, top: int = 20) -> torch.Tensor:
@@ -73,6 +89,20 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "attention": (
         Sample(nn.MultiheadAttention, lambda: SelfAttention(24, 3), lambda: (torch.randn(4, 3, 24),), rows=1),
     ),
+    "matmul": (
+        Sample(operator.matmul, lambda: Call(operator.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
+        Sample(torch.matmul, lambda: Call(torch.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
+        Sample("matmul", lambda: Call(lambda x, w: x.matmul(w), 24, 12), lambda: (torch.randn(5, 24),)),
+    ),
+    "mm": (
+        Sample(torch.mm, lambda: Call(torch.mm, 24, 12), lambda: (torch.randn(5, 24),)),
+        Sample("mm", lambda: Call(lambda x, w: x.mm(w), 24, 12), lambda: (torch.randn(5, 24),)),
+    ),
+    "addmm": (
+        Sample(torch.addmm, lambda: CallWithBias(torch.addmm, 24, 12), lambda: (torch.randn(5, 24),)),
+        Sample("addmm", lambda: CallWithBias(lambda b, x, w: b.addmm(x, w), 24, 12), lambda: (torch.randn(5, 24),)),
+    ),
+    "einsum": (Sample(torch.einsum, lambda: Call(einsum_of_rows, 12, 24), lambda: (torch.randn(5, 24),)),),
     "lstm": (Sample(nn.LSTM, lambda: nn.Sequential(nn.LSTM(10, 8, 2)), lambda: (torch.randn(4, 3, 10),), rows=1),),
     "rnn": (
         Sample(nn.GRU, lambda: nn.Sequential(nn.GRU(10, 8, 2)), lambda: (torch.randn(4, 3, 10),), rows=1),

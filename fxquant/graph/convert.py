@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.graph import edit
+from fxquant.graph.constants import constant_of
 from fxquant.graph.module import Site
 from fxquant.graph.plan import name_operands
 from fxquant.nn import QuantizedModule
@@ -26,12 +27,12 @@ class WeightCache:
 
     def quantize(self, weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
         """Return a weight as the qconfig wants it: the same tensors for the same weight and qconfig."""
-        place = weight.untyped_storage().data_ptr() or id(weight)
+        place = weight.untyped_storage().data_ptr() or weight.untyped_storage()._cdata  # on the meta device
         key = (place, weight.storage_offset(), weight.shape, weight.stride(), qconfig.weight, qconfig.weight_observer)
         if key not in self._done:
             self._done[key] = (
                 weight,
-                qconfig.quantize_weight(weight),
+                qconfig.quantize_weight(weight.contiguous()),
             )  # the weight is kept so that its key stays its own
         return self._done[key][1]
 
@@ -90,12 +91,12 @@ def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ..
 
 
 def _rescue_reads(module: fx.GraphModule, path: str) -> None:
-    """Move a float tensor that other nodes still read out of a module that is about to be swapped."""
+    """Move a tensor that other nodes read, a call's integers too, out of a module that is about to be swapped."""
     for node in module.graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith(f"{path}."):
             tensor = edit.get_tensor(module, str(node.target))
-            if tensor is not None and tensor.is_floating_point() and node.users:
-                kept = edit.free_name(module, str(node.target).replace(".", "_"))
+            if tensor is not None and node.users:
+                kept = edit.free_name(module, str(node.target).replace(".", "_"), tensor)
                 edit.set_tensor(module, kept, tensor)
                 node.target = kept
 
@@ -104,22 +105,24 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     """Rewrite one functional call: the node keeps its name, place and stack trace."""
     graph = module.graph
     observed = next(n for n in graph.nodes if n.op == "call_module" and n.target == site.observer)
-    (node,) = observed.users
+    node = next(n for n in graph.nodes if n.name == site.call)
     row = _row(operators, site)
-    (weight,) = observed.args  # not site.path: a swap of the module around it may have moved it
-    path = str(weight.target)
+    name = row.weights[0]
+    operands = name_operands(row, node)
+    given, shown = operands[name], constant_of(observed.args[0])
+    assert shown is not None, site.observer
+    path = str(shown.source.target)  # not site.path: a swap of the module around it may have moved it
     tensor = edit.get_tensor(module, path)
     assert tensor is not None, path
+    tensor = tensor.t() if shown.is_transposed else tensor
     quantized = cache.quantize(tensor, site.qconfig)
-    operands = name_operands(row, node)
-    name = next(name for name, operand in operands.items() if operand is observed)
     with graph.inserting_before(node):
         nodes = _place(module, graph, path, quantized)
     operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
     like = torch.empty_like(tensor, device="meta")
     node.target, kwargs = row.convert_function(Call(node.target, operands, {name: like}, site.qconfig))
-    node.args, node.kwargs = (), kwargs
-    edit.erase_dead(graph, [observed])
+    node.op, node.args, node.kwargs = "call_function", (), kwargs  # it may have been a method
+    edit.erase_dead(graph, [given])
     module.delete_submodule(str(site.observer))  # it may stand inside a leaf, which is kept whole
     size = sum(part.numel() * part.element_size() for part in quantized if part is not None)
     return replace(site, int_bytes=size)
@@ -133,9 +136,8 @@ def _place(module: fx.GraphModule, graph: fx.Graph, path: str, quantized: Quanti
         if part is None:
             nodes.append(None)
             continue
-        target = f"{path}{suffix}"
-        if edit.get_tensor(module, target) is not part:
-            target = edit.free_name(module, target)
+        target = edit.free_name(module, f"{path}{suffix}", part)
+        if edit.get_tensor(module, target) is None:
             edit.set_tensor(module, target, part)
         nodes.append(graph.get_attr(target))
     return nodes

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.graph.constants import is_transposition
+
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -116,21 +118,21 @@ def set_tensor(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
         owner.register_buffer(name, tensor)
 
 
-def free_name(root: nn.Module, path: str) -> str:
-    """Return the path, with a number at its end if something is there already."""
+def free_name(root: nn.Module, path: str, tensor: torch.Tensor | None = None) -> str:
+    """Return the path, with a number at its end if something other than the tensor is there already."""
     parent, _, name = path.rpartition(".")
     owner = root.get_submodule(parent)
     number, unique = 0, name
-    while hasattr(owner, unique):
+    while hasattr(owner, unique) and (tensor is None or getattr(owner, unique) is not tensor):
         number += 1
         unique = f"{name}_{number}"
     return f"{parent}.{unique}" if parent else unique
 
 
 def erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Erase those of our own nodes that nothing uses any more, and what fed only them. The user's nodes stay."""
+    """Erase those constants, observers and transpositions that nothing uses any more, and what fed only them."""
     for node in nodes:
-        if not node.users and node.op in ("get_attr", "call_module"):
+        if not node.users and (node.op in ("get_attr", "call_module") or is_transposition(node)):
             feeders = node.all_input_nodes
             graph.erase_node(node)
             erase_dead(graph, feeders)

@@ -1,4 +1,8 @@
-"""Fourth pass: a weight observer stands in the graph on the weight of every functional call that will be quantized."""
+"""Fourth pass: a weight observer stands in the graph on the weight of every functional call that will be quantized.
+
+An observer sees the weight as (O, I), so that dimension 0 is the output channel; where it is stored or taken as (I, O),
+transpositions stand around the observer.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from fxquant.graph import edit
+from fxquant.graph.constants import transpose
 from fxquant.graph.module import Site
 from fxquant.graph.plan import Plan
 
@@ -14,17 +19,21 @@ from fxquant.graph.plan import Plan
 def observe(module: fx.GraphModule, plan: Plan) -> tuple[Site, ...]:
     """Insert the observers, each shown its weight once, and return the plan's sites with their observers' paths."""
     placed = {id(site): site for site in plan.sites}
-    for site, (node, weight) in plan.calls:
+    for site, target in plan.calls:
+        node, weight = target.node, target.weight
         path = edit.free_name(module, f"{site.path}_observer")
         observer = site.qconfig.make_observer() or nn.Identity()
         tensor = edit.get_tensor(module, site.path)
         if tensor is not None:
-            observer(tensor)
+            observer(tensor.t() if target.is_stored_transposed else tensor)
         module.add_submodule(path, observer)
         with module.graph.inserting_before(node):
-            observed = module.graph.call_module(path, (weight,))
+            shown = transpose(module.graph, weight) if target.is_stored_transposed else weight
+            observed = module.graph.call_module(path, (shown,))
+            given = transpose(module.graph, observed) if target.is_taken_transposed else observed
         observed.meta.update(weight.meta)
-        node.replace_input_with(weight, observed)
+        node.replace_input_with(target.operand, given)
+        edit.erase_dead(module.graph, [target.operand])
         placed[id(site)] = replace(site, observer=path)
     module.recompile()
     return tuple(placed[id(site)] for site in plan.sites)

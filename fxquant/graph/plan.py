@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,22 +18,30 @@ from torch import fx, nn
 
 from fxquant.errors import MappingNameError, QConfigError, nearest
 from fxquant.graph import edit
+from fxquant.graph.constants import constant_of, is_transposition
 from fxquant.graph.module import Left, Site
 from fxquant.graph.reads import weights_read
 from fxquant.graph.trace import SCOPE, Names, Traced, names_of
 from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.nn.transformer import PLAIN_FORWARDS
-from fxquant.operators import Operator, find_function_row, find_module_row
+from fxquant.operators import Operator, find_function_row, find_module_row, find_row
 from fxquant.operators.base import refuse_weight
 from fxquant.qconfig_mapping import QConfigMapping, Rule, type_name
 
 
 class Target(NamedTuple):
-    """A functional call that a Site is about: the node, and the get_attr node of its weight."""
+    """A functional call that a Site is about.
+
+    node: the call. operand: what it takes as its weight. weight: the get_attr node which that is made of.
+    is_stored_transposed, is_taken_transposed: whether the tensor, and what the call takes, are (I, O) and not (O, I).
+    """
 
     node: fx.Node
+    operand: fx.Node
     weight: fx.Node
+    is_stored_transposed: bool
+    is_taken_transposed: bool
 
 
 @dataclass
@@ -109,36 +117,44 @@ class _Planner:
 
     def visit_call(self, node: fx.Node) -> None:
         """Decide for a functional call."""
-        row = find_function_row(self.operators, node.target) if callable(node.target) else None
-        if row is None:
-            self.visit_other_call(node)
+        row = find_function_row(self.operators, node.target)
+        target = find_target(row, node) if row is not None else None
+        is_alone = target is not None and [*self.matrices(node)] == [target.weight.target]
+        if row is None or (row.may_lack_weight and not is_alone):
+            self.visit_other_call(node, row)
             return
         function = torch.nn.functional.linear if node.target is linear_relu else node.target
-        scope = node.meta.get(SCOPE, "")
+        scope, name = node.meta.get(SCOPE, ""), _call_name(function)
         rule = self.rule(scope, scope, function)
-        operands = name_operands(row, node)
-        weight = operands[row.weights[0]]
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or weight.target not in self.names.tensors:
-            self.decide(node.name, function, None, rule, "its weight is no registered parameter or buffer", 0)
+        if target is None or target.weight.target not in self.names.tensors:
+            self.decide(node.name, name, None, rule, "its weight is no registered parameter or buffer", 0)
             return
-        tensor = edit.get_tensor(self.module, str(weight.target))
+        path = str(target.weight.target)
+        tensor = edit.get_tensor(self.module, path)
         if tensor is None:
-            raise AssertionError(f"{weight.target} was traced but is not in the graph module")
-        reason = row.refuse_call(operands) or refuse_weight(tensor)
-        size = tensor.numel() * tensor.element_size()
-        site = self.decide(str(weight.target), function, row, rule, reason, size, call=node.name)
+            raise AssertionError(f"{path} was traced but is not in the graph module")
+        reason = _refuse_call(row, target, tensor)
+        site = self.decide(path, name, row, rule, reason, tensor.numel() * tensor.element_size(), call=node.name)
         if site is not None:
-            self.plan.calls.append((site, Target(node, weight)))
+            self.plan.calls.append((site, target))
 
-    def visit_other_call(self, node: fx.Node) -> None:
-        """Report a call that reads a weight and has no row: what it computes with stays float."""
-        for weight in node.all_input_nodes:
-            tensor = edit.get_tensor(self.module, str(weight.target)) if weight.op == "get_attr" else None
-            if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
-                scope, name = node.meta.get(SCOPE, ""), _call_name(node)
-                reason = f"there is no quantized form of {name}"
+    def visit_other_call(self, node: fx.Node, row: Operator | None) -> None:
+        """Report a call that reads a weight where no row takes it: what it computes with stays float."""
+        if is_transposition(node) and all(user.op in ("call_function", "call_method") for user in node.users):
+            return  # which is reported itself
+        scope, name = node.meta.get(SCOPE, ""), _call_name(node.target)
+        reason = _no_form(name) if row is None else f"only a form of one constant, its {row.weights[0]!r}, is quantized"
+        for path, tensor in self.matrices(node).items():
+            if isinstance(tensor, nn.Parameter) or row is not None:
                 size = tensor.numel() * tensor.element_size()
-                self.decide(str(weight.target), name, None, self.rule(scope, scope, node.target), reason, size)
+                self.decide(path, name, None, self.rule(scope, scope, node.target), reason, size)
+
+    def matrices(self, node: fx.Node) -> dict[str, torch.Tensor]:
+        """Return the constants of two or more dimensions that a call takes, by their paths."""
+        constants = [constant_of(operand) for operand in node.all_input_nodes]
+        paths = [str(constant.source.target) for constant in constants if constant is not None]
+        tensors = {path: edit.get_tensor(self.module, path) for path in paths}
+        return {path: tensor for path, tensor in tensors.items() if tensor is not None and tensor.dim() > 1}
 
     def rule(self, path: str, scope: str, kind: Any) -> Rule:
         """Return the mapping entry that decides, by any of the names that a shared module goes by."""
@@ -211,7 +227,7 @@ def plan_modules(module: nn.Module, mapping: QConfigMapping, operators: Sequence
     return _Planner(module, names_of(module), mapping, operators).run_tree()
 
 
-def replay(module: fx.GraphModule, sites: Sequence[Site]) -> Plan:
+def replay(module: fx.GraphModule, sites: Sequence[Site], operators: Sequence[Operator]) -> Plan:
     """Return the plan that holds these sites, taken elsewhere for the same architecture (a checkpoint's).
 
     Raises LookupError, saying what is missing, where the graph has no such module or call.
@@ -222,11 +238,11 @@ def replay(module: fx.GraphModule, sites: Sequence[Site]) -> Plan:
         if site.call is None:
             module.get_submodule(site.path)
             continue
-        node = nodes.get(site.call)
-        weight = next((n for n in node.all_input_nodes if n.target == site.path), None) if node is not None else None
-        if node is None or weight is None:
+        row, node = find_row(operators, site.operator), nodes.get(site.call)
+        target = find_target(row, node) if row is not None and node is not None else None
+        if target is None or target.weight.target != site.path:
             raise LookupError(f"no call {site.call!r} of {site.kind} on {site.path!r}")
-        calls.append((site, Target(node, weight)))
+        calls.append((site, target))
     return Plan(list(sites), [], calls)
 
 
@@ -253,6 +269,17 @@ def check_mapping(mapping: QConfigMapping, known: Names, functions: Iterable[Any
             )
 
 
+def find_target(row: Operator, node: fx.Node) -> Target | None:
+    """Return where a row's call takes its weight, None if that is no constant."""
+    operands = name_operands(row, node)
+    operand = operands.get(row.weights[0])
+    constant = constant_of(operand)
+    if operand is None or constant is None:
+        return None
+    is_taken_transposed = row.is_transposed(operands)
+    return Target(node, operand, constant.source, constant.is_transposed != is_taken_transposed, is_taken_transposed)
+
+
 def name_operands(row: Operator, node: fx.Node) -> dict[str, Any]:
     """Return a call's operands by the names that its row gives them."""
     return {**dict(zip(row.operands, node.args, strict=False)), **node.kwargs}
@@ -273,18 +300,39 @@ def _replaced(module: nn.Module) -> str:
     return "its forward was replaced on the instance" if "forward" in vars(module) else ""
 
 
+def _refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> str | None:
+    """Return why a call of a row stays float, or None."""
+    operands = name_operands(row, target.node)
+    if tensor.dim() != 2 and (target.is_stored_transposed or target.is_taken_transposed):
+        return f"its weight is {tensor.dim()}-D, not 2-D"
+    if len(target.node.args) > len(row.operands) or not operands.keys() <= set(row.operands):
+        return f"it is called with more than {', '.join(row.operands)}"
+    if sum(operand is target.operand for operand in operands.values()) > 1:
+        return "its weight is its input too"
+    examples = fx.node.map_arg(operands, lambda node: node.meta.get("tensor_meta"))
+    return row.refuse_call(examples) or refuse_weight(tensor.t() if target.is_stored_transposed else tensor)
+
+
 def _unknown(module: nn.Module, kind: type[nn.Module], operators: Sequence[Operator]) -> str:
     """Return why a weight-bearing module without a row stays float."""
     known = next((base for row in operators for base in row.modules if isinstance(module, base)), None)
     if known is not None:
         return f"it is a subclass of {type_name(known)}, of which only the exact type is known"
-    if "Conv" in kind.__name__:
-        return f"{type_name(kind)} has no dynamic form: convolutions stay float under a dynamic qconfig"
-    return f"there is no quantized form of {type_name(kind)}"
+    return _no_form(type_name(kind))
 
 
-def _call_name(node: fx.Node) -> str:
-    if isinstance(node.target, str):
-        return f".{node.target}()"
-    target: Callable[..., Any] | Any = node.target
+def _no_form(name: str) -> str:
+    """Return why a module or call that no row knows stays float."""
+    library, _, kind = name.lower().partition(".")
+    if library in ("nn", "torch") and "conv" in kind:
+        return f"{name} has no dynamic form: convolutions stay float under a dynamic qconfig"
+    if library in ("nn", "torch") and kind == "bilinear":
+        return f"{name} multiplies two inputs with each other; only forms of one input are quantized"
+    return f"there is no quantized form of {name}"
+
+
+def _call_name(target: Any) -> str:
+    """Return a function as one would write it, a method as .name()."""
+    if isinstance(target, str):
+        return f".{target}()"
     return type_name(target) if not isinstance(target, torch._ops.OpOverload) else str(target)

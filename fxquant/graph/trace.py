@@ -121,6 +121,15 @@ class _Tracer(fx.Tracer):
                 return parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def create_arg(self, a: Any) -> Any:
+        """Return a value as an operand; the transpose of a buffer, which forward meets as it is, keeps its name."""
+        base = a._base if isinstance(a, torch.Tensor) and not a.is_inference() else None
+        if base is not None and base.dim() == 2 and (a.shape, a.stride()) == (base.T.shape, base.T.stride()):
+            name = next((name for name, buffer in self.root.named_buffers() if buffer is base), None)
+            if name is not None and threading.get_ident() == self._thread:
+                return self.create_node("call_method", "t", (self.create_node("get_attr", name, (), {}),), {})
+        return super().create_arg(a)
+
     def create_node(self, kind: str, target: Any, args: tuple[Any, ...], *rest: Any, **named: Any) -> fx.Node:
         """Return a node that knows its scope; refuse what a graph would silently compute otherwise."""
         if _autocast() != self._autocast:

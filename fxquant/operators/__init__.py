@@ -11,9 +11,22 @@ from fxquant.operators.attention import ATTENTION
 from fxquant.operators.base import Call, NewCall, Operator, Scheme
 from fxquant.operators.embedding import EMBEDDING, EMBEDDING_BAG
 from fxquant.operators.linear import LINEAR
+from fxquant.operators.linear_forms import ADDMM, EINSUM, MATMUL, MM
 from fxquant.operators.recurrent import CELL, LSTM, RNN
 
-OPERATORS: tuple[Operator, ...] = (LINEAR, ATTENTION, LSTM, RNN, CELL, EMBEDDING, EMBEDDING_BAG)
+OPERATORS: tuple[Operator, ...] = (
+    LINEAR,
+    MATMUL,
+    MM,
+    ADDMM,
+    EINSUM,
+    ATTENTION,
+    LSTM,
+    RNN,
+    CELL,
+    EMBEDDING,
+    EMBEDDING_BAG,
+)
 
 
 def find_module_row(operators: Sequence[Operator], kind: type[nn.Module]) -> Operator | None:
@@ -21,8 +34,8 @@ def find_module_row(operators: Sequence[Operator], kind: type[nn.Module]) -> Ope
     return next((row for row in reversed(operators) if kind in row.modules), None)
 
 
-def find_function_row(operators: Sequence[Operator], function: Callable[..., Any]) -> Operator | None:
-    """Return the row that holds this function; of several the last."""
+def find_function_row(operators: Sequence[Operator], function: Callable[..., Any] | str) -> Operator | None:
+    """Return the row that holds this function, or method by its name; of several the last."""
     return next((row for row in reversed(operators) if function in row.functions), None)
 
 

@@ -72,9 +72,19 @@ class NewCall(NamedTuple):
     kwargs: dict[str, Any]
 
 
+def no_modules(module: nn.Module, qconfig: QConfig, quantize: Quantize) -> nn.Module:
+    """Stand in for convert_module in a row that has no modules."""
+    raise NotImplementedError(f"{type(module)} has no module form")
+
+
 def no_functions(call: Call) -> NewCall:
     """Stand in for convert_function in a row that has no functions."""
     raise NotImplementedError(f"{call.function} has no functional form")
+
+
+def never_transposed(_: dict[str, Any]) -> bool:
+    """Stand for a row whose calls take their weights as (O, I)."""
+    return False
 
 
 def never_refuse(_: Any) -> None:
@@ -86,20 +96,24 @@ class Operator:
     """A row of the table: one family of float modules and calls, and how each becomes quantized.
 
     name, summary: for reports and docs/operators.md. modules: exact float types, the fused ones too. functions: float
-    functions. operands: the functions' operand names in their order. weights: which operands are constant weights.
-    schemes: the qconfigs it accepts. refuse_module, refuse_call: return why one module, or one call's operands, must
-    stay float, or None. convert_module(module, qconfig, quantize), convert_function(call): see `Call`; rows never edit
-    graphs.
+    functions, and methods of tensors by name. operands: the functions' operand names in their order. weights: which
+    operands are constant weights. may_lack_weight: whether a call without a constant there is no candidate.
+    is_transposed: whether a call, by its operands, takes its weight as (I, O); everything else sees it as (O, I).
+    schemes: the qconfigs it accepts. refuse_module, refuse_call: return why one module, or one call by its operands
+    (with TensorMetadata of the example's shapes for tensors), must stay float, or None.
+    convert_module(module, qconfig, quantize), convert_function(call): see `Call`; rows never edit graphs.
     """
 
     name: str
     summary: str
     modules: tuple[type[nn.Module], ...] = ()
-    functions: tuple[Callable[..., Any], ...] = ()
+    functions: tuple[Callable[..., Any] | str, ...] = ()
     operands: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
+    may_lack_weight: bool = False
+    is_transposed: Callable[[dict[str, Any]], bool] = never_transposed
     schemes: tuple[Scheme, ...]
-    convert_module: Callable[[Any, QConfig, Quantize], nn.Module]
+    convert_module: Callable[[Any, QConfig, Quantize], nn.Module] = no_modules
     convert_function: Callable[[Call], NewCall] = no_functions
     refuse_module: Callable[[Any], str | None] = never_refuse
     refuse_call: Callable[[dict[str, Any]], str | None] = never_refuse

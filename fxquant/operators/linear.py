@@ -25,12 +25,28 @@ def _convert_module(module: nn.Linear, qconfig: QConfig, quantize: Quantize) -> 
     return kind.from_float(module, qconfig, quantize)
 
 
-def _convert_function(call: Call) -> NewCall:
+def refuse_bias(bias: Any, outputs: int) -> str | None:
+    """Return why a call's bias, by its example's shape, cannot be added in the kernel, or None."""
+    shape = getattr(bias, "shape", None)
+    if shape is None or tuple(shape) == (outputs,):
+        return None
+    return f"what it adds has shape {tuple(shape)}, not a bias's ({outputs},)"
+
+
+def _refuse_call(operands: dict[str, Any]) -> str | None:
+    if len(operands["weight"].shape) != 2:
+        return f"its weight is {len(operands['weight'].shape)}-D, not 2-D"
+    return refuse_bias(operands.get("bias"), operands["weight"].shape[0])
+
+
+def convert_linear(call: Call, x: str = "input", bias: str = "bias") -> NewCall:
+    """Return the quantized x @ weight.T + bias for a call of one weight whose other operands have these names."""
+    (weight,) = call.weights
     operands: dict[str, Any] = {
-        "x": call.operands["input"],
-        "weight": call.operands["weight"],
-        "scale": call.operands["weight_scale"],
-        "bias": call.operands.get("bias"),
+        "x": call.operands[x],
+        "weight": call.operands[weight],
+        "scale": call.operands[f"{weight}_scale"],
+        "bias": call.operands.get(bias),
         "relu": call.function is linear_relu,
         "per_row": call.qconfig.per_row,
         "qmax": call.qconfig.qmax,
@@ -47,6 +63,7 @@ LINEAR = Operator(
     weights=("weight",),
     schemes=(INT8_DYNAMIC, FLOAT16_WEIGHTS),
     convert_module=_convert_module,
-    convert_function=_convert_function,
+    convert_function=convert_linear,
     refuse_module=_refuse,
+    refuse_call=_refuse_call,
 )

@@ -121,6 +121,22 @@ def test_a_functional_on_the_weight_of_a_module_that_stays_float():
     assert (quantized(IDS) - model(IDS)).norm() < 0.02 * model(IDS).norm()
 
 
+def test_a_functional_may_come_before_the_module_whose_weight_it_reads():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            return self.net(F.linear(x, self.net.weight)) + F.linear(x, self.net.weight)
+
+    model, x = Model(), torch.randn(2, 4)
+    quantized = quantize(model, x)
+    linear = quantize(nn.Sequential(model.net), x)
+    assert torch.equal(quantized(x), linear(linear(x)) + linear(x))
+    assert len({t.data_ptr() for t in quantized.state_dict().values() if t.dtype == torch.int8}) == 1
+
+
 def test_a_module_whose_weight_a_float_functional_reads():
     model = Tied(functional=True).eval()
     quantized = quantize(model, IDS, mapping=everything().set_object_type(F.linear, None))

@@ -128,8 +128,8 @@ def test_a_part_of_attention_cannot_be_decided_by_itself(name):
 
 @pytest.mark.parametrize(
     "forward",
-    [lambda self, x: x @ self.weight.t(), lambda self, x: torch.matmul(x, self.weight.t()),
-     lambda self, x: F.bilinear(x, x, self.cube)],
+    [lambda self, x: x @ self.weight.exp(), lambda self, x: torch.bmm(x[None], self.cube[:1]),
+     lambda self, x: torch.mv(self.weight, x[0])],
 )  # fmt: skip
 def test_other_uses_of_a_weight_are_reported(forward):
     model = type("Model", (nn.Module,), {"forward": forward})()

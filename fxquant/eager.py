@@ -9,12 +9,10 @@ import torch
 from torch import nn
 
 from fxquant.errors import ModelStateError, QConfigError
-from fxquant.graph import edit
-from fxquant.graph.clean import own_tensors
-from fxquant.graph.convert import convert_modules
-from fxquant.graph.module import Record, keep_record, record_of
-from fxquant.graph.plan import check_mapping, plan_modules
+from fxquant.graph.module import record_of
+from fxquant.graph.plan import check_mapping
 from fxquant.graph.trace import names_of
+from fxquant.graph.tree import convert_tree, prepare_tree
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig import (
     QConfig,
@@ -59,20 +57,7 @@ def quantize_dynamic(
         raise ModelStateError(f"quantize_dynamic needs the float model, an nn.Module, got {type(model).__name__}")
     mapping = _as_mapping(qconfig_spec, dtype)
     check_mapping(mapping, names_of(model))
-    root = edit.mirror(model).eval()
-    decided = plan_modules(root, mapping, table)
-    root, sites = convert_modules(root, tuple(decided.sites), table)
-    own_tensors(root, model)
-    record = Record(
-        stage="quantized",
-        is_traced=False,
-        sites=sites,
-        left=tuple(decided.left),
-        mapping=mapping,
-        operators=table,
-        float_bytes=edit.byte_count(model),
-    )
-    return keep_record(root, record)
+    return convert_tree(prepare_tree(model, mapping, table))
 
 
 def _as_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:

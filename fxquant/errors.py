@@ -22,6 +22,10 @@ class ExampleInputsError(FxQuantError):
     """The example inputs do not fit the model."""
 
 
+class ArgumentError(FxQuantError, TypeError):
+    """A call has an argument that it does not take, or a value of it that the model was not prepared for."""
+
+
 class QConfigError(FxQuantError):
     """A qconfig or a QConfigMapping says something that cannot be done."""
 

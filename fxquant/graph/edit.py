@@ -45,7 +45,7 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
             copy.deepcopy(module, memo)
         else:
             twin = memo[id(module)]
-            twin.__dict__.update({name: _copied(value, memo) for name, value in module.__dict__.items()})
+            twin.__dict__.update({name: copied(value, memo) for name, value in module.__dict__.items()})
     result: nn.Module = memo.get(id(root), root)
     if not hooks:
         for module in result.modules():
@@ -67,7 +67,7 @@ def _alias(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
     return shared if device is not None else shared.clone()  # forward may write into a buffer (a counter, a cache)
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
     """Return a deep copy, or the thing itself where it cannot be copied (a lock, an open file)."""
     try:
         return copy.deepcopy(value, memo)

@@ -262,6 +262,8 @@ def _unknown(module: nn.Module, kind: type[nn.Module], operators: Sequence[Opera
     known = next((base for row in operators for base in row.modules if isinstance(module, base)), None)
     if known is not None:
         return f"it is a subclass of {type_name(known)}, of which only the exact type is known"
+    if not kind.forward.__module__.startswith("torch."):
+        return "its forward is not traced, so calls with weights of its own are out of reach"
     if "Conv" in kind.__name__:
         return f"{type_name(kind)} has no dynamic form: convolutions stay float under a dynamic qconfig"
     return f"there is no quantized form of {type_name(kind)}"

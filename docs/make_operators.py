@@ -18,7 +18,9 @@ def page() -> str:
     """Return the page's text."""
     parts = [_HEAD]
     for row in OPERATORS:
-        kinds = ", ".join(f"`{type_name(kind)}`" for kind in (*row.modules, *row.functions))
+        kinds = ", ".join(
+            f"`{kind if isinstance(kind, str) else type_name(kind)}`" for kind in (*row.modules, *row.functions)
+        )
         presets = ", ".join(f"`{name}`" for name, preset in PRESETS.items() if row.accepts(preset))
         schemes = "; ".join(scheme.name for scheme in row.schemes)
         parts.append(

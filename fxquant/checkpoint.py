@@ -31,6 +31,7 @@ from fxquant.graph.module import Fusion, Left, Record, Site, finish, keep_record
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import replay
 from fxquant.graph.trace import check_model, trace
+from fxquant.graph.tree import plain_mirror
 from fxquant.nn.base import dtype_errors
 from fxquant.operators import OPERATORS, Operator, find_row
 from fxquant.qconfig import QConfig
@@ -279,7 +280,7 @@ def _rebuild_graph(model: nn.Module, record: Record) -> nn.Module:
 
 
 def _rebuild_tree(model: nn.Module, record: Record) -> nn.Module:
-    root, _ = convert_modules(edit.mirror(model, device="meta").eval(), record.sites, record.operators)
+    root, _ = convert_modules(plain_mirror(model, "meta"), record.sites, record.operators)
     return keep_record(root, record)
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 HOOKS = (
     "_forward_hooks",
@@ -22,6 +25,12 @@ HOOKS = (
 )
 """The attributes of a module that hold what its call runs beside forward."""
 
+RECOMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
+"""Hooks that compute a module's weight before each call: a part of what the module computes, and nobody's to keep."""
+
+RECOMPUTED_FROM = ("_g", "_v", "_orig", "_u", "_mask")
+"""What such a weight's name ends with in the tensors that it is computed from."""
+
 _LIBRARIES = (str(pathlib.Path(torch.__file__).parent), str(pathlib.Path(__file__).parents[1]), "<")
 
 
@@ -29,7 +38,8 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
     """Return a copy of a module tree that shares the parameters' storage and nothing else.
 
     Tied tensors stay tied. What the copy's Python code assigns or appends, and what `.to` does to it, never reaches the
-    original. device: "meta" for a copy without data. hooks: whether the modules keep their hooks.
+    original. device: "meta" for a copy without data. hooks: whether the modules keep their hooks;
+    those that compute a weight they always keep.
     """
     memo: dict[int, Any] = {}
     for tensor in _tensors(root):
@@ -50,7 +60,9 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
     if not hooks:
         for module in result.modules():
             for name in HOOKS:
-                getattr(module, name, {}).clear()
+                hooks = getattr(module, name, {})
+                for key in [key for key, hook in hooks.items() if not isinstance(hook, RECOMPUTING)]:
+                    del hooks[key]
     return result
 
 
@@ -78,13 +90,16 @@ def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
 def carry_hooks(source: nn.Module, target: nn.Module) -> None:
     """Give one module the hooks of another."""
     for name in HOOKS:
-        if getattr(source, name, None):
-            setattr(target, name, copy.copy(getattr(source, name)))
+        hooks = copy.copy(getattr(source, name, None)) or {}
+        for key in [key for key, hook in hooks.items() if isinstance(hook, RECOMPUTING)]:
+            del hooks[key]
+        if hooks:
+            setattr(target, name, hooks)
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether calling the module runs anything beside its forward."""
-    return any(getattr(module, name, None) for name in HOOKS)
+    return any(not isinstance(hook, RECOMPUTING) for name in HOOKS for hook in getattr(module, name, {}).values())
 
 
 def swap_module(root: nn.Module, path: str, module: nn.Module) -> None:

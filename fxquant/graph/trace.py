@@ -17,6 +17,7 @@ from torch.nn.utils import rnn
 
 from fxquant.errors import ModelStateError, TraceError
 from fxquant.graph import call, edit
+from fxquant.graph.kinds import base_of, make_plain
 from fxquant.nn import QuantizedModule
 from fxquant.operators import Operator
 
@@ -46,7 +47,7 @@ class Names:
 
     aliases: dict[str, tuple[str, ...]]
     tensors: frozenset[str]  # the paths of its parameters and buffers
-    kinds: frozenset[type]  # the types of its modules
+    kinds: frozenset[type]  # the types of its modules, and those that they derive from
 
 
 def names_of(model: nn.Module) -> Names:
@@ -58,7 +59,7 @@ def names_of(model: nn.Module) -> Names:
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
     aliases = {path: tuple(same) for same in paths.values() for path in same}
-    return Names(aliases, tensors, frozenset(type(module) for module in model.modules()))
+    return Names(aliases, tensors, frozenset(kind for module in model.modules() for kind in type(module).__mro__))
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,11 @@ class _Tracer(fx.Tracer):
 
     record_stack_traces = True
 
-    def __init__(self, leaves: tuple[type[nn.Module], ...] = (), whole: frozenset[str] = frozenset()) -> None:
-        """leaves: types that the operator table knows. whole: paths of modules that must not be traced through."""
+    def __init__(self, operators: Sequence[Operator] = (), whole: frozenset[str] = frozenset()) -> None:
+        """operators: the table, whose modules are leaves. whole: paths of modules that must not be traced through."""
         super().__init__(autowrap_functions=_LEAF_FUNCTIONS, param_shapes_constant=True)
         self._autowrap_search.append(rnn)  # also where a model calls them as nn.utils.rnn.pack_padded_sequence
-        self._leaves, self._whole, self._thread = leaves, whole, threading.get_ident()
+        self._operators, self._whole, self._thread = operators, whole, threading.get_ident()
         self.failed = ""  # the path of the innermost module in which tracing failed; "" is the root
         self._autocast = _autocast()
 
@@ -93,7 +94,7 @@ class _Tracer(fx.Tracer):
             or module_qualified_name in self._whole
             or "forward" in vars(m)  # replaced on the instance, perhaps by a closure over the original
             or isinstance(m, (QuantizedModule, torch.jit.ScriptModule))
-            or any(isinstance(m, kind) and type(m).forward is kind.forward for kind in self._leaves)
+            or base_of(m, self._operators) is not None
         )
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -147,28 +148,23 @@ class _Tracer(fx.Tracer):
         """
         if not concrete_args:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
-        args, kwargs = [], {}
         hints = getattr(inspect.unwrap(root_fn), "__annotations__", {})
-        for parameter in inspect.signature(self.root.forward).parameters.values():
+        signature = inspect.signature(self.root.forward)
+        bound = signature.bind_partial()
+        has_rest = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values())
+        for parameter in signature.parameters.values():
             name = f"{call.STARS.get(parameter.kind, '')}{parameter.name}"
             default = () if parameter.default is parameter.empty else (parameter.default,)
-            given = self.create_proxy("placeholder", name, default, {}, type_expr=hints.get(parameter.name))
-            value = given
+            value: Any = self.create_proxy("placeholder", name, default, {}, type_expr=hints.get(parameter.name))
             if name in concrete_args:
                 fixed = concrete_args[name]
-                self.create_proxy("call_function", call.check_argument, (given, name, fixed), {})
-                value = call.unpacked(parameter.kind, given, fixed)
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                args += value
-            elif parameter.kind is parameter.VAR_KEYWORD:
-                kwargs.update(value)
-            elif parameter.kind is parameter.KEYWORD_ONLY:
-                kwargs[parameter.name] = value
-            else:
-                args.append(value)
+                self.create_proxy("call_function", call.check_argument, (value, name, fixed), {})
+                value = call.unpacked(parameter.kind, value, fixed)
+            if value is not parameter.default or has_rest:  # a decorator may look at which arguments are given
+                bound.arguments[parameter.name] = value
 
         def forward() -> Any:
-            return root_fn(self.root, *args, **kwargs)
+            return root_fn(self.root, *bound.args, **bound.kwargs)
 
         forward.__annotations__ = {"return": hints["return"]} if "return" in hints else {}
         return forward, []
@@ -182,6 +178,7 @@ class _Tracer(fx.Tracer):
         for node in graph.nodes:
             if getattr(node.target, "__module__", "").startswith("torch."):
                 node.meta.pop("is_wrapped", None)  # torch.fx would write a wrap("torch.nn…") that breaks later traces
+            node.meta.pop("nn_module_stack", None)  # it holds classes, which pickle may not find
             if isinstance(node.type, str) or "<locals>" in getattr(node.type, "__qualname__", ""):
                 node.type = None  # an annotation that pickle could not import
         return graph
@@ -261,10 +258,9 @@ def trace(
     """
     check_model(model)
     hooked = frozenset(name for name, module in model.named_modules() if name and edit.has_hooks(module))
-    leaves = tuple(kind for row in operators for kind in row.modules)
     kept = dict(untraced or {})
     while True:
-        tracer = functools.partial(_Tracer, leaves, hooked | kept.keys())  # inlining a module would lose its hooks
+        tracer = functools.partial(_Tracer, operators, hooked | kept.keys())  # inlining a module would lose its hooks
         try:
             root, graph, doubtful = _graph(model, tracer, device, constants)
             break
@@ -274,7 +270,7 @@ def trace(
                 raise _trace_error(model, error) from error
             kept[failure.path] = f"{first_line(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
     name = model.__class__.__name__
-    return Traced(fx.GraphModule(root, graph, name), names_of(model), hooked, dict(constants or {}), kept, doubtful)
+    return Traced(fx.GraphModule(root, graph, name), names_of(root), hooked, dict(constants or {}), kept, doubtful)
 
 
 def _graph(
@@ -288,6 +284,7 @@ def _graph(
     failure: _UntraceableError | None = None
     for buffers_are_nodes in (False, True):
         root, tracer = edit.mirror(model, device, hooks=False), make_tracer()
+        make_plain(root)
         tracer.proxy_buffer_attributes = buffers_are_nodes
         versions, attributes = _versions(root), _attributes(root)
         try:

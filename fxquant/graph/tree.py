@@ -9,6 +9,7 @@ from torch import nn
 from fxquant.graph import edit
 from fxquant.graph.clean import own_tensors
 from fxquant.graph.convert import convert_modules
+from fxquant.graph.kinds import make_plain
 from fxquant.graph.module import Record, keep_record, record_of
 from fxquant.graph.plan import plan_modules
 from fxquant.operators import Operator
@@ -22,7 +23,7 @@ def prepare_tree(
 
     untraced: why there is no graph, under the root's path "". Raises QConfigError as `plan` does.
     """
-    root = edit.mirror(model).eval()
+    root = plain_mirror(model)
     decided = plan_modules(root, mapping, operators)
     record = Record(
         stage="prepared",
@@ -35,6 +36,13 @@ def prepare_tree(
         float_bytes=edit.byte_count(model),
     )
     return keep_record(root, record)
+
+
+def plain_mirror(model: nn.Module, device: str | None = None) -> nn.Module:
+    """Return a mirror of the model in eval mode, no weight of which is computed at each call."""
+    root = edit.mirror(model, device).eval()
+    make_plain(root)
+    return root
 
 
 def convert_tree(prepared: nn.Module) -> nn.Module:

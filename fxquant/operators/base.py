@@ -85,8 +85,8 @@ def never_refuse(_: Any) -> None:
 class Operator:
     """A row of the table: one family of float modules and calls, and how each becomes quantized.
 
-    name, summary: for reports and docs/operators.md. modules: exact float types, the fused ones too. functions: float
-    functions. operands: the functions' operand names in their order. weights: which operands are constant weights.
+    name, summary: for reports and docs/operators.md. modules: exact float types, the fused ones too; one of a
+    package that need not be installed by its name, "package.module.Type". functions: float functions. operands: the functions' operand names in their order. weights: which operands are constant weights.
     schemes: the qconfigs it accepts. refuse_module, refuse_call: return why one module, or one call's operands, must
     stay float, or None. convert_module(module, qconfig, quantize), convert_function(call): see `Call`; rows never edit
     graphs.
@@ -94,7 +94,7 @@ class Operator:
 
     name: str
     summary: str
-    modules: tuple[type[nn.Module], ...] = ()
+    modules: tuple[type[nn.Module] | str, ...] = ()
     functions: tuple[Callable[..., Any], ...] = ()
     operands: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()

@@ -45,11 +45,13 @@ _CHUNK_BYTES = 1 << 20
 def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized model to one safetensors file, atomically: the file is complete or not there.
 
-    Raises ModelStateError for anything but a result of convert_fx (or load).
+    Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a folder that is not there.
     """
     record = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
     tensors, aliases = _distinct(quantized.state_dict())
     target = pathlib.Path(path)
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{path}: cannot be written: there is no folder {str(target.parent)!r}; make it first")
     name = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         name.touch()

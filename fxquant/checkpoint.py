@@ -45,7 +45,7 @@ _CHUNK_BYTES = 1 << 20
 def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized model to one safetensors file, atomically: the file is complete or not there.
 
-    Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a folder that is not there.
+    Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a missing folder.
     """
     record = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
     tensors, aliases = _distinct(quantized.state_dict())

@@ -8,8 +8,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from fxquant.entry import entry
 from fxquant.errors import ModelStateError, QConfigError
-from fxquant.graph.module import record_of
+from fxquant.graph.module import need_stage, record_of
+from fxquant.graph.outcome import warn_of_outcome
 from fxquant.graph.plan import check_mapping
 from fxquant.graph.trace import names_of
 from fxquant.graph.tree import convert_tree, prepare_tree
@@ -33,7 +35,7 @@ _BY_DTYPE = {
 }
 
 
-@torch.inference_mode(False)
+@entry
 def quantize_dynamic(
     model: nn.Module,
     qconfig_spec: QConfigMapping | Mapping[What, QConfig | None] | Iterable[What] | None = None,
@@ -56,8 +58,12 @@ def quantize_dynamic(
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule) or record_of(model) is not None:
         raise ModelStateError(f"quantize_dynamic needs the float model, an nn.Module, got {type(model).__name__}")
     mapping = _as_mapping(qconfig_spec, dtype)
-    check_mapping(mapping, names_of(model))
-    return convert_tree(prepare_tree(model, mapping, table))
+    known = names_of(model)
+    check_mapping(mapping, known)
+    prepared = prepare_tree(model, mapping, table)
+    record = need_stage(prepared, "prepared", "quantize_dynamic", "prepare_tree")
+    warn_of_outcome(type(model).__name__, mapping, record.sites, record.left, known)
+    return convert_tree(prepared)
 
 
 def _as_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from fxquant.errors import ExampleInputsError, FxQuantError, QConfigError, TraceError
+from fxquant.entry import entry
+from fxquant.errors import ExampleInputsError, FxQuantError, QConfigError, TraceError, warn
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, bind_inputs
 from fxquant.graph.capture import capture, check_runs
@@ -18,6 +17,7 @@ from fxquant.graph.convert import convert
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, record_of
 from fxquant.graph.observe import observe
+from fxquant.graph.outcome import warn_of_outcome
 from fxquant.graph.plan import check_mapping, plan
 from fxquant.graph.trace import check_model, names_of, trace
 from fxquant.graph.tree import convert_tree, prepare_tree
@@ -25,7 +25,7 @@ from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig_mapping import QConfigMapping
 
 
-@torch.inference_mode(False)  # tensors made in inference mode could not be used outside of it
+@entry
 def prepare_fx(
     model: nn.Module,
     qconfig_mapping: QConfigMapping | Mapping[str, Any],
@@ -59,9 +59,11 @@ def prepare_fx(
         traced = capture(model, operators, inputs)
     except (TraceError, ExampleInputsError) as error:
         return _prepare_whole(model, mapping, operators, inputs, error)
-    check_mapping(mapping, traced.names, [node.target for node in traced.module.graph.nodes])
+    functions = [node.target for node in traced.module.graph.nodes]
+    check_mapping(mapping, traced.names, functions)
     fusions = fuse(traced.module, traced.hooked)
     decided = plan(traced, mapping, operators)
+    warn_of_outcome(type(model).__name__, mapping, decided.sites, decided.left, traced.names, functions)
     record = Record(
         stage="prepared",
         sites=observe(traced.module, decided),
@@ -80,23 +82,23 @@ def prepare_fx(
 def _prepare_whole(
     model: nn.Module, mapping: QConfigMapping, operators: Sequence[Operator], inputs: Inputs, cause: FxQuantError
 ) -> nn.Module:
-    """Return a model that does not trace, prepared module by module; raise the cause where no module can be quantized."""
+    """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
     check_runs(model, inputs, cause)
     check_mapping(mapping, names_of(model))
     why = " ".join(line.strip() for line in str(cause).splitlines()[:2])
     prepared = prepare_tree(model, mapping, operators, {"": why})
-    sites = need_stage(prepared, "prepared", "prepare_fx", "prepare_tree").sites
-    if not sites:
+    record = need_stage(prepared, "prepared", "prepare_fx", "prepare_tree")
+    if not record.sites:
         raise cause
-    warnings.warn(
-        f"{why}\n  So the model's own code runs on, and {len(sites)} of its modules are quantized where they stand; "
-        "calls of F.linear and the like are out of reach there (fxquant.explain)",
-        stacklevel=4,
+    warn_of_outcome(type(model).__name__, mapping, record.sites, record.left, names_of(model))
+    warn(
+        f"{why}\n  So the model's own code runs on, and {len(record.sites)} of its modules are quantized where they "
+        "stand; calls of F.linear and the like are out of reach there (fxquant.explain)"
     )
     return prepared
 
 
-@torch.inference_mode(False)
+@entry
 def convert_fx(prepared: nn.Module) -> nn.Module:
     """Return the quantized model that prepare_fx decided on. The prepared model is left as it was.
 
@@ -111,7 +113,7 @@ def convert_fx(prepared: nn.Module) -> nn.Module:
     return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites))
 
 
-@torch.inference_mode(False)
+@entry
 def fuse_fx(
     model: nn.Module,
     example_inputs: Any = None,
@@ -121,8 +123,8 @@ def fuse_fx(
 ) -> FxModule:
     """Return the model as a graph whose chains (Conv → BatchNorm, Linear → ReLU, …) are fused, still float.
 
-    example_inputs, example_kwargs: as for prepare_fx. Without them the rank of values is not known, and a folded BatchNorm1d is guarded
-    by an assertion in the graph.
+    example_inputs, example_kwargs: as for prepare_fx. Without them the rank of values is not known, and a folded
+    BatchNorm1d is guarded by an assertion in the graph.
     """
     _refuse_ours(model, "fuse_fx")
     check_model(model)

@@ -1,4 +1,4 @@
-"""Hugging Face's transformers, from configs with random weights: every large matrix is quantized, the answers are near."""
+"""Hugging Face's transformers, from configs with random weights: every large matrix quantized, the answers near."""
 
 import copy
 import math
@@ -66,6 +66,10 @@ def case(request):
     return make().eval(), inputs()
 
 
+def first(output):
+    return next(iter(output.values()))
+
+
 def is_layer(module):
     return isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D"
 
@@ -90,14 +94,14 @@ def test_both_ways_give_the_same_bits_and_the_models_own_outputs(case):
         fx = convert_fx(prepare_fx(model, everything(), inputs))(**inputs)
     assert type(fx) is type(eager) is type(expected)
     assert fx.keys() == expected.keys()
-    assert same_bits(list(fx.values())[0], list(eager.values())[0])
+    assert same_bits(first(fx), first(eager))
 
 
 def test_the_prepared_model_computes_what_the_model_does(case):
     model, inputs = case
     with torch.no_grad():
         prepared = prepare_fx(model, everything(), inputs)(**inputs)
-        assert same_bits(list(prepared.values())[0], list(model(**inputs).values())[0])
+        assert same_bits(first(prepared), first(model(**inputs)))
 
 
 def by_hand(module, args, output):
@@ -128,7 +132,7 @@ def test_its_noise_is_that_of_the_equations(case):
         if is_layer(module):
             module.register_forward_hook(by_hand)
     with torch.no_grad():
-        exact, hand, ours = (list(m(**inputs).values())[0] for m in (model, twin, quantize_dynamic(model)))
+        exact, hand, ours = (first(m(**inputs)) for m in (model, twin, quantize_dynamic(model)))
     noise_db = 10 * math.log10(power(exact) / power(hand - exact))
     agreement_db = 10 * math.log10(power(exact) / power(hand - ours))
     print(f"{type(model).__name__}: {noise_db:.1f} dB, by hand and ours {agreement_db:.1f} dB")
@@ -148,7 +152,7 @@ def test_a_checkpoint_goes_round(case, tmp_path):
     fxquant.save(quantized, tmp_path / "m")
     with torch.no_grad():
         loaded, expected = fxquant.load(model, tmp_path / "m")(**inputs), quantized(**inputs)
-    assert same_bits(list(loaded.values())[0], list(expected.values())[0])
+    assert same_bits(first(loaded), first(expected))
 
 
 @pytest.mark.parametrize("way", [lambda m: convert_fx(prepare_fx(m, everything(), words())), quantize_dynamic])

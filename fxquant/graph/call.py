@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fxquant.errors import ArgumentError, ExampleInputsError
 
-STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 """How torch.fx writes the arguments that take the rest."""
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 def bind_inputs(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Inputs:
     """Return the example inputs as arguments that fit forward's signature, or raise ExampleInputsError."""
     args: tuple[Any, ...] = ()
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, torch.Tensor):
         args = (example_inputs,)
     elif isinstance(example_inputs, Mapping):
@@ -74,7 +74,7 @@ def fixable(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     return fixed
 
 
-def unpacked(kind: Any, given: fx.Proxy, fixed: Any) -> Any:
+def unpacked(kind: Any, given: Any, fixed: Any) -> Any:
     """Return what forward is traced with for an argument that is fixed: its value, or the parts of *args, **kwargs."""
     if kind is inspect.Parameter.VAR_POSITIONAL:
         return [given[index] for index in range(fixed)]

@@ -18,7 +18,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
-from fxquant.errors import ExampleInputsError, TraceError
+from fxquant.errors import ExampleInputsError, TraceError, warn
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, describe, fixable
 from fxquant.graph.trace import Traced, first_line, trace
@@ -28,9 +28,9 @@ from fxquant.operators import Operator
 def capture(model: nn.Module, operators: Sequence[Operator], inputs: Inputs) -> Traced:
     """Return a model's graph, run once on the example inputs, so that every node's shapes and dtypes are recorded.
 
-    What is tried, in this order: the graph as it is; where plain arguments (None, bool, int, float, str; given or left at
-    their defaults) steer forward, or it unpacks *args or **kwargs, the graph for those, with a warning: it checks them;
-    then the graph with submodules that do not trace called as they are. Raises what `trace` and `propagate` raise.
+    What is tried, in this order: the graph as it is; where plain arguments (None, bool, int, float, str; given or left
+    at their defaults) steer forward, or it unpacks *args or **kwargs, the graph for those, with a warning, which checks
+    them; the graph with submodules that do not trace called as they are. Raises what `trace` and `propagate` raise.
     """
     constants = fixable(model, inputs)
     cause: Exception | None = None
@@ -69,10 +69,9 @@ def _faithful(
 
 def _warn_of_constants(model: nn.Module, constants: dict[str, Any]) -> None:
     told = ", ".join(describe(name, value) for name, value in constants.items())
-    warnings.warn(
+    warn(
         f"{type(model).__name__} was traced for {told}, because its forward branches on such values; the graph checks "
-        "them. For others, prepare the model once more with them in example_inputs",
-        stacklevel=4,
+        "them. For others, prepare the model once more with them in example_inputs"
     )
 
 
@@ -99,10 +98,13 @@ class _Shapes(fx.Interpreter):
         self.extra_traceback = False  # it would add lines of its own to our errors
         self.given = given
 
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def placeholder(self, target: Any, args: Any, _: Any) -> Any:
         """Return an argument by its name: torch.fx counts them off, and so knows no keywords."""
-        missing = {1: (), 2: {}}.get(str(target).count("*"), args[0] if args else None)
-        return self.given.get(target.lstrip("*"), missing)
+        name = str(target).lstrip("*")
+        if name in self.given:
+            return self.given[name]
+        rest: dict[str, Any] = {"*": (), "**": {}}
+        return rest[target[: -len(name)]] if name != target else args[0]
 
     def run_node(self, n: fx.Node) -> Any:
         """Return the node's value, its shape and dtype recorded in node.meta["tensor_meta"]."""
@@ -176,7 +178,11 @@ def _run(module: nn.Module, inputs: Inputs) -> list[Any]:
 
 def _copies(inputs: Inputs) -> Inputs:
     """Return the inputs copied, a cache object that forward writes into as well."""
-    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else edit.copied(leaf), inputs)
+
+    def twin(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, torch.Tensor) else edit.copied(leaf)
+
+    return Inputs(pytree.tree_map(twin, inputs.args), pytree.tree_map(twin, inputs.kwargs))
 
 
 def _leaves(value: Any) -> Iterator[Any]:

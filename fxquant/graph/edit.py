@@ -60,9 +60,9 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
     if not hooks:
         for module in result.modules():
             for name in HOOKS:
-                hooks = getattr(module, name, {})
-                for key in [key for key, hook in hooks.items() if not isinstance(hook, RECOMPUTING)]:
-                    del hooks[key]
+                kept = getattr(module, name, {})
+                for key in [key for key, hook in kept.items() if not isinstance(hook, RECOMPUTING)]:
+                    del kept[key]
     return result
 
 
@@ -90,11 +90,11 @@ def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
 def carry_hooks(source: nn.Module, target: nn.Module) -> None:
     """Give one module the hooks of another."""
     for name in HOOKS:
-        hooks = copy.copy(getattr(source, name, None)) or {}
-        for key in [key for key, hook in hooks.items() if isinstance(hook, RECOMPUTING)]:
-            del hooks[key]
-        if hooks:
-            setattr(target, name, hooks)
+        carried = copy.copy(getattr(source, name, None)) or {}
+        for key in [key for key, hook in carried.items() if isinstance(hook, RECOMPUTING)]:
+            del carried[key]
+        if carried:
+            setattr(target, name, carried)
 
 
 def has_hooks(module: nn.Module) -> bool:

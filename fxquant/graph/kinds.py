@@ -1,4 +1,4 @@
-"""What the operator table takes a module for: subclasses with an inherited forward, and weights computed at each call."""
+"""What the table takes a module for: subclasses with an inherited forward, and weights computed at each call."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _CALL = {"__call__", "_call_impl", "__getattr__", "__getattribute__"}
 def make_plain(root: nn.Module) -> None:
     """Give each module of a mirror the weights that it would compute at each call, as parameters.
 
-    They are what torch.nn.utils.parametrize (and all that is made with it), the older weight_norm and spectral_norm, and
-    pruning give in eval mode; a parametrized module becomes one of the class that it was.
+    They are what torch.nn.utils.parametrize (and all that is made with it), the older weight_norm and spectral_norm,
+    and pruning give in eval mode; a parametrized module becomes one of the class that it was.
     """
     with torch.no_grad():
         for module in root.modules():
@@ -35,7 +35,8 @@ def make_plain(root: nn.Module) -> None:
                         module._parameters.pop(name + suffix, None)
                         module._buffers.pop(name + suffix, None)
             if parametrize.is_parametrized(module):
-                computed.update({name: getattr(module, name) for name in module.parametrizations})
+                names = dict(module.get_submodule("parametrizations").named_children())
+                computed.update({name: getattr(module, name) for name in names})
                 module.__class__ = type(module).__bases__[0]
                 del module._modules["parametrizations"]
             for name, tensor in computed.items():

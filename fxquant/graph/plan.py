@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxquant.errors import MappingNameError, QConfigError, nearest
+from fxquant.errors import MappingNameError, QConfigError, nearest, warn
 from fxquant.graph import edit
 from fxquant.graph.kinds import base_of, known_base, redefined
 from fxquant.graph.module import Left, Site
@@ -82,7 +81,7 @@ class _Planner:
         own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
         if row is not None or own:
             rule = self.rule(path, path.rpartition(".")[0], kind, kind if base is None else FLOAT_TYPES.get(base, base))
-            reason = row.refuse_module(module) if row else _unknown(module, kind, self.operators)
+            reason = row.refuse_module(module) if row else _unknown(kind, self.operators)
             reason = inside or _replaced(module) or reason
             size = sum(t.numel() * t.element_size() for t in module.parameters())
             self.decide(path, kind, row, rule, reason, size)
@@ -239,9 +238,7 @@ def check_mapping(mapping: QConfigMapping, known: Names, functions: Iterable[Any
     present = known.kinds | set(functions)
     for kind in mapping.object_type_qconfigs:
         if kind not in present:
-            warnings.warn(
-                f"the mapping has an entry for {type_name(kind)}, which occurs nowhere in the model", stacklevel=3
-            )
+            warn(f"the mapping has an entry for {type_name(kind)}, which occurs nowhere in the model")
 
 
 def name_operands(row: Operator, node: fx.Node) -> dict[str, Any]:
@@ -267,7 +264,7 @@ def _replaced(module: nn.Module) -> str:
     return "its forward was replaced on the instance" if "forward" in vars(module) else ""
 
 
-def _unknown(module: nn.Module, kind: type[nn.Module], operators: Sequence[Operator]) -> str:
+def _unknown(kind: type[nn.Module], operators: Sequence[Operator]) -> str:
     """Return why a weight-bearing module without a row stays float."""
     known = known_base(kind, operators)
     if known is not None:

@@ -46,7 +46,7 @@ def plain_mirror(model: nn.Module, device: str | None = None) -> nn.Module:
 
 
 def convert_tree(prepared: nn.Module) -> nn.Module:
-    """Return the quantized model that `prepare_tree` decided on, of the same class. The prepared one is left as it was."""
+    """Return the quantized model that `prepare_tree` decided on, of the same class; that one is left as it was."""
     record = record_of(prepared)
     assert record is not None
     root, sites = convert_modules(edit.mirror(prepared), record.sites, record.operators)

@@ -115,7 +115,9 @@ class DynamicQuantizedRecurrent(QuantizedModule):
             isinstance(state, torch.Tensor) for state in given
         ):
             wanted = "a pair of tensors" if self.has_cell_state else "a tensor"
-            told = f"({', '.join(type(state).__name__ for state in hx)})" if isinstance(hx, tuple) else type(hx).__name__
+            told = (
+                f"({', '.join(type(state).__name__ for state in hx)})" if isinstance(hx, tuple) else type(hx).__name__
+            )
             raise DTypeError(f"{self._name()} takes hx as {wanted}, got {told}")
         return None if hx is None else given
 

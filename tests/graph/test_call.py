@@ -320,5 +320,5 @@ def test_a_parameter_with_the_name_of_a_keyword():
         def forward(self, x):
             return F.linear(x, getattr(self, "lambda"))
 
-    with pytest.raises(fxquant.TraceError, match="'lambda' has the Python keyword 'lambda' in it.*rename it"):
+    with pytest.raises(fxquant.TraceError, match=r"'lambda' has the Python keyword 'lambda' in it.*rename it"):
         prepare_fx(Model().eval(), everything(), x_())

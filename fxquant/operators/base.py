@@ -88,9 +88,9 @@ class Operator:
     name, summary: for reports and docs/operators.md. modules: float types, the fused ones too, with the
     subclasses that inherit their forward; a type of a package that need not be installed by its name,
     "package.module.Type". functions: float functions. operands: the functions' operand names in their order. weights:
-    which operands are constant weights. schemes: the qconfigs it accepts. refuse_module, refuse_call: return why one module, or one call's operands, must
-    stay float, or None. convert_module(module, qconfig, quantize), convert_function(call): see `Call`; rows never edit
-    graphs.
+    which operands are constant weights. schemes: the qconfigs it accepts. refuse_module, refuse_call: return why one
+    module, or one call's operands, must stay float, or None. convert_module(module, qconfig, quantize),
+    convert_function(call): see `Call`; rows never edit graphs.
     """
 
     name: str

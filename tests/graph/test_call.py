@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import inspect
 import pickle
 from typing import NamedTuple
@@ -98,6 +99,46 @@ def test_a_checkpoint_keeps_the_call(case, tmp_path):
     loaded = fxquant.load(model, tmp_path / "m")
     assert inspect.signature(loaded.forward) == inspect.signature(model.forward)
     assert same_bits(loaded(*args, **kwargs), quantized(*args, **kwargs))
+
+
+def adds_what_is_not_given(forward):
+    """A decorator as transformers has: it looks at which arguments are given by name, and adds others."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        kwargs["mode"] = kwargs.get("mode") or "double"
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Net):
+    @adds_what_is_not_given
+    def forward(self, x, mode=None):
+        return self.net(x) * (2 if mode == "double" else 1)
+
+
+@fixed
+def test_a_decorated_forward_meets_the_arguments_of_the_call():
+    model, x = Decorated().eval(), x_()
+    prepared = prepare_fx(model, everything(), {"x": x})
+    assert isinstance(prepared, FxModule)
+    assert torch.equal(prepared(x), model(x))
+
+
+def test_annotations_that_pickle_could_not_import_are_left_out():
+    class Local:
+        pass
+
+    class Annotated(Net):
+        def forward(self, x: "torch.Tensor", y: Local = None) -> torch.Tensor:
+            return self.net(x)
+
+    x = x_()
+    quantized = convert_fx(prepare_fx(Annotated().eval(), everything(), x))
+    for module in (quantized, pickle.loads(pickle.dumps(quantized))):
+        assert str(inspect.signature(module.forward)) == "(x, y=None) -> torch.Tensor"
+        assert same_bits(module(x), quantized(x))
 
 
 class Branches(Net):

@@ -190,7 +190,9 @@ def test_the_weight_in_force_is_quantized(normed, way):
 
 def test_the_prepared_model_computes_what_the_model_does(normed):
     model, x = normed
-    assert same_bits(prepare(model, x)(x), model(x))
+    prepared = prepare(model, x)
+    assert same_bits(prepared(x), model(x))
+    assert sorted(prepared.state_dict()) == ["0.bias", "0.weight", "1.bias", "1.weight"]
 
 
 def test_copies_pickles_and_checkpoints_of_it(normed, tmp_path):

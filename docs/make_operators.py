@@ -21,7 +21,9 @@ def _written(kind: Callable[..., Any] | str) -> str:
     """Return a module type, function or method as one would write it."""
     if kind is operator.matmul:
         return "x @ weight"
-    return f".{kind}()" if isinstance(kind, str) else type_name(kind)
+    if isinstance(kind, str):
+        return kind if "." in kind else f".{kind}()"
+    return type_name(kind)
 
 
 def page() -> str:

@@ -5,6 +5,7 @@ from fxquant.checkpoint import load, save
 from fxquant.debug import explain, graph_diff
 from fxquant.eager import quantize_dynamic
 from fxquant.errors import (
+    ArgumentError,
     AttributeNameError,
     CheckpointError,
     DTypeError,
@@ -35,6 +36,7 @@ from fxquant.spec import TensorSpec
 
 __all__ = [
     "OPERATORS",
+    "ArgumentError",
     "AttributeNameError",
     "CheckpointError",
     "DTypeError",

@@ -31,6 +31,7 @@ from fxquant.graph.module import Fusion, Left, Record, Site, finish, keep_record
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import replay
 from fxquant.graph.trace import check_model, trace
+from fxquant.graph.tree import plain_mirror
 from fxquant.nn.base import dtype_errors
 from fxquant.operators import OPERATORS, Operator, find_row
 from fxquant.qconfig import QConfig
@@ -44,11 +45,13 @@ _CHUNK_BYTES = 1 << 20
 def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized model to one safetensors file, atomically: the file is complete or not there.
 
-    Raises ModelStateError for anything but a result of convert_fx (or load).
+    Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a missing folder.
     """
     record = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
     tensors, aliases = _distinct(quantized.state_dict())
     target = pathlib.Path(path)
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{path}: cannot be written: there is no folder {str(target.parent)!r}; make it first")
     name = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         name.touch()
@@ -279,7 +282,7 @@ def _rebuild_graph(model: nn.Module, record: Record) -> nn.Module:
 
 
 def _rebuild_tree(model: nn.Module, record: Record) -> nn.Module:
-    root, _ = convert_modules(edit.mirror(model, device="meta").eval(), record.sites, record.operators)
+    root, _ = convert_modules(plain_mirror(model, "meta"), record.sites, record.operators)
     return keep_record(root, record)
 
 

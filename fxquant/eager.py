@@ -8,13 +8,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from fxquant.entry import entry
 from fxquant.errors import ModelStateError, QConfigError
-from fxquant.graph import edit
-from fxquant.graph.clean import own_tensors
-from fxquant.graph.convert import convert_modules
-from fxquant.graph.module import Record, keep_record, record_of
-from fxquant.graph.plan import check_mapping, plan_modules
+from fxquant.graph.module import need_stage, record_of
+from fxquant.graph.outcome import warn_of_outcome
+from fxquant.graph.plan import check_mapping
 from fxquant.graph.trace import names_of
+from fxquant.graph.tree import convert_tree, prepare_tree
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig import (
     QConfig,
@@ -35,7 +35,7 @@ _BY_DTYPE = {
 }
 
 
-@torch.inference_mode(False)
+@entry
 def quantize_dynamic(
     model: nn.Module,
     qconfig_spec: QConfigMapping | Mapping[What, QConfig | None] | Iterable[What] | None = None,
@@ -58,21 +58,12 @@ def quantize_dynamic(
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule) or record_of(model) is not None:
         raise ModelStateError(f"quantize_dynamic needs the float model, an nn.Module, got {type(model).__name__}")
     mapping = _as_mapping(qconfig_spec, dtype)
-    check_mapping(mapping, names_of(model))
-    root = edit.mirror(model).eval()
-    decided = plan_modules(root, mapping, table)
-    root, sites = convert_modules(root, tuple(decided.sites), table)
-    own_tensors(root, model)
-    record = Record(
-        stage="quantized",
-        is_traced=False,
-        sites=sites,
-        left=tuple(decided.left),
-        mapping=mapping,
-        operators=table,
-        float_bytes=edit.byte_count(model),
-    )
-    return keep_record(root, record)
+    known = names_of(model)
+    check_mapping(mapping, known)
+    prepared = prepare_tree(model, mapping, table)
+    record = need_stage(prepared, "prepared", "quantize_dynamic", "prepare_tree")
+    warn_of_outcome(type(model).__name__, mapping, record.sites, record.left, known)
+    return convert_tree(prepared)
 
 
 def _as_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:

@@ -1,8 +1,10 @@
-"""The errors of fxquant: every one says what, where, what was received and what to do."""
+"""The errors and warnings of fxquant: every one says what, where, what was received and what to do."""
 
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -20,6 +22,10 @@ class ModelStateError(FxQuantError):
 
 class ExampleInputsError(FxQuantError):
     """The example inputs do not fit the model."""
+
+
+class ArgumentError(FxQuantError, TypeError):
+    """A call has an argument that it does not take, or a value of it that the model was not prepared for."""
 
 
 class QConfigError(FxQuantError):
@@ -48,6 +54,14 @@ class IndexRangeError(FxQuantError, IndexError):
 
 class CheckpointError(FxQuantError):
     """A checkpoint is damaged, foreign, newer than this version, or made for another model."""
+
+
+def warn(message: str) -> None:
+    """Warn at the user's line: the first that is not fxquant's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fxquant"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:

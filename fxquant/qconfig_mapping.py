@@ -95,8 +95,7 @@ class QConfigMapping:
         for kind in types:
             key = (scope, kind, index)
             if key in self.module_name_object_type_order_qconfigs:
-                text = f"module_name_object_type_order ({scope!r}, {type_name(kind)}, {index})"
-                return Rule(self.module_name_object_type_order_qconfigs[key], text, True)
+                return Rule(self.module_name_object_type_order_qconfigs[key], order_text(*key), True)
         for name in _enclosing(path):
             if name in self.module_name_qconfigs:
                 return Rule(self.module_name_qconfigs[name], f"module_name {name!r}", name == path)
@@ -196,6 +195,11 @@ def type_name(kind: ObjectType) -> str:
     if module in ("torch", "torch.functional", "_operator"):
         return f"{'operator' if module == '_operator' else 'torch'}.{name}"
     return f"{module}.{name}" if module and not module.startswith(("torch", "fxquant")) else name
+
+
+def order_text(scope: str, kind: ObjectType, index: int) -> str:
+    """Return how reports name an entry of set_module_name_object_type_order."""
+    return f"module_name_object_type_order ({scope!r}, {type_name(kind)}, {index})"
 
 
 def _enclosing(path: str) -> Iterator[str]:

@@ -5,37 +5,45 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from fxquant.errors import QConfigError
+from fxquant.entry import entry
+from fxquant.errors import ExampleInputsError, FxQuantError, QConfigError, TraceError, warn
 from fxquant.graph import edit
-from fxquant.graph.capture import bind_inputs, capture
+from fxquant.graph.call import Inputs, bind_inputs
+from fxquant.graph.capture import capture, check_runs
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, record_of
 from fxquant.graph.observe import observe
+from fxquant.graph.outcome import warn_of_outcome
 from fxquant.graph.plan import check_mapping, plan
-from fxquant.graph.trace import check_model, trace
+from fxquant.graph.trace import check_model, names_of, trace
+from fxquant.graph.tree import convert_tree, prepare_tree
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig_mapping import QConfigMapping
 
 
-@torch.inference_mode(False)  # tensors made in inference mode could not be used outside of it
+@entry
 def prepare_fx(
     model: nn.Module,
     qconfig_mapping: QConfigMapping | Mapping[str, Any],
-    example_inputs: Any,
+    example_inputs: Any = (),
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     preserved_attributes: Sequence[str] = (),
     operators: Sequence[Operator] = OPERATORS,
-) -> FxModule:
+) -> nn.Module:
     """Return the model as a graph that computes exactly what it does, with every quantization decision taken.
+
+    Where its forward does not trace, the result is a model of its own class instead, with the decisions about its
+    modules, and a warning.
 
     model: in eval mode; it is not changed, and its weights are shared, not copied, until convert_fx.
     qconfig_mapping: which qconfig each part gets, as a QConfigMapping or in its dict form.
-    example_inputs: a tuple of one call's positional arguments, or one tensor; really run.
+    example_inputs: a tuple of one call's positional arguments, a dict of its keyword arguments, or one tensor; really
+    run. example_kwargs: keyword arguments that go with positional ones.
     preserved_attributes: names of attributes, methods and properties of the model that shall stay reachable.
     operators: the operator table; rows of your own go beside ours: (*OPERATORS, MY_ROW).
 
@@ -46,11 +54,16 @@ def prepare_fx(
     _refuse_ours(model, "prepare_fx")
     check_model(model)
     preserved = preserve(model, preserved_attributes)
-    inputs = bind_inputs(model, example_inputs)
-    traced = capture(model, operators, inputs)
-    check_mapping(mapping, traced.names, [node.target for node in traced.module.graph.nodes])
+    inputs = bind_inputs(model, example_inputs, example_kwargs)
+    try:
+        traced = capture(model, operators, inputs)
+    except (TraceError, ExampleInputsError) as error:
+        return _prepare_whole(model, mapping, operators, inputs, error)
+    functions = [node.target for node in traced.module.graph.nodes]
+    check_mapping(mapping, traced.names, functions)
     fusions = fuse(traced.module, traced.hooked)
     decided = plan(traced, mapping, operators)
+    warn_of_outcome(type(model).__name__, mapping, decided.sites, decided.left, traced.names, functions)
     record = Record(
         stage="prepared",
         sites=observe(traced.module, decided),
@@ -66,33 +79,61 @@ def prepare_fx(
     return finish(traced.module, model, record)
 
 
-@torch.inference_mode(False)
-def convert_fx(prepared: nn.Module) -> FxModule:
+def _prepare_whole(
+    model: nn.Module, mapping: QConfigMapping, operators: Sequence[Operator], inputs: Inputs, cause: FxQuantError
+) -> nn.Module:
+    """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
+    check_runs(model, inputs, cause)
+    check_mapping(mapping, names_of(model))
+    why = " ".join(line.strip() for line in str(cause).splitlines()[:2])
+    prepared = prepare_tree(model, mapping, operators, {"": why})
+    record = need_stage(prepared, "prepared", "prepare_fx", "prepare_tree")
+    if not record.sites:
+        raise cause
+    warn_of_outcome(type(model).__name__, mapping, record.sites, record.left, names_of(model))
+    warn(
+        f"{why}\n  So the model's own code runs on, and {len(record.sites)} of its modules are quantized where they "
+        "stand; calls of F.linear and the like are out of reach there (fxquant.explain)"
+    )
+    return prepared
+
+
+@entry
+def convert_fx(prepared: nn.Module) -> nn.Module:
     """Return the quantized model that prepare_fx decided on. The prepared model is left as it was.
 
     Raises ModelStateError for anything but a result of prepare_fx.
     """
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
+    if not record.is_traced:
+        return convert_tree(prepared)
     module = edit.mirror(prepared)
     assert isinstance(module, fx.GraphModule)
     sites = convert(module, record.sites, record.operators)
     return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites))
 
 
-@torch.inference_mode(False)
-def fuse_fx(model: nn.Module, example_inputs: Any = None, *, preserved_attributes: Sequence[str] = ()) -> FxModule:
+@entry
+def fuse_fx(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    preserved_attributes: Sequence[str] = (),
+) -> FxModule:
     """Return the model as a graph whose chains (Conv → BatchNorm, Linear → ReLU, …) are fused, still float.
 
-    example_inputs: as for prepare_fx. Without them the rank of values is not known, and a folded BatchNorm1d is guarded
-    by an assertion in the graph.
+    example_inputs, example_kwargs: as for prepare_fx. Without them the rank of values is not known, and a folded
+    BatchNorm1d is guarded by an assertion in the graph.
     """
     _refuse_ours(model, "fuse_fx")
     check_model(model)
     preserved = preserve(model, preserved_attributes)
-    if example_inputs is None:
+    if example_inputs is None and example_kwargs is None:
         traced = trace(model, OPERATORS)
     else:
-        traced = capture(model, OPERATORS, bind_inputs(model, example_inputs))
+        given = () if example_inputs is None else example_inputs
+        traced = capture(model, OPERATORS, bind_inputs(model, given, example_kwargs))
     fusions = fuse(traced.module, traced.hooked)
     record = Record(stage="fused", fusions=fusions, preserved=preserved, float_bytes=edit.byte_count(model))
     return finish(traced.module, model, record)

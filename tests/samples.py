@@ -67,6 +67,23 @@ class CallWithBias(Call):
         return self.function(self.bias, x, self.weight)
 
 
+class Conv1D(nn.Module):
+    """transformers.pytorch_utils.Conv1D, as that package (5.x) has it, for tests without it."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf) / 4)
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        size_out = (*x.size()[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
 def relu_of_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.relu(F.linear(x, weight))
 
@@ -117,6 +134,7 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         Sample(nn.Embedding, lambda: nn.Sequential(nn.Embedding(20, 9)), lambda: (indices(4, 3),)),
         Sample(F.embedding, lambda: Call(F.embedding, 20, 9), lambda: (indices(4, 3),)),
     ),
+    "transposed_linear": (Sample(Conv1D, lambda: nn.Sequential(Conv1D(12, 24)), lambda: (torch.randn(5, 24),)),),
     "embedding_bag": (
         Sample(nn.EmbeddingBag, lambda: nn.Sequential(nn.EmbeddingBag(20, 9)), lambda: (indices(4, 3),)),
         Sample(F.embedding_bag, lambda: Call(F.embedding_bag, 20, 9), lambda: (indices(4, 3),)),

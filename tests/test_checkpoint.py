@@ -489,3 +489,11 @@ def test_a_model_with_hooks_and_a_mapping_of_nothing(path):
     x = torch.randn(2, 4)
     assert torch.equal(fxquant.load(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), path)(x), model(x))
     assert len(leaves(model(x))) == 1
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    model = WordLM().eval()
+    quantized, path = quantize(model, *lm_inputs(model)), tmp_path / "absent" / "m.safetensors"
+    with pytest.raises(CheckpointError, match=r"there is no folder '.*absent'; make it first"):
+        fxquant.save(quantized, path)
+    assert not path.parent.exists()

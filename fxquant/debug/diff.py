@@ -74,7 +74,8 @@ class GraphDiff:
 def graph_diff(before: nn.Module, after: nn.Module) -> GraphDiff:
     """Return what changed between two models: float, fused, prepared or quantized, or any torch.fx.GraphModule.
 
-    A model that is no graph yet is traced. Nodes are matched by name, which fxquant's passes keep.
+    A model that is no graph yet is traced; where one of them does not trace, both are told module by module. Nodes are
+    matched by name, which fxquant's passes keep.
     """
     records = [record for record in map(record_of, (after, before)) if record is not None]
     old, new = (_as_graph(model, records) for model in (before, after))
@@ -97,10 +98,21 @@ def _as_graph(model: nn.Module, records: list[Record]) -> fx.GraphModule:
     """Return a model's graph, traced if need be as the other one was."""
     if isinstance(model, fx.GraphModule):
         return model
+    if any(not record.is_traced for record in records):
+        return _as_list(model)
     if not records:
         return trace(model, OPERATORS).module
     constants, untraced = records[0].constants, records[0].untraced
     return trace(model, records[0].operators or OPERATORS, constants=constants, untraced=untraced).module
+
+
+def _as_list(model: nn.Module) -> fx.GraphModule:
+    """Return a graph that holds each module of a model that has tensors of its own, and no wiring."""
+    graph = fx.Graph()
+    for path, module in model.named_modules():
+        if path and any(True for _ in (*module.parameters(False), *module.buffers(False))):
+            graph.call_module(path).name = path
+    return fx.GraphModule(model, graph)
 
 
 def _merged(old: list[str], new: list[str]) -> list[str]:

@@ -85,7 +85,7 @@ def explain(model: nn.Module) -> Explanation:
             "the mapping given to prepare_fx is what decides"
         )
     fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
-    untraced = tuple(f"{path}: {why}" for path, why in record.untraced.items())
+    untraced = tuple(f"{path or 'the whole model'}: {why}" for path, why in record.untraced.items())
     return Explanation(_rows(record), fusions, untraced, record.stage)
 
 

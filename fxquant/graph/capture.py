@@ -6,9 +6,10 @@ in Python attributes from call to call) is found here and not later, in the answ
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,84 +18,94 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
-from fxquant.errors import ExampleInputsError, TraceError
+from fxquant.errors import ExampleInputsError, TraceError, warn
 from fxquant.graph import edit
-from fxquant.graph.trace import Traced, trace
+from fxquant.graph.call import Inputs, describe, fixable
+from fxquant.graph.trace import Traced, first_line, trace
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.operators import Operator
 
 
-def capture(model: nn.Module, operators: Sequence[Operator], inputs: tuple[Any, ...]) -> Traced:
+def capture(model: nn.Module, operators: Sequence[Operator], inputs: Inputs) -> Traced:
     """Return a model's graph, run once on the example inputs, so that every node's shapes and dtypes are recorded.
 
-    Where plain arguments (None, bool, int, float, str; given or left at their defaults) steer forward, so that it does
-    not trace or run without knowing them, the graph is made for those values, with a warning, and asserts them. A
-    submodule that does not trace even so is called as it is. Raises what `trace` and `propagate` raise.
+    What is tried, in this order: the graph as it is; where plain arguments (None, bool, int, float, str; given or left
+    at their defaults) steer forward, or it unpacks *args or **kwargs, the graph for those, with a warning, which checks
+    them; the graph with submodules that do not trace called as they are. Raises what `trace` and `propagate` raise.
     """
-    constants = _plain_arguments(model, inputs)
-    first: Exception | None = None
-    for keep_whole in (False, True):
-        for fixed in ({}, constants) if constants else ({},):
-            try:
-                traced = trace(model, operators, constants=fixed, keep_whole=keep_whole)
-                propagate(traced.module, inputs)
-                verify(model, traced.module, inputs)
-            except (TraceError, ExampleInputsError) as error:
-                first = first or error  # which tells the most
-                continue
-            if fixed:
-                _warn_of_constants(model, fixed)
+    constants = fixable(model, inputs)
+    cause: Exception | None = None
+    for fixed, keep_whole in (({}, False), (constants, False), ({}, True)) if constants else (({}, False), ({}, True)):
+        try:
+            traced = _faithful(model, operators, inputs, fixed, keep_whole)
+        except (TraceError, ExampleInputsError) as error:
+            cause = cause if keep_whole else error  # what stands in the way even so
+            continue
+        if fixed:
+            _warn_of_constants(model, fixed)
+        return traced
+    assert cause is not None
+    raise cause
+
+
+def _faithful(
+    model: nn.Module, operators: Sequence[Operator], inputs: Inputs, fixed: dict[str, Any], keep_whole: bool
+) -> Traced:
+    """Return a graph that was run and gives what the model gives, or raise TraceError or ExampleInputsError."""
+    kept: dict[str, str] = {}
+    while True:
+        traced = trace(model, operators, constants=fixed, untraced=kept, keep_whole=keep_whole)
+        propagate(traced.module, inputs)
+        try:
+            verify(model, traced.module, inputs)
+        except TraceError:
+            doubtful = traced.doubtful - kept.keys() if keep_whole else frozenset()
+            if not doubtful:
+                raise
+            why = "it keeps state in Python attributes from call to call, or makes tensors of its own"
+            kept = {**traced.untraced, **dict.fromkeys(sorted(doubtful), why)}
+        else:
             return traced
-    assert first is not None
-    raise first
 
 
 def _warn_of_constants(model: nn.Module, constants: dict[str, Any]) -> None:
-    told = ", ".join(f"{name}={value!r}" for name, value in constants.items())
-    warnings.warn(
-        f"{type(model).__name__} was traced for {told}, because its forward branches on such values; the graph asserts "
-        "them. For others, prepare the model once more with them in example_inputs",
-        stacklevel=4,
+    told = ", ".join(describe(name, value) for name, value in constants.items())
+    warn(
+        f"{type(model).__name__} was traced for {told}, because its forward branches on such values; the graph checks "
+        "them. For others, prepare the model once more with them in example_inputs"
     )
 
 
-def _plain_arguments(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """Return those of a call's arguments, defaults included, that are plain values and so can be fixed."""
-    bound = inspect.signature(model.forward).bind(*inputs)
-    bound.apply_defaults()
-    return {
-        name: value
-        for name, value in bound.arguments.items()
-        if value is None or isinstance(value, (bool, int, float, str))
-    }
-
-
-def bind_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
-    """Return the example inputs as a tuple that fits forward's signature, or raise ExampleInputsError."""
-    if isinstance(example_inputs, torch.Tensor):
-        example_inputs = (example_inputs,)
-    if not isinstance(example_inputs, (tuple, list)):
-        raise ExampleInputsError(
-            "example_inputs must be a tuple of the positional arguments of one call, or one tensor, "
-            f"got {type(example_inputs).__name__}"
-        )
-    inputs = tuple(example_inputs)
-    signature = inspect.signature(model.forward)
+def check_runs(model: nn.Module, inputs: Inputs, cause: Exception) -> None:
+    """Raise ExampleInputsError where the model itself fails on the example inputs. cause: why there is no graph."""
     try:
-        signature.bind(*inputs)
-    except TypeError as error:
+        _run(edit.mirror(model, hooks=False), inputs)
+    except Exception as error:
+        if isinstance(cause, ExampleInputsError):
+            raise cause from error
+        where = edit.user_frame(error)
         raise ExampleInputsError(
-            f"example_inputs has {len(inputs)} arguments, but forward is {type(model).__name__}{signature}: {error}"
+            f"{type(model).__name__} fails on example_inputs{f' at {where}' if where else ''}: "
+            f"{type(error).__name__}: {first_line(error)}\n"
+            "  example_inputs are really run: pass one call's arguments, with true shapes, dtypes and value ranges"
         ) from error
-    return inputs
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph once and records what each node gave."""
+    """Runs a graph once and records what each node gave. given: the call's arguments by name."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, graph: fx.Graph, given: dict[str, Any]) -> None:
+        super().__init__(module, graph=graph)
         self.extra_traceback = False  # it would add lines of its own to our errors
+        self.given = given
+
+    def placeholder(self, target: Any, args: Any, _: Any) -> Any:
+        """Return an argument by its name: torch.fx counts them off, and so knows no keywords."""
+        name = str(target).lstrip("*")
+        if name in self.given:
+            return self.given[name]
+        rest: dict[str, Any] = {"*": (), "**": {}}
+        return rest[target[: -len(name)]] if name != target else args[0]
 
     def run_node(self, n: fx.Node) -> Any:
         """Return the node's value, its shape and dtype recorded in node.meta["tensor_meta"]."""
@@ -106,7 +117,7 @@ class _Shapes(fx.Interpreter):
             raise ExampleInputsError(
                 f"the model fails on example_inputs at {n.name!r}"
                 f"{f', {edit.node_frame(n)}' if edit.node_frame(n) else ''}, which got [{told}]: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+                f"{type(error).__name__}: {first_line(error)}\n"
                 "  example_inputs are really run: pass one call's arguments, with true shapes, dtypes and value ranges"
             ) from error
         n.meta["tensor_meta"] = _tensors_meta(value)
@@ -119,6 +130,8 @@ def _tensors_meta(value: Any) -> Any:
         return _extract_tensor_metadata(value)._replace(memory_format=None)  # which torch.save cannot pickle
     if isinstance(value, rnn.PackedSequence):
         return tuple(_tensors_meta(part) for part in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _tensors_meta(getattr(value, field.name)) for field in dataclasses.fields(value)}
     parts, form = pytree.tree_flatten(value, is_leaf=lambda part: isinstance(part, (torch.Tensor, rnn.PackedSequence)))
     return (
         value
@@ -127,21 +140,20 @@ def _tensors_meta(value: Any) -> Any:
     )
 
 
-def propagate(module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+def propagate(module: fx.GraphModule, inputs: Inputs) -> None:
     """Run a graph on copies of the example inputs and record every node's shapes and dtypes; no hook is fired.
 
     Raises ExampleInputsError where a node fails, naming the user's line.
     """
-    copies = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    copies = _copies(inputs)
+    given = inspect.signature(module.forward).bind(*copies.args, **copies.kwargs).arguments
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user meets the float model's own warnings when running it
-        _Shapes(module).run(*copies)
-        for buffer, before in buffers:  # this run shall not count: forward may write into its buffers
-            buffer.copy_(before)
+        twin = edit.mirror(module)  # this run shall not count: forward may write into buffers and attributes
+        _Shapes(twin, module.graph, given).run()
 
 
-def verify(model: nn.Module, module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+def verify(model: nn.Module, module: fx.GraphModule, inputs: Inputs) -> None:
     """Raise TraceError unless two calls of the graph give the bits of two calls of the model; no hook is fired.
 
     Both with torch's transformer fast path off, whose kernels a graph does not hold.
@@ -157,17 +169,35 @@ def verify(model: nn.Module, module: fx.GraphModule, inputs: tuple[Any, ...]) ->
                 " forward draws without an input (torch.rand(4): draw it outside, or use torch.rand_like(x)), nor "
                 "state that forward keeps in Python attributes from call to call (self.hidden: pass it in and out, or "
                 "make it a buffer).\n"
-                "  Or swap the modules without a graph: fxquant.quantize_dynamic(model)."
+                "  Without a graph only its modules could be quantized, and none can."
             )
 
 
-def _run(module: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:
+def _run(module: nn.Module, inputs: Inputs) -> list[Any]:
     """Return the leaves of what a module gives for copies of the inputs, under a seed of its own."""
-    copies = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+    copies = _copies(inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        return pytree.tree_leaves(module(*copies))
+        return list(_leaves(module(*copies.args, **copies.kwargs)))
+
+
+def _copies(inputs: Inputs) -> Inputs:
+    """Return the inputs copied, a cache object that forward writes into as well."""
+
+    def twin(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, torch.Tensor) else edit.copied(leaf)
+
+    return Inputs(pytree.tree_map(twin, inputs.args), pytree.tree_map(twin, inputs.kwargs))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the leaves of nested containers, dataclasses too."""
+    for leaf in pytree.tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        else:
+            yield leaf
 
 
 def _same_bits(ours: list[Any], theirs: list[Any]) -> bool:

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fxquant.graph.constants import is_transposition
 
@@ -24,6 +27,12 @@ HOOKS = (
 )
 """The attributes of a module that hold what its call runs beside forward."""
 
+RECOMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
+"""Hooks that compute a module's weight before each call: a part of what the module computes, and nobody's to keep."""
+
+RECOMPUTED_FROM = ("_g", "_v", "_orig", "_u", "_mask")
+"""What such a weight's name ends with in the tensors that it is computed from."""
+
 _LIBRARIES = (str(pathlib.Path(torch.__file__).parent), str(pathlib.Path(__file__).parents[1]), "<")
 
 
@@ -31,7 +40,8 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
     """Return a copy of a module tree that shares the parameters' storage and nothing else.
 
     Tied tensors stay tied. What the copy's Python code assigns or appends, and what `.to` does to it, never reaches the
-    original. device: "meta" for a copy without data. hooks: whether the modules keep their hooks.
+    original. device: "meta" for a copy without data. hooks: whether the modules keep their hooks;
+    those that compute a weight they always keep.
     """
     memo: dict[int, Any] = {}
     for tensor in _tensors(root):
@@ -47,12 +57,14 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
             copy.deepcopy(module, memo)
         else:
             twin = memo[id(module)]
-            twin.__dict__.update({name: _copied(value, memo) for name, value in module.__dict__.items()})
+            twin.__dict__.update({name: copied(value, memo) for name, value in module.__dict__.items()})
     result: nn.Module = memo.get(id(root), root)
     if not hooks:
         for module in result.modules():
             for name in HOOKS:
-                getattr(module, name, {}).clear()
+                kept = getattr(module, name, {})
+                for key in [key for key, hook in kept.items() if not isinstance(hook, RECOMPUTING)]:
+                    del kept[key]
     return result
 
 
@@ -69,7 +81,7 @@ def _alias(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
     return shared if device is not None else shared.clone()  # forward may write into a buffer (a counter, a cache)
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
     """Return a deep copy, or the thing itself where it cannot be copied (a lock, an open file)."""
     try:
         return copy.deepcopy(value, memo)
@@ -80,13 +92,16 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 def carry_hooks(source: nn.Module, target: nn.Module) -> None:
     """Give one module the hooks of another."""
     for name in HOOKS:
-        if getattr(source, name, None):
-            setattr(target, name, copy.copy(getattr(source, name)))
+        carried = copy.copy(getattr(source, name, None)) or {}
+        for key in [key for key, hook in carried.items() if isinstance(hook, RECOMPUTING)]:
+            del carried[key]
+        if carried:
+            setattr(target, name, carried)
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether calling the module runs anything beside its forward."""
-    return any(getattr(module, name, None) for name in HOOKS)
+    return any(not isinstance(hook, RECOMPUTING) for name in HOOKS for hook in getattr(module, name, {}).values())
 
 
 def swap_module(root: nn.Module, path: str, module: nn.Module) -> None:

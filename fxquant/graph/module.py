@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +13,7 @@ from torch import fx, nn
 
 from fxquant.errors import AttributeNameError, ModelStateError, nearest
 from fxquant.graph import edit
+from fxquant.graph.reads import names_in
 from fxquant.graph.trace import TRACING
 from fxquant.nn.base import dtype_errors
 from fxquant.operators import Operator
@@ -222,23 +222,10 @@ def preserve(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
         own = inspect.getattr_static(type(model), name, None)
         if isinstance(own, property) or (hasattr(own, "__get__") and name not in vars(model)):
             kept[name] = Method(next(kind for kind in type(model).__mro__ if name in vars(kind)), name)
-            waiting += [other for other in _named_in(own) if other not in kept and _is_users(model, other)]
+            waiting += [other for other in names_in(own) if other not in kept and _is_users(model, other)]
         elif not isinstance(getattr(model, name), nn.Module):  # a module that forward uses is there by itself
             kept[name] = copy.deepcopy(getattr(model, name))
     return {name: kept[name] for name in sorted(kept, key=lambda name: (name not in names, name))}
-
-
-def _named_in(function: Any) -> set[str]:
-    """Return every name that the code of a method or property mentions."""
-    if isinstance(function, property):
-        function = function.fget
-    waiting, found = [getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)], set()
-    while waiting:
-        code = waiting.pop()
-        if code is not None:
-            found.update(code.co_names)
-            waiting += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-    return found
 
 
 def _is_users(model: nn.Module, name: str) -> bool:

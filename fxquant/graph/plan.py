@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import inspect
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxquant.errors import MappingNameError, QConfigError, nearest
+from fxquant.errors import MappingNameError, QConfigError, nearest, warn
 from fxquant.graph import edit
 from fxquant.graph.constants import constant_of, is_transposition
+from fxquant.graph.kinds import base_of, known_base, redefined
 from fxquant.graph.module import Left, Site
 from fxquant.graph.reads import weights_read
 from fxquant.graph.trace import SCOPE, Names, Traced, names_of
@@ -82,14 +82,15 @@ class _Planner:
 
     def visit_module(self, path: str, module: nn.Module, inside: str = "") -> None:
         """Decide for a leaf module and for what lies inside it. inside: why children cannot be swapped, if so."""
-        kind = FLOAT_TYPES.get(type(module), type(module))
-        row = find_module_row(self.operators, type(module))
-        own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
         if isinstance(module, QuantizedModule):
             return
+        kind = FLOAT_TYPES.get(type(module), type(module))
+        base = base_of(module, self.operators)
+        row = None if base is None or redefined(type(module), base) else find_module_row(self.operators, base)
+        own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
         if row is not None or own:
-            rule = self.rule(path, path.rpartition(".")[0], kind)
-            reason = row.refuse_module(module) if row else _unknown(module, kind, self.operators)
+            rule = self.rule(path, path.rpartition(".")[0], kind, kind if base is None else FLOAT_TYPES.get(base, base))
+            reason = row.refuse_module(module) if row else _unknown(kind, self.operators)
             reason = inside or _replaced(module) or reason
             held = module.parameters(recurse=row is not None)  # what lies inside a module without a row counts itself
             size = sum(t.numel() * t.element_size() for t in held)
@@ -156,13 +157,16 @@ class _Planner:
         tensors = {path: edit.get_tensor(self.module, path) for path in paths}
         return {path: tensor for path, tensor in tensors.items() if tensor is not None and tensor.dim() > 1}
 
-    def rule(self, path: str, scope: str, kind: Any) -> Rule:
-        """Return the mapping entry that decides, by any of the names that a shared module goes by."""
-        index = self.counts[(scope, kind)]
-        self.counts[(scope, kind)] += 1
+    def rule(self, path: str, scope: str, kind: Any, base: Any = None) -> Rule:
+        """Return the mapping entry that decides, by any of the names that a shared module goes by.
+
+        base: the type that a subclass derives from, whose entries decide where there is none for its own.
+        """
+        kinds = (kind,) if base is None or base is kind else (kind, base)
         names = (path, *(name for name in self.names.aliases.get(path, ()) if name != path))
-        rules = [self.mapping.resolve(name, scope, (kind,), index) for name in names]
-        return next((rule for rule in rules if rule.text.startswith("module_name")), rules[0])
+        rules = [self.mapping.resolve(name, scope, (k,), self.counts[(scope, k)]) for k in kinds for name in names]
+        self.counts.update((scope, k) for k in kinds)
+        return min(rules, key=_rank)
 
     def decide(
         self,
@@ -264,9 +268,7 @@ def check_mapping(mapping: QConfigMapping, known: Names, functions: Iterable[Any
     present = known.kinds | set(functions)
     for kind in mapping.object_type_qconfigs:
         if kind not in present:
-            warnings.warn(
-                f"the mapping has an entry for {type_name(kind)}, which occurs nowhere in the model", stacklevel=3
-            )
+            warn(f"the mapping has an entry for {type_name(kind)}, which occurs nowhere in the model")
 
 
 def find_target(row: Operator, node: fx.Node) -> Target | None:
@@ -285,12 +287,19 @@ def name_operands(row: Operator, node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(row.operands, node.args, strict=False)), **node.kwargs}
 
 
+def _rank(rule: Rule) -> int:
+    """Return how far back a rule stands among several."""
+    return next(rank for rank, start in enumerate(("module_name", "object_type", "")) if rule.text.startswith(start))
+
+
 def _calls_children(module: nn.Module) -> bool:
     """Return whether a module calls its children, so that they may be swapped: a user's forward, a container's, or one
     of torch's transformers', which `avoid_fast_path` keeps from reading their weights.
     """
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return True
+    if isinstance(module, nn.MultiheadAttention):  # a subclass's own forward may call super's
+        return False
     forward = inspect.getattr_static(type(module), "forward", None)
     return forward in PLAIN_FORWARDS or not getattr(forward, "__module__", "").startswith("torch.")
 
@@ -313,11 +322,15 @@ def _refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> str | N
     return row.refuse_call(examples) or refuse_weight(tensor.t() if target.is_stored_transposed else tensor)
 
 
-def _unknown(module: nn.Module, kind: type[nn.Module], operators: Sequence[Operator]) -> str:
+def _unknown(kind: type[nn.Module], operators: Sequence[Operator]) -> str:
     """Return why a weight-bearing module without a row stays float."""
-    known = next((base for row in operators for base in row.modules if isinstance(module, base)), None)
+    known = known_base(kind, operators)
     if known is not None:
-        return f"it is a subclass of {type_name(known)}, of which only the exact type is known"
+        own = "has a forward of its own" if kind.forward is not known.forward else "redefines"
+        names = "" if kind.forward is not known.forward else f" {', '.join(redefined(kind, known))}"
+        return f"it is a subclass of {type_name(known)} that {own}{names}"
+    if not kind.forward.__module__.startswith("torch."):
+        return "its forward is not traced, so calls with weights of its own are out of reach"
     return _no_form(type_name(kind))
 
 

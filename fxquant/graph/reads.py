@@ -1,4 +1,4 @@
-"""Which weights a module's own Python code reads past their modules, found in its bytecode.
+"""What Python code reads, found in its bytecode: names, and the weights that a module reads past its submodules.
 
 Code that is not traced runs on as it is: where it says F.linear(x, self.embedding.weight), a quantized embedding would
 hand it integers. Such a module must stay float.
@@ -54,3 +54,16 @@ def _attribute_chains(code: types.CodeType) -> Iterator[list[str]]:
     for part in code.co_consts:
         if isinstance(part, types.CodeType):
             yield from _attribute_chains(part)
+
+
+def names_in(function: Any) -> set[str]:
+    """Return every name that the code of a function, method or property mentions."""
+    if isinstance(function, property):
+        function = function.fget
+    waiting, found = [getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)], set()
+    while waiting:
+        code = waiting.pop()
+        if code is not None:
+            found.update(code.co_names)
+            waiting += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return found

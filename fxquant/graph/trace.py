@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import keyword
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import rnn
 
 from fxquant.errors import ModelStateError, TraceError
-from fxquant.graph import edit
+from fxquant.graph import call, edit
+from fxquant.graph.kinds import base_of, make_plain
 from fxquant.nn import QuantizedModule
 from fxquant.nn.transformer import PLAIN_FORWARDS
 from fxquant.operators import Operator
@@ -46,7 +48,7 @@ class Names:
 
     aliases: dict[str, tuple[str, ...]]
     tensors: frozenset[str]  # the paths of its parameters and buffers
-    kinds: frozenset[type]  # the types of its modules
+    kinds: frozenset[type]  # the types of its modules, and those that they derive from
 
 
 def names_of(model: nn.Module) -> Names:
@@ -58,7 +60,7 @@ def names_of(model: nn.Module) -> Names:
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
     aliases = {path: tuple(same) for same in paths.values() for path in same}
-    return Names(aliases, tensors, frozenset(type(module) for module in model.modules()))
+    return Names(aliases, tensors, frozenset(kind for module in model.modules() for kind in type(module).__mro__))
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Traced:
     hooked: frozenset[str]  # the paths of its modules that have hooks
     constants: dict[str, Any]  # the arguments that the graph is made for
     untraced: dict[str, str]  # the paths of modules that do not trace and are called as they are, and why
+    doubtful: frozenset[str]  # the paths of modules that hold state, or make tensors of their own, in forward
 
 
 class _Tracer(fx.Tracer):
@@ -77,11 +80,11 @@ class _Tracer(fx.Tracer):
 
     record_stack_traces = True
 
-    def __init__(self, leaves: tuple[type[nn.Module], ...] = (), whole: frozenset[str] = frozenset()) -> None:
-        """leaves: types that the operator table knows. whole: paths of modules that must not be traced through."""
+    def __init__(self, operators: Sequence[Operator] = (), whole: frozenset[str] = frozenset()) -> None:
+        """operators: the table, whose modules are leaves. whole: paths of modules that must not be traced through."""
         super().__init__(autowrap_functions=_LEAF_FUNCTIONS, param_shapes_constant=True)
         self._autowrap_search.append(rnn)  # also where a model calls them as nn.utils.rnn.pack_padded_sequence
-        self._leaves, self._whole, self._thread = leaves, whole, threading.get_ident()
+        self._operators, self._whole, self._thread = operators, whole, threading.get_ident()
         self.failed = ""  # the path of the innermost module in which tracing failed; "" is the root
         self._autocast = _autocast()
 
@@ -92,7 +95,7 @@ class _Tracer(fx.Tracer):
             or module_qualified_name in self._whole
             or "forward" in vars(m)  # replaced on the instance, perhaps by a closure over the original
             or isinstance(m, (QuantizedModule, torch.jit.ScriptModule))
-            or any(isinstance(m, kind) and type(m).forward is kind.forward for kind in self._leaves)
+            or base_of(m, self._operators) is not None
         )
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -102,11 +105,13 @@ class _Tracer(fx.Tracer):
         """
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        _refuse_keywords(path)  # here it counts as a failure of the caller
         try:
             plain = PLAIN_FORWARDS.get(type(m).forward)
             return super().call_module(m, functools.partial(plain, m) if plain else forward, args, kwargs)
         except Exception:
-            self.failed = self.failed or self.path_of_module(m)
+            self.failed = self.failed or path
             raise
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
@@ -139,9 +144,41 @@ class _Tracer(fx.Tracer):
                 f"forward writes (.{target}) into a tensor that it makes itself, which a graph makes only once; "
                 "make it from an input: x.new_zeros(...)"
             )
+        if kind == "get_attr":
+            _refuse_keywords(target)
         node = super().create_node(kind, target, args, *rest, **named)
         node.meta[SCOPE] = self.scope.module_path
         return node
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Return what to call and its stand-ins; where arguments are fixed, forward gets their values.
+
+        torch.fx's own way cannot name keyword-only arguments, nor unpack *args and **kwargs.
+        """
+        if not concrete_args:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        hints = getattr(inspect.unwrap(root_fn), "__annotations__", {})
+        signature = inspect.signature(self.root.forward)
+        bound = signature.bind_partial()
+        has_rest = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values())
+        for parameter in signature.parameters.values():
+            name = f"{call.STARS.get(parameter.kind, '')}{parameter.name}"
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            value: Any = self.create_proxy("placeholder", name, default, {}, type_expr=hints.get(parameter.name))
+            if name in concrete_args:
+                fixed = concrete_args[name]
+                self.create_proxy("call_function", call.check_argument, (value, name, fixed), {})
+                value = call.unpacked(parameter.kind, value, fixed)
+            if value is not parameter.default or has_rest:  # a decorator may look at which arguments are given
+                bound.arguments[parameter.name] = value
+
+        def forward() -> Any:
+            return root_fn(self.root, *bound.args, **bound.kwargs)
+
+        forward.__annotations__ = {"return": hints["return"]} if "return" in hints else {}
+        return forward, []
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a module, its placeholders named as forward's arguments."""
@@ -150,15 +187,14 @@ class _Tracer(fx.Tracer):
             root.__class__ = type(type(root).__name__, (type(root),), {"forward": plain})
         graph = super().trace(root, concrete_args)
         graph._tracer_cls = _Retracer  # what torch.fx unpickles with
+        graph.set_codegen(call.SignatureCodeGen(root))
+        graph.output_node().type = inspect.unwrap(type(root).forward).__annotations__.get("return")
         for node in graph.nodes:
             if getattr(node.target, "__module__", "").startswith("torch."):
                 node.meta.pop("is_wrapped", None)  # torch.fx would write a wrap("torch.nn…") that breaks later traces
-            if isinstance(node.type, str):  # of `from __future__ import annotations`; torch.fx cannot pickle it
-                node.type = None
-        if concrete_args:  # torch.fx numbers the names
-            named = [node for node in graph.nodes if node.op == "placeholder"]
-            for node, name in zip(named, inspect.signature(root.forward).parameters, strict=False):
-                node.target = name if not str(node.target).startswith("*") else node.target
+            node.meta.pop("nn_module_stack", None)  # it holds classes, which pickle may not find
+            if isinstance(node.type, str) or "<locals>" in getattr(node.type, "__qualname__", ""):
+                node.type = None  # an annotation that pickle could not import
         return graph
 
 
@@ -180,9 +216,34 @@ def _autocast() -> tuple[torch.dtype | None, ...]:
     )
 
 
+def _refuse_keywords(path: str) -> None:
+    """Raise RuntimeError for a path that a graph's code cannot say."""
+    for name in path.split("."):
+        if keyword.iskeyword(name):
+            raise RuntimeError(
+                f"{path!r} has the Python keyword {name!r} in it, which generated code cannot say; rename it"
+            )
+
+
 def _is_fresh(operand: Any) -> bool:
-    """Return whether an operand is a tensor that is neither the model's nor an input's."""
+    """Return whether a node is a tensor that is neither the model's nor an input's."""
     return isinstance(operand, fx.Node) and operand.op == "get_attr" and str(operand.target).startswith("_tensor_con")
+
+
+def _attributes(root: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what the Python attributes of each module in a tree now are, by the module's path."""
+    return {path: dict(vars(module)) for path, module in root.named_modules()}
+
+
+def _doubtful(root: nn.Module, graph: fx.Graph, before: dict[str, dict[str, Any]]) -> frozenset[str]:
+    """Return the paths of modules whose forward set an attribute, or made a tensor of its own, while it was traced."""
+    after = _attributes(root)
+    kept = {
+        path
+        for path, held in before.items()
+        if any(held.get(name, held) is not value for name, value in after.get(path, {}).items())
+    }
+    return frozenset(kept | {node.meta[SCOPE] for node in graph.nodes if _is_fresh(node)}) - {""}
 
 
 class _UntraceableError(Exception):
@@ -211,33 +272,35 @@ def trace(
     """
     check_model(model)
     hooked = frozenset(name for name, module in model.named_modules() if name and edit.has_hooks(module))
-    leaves = tuple(kind for row in operators for kind in row.modules)
     kept = dict(untraced or {})
     while True:
-        tracer = functools.partial(_Tracer, leaves, hooked | kept.keys())  # inlining a module would lose its hooks
+        tracer = functools.partial(_Tracer, operators, hooked | kept.keys())  # inlining a module would lose its hooks
         try:
-            root, graph = _graph(model, tracer, device, constants)
+            root, graph, doubtful = _graph(model, tracer, device, constants)
             break
         except _UntraceableError as failure:
             error = failure.error
             if not keep_whole or not failure.path or failure.path in kept:
                 raise _trace_error(model, error) from error
-            kept[failure.path] = f"{_cause(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
+            kept[failure.path] = f"{first_line(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
     name = model.__class__.__name__
-    return Traced(fx.GraphModule(root, graph, name), names_of(model), hooked, dict(constants or {}), kept)
+    return Traced(fx.GraphModule(root, graph, name), names_of(root), hooked, dict(constants or {}), kept, doubtful)
 
 
 def _graph(
     model: nn.Module, make_tracer: Callable[[], _Tracer], device: str | None, constants: Mapping[str, Any] | None
-) -> tuple[nn.Module, fx.Graph]:
-    """Return a mirror of a model and its graph. Forward meets buffers as they are, and so may branch on their values,
-    unless it writes into one, or slices one by an input's size: then buffers must be nodes.
+) -> tuple[nn.Module, fx.Graph, frozenset[str]]:
+    """Return a mirror of a model, its graph, and the paths of modules that are not sure to be what their graph says.
+
+    Forward meets buffers as they are, and so may branch on their values, unless it writes into one, or slices one by an
+    input's size: then buffers must be nodes.
     """
     failure: _UntraceableError | None = None
     for buffers_are_nodes in (False, True):
         root, tracer = edit.mirror(model, device, hooks=False), make_tracer()
+        make_plain(root)
         tracer.proxy_buffer_attributes = buffers_are_nodes
-        versions = _versions(root)
+        versions, attributes = _versions(root), _attributes(root)
         try:
             with TRACING, torch.no_grad():
                 graph = tracer.trace(root, dict(constants) if constants else None)
@@ -245,7 +308,7 @@ def _graph(
             failure = failure or _UntraceableError(tracer.failed, error)
             continue
         if buffers_are_nodes or _versions(root) == versions:
-            return root, graph
+            return root, graph, _doubtful(root, graph, attributes)
     assert failure is not None
     raise failure
 
@@ -276,7 +339,8 @@ def check_model(model: Any) -> None:
             raise ModelStateError(f"{name!r} is lazy and has no shape yet; run the model once on real input first")
 
 
-def _cause(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -286,11 +350,11 @@ def _trace_error(model: nn.Module, error: Exception) -> TraceError:
     where = edit.user_frame(error)
     home = type(model).__module__
     return TraceError(
-        f"{type(model).__name__} does not trace: {_cause(error)}\n"
+        f"{type(model).__name__} does not trace: {first_line(error)}\n"
         f"  at {where or f'{home}.{type(model).__name__}.forward; put the module inside one of your own, as a leaf'}\n"
         "  torch.fx runs forward once with stand-ins for tensors, so Python cannot branch on, loop over or convert "
-        "their values there. Try one of:\n"
+        "their values there; without a graph only its modules could be quantized, and none can. Try one of:\n"
         "  - write the choice with tensors (torch.where) or base it on a module attribute;\n"
         "  - move that part into a function and mark it with torch.fx.wrap;\n"
-        "  - swap its modules without a graph: fxquant.quantize_dynamic(model)."
+        "  - hold the weights in modules (nn.Linear for F.linear), which are swapped where they stand."
     )

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fxquant import ops
-from fxquant.errors import ShapeError
+from fxquant.errors import DTypeError, ShapeError
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
@@ -84,7 +84,7 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         an LSTM's (h0, c0) of (L, B, P) and (L, B, H), without a batch (L, P) and (L, H), zeros when None -> the same
         forms, in input's dtype. Raises ShapeError or DTypeError for anything else.
         """
-        given = None if hx is None else tuple(hx) if self.has_cell_state else (hx,)
+        given = self.check_kinds(input, hx)
         if isinstance(input, PackedSequence):
             data, sizes, order, back = input
             output, *states = self.run(data, sizes, self._states(data, given, int(sizes[0]), order))
@@ -102,6 +102,24 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         if not is_batched:
             return output.squeeze(1), self._as_given([state.squeeze(1) for state in states])
         return output.transpose(0, 1) if self.batch_first else output, self._as_given(states)
+
+    def check_kinds(self, input: Any, hx: Any) -> States | None:
+        """Return hx as a tuple of tensors, None for none, or raise DTypeError for what is not of its kind."""
+        tensor = input.data if isinstance(input, PackedSequence) else input
+        is_pair = self.has_cell_state and isinstance(hx, (tuple, list))
+        given = () if hx is None else tuple(hx) if is_pair else (hx,)
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            got = f"input of {getattr(tensor, 'dtype', None)} ({type(input).__name__})"
+            raise DTypeError(f"{self._name()} takes float tensors, got {got}")
+        if (self.has_cell_state and hx is not None and not is_pair) or not all(
+            isinstance(state, torch.Tensor) for state in given
+        ):
+            wanted = "a pair of tensors" if self.has_cell_state else "a tensor"
+            told = (
+                f"({', '.join(type(state).__name__ for state in hx)})" if isinstance(hx, tuple) else type(hx).__name__
+            )
+            raise DTypeError(f"{self._name()} takes hx as {wanted}, got {told}")
+        return None if hx is None else given
 
     def _states(self, x: torch.Tensor, given: States | None, batch: int, order: torch.Tensor | None) -> States:
         """Return the initial states in the batch's order, or raise ShapeError."""

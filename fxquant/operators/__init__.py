@@ -13,6 +13,7 @@ from fxquant.operators.embedding import EMBEDDING, EMBEDDING_BAG
 from fxquant.operators.linear import LINEAR
 from fxquant.operators.linear_forms import ADDMM, EINSUM, MATMUL, MM
 from fxquant.operators.recurrent import CELL, LSTM, RNN
+from fxquant.operators.transposed import TRANSPOSED_LINEAR
 
 OPERATORS: tuple[Operator, ...] = (
     LINEAR,
@@ -26,12 +27,14 @@ OPERATORS: tuple[Operator, ...] = (
     CELL,
     EMBEDDING,
     EMBEDDING_BAG,
+    TRANSPOSED_LINEAR,
 )
 
 
 def find_module_row(operators: Sequence[Operator], kind: type[nn.Module]) -> Operator | None:
     """Return the row whose modules hold this exact type; of several the last, so that a user's row overrides ours."""
-    return next((row for row in reversed(operators) if kind in row.modules), None)
+    names = (kind, f"{kind.__module__}.{kind.__qualname__}")
+    return next((row for row in reversed(operators) if any(name in row.modules for name in names)), None)
 
 
 def find_function_row(operators: Sequence[Operator], function: Callable[..., Any] | str) -> Operator | None:

@@ -95,18 +95,19 @@ def never_refuse(_: Any) -> None:
 class Operator:
     """A row of the table: one family of float modules and calls, and how each becomes quantized.
 
-    name, summary: for reports and docs/operators.md. modules: exact float types, the fused ones too. functions: float
-    functions, and methods of tensors by name. operands: the functions' operand names in their order. weights: which
-    operands are constant weights. may_lack_weight: whether a call without a constant there is no candidate.
-    is_transposed: whether a call, by its operands, takes its weight as (I, O); everything else sees it as (O, I).
-    schemes: the qconfigs it accepts. refuse_module, refuse_call: return why one module, or one call by its operands
-    (with TensorMetadata of the example's shapes for tensors), must stay float, or None.
+    name, summary: for reports and docs/operators.md. modules: float types, the fused ones too, with the subclasses that
+    inherit their forward; a type of a package that need not be installed by its name, "package.module.Type".
+    functions: float functions, and methods of tensors by name. operands: the functions' operand names in their order.
+    weights: which operands are constant weights. may_lack_weight: whether a call without a constant there is no
+    candidate. is_transposed: whether a call, by its operands, takes its weight as (I, O); everything else sees it as
+    (O, I). schemes: the qconfigs it accepts. refuse_module, refuse_call: return why one module, or one call by its
+    operands (with TensorMetadata of the example's shapes for tensors), must stay float, or None.
     convert_module(module, qconfig, quantize), convert_function(call): see `Call`; rows never edit graphs.
     """
 
     name: str
     summary: str
-    modules: tuple[type[nn.Module], ...] = ()
+    modules: tuple[type[nn.Module] | str, ...] = ()
     functions: tuple[Callable[..., Any] | str, ...] = ()
     operands: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()

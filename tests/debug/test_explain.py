@@ -33,22 +33,31 @@ def test_the_total_line():
 
 
 class OtherAttention(nn.MultiheadAttention):
-    """A user's subclass."""
+    def forward(self, x):
+        return super().forward(x, x, x)
 
 
-def test_candidates_inside_leaves_are_listed():
+class MaskedAttention(nn.MultiheadAttention):
+    def merge_masks(self, *args):
+        return super().merge_masks(*args)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"), [(OtherAttention, "has a forward of its own"), (MaskedAttention, "redefines merge_masks")]
+)
+def test_candidates_inside_leaves_are_listed(kind, own):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attention = OtherAttention(8, 2)
+            self.attention = kind(8, 2)
 
         def forward(self, x):
-            return self.attention(x, x, x)[0]
+            return self.attention(*[x] * (1 if kind is OtherAttention else 3))[0]
 
     found = {row.path: row.decision for row in explain(quantize(Model(), torch.randn(3, 2, 8))).rows}
     assert found == {
-        "attention": "float: it is a subclass of nn.MultiheadAttention, of which only the exact type is known",
-        "attention.out_proj": f"float: {__name__}.OtherAttention reads its children's weights itself",
+        "attention": f"float: it is a subclass of nn.MultiheadAttention that {own}",
+        "attention.out_proj": f"float: {__name__}.{kind.__name__} reads its children's weights itself",
     }
 
 

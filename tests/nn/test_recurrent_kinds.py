@@ -1,11 +1,14 @@
 """DynamicQuantizedGRU, RNN and the three cells; tests/nn/test_recurrent.py has what all layers share, on the LSTM."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fxquant import ShapeError, float16_dynamic_qconfig
+import fxquant
+from fxquant import DTypeError, ShapeError, float16_dynamic_qconfig
 from fxquant.nn import (
     DynamicQuantizedGRU,
     DynamicQuantizedGRUCell,
@@ -141,3 +144,40 @@ def test_a_cell_refuses_a_mixture_of_batched_and_not(kind):
         quantized(torch.randn(4, 9), (state, state) if kind == "lstm" else state)
     with pytest.raises(ShapeError, match=r"takes \(B, I\) or \(I,\)"):
         quantized(torch.randn(2, 4, 9))
+
+
+def errors_of(kind):
+    is_lstm, is_cell = "LSTM" in kind.__name__, "Cell" in kind.__name__
+    x = torch.randn(5, 10) if is_cell else torch.randn(4, 5, 10)
+    state = torch.randn(5, 8) if is_cell else torch.randn(1, 5, 8)
+    name, pair = f"a quantized {kind.__name__}", "a pair of tensors" if is_lstm else "a tensor"
+    yield x.numpy(), None, rf"{name} takes float tensors, got input of float32 \(ndarray\)"
+    yield x.long(), None, rf"{name} takes float tensors, got input of torch.int64 \(Tensor\)"
+    yield x, 3, f"{name} takes hx as {pair}, got int"
+    yield x, state.numpy(), f"{name} takes hx as {pair}, got ndarray"
+    yield x, (state, None), rf"{name} takes hx as {pair}, got \(Tensor, NoneType\)"
+    yield (x, state, f"{name} takes hx as {pair}, got Tensor") if is_lstm else (
+        x, (state,), rf"{name} takes hx as {pair}, got \(Tensor\)"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_what_is_no_tensor_is_an_error_that_says_so(kind):
+    quantized = fxquant.quantize_dynamic(kind(10, 8))
+    for x, hx, message in errors_of(kind):
+        with pytest.raises(DTypeError, match=message):
+            quantized(x, hx)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_a_cells_errors_speak_of_cells(kind):
+    quantized, name = fxquant.quantize_dynamic(kind(10, 8)), f"a quantized {kind.__name__}"
+    for shape in ((5, 11), (11,), (2, 5, 10)):
+        with pytest.raises(
+            ShapeError, match=rf"{name} takes \(B, I\) or \(I,\) with I = 10, got {re.escape(str(shape))}"
+        ):
+            quantized(torch.randn(shape))
+    for shape, wanted in (((5, 9), (5, 8)), ((4, 8), (5, 8))):
+        state = torch.randn(shape)
+        with pytest.raises(ShapeError, match=re.escape(f"{name} needs hx of shape {wanted}, got {shape}")):
+            quantized(torch.randn(5, 10), (state, state) if kind is nn.LSTMCell else state)

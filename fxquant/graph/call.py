@@ -1,0 +1,135 @@
+"""How a model is called: the arguments of the example call, those that a graph fixes, and the signature it keeps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fxquant.errors import ArgumentError, ExampleInputsError
+
+STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+"""How torch.fx writes the arguments that take the rest."""
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Inputs(NamedTuple):
+    """The arguments of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def bind_inputs(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Inputs:
+    """Return the example inputs as arguments that fit forward's signature, or raise ExampleInputsError."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, torch.Tensor):
+        args = (example_inputs,)
+    elif isinstance(example_inputs, Mapping):
+        kwargs.update(example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        args = tuple(example_inputs)
+    else:
+        raise ExampleInputsError(
+            "example_inputs must be a tuple of the positional arguments of one call, a dict of its keyword arguments, "
+            f"or one tensor, got {type(example_inputs).__name__}"
+        )
+    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
+        raise ExampleInputsError(
+            f"example_kwargs must be a dict of keyword arguments, got {type(example_kwargs).__name__}"
+        )
+    kwargs.update(example_kwargs or {})
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        told = f" and the keywords {', '.join(map(repr, kwargs))}" if kwargs else ""
+        raise ExampleInputsError(
+            f"example_inputs has {len(args)} arguments{told}, but forward is {type(model).__name__}{signature}: {error}"
+        ) from error
+    return Inputs(args, kwargs)
+
+
+def fixable(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Return those of a call's arguments, defaults included, that a graph can be made for.
+
+    Plain values by name; under "*args" how many there are, under "**kwargs" the list of their names.
+    """
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*inputs.args, **inputs.kwargs)
+    bound.apply_defaults()
+    fixed: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        stars = STARS.get(signature.parameters[name].kind, "")
+        if stars:
+            fixed[stars + name] = len(value) if stars == "*" else sorted(value)
+        elif isinstance(value, _PLAIN):
+            fixed[name] = value
+    return fixed
+
+
+def unpacked(kind: Any, given: Any, fixed: Any) -> Any:
+    """Return what forward is traced with for an argument that is fixed: its value, or the parts of *args, **kwargs."""
+    if kind is inspect.Parameter.VAR_POSITIONAL:
+        return [given[index] for index in range(fixed)]
+    if kind is inspect.Parameter.VAR_KEYWORD:
+        return {name: given[name] for name in fixed}
+    return fixed
+
+
+def describe(name: str, fixed: Any) -> str:
+    """Return "mask=None", "2 *args" or "**kwargs of 'a'", for messages."""
+    if name.startswith("**"):
+        return f"{name} of {', '.join(map(repr, fixed)) or 'none'}"
+    return f"{fixed} {name}" if name.startswith("*") else f"{name}={fixed!r}"
+
+
+@fx.node.has_side_effect
+def check_argument(value: Any, name: str, fixed: Any) -> None:
+    """Raise ArgumentError unless a call's argument is the one that its graph was made for: a node of such graphs."""
+    if has_torch_function((value,)):
+        handle_torch_function(check_argument, (value,), value, name, fixed)
+    elif name.startswith("**"):
+        if sorted(value) != list(fixed):
+            raise _other_argument(name, sorted(value), fixed)
+    elif name.startswith("*"):
+        if len(value) != fixed:
+            raise _other_argument(name, len(value), fixed)
+    elif value is not fixed and not (isinstance(value, _PLAIN) and value == fixed):
+        raise _other_argument(name, value, fixed)
+
+
+def _other_argument(name: str, got: Any, fixed: Any) -> ArgumentError:
+    told = f"a tensor of shape {tuple(got.shape)}" if isinstance(got, torch.Tensor) else describe(name, got)
+    return ArgumentError(
+        f"{name.lstrip('*')!r}: this model was prepared for {describe(name, fixed)}, on which its forward branches, "
+        f"and got {told}. Leave it so, or prepare the float model once more with the other value in example_inputs "
+        "or example_kwargs"
+    )
+
+
+class SignatureCodeGen(fx.graph.CodeGen):
+    """Writes a graph's forward with the kinds of arguments that the model's has; torch.fx makes all positional."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.kinds = {p.name: p.kind for p in inspect.signature(model.forward).parameters.values()}
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
+        """Return the line with which forward begins."""
+        names = {text: text.lstrip("*").partition(":")[0].partition("=")[0].strip() for text in free_vars}
+        arguments = [text for text in free_vars if names[text] in self.kinds]
+        arguments.sort(key=lambda text: self.kinds[names[text]])  # which come in the order that Python wants
+        kinds = [self.kinds[names[text]] for text in arguments]
+        if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+            arguments.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+        if inspect.Parameter.POSITIONAL_ONLY in kinds:
+            arguments.insert(kinds.count(inspect.Parameter.POSITIONAL_ONLY), "/")
+        rest = [text for text in free_vars if names[text] not in self.kinds]
+        return super().gen_fn_def([*rest, *arguments], maybe_return_annotation, **options)

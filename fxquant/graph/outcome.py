@@ -1,0 +1,69 @@
+"""What a plan came to: mapping entries that quantize nothing are told, and a model in which nothing is quantized."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from fxquant.errors import warn
+from fxquant.graph.module import Left, Site
+from fxquant.graph.trace import Names
+from fxquant.qconfig_mapping import QConfigMapping, order_text, type_name
+
+
+def warn_of_outcome(
+    model: str,
+    mapping: QConfigMapping,
+    sites: Sequence[Site],
+    left: Sequence[Left],
+    known: Names,
+    functions: Iterable[Any] = (),
+) -> None:
+    """Warn of the mapping's entries that ask for a qconfig and quantize nothing; once, of a model with no site."""
+    decided: list[Site | Left] = [*sites, *left]
+    used = {site.rule for site in sites}
+    entries = list(_entries(mapping, known.kinds | set(functions)))
+    if not used:
+        if entries or mapping.global_qconfig is not None:
+            reasons = list(dict.fromkeys(f"{part.path or model} ({part.kind}): {part.reason}" for part in left))
+            more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+            why = "; ".join(reasons[:3]) + more or "no module or call in it has a weight of two or more dimensions"
+            warn(f"nothing in this {model} is to be quantized: {why}")
+        return
+    for entry in entries:
+        if entry.text not in used:
+            reasons = [
+                f"{part.path} ({part.kind}) stays float: {part.reason}" for part in left if part.rule == entry.text
+            ]
+            if reasons or not any(entry.covers(part) for part in decided):
+                why = reasons[0] if reasons else "nothing there has a weight that can be quantized"
+                warn(f"the mapping's {entry.text} quantizes nothing: {why}")
+
+
+class _Entry(NamedTuple):
+    """An entry of a mapping, as rules name it, and what it speaks of: paths that match, or a type's name."""
+
+    text: str
+    paths: str | None = None
+    kind: str | None = None
+
+    def covers(self, part: Site | Left) -> bool:
+        """Return whether the entry speaks of a candidate."""
+        return part.kind == self.kind or (self.paths is not None and re.match(self.paths, part.path) is not None)
+
+
+def _entries(mapping: QConfigMapping, present: set[Any] | frozenset[Any]) -> Iterator[_Entry]:
+    """Yield the entries that ask for a qconfig, but for the global one and types that are not in the model."""
+    for name, qconfig in mapping.module_name_qconfigs.items():
+        if qconfig is not None:
+            yield _Entry(f"module_name {name!r}", rf"{re.escape(name)}(\.|$)" if name else "")
+    for pattern, qconfig in mapping.module_name_regex_qconfigs.items():
+        if qconfig is not None:
+            yield _Entry(f"module_name_regex {pattern!r}", pattern)
+    for kind, qconfig in mapping.object_type_qconfigs.items():
+        if qconfig is not None and kind in present:
+            yield _Entry(f"object_type {type_name(kind)}", kind=type_name(kind))
+    for key, qconfig in mapping.module_name_object_type_order_qconfigs.items():
+        if qconfig is not None:
+            yield _Entry(order_text(*key))

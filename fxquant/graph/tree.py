@@ -1,0 +1,54 @@
+"""The way without a graph: modules are swapped where they stand, and the model's own Python code runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from fxquant.graph import edit
+from fxquant.graph.clean import own_tensors
+from fxquant.graph.convert import convert_modules
+from fxquant.graph.kinds import make_plain
+from fxquant.graph.module import Record, keep_record, record_of
+from fxquant.graph.plan import plan_modules
+from fxquant.operators import Operator
+from fxquant.qconfig_mapping import QConfigMapping
+
+
+def prepare_tree(
+    model: nn.Module, mapping: QConfigMapping, operators: Sequence[Operator], untraced: Mapping[str, str] | None = None
+) -> nn.Module:
+    """Return a mirror of the model, in eval mode, that carries every decision about its modules.
+
+    untraced: why there is no graph, under the root's path "". Raises QConfigError as `plan` does.
+    """
+    root = plain_mirror(model)
+    decided = plan_modules(root, mapping, operators)
+    record = Record(
+        stage="prepared",
+        is_traced=False,
+        sites=tuple(decided.sites),
+        left=tuple(decided.left),
+        mapping=mapping,
+        operators=tuple(operators),
+        untraced=dict(untraced or {}),
+        float_bytes=edit.byte_count(model),
+    )
+    return keep_record(root, record)
+
+
+def plain_mirror(model: nn.Module, device: str | None = None) -> nn.Module:
+    """Return a mirror of the model in eval mode, no weight of which is computed at each call."""
+    root = edit.mirror(model, device).eval()
+    make_plain(root)
+    return root
+
+
+def convert_tree(prepared: nn.Module) -> nn.Module:
+    """Return the quantized model that `prepare_tree` decided on, of the same class; that one is left as it was."""
+    record = record_of(prepared)
+    assert record is not None
+    root, sites = convert_modules(edit.mirror(prepared), record.sites, record.operators)
+    own_tensors(root, prepared)
+    return keep_record(root, record.advance(stage="quantized", sites=sites))

@@ -11,9 +11,13 @@ FXQ_TARGET_BEGIN("avx2,avxvnni")
 
 FXQ_INLINE __m256i load_bytes(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 
-FXQ_INLINE const int8_t *group_row(const struct group *g, int row) {
-    return (const int8_t *)g->weights + row * g->stride;
+FXQ_INLINE __m256i load_words(const int8_t *w) { return load_bytes(w); } /* of 4 columns */
+
+FXQ_INLINE __m256i add_product(__m256i sum, __m256i values, __m256i weights) {
+    return _mm256_dpbusd_avx_epi32(sum, values, weights);
 }
+
+FXQ_INLINE const int8_t *group_row(const struct group *g, int row) { return g->weights + row * g->stride; }
 
 static __m128i dot_4x1(const struct group *g, int first, const uint8_t *a) {
     const int8_t *w = group_row(g, first);
@@ -53,21 +57,10 @@ static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int
     for (int64_t n = n0; n < n1; n += 8) {
         int64_t stride;
         const int8_t *w = weight_rows(&reader, n, 8, &stride);
-        const struct group g = {w, stride, reader.depth, false};
+        const struct group g = {w, stride, reader.depth};
         int32_t eight[8];
         _mm256_storeu_si256((__m256i *)eight, dot_8x1(&g, ones));
         memcpy(sums + n - n0, eight, (size_t)(n1 - n < 8 ? n1 - n : 8) * sizeof *sums);
-    }
-}
-
-static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
-    struct weight_reader reader = read_weight(job->weight, job->outputs, job->x->columns, scratch);
-    for (int64_t n = n0; n < n1; n += 8) {
-        int64_t stride;
-        const int8_t *w = weight_rows(&reader, n, 8, &stride);
-        const struct group g = {w, stride, job->x->depth, false};
-        struct outputs_8 o = begin_outputs(job, to, n, n0, n1);
-        matmul_group(job, &g, &o, n);
     }
 }
 

@@ -50,6 +50,18 @@ class CheckpointError(FxQuantError):
     """A checkpoint is damaged, foreign, newer than this version, or made for another model."""
 
 
+class TorchAoError(FxQuantError):
+    """What torch.ao made cannot be taken over: it is no dynamic quantization, another model's, or unreadable here."""
+
+
+class MovedNameError(FxQuantError, AttributeError):
+    """A name of torch.ao's was asked of fxquant, which has it not; the message says what takes its place."""
+
+
+class MovedImportError(FxQuantError, ImportError):
+    """The same, for `from fxquant import name`: Python would hide the message of an AttributeError there."""
+
+
 def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
     """Return "; did you mean 'a' or 'b'?", or what there is to choose from, to end an error message with."""
     known = sorted(set(candidates))

@@ -101,7 +101,9 @@ class _Planner:
             if not shut and not _calls_children(module):
                 shut = f"{type_name(kind)} reads its children's weights itself"
             read = weights_read(module)
-            for name, child in module.named_children():
+            for name, child in module._modules.items():  # named_children skips the second name of a module
+                if child is None:
+                    continue
                 itself = f"the code of {type_name(kind)} reads self.{name}'s weight itself" if name in read else ""
                 self.visit_module(f"{path}.{name}" if path else name, child, shut or itself)
 
@@ -292,7 +294,8 @@ def _calls_children(module: nn.Module) -> bool:
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return True
     forward = inspect.getattr_static(type(module), "forward", None)
-    return forward in PLAIN_FORWARDS or not getattr(forward, "__module__", "").startswith("torch.")
+    module_name = getattr(forward, "__module__", None) or ""  # the forward of a GraphModule has none
+    return forward in PLAIN_FORWARDS or not module_name.startswith("torch.")
 
 
 def _replaced(module: nn.Module) -> str:

@@ -24,6 +24,8 @@ _GROUPS = {
     "convert_fx(prepared) takes its place; quantize_dynamic(model) swaps modules without a graph": (
         "convert",
         "swap_module",
+    ),
+    "each operator has a plain-torch reference already, which runs on any device: convert_fx(prepared)": (
         "convert_to_reference_fx",
     ),
     "fuse_fx(model, example_inputs) takes its place; prepare_fx fuses by itself": (

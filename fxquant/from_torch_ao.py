@@ -19,7 +19,7 @@ from torch import fx, nn
 from fxquant._torch_ao_state import Found, Packed, Weight, architecture_of, unpack
 from fxquant.errors import ModelStateError, TorchAoError, nearest
 from fxquant.graph import edit
-from fxquant.graph.clean import clean, own_tensors
+from fxquant.graph.clean import clean
 from fxquant.graph.convert import WeightCache, convert, convert_modules
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import Record, finish, keep_record, record_of
@@ -111,7 +111,6 @@ def _as_tree(architecture: nn.Module, found: Found) -> nn.Module:
     cache = _fill(root, found, architecture)
     decided = plan_modules(root, found.mapping, OPERATORS)
     root, sites = convert_modules(root, tuple(decided.sites), OPERATORS, cache)
-    own_tensors(root, architecture)
     record = Record(
         stage="quantized",
         is_traced=False,
@@ -198,7 +197,7 @@ def _fill(skeleton: nn.Module, found: Found, architecture: nn.Module) -> WeightC
         new = placed.setdefault((id(old), is_weight), new)  # tied ones stay tied
         if isinstance(value, Weight):
             cache.give(new, value.qconfig, value.quantized)
-        setattr(owner, last, new)
+        setattr(owner, last, new)  # not register_…: nn.RNN keeps a list of its weights up to date so
         done.add((id(owner), last))
     return cache
 

@@ -275,6 +275,40 @@ def test_beside_the_float_model_calls_and_folded_norms_find_their_places(tq, tmp
     assert same_bits(fxquant.load(model, tmp_path / "m.safetensors")(x), ours(x))
 
 
+class Whole(nn.Module):
+    """A Conv and a BatchNorm that torch.ao is told not to look into, and one call of F.linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.weight = nn.Sequential(nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8)), nn.Parameter(torch.randn(4, 8))
+        self.body[1].running_mean.normal_()
+
+    def forward(self, x):
+        return F.linear(self.body(x.unsqueeze(-1)).squeeze(-1), self.weight)
+
+
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_a_norm_that_torch_ao_did_not_fold_is_not(tq, is_folded):
+    model, x = Whole().eval(), torch.randn(5, 8)
+    custom = {} if is_folded else {"non_traceable_module_name": ["body"]}
+    mapping = tq.QConfigMapping().set_global(tq.default_dynamic_qconfig)
+    prepared = tq.quantize_fx.prepare_fx(copy.deepcopy(model), mapping, (x,), prepare_custom_config=custom)
+    theirs = tq.quantize_fx.convert_fx(prepared)
+    ours = from_torch_ao(theirs.state_dict(), model, qconfig=EXACT)
+    assert ("BatchNorm1d" in kinds(ours).values()) != is_folded
+    assert (ours(x) - theirs(x)).abs().max() <= 16 * ULP * theirs(x).abs().max()
+
+
+@pytest.mark.parametrize("function", [True, False], ids=["F.linear", "a folded norm"])
+def test_what_has_a_place_in_a_graph_only_gives_one(tq, function):
+    model = Inner() if function else nn.Sequential(nn.Linear(8, 8), nn.Conv1d(5, 5, 1), nn.BatchNorm1d(5))
+    x = torch.randn(2, 5, 8)
+    theirs = graphed(tq, model.eval(), x)
+    ours = from_torch_ao(theirs.state_dict(), model, qconfig=EXACT)
+    assert isinstance(ours, FxModule)
+    assert (ours(x) - theirs(x)).abs().max() <= 16 * ULP * theirs(x).abs().max()
+
+
 def test_a_call_that_torch_ao_left_float_is_left(tq):
     model, x = Functional().eval(), torch.randn(5, 8)
     mapping = tq.QConfigMapping().set_global(tq.default_dynamic_qconfig)
@@ -293,6 +327,14 @@ def test_a_fused_linear_relu_module(tq):
     assert kinds(ours)["0"] == "DynamicQuantizedLinearReLU"
     check_integers(theirs.get_submodule("0"), ours.get_submodule("0"))
     assert (ours(x) - theirs(x)).abs().max() <= 4 * ULP * theirs(x).abs().max()
+
+
+def test_a_float_chain_fused_in_the_eager_way(tq):
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU(), nn.Linear(7, 3)).eval()
+    theirs, x = swapped(tq, tq.fuse_modules(model, [["0", "1"]])), torch.randn(2, 4, 7)
+    ours = from_torch_ao(theirs, qconfig=EXACT)
+    assert not [name for name, module in ours.named_modules() if type(module).__module__.startswith("torch.ao")]
+    assert (ours(x) - theirs(x)).abs().max() <= 8 * ULP * theirs(x).abs().max()
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -382,9 +424,13 @@ def test_neither_model_is_changed_nor_shared(tq, form):
     theirs = swapped(tq, model) if form == "eager" else graphed(tq, model, *inputs)
     before, types = theirs(*inputs), kinds(theirs)
     weights = copy.deepcopy(model.state_dict())
-    for ours in (from_torch_ao(theirs), from_torch_ao(theirs.state_dict(), model)):
-        for tensor in (*ours.parameters(), *ours.buffers()):
-            tensor.data.zero_()
+    only = tq.quantize_dynamic(model, {nn.Linear})  # with an LSTM and an Embedding that stay float
+    first = only(*inputs)
+    for given in (theirs, only):
+        for ours in (from_torch_ao(given), from_torch_ao(given.state_dict(), model)):
+            for tensor in (*ours.parameters(), *ours.buffers()):
+                tensor.data.zero_()
+    assert same_bits(only(*inputs), first)
     assert same_bits(theirs(*inputs), before)
     assert kinds(theirs) == types
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
@@ -402,14 +448,19 @@ def test_a_module_under_two_names_and_tied_float_weights_stay_one(tq):
         def forward(self, x):
             return self.d(self.c(x, x), self.b(self.a(x)))
 
-    model, x = Tied().eval(), torch.randn(3, 8)
+    model = Tied().eval()
     theirs = swapped(tq, model)
     assert type(theirs.b) is nn.Linear  # torch.ao swaps the first name only
     for ours in (from_torch_ao(theirs), from_torch_ao(theirs.state_dict(), model)):
         assert ours.c.weight is ours.d.weight
         check_integers(theirs.a, ours.a)
+    state, other = theirs.state_dict(), torch.quantize_per_tensor(torch.randn(8, 8), 0.02, 0, torch.qint8)
+    state["a._packed_params._packed_params"] = (other, None)
+    del state["b.bias"]
+    model.a.bias = None
+    ours = from_torch_ao(state, model)
+    assert torch.equal(ours.a.weight, other.int_repr())  # and not b's float weight anew
     assert ours.b.weight is ours.a.weight
-    assert (ours(x) - model(x)).abs().max() <= 0.05 * model(x).abs().max()
 
 
 def test_a_weight_that_a_float_module_shares(tq):

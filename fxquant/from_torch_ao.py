@@ -19,6 +19,7 @@ from torch import fx, nn
 from fxquant._torch_ao_state import Found, Packed, Weight, architecture_of, unpack
 from fxquant.errors import ModelStateError, TorchAoError, nearest
 from fxquant.graph import edit
+from fxquant.graph.capture import tensors_meta
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import WeightCache, convert, convert_modules
 from fxquant.graph.fuse import fuse
@@ -164,6 +165,8 @@ def _place_calls(traced: Traced, found: Found) -> None:
         numbers[prefix] += 1
         if packed is None:
             raise TorchAoError(f"torch.ao's state_dict has no weight for the F.linear of {str(weight.target)!r}")
+        for constant in (part for part in (weight, bias) if isinstance(part, fx.Node) and part.op == "get_attr"):
+            constant.meta["tensor_meta"] = tensors_meta(edit.get_tensor(traced.module, str(constant.target)))
         found.weights[str(weight.target)] = packed[0]
         if isinstance(bias, fx.Node) and packed[1] is not None:
             found.floats[str(bias.target)] = packed[1]

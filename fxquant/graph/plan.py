@@ -135,7 +135,7 @@ class _Planner:
         tensor = edit.get_tensor(self.module, path)
         if tensor is None:
             raise AssertionError(f"{path} was traced but is not in the graph module")
-        reason = _refuse_call(row, target, tensor)
+        reason = _refuse_call(row, target, tensor) if rule.qconfig is not None else None
         site = self.decide(path, name, row, rule, reason, tensor.numel() * tensor.element_size(), call=node.name)
         if site is not None:
             self.plan.calls.append((site, target))

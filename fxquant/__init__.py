@@ -1,5 +1,10 @@
 """Dynamic quantization of PyTorch models on the FX graph: a quarter of the memory, the same answers."""
 
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fxquant._torch_ao_names import MOVED as _MOVED
 from fxquant._version import __version__
 from fxquant.checkpoint import load, save
 from fxquant.debug import explain, graph_diff
@@ -14,8 +19,11 @@ from fxquant.errors import (
     IndexRangeError,
     MappingNameError,
     ModelStateError,
+    MovedImportError,
+    MovedNameError,
     QConfigError,
     ShapeError,
+    TorchAoError,
     TraceError,
 )
 from fxquant.observers import MinMaxObserver, Observer, PerChannelMinMaxObserver
@@ -34,6 +42,9 @@ from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapp
 from fxquant.quantize_fx import convert_fx, fuse_fx, prepare_fx
 from fxquant.spec import TensorSpec
 
+if TYPE_CHECKING:
+    from fxquant.from_torch_ao import from_torch_ao, load_torch_ao
+
 __all__ = [
     "OPERATORS",
     "ArgumentError",
@@ -47,6 +58,8 @@ __all__ = [
     "MappingNameError",
     "MinMaxObserver",
     "ModelStateError",
+    "MovedImportError",
+    "MovedNameError",
     "Observer",
     "Operator",
     "PerChannelMinMaxObserver",
@@ -55,6 +68,7 @@ __all__ = [
     "QConfigMapping",
     "ShapeError",
     "TensorSpec",
+    "TorchAoError",
     "TraceError",
     "__version__",
     "convert_fx",
@@ -64,13 +78,29 @@ __all__ = [
     "float16_dynamic_qconfig",
     "float_qparams_weight_only_qconfig",
     "float_qparams_weight_only_qconfig_4bit",
+    "from_torch_ao",
     "fuse_fx",
     "graph_diff",
     "kernel_info",
     "load",
+    "load_torch_ao",
     "per_channel_dynamic_qconfig",
     "per_tensor_dynamic_qconfig",
     "prepare_fx",
     "quantize_dynamic",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return what is loaded on use only; for a name of torch.ao's, say what takes its place."""
+    if name in ("from_torch_ao", "load_torch_ao"):
+        way_over = importlib.import_module("fxquant.from_torch_ao")
+        globals().update(from_torch_ao=way_over.from_torch_ao, load_torch_ao=way_over.load_torch_ao)
+        return globals()[name]
+    if name not in _MOVED:
+        raise AttributeError(f"module 'fxquant' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+    message = f"fxquant has no {name}, which is torch.ao's: {_MOVED[name]}"
+    if sys._getframe(1).f_code.co_name == "_handle_fromlist":  # `from fxquant import name` asks here first
+        raise MovedImportError(message)
+    raise MovedNameError(message)

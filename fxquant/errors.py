@@ -56,6 +56,18 @@ class CheckpointError(FxQuantError):
     """A checkpoint is damaged, foreign, newer than this version, or made for another model."""
 
 
+class TorchAoError(FxQuantError):
+    """What torch.ao made cannot be taken over: it is no dynamic quantization, another model's, or unreadable here."""
+
+
+class MovedNameError(FxQuantError, AttributeError):
+    """A name of torch.ao's was asked of fxquant, which has it not; the message says what takes its place."""
+
+
+class MovedImportError(FxQuantError, ImportError):
+    """The same, for `from fxquant import name`: Python would hide the message of an AttributeError there."""
+
+
 def warn(message: str) -> None:
     """Warn at the user's line: the first that is not fxquant's."""
     frame, level = sys._getframe(1), 2

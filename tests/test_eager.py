@@ -154,3 +154,16 @@ def test_the_float_model_shares_nothing_with_the_result():
     for tensor in (*quantized.parameters(), *quantized.buffers()):
         tensor.data.zero_()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_module_under_two_names_is_quantized_under_both():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.second = model[0]
+    quantized = quantize_dynamic(model)
+    assert kinds(quantized)["0"] == kinds(quantized)["second"] == "DynamicQuantizedLinear"
+    assert quantized[0].weight is quantized.second.weight
+
+
+def test_a_graph_module_inside_is_quantized():
+    model = nn.Sequential(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8)))).eval()
+    assert kinds(quantize_dynamic(model))["0.0"] == "DynamicQuantizedLinear"

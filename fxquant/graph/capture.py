@@ -120,23 +120,23 @@ class _Shapes(fx.Interpreter):
                 f"{type(error).__name__}: {first_line(error)}\n"
                 "  example_inputs are really run: pass one call's arguments, with true shapes, dtypes and value ranges"
             ) from error
-        n.meta["tensor_meta"] = _tensors_meta(value)
+        n.meta["tensor_meta"] = tensors_meta(value)
         return value
 
 
-def _tensors_meta(value: Any) -> Any:
+def tensors_meta(value: Any) -> Any:
     """Return a value with torch.fx's TensorMetadata in the place of each tensor; a packed sequence as a tuple."""
     if isinstance(value, torch.Tensor):
         return _extract_tensor_metadata(value)._replace(memory_format=None)  # which torch.save cannot pickle
     if isinstance(value, rnn.PackedSequence):
-        return tuple(_tensors_meta(part) for part in value)
+        return tuple(tensors_meta(part) for part in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _tensors_meta(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: tensors_meta(getattr(value, field.name)) for field in dataclasses.fields(value)}
     parts, form = pytree.tree_flatten(value, is_leaf=lambda part: isinstance(part, (torch.Tensor, rnn.PackedSequence)))
     return (
         value
         if len(parts) == 1 and parts[0] is value
-        else pytree.tree_unflatten([_tensors_meta(part) for part in parts], form)
+        else pytree.tree_unflatten([tensors_meta(part) for part in parts], form)
     )
 
 

@@ -27,8 +27,7 @@ class WeightCache:
 
     def quantize(self, weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
         """Return a weight as the qconfig wants it: the same tensors for the same weight and qconfig."""
-        place = weight.untyped_storage().data_ptr() or weight.untyped_storage()._cdata  # on the meta device
-        key = (place, weight.storage_offset(), weight.shape, weight.stride(), qconfig.weight, qconfig.weight_observer)
+        key = self._key(weight, qconfig)
         if key not in self._done:
             self._done[key] = (
                 weight,
@@ -36,10 +35,20 @@ class WeightCache:
             )  # the weight is kept so that its key stays its own
         return self._done[key][1]
 
+    def give(self, weight: torch.Tensor, qconfig: QConfig, quantized: QuantizedTensor) -> None:
+        """Let a weight have these integers, found elsewhere, under a qconfig."""
+        self._done[self._key(weight, qconfig)] = (weight, quantized)
 
-def convert(module: fx.GraphModule, sites: tuple[Site, ...], operators: tuple[Operator, ...]) -> tuple[Site, ...]:
-    """Rewrite in place and return the sites with their bytes after."""
-    cache = WeightCache()
+    def _key(self, weight: torch.Tensor, qconfig: QConfig) -> tuple[Any, ...]:
+        place = weight.untyped_storage().data_ptr() or weight.untyped_storage()._cdata  # on the meta device
+        return place, weight.storage_offset(), weight.shape, weight.stride(), qconfig.weight, qconfig.weight_observer
+
+
+def convert(
+    module: fx.GraphModule, sites: tuple[Site, ...], operators: tuple[Operator, ...], cache: WeightCache | None = None
+) -> tuple[Site, ...]:
+    """Rewrite in place and return the sites with their bytes after. cache: integers that are known already."""
+    cache = cache or WeightCache()
     done = []
     for site in sites:
         if site.observer is None:
@@ -53,10 +62,10 @@ def convert(module: fx.GraphModule, sites: tuple[Site, ...], operators: tuple[Op
 
 
 def convert_modules(
-    root: nn.Module, sites: tuple[Site, ...], operators: tuple[Operator, ...]
+    root: nn.Module, sites: tuple[Site, ...], operators: tuple[Operator, ...], cache: WeightCache | None = None
 ) -> tuple[nn.Module, tuple[Site, ...]]:
     """Swap the modules of a tree in place; return its root, which may be one of them, and the sites with bytes."""
-    cache = WeightCache()
+    cache = cache or WeightCache()
     if [site.path for site in sites] != [""]:
         done = tuple(_convert_module(root, site, operators, cache) for site in sites)
         _keep_swapped_called(root)

@@ -102,7 +102,9 @@ class _Planner:
             if not shut and not _calls_children(module):
                 shut = f"{type_name(kind)} reads its children's weights itself"
             read = weights_read(module)
-            for name, child in module.named_children():
+            for name, child in module._modules.items():  # named_children skips the second name of a module
+                if child is None:
+                    continue
                 itself = f"the code of {type_name(kind)} reads self.{name}'s weight itself" if name in read else ""
                 self.visit_module(f"{path}.{name}" if path else name, child, shut or itself)
 
@@ -134,7 +136,7 @@ class _Planner:
         tensor = edit.get_tensor(self.module, path)
         if tensor is None:
             raise AssertionError(f"{path} was traced but is not in the graph module")
-        reason = _refuse_call(row, target, tensor)
+        reason = _refuse_call(row, target, tensor) if rule.qconfig is not None else None
         site = self.decide(path, name, row, rule, reason, tensor.numel() * tensor.element_size(), call=node.name)
         if site is not None:
             self.plan.calls.append((site, target))
@@ -301,7 +303,8 @@ def _calls_children(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):  # a subclass's own forward may call super's
         return False
     forward = inspect.getattr_static(type(module), "forward", None)
-    return forward in PLAIN_FORWARDS or not getattr(forward, "__module__", "").startswith("torch.")
+    module_name = getattr(forward, "__module__", None) or ""  # the forward of a GraphModule has none
+    return forward in PLAIN_FORWARDS or not module_name.startswith("torch.")
 
 
 def _replaced(module: nn.Module) -> str:

@@ -30,7 +30,7 @@ def weights_read(module: nn.Module) -> frozenset[str]:
     while waiting:
         function = inspect.unwrap(waiting.pop())
         code = getattr(function, "__code__", None)
-        if code is None or code in seen or getattr(function, "__module__", "").startswith("torch."):
+        if code is None or code in seen or (getattr(function, "__module__", None) or "").startswith("torch."):
             continue
         seen.add(code)
         for names in _attribute_chains(code):

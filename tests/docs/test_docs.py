@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import re
 
+import pytest
 import torch
 from torch import nn
 
@@ -14,11 +15,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 
-def test_operators_page_is_made_from_the_table():
-    spec = importlib.util.spec_from_file_location("make_operators", DOCS / "make_operators.py")
-    make_operators = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_operators)
-    assert (DOCS / "operators.md").read_text(encoding="utf8") == make_operators.page(), "run docs/make_operators.py"
+@pytest.mark.parametrize("page", ["operators", "from_torch_ao"])
+def test_a_page_is_made_from_its_tables(page):
+    spec = importlib.util.spec_from_file_location(f"make_{page}", DOCS / f"make_{page}.py")
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    assert (DOCS / f"{page}.md").read_text(encoding="utf8") == maker.page(), f"run docs/make_{page}.py"
 
 
 def test_the_operator_of_the_guide_works_as_printed(tmp_path):

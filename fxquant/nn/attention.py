@@ -127,12 +127,13 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
 
     def _linear(self, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """Return x projected as query (0), key (1), value (2): those from first to before last, side by side."""
-        part = slice(first * self.embed_dim, last * self.embed_dim)
         name = "in_proj_weight" if self._qkv_same_embed_dim else f"{'qkv'[first]}_proj_weight"
-        weight, scale = getattr(self, name), getattr(self, f"{name}_scale")
-        if self._qkv_same_embed_dim:
-            weight, scale = weight[part], None if scale is None else scale[part]
-        bias = None if self.in_proj_bias is None else self.in_proj_bias[part]
+        weight, scale, bias = self.own((name, f"{name}_scale", "in_proj_bias"))
+        if last - first < 3:
+            part = slice(first * self.embed_dim, last * self.embed_dim)
+            if self._qkv_same_embed_dim:
+                weight, scale = weight[part], None if scale is None else scale[part]
+            bias = None if bias is None else bias[part]
         return ops.linear(x, weight, scale, bias, False, self.qconfig.per_row, self.qconfig.qmax)
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fxquant._torch_ao_names import MOVED as _MOVED
 from fxquant._version import __version__
 from fxquant.checkpoint import load, save
-from fxquant.debug import compare, explain, graph_diff, profile
+from fxquant.debug import compare, explain, graph_diff, profile, sensitivity, suggest_mapping
 from fxquant.eager import quantize_dynamic
 from fxquant.errors import (
     ArgumentError,
@@ -95,6 +95,8 @@ __all__ = [
     "profile",
     "quantize_dynamic",
     "save",
+    "sensitivity",
+    "suggest_mapping",
 ]
 
 

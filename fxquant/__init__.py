@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 from fxquant._torch_ao_names import MOVED as _MOVED
 from fxquant._version import __version__
 from fxquant.checkpoint import load, save
-from fxquant.debug import explain, graph_diff
+from fxquant.debug import compare, explain, graph_diff, profile, sensitivity, suggest_mapping
 from fxquant.eager import quantize_dynamic
 from fxquant.errors import (
     ArgumentError,
     AttributeNameError,
     CheckpointError,
+    ColumnError,
     DTypeError,
     ExampleInputsError,
     FxQuantError,
     IndexRangeError,
     MappingNameError,
+    MissingPackageError,
     ModelStateError,
     MovedImportError,
     MovedNameError,
@@ -50,6 +52,7 @@ __all__ = [
     "ArgumentError",
     "AttributeNameError",
     "CheckpointError",
+    "ColumnError",
     "DTypeError",
     "ExampleInputsError",
     "FxQuantError",
@@ -57,6 +60,7 @@ __all__ = [
     "KernelInfo",
     "MappingNameError",
     "MinMaxObserver",
+    "MissingPackageError",
     "ModelStateError",
     "MovedImportError",
     "MovedNameError",
@@ -71,6 +75,7 @@ __all__ = [
     "TorchAoError",
     "TraceError",
     "__version__",
+    "compare",
     "convert_fx",
     "default_dynamic_qconfig",
     "default_dynamic_qconfig_mapping",
@@ -87,8 +92,11 @@ __all__ = [
     "per_channel_dynamic_qconfig",
     "per_tensor_dynamic_qconfig",
     "prepare_fx",
+    "profile",
     "quantize_dynamic",
     "save",
+    "sensitivity",
+    "suggest_mapping",
 ]
 
 

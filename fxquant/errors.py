@@ -52,6 +52,14 @@ class IndexRangeError(FxQuantError, IndexError):
     """An index lies outside of a quantized table."""
 
 
+class ColumnError(FxQuantError, LookupError):
+    """A report has no such column."""
+
+
+class MissingPackageError(FxQuantError, ImportError):
+    """An optional package is needed and not installed."""
+
+
 class CheckpointError(FxQuantError):
     """A checkpoint is damaged, foreign, newer than this version, or made for another model."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxquant.debug.table import html_table, megabytes, shorten, text_table
+from fxquant.debug.diff_view import DiffRow, fold, near_changes
+from fxquant.debug.table import html_table, megabytes, paint, shorten, text_table, wants_color
 from fxquant.graph import edit
 from fxquant.graph.module import Record, record_of
 from fxquant.graph.trace import trace
@@ -18,64 +19,81 @@ from fxquant.qconfig_mapping import qconfig_name, type_name
 
 _HEADERS = ("", "node", "before", "after", "size")
 _WIDTHS = (1, 20, 22, 30, 14)
-
-
-@dataclass(frozen=True)
-class DiffRow:
-    """One node of either graph. sign: " " kept, "~" changed, "-" removed, "+" added; note: its scheme, or why not."""
-
-    sign: str
-    name: str
-    before: str
-    after: str
-    note: str
-    bytes_before: int
-    bytes_after: int
+_RED, _GREEN, _YELLOW, _DIM = "31", "32", "33", "2"
+_COLORS = {
+    "+": (_GREEN, _GREEN, _GREEN, _GREEN),
+    "-": (_RED, _RED, _RED, _RED),
+    "~": (_YELLOW, _YELLOW, _RED, _GREEN),
+    "⋮": (_DIM, _DIM, _DIM, _DIM),
+    "×": (_DIM, _DIM, _DIM, _DIM),
+}
+"""By a row's sign, the colours of the sign, the name, before and after."""
 
 
 @dataclass(frozen=True)
 class GraphDiff:
-    """The difference between two graphs: print it, show it in a notebook, or walk its rows."""
+    """The difference between two graphs: print it, show it in a notebook, or walk its rows, which are all there.
+
+    context, is_folded, color: how it is shown, as graph_diff was told.
+    """
 
     rows: tuple[DiffRow, ...]
     bytes_before: int
     bytes_after: int
     quantized: int
     candidates: int
+    context: int | None = None
+    is_folded: bool = True
+    color: bool | None = None
 
     @property
     def total(self) -> str:
         """The last line: bytes before and after, their ratio, and how many of the candidates are quantized."""
-        ratio = self.bytes_before / self.bytes_after if self.bytes_after else 1.0
+        ratio = f", {self.bytes_before / self.bytes_after:.2f}×" if self.bytes_after else ""  # packed weights count 0
         sites = f"; {self.quantized} of {self.candidates} quantizable sites" if self.candidates else ""
-        return f"{megabytes(self.bytes_before)} → {megabytes(self.bytes_after)}, {ratio:.2f}×{sites}"
+        return f"{megabytes(self.bytes_before)} → {megabytes(self.bytes_after)}{ratio}{sites}"
+
+    @property
+    def shown(self) -> list[DiffRow]:
+        """The rows that are printed."""
+        rows = fold(self.rows) if self.is_folded else list(self.rows)
+        return rows if self.context is None else near_changes(rows, self.context)
 
     def __str__(self) -> str:
-        cells = [
-            (
-                row.sign,
-                shorten(row.name, _WIDTHS[1]),
-                shorten(row.before, _WIDTHS[2]),
-                "\n".join(part for part in (shorten(row.after, _WIDTHS[3]), row.note) if part),
-                _sizes(row),
-            )
-            for row in self.rows
-        ]
+        is_colored = wants_color() if self.color is None else self.color
+        cells = [_cells(row, _COLORS.get(row.sign) if is_colored else None) for row in self.shown]
         return f"{text_table(cells, _HEADERS, _WIDTHS)}\n\n{self.total}"
 
     def _repr_html_(self) -> str:
         cells = [
             (row.sign, row.name, row.before, f"{row.after} ({row.note})" if row.note else row.after, _sizes(row))
-            for row in self.rows
+            for row in self.shown
         ]
         return html_table(cells, _HEADERS, self.total)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all rows, sizes and counts as plain dicts, tuples, strings and numbers, as json.dumps takes them."""
+        names = ("bytes_before", "bytes_after", "quantized", "candidates")
+        return {"rows": tuple(map(asdict, self.rows)), **{name: getattr(self, name) for name in names}}
 
-def graph_diff(before: nn.Module, after: nn.Module) -> GraphDiff:
+
+def graph_diff(
+    before: nn.Module,
+    after: nn.Module,
+    *,
+    context: int | None = None,
+    only_changed: bool = False,
+    fold: bool = True,
+    color: bool | None = None,
+) -> GraphDiff:
     """Return what changed between two models: float, fused, prepared or quantized, or any torch.fx.GraphModule.
 
     A model that is no graph yet is traced; where one of them does not trace, both are told module by module. Nodes are
     matched by name, which fxquant's passes keep.
+
+    How it is shown (the rows are always all there): context: only what changed, and so many rows around it;
+    only_changed: context=0. fold: a block that follows upon itself, layer after layer, is shown once. color: None for
+    on a terminal and unless NO_COLOR is set; the signs say the same.
     """
     records = [record for record in map(record_of, (after, before)) if record is not None]
     old, new = (_as_graph(model, records) for model in (before, after))
@@ -91,7 +109,9 @@ def graph_diff(before: nn.Module, after: nn.Module) -> GraphDiff:
         note = notes.get(name, "") or notes.get(path, "")
         rows.append(DiffRow(sign, name, was, "" if sign == " " else now, note, size_before, size_after))
     quantized, candidates = _counts(before if record_of(after) is None else after)
-    return GraphDiff(tuple(rows), edit.byte_count(before), edit.byte_count(after), quantized, candidates)
+    sizes = edit.byte_count(before), edit.byte_count(after)
+    shown = 0 if only_changed and context is None else context
+    return GraphDiff(tuple(rows), *sizes, quantized, candidates, shown, fold, color)
 
 
 def _as_graph(model: nn.Module, records: list[Record]) -> fx.GraphModule:
@@ -158,6 +178,14 @@ def _notes(model: nn.Module) -> dict[str, str]:
 def _counts(model: nn.Module) -> tuple[int, int]:
     record = record_of(model)
     return (0, 0) if record is None else (len(record.sites), len(record.sites) + len(record.left))
+
+
+def _cells(row: DiffRow, colors: tuple[str, str, str, str] | None) -> tuple[str, ...]:
+    """Return a row's texts for a terminal."""
+    names = (row.sign, shorten(row.name, _WIDTHS[1]), shorten(row.before, _WIDTHS[2]), shorten(row.after, _WIDTHS[3]))
+    *first, after = map(paint, names, colors) if colors else names
+    note = paint(row.note, _DIM) if colors else row.note
+    return (*first, "\n".join(part for part in (after, note) if part), _sizes(row))
 
 
 def _sizes(row: DiffRow) -> str:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import nn
+from torch import fx, nn
 
-from fxquant.debug.table import html_table, megabytes, shorten, text_table
+from fxquant.debug.report import Column, Report
+from fxquant.debug.table import megabytes, shorten, site_name
 from fxquant.errors import ModelStateError
+from fxquant.graph import edit
 from fxquant.graph.module import Record, record_of
 from fxquant.qconfig_mapping import qconfig_name
-
-_HEADERS = ("path", "was", "now", "decided by", "saved")
-_WIDTHS = (24, 16, 26, 12, 10)
 
 
 @dataclass(frozen=True)
 class ExplainRow:
-    """One candidate. decision: its qconfig, or "float: why"; rule: the mapping entry; saved_bytes: 0 if left float."""
+    """One candidate. decision: its qconfig, or "float: why"; rule: the mapping entry; saved_bytes: 0 if left float.
+
+    path: of a functional call its weight's, and call its node's name, else "". source: "file.py:12", the line of the
+    user's code that makes the call, or "" where the graph does not have it.
+    """
 
     path: str
+    call: str
     kind: str
     operator: str
     is_quantized: bool
@@ -27,11 +32,18 @@ class ExplainRow:
     rule: str
     float_bytes: int
     saved_bytes: int
+    source: str
+
+
+def _path(row: ExplainRow) -> str:
+    """Return the first cell: where it is; of what was left float the line too, for there one has to look."""
+    line = row.source.replace("\\", "/").rpartition("/")[2]
+    return shorten(site_name(row), 24) + (f"\n{shorten(line, 24)}" if line and not row.is_quantized else "")
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """What became of every candidate: print it, show it in a notebook, or walk its rows."""
+class Explanation(Report):
+    """What became of every candidate: print it, show it in a notebook, sort it, or walk its rows."""
 
     rows: tuple[ExplainRow, ...]
     fusions: tuple[str, ...]
@@ -50,26 +62,19 @@ class Explanation:
             f"{len(done)} of {len(self.rows)} candidates {tense}: {share} of {megabytes(all_bytes)} of weights{saved}"
         )
 
-    def _cells(self) -> list[tuple[str, ...]]:
-        return [
-            (
-                shorten(row.path, _WIDTHS[0]),
-                shorten(row.kind, _WIDTHS[1]),
-                row.decision,
-                row.rule,
-                megabytes(row.saved_bytes) if row.is_quantized and self.stage == "quantized" else "",
-            )
-            for row in self.rows
-        ]
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("path", "path", 24, _path, is_number=False),
+        Column("was", "kind", 16, lambda row: shorten(row.kind, 16), is_number=False),
+        Column("now", "decision", 26, lambda row: row.decision, is_number=False),
+        Column("decided by", "rule", 12, lambda row: row.rule, is_number=False),
+        Column("saved", "saved_bytes", 10, lambda row: megabytes(row.saved_bytes) if row.saved_bytes else ""),
+    )
 
-    def __str__(self) -> str:
-        lines = [text_table(self._cells(), _HEADERS, _WIDTHS), ""]
-        lines += [f"fused: {fusion}" for fusion in self.fusions]
-        lines += [f"not traced: {path}" for path in self.untraced]
-        return "\n".join([*lines, self.total])
-
-    def _repr_html_(self) -> str:
-        return html_table(self._cells(), _HEADERS, "; ".join([*self.fusions, *self.untraced, self.total]))
+    @property
+    def footer(self) -> tuple[str, ...]:
+        """The lines under the table: fusions, what is not traced, and the total."""
+        fused = [f"fused: {fusion}" for fusion in self.fusions]
+        return (*fused, *(f"not traced: {path}" for path in self.untraced), self.total)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -86,13 +91,28 @@ def explain(model: nn.Module) -> Explanation:
         )
     fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
     untraced = tuple(f"{path or 'the whole model'}: {why}" for path, why in record.untraced.items())
-    return Explanation(_rows(record), fusions, untraced, record.stage)
+    return Explanation(_rows(record, _sources(model)), fusions, untraced, record.stage)
 
 
-def _rows(record: Record) -> tuple[ExplainRow, ...]:
+def _sources(model: nn.Module) -> dict[tuple[str, str], str]:
+    """Return the user's line that made each node, by the path of the module that it calls, or "" and its name."""
+    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
+    lines: dict[tuple[str, str], str] = {}
+    for node in nodes:
+        place = (str(node.target), "") if node.op == "call_module" else ("", node.name)
+        lines.setdefault(place, edit.node_frame(node))
+    return lines
+
+
+def _source(sources: dict[tuple[str, str], str], path: str, call: str | None) -> str:
+    return sources.get(("", call) if call else (path, ""), "")
+
+
+def _rows(record: Record, sources: dict[tuple[str, str], str]) -> tuple[ExplainRow, ...]:
     quantized = [
         ExplainRow(
             path=site.path,
+            call=site.call or "",
             kind=site.kind,
             operator=site.operator,
             is_quantized=True,
@@ -100,12 +120,14 @@ def _rows(record: Record) -> tuple[ExplainRow, ...]:
             rule=site.rule,
             float_bytes=site.float_bytes,
             saved_bytes=site.float_bytes - site.int_bytes if site.int_bytes else 0,
+            source=_source(sources, site.path, site.call),
         )
         for site in record.sites
     ]
     left = [
         ExplainRow(
             path=entry.path,
+            call="" if entry.call in (None, entry.path) else entry.call,
             kind=entry.kind,
             operator="",
             is_quantized=False,
@@ -113,6 +135,7 @@ def _rows(record: Record) -> tuple[ExplainRow, ...]:
             rule=entry.rule,
             float_bytes=entry.float_bytes,
             saved_bytes=0,
+            source=_source(sources, entry.path, entry.call),
         )
         for entry in record.left
     ]

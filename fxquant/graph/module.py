@@ -43,12 +43,13 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """One candidate that stays float, and why."""
+    """One candidate that stays float, and why. call: a call's node name, None for a module."""
 
     path: str
     kind: str
     reason: str
     rule: str = ""
+    call: str | None = None
     float_bytes: int = 0
 
 

@@ -130,7 +130,8 @@ class _Planner:
         scope, name = node.meta.get(SCOPE, ""), _call_name(function)
         rule = self.rule(scope, scope, function)
         if target is None or target.weight.target not in self.names.tensors:
-            self.decide(node.name, name, None, rule, "its weight is no registered parameter or buffer", 0)
+            unknown = "its weight is no registered parameter or buffer"
+            self.decide(node.name, name, None, rule, unknown, 0, call=node.name)
             return
         path = str(target.weight.target)
         tensor = edit.get_tensor(self.module, path)
@@ -150,7 +151,8 @@ class _Planner:
         for path, tensor in self.matrices(node).items():
             if isinstance(tensor, nn.Parameter) or row is not None:
                 size = tensor.numel() * tensor.element_size()
-                self.decide(path, name, None, self.rule(scope, scope, node.target), reason, size)
+                rule = self.rule(scope, scope, node.target)
+                self.decide(path, name, None, rule, reason, size, call=node.name)
 
     def matrices(self, node: fx.Node) -> dict[str, torch.Tensor]:
         """Return the constants of two or more dimensions that a call takes, by their paths."""
@@ -194,7 +196,7 @@ class _Planner:
             reason = f"its qconfig ({rule.qconfig}) is for other operators; this one takes: {takes}"
         if row is None or rule.qconfig is None or reason is not None:
             self.plan.left.append(
-                Left(path=path, kind=told, reason=reason or "", rule=rule.text, float_bytes=float_bytes)
+                Left(path=path, kind=told, reason=reason or "", rule=rule.text, call=call, float_bytes=float_bytes)
             )
             return None
         site = Site(

@@ -1,5 +1,6 @@
 """graph_diff: what changed between any two stages."""
 
+import json
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxquant import OPERATORS, convert_fx, fuse_fx, graph_diff
+from fxquant.debug import DiffRow
 from fxquant.graph.edit import byte_count
 from fxquant.graph.trace import trace
 from tests.samples import Call, WordLM, everything, lm_inputs, prepare, quantize
@@ -139,3 +141,136 @@ def test_a_plain_graph_module_will_do():
     diff = graph_diff(model, torch.fx.symbolic_trace(model))
     assert {row.sign for row in diff.rows} == {" "}
     assert diff.total.endswith("1.00×")
+
+
+class Blocks(nn.Module):
+    """Layers one after another, with one of another kind before and after them."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.first, self.last = nn.LayerNorm(4), nn.Linear(4, 2)
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)]) for _ in range(count))
+
+    def forward(self, x):
+        x = self.first(x)
+        for linear, norm in self.layers:
+            x = norm(x + torch.tanh(linear(x)))
+        return self.last(x)
+
+
+def shown(diff):
+    return [(row.sign, row.name, row.before) for row in diff.shown]
+
+
+def test_a_repeated_block_is_shown_once_and_counted():
+    model, x = Blocks(5).eval(), torch.randn(3, 4)
+    quantized = quantize(model, x)
+    diff = graph_diff(model, quantized)
+    assert shown(diff) == [
+        (" ", "x", "placeholder"),
+        (" ", "first", "nn.LayerNorm"),
+        ("~", "layers_0_0", "nn.Linear"),
+        (" ", "tanh", "torch.tanh"),
+        (" ", "add", "operator.add"),
+        (" ", "layers_0_1", "nn.LayerNorm"),
+        ("×", "5 times", "the 4 rows above"),
+        ("~", "last", "nn.Linear"),
+        (" ", "output", "output"),
+    ]
+    (times,) = [row for row in diff.shown if row.sign == "×"]
+    layers = [byte_count(m.get_submodule("layers")) for m in (model, quantized)]
+    assert [times.bytes_before, times.bytes_after] == layers
+    assert times.after == "… layers_4_1"
+    assert len(diff.rows) == 2 + 5 * 4 + 2
+    assert graph_diff(model, quantized, fold=False).shown == list(diff.rows)
+
+
+def test_a_block_that_differs_is_not_folded_with_the_others():
+    model, x = Blocks(5).eval(), torch.randn(3, 4)
+    quantized = quantize(model, x, mapping=everything().set_module_name("layers.2.0", None))
+    rows = [row for row in shown(graph_diff(model, quantized)) if row[0] == "×" or "_2_0" in row[1]]
+    assert rows == [
+        ("×", "2 times", "the 4 rows above"),
+        (" ", "layers_2_0", "nn.Linear"),
+        ("×", "2 times", "the 4 rows above"),
+    ]
+
+
+def test_few_rows_are_not_folded():
+    model = nn.Sequential(*[nn.Tanh() for _ in range(4)], nn.Linear(4, 4)).eval()
+    diff = graph_diff(model, quantize(model, torch.randn(2, 4)))
+    assert diff.shown == list(diff.rows)
+    model = nn.Sequential(*[nn.Tanh() for _ in range(5)], nn.Linear(4, 4)).eval()
+    diff = graph_diff(model, quantize(model, torch.randn(2, 4)))
+    assert [row[:2] for row in shown(diff)] == [
+        (" ", "input_1"), (" ", "_0"), (" ", "5 times"), ("~", "_5"), (" ", "output"),
+    ]  # fmt: skip
+
+
+def test_context_is_the_rows_around_a_change():
+    model = nn.Sequential(*[nn.Tanh() for _ in range(3)], nn.Linear(4, 4), *[nn.Tanh() for _ in range(3)]).eval()
+    quantized = quantize(model, torch.randn(2, 4))
+    diff = graph_diff(model, quantized, context=1)
+    assert [(row.sign, row.name) for row in diff.shown] == [("⋮", ""), (" ", "_2"), ("~", "_3"), (" ", "_4"), ("⋮", "")]
+    assert diff.rows == graph_diff(model, quantized).rows
+    only = graph_diff(model, quantized, only_changed=True)
+    assert [(row.sign, row.name) for row in only.shown] == [("⋮", ""), ("~", "_3"), ("⋮", "")]
+    assert only == graph_diff(model, quantized, context=0)
+
+
+def test_nothing_changed_leaves_a_gap_alone():
+    model = nn.Sequential(nn.Tanh()).eval()
+    assert [row.sign for row in graph_diff(model, model, only_changed=True).shown] == ["⋮"]
+
+
+def test_colours_say_what_the_signs_say():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh()).eval(), torch.randn(2, 4)
+    quantized = quantize(model, x)
+    text, plain = (str(graph_diff(model, quantized, color=color)) for color in (True, False))
+    assert "\x1b[33m~\x1b[0m" in text
+    assert "\x1b[31mnn.Linear\x1b[0m" in text
+    assert "\x1b[32mDynamicQuantizedLinearReLU\x1b[0m" in text
+    assert "\x1b[31m-\x1b[0m" in text
+    assert [line for line in text.splitlines() if "Tanh" in line] == [li for li in plain.splitlines() if "Tanh" in li]
+    assert re.sub(r"\x1b\[\d+m", "", text) == plain
+
+
+def test_what_is_printed_elsewhere_than_on_a_terminal_has_no_colours(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    diff = graph_diff(model, quantize(model, torch.randn(2, 4)))
+    assert "\x1b" not in str(diff)
+    monkeypatch.setattr("fxquant.debug.diff.wants_color", lambda: True)
+    assert "\x1b" in str(diff)
+
+
+def test_to_dict_is_json_with_all_rows():
+    model = WordLM().eval()
+    diff = graph_diff(model, quantize(model, *lm_inputs(model)), only_changed=True)
+    plain = json.loads(json.dumps(diff.to_dict()))
+    assert plain.keys() == {"rows", "bytes_before", "bytes_after", "quantized", "candidates"}
+    assert [DiffRow(**row) for row in plain["rows"]] == list(diff.rows)
+    assert (plain["bytes_before"], plain["quantized"]) == (byte_count(model), 3)
+
+
+def test_two_graphs_that_are_not_ours():
+    class Before(nn.Module):
+        def forward(self, x):
+            return torch.tanh(x) + 1
+
+    class After(nn.Module):
+        def forward(self, x):
+            return torch.sin(torch.tanh(x)) + 1
+
+    diff = graph_diff(torch.fx.symbolic_trace(Before()), torch.fx.symbolic_trace(After()))
+    assert [(row.sign, row.name) for row in diff.rows] == [
+        (" ", "x"), (" ", "tanh"), ("+", "sin"), (" ", "add"), (" ", "output"),
+    ]  # fmt: skip
+    assert diff.total == "0 B → 0 B"
+
+
+def test_exported_graphs():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), torch.randn(2, 4)
+    before, after = (torch.export.export(m, (x,)).module() for m in (model, quantize(model, x)))
+    rows = {row.name: (row.sign, row.before, row.after) for row in graph_diff(before, after).rows}
+    assert rows["linear"] == ("~", "aten.linear", "fxquant.linear")
+    assert rows["relu"] == ("-", "aten.relu", "")

@@ -1,11 +1,15 @@
 """explain: every candidate, and why."""
 
+import copy
+import inspect
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import ModelStateError, convert_fx, explain, fuse_fx
+from fxquant import ModelStateError, convert_fx, explain, fuse_fx, load, quantize_dynamic, save
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize
 
 
@@ -86,6 +90,52 @@ def test_a_model_without_candidates():
     explained = explain(prepare(nn.Sequential(nn.ReLU()), torch.randn(2, 4)))
     assert explained.rows == ()
     assert "0 of 0 candidates" in str(explained)
+
+
+class Reader(nn.Module):
+    """Reads one weight in two calls, the second of which has no quantized form."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.linear = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = F.linear(x, self.weight)  # line 1
+        x = self.linear(x)  # line 2
+        return torch.cdist(x, self.weight)  # line 3
+
+
+def test_each_row_knows_the_user_s_line(tmp_path):
+    code, first = inspect.getsourcelines(Reader.forward)
+    lines = {text.split("# ")[1].strip(): first + i for i, text in enumerate(code) if "# line" in text}
+    quantized = quantize(Reader(), torch.randn(2, 4))
+    save(quantized, tmp_path / "m.safetensors")
+    twins = (copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized)))
+    for model in (quantized, *twins, load(Reader().eval(), tmp_path / "m.safetensors")):
+        rows = {(row.path, row.call): row.source for row in explain(model).rows}
+        assert rows == {
+            ("weight", "linear"): f"{__file__}:{lines['line 1']}",
+            ("linear", ""): f"{__file__}:{lines['line 2']}",
+            ("weight", "cdist"): f"{__file__}:{lines['line 3']}",
+        }
+
+
+def test_the_text_gives_the_lines_of_what_stayed_float():
+    explained = explain(quantize(Reader(), torch.randn(2, 4)))
+    line = next(row.source for row in explained.rows if not row.is_quantized).rpartition(":")[2]
+    assert str(explained).count("test_explain.py:") == 1
+    assert f"test_explain.py:{line}" in str(explained)
+
+
+def test_without_a_graph_there_are_no_lines():
+    assert [row.source for row in explain(quantize_dynamic(Reader())).rows] == ["", ""]
+
+
+def test_rows_sorted_by_what_they_save():
+    model = WordLM()
+    saved = [row.saved_bytes for row in explain(quantize(model, *lm_inputs(model))).sort("saved").rows]
+    assert saved == sorted(saved, reverse=True)
+    assert len(set(saved)) == 3
 
 
 def test_a_notebook_gets_html():

@@ -1,0 +1,284 @@
+"""compare: what quantization costs in accuracy, site by site.
+
+For a site's float output y and its quantized output ŷ, over all calls and elements:
+
+    SQNR = 10 log10(Σ y² / Σ (y - ŷ)²) dB      relative RMS = √(Σ (y - ŷ)² / Σ y²)      max error = max |y - ŷ|
+
+"accumulated": ŷ is what the site gives as it runs in the quantized model, on inputs that carry the errors of all before
+it. "local": ŷ is what the quantized site gives for the float model's inputs, so the damage that it does itself.
+
+peak, of the rows x_r of K values of the float site's input, says how far their largest values stick out:
+
+    peak = √(Σ_r K max_k x_rk² / Σ_r Σ_k x_rk²)      1 where all are of one size; √K where one value is all there is
+
+A row has 255 steps from end to end, so its largest values set the step for all: a peak twice as high costs 6 dB.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fxquant.debug.report import Column, Report
+from fxquant.debug.sites import as_arguments, first_tensor, open_float, open_quantized, run
+from fxquant.debug.table import shorten, site_name
+from fxquant.errors import ExampleInputsError
+from fxquant.graph.module import Site, need_stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRow:
+    """One site's errors; see the module's equations. NaN: it was never called, or its inputs are no floats.
+
+    path, call, kind, operator: as in its Site. calls: how often it was compared; unpaired: calls of one model to which
+    the other has none of the same shape, where code that branches on values took another way.
+    """
+
+    path: str
+    call: str
+    kind: str
+    operator: str
+    calls: int
+    unpaired: int
+    sqnr_db: float
+    relative_rms: float
+    max_error: float
+    local_sqnr_db: float
+    local_relative_rms: float
+    local_max_error: float
+    input_min: float
+    input_max: float
+    peak: float
+
+
+def _decibels(value: float) -> str:
+    return "" if math.isnan(value) else "exact" if value == math.inf else f"{value:.1f} dB"
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3g}"
+
+
+def _range(row: CompareRow) -> str:
+    return "" if math.isnan(row.input_min) else f"{row.input_min:.3g} … {row.input_max:.3g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Report):
+    """Every site's error, worst first: print it, show it in a notebook, sort it, or walk its rows.
+
+    batches: how many were run. output_sqnr_db, output_relative_rms, output_max_error: of the whole model's output.
+    """
+
+    rows: tuple[CompareRow, ...]
+    batches: int
+    output_sqnr_db: float
+    output_relative_rms: float
+    output_max_error: float
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("site", "path", 24, lambda row: shorten(site_name(row), 24), is_number=False),
+        Column("was", "kind", 12, lambda row: shorten(row.kind, 12), is_number=False),
+        Column("SQNR", "sqnr_db", 8, lambda row: _decibels(row.sqnr_db)),
+        Column("local", "local_sqnr_db", 8, lambda row: _decibels(row.local_sqnr_db)),
+        Column("RMS", "relative_rms", 7, lambda row: _number(100 * row.relative_rms) and f"{row.relative_rms:.2%}"),
+        Column("max", "max_error", 8, lambda row: _number(row.max_error)),
+        Column("input", "input_max", 14, _range),
+        Column("peak", "peak", 5, lambda row: _number(row.peak)),
+    )
+
+    @property
+    def footer(self) -> tuple[str, ...]:
+        """The lines under the table: the output's error, and what the columns are."""
+        output = (
+            f"output: SQNR {_decibels(self.output_sqnr_db)}, relative RMS {self.output_relative_rms:.2%}, max error "
+            f"{_number(self.output_max_error)}; {self.batches} batch{'es' if self.batches != 1 else ''}"
+        )
+        missed = [site_name(row) for row in self.rows if not row.calls]
+        apart = [f"{site_name(row)}: {row.unpaired}" for row in self.rows if row.unpaired]
+        return (
+            "SQNR, RMS (relative) and max error as it runs; local: SQNR of the site alone, on the float model's inputs",
+            *([f"never called: {', '.join(missed)}"] if missed else ()),
+            *([f"calls without a counterpart in the other model: {', '.join(apart)}"] if apart else ()),
+            output,
+        )
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.detach() if x.dtype == torch.float64 else x.detach().float()
+
+
+def _energy(x: torch.Tensor) -> float:
+    """Return Σ x², summed in float64; NaN or infinite where an element is."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+
+
+def _largest(x: torch.Tensor) -> float:
+    return max(abs(float(end)) for end in x.aminmax()) if x.numel() else 0.0
+
+
+class _Error:
+    """Running sums of one tensor's error."""
+
+    def __init__(self) -> None:
+        self.calls, self.signal, self.noise, self.largest = 0, 0.0, 0.0, 0.0
+
+    def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:
+        """Count another pair. Where the float value is not finite, there is no error to speak of."""
+        expected, got = _wide(expected), _wide(got)
+        if not math.isfinite(_energy(expected)):
+            known = expected.isfinite()
+            expected, got = expected[known], got[known]
+        difference = expected - got
+        noise = _energy(difference)
+        self.calls += 1
+        self.signal += _energy(expected)
+        self.noise += noise if math.isfinite(noise) else math.inf  # a NaN where the float model has none
+        self.largest = max(self.largest, _largest(difference) if math.isfinite(noise) else math.inf)
+
+    @property
+    def sqnr_db(self) -> float:
+        if not self.calls:
+            return math.nan
+        if self.noise == 0:
+            return math.inf
+        ratio = self.signal / self.noise
+        return 10 * math.log10(ratio) if ratio else -math.inf
+
+    @property
+    def relative_rms(self) -> float:
+        if not self.calls or self.noise == 0:
+            return 0.0 if self.calls else math.nan
+        return math.sqrt(self.noise / self.signal) if self.signal else math.inf
+
+    @property
+    def max_error(self) -> float:
+        return self.largest if self.calls else math.nan
+
+
+class _Activation:
+    """Running range and peak of one input."""
+
+    def __init__(self) -> None:
+        self.low, self.high, self.peaks, self.energy = math.inf, -math.inf, 0.0, 0.0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Count another tensor's rows; those with a NaN or an infinity are left out."""
+        rows = _wide(x).reshape(-1, x.shape[-1] if x.dim() else 1)
+        if not math.isfinite(_energy(rows)):
+            rows = rows[rows.isfinite().all(-1)]
+        if rows.numel():
+            low, high = rows.aminmax()
+            self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+            self.peaks += rows.shape[-1] * _energy(rows.abs().amax(-1))
+            self.energy += _energy(rows)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        return (self.low, self.high) if self.low <= self.high else (math.nan, math.nan)
+
+    @property
+    def peak(self) -> float:
+        return math.sqrt(self.peaks / self.energy) if self.energy else math.nan
+
+
+class _Watch:
+    """What is seen of one site while both models run."""
+
+    def __init__(self, site: Site, float_site: nn.Module, quantized_site: nn.Module) -> None:
+        self.site, self.quantized_site, self.unpaired = site, quantized_site, 0
+        self.accumulated, self.local, self.activation = _Error(), _Error(), _Activation()
+        self.waiting: collections.deque[torch.Tensor] = collections.deque()  # float outputs of this batch
+        # Before the user's own hooks, which may change what the site gave:
+        float_site.register_forward_hook(self.see_float, prepend=True, with_kwargs=True)
+        quantized_site.register_forward_hook(self.see_quantized, prepend=True)
+
+    def see_float(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Compare the sites on the same inputs, and keep what the float one gave until the quantized model ran."""
+        x, expected = first_tensor((args, kwargs)), first_tensor(output)
+        if x is not None and x.is_floating_point():
+            self.activation.add(x)
+        got = first_tensor(self.quantized_site.forward(*args, **kwargs))
+        if expected is not None and got is not None:
+            self.local.add(expected, got)
+            self.waiting.append(expected.detach().clone())  # forward may go on to write into it
+
+    def see_quantized(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        """Compare with what the float model gave at the same call."""
+        got = first_tensor(output)
+        expected = self.waiting.popleft() if self.waiting else None
+        if expected is None or got is None or expected.shape != got.shape:
+            self.unpaired += 1
+        else:
+            self.accumulated.add(expected, got)
+
+    def end_batch(self) -> None:
+        """Forget what had no counterpart."""
+        self.unpaired += len(self.waiting)
+        self.waiting.clear()
+
+    def row(self) -> CompareRow:
+        """Return the sums so far."""
+        low, high = self.activation.range
+        return CompareRow(
+            path=self.site.path,
+            call=self.site.call or "",
+            kind=self.site.kind,
+            operator=self.site.operator,
+            calls=self.accumulated.calls,
+            unpaired=self.unpaired,
+            sqnr_db=self.accumulated.sqnr_db,
+            relative_rms=self.accumulated.relative_rms,
+            max_error=self.accumulated.max_error,
+            local_sqnr_db=self.local.sqnr_db,
+            local_relative_rms=self.local.relative_rms,
+            local_max_error=self.local.max_error,
+            input_min=low,
+            input_max=high,
+            peak=self.activation.peak,
+        )
+
+
+def compare(float_model: nn.Module, quantized: nn.Module, data: Iterable[Any]) -> Comparison:
+    """Return every site's error on some data: accumulated, as it runs, and local, fed with float inputs.
+
+    quantized: the result of convert_fx, quantize_dynamic or load; float_model: what it was made from.
+    data: an iterable of batches, each a tuple of one call's positional arguments, a dict of keywords, or one tensor;
+    wrap it in tqdm to see how far it is. It is gone through once, and of a batch only sums are kept.
+
+    Of a site that gives several tensors (an LSTM's states, attention's weights), the first is compared; a fused site is
+    compared with the fused float computation. Both models run as mirrors: neither is changed or hooked.
+
+    Raises ModelStateError for models that do not belong together, ExampleInputsError for a batch that does not fit
+    forward or for no batch at all.
+    """
+    record = need_stage(quantized, "quantized", "compare", "convert_fx(prepared) or quantize_dynamic(model)")
+    if isinstance(data, torch.Tensor):
+        raise ExampleInputsError(f"data is an iterable of batches, got one tensor {tuple(data.shape)}; pass [tensor]")
+    ours, theirs = open_quantized(quantized, record), open_float(float_model, record)
+    watches = list(map(_Watch, record.sites, theirs.sites, ours.sites))
+    output, batches = _Error(), 0
+    for batch in data:
+        arguments = as_arguments(batch, ours.model)
+        expected, got = (first_tensor(run(side.model, arguments, seed=batches)) for side in (theirs, ours))
+        batches += 1
+        for watch in watches:
+            watch.end_batch()
+        if expected is not None and got is not None and expected.shape == got.shape:
+            output.add(expected, got)
+    if not batches:
+        raise ExampleInputsError("data held no batch; was it a generator that had been used up?")
+    comparison = Comparison(
+        rows=tuple(watch.row() for watch in watches),
+        batches=batches,
+        output_sqnr_db=output.sqnr_db,
+        output_relative_rms=output.relative_rms,
+        output_max_error=output.max_error,
+    )
+    return comparison.sort("sqnr_db")

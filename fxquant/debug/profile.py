@@ -1,0 +1,211 @@
+"""profile: where a model's milliseconds and bytes go, site by site."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxquant.debug.report import Column, Report
+from fxquant.debug.sites import Arguments, OpenModel, as_arguments, open_float, open_quantized
+from fxquant.debug.table import megabytes, shorten, site_name
+from fxquant.errors import ExampleInputsError, ModelStateError
+from fxquant.graph import edit
+from fxquant.graph.module import Record, record_of
+from fxquant.ops import kernel_info
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileRow:
+    """One site, or all that is in none: "elsewhere". ms: of a call of the model; float_ms: NaN without a float model.
+
+    calls: how often a call of the model calls the site.
+    """
+
+    path: str
+    call: str
+    kind: str
+    calls: int
+    ms: float
+    float_ms: float
+    bytes: int
+    float_bytes: int
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the float site it is."""
+        return self.float_ms / self.ms if self.ms else math.nan
+
+
+def _ms(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
+
+
+def _times(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.1f}×"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile(Report):
+    """Every site's milliseconds and bytes, slowest first: print it, show it in a notebook, sort it, or walk its rows.
+
+    ms, float_ms: of a whole call; bytes, float_bytes: of a whole model; all milliseconds are medians of the rounds.
+    """
+
+    rows: tuple[ProfileRow, ...]
+    ms: float
+    float_ms: float
+    bytes: int
+    float_bytes: int
+    rounds: int
+    threads: int
+    kernels: str
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("site", "path", 24, lambda row: shorten(site_name(row), 24), is_number=False),
+        Column("was", "kind", 14, lambda row: shorten(row.kind, 14), is_number=False),
+        Column("calls", "calls", 5, lambda row: str(row.calls or "")),
+        Column("ms", "ms", 9, lambda row: _ms(row.ms)),
+        Column("float ms", "float_ms", 9, lambda row: _ms(row.float_ms)),
+        Column("speed", "speedup", 6, lambda row: _times(row.speedup)),
+        Column("size", "bytes", 9, lambda row: megabytes(row.bytes) if row.bytes else ""),
+        Column("float size", "float_bytes", 9, lambda row: megabytes(row.float_bytes) if row.float_bytes else ""),
+    )
+
+    @property
+    def footer(self) -> tuple[str, ...]:
+        """The lines under the table: the totals, and on what they were measured."""
+        is_alone = math.isnan(self.float_ms)
+        beside = "" if is_alone else f", float {_ms(self.float_ms)} ms, {_times(self.float_ms / self.ms)} as fast"
+        sizes = megabytes(self.bytes) if is_alone else f"{megabytes(self.float_bytes)} → {megabytes(self.bytes)}"
+        return (
+            f"a call: {_ms(self.ms)} ms{beside}; {sizes}",
+            f"medians of {self.rounds} rounds; {self.threads} thread{'s' if self.threads != 1 else ''}, {self.kernels}",
+        )
+
+
+class _Timer:
+    """Adds up the milliseconds of a site's calls."""
+
+    def __init__(self, site: nn.Module) -> None:
+        self.ms, self.calls, self._began = 0.0, 0, 0.0
+        site.register_forward_pre_hook(self._start)
+        site.register_forward_hook(self._stop, prepend=True)
+
+    def _start(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def _stop(self, *_: Any) -> None:
+        self.ms += 1000 * (time.perf_counter() - self._began)
+        self.calls += 1
+
+
+class _Side:
+    """One of the models, and what its rounds took. The last of its sites' numbers is for all that is in no site."""
+
+    def __init__(self, model: nn.Module, opened: OpenModel) -> None:
+        self.model, self.timers = opened.model, list(map(_Timer, opened.sites))
+        self.bytes = edit.byte_count(model)
+        inside = edit.byte_count(nn.ModuleList(opened.sites))
+        self.sites_bytes = [*map(edit.byte_count, opened.sites), self.bytes - inside]
+        self._totals_ms: list[float] = []
+        self._sites_ms: list[list[float]] = []
+
+    def run(self, arguments: Arguments) -> None:
+        """Run the model once more."""
+        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
+        for timer in self.timers:
+            timer.ms, timer.calls = 0.0, 0
+        began = time.perf_counter()
+        self.model(*args, **kwargs)
+        total = 1000 * (time.perf_counter() - began)
+        spent = [timer.ms for timer in self.timers]
+        self._totals_ms.append(total)
+        self._sites_ms.append([*spent, total - sum(spent)])
+
+    @property
+    def ms(self) -> float:
+        """The median of all rounds but the first, which warms up."""
+        return statistics.median(self._totals_ms[1:])
+
+    @property
+    def sites_ms(self) -> list[float]:
+        """The same of each site."""
+        return [statistics.median(rounds) for rounds in zip(*self._sites_ms[1:], strict=True)]
+
+
+def profile(model: nn.Module, inputs: Any, *, float_model: nn.Module | None = None, rounds: int = 20) -> Profile:
+    """Return the milliseconds and bytes that each site of a model takes, beside the float model's if that is given.
+
+    model: a result of convert_fx, quantize_dynamic, load or prepare_fx; float_model: what it was made from. inputs: one
+    call's arguments: a tuple, a dict of keywords or one tensor. rounds: calls of each model, in turns, after one that
+    warms up, on as many threads as torch.get_num_threads() says.
+
+    The float model runs as prepare_fx traces it: without torch's fast path for transformers, in which no site is called
+    by itself. Both run as mirrors: neither is changed or hooked. What the timing takes, a microsecond or two a call,
+    counts as elsewhere.
+
+    Raises ModelStateError for a model that has no record of sites or is not on the CPU, ExampleInputsError for inputs
+    that do not fit forward.
+    """
+    record = _checked(model, rounds)
+    arguments = as_arguments(inputs, model)
+    sides = [_Side(model, open_quantized(model, record))]
+    if float_model is not None:
+        sides.append(_Side(float_model, open_float(float_model, record)))
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            for side in sides:
+                side.run(arguments)
+    ours, theirs = sides[0], sides[1] if len(sides) > 1 else None
+    found = Profile(
+        rows=_rows(record, ours, theirs),
+        ms=ours.ms,
+        float_ms=theirs.ms if theirs else math.nan,
+        bytes=ours.bytes,
+        float_bytes=theirs.bytes if theirs else 0,
+        rounds=rounds,
+        threads=torch.get_num_threads(),
+        kernels=f"{kernel_info().isa} kernels" if kernel_info().isa else "plain torch, no native kernels",
+    )
+    return found.sort("ms")
+
+
+def _checked(model: nn.Module, rounds: int) -> Record:
+    """Return the record of a model that can be profiled, or raise."""
+    record = record_of(model)
+    if record is None or record.stage == "fused":
+        raise ModelStateError(
+            f"profile needs the result of prepare_fx, convert_fx or quantize_dynamic, got {type(model).__name__}; the "
+            "float model goes beside it: profile(quantized, inputs, float_model=model)"
+        )
+    if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
+        raise ModelStateError("profile times calls on the CPU, and this model is not there; call model.cpu() first")
+    if rounds < 1:
+        raise ExampleInputsError(f"profile takes a round at least, got rounds={rounds}")
+    return record
+
+
+def _rows(record: Record, ours: _Side, theirs: _Side | None) -> tuple[ProfileRow, ...]:
+    """Return a row a site, and one for the rest."""
+    places = [(site.path, site.call or "", site.kind) for site in record.sites]
+    places_ms, float_ms = ours.sites_ms, theirs.sites_ms if theirs else []
+    return tuple(
+        ProfileRow(
+            path=path,
+            call=call,
+            kind=kind,
+            calls=ours.timers[i].calls if i < len(ours.timers) else 0,
+            ms=places_ms[i],
+            float_ms=float_ms[i] if theirs else math.nan,
+            bytes=ours.sites_bytes[i],
+            float_bytes=theirs.sites_bytes[i] if theirs else 0,
+        )
+        for i, (path, call, kind) in enumerate([*places, ("elsewhere", "", "")])
+    )

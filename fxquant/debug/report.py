@@ -1,0 +1,86 @@
+"""What the views that are tables of rows share: printing, sorting, and handing the rows on."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+from fxquant.debug.table import html_table, text_table
+from fxquant.errors import ColumnError, MissingPackageError, nearest
+
+R = TypeVar("R", bound="Report")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a printed table. field: the row's attribute that it is sorted by; cell: a row's text.
+
+    is_number: whether it is set flush right.
+    """
+
+    header: str
+    field: str
+    width: int
+    cell: Callable[[Any], str]
+    is_number: bool = True
+
+
+class Report:
+    """Rows that print as a table, in a terminal and in a notebook. A dataclass of `rows`, and what its footer says."""
+
+    columns: ClassVar[tuple[Column, ...]]
+    rows: tuple[Any, ...]
+
+    @property
+    def footer(self) -> tuple[str, ...]:
+        """The lines under the table."""
+        return ()
+
+    def _shown(self) -> tuple[list[Column], list[tuple[str, ...]]]:
+        """Return the columns in which some row has something to say, and their cells."""
+        shown = [c for c in self.columns if not self.rows or any(c.cell(row) for row in self.rows)]
+        return shown, [tuple(column.cell(row) for column in shown) for row in self.rows]
+
+    def __str__(self) -> str:
+        columns, cells = self._shown()
+        alignments = ["right" if column.is_number else "left" for column in columns]
+        table = text_table(cells, [c.header for c in columns], [c.width for c in columns], alignments)
+        return "\n".join([table, "", *self.footer])
+
+    def _repr_html_(self) -> str:
+        columns, cells = self._shown()
+        return html_table(cells, [column.header for column in columns], "; ".join(self.footer))
+
+    def sort(self: R, column: str, reverse: bool = False) -> R:
+        """Return the same with its rows sorted by a column, named as in the table or by the rows' attribute.
+
+        Numbers come largest first, decibels smallest first (the worst), text from a to z; what has no value comes last.
+        Raises ColumnError for a name that is neither.
+        """
+        found = next((c for c in self.columns if column in (c.header, c.field)), None)
+        field = column if found is None else found.field
+        if self.rows and not hasattr(self.rows[0], field):
+            known = [name for c in self.columns for name in (c.header, c.field)] + list(asdict(self.rows[0]))
+            raise ColumnError(f"{type(self).__name__} has no column {column!r}{nearest(column, known)}")
+        empty = [row for row in self.rows if getattr(row, field) != getattr(row, field)]  # a NaN
+        filled = [row for row in self.rows if getattr(row, field) == getattr(row, field)]
+        is_rising = field.endswith("_db") or any(isinstance(getattr(row, field), str) for row in filled)
+        filled.sort(key=operator.attrgetter(field), reverse=is_rising == reverse)
+        return replace(self, rows=(*filled, *empty))  # type: ignore[type-var]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain dicts, tuples, strings and numbers, as json.dumps takes them."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    def to_dataframe(self) -> Any:
+        """Return the rows as a pandas.DataFrame. Raises MissingPackageError where pandas is not installed."""
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise MissingPackageError(
+                "to_dataframe needs pandas, which is not installed: pip install pandas, or take to_dict()"
+            ) from error
+        return pandas.DataFrame([asdict(row) for row in self.rows])

@@ -1,0 +1,157 @@
+"""Models laid open for the views that run them: mirrors in which every site, a functional one too, is a module.
+
+Whatever is hooked, swapped or written to in a mirror never reaches the user's model, also when its forward fails.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+from torch.nn.utils import rnn
+from torch.utils import _pytree as pytree
+
+from fxquant.errors import ExampleInputsError, ModelStateError
+from fxquant.graph import edit
+from fxquant.graph.fuse import fuse
+from fxquant.graph.module import Record, Site, finish, record_of
+from fxquant.graph.trace import trace
+from fxquant.graph.tree import plain_mirror
+from fxquant.nn.transformer import avoid_fast_path
+from fxquant.operators import OPERATORS
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A mirror of a model and its sites' modules, in the record's order."""
+
+    model: nn.Module
+    sites: tuple[nn.Module, ...]
+
+
+class SiteCall(nn.Module):
+    """A functional site as a module: called with the values of its inputs by their nodes' names.
+
+    Passes keep the nodes' names, so what the float site is called with, the quantized one takes too. Each brings its
+    own constants along: weights, scales and options.
+    """
+
+    def __init__(self, node: fx.Node, root: nn.Module) -> None:
+        super().__init__()
+        self.function: Any = node.target  # of a method its name
+        self.operands = node.args, node.kwargs
+        self.constants: dict[str, torch.Tensor | None] = {}
+        for read in node.all_input_nodes:
+            if read.op == "get_attr":
+                self.constants[read.name] = tensor = edit.get_tensor(root, str(read.target))
+                self.register_buffer(f"constant_{len(self.constants)}", tensor)
+
+    def forward(self, **values: Any) -> Any:
+        """Return what the call gives."""
+        known = {**values, **self.constants}
+        args, kwargs = map_arg(self.operands, lambda node: known[node.name])
+        if isinstance(self.function, str):
+            return getattr(args[0], self.function)(*args[1:], **kwargs)
+        return self.function(*args, **kwargs)
+
+
+def open_quantized(model: nn.Module, record: Record) -> OpenModel:
+    """Return a quantized (or prepared) model laid open."""
+    return _open(edit.mirror(model), record)
+
+
+def open_float(model: Any, record: Record) -> OpenModel:
+    """Return the float model that a record's was made from, laid open: traced and fused as that one was, nothing more.
+
+    So a fused site stands against the fused float computation. model: the user's, or what prepare_fx made of it.
+    Raises ModelStateError where it cannot be that model.
+    """
+    own = record_of(model)
+    if not isinstance(model, nn.Module) or (own is not None and own.stage == "quantized"):
+        told = "a quantized one" if own is not None else type(model).__name__
+        raise ModelStateError(f"the float model, from which the quantized one was made, is needed here, got {told}")
+    if own is not None and own.stage == "prepared":
+        return _open(edit.mirror(model), record)
+    if not record.is_traced:
+        return _open(plain_mirror(model), record)
+    operators = record.operators or OPERATORS
+    traced = trace(model, operators, constants=record.constants, untraced=record.untraced)
+    fuse(traced.module, traced.hooked, only=record.fusions)
+    return _open(finish(traced.module, model, Record(stage="fused")), record)
+
+
+def _open(root: nn.Module, record: Record) -> OpenModel:
+    """Turn the functional sites of a mirror into modules."""
+    for part in root.modules():
+        avoid_fast_path(part)  # which would read the sites' weights and never call them
+    sites: list[nn.Module] = []
+    for site in record.sites:
+        try:
+            sites.append(root.get_submodule(site.path) if site.call is None else _as_module(root, site))
+        except (LookupError, AttributeError) as error:
+            raise ModelStateError(
+                f"the quantized model was made from another model than this {type(root).__name__}, which has no "
+                f"{site.kind} at {site.call or site.path!r}"
+            ) from error
+    if isinstance(root, fx.GraphModule):
+        root.recompile()
+    return OpenModel(root, tuple(sites))
+
+
+def _as_module(root: nn.Module, site: Site) -> SiteCall:
+    """Make a graph call a functional site as a module, and return that."""
+    nodes = root.graph.nodes if isinstance(root, fx.GraphModule) else ()
+    node = next((node for node in nodes if node.name == site.call), None)
+    if node is None or node.op not in ("call_function", "call_method"):
+        raise LookupError(site.call)
+    call = SiteCall(node, root)
+    path = edit.free_name(root, f"{site.call}_site")
+    root.add_module(path, call)
+    inputs = {read.name: read for read in node.all_input_nodes if read.name not in call.constants}
+    node.op, node.target, node.args, node.kwargs = "call_module", path, (), inputs
+    return call
+
+
+def as_arguments(batch: Any, model: nn.Module) -> Arguments:
+    """Return a batch as the positional and keyword arguments of one call, or raise ExampleInputsError.
+
+    batch: a tuple or list of positional arguments, a dict of keywords, or one tensor.
+    """
+    if not isinstance(batch, (torch.Tensor, tuple, list, dict)) or isinstance(batch, rnn.PackedSequence):
+        raise ExampleInputsError(
+            "a batch is a tuple of positional arguments, a dict of keyword arguments, or one tensor, "
+            f"got {type(batch).__name__}"
+        )
+    args = () if isinstance(batch, dict) else (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
+    kwargs = batch if isinstance(batch, dict) else {}
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ExampleInputsError(
+            f"a batch of {len(args) + len(kwargs)} arguments does not fit forward{signature}: {error}. A batch holds "
+            "the arguments of one call and nothing else; of (input, label) pairs pass ((x,) for x, _ in loader)"
+        ) from error
+    return args, kwargs
+
+
+def run(model: nn.Module, arguments: Arguments, seed: int = 0) -> Any:
+    """Return what a model gives for copies of the arguments, without gradients and under a seed of its own."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model(*args, **kwargs)
+
+
+def first_tensor(tree: Any) -> torch.Tensor | None:
+    """Return the first tensor of nested tuples, lists and dicts; of a PackedSequence its data."""
+    for leaf in pytree.tree_leaves(tree, is_leaf=lambda part: isinstance(part, rnn.PackedSequence)):
+        if isinstance(leaf, (torch.Tensor, rnn.PackedSequence)):
+            return leaf if isinstance(leaf, torch.Tensor) else leaf.data
+    return None

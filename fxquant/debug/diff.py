@@ -42,13 +42,14 @@ class GraphDiff:
     bytes_after: int
     quantized: int
     candidates: int
+    outcome: str = ""
 
     @property
     def total(self) -> str:
-        """The last line: bytes before and after, their ratio, and how many of the candidates are quantized."""
+        """The last line: bytes before and after, their ratio, and what became of the candidates."""
         ratio = self.bytes_before / self.bytes_after if self.bytes_after else 1.0
-        sites = f"; {self.quantized} of {self.candidates} quantizable sites" if self.candidates else ""
-        return f"{megabytes(self.bytes_before)} → {megabytes(self.bytes_after)}, {ratio:.2f}×{sites}"
+        outcome = f"; {self.outcome}" if self.candidates else ""
+        return f"{megabytes(self.bytes_before)} → {megabytes(self.bytes_after)}, {ratio:.2f}×{outcome}"
 
     def __str__(self) -> str:
         cells = [
@@ -90,8 +91,16 @@ def graph_diff(before: nn.Module, after: nn.Module) -> GraphDiff:
         path = next((str(node.target) for node in (b, a) if node is not None and node.op == "call_module"), "")
         note = notes.get(name, "") or notes.get(path, "")
         rows.append(DiffRow(sign, name, was, "" if sign == " " else now, note, size_before, size_after))
-    quantized, candidates = _counts(before if record_of(after) is None else after)
-    return GraphDiff(tuple(rows), edit.byte_count(before), edit.byte_count(after), quantized, candidates)
+    record = record_of(after) or record_of(before) or Record(stage="float")
+    done = len(record.sites)
+    return GraphDiff(
+        tuple(rows),
+        edit.byte_count(before),
+        edit.byte_count(after),
+        quantized=done,
+        candidates=done + len(record.left),
+        outcome=record.outcome,
+    )
 
 
 def _as_graph(model: nn.Module, records: list[Record]) -> fx.GraphModule:
@@ -153,11 +162,6 @@ def _notes(model: nn.Module) -> dict[str, str]:
     for fusion in record.fusions:
         notes.update(dict.fromkeys(fusion.chain[1:], f"fused into {fusion.path}"))
     return notes
-
-
-def _counts(model: nn.Module) -> tuple[int, int]:
-    record = record_of(model)
-    return (0, 0) if record is None else (len(record.sites), len(record.sites) + len(record.left))
 
 
 def _sizes(row: DiffRow) -> str:

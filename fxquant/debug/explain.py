@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fxquant.debug.losses import Loss, losses_of
 from fxquant.debug.table import html_table, megabytes, shorten, text_table
 from fxquant.errors import ModelStateError
-from fxquant.graph.module import Record, record_of
+from fxquant.graph.module import Coverage, Record, record_of
 from fxquant.qconfig_mapping import qconfig_name
 
 _HEADERS = ("path", "was", "now", "decided by", "saved")
@@ -17,7 +18,10 @@ _WIDTHS = (24, 16, 26, 12, 10)
 
 @dataclass(frozen=True)
 class ExplainRow:
-    """One candidate. decision: its qconfig, or "float: why"; rule: the mapping entry; saved_bytes: 0 if left float."""
+    """One candidate. decision: its qconfig, or "float: why"; rule: the mapping entry; saved_bytes: 0 if left float.
+
+    losses: where it comes out larger or slower than float.
+    """
 
     path: str
     kind: str
@@ -27,27 +31,39 @@ class ExplainRow:
     rule: str
     float_bytes: int
     saved_bytes: int
+    losses: tuple[Loss, ...] = ()
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What became of every candidate: print it, show it in a notebook, or walk its rows."""
+    """What became of every candidate: print it, show it in a notebook, or walk its rows.
+
+    coverage: how many bytes of the weights are quantized; outcome: the same as a line.
+    """
 
     rows: tuple[ExplainRow, ...]
     fusions: tuple[str, ...]
     untraced: tuple[str, ...]
     stage: str
+    coverage: Coverage
+    outcome: str
 
     @property
     def total(self) -> str:
-        """The last line: how many candidates and how many of their bytes are quantized."""
-        done = [row for row in self.rows if row.is_quantized]
-        covered, all_bytes = sum(r.float_bytes for r in done), sum(r.float_bytes for r in self.rows)
-        share = f"{100 * covered / all_bytes:.1f} %" if all_bytes else "none"
-        tense = "quantized" if self.stage == "quantized" else "to be quantized by convert_fx"
-        saved = f", {megabytes(sum(r.saved_bytes for r in done))} saved" if self.stage == "quantized" else ""
+        """The last line: how many candidates and how many bytes of their weights are quantized, and what that saves."""
+        saved = sum(row.saved_bytes for row in self.rows)
+        return f"{self.outcome}, {megabytes(saved)} saved" if self.stage == "quantized" else self.outcome
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The lines between the table and the last: fusions, what is not traced, and losses."""
+        losses = [loss for row in self.rows for loss in row.losses]
+        sources = dict.fromkeys(loss.source for loss in losses if loss.source)
         return (
-            f"{len(done)} of {len(self.rows)} candidates {tense}: {share} of {megabytes(all_bytes)} of weights{saved}"
+            *(f"fused: {fusion}" for fusion in self.fusions),
+            *(f"not traced: {path}" for path in self.untraced),
+            *map(str, losses),
+            *(f"such times were measured on {source}; yours may differ" for source in sources),
         )
 
     def _cells(self) -> list[tuple[str, ...]]:
@@ -63,13 +79,10 @@ class Explanation:
         ]
 
     def __str__(self) -> str:
-        lines = [text_table(self._cells(), _HEADERS, _WIDTHS), ""]
-        lines += [f"fused: {fusion}" for fusion in self.fusions]
-        lines += [f"not traced: {path}" for path in self.untraced]
-        return "\n".join([*lines, self.total])
+        return "\n".join([text_table(self._cells(), _HEADERS, _WIDTHS), "", *self.remarks, self.total])
 
     def _repr_html_(self) -> str:
-        return html_table(self._cells(), _HEADERS, "; ".join([*self.fusions, *self.untraced, self.total]))
+        return html_table(self._cells(), _HEADERS, "; ".join([*self.remarks, self.total]))
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -77,6 +90,9 @@ def explain(model: nn.Module) -> Explanation:
 
     A candidate is a module or call that holds a weight of two or more dimensions. Raises ModelStateError for a float
     model: prepare_fx decides.
+
+    Where a site comes out larger than float (known after convert_fx), or slower by what was measured of its kernel, its
+    row says so with both figures and the entry that would leave it float. The mapping is obeyed all the same.
     """
     record = record_of(model)
     if record is None or record.stage == "fused":
@@ -86,7 +102,7 @@ def explain(model: nn.Module) -> Explanation:
         )
     fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
     untraced = tuple(f"{path or 'the whole model'}: {why}" for path, why in record.untraced.items())
-    return Explanation(_rows(record), fusions, untraced, record.stage)
+    return Explanation(_rows(record), fusions, untraced, record.stage, record.coverage, record.outcome)
 
 
 def _rows(record: Record) -> tuple[ExplainRow, ...]:
@@ -100,6 +116,7 @@ def _rows(record: Record) -> tuple[ExplainRow, ...]:
             rule=site.rule,
             float_bytes=site.float_bytes,
             saved_bytes=site.float_bytes - site.int_bytes if site.int_bytes else 0,
+            losses=losses_of(site),
         )
         for site in record.sites
     ]

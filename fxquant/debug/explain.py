@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import fx, nn
 
 from fxquant.debug.losses import Loss, losses_of
 from fxquant.debug.table import html_table, megabytes, shorten, text_table
 from fxquant.errors import ModelStateError
+from fxquant.graph import edit
+from fxquant.graph.convert import convert, convert_modules
 from fxquant.graph.module import Coverage, Record, record_of
 from fxquant.qconfig_mapping import qconfig_name
 
@@ -51,8 +53,7 @@ class Explanation:
     @property
     def total(self) -> str:
         """The last line: how many candidates and how many bytes of their weights are quantized, and what that saves."""
-        saved = sum(row.saved_bytes for row in self.rows)
-        return f"{self.outcome}, {megabytes(saved)} saved" if self.stage == "quantized" else self.outcome
+        return f"{self.outcome}, {megabytes(sum(row.saved_bytes for row in self.rows))} saved"
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -73,7 +74,7 @@ class Explanation:
                 shorten(row.kind, _WIDTHS[1]),
                 row.decision,
                 row.rule,
-                megabytes(row.saved_bytes) if row.is_quantized and self.stage == "quantized" else "",
+                megabytes(row.saved_bytes) if row.is_quantized else "",
             )
             for row in self.rows
         ]
@@ -91,7 +92,7 @@ def explain(model: nn.Module) -> Explanation:
     A candidate is a module or call that holds a weight of two or more dimensions. Raises ModelStateError for a float
     model: prepare_fx decides.
 
-    Where a site comes out larger than float (known after convert_fx), or slower by what was measured of its kernel, its
+    Where a site comes out larger than float, or slower by what was measured of its kernel, its
     row says so with both figures and the entry that would leave it float. The mapping is obeyed all the same.
     """
     record = record_of(model)
@@ -102,7 +103,16 @@ def explain(model: nn.Module) -> Explanation:
         )
     fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
     untraced = tuple(f"{path or 'the whole model'}: {why}" for path, why in record.untraced.items())
-    return Explanation(_rows(record), fusions, untraced, record.stage, record.coverage, record.outcome)
+    rows = _rows(record if record.stage == "quantized" else _foreseen(model, record))
+    return Explanation(rows, fusions, untraced, record.stage, record.coverage, record.outcome)
+
+
+def _foreseen(model: nn.Module, record: Record) -> Record:
+    """Return the record that a prepared model would have once converted: done here on the meta device, without data."""
+    twin = edit.mirror(model, "meta")
+    if isinstance(twin, fx.GraphModule) and record.is_traced:
+        return record.advance(sites=convert(twin, record.sites, record.operators))
+    return record.advance(sites=convert_modules(twin, record.sites, record.operators)[1])
 
 
 def _rows(record: Record) -> tuple[ExplainRow, ...]:
@@ -115,7 +125,7 @@ def _rows(record: Record) -> tuple[ExplainRow, ...]:
             decision=qconfig_name(site.qconfig),
             rule=site.rule,
             float_bytes=site.float_bytes,
-            saved_bytes=site.float_bytes - site.int_bytes if site.int_bytes else 0,
+            saved_bytes=site.float_bytes - site.int_bytes,
             losses=losses_of(site),
         )
         for site in record.sites

@@ -103,7 +103,7 @@ def speed_table() -> SpeedTable:
 
 
 def losses_of(site: Site) -> tuple[Loss, ...]:
-    """Return what a site costs more than float: bytes once it is converted; time where its shape is known."""
+    """Return what a converted site costs more than float: bytes, and time where its shape is known."""
     losses = []
     if site.int_bytes > site.float_bytes:
         losses.append(Loss(site.path, "larger", site.int_bytes, site.float_bytes, "its tensors", site.opt_out))

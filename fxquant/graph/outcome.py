@@ -49,8 +49,8 @@ def _refuse_left(model: str, record: Record) -> None:
     if unasked:
         told = "".join(f"\n  {part.path or model} ({part.kind}): {part.reason}; {part.opt_out}" for part in unasked)
         raise QConfigError(
-            f"strict: {len(unasked)} candidates in this {model} would stay float, which the mapping does not ask for "
-            f"({record.outcome}). Give each a qconfig that it takes, or accept it as float by the entry after it:{told}"
+            f"strict: {len(unasked)} of {model}'s candidates would stay float, which the mapping does not ask for "
+            f"({record.outcome}). Give it a qconfig that it takes, or accept it as float by its line's entry:{told}"
         )
 
 

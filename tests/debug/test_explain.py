@@ -7,6 +7,7 @@ from torch import nn
 
 import fxquant
 from fxquant import ModelStateError, convert_fx, explain, fuse_fx
+from fxquant.debug.table import megabytes
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize
 
 
@@ -29,10 +30,10 @@ def test_the_total_line():
     weights = 4 * (4 * 8 * 12 + 3 * 4 * 8 * 8 + 50 * 8)  # of rnn and decoder, without their biases
     told = f"2 of 3 candidates, {weights:,} of {weights + 4 * 50 * 12:,} weight bytes"
     share = f"({100 * weights / (weights + 4 * 50 * 12):.1f} %)"
-    assert explain(prepared).total == f"{told} to be quantized by convert_fx {share}"
-    explained = explain(convert_fx(prepared))
-    assert explained.total.startswith(f"{told} quantized {share}, ")
-    assert explained.total.endswith(" saved")
+    saved = 3 * weights // 4 - 4 * (2 * 2 * 4 * 8 + 50)  # 3 bytes of 4, but for a scale a row
+    saved += 4 * 2 * 4 * 8  # the two biases of an LSTM layer become one
+    assert explain(prepared).total == f"{told} to be quantized by convert_fx {share}, {megabytes(saved)} saved"
+    assert explain(convert_fx(prepared)).total == f"{told} quantized {share}, {megabytes(saved)} saved"
     assert repr(convert_fx(prepared).record) == f"<quantized: {told} quantized {share}>"
 
 
@@ -91,6 +92,16 @@ def test_candidates_inside_leaves_are_listed(kind, own):
         "attention": f"float: it is a subclass of nn.MultiheadAttention that {own}",
         "attention.out_proj": f"float: {__name__}.{kind.__name__} reads its children's weights itself",
     }
+
+
+def test_a_prepared_model_is_left_as_it_was():
+    model = Tied()
+    prepared = prepare(model, torch.tensor([3, 4]))
+    before = (prepared.code, repr(prepared.record.sites), [*prepared.state_dict()], prepared(torch.tensor([3, 4])))
+    explain(prepared)
+    after = (prepared.code, repr(prepared.record.sites), [*prepared.state_dict()], prepared(torch.tensor([3, 4])))
+    assert before[:3] == after[:3]
+    assert torch.equal(before[3], after[3])
 
 
 def test_fusions_are_told():

@@ -41,11 +41,11 @@ def told(model):
     ],
 )
 def test_a_larger_site_is_told_with_both_figures_and_its_opt_out(module, x, quantized, unquantized):
-    model = quantize(nn.Sequential(module), x)
-    assert ("larger", quantized, unquantized) in told(model)["0"]
-    text = str(explain(model))
-    assert f"larger than float: 0, {quantized} B instead of {unquantized} B for its tensors" in text
-    assert "set_module_name('0', None) leaves it float" in text
+    for stage in (prepare(nn.Sequential(module), x), quantize(nn.Sequential(module), x)):
+        assert ("larger", quantized, unquantized) in told(stage)["0"]
+        text = str(explain(stage))
+        assert f"larger than float: 0, {quantized} B instead of {unquantized} B for its tensors" in text
+        assert "set_module_name('0', None) leaves it float" in text
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_no_shape_or_no_such_operator_finds_nothing():
 
 @pytest.mark.parametrize(
     ("quantized", "unquantized", "is_slower"),
-    [(30, 28, True), (30, 29, False), (3, 2.1, False), (3, 1.9, True), (5, 9, False)],
+    [(30, 28, True), (100, 96, False), (3, 2.1, False), (3, 1.9, True), (5, 9, False)],
 )
 def test_slower_is_more_than_noise_and_a_call(quantized, unquantized, is_slower):
     assert Speed(1, 16, quantized, unquantized).is_slower == is_slower
@@ -145,8 +145,21 @@ def test_the_package_has_measurements_of_operators_in_the_table():
         (nn.Linear(6, 10), torch.randn(0, 6), ()),
     ],
 )
-def test_a_site_knows_the_shape_of_its_example(module, x, shape):
+def test_a_module_knows_the_shape_of_its_example(module, x, shape):
     (site,) = prepare_fx(
         nn.Sequential(module).eval(), QConfigMapping().set_global(default_dynamic_qconfig), (x,)
     ).record.sites
     assert site.shape == shape
+
+
+def test_a_call_knows_the_shape_of_its_example():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.table, self.bias = (nn.Parameter(torch.randn(*s)) for s in ((10, 6), (20, 6), (10,)))
+
+        def forward(self, indices):
+            return torch.addmm(self.bias, F.embedding(indices, self.table), self.weight.t())
+
+    sites = prepare(Model(), torch.zeros(3, dtype=torch.long)).record.sites
+    assert {site.kind: site.shape for site in sites} == {"F.embedding": (3, 6, 6), "torch.addmm": (3, 6, 10)}

@@ -119,7 +119,7 @@ def test_warnings_tell_the_coverage(way):
 @ways
 def test_strict_lists_all_that_stays_float_unasked(way):
     model, x = model_and_input()
-    with pytest.raises(QConfigError, match=r"strict: 2 candidates in this Model would stay float") as caught:
+    with pytest.raises(QConfigError, match=r"strict: 2 of Model's candidates would stay float") as caught:
         way(model, everything(), x, strict=True)
     lines = str(caught.value).splitlines()[1:]
     assert any("conv (nn.Conv1d): nn.Conv1d has no dynamic form: " in line for line in lines)
@@ -155,7 +155,7 @@ def test_strict_holds_where_the_model_does_not_trace():
         def forward(self, x):
             return super().forward(x) if x.sum() > 0 else self.net(x)
 
-    with pytest.raises(QConfigError, match=r"strict: 2 candidates in this Branches"):
+    with pytest.raises(QConfigError, match=r"strict: 2 of Branches's candidates"):
         prepare_fx(Branches().eval(), everything(), torch.randn(2, 1, 8), strict=True)
 
 

@@ -179,6 +179,7 @@ def test_views_name_the_site(case):
     quantized = convert_fx(prepared)
     (site,) = quantized.record.sites
     explained = fxquant.explain(quantized)
+    assert fxquant.explain(prepared).rows == explained.rows  # foreseen without converting
     assert [(r.path, r.operator, r.is_quantized, r.saved_bytes) for r in explained.rows] == [
         (site.path, row.name, True, site.float_bytes - site.int_bytes)
     ]

@@ -27,7 +27,7 @@ from fxquant.graph import edit
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import Fusion, Left, Record, Site, finish, keep_record, need_stage, preserve
+from fxquant.graph.module import Coverage, Fusion, Left, Record, Site, finish, keep_record, need_stage, preserve
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import replay
 from fxquant.graph.trace import check_model, trace
@@ -143,6 +143,7 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict
         "constants": dict(record.constants),
         "untraced": dict(record.untraced),
         "float_bytes": record.float_bytes,
+        "coverage": asdict(record.coverage),
     }
 
 
@@ -215,7 +216,7 @@ def _record(
     model: nn.Module, plan: dict[str, Any], operators: Sequence[Operator], path: str | os.PathLike[str]
 ) -> Record:
     """Return the record that a plan's JSON describes."""
-    sites = tuple(Site(**{**site, "qconfig": QConfig.from_dict(site["qconfig"])}) for site in plan["sites"])
+    sites = tuple(_site(site) for site in plan["sites"])
     for site in sites:
         if find_row(operators, site.operator) is None:
             known = [row.name for row in operators]
@@ -235,7 +236,13 @@ def _record(
         constants=plan["constants"],
         untraced=plan["untraced"],
         float_bytes=plan["float_bytes"],
+        coverage=Coverage(**plan["coverage"]),
     )
+
+
+def _site(plain: dict[str, Any]) -> Site:
+    """Return the site that JSON values describe."""
+    return Site(**{**plain, "qconfig": QConfig.from_dict(plain["qconfig"]), "shape": tuple(plain["shape"])})
 
 
 def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operator]) -> QConfigMapping:

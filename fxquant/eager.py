@@ -11,7 +11,7 @@ from torch import nn
 from fxquant.entry import entry
 from fxquant.errors import ModelStateError, QConfigError
 from fxquant.graph.module import need_stage, record_of
-from fxquant.graph.outcome import warn_of_outcome
+from fxquant.graph.outcome import judge
 from fxquant.graph.plan import check_mapping
 from fxquant.graph.trace import names_of
 from fxquant.graph.tree import convert_tree, prepare_tree
@@ -42,12 +42,14 @@ def quantize_dynamic(
     dtype: torch.dtype = torch.int8,
     *,
     operators: Iterable[Operator] = OPERATORS,
+    strict: bool = False,
 ) -> nn.Module:
     """Return the model with its modules swapped for quantized ones, in eval mode. It is not traced and not changed.
 
     qconfig_spec: module types and names to quantize; a dict of them to qconfigs (None: float); a QConfigMapping; or
     None for every module that the operator table knows. dtype: what types and names without a qconfig of their own
     get: torch.int8 (default_dynamic_qconfig), torch.float16, torch.uint8 (embeddings).
+    strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
 
     For models that do not trace; calls of F.linear and the like are out of reach here. `fxquant.explain` says what
     became of each module, `fxquant.save` and `load` work as for a result of convert_fx.
@@ -62,7 +64,7 @@ def quantize_dynamic(
     check_mapping(mapping, known)
     prepared = prepare_tree(model, mapping, table)
     record = need_stage(prepared, "prepared", "quantize_dynamic", "prepare_tree")
-    warn_of_outcome(type(model).__name__, mapping, record.sites, record.left, known)
+    judge(type(model).__name__, record, known, strict=strict)
     return convert_tree(prepared)
 
 

@@ -119,6 +119,7 @@ def _as_tree(architecture: nn.Module, found: Found) -> nn.Module:
         left=tuple(decided.left),
         mapping=found.mapping,
         operators=OPERATORS,
+        coverage=decided.coverage,
         float_bytes=edit.byte_count(architecture),
     )
     return keep_record(root, record)
@@ -141,6 +142,7 @@ def _as_graph(architecture: nn.Module, found: Found) -> nn.Module:
         mapping=found.mapping,
         operators=OPERATORS,
         untraced=traced.untraced,
+        coverage=decided.coverage,
         float_bytes=edit.byte_count(architecture),
     )
     return finish(clean(traced.module, architecture), architecture, record)

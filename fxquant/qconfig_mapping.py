@@ -23,12 +23,14 @@ class Rule(NamedTuple):
     """Which entry of a mapping decided, and what it says.
 
     text: the entry, as its setter is called, or "no entry". direct: it names this very module, type or call, so that
-    a qconfig the operator cannot take is the user's mistake and not a by-catch.
+    a qconfig the operator cannot take is the user's mistake and not a by-catch. opt_out: the entry that would leave
+    this candidate float, where the planner knows it.
     """
 
     qconfig: Choice
     text: str
     direct: bool
+    opt_out: str = ""
 
 
 class QConfigMapping:
@@ -200,6 +202,16 @@ def type_name(kind: ObjectType) -> str:
 def order_text(scope: str, kind: ObjectType, index: int) -> str:
     """Return how reports name an entry of set_module_name_object_type_order."""
     return f"module_name_object_type_order ({scope!r}, {type_name(kind)}, {index})"
+
+
+def opt_out(path: str) -> str:
+    """Return the entry that leaves a module and all inside it float, as one would write it."""
+    return f"set_module_name({path!r}, None)"
+
+
+def opt_out_one(scope: str, kind: ObjectType, index: int) -> str:
+    """Return the entry that leaves one call or module in the module at a path float, as one would write it."""
+    return f"set_module_name_object_type_order({scope!r}, {type_name(kind)}, {index}, None)"
 
 
 def _enclosing(path: str) -> Iterator[str]:

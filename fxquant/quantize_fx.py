@@ -17,7 +17,7 @@ from fxquant.graph.convert import convert
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, record_of
 from fxquant.graph.observe import observe
-from fxquant.graph.outcome import warn_of_outcome
+from fxquant.graph.outcome import judge
 from fxquant.graph.plan import check_mapping, plan
 from fxquant.graph.trace import check_model, names_of, trace
 from fxquant.graph.tree import convert_tree, prepare_tree
@@ -34,6 +34,7 @@ def prepare_fx(
     example_kwargs: Mapping[str, Any] | None = None,
     preserved_attributes: Sequence[str] = (),
     operators: Sequence[Operator] = OPERATORS,
+    strict: bool = False,
 ) -> nn.Module:
     """Return the model as a graph that computes exactly what it does, with every quantization decision taken.
 
@@ -46,6 +47,7 @@ def prepare_fx(
     run. example_kwargs: keyword arguments that go with positional ones.
     preserved_attributes: names of attributes, methods and properties of the model that shall stay reachable.
     operators: the operator table; rows of your own go beside ours: (*OPERATORS, MY_ROW).
+    strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
 
     Dynamic quantization needs no calibration: convert_fx may follow at once. Raises ModelStateError, TraceError,
     ExampleInputsError, QConfigError, MappingNameError or AttributeNameError; then nothing was changed.
@@ -58,12 +60,11 @@ def prepare_fx(
     try:
         traced = capture(model, operators, inputs)
     except (TraceError, ExampleInputsError) as error:
-        return _prepare_whole(model, mapping, operators, inputs, error)
+        return _prepare_whole(model, mapping, operators, inputs, error, strict)
     functions = [node.target for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
     fusions = fuse(traced.module, traced.hooked)
     decided = plan(traced, mapping, operators)
-    warn_of_outcome(type(model).__name__, mapping, decided.sites, decided.left, traced.names, functions)
     record = Record(
         stage="prepared",
         sites=observe(traced.module, decided),
@@ -75,12 +76,19 @@ def prepare_fx(
         constants=traced.constants,
         untraced=traced.untraced,
         float_bytes=edit.byte_count(model),
+        coverage=decided.coverage,
     )
+    judge(type(model).__name__, record, traced.names, functions, strict=strict)
     return finish(traced.module, model, record)
 
 
 def _prepare_whole(
-    model: nn.Module, mapping: QConfigMapping, operators: Sequence[Operator], inputs: Inputs, cause: FxQuantError
+    model: nn.Module,
+    mapping: QConfigMapping,
+    operators: Sequence[Operator],
+    inputs: Inputs,
+    cause: FxQuantError,
+    strict: bool,
 ) -> nn.Module:
     """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
     check_runs(model, inputs, cause)
@@ -90,10 +98,10 @@ def _prepare_whole(
     record = need_stage(prepared, "prepared", "prepare_fx", "prepare_tree")
     if not record.sites:
         raise cause
-    warn_of_outcome(type(model).__name__, mapping, record.sites, record.left, names_of(model))
+    judge(type(model).__name__, record, names_of(model), strict=strict)
     warn(
-        f"{why}\n  So the model's own code runs on, and {len(record.sites)} of its modules are quantized where they "
-        "stand; calls of F.linear and the like are out of reach there (fxquant.explain)"
+        f"{why}\n  So the model's own code runs on, and its modules are quantized where they stand: {record.outcome}; "
+        "calls of F.linear and the like are out of reach there (fxquant.explain)"
     )
     return prepared
 

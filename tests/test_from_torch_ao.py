@@ -384,7 +384,9 @@ def test_checkpoints_copies_and_reports(tq, form, tmp_path):
     theirs = swapped(tq, model) if form == "eager" else graphed(tq, model, *inputs)
     ours = from_torch_ao(theirs, model if "beside" in form else None)
     assert [row.path for row in explain(ours).rows if row.is_quantized] == ["encoder", "rnn", "decoder"]
-    assert "3 of 3 quantizable sites" in str(graph_diff(model, ours))
+    assert "3 of 3 candidates, " in str(graph_diff(model, ours))
+    assert explain(ours).coverage.share == 1
+    assert explain(ours).coverage.total_bytes > 0
     fxquant.save(ours, tmp_path / "m.safetensors")
     torch.save(ours.state_dict(), tmp_path / "m.pt")
     loaded = fxquant.load(model, tmp_path / "m.safetensors")

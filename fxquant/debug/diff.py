@@ -42,16 +42,17 @@ class GraphDiff:
     bytes_after: int
     quantized: int
     candidates: int
+    outcome: str = ""
     context: int | None = None
     is_folded: bool = True
     color: bool | None = None
 
     @property
     def total(self) -> str:
-        """The last line: bytes before and after, their ratio, and how many of the candidates are quantized."""
+        """The last line: bytes before and after, their ratio, and what became of the candidates."""
         ratio = f", {self.bytes_before / self.bytes_after:.2f}×" if self.bytes_after else ""  # packed weights count 0
-        sites = f"; {self.quantized} of {self.candidates} quantizable sites" if self.candidates else ""
-        return f"{megabytes(self.bytes_before)} → {megabytes(self.bytes_after)}{ratio}{sites}"
+        outcome = f"; {self.outcome}" if self.candidates else ""
+        return f"{megabytes(self.bytes_before)} → {megabytes(self.bytes_after)}{ratio}{outcome}"
 
     @property
     def shown(self) -> list[DiffRow]:
@@ -108,10 +109,18 @@ def graph_diff(
         path = next((str(node.target) for node in (b, a) if node is not None and node.op == "call_module"), "")
         note = notes.get(name, "") or notes.get(path, "")
         rows.append(DiffRow(sign, name, was, "" if sign == " " else now, note, size_before, size_after))
-    quantized, candidates = _counts(before if record_of(after) is None else after)
-    sizes = edit.byte_count(before), edit.byte_count(after)
-    shown = 0 if only_changed and context is None else context
-    return GraphDiff(tuple(rows), *sizes, quantized, candidates, shown, fold, color)
+    record = record_of(after) or record_of(before) or Record(stage="float")
+    return GraphDiff(
+        tuple(rows),
+        edit.byte_count(before),
+        edit.byte_count(after),
+        quantized=len(record.sites),
+        candidates=len(record.sites) + len(record.left),
+        outcome=record.outcome,
+        context=0 if only_changed and context is None else context,
+        is_folded=fold,
+        color=color,
+    )
 
 
 def _as_graph(model: nn.Module, records: list[Record]) -> fx.GraphModule:
@@ -173,11 +182,6 @@ def _notes(model: nn.Module) -> dict[str, str]:
     for fusion in record.fusions:
         notes.update(dict.fromkeys(fusion.chain[1:], f"fused into {fusion.path}"))
     return notes
-
-
-def _counts(model: nn.Module) -> tuple[int, int]:
-    record = record_of(model)
-    return (0, 0) if record is None else (len(record.sites), len(record.sites) + len(record.left))
 
 
 def _cells(row: DiffRow, colors: tuple[str, str, str, str] | None) -> tuple[str, ...]:

@@ -7,11 +7,13 @@ from typing import ClassVar
 
 from torch import fx, nn
 
+from fxquant.debug.losses import Loss, losses_of
 from fxquant.debug.report import Column, Report
 from fxquant.debug.table import megabytes, shorten, site_name
 from fxquant.errors import ModelStateError
 from fxquant.graph import edit
-from fxquant.graph.module import Record, record_of
+from fxquant.graph.convert import convert, convert_modules
+from fxquant.graph.module import Coverage, Record, record_of
 from fxquant.qconfig_mapping import qconfig_name
 
 
@@ -21,6 +23,7 @@ class ExplainRow:
 
     path: of a functional call its weight's, and call its node's name, else "". source: "file.py:12", the line of the
     user's code that makes the call, or "" where the graph does not have it.
+    losses: where it comes out larger or slower than float.
     """
 
     path: str
@@ -33,6 +36,7 @@ class ExplainRow:
     float_bytes: int
     saved_bytes: int
     source: str
+    losses: tuple[Loss, ...] = ()
 
 
 def _path(row: ExplainRow) -> str:
@@ -43,23 +47,33 @@ def _path(row: ExplainRow) -> str:
 
 @dataclass(frozen=True)
 class Explanation(Report):
-    """What became of every candidate: print it, show it in a notebook, sort it, or walk its rows."""
+    """What became of every candidate: print it, show it in a notebook, sort it, or walk its rows.
+
+    coverage: how many bytes of the weights are quantized; outcome: the same as a line.
+    """
 
     rows: tuple[ExplainRow, ...]
     fusions: tuple[str, ...]
     untraced: tuple[str, ...]
     stage: str
+    coverage: Coverage
+    outcome: str
 
     @property
     def total(self) -> str:
-        """The last line: how many candidates and how many of their bytes are quantized."""
-        done = [row for row in self.rows if row.is_quantized]
-        covered, all_bytes = sum(r.float_bytes for r in done), sum(r.float_bytes for r in self.rows)
-        share = f"{100 * covered / all_bytes:.1f} %" if all_bytes else "none"
-        tense = "quantized" if self.stage == "quantized" else "to be quantized by convert_fx"
-        saved = f", {megabytes(sum(r.saved_bytes for r in done))} saved" if self.stage == "quantized" else ""
+        """The last line: how many candidates and how many bytes of their weights are quantized, and what that saves."""
+        return f"{self.outcome}, {megabytes(sum(row.saved_bytes for row in self.rows))} saved"
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The lines between the table and the last: fusions, what is not traced, and losses."""
+        losses = [loss for row in self.rows for loss in row.losses]
+        sources = dict.fromkeys(loss.source for loss in losses if loss.source)
         return (
-            f"{len(done)} of {len(self.rows)} candidates {tense}: {share} of {megabytes(all_bytes)} of weights{saved}"
+            *(f"fused: {fusion}" for fusion in self.fusions),
+            *(f"not traced: {path}" for path in self.untraced),
+            *map(str, losses),
+            *(f"such times were measured on {source}; yours may differ" for source in sources),
         )
 
     columns: ClassVar[tuple[Column, ...]] = (
@@ -72,9 +86,8 @@ class Explanation(Report):
 
     @property
     def footer(self) -> tuple[str, ...]:
-        """The lines under the table: fusions, what is not traced, and the total."""
-        fused = [f"fused: {fusion}" for fusion in self.fusions]
-        return (*fused, *(f"not traced: {path}" for path in self.untraced), self.total)
+        """The lines under the table: the remarks and the total."""
+        return (*self.remarks, self.total)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -82,6 +95,9 @@ def explain(model: nn.Module) -> Explanation:
 
     A candidate is a module or call that holds a weight of two or more dimensions. Raises ModelStateError for a float
     model: prepare_fx decides.
+
+    Where a site comes out larger than float, or slower by what was measured of its kernel, its
+    row says so with both figures and the entry that would leave it float. The mapping is obeyed all the same.
     """
     record = record_of(model)
     if record is None or record.stage == "fused":
@@ -91,7 +107,16 @@ def explain(model: nn.Module) -> Explanation:
         )
     fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
     untraced = tuple(f"{path or 'the whole model'}: {why}" for path, why in record.untraced.items())
-    return Explanation(_rows(record, _sources(model)), fusions, untraced, record.stage)
+    rows = _rows(record if record.stage == "quantized" else _foreseen(model, record), _sources(model))
+    return Explanation(rows, fusions, untraced, record.stage, record.coverage, record.outcome)
+
+
+def _foreseen(model: nn.Module, record: Record) -> Record:
+    """Return the record that a prepared model would have once converted: done here on the meta device, without data."""
+    twin = edit.mirror(model, "meta")
+    if isinstance(twin, fx.GraphModule) and record.is_traced:
+        return record.advance(sites=convert(twin, record.sites, record.operators))
+    return record.advance(sites=convert_modules(twin, record.sites, record.operators)[1])
 
 
 def _sources(model: nn.Module) -> dict[tuple[str, str], str]:
@@ -119,8 +144,9 @@ def _rows(record: Record, sources: dict[tuple[str, str], str]) -> tuple[ExplainR
             decision=qconfig_name(site.qconfig),
             rule=site.rule,
             float_bytes=site.float_bytes,
-            saved_bytes=site.float_bytes - site.int_bytes if site.int_bytes else 0,
+            saved_bytes=site.float_bytes - site.int_bytes,
             source=_source(sources, site.path, site.call),
+            losses=losses_of(site),
         )
         for site in record.sites
     ]

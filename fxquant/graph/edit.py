@@ -173,10 +173,11 @@ def node_frame(node: fx.Node) -> str:
     return ""
 
 
+def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what tied tensors have in common, and no others that live at the same time."""
+    return tensor.untyped_storage().data_ptr() or id(tensor), tensor.storage_offset(), tensor.shape
+
+
 def byte_count(root: nn.Module) -> int:
     """Return the bytes of a model's parameters and buffers, tied ones counted once."""
-    seen = {
-        (t.untyped_storage().data_ptr() or id(t), t.storage_offset(), t.shape): t.numel() * t.element_size()
-        for t in (*root.parameters(), *root.buffers())
-    }
-    return sum(seen.values())
+    return sum({identity(t): t.numel() * t.element_size() for t in (*root.parameters(), *root.buffers())}.values())

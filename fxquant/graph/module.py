@@ -21,6 +21,27 @@ from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """How many bytes of the weights are quantized, or will be.
+
+    Weights are the tensors of two or more dimensions that candidates hold. Tied ones count once, and as float where
+    one of their candidates stays so.
+    """
+
+    quantized_bytes: int = 0
+    total_bytes: int = 0
+
+    @property
+    def share(self) -> float:
+        """The quantized part, 0 to 1; 1 where there is no weight."""
+        return self.quantized_bytes / self.total_bytes if self.total_bytes else 1.0
+
+
+NOTHING = Coverage()
+"""The coverage of a model without weights."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """One decision to quantize.
@@ -28,6 +49,8 @@ class Site:
     path: the module's path, or its weight's path for a call. kind: what it was ("nn.Linear", "F.linear"). operator: the
     row's name. rule: the mapping entry that decided. call, observer: a call's node name and the path of its weight's
     observer, None for a module. float_bytes, int_bytes: what its tensors take before and after (0 before convert_fx).
+    opt_out: the mapping entry that would leave it float. shape: rows, inputs and outputs of its first call on the
+    example inputs, () where they are not known.
     """
 
     path: str
@@ -39,11 +62,19 @@ class Site:
     observer: str | None = None
     float_bytes: int = 0
     int_bytes: int = 0
+    opt_out: str = ""
+    shape: tuple[int, ...] = ()
+
+
+ASKED = "the mapping says float"
+"""The reason of those candidates that stay float because an entry of the mapping says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """One candidate that stays float, and why. call: a call's node name, None for a module."""
+    """One candidate that stays float, and why. call: a call's node name, None for a module. opt_out: the mapping entry
+    that would say so.
+    """
 
     path: str
     kind: str
@@ -51,6 +82,7 @@ class Left:
     rule: str = ""
     call: str | None = None
     float_bytes: int = 0
+    opt_out: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +93,7 @@ class Fusion:
     chain: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Record:
     """All that a model of ours remembers beside its graph. stage: "fused", "prepared" or "quantized".
 
@@ -79,6 +111,19 @@ class Record:
     constants: Mapping[str, Any] = field(default_factory=dict)
     untraced: Mapping[str, str] = field(default_factory=dict)
     float_bytes: int = 0
+    coverage: Coverage = NOTHING
+
+    @property
+    def outcome(self) -> str:
+        """In a line: how many candidates, and how many bytes of their weights, are quantized or will be."""
+        done, tense = len(self.sites), "quantized" if self.stage == "quantized" else "to be quantized by convert_fx"
+        return (
+            f"{done} of {done + len(self.left)} candidates, {self.coverage.quantized_bytes:,} of "
+            f"{self.coverage.total_bytes:,} weight bytes {tense} ({100 * self.coverage.share:.1f} %)"
+        )
+
+    def __repr__(self) -> str:
+        return f"<fused: {len(self.fusions)} chains>" if self.stage == "fused" else f"<{self.stage}: {self.outcome}>"
 
     def advance(self, **changes: Any) -> Record:
         """Return a record with some fields changed."""

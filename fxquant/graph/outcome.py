@@ -1,28 +1,30 @@
-"""What a plan came to: mapping entries that quantize nothing are told, and a model in which nothing is quantized."""
+"""What a plan came to: mapping entries that quantize nothing are told, and a model in which nothing is quantized.
+
+A strict plan leaves nothing float that the mapping does not ask to.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from fxquant.errors import warn
-from fxquant.graph.module import Left, Site
+from fxquant.errors import QConfigError, warn
+from fxquant.graph.module import ASKED, Left, Record, Site
 from fxquant.graph.trace import Names
 from fxquant.qconfig_mapping import QConfigMapping, order_text, type_name
 
 
-def warn_of_outcome(
-    model: str,
-    mapping: QConfigMapping,
-    sites: Sequence[Site],
-    left: Sequence[Left],
-    known: Names,
-    functions: Iterable[Any] = (),
-) -> None:
-    """Warn of the mapping's entries that ask for a qconfig and quantize nothing; once, of a model with no site."""
-    decided: list[Site | Left] = [*sites, *left]
-    used = {site.rule for site in sites}
+def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (), *, strict: bool = False) -> None:
+    """Warn of the mapping's entries that ask for a qconfig and quantize nothing; once, of a model with no site.
+
+    strict: raise QConfigError, which lists them, where candidates stay float that the mapping does not ask to.
+    """
+    mapping, left = record.mapping, record.left
+    if strict:
+        _refuse_left(model, record)
+    decided: list[Site | Left] = [*record.sites, *left]
+    used = {site.rule for site in record.sites}
     entries = list(_entries(mapping, known.kinds | set(functions)))
     if not used:
         if entries or mapping.global_qconfig is not None:
@@ -38,7 +40,18 @@ def warn_of_outcome(
             ]
             if reasons or not any(entry.covers(part) for part in decided):
                 why = reasons[0] if reasons else "nothing there has a weight that can be quantized"
-                warn(f"the mapping's {entry.text} quantizes nothing: {why}")
+                warn(f"the mapping's {entry.text} quantizes nothing: {why}; in all, {record.outcome}")
+
+
+def _refuse_left(model: str, record: Record) -> None:
+    """Raise QConfigError for the candidates that stay float unasked."""
+    unasked = [part for part in record.left if part.reason != ASKED]
+    if unasked:
+        told = "".join(f"\n  {part.path or model} ({part.kind}): {part.reason}; {part.opt_out}" for part in unasked)
+        raise QConfigError(
+            f"strict: {len(unasked)} of {model}'s candidates would stay float, which the mapping does not ask for "
+            f"({record.outcome}). Give it a qconfig that it takes, or accept it as float by its line's entry:{told}"
+        )
 
 
 class _Entry(NamedTuple):

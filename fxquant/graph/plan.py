@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import MappingNameError, QConfigError, nearest, warn
 from fxquant.graph import edit
 from fxquant.graph.constants import constant_of, is_transposition
 from fxquant.graph.kinds import base_of, known_base, redefined
-from fxquant.graph.module import Left, Site
+from fxquant.graph.module import ASKED, NOTHING, Coverage, Left, Site
 from fxquant.graph.reads import weights_read
 from fxquant.graph.trace import SCOPE, Names, Traced, names_of
 from fxquant.nn import QuantizedModule
@@ -27,7 +29,7 @@ from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.nn.transformer import PLAIN_FORWARDS
 from fxquant.operators import Operator, find_function_row, find_module_row, find_row
 from fxquant.operators.base import refuse_weight
-from fxquant.qconfig_mapping import QConfigMapping, Rule, type_name
+from fxquant.qconfig_mapping import QConfigMapping, Rule, opt_out, opt_out_one, type_name
 
 
 class Target(NamedTuple):
@@ -51,6 +53,7 @@ class Plan:
     sites: list[Site]
     left: list[Left]
     calls: list[tuple[Site, Target]]
+    coverage: Coverage = NOTHING
 
 
 class _Planner:
@@ -60,6 +63,7 @@ class _Planner:
         self.module, self.names, self.mapping, self.operators = module, names, mapping, operators
         self.plan = Plan([], [], [])
         self.counts: collections.Counter[tuple[str, Any]] = collections.Counter()
+        self.weights: dict[tuple[Any, ...], tuple[int, bool]] = {}  # each one's bytes, and whether all take it as int8
 
     def run(self, graph: fx.Graph) -> Plan:
         """Return the plan for every candidate of the graph."""
@@ -68,19 +72,25 @@ class _Planner:
             if node.op == "call_module":
                 if node.target not in seen:
                     seen.add(node.target)
-                    self.visit_module(node.target, self.module.get_submodule(node.target))
+                    shape = _example_shape(node)
+                    self.visit_module(node.target, self.module.get_submodule(node.target), shape=shape)
             elif node.op in ("call_function", "call_method"):
                 self.visit_call(node)
-        self.check_orders()
-        return self.plan
+        return self.finish()
 
     def run_tree(self) -> Plan:
         """Return the plan for every module, whatever calls it."""
         self.visit_module("", self.module)
+        return self.finish()
+
+    def finish(self) -> Plan:
+        """Return the plan, all candidates visited."""
         self.check_orders()
+        done = sum(size for size, is_quantized in self.weights.values() if is_quantized)
+        self.plan.coverage = Coverage(done, sum(size for size, _ in self.weights.values()))
         return self.plan
 
-    def visit_module(self, path: str, module: nn.Module, inside: str = "") -> None:
+    def visit_module(self, path: str, module: nn.Module, inside: str = "", shape: tuple[int, ...] = ()) -> None:
         """Decide for a leaf module and for what lies inside it. inside: why children cannot be swapped, if so."""
         if isinstance(module, QuantizedModule):
             return
@@ -89,12 +99,13 @@ class _Planner:
         row = None if base is None or redefined(type(module), base) else find_module_row(self.operators, base)
         own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
         if row is not None or own:
-            rule = self.rule(path, path.rpartition(".")[0], kind, kind if base is None else FLOAT_TYPES.get(base, base))
+            known = None if base is None else FLOAT_TYPES.get(base, base)
+            is_whole = row is not None or not any(True for _ in module.children())
+            rule = self.rule(path, path.rpartition(".")[0], kind, known, is_whole)
             reason = row.refuse_module(module) if row else _unknown(kind, self.operators)
             reason = inside or _replaced(module) or reason
             held = module.parameters(recurse=row is not None)  # what lies inside a module without a row counts itself
-            size = sum(t.numel() * t.element_size() for t in held)
-            self.decide(path, kind, row, rule, reason, size)
+            self.decide(path, kind, row, rule, reason, held, shape)
         if row is not None:
             self.check_parts(path, module, rule)
         else:
@@ -131,14 +142,14 @@ class _Planner:
         rule = self.rule(scope, scope, function)
         if target is None or target.weight.target not in self.names.tensors:
             unknown = "its weight is no registered parameter or buffer"
-            self.decide(node.name, name, None, rule, unknown, 0, call=node.name)
+            self.decide(node.name, name, None, rule, unknown, (), call=node.name)
             return
         path = str(target.weight.target)
         tensor = edit.get_tensor(self.module, path)
         if tensor is None:
             raise AssertionError(f"{path} was traced but is not in the graph module")
         reason = _refuse_call(row, target, tensor) if rule.qconfig is not None else None
-        site = self.decide(path, name, row, rule, reason, tensor.numel() * tensor.element_size(), call=node.name)
+        site = self.decide(path, name, row, rule, reason, (tensor,), _example_shape(node), call=node.name)
         if site is not None:
             self.plan.calls.append((site, target))
 
@@ -150,9 +161,8 @@ class _Planner:
         reason = _no_form(name) if row is None else f"only a form of one constant, its {row.weights[0]!r}, is quantized"
         for path, tensor in self.matrices(node).items():
             if isinstance(tensor, nn.Parameter) or row is not None:
-                size = tensor.numel() * tensor.element_size()
                 rule = self.rule(scope, scope, node.target)
-                self.decide(path, name, None, rule, reason, size, call=node.name)
+                self.decide(path, name, None, rule, reason, (tensor,), call=node.name)
 
     def matrices(self, node: fx.Node) -> dict[str, torch.Tensor]:
         """Return the constants of two or more dimensions that a call takes, by their paths."""
@@ -161,16 +171,18 @@ class _Planner:
         tensors = {path: edit.get_tensor(self.module, path) for path in paths}
         return {path: tensor for path, tensor in tensors.items() if tensor is not None and tensor.dim() > 1}
 
-    def rule(self, path: str, scope: str, kind: Any, base: Any = None) -> Rule:
+    def rule(self, path: str, scope: str, kind: Any, base: Any = None, is_whole: bool = False) -> Rule:
         """Return the mapping entry that decides, by any of the names that a shared module goes by.
 
-        base: the type that a subclass derives from, whose entries decide where there is none for its own.
+        base: the type that a subclass derives from, whose entries decide where there is none for its own. is_whole:
+        whether the candidate is all that is at the path: no call, and no module with candidates inside.
         """
+        out = opt_out(path) if is_whole else opt_out_one(scope, kind, self.counts[(scope, kind)])
         kinds = (kind,) if base is None or base is kind else (kind, base)
         names = (path, *(name for name in self.names.aliases.get(path, ()) if name != path))
         rules = [self.mapping.resolve(name, scope, (k,), self.counts[(scope, k)]) for k in kinds for name in names]
         self.counts.update((scope, k) for k in kinds)
-        return min(rules, key=_rank)
+        return min(rules, key=_rank)._replace(opt_out=out)
 
     def decide(
         self,
@@ -179,13 +191,14 @@ class _Planner:
         row: Operator | None,
         rule: Rule,
         reason: str | None,
-        float_bytes: int,
+        tensors: Iterable[torch.Tensor],
+        shape: tuple[int, ...] = (),
         call: str | None = None,
     ) -> Site | None:
-        """Record a Site and return it, or record why there is none."""
+        """Record a Site and return it, or record why there is none. tensors: what the candidate holds."""
         told = kind if isinstance(kind, str) else type_name(kind)
         if rule.qconfig is None:
-            reason = "the mapping says float" if rule.text != "no entry" else "no mapping entry covers it"
+            reason = ASKED if rule.text != "no entry" else "no mapping entry covers it"
         elif reason is None and row is not None and not row.accepts(rule.qconfig):
             takes = "; ".join(scheme.name for scheme in row.schemes)
             if rule.direct:
@@ -194,22 +207,45 @@ class _Planner:
                     f"It takes: {takes}"
                 )
             reason = f"its qconfig ({rule.qconfig}) is for other operators; this one takes: {takes}"
+        site = None
         if row is None or rule.qconfig is None or reason is not None:
+            size = self.count(tensors, False)
             self.plan.left.append(
-                Left(path=path, kind=told, reason=reason or "", rule=rule.text, call=call, float_bytes=float_bytes)
+                Left(
+                    path=path,
+                    kind=told,
+                    reason=reason or "",
+                    rule=rule.text,
+                    call=call,
+                    float_bytes=size,
+                    opt_out=rule.opt_out,
+                )
             )
-            return None
-        site = Site(
-            path=path,
-            kind=told,
-            operator=row.name,
-            qconfig=rule.qconfig,
-            rule=rule.text,
-            call=call,
-            float_bytes=float_bytes,
-        )
-        self.plan.sites.append(site)
+        else:
+            site = Site(
+                path=path,
+                kind=told,
+                operator=row.name,
+                qconfig=rule.qconfig,
+                rule=rule.text,
+                call=call,
+                float_bytes=self.count(tensors, True),
+                opt_out=rule.opt_out,
+                shape=shape,
+            )
+            self.plan.sites.append(site)
         return site
+
+    def count(self, tensors: Iterable[torch.Tensor], is_quantized: bool) -> int:
+        """Return the bytes of a candidate's tensors, and enter the weights among them."""
+        total = 0
+        for tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            total += size
+            if tensor.dim() > 1:
+                key = edit.identity(tensor)
+                self.weights[key] = (size, is_quantized and self.weights.get(key, (0, True))[1])
+        return total
 
     def check_orders(self) -> None:
         """Raise MappingNameError for a set_module_name_object_type_order entry whose index is never reached."""
@@ -289,6 +325,22 @@ def find_target(row: Operator, node: fx.Node) -> Target | None:
 def name_operands(row: Operator, node: fx.Node) -> dict[str, Any]:
     """Return a call's operands by the names that its row gives them."""
     return {**dict(zip(row.operands, node.args, strict=False)), **node.kwargs}
+
+
+def _example_shape(node: fx.Node) -> tuple[int, ...]:
+    """Return the rows, inputs and outputs of a call on the example inputs; indices count as inputs of that size."""
+    given = next((n.meta.get("tensor_meta") for n in node.all_input_nodes if constant_of(n) is None), None)
+    x, y = _first_tensor(given), _first_tensor(node.meta.get("tensor_meta"))
+    if x is None or y is None or not len(x.shape) * len(y.shape) * y.shape.numel():
+        return ()
+    outputs = y.shape[-1]
+    return y.shape.numel() // outputs, x.shape[-1] if x.dtype.is_floating_point else outputs, outputs
+
+
+def _first_tensor(meta: Any) -> TensorMetadata | None:
+    """Return the first tensor in what was recorded of a value."""
+    parts = pytree.tree_leaves(meta, is_leaf=lambda part: isinstance(part, TensorMetadata))
+    return next((part for part in parts if isinstance(part, TensorMetadata)), None)
 
 
 def _rank(rule: Rule) -> int:

@@ -34,6 +34,7 @@ def prepare_tree(
         operators=tuple(operators),
         untraced=dict(untraced or {}),
         float_bytes=edit.byte_count(model),
+        coverage=decided.coverage,
     )
     return keep_record(root, record)
 

@@ -45,7 +45,9 @@ def test_bytes_are_those_of_the_models():
 def test_the_total_line():
     model = WordLM(ntoken=3000, ninp=64, nhid=64).eval()
     diff = graph_diff(model, quantize(model, *lm_inputs(model)))
-    match = re.fullmatch(r"([\d.]+) MB → ([\d.]+) MB, ([\d.]+)×; 3 of 3 quantizable sites", diff.total)
+    weights = 4 * (2 * 3000 * 64 + 2 * 2 * 4 * 64 * 64)  # encoder and decoder; two layers of input and hidden weights
+    told = rf"3 of 3 candidates, {weights:,} of {weights:,} weight bytes quantized \(100.0 %\)"
+    match = re.fullmatch(rf"([\d.]+) MB → ([\d.]+) MB, ([\d.]+)×; {told}", diff.total)
     assert match
     assert float(match[3]) == pytest.approx(diff.bytes_before / diff.bytes_after, abs=0.005)
     assert str(diff).endswith(diff.total)

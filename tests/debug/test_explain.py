@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxquant
 from fxquant import ModelStateError, convert_fx, explain, fuse_fx, load, quantize_dynamic, save
+from fxquant.debug.table import megabytes
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize
 
 
@@ -29,11 +31,42 @@ def test_rows_of_a_quantized_model():
 def test_the_total_line():
     model = WordLM()
     prepared = prepare(model, *lm_inputs(model), mapping=everything().set_module_name("encoder", None))
-    floats = {row.path: row.float_bytes for row in explain(prepared).rows}
-    share = 100 * (floats["rnn"] + floats["decoder"]) / sum(floats.values())
-    assert explain(prepared).total.startswith(f"2 of 3 candidates to be quantized by convert_fx: {share:.1f} % of ")
-    assert explain(convert_fx(prepared)).total.startswith(f"2 of 3 candidates quantized: {share:.1f} % of ")
-    assert explain(convert_fx(prepared)).total.endswith(" saved")
+    weights = 4 * (4 * 8 * 12 + 3 * 4 * 8 * 8 + 50 * 8)  # of rnn and decoder, without their biases
+    told = f"2 of 3 candidates, {weights:,} of {weights + 4 * 50 * 12:,} weight bytes"
+    share = f"({100 * weights / (weights + 4 * 50 * 12):.1f} %)"
+    saved = 3 * weights // 4 - 4 * (2 * 2 * 4 * 8 + 50)  # 3 bytes of 4, but for a scale a row
+    saved += 4 * 2 * 4 * 8  # the two biases of an LSTM layer become one
+    assert explain(prepared).total == f"{told} to be quantized by convert_fx {share}, {megabytes(saved)} saved"
+    assert explain(convert_fx(prepared)).total == f"{told} quantized {share}, {megabytes(saved)} saved"
+    assert repr(convert_fx(prepared).record) == f"<quantized: {told} quantized {share}>"
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Embedding(50, 8), nn.Linear(8, 50)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x)) @ self.encoder.weight
+
+
+@pytest.mark.parametrize(("left", "quantized"), [((), 1600), (("encoder",), 0), (("decoder",), 0)])
+def test_a_tied_weight_counts_once_and_as_float_where_one_use_stays_so(left, quantized):
+    mapping = everything()
+    for name in left:
+        mapping.set_module_name(name, None)
+    coverage = explain(prepare(Tied(), torch.tensor([3, 4]), mapping=mapping)).coverage
+    assert (coverage.quantized_bytes, coverage.total_bytes) == (quantized, 4 * 50 * 8)
+    assert coverage.share == quantized / 1600
+
+
+def test_coverage_comes_through_save_and_load(tmp_path):
+    quantized = quantize(Tied(), torch.tensor([3, 4]), mapping=everything().set_object_type(nn.Linear, None))
+    fxquant.save(quantized, tmp_path / "model.safetensors")
+    loaded = fxquant.load(Tied().eval(), tmp_path / "model.safetensors")
+    assert loaded.record.coverage == quantized.record.coverage
+    assert loaded.record.sites == quantized.record.sites
 
 
 class OtherAttention(nn.MultiheadAttention):
@@ -65,6 +98,16 @@ def test_candidates_inside_leaves_are_listed(kind, own):
     }
 
 
+def test_a_prepared_model_is_left_as_it_was():
+    model = Tied()
+    prepared = prepare(model, torch.tensor([3, 4]))
+    before = (prepared.code, repr(prepared.record.sites), [*prepared.state_dict()], prepared(torch.tensor([3, 4])))
+    explain(prepared)
+    after = (prepared.code, repr(prepared.record.sites), [*prepared.state_dict()], prepared(torch.tensor([3, 4])))
+    assert before[:3] == after[:3]
+    assert torch.equal(before[3], after[3])
+
+
 def test_fusions_are_told():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     text = str(explain(prepare(model, torch.randn(2, 4))))
@@ -90,6 +133,7 @@ def test_a_model_without_candidates():
     explained = explain(prepare(nn.Sequential(nn.ReLU()), torch.randn(2, 4)))
     assert explained.rows == ()
     assert "0 of 0 candidates" in str(explained)
+    assert explained.coverage.share == 1
 
 
 class Reader(nn.Module):

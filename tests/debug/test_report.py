@@ -110,7 +110,7 @@ def test_to_dict_is_json():
     for report in reports():
         plain = json.loads(json.dumps(report.to_dict()))
         assert plain.keys() == vars(report).keys()
-        rows = [{k: v for k, v in asdict(row).items() if v == v} for row in report.rows]
+        rows = [{k: v for k, v in json.loads(json.dumps(asdict(row))).items() if v == v} for row in report.rows]
         assert [{k: v for k, v in row.items() if v == v} for row in plain["rows"]] == rows
         assert rows
 

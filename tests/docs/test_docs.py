@@ -51,7 +51,7 @@ def test_the_code_of_the_page_on_accuracy_runs(capsys):
     told = capsys.readouterr().out
     for site in ("0", "1.layers.0.self_attn", "1.layers.1.linear2", "2"):
         assert len(re.findall(rf"^{re.escape(site)} ", told, re.M)) >= 3, f"in compare, profile and explain: {site}"
-    assert "8 of 8 quantizable sites" in told
+    assert "8 of 8 candidates, " in told
 
 
 def test_every_public_name_that_the_pages_import_exists():

@@ -325,7 +325,7 @@ def test_its_diff_is_module_by_module(whole):
     model, _, prepared = whole
     diff = graph_diff(model, convert_fx(prepared))
     assert {row.name: row.sign for row in diff.rows} == {"net": "~", "norm": " "}
-    assert "1 of 2 quantizable sites" in diff.total
+    assert "1 of 2 candidates, " in diff.total
 
 
 def test_converting_it_twice_is_an_error(whole):

@@ -1,11 +1,22 @@
 """Mapping entries that quantize nothing, and models in which nothing is quantized, are told."""
 
+import operator
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import QConfigMapping, default_dynamic_qconfig, prepare_fx, quantize_dynamic
+from fxquant import (
+    QConfigError,
+    QConfigMapping,
+    convert_fx,
+    default_dynamic_qconfig,
+    explain,
+    prepare_fx,
+    quantize_dynamic,
+)
 from tests.samples import everything
 
 Q = default_dynamic_qconfig
@@ -44,7 +55,9 @@ IN_VAIN = [
     ),
 ]
 ways = pytest.mark.parametrize(
-    "way", [lambda m, q, x: prepare_fx(m, q, x), lambda m, q, _: quantize_dynamic(m, q)], ids=["fx", "eager"]
+    "way",
+    [lambda m, q, x, **more: prepare_fx(m, q, x, **more), lambda m, q, _, **more: quantize_dynamic(m, q, **more)],
+    ids=["fx", "eager"],
 )
 
 
@@ -93,3 +106,60 @@ def test_a_mapping_that_asks_for_nothing_gets_nothing(way, recwarn):
     model, x = model_and_input()
     way(model, QConfigMapping().set_module_name("net", None), x)
     assert not recwarn.list
+
+
+@ways
+def test_warnings_tell_the_coverage(way):
+    model, x = model_and_input()
+    told = r"; in all, 1 of 3 candidates, 256 of \d+ weight bytes (to be )?quantized"  # net's 8 × 8 floats
+    with pytest.warns(UserWarning, match=told):
+        way(model, everything().set_module_name("conv", Q), x)
+
+
+@ways
+def test_strict_lists_all_that_stays_float_unasked(way):
+    model, x = model_and_input()
+    with pytest.raises(QConfigError, match=r"strict: 2 of Model's candidates would stay float") as caught:
+        way(model, everything(), x, strict=True)
+    lines = str(caught.value).splitlines()[1:]
+    assert any("conv (nn.Conv1d): nn.Conv1d has no dynamic form: " in line for line in lines)
+    assert any(line.endswith("; set_module_name('conv', None)") for line in lines)
+    assert len(lines) == 2
+
+
+@ways
+def test_strict_takes_no_entry_for_no_answer(way):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), torch.randn(2, 8)
+    mapping = QConfigMapping().set_module_name("0", Q)
+    told = r"\n  1 \(nn.Linear\): no mapping entry covers it; set_module_name\('1', None\)"
+    with pytest.raises(QConfigError, match=told):
+        way(model, mapping, x, strict=True)
+    way(model, mapping.set_module_name("1", None), x, strict=True)
+
+
+@ways
+def test_the_entries_that_strict_names_make_it_content_and_leave_the_rest(way):
+    model, x = model_and_input()
+    with pytest.raises(QConfigError) as caught:
+        way(model, everything(), x, strict=True)
+    mapping = everything()
+    for line in str(caught.value).splitlines()[1:]:
+        call = line.rpartition("; ")[2]
+        eval(f"mapping.{call}", {"mapping": mapping, "operator": operator, "tests": sys.modules["tests"]})
+    result = way(model, mapping, x, strict=True)
+    assert [row.path for row in explain(result).rows if row.is_quantized] == ["net"]
+
+
+def test_strict_holds_where_the_model_does_not_trace():
+    class Branches(Model):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else self.net(x)
+
+    with pytest.raises(QConfigError, match=r"strict: 2 of Branches's candidates"):
+        prepare_fx(Branches().eval(), everything(), torch.randn(2, 1, 8), strict=True)
+
+
+def test_strict_changes_nothing_where_all_is_quantized():
+    model, x = nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(2, 8)
+    results = [convert_fx(prepare_fx(model, everything(), x, strict=strict))(x) for strict in (False, True)]
+    assert torch.equal(*results)

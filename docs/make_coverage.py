@@ -42,7 +42,7 @@ def cells(architecture: Architecture) -> list[str]:
     assert record is not None
     kept = ", ".join(f"`{path}`" for path in record.untraced)
     whole = byte_sum(matrices(model).values())
-    shares = [f"{100 * coverable_bytes(architecture, model, form) / whole:.0f}" for form in ("fx", "eager")]
+    shares = [f"{100 * coverable_bytes(model, architecture.called, form) / whole:.0f}" for form in ("fx", "eager")]
     size = f"{byte_count(model) / 1e3:.1f} → {byte_count(measured.quantized['fx']) / 1e3:.1f}"
     near = f"{sqnr(measured.expected, measured.results['fx']):.0f}" if record.sites else "–"
     traced = f"all but {kept}" if kept else "whole"

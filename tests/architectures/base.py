@@ -65,7 +65,8 @@ class Measured:
 def measure(architecture: Architecture) -> Measured:
     """Return what becomes of an architecture in both forms."""
     model = architecture.make()
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), slow_path():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), slow_path():
+        warnings.filterwarnings("ignore", "nothing in this .* is to be quantized")
         torch.manual_seed(1)
         inputs = architecture.inputs()
         prepared = prepare(model, *inputs)
@@ -98,12 +99,12 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     return {path: p for path, p in model.named_parameters() if p.dim() > 1}
 
 
-def coverable_bytes(architecture: Architecture, model: nn.Module, form: str) -> int:
+def coverable_bytes(model: nn.Module, called: Sequence[str], form: str) -> int:
     """Return the bytes of the matrices that are to become int8, told from the float model's modules alone."""
-    parts = oracle.quantizable(model, architecture.called, form)
+    parts = oracle.quantizable(model, called, form)
     found = {id(p): p for part in parts for p in part.parameters() if p.dim() > 1}
     if form == "fx":
-        found.update((id(p), p) for p in map(model.get_parameter, architecture.called))
+        found.update((id(p), p) for p in map(model.get_parameter, called))
     return byte_sum(found.values())
 
 

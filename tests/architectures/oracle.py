@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -171,27 +171,32 @@ FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
 
 
 class Calls(TorchFunctionMode):
-    """Rounds in functional calls of a parameter: F.linear, @, addmm, einsum, F.embedding."""
+    """Rounds in functional calls of a parameter."""
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
+        name, last = getattr(func, "__name__", ""), args[-1] if args else None
         if name == "linear" and is_constant(args[1]):
-            return linear(*args, **(kwargs or {}))
-        if name in ("matmul", "__matmul__") and is_constant(args[1]):
-            return linear(args[0], args[1].t())
-        if name == "addmm" and is_constant(args[2]):
-            return linear(args[1], args[2].t(), args[0])
+            return linear(*args)
         if name == "embedding" and is_constant(args[1]):
             return table(args[1])[args[0]]
+        if name == "embedding_bag" and is_constant(args[1]):
+            return F.embedding_bag(args[0], table(args[1]), **kwargs)
+        if name in ("matmul", "__matmul__", "mm") and is_constant(last):
+            return linear(args[0], last.t())
+        if name == "addmm" and is_constant(last):
+            return linear(args[1], last.t(), args[0])
+        if name == "einsum" and is_constant(last):
+            assert args[0] == "bti,oi->bto", args[0]
+            return linear(args[1], last)
         return func(*args, **(kwargs or {}))
 
 
 def is_constant(tensor: Any) -> bool:
-    """Return whether a tensor is a matrix of the model's or its transpose."""
-    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+    """Return whether something is a matrix of the model's or its transpose."""
+    return isinstance(tensor, nn.Parameter) or isinstance(getattr(tensor, "_base", None), nn.Parameter)
 
 
-def simulate(model: nn.Module, inputs: tuple[Any, ...], called: tuple[str, ...], form: str) -> Any:
+def simulate(model: nn.Module, inputs: tuple[Any, ...], called: Sequence[str], form: str) -> Any:
     """Return what a float model gives with everything rounded that is quantized."""
     twin = copy.deepcopy(model)
     for module in list(quantizable(twin, called, form)):
@@ -200,7 +205,7 @@ def simulate(model: nn.Module, inputs: tuple[Any, ...], called: tuple[str, ...],
         return twin(*inputs)
 
 
-def quantizable(model: nn.Module, called: tuple[str, ...], form: str) -> Iterator[nn.Module]:
+def quantizable(model: nn.Module, called: Sequence[str], form: str) -> Iterator[nn.Module]:
     """Yield the modules whose weights are to become int8: those of an exact type with a rule above.
 
     called: the weights that the model's own code reads, which it goes on to do where it is not traced.

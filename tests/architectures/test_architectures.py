@@ -71,7 +71,7 @@ def test_the_prepared_graph_computes_what_the_model_does(architecture):
 def test_the_matrices_that_can_be_are_integers_and_no_other(architecture, form):
     measured = measure(architecture)
     left = byte_sum(matrices(measured.quantized[form]).values())
-    expected = coverable_bytes(architecture, measured.model, form)
+    expected = coverable_bytes(measured.model, architecture.called, form)
     assert byte_sum(matrices(measured.model).values()) - left == expected
 
 

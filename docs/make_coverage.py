@@ -24,11 +24,11 @@ and `convert_fx` and by `quantize_dynamic`:
   matrices in float on the way (convolutions, a part left float).
 
 *traced*: what `prepare_fx` makes of the model: one graph, or a graph that calls the parts named as they are and is
-quantized inside them. *quantized*: the share of the bytes of all matrices (parameters of two or more dimensions) that
-became int8; what stays float are convolutions, and positions and the like that are only added. *eager*: the same of
-`quantize_dynamic`, which does not reach functional calls. *kB*: parameters and buffers. *SQNR*: the power of the float
-model's answers over the power of the difference from them; with random weights it tells that nothing is lost on the
-way, and what a trained model loses is in [results](results.md).
+quantized inside them, or none: then the model's own code runs on. *quantized*: the share of the bytes of all matrices
+(parameters of two or more dimensions) that became int8; what stays float are convolutions, and positions and the like
+that are only added. *eager*: the same of `quantize_dynamic`, which does not reach functional calls. *kB*: parameters
+and buffers. *SQNR*: the power of the float model's answers over the power of the difference from them; with random
+weights it tells that nothing is lost on the way, and what a trained model loses is in [results](results.md).
 
 | architecture | paper | traced | sites | quantized, % | eager, % | kB, float → int8 | SQNR, dB |
 |---|---|---|---|---|---|---|---|
@@ -45,7 +45,7 @@ def cells(architecture: Architecture) -> list[str]:
     shares = [f"{100 * coverable_bytes(model, architecture.called, form) / whole:.0f}" for form in ("fx", "eager")]
     size = f"{byte_count(model) / 1e3:.1f} → {byte_count(measured.quantized['fx']) / 1e3:.1f}"
     near = f"{sqnr(measured.expected, measured.results['fx']):.0f}" if record.sites else "–"
-    traced = f"all but {kept}" if kept else "whole"
+    traced = "not" if "" in record.untraced else f"all but {kept}" if kept else "whole"
     return [architecture.name, architecture.paper, traced, str(len(record.sites)), *shares, size, near]
 
 

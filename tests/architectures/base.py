@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from fxquant import convert_fx, quantize_dynamic
-from fxquant.graph.module import FxModule
 from tests.architectures import oracle
 from tests.samples import leaves, prepare
 
@@ -28,7 +27,7 @@ class Architecture:
     build, inputs: the model and one call, of a batch of at least two rows. rows, outputs: the dimension of each input,
     and of each output, that is the batch; 0 where nothing is said. called: the paths of the parameters that the model's
     own code reads as matrices or tables (F.linear, @, addmm), which the eager form does not reach. kept: the paths of
-    the parts that do not trace.
+    the parts that do not trace, "" for the whole model.
     """
 
     name: str
@@ -54,7 +53,7 @@ class Measured:
 
     model: nn.Module
     inputs: tuple[torch.Tensor, ...]
-    prepared: FxModule
+    prepared: nn.Module
     quantized: dict[str, nn.Module]
     expected: list[torch.Tensor]
     results: dict[str, list[torch.Tensor]]
@@ -66,7 +65,7 @@ def measure(architecture: Architecture) -> Measured:
     """Return what becomes of an architecture in both forms."""
     model = architecture.make()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), slow_path():
-        warnings.filterwarnings("ignore", "nothing in this .* is to be quantized")
+        warnings.filterwarnings("ignore", "nothing in this .* is to be quantized|.* does not trace")
         torch.manual_seed(1)
         inputs = architecture.inputs()
         prepared = prepare(model, *inputs)

@@ -201,16 +201,18 @@ class Tacotron(nn.Module):
         return torch.stack(frames, 1), torch.cat(stops, 1)
 
 
-class Sampler(nn.Module):
-    """A GRUCell called sample by sample, conditioned on frames, that reads its own last output."""
+class WaveRNN(nn.Module):
+    """A GRUCell called sample by sample, conditioned on smoothed frames, that reads its own last output."""
 
-    def __init__(self, mels, hidden=48, levels=32):
+    def __init__(self, mels=20, hidden=48, levels=32):
         super().__init__()
+        self.smooth = nn.Linear(mels, mels)
         self.rnn = nn.GRUCell(1 + mels, hidden)
         self.o1, self.o2 = nn.Linear(hidden, hidden), nn.Linear(hidden, levels)
         self.register_buffer("levels", torch.linspace(-1, 1, levels))
 
-    def forward(self, mels):  # (B, T, mels) -> (B, T): each sample is the mean of its distribution
+    def forward(self, mels):  # (B, T, mels) -> (B, 3 T): each sample is the mean of its distribution
+        mels = self.smooth(mels).repeat_interleave(3, 1)
         h, sample, samples = None, mels[:, 0, :1] * 0, []
         for t in range(mels.shape[1]):
             h = self.rnn(torch.cat((sample, mels[:, t]), 1), h)
@@ -218,18 +220,6 @@ class Sampler(nn.Module):
             sample = (probabilities * self.levels).sum(-1, keepdim=True)
             samples.append(sample)
         return torch.cat(samples, 1)
-
-
-class WaveRNN(nn.Module):
-    """Frames smoothed and stretched in time, and the loop over samples."""
-
-    def __init__(self, mels=20):
-        super().__init__()
-        self.smooth = nn.Linear(mels, mels)
-        self.sample = Sampler(mels)
-
-    def forward(self, mels):
-        return self.sample(self.smooth(mels).repeat_interleave(3, 1))
 
 
 class RNNoise(nn.Module):
@@ -333,7 +323,7 @@ SPEECH = (
         paper="Kalchbrenner 2018",
         build=WaveRNN,
         inputs=lambda: (torch.randn(3, 4, 20),),
-        kept=("sample",),
+        kept=("",),
     ),
     Architecture(name="RNNoise", paper="Valin 2018", build=RNNoise, inputs=lambda: (torch.randn(3, 10, 42),)),
     Architecture(

@@ -51,6 +51,24 @@ def test_types_are_quantized_and_the_rest_says_why():
     assert kinds(model)["decoder"] == "Linear"
 
 
+def test_a_container_that_stands_at_two_paths_is_quantized_once():
+    shared = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.LSTMCell(8, 8)))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.ModuleList([shared]), nn.ModuleList([shared])
+
+        def forward(self, x):
+            return self.b[0](self.a[0](x)[0])
+
+    model, x = Model().eval(), torch.randn(3, 8)
+    quantized = quantize_dynamic(model)
+    assert [row.path for row in explain(quantized).rows] == ["a.0.0", "a.0.1.0"]
+    assert quantized.a[0] is quantized.b[0]
+    assert same_bits(quantized(x), quantize(model, x)(x))
+
+
 def test_the_numbers_are_those_of_the_graph_form():
     model = WordLM().eval()
     inputs = lm_inputs(model)

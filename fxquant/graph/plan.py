@@ -64,6 +64,7 @@ class _Planner:
         self.plan = Plan([], [], [])
         self.counts: collections.Counter[tuple[str, Any]] = collections.Counter()
         self.weights: dict[tuple[Any, ...], tuple[int, bool]] = {}  # each one's bytes, and whether all take it as int8
+        self.entered: set[int] = set()  # the containers that were visited, which may stand at several paths
 
     def run(self, graph: fx.Graph) -> Plan:
         """Return the plan for every candidate of the graph."""
@@ -108,7 +109,8 @@ class _Planner:
             self.decide(path, kind, row, rule, reason, held, shape)
         if row is not None:
             self.check_parts(path, module, rule)
-        else:
+        elif id(module) not in self.entered:  # else what it holds has been decided, and is swapped once
+            self.entered.add(id(module))
             shut = inside or _replaced(module)
             if not shut and not _calls_children(module):
                 shut = f"{type_name(kind)} reads its children's weights itself"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fxquant
+from docs import make_coverage
 from fxquant import QConfigMapping, default_dynamic_qconfig
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -62,3 +63,14 @@ def test_every_public_name_that_the_pages_import_exists():
             room = importlib.import_module(module)
             for name in names.split(","):
                 assert hasattr(room, name.strip()), f"{page.name}: {module} has no {name.strip()}"
+
+
+def test_coverage_page_is_made_from_the_architectures():
+    told = make_coverage.PAGE.read_text(encoding="utf8").splitlines()
+    made = make_coverage.page().splitlines()
+    assert len(told) == len(made), "run python -m docs.make_coverage"
+    for line, expected in zip(told, made, strict=True):
+        (line, near), (expected, measured) = (text.rstrip(" |").rpartition(" | ")[::2] for text in (line, expected))
+        assert line == expected, "run python -m docs.make_coverage"
+        # Another machine's random weights differ in their last bits: another draw of the noise, here of few outputs.
+        assert near == measured or abs(int(near) - int(measured)) <= 6, "run python -m docs.make_coverage"

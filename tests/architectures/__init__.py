@@ -1,0 +1,1 @@
+"""Published architectures, written out small from their papers' descriptions."""

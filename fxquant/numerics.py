@@ -89,7 +89,7 @@ def quantize_with(
     inverse = (1.0 / scale).expand(channels)  # as torch.ao: a division rounds otherwise where w / scale is near 127.5
     q = torch.empty(weight.shape, dtype=spec.torch_dtype, device=weight.device)
     at_once = max(1, _VALUES_AT_ONCE // max(1, math.prod(weight.shape[1:])))
-    parts = (part.split(at_once) for part in (q, weight, inverse, zero_point.expand(channels)))
+    parts = (torch.split(part, at_once) for part in (q, weight, inverse, zero_point.expand(channels)))
     for out, values, factor, offset in zip(*parts, strict=True):
         real = (values * factor.view(shape)).add_(offset.view(shape))
         out.copy_(real.round_().clamp_(spec.qmin, spec.qmax))

@@ -1,13 +1,13 @@
-"""Time the quantized operators over a grid of shapes, against float torch and torch.ao, as ratios.
+"""Time every row of the operator table over a grid of sizes, against float torch and torch.ao, as ratios.
 
-    python benchmarks/operators.py [--threads 1] [--rounds 7] [--grid small|encoder|lstm|all|sizes] [--json out.json]
+    python -m benchmarks.operators [--grid sizes|encoder] [--operators linear,lstm] [--threads 1] [--rounds 5]
+        [--json out.json] [--plot out.svg]
 
-Every row's sides take turns in one process, `rounds` times, and each figure is a median: on a shared machine only such
-ratios mean anything. A ratio above 1 says how many times faster fxquant is; the least and the greatest of the rounds
-stand beside it. FXQUANT_ISA=avx2 and the like measure other kernels.
-
---grid sizes is fxquant against float alone, over rows and sizes; in fxquant/debug/speed.json it is what
-`fxquant.explain` looks up. --json has the least of the rounds, what a call takes undisturbed.
+A case is called with so many rows: tokens, or sequences of 8 steps, or bags of 8; its weights are size × size (tables
+4096 × size). Every case's sides take turns in one process, `rounds` times, and each figure is a median: on a shared
+machine only such ratios mean anything. A ratio above 1 says how many times faster fxquant is; the least and greatest
+of the rounds stand beside it. The JSON file gathers: cases that it has and that were not measured anew stay, and the
+plot shows all of them (--rounds 0 only draws). FXQUANT_ISA=avx2 and the like measure other kernels.
 """
 
 from __future__ import annotations
@@ -15,94 +15,155 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import operator
 import statistics
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.machine import describe_machine
-from fxquant.eager import quantize_dynamic
-from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLSTM, QuantizedEmbedding
+from fxquant import QConfigMapping, convert_fx, default_dynamic_qconfig, prepare_fx, quantize_dynamic
 from fxquant.ops import kernel_info
 
 Call = Callable[[], Any]
+Case = tuple[nn.Module, tuple[Any, ...]]
+Times = dict[str, list[float]]
 SIDES = ("fxquant", "float", "torch_ao")
-LINEARS = {
-    "small": [(m, k, n) for m in (1, 16, 256) for k, n in ((16, 16), (64, 64), (256, 256), (1024, 1024), (4096, 4096))],
-    "encoder": [(m, k, n) for m in (16, 64, 128, 512) for k, n in ((384, 384), (384, 1536), (1536, 384))],
+SIZES, ROWS, STEPS, TABLE = (16, 64, 256, 1024, 4096), (1, 16, 256), 8, 4096
+ENCODER = [(rows, i, o) for rows in (16, 64, 128, 512) for i, o in ((384, 384), (384, 1536), (1536, 384))]
+MOST_MACS = 20e9  # a call: beyond, float takes a second and more, and nobody doubts who wins
+
+
+class Constant(nn.Module):
+    """A model that calls a function on its input and a matrix of its own."""
+
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], size: int) -> None:
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.randn(size, size)), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, self.weight)
+
+
+class Conv1D(nn.Module):
+    """transformers.pytorch_utils.Conv1D, by whose name the table knows it, for machines without that package."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.size()[:-1], self.nf)
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
+class SelfAttention(nn.Module):
+    """One nn.MultiheadAttention of four heads, of a sequence on itself."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(size, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def _rows(make: Callable[[int], nn.Module]) -> Callable[[int, int], Case]:
+    return lambda rows, size: (make(size), (torch.randn(rows, size),))
+
+
+def _sequences(kind: Callable[[int, int], nn.Module]) -> Callable[[int, int], Case]:
+    return lambda rows, size: (kind(size, size), (torch.randn(STEPS, rows, size),))
+
+
+def _constant(function: Callable[..., torch.Tensor]) -> Callable[[int, int], Case]:
+    return _rows(lambda size: Constant(function, size))
+
+
+# For each row of the operator table, cases by name: what makes (float module, inputs) from (rows, size).
+CASES: dict[str, dict[str, Callable[[int, int], Case]]] = {
+    "linear": {"linear": _rows(lambda size: nn.Linear(size, size))},
+    "matmul": {"matmul": _constant(operator.matmul)},
+    "mm": {"mm": _constant(torch.mm)},
+    "addmm": {"addmm": _constant(lambda x, w: torch.addmm(w[0], x, w))},
+    "einsum": {"einsum": _constant(lambda x, w: torch.einsum("...i,oi->...o", x, w))},
+    "transposed_linear": {"transposed_linear": _rows(lambda size: Conv1D(size, size))},
+    "attention": {"attention": lambda rows, size: (SelfAttention(size), (torch.randn(STEPS, rows, size),))},
+    "lstm": {"lstm": _sequences(nn.LSTM)},
+    "rnn": {"gru": _sequences(nn.GRU), "rnn": _sequences(nn.RNN)},
+    "cell": {
+        "lstm_cell": _rows(lambda size: nn.LSTMCell(size, size)),
+        "gru_cell": _rows(lambda size: nn.GRUCell(size, size)),
+        "rnn_cell": _rows(lambda size: nn.RNNCell(size, size)),
+    },
+    "embedding": {"embedding": lambda rows, size: (nn.Embedding(TABLE, size), (torch.randint(TABLE, (rows,)),))},
+    "embedding_bag": {  # sums: torch.ao's bag gives sums whatever its mode
+        "embedding_bag": lambda rows, size: (
+            nn.EmbeddingBag(TABLE, size, mode="sum"),
+            (torch.randint(TABLE, (rows, STEPS)),),
+        )
+    },
 }
-LSTMS = [
-    (t, b, i, h) for t, b in ((1, 1), (25, 1), (25, 16)) for i, h in ((16, 16), (64, 64), (256, 256), (1024, 1024))
-]
-SIZES = [(rows, size) for size in (16, 32, 64, 128, 256, 1024, 4096) for rows in (1, 16, 256)]
-LARGEST = {"linear": 4096, "embedding": 4096, "embedding_bag": 4096}
-"""The greatest size; elsewhere 1024, beyond which a call takes long and float has lost already."""
-MACHINE = ("cpu", "cores_usable", "flags", "kernel", "torch", "fxquant", "date")
+MAKERS = {name: make for cases in CASES.values() for name, make in cases.items()}
 
 
-def sized(operator: str, rows: int, size: int) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """Return a float module of size inputs and outputs, and what it is called with: so many rows, one sequence."""
-    x, indices = torch.randn(rows, size), torch.randint(4096, (rows, 8))
-    return {
-        "linear": lambda: (nn.Linear(size, size), (x,)),
-        "embedding": lambda: (nn.Embedding(4096, size), (indices[:, 0].contiguous(),)),
-        "embedding_bag": lambda: (nn.EmbeddingBag(4096, size), (indices,)),
-        "lstm": lambda: (nn.LSTM(size, size), (x[:, None],)),
-        "rnn": lambda: (nn.GRU(size, size), (x[:, None],)),
-        "cell": lambda: (nn.LSTMCell(size, size), (x,)),
-        "attention": lambda: (nn.MultiheadAttention(size, 4), (x[:, None],) * 3),
-    }[operator]()
-
-
-def sized_rows() -> Iterator[tuple[str, dict[str, Call]]]:
-    """Yield "operator rowsxsize", and what float and fxquant call."""
-    for operator in ("linear", "embedding", "embedding_bag", "lstm", "rnn", "cell", "attention"):
-        for rows, size in SIZES:
-            if size <= LARGEST.get(operator, 1024):
-                module, inputs = sized(operator, rows, size)
-                own = quantize_dynamic(module.eval())
-                calls = {"fxquant": functools.partial(own, *inputs), "float": functools.partial(module, *inputs)}
-                yield f"{operator} {rows}x{size}", calls
-
-
-def torch_ao(module: nn.Module) -> nn.Module:
-    """Return torch.ao's dynamic form of a module."""
+def torch_ao(module: nn.Module) -> nn.Module | None:
+    """Return torch.ao's dynamic form of a module, or None where it has none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        holder = torch.ao.quantization.quantize_dynamic(nn.Sequential(module), {type(module)}, dtype=torch.qint8)
-    return holder[0]
+        from torch.ao.quantization import float_qparams_weight_only_qconfig
+        from torch.ao.quantization import quantize_dynamic as quantize
+        from torch.ao.quantization.quantization_mappings import get_default_dynamic_quant_module_mappings
+
+        kinds = get_default_dynamic_quant_module_mappings()
+        if type(module) not in kinds:
+            return None
+        is_table = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        spec = {type(module): float_qparams_weight_only_qconfig} if is_table else {type(module)}
+        return quantize(nn.Sequential(module), spec)[0]
 
 
-def rows(grid: str) -> Iterator[tuple[str, dict[str, Call]]]:
-    """Yield each row's name and what its sides call."""
-    for name in ("small", "encoder"):
-        for m, k, n in LINEARS[name] if grid in (name, "all") else ():
-            linear, x = nn.Linear(k, n), torch.randn(m, k)
-            yield f"linear {m}x{k}x{n}", sides(linear, DynamicQuantizedLinear.from_float(linear), x)
-    for t, b, i, h in LSTMS if grid in ("lstm", "all") else ():
-        lstm, x = nn.LSTM(i, h), torch.randn(t, b, i)
-        yield f"lstm {t}x{b} {i}->{h}", sides(lstm, DynamicQuantizedLSTM.from_float(lstm), x)
-    for count in (1, 25, 4096) if grid == "all" else ():
-        table, x = nn.Embedding(33278, 512), torch.randint(33278, (count,))
-        quantized = QuantizedEmbedding.from_float(table)
-        yield f"embedding {count}x512", {"fxquant": lambda q=quantized, x=x: q(x), "float": lambda t=table, x=x: t(x)}
+def sides(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Call]:
+    """Return the calls to compare: modules are called as they stand, functions inside the graph that has them."""
+    if isinstance(module, Constant):
+        mapping = QConfigMapping().set_global(default_dynamic_qconfig)
+        quantized = convert_fx(prepare_fx(module.eval(), mapping, inputs))
+    else:
+        quantized = quantize_dynamic(module.eval())
+    models = {"fxquant": quantized, "float": module, "torch_ao": torch_ao(module)}
+    return {name: functools.partial(model, *inputs) for name, model in models.items() if model is not None}
 
 
-def sides(module: nn.Module, quantized: nn.Module, x: torch.Tensor) -> dict[str, Call]:
-    """Return the calls to compare."""
-    peer = torch_ao(module)
-    return {"fxquant": lambda: quantized(x), "float": lambda: module(x), "torch_ao": lambda: peer(x)}
+def macs(module: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """Return the products of one call: each weight with each row, where there are rows to multiply."""
+    x = inputs[0]
+    return sum(p.numel() for p in module.parameters()) * (x.numel() / x.shape[-1] if x.is_floating_point() else 0)
 
 
-def measure(calls: dict[str, Call], rounds: int, seconds: float = 0.02) -> dict[str, list[float]]:
+def cases(grid: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Call]]]:
+    """Yield "name rows×size" and what its sides call."""
+    if grid == "encoder":
+        for rows, i, o in ENCODER:
+            linear, inputs = nn.Linear(i, o), (torch.randn(rows, i),)
+            yield f"linear {rows}x{i}x{o}", sides(linear, inputs)
+        return
+    for name in names:
+        for rows in ROWS:
+            for size in SIZES:
+                module, inputs = MAKERS[name](rows, size)
+                if macs(module, inputs) <= MOST_MACS:
+                    yield f"{name} {rows}x{size}", sides(module, inputs)
+
+
+def measure(calls: dict[str, Call], rounds: int, seconds: float = 0.02) -> Times:
     """Return each side's microseconds a call, one figure a round, the sides taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: Times = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(rounds):
@@ -117,45 +178,76 @@ def measure(calls: dict[str, Call], rounds: int, seconds: float = 0.02) -> dict[
     return times
 
 
-def report(name: str, times: dict[str, list[float]]) -> str:
-    """Return a line: fxquant's time and the other sides' ratios to it, paired round by round."""
-    own = times["fxquant"]
-    line = f"{name:28s} {statistics.median(own):10.1f} us"
+def ratios(times: Times, side: str) -> list[float]:
+    """Return how many times fxquant's time a side took, round by round."""
+    return [theirs / ours for theirs, ours in zip(times[side], times["fxquant"], strict=True)]
+
+
+def report(name: str, times: Times) -> str:
+    """Return a line: fxquant's time and the other sides' ratios to it."""
+    line = f"{name:28s} {statistics.median(times['fxquant']):10.1f} us"
     for side in SIDES[1:]:
         if side in times:
-            ratios = [theirs / ours for theirs, ours in zip(times[side], own, strict=True)]
-            line += f"   {side} {statistics.median(ratios):6.2f} [{min(ratios):.2f}–{max(ratios):.2f}]"
+            found = ratios(times, side)
+            line += f"   {side} {statistics.median(found):6.2f} [{min(found):.2f}–{max(found):.2f}]"
     return line
 
 
-def main() -> None:
-    """Measure and print the rows that were asked for."""
+def plot(rows: dict[str, Times], path: Path) -> None:
+    """Draw the ratios, a panel a case: over its sizes, a line for each number of rows, solid float, dashed torch.ao."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SystemExit("--plot needs matplotlib: pip install 'fxquant[tutorials]'") from error
+    names = list(dict.fromkeys(name.split()[0] for name in rows))
+    across = 4
+    figure = Figure(figsize=(12, 2.4 * -(-len(names) // across)), layout="constrained")
+    panels = figure.subplots(-(-len(names) // across), across, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    for panel, name in zip(panels, names, strict=False):
+        panel.set(title=name.replace("_", " "), xscale="log", yscale="log")
+        panel.set_xticks(SIZES, [str(size) for size in SIZES])
+        panel.set_yticks((0.5, 1, 2, 5, 10, 20), ("0.5", "1", "2", "5", "10", "20"))
+        panel.minorticks_off()
+        panel.axhline(1, color="black", linewidth=0.8)
+        for count, color in zip(ROWS, ("tab:blue", "tab:orange", "tab:green"), strict=False):
+            for side, style in (("float", "-"), ("torch_ao", "--")):
+                points = [(size, rows.get(f"{name} {count}x{size}", {})) for size in SIZES]
+                drawn = [(size, statistics.median(ratios(times, side))) for size, times in points if side in times]
+                label = f"{side.replace('_', '.')}, {count} rows"
+                panel.plot(*zip(*drawn, strict=True), style, color=color, label=label, marker=".") if drawn else None
+    lines = {line.get_label(): line for panel in figure.axes for line in panel.lines if line.get_marker() == "."}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
+    figure.supylabel("time over fxquant's, by size")
+    figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print the cases that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", choices=("sizes", "encoder"), default="sizes")
+    parser.add_argument("--operators", type=lambda text: text.split(","), default=list(MAKERS), help=",".join(MAKERS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--grid", choices=("small", "encoder", "lstm", "all", "sizes"), default="all")
-    parser.add_argument("--json", help="also write each side's least round, in us, to this file")
-    args = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="add all figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw the ratios of --grid sizes to this SVG file")
+    options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(options.threads)
     print(kernel_info(), flush=True)
-    results = {}
+    results: dict[str, Times] = {}
+    if options.json and options.json.exists():
+        results = json.loads(options.json.read_text(encoding="utf-8"))["rows"]
     with torch.no_grad():
-        for name, calls in sized_rows() if args.grid == "sizes" else rows(args.grid):
-            times = measure(calls, args.rounds)
-            results[name] = {side: round(min(figures), 2) for side, figures in times.items()}
-            print(report(name, times), flush=True)
-    if args.json:
-        write(args.json, args.threads, results)
-
-
-def write(path: str, threads: int, results: dict[str, dict[str, float]]) -> None:
-    """Write the command, the machine and each row's figures, a row a line."""
-    described = describe_machine()
-    machine = {**{name: described[name] for name in MACHINE}, "threads": threads}
-    head = json.dumps({"command": " ".join(["python -m benchmarks.operators", *sys.argv[1:]]), "machine": machine})
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(sides)}" for name, sides in results.items())
-    Path(path).write_text(f'{head[:-1]},\n"rows": {{\n{lines}\n}}}}\n', encoding="utf-8")
+        for name, calls in cases(options.grid, options.operators) if options.rounds else ():
+            results[name] = measure(calls, options.rounds)
+            print(report(name, results[name]), flush=True)
+    if options.json:
+        content = {"kernels": str(kernel_info()), "rows": results}
+        options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    if options.plot:
+        plot({name: times for name, times in results.items() if name.count("x") == 1}, options.plot)
 
 
 if __name__ == "__main__":

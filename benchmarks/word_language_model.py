@@ -1,16 +1,26 @@
 """Speed, size and loss of the word language model: fxquant beside float torch, torch.ao FX and ONNX Runtime.
 
     python benchmarks/word_language_model.py [--data FOLDER --checkpoint FILE] [--threads 1,2] [--shapes 25x1,1x1,25x16]
+        [--variants plain,reused,avx512_vnni,avx_vnni,avx2]
 
 All sides live in one process and take turns: in each round every side is called over and over for a while, and its
 median call is kept. Ratios are taken round by round, so that a machine that slows down does so for both halves. Sides
 whose packages are missing are left out, and said to be. Without a checkpoint the weights are random, of the documents'
 shape (33278 words, 512, 256, 5 layers): time does not depend on their values. With --data the loss is measured too.
+
+"faults" counts a call's page faults. Large outputs cost torch much of its time in faults, which fxquant's output pool
+saves; so the variant "reused" runs all sides in a process whose malloc gives nothing back, and no side has faults. The
+other variants are instruction sets, by FXQUANT_ISA, which restricts fxquant alone. "lower bound" is the time that
+memory alone takes, at the rates that benchmarks/roofline.py finds in the same process: all weights read once from L3,
+the scores written once.
 """
 
 import argparse
 import json
+import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +37,7 @@ sys.path.insert(0, str(ROOT))  # run as a script, only benchmarks/ is on the pat
 
 from benchmarks.machine import describe_machine  # noqa: E402
 from benchmarks.onnx_runtime import OnnxRuntimeModel, export_quantized  # noqa: E402
+from benchmarks.roofline import LEVELS, rates  # noqa: E402
 from tutorials.word_language_model import (  # noqa: E402
     Corpus,
     WordLanguageModel,
@@ -44,8 +55,15 @@ from tutorials.word_language_model.options import shapes, thread_counts, token_c
 Hidden = tuple[Tensor, Tensor]
 Call = Callable[[Tensor, Hidden], tuple[Tensor, Hidden]]
 DOCUMENTS_SIZES = {"words": 33278, "embedding_size": 512, "hidden_size": 256, "layers": 5}
-FXQUANT = "fxquant"
+FXQUANT, LOWER_BOUND = "fxquant", "lower bound"
 FEWEST_CALLS = 5
+PLAIN = "plain"
+VARIANTS: dict[str, dict[str, str]] = {
+    PLAIN: {},
+    # no mmap, hence one heap that only grows; by default a block of 53 MB goes back to the system at each call
+    "reused": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_TOP_PAD_": str(64 << 20)},
+    **{isa: {"FXQUANT_ISA": isa} for isa in ("avx512_vnni", "avx_vnni", "avx2")},
+}
 
 
 @dataclass(frozen=True)
@@ -59,13 +77,18 @@ class Side:
 
 @dataclass(frozen=True)
 class Timing:
-    """The median call of each round, in ms, for a side, shape and number of threads; and its ratio to fxquant."""
+    """The median call of each round, in ms, for a side, shape and number of threads; and its ratio to fxquant.
+
+    faults: a call's page faults, None for the lower bound. variant: the environment that the process ran in.
+    """
 
     side: str
     shape: str
     threads: int
     rounds_ms: list[float]
     ratios: list[float]
+    faults: float | None
+    variant: str = PLAIN
 
 
 def make_sides(model: WordLanguageModel, folder: Path) -> list[Side]:
@@ -115,21 +138,42 @@ def time_shape(
     return results
 
 
+def faults_a_call(call: Call, words: Tensor, hidden: Hidden, calls: int = 5) -> float:
+    """Return the mean number of pages that the system had to hand out during a call."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    with torch.no_grad():
+        for _ in range(calls):
+            call(words, hidden)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / calls
+
+
+def lower_bound_ms(model: WordLanguageModel, length: int, batch: int, speeds: dict[str, float]) -> float:
+    """Return what reading all int8 weights and writing float scores takes at the machine's speeds, in ms."""
+    weights = sum(p.numel() for p in (*model.rnn.parameters(), *model.decoder.parameters()))
+    scores = 4 * length * batch * model.decoder.out_features
+    written = "write L3, GB/s" if scores > LEVELS["L2"] else "write L2, GB/s"
+    return (weights / speeds["read L3, GB/s"] + scores / speeds[written]) / 1e6
+
+
 def measure(sides: list[Side], text: Tensor, model: WordLanguageModel, options: argparse.Namespace) -> list[Timing]:
     """Return the timings of all sides, for each number of threads and each shape; progress goes to standard error."""
     timings = []
     for threads in options.threads:
         with torch_threads(threads):
+            speeds = rates()  # first: ONNX Runtime's threads spin once they are there
             calls = {side.name: side.prepare(threads) for side in sides}
             check_eval_mode(calls)
             for length, batch in options.shapes:
                 shape = f"{length}x{batch}"
                 words = text[: length * batch].view(batch, length).t().contiguous()
                 print(f"measuring {shape}, {threads} thread(s)", file=sys.stderr)
-                found = time_shape(calls, words, model.init_hidden(batch), options.rounds, options.seconds)
+                hidden = model.init_hidden(batch)
+                found = time_shape(calls, words, hidden, options.rounds, options.seconds)
+                faults = {name: faults_a_call(call, words, hidden) for name, call in calls.items()}
+                found[LOWER_BOUND] = [lower_bound_ms(model, length, batch, speeds)] * options.rounds
                 for name, rounds_ms in found.items():
                     ratios = [peer / ours for peer, ours in zip(rounds_ms, found[FXQUANT], strict=True)]
-                    timings.append(Timing(name, shape, threads, rounds_ms, ratios))
+                    timings.append(Timing(name, shape, threads, rounds_ms, ratios, faults.get(name)))
     return timings
 
 
@@ -137,6 +181,7 @@ def print_speed(timings: list[Timing]) -> None:
     """Print a line for each timing: the median over the rounds, and how many times fxquant's time that is."""
     rows = [
         (
+            timing.variant,
             timing.threads,
             timing.shape,
             timing.side,
@@ -144,11 +189,13 @@ def print_speed(timings: list[Timing]) -> None:
             f"{min(timing.rounds_ms):.3f}–{max(timing.rounds_ms):.3f}",
             f"{statistics.median(timing.ratios):.2f}",
             f"{min(timing.ratios):.2f}–{max(timing.ratios):.2f}",
+            "" if timing.faults is None else f"{timing.faults:.0f}",
         )
         for timing in timings
     ]
-    headers = ("threads", "shape", "side", "ms", "least–most", "× fxquant's time", "least–most")
-    print(tabulate(rows, headers=headers, disable_numparse=True, colalign=("right", "left", "left") + ("right",) * 4))
+    headers = ("variant", "threads", "shape", "side", "ms", "least–most", "× fxquant's time", "least–most", "faults")
+    align = ("left", "right", "left", "left") + ("right",) * 5
+    print(tabulate(rows, headers=headers, disable_numparse=True, colalign=align))
 
 
 def measure_quality(sides: list[Side], text: Tensor | None, hidden: Hidden) -> list[dict[str, object]]:
@@ -187,8 +234,30 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("--shapes", type=shapes, default="25x1,1x1,25x16", help="length x batch (%(default)s)")
     option("--rounds", type=int, default=5, help="(%(default)s)")
     option("--seconds", type=float, default=1.0, help="for one side in one round (%(default)s)")
+    option("--variants", type=variants, default=PLAIN, help=f"of {','.join(VARIANTS)} (%(default)s)")
     option("--json", type=Path, help="where to write the figures with the machine's description")
     return parser.parse_args(arguments)
+
+
+def variants(argument: str) -> list[str]:
+    """Return the names of `plain,avx2`; raises ValueError for one that is not there."""
+    names = argument.split(",")
+    if not set(names) <= set(VARIANTS):
+        raise ValueError(argument)
+    return names
+
+
+def run_variant(name: str, arguments: Sequence[str], folder: Path) -> list[Timing]:
+    """Return the timings of a process of its own in the variant's environment, none where the machine cannot."""
+    file = folder / f"{name}.json"
+    command = [sys.executable, __file__, *arguments, f"--variants={PLAIN}", f"--json={file}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **VARIANTS[name]})
+    content = json.loads(file.read_text(encoding="utf8"))
+    isa = VARIANTS[name].get("FXQUANT_ISA", "")
+    if isa and f" {isa} kernels" not in content["machine"]["kernel"]:
+        print(f"{name}: not here ({content['machine']['kernel']})", file=sys.stderr)
+        return []
+    return [Timing(**{**timing, "variant": name}) for timing in content["timings"]]
 
 
 def load(options: argparse.Namespace) -> tuple[WordLanguageModel, Tensor | None]:
@@ -226,7 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         part = text if text is None or options.tokens is None else text[: options.tokens + 1]
         quality = measure_quality(sides, part, model.init_hidden(1))
         print_quality(quality)
-        timings = measure(sides, words, model, options)
+        timings = measure(sides, words, model, options) if PLAIN in options.variants else []
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        for name in options.variants:
+            timings += run_variant(name, given, Path(folder)) if name != PLAIN else []
     print()
     print_speed(timings)
     if options.json:

@@ -8,6 +8,7 @@ operation in a stated order, never fused, so that each kernel can give the same 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from fxquant.spec import TensorSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_COLUMNS = (2**31 - 1) // (255 * 128)  # so many products of a uint8 and an int8 always fit an int32 sum
+_VALUES_AT_ONCE = 1 << 16  # float copies of a whole layer would be most of the memory that converting takes
 FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least normal number: below it 1 / scale overflows
 
 
@@ -83,10 +85,14 @@ def quantize_with(
     weight: (N, ...) float32; scale, zero_point: (N,) float32 -> (N, ...) int8 or uint8, 4-bit packed along the last
     dimension.
     """
-    shape = (-1,) + (1,) * (weight.dim() - 1)
-    inverse = (1.0 / scale).view(shape)  # as torch.ao: a division rounds otherwise where w / scale is close to 127.5
-    q = (weight * inverse + zero_point.view(shape)).round_().clamp_(spec.qmin, spec.qmax)
-    q = q.to(spec.torch_dtype)
+    shape, channels = (-1,) + (1,) * (weight.dim() - 1), weight.shape[0]
+    inverse = (1.0 / scale).expand(channels)  # as torch.ao: a division rounds otherwise where w / scale is near 127.5
+    q = torch.empty(weight.shape, dtype=spec.torch_dtype, device=weight.device)
+    at_once = max(1, _VALUES_AT_ONCE // max(1, math.prod(weight.shape[1:])))
+    parts = (torch.split(part, at_once) for part in (q, weight, inverse, zero_point.expand(channels)))
+    for out, values, factor, offset in zip(*parts, strict=True):
+        real = (values * factor.view(shape)).add_(offset.view(shape))
+        out.copy_(real.round_().clamp_(spec.qmin, spec.qmax))
     return pack_uint4(q) if spec.dtype == "uint4" else q
 
 

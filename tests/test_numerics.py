@@ -175,6 +175,14 @@ def test_weights_round_half_to_even_and_clamp():
     assert q.tolist() == [[0, 2, 2, 0, -2, 3, -3]]
 
 
+@pytest.mark.parametrize("shape", [(1000, 700), (3, 300_000), (0, 5), (5, 0)])
+def test_a_weight_of_any_size_is_quantized_row_by_row(shape):
+    weight = torch.randn(shape)
+    scale = torch.rand(shape[0]) + 0.01
+    q = quantize_with(weight, scale, torch.zeros(shape[0]), INT8)
+    assert torch.equal(q, (weight * (1 / scale)[:, None]).round().clamp(-127, 127).to(torch.int8))
+
+
 def test_per_tensor_range_is_one_for_all_channels():
     spec = TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="tensor")
     low, high = weight_range(torch.tensor([[-1.0, 2.0], [5.0, 3.0]]), spec)

@@ -1,7 +1,7 @@
 """Where a site comes out larger or slower than float: its bytes are exact, its speed is looked up among measurements.
 
 The measurements are in speed.json, which names the one machine and the command that they are from: float torch and
-fxquant in turns, over rows and sizes (`benchmarks/operators.py --grid sizes`).
+fxquant in turns, over rows and sizes (`benchmarks/speed_table.py`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,15 @@ from word_language_model import WordLanguageModel, save_checkpoint, torch_thread
 from word_language_model.options import shapes
 
 from benchmarks.onnx_runtime import FlatState, export_quantized
-from benchmarks.word_language_model import main, median_call_ms, time_shape
+from benchmarks.word_language_model import (
+    VARIANTS,
+    faults_a_call,
+    lower_bound_ms,
+    main,
+    median_call_ms,
+    run_variant,
+    time_shape,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +85,46 @@ def test_a_short_run_prints_and_writes(tmp_path, capsys):
         pairs = zip(timing["rounds_ms"], ours["rounds_ms"], strict=True)
         assert timing["ratios"] == pytest.approx([peer / own for peer, own in pairs])
         assert timing["shape"] in shown
+
+
+def test_a_lower_bound_is_weights_read_and_scores_written():
+    model = WordLanguageModel(words=30, embedding_size=8, hidden_size=4, layers=1)
+    weights = 4 * 4 * (8 + 4 + 2) + 30 * (4 + 1)
+    speeds = {"read L3, GB/s": 2e-6, "write L2, GB/s": 8e-6}
+    assert lower_bound_ms(model, 5, 3, speeds) == pytest.approx(weights / 2 + 5 * 3 * 30 * 4 / 8)
+
+
+def test_faults_are_those_of_fresh_memory():
+    kept = torch.zeros(1 << 24)
+    assert faults_a_call(lambda *_: kept.fill_(1.0), None, None) < 8
+    assert faults_a_call(lambda *_: torch.zeros(1 << 24).fill_(1.0), None, None) >= 32  # 4 KiB pages or huge ones
+
+
+SHORT = ("--shapes", "2x1", "--threads", "1", "--rounds", "1", "--seconds", "0")
+
+
+def test_a_variant_is_measured_in_a_process_of_its_own(tmp_path, capsys):
+    save_checkpoint(WordLanguageModel(3, 8, 8, 1), tmp_path / "model.safetensors")
+    target = tmp_path / "figures.json"
+    checkpoint = ("--checkpoint", str(tmp_path / "model.safetensors"))
+    main([*checkpoint, *SHORT, "--variants", "plain,reused", "--json", str(target)])
+    timings = json.loads(target.read_text())["timings"]
+    sides = {variant: {t["side"] for t in timings if t["variant"] == variant} for variant in ("plain", "reused")}
+    assert {"fxquant", "float", "lower bound"} <= sides["plain"] == sides["reused"]
+    assert "reused" in capsys.readouterr().out
+
+
+def test_an_instruction_set_that_is_not_here_has_no_row(tmp_path, monkeypatch, capsys):
+    save_checkpoint(WordLanguageModel(3, 8, 8, 1), tmp_path / "model.safetensors")
+    monkeypatch.setitem(VARIANTS, "mmx", {"FXQUANT_ISA": "mmx"})
+    assert run_variant("mmx", ["--checkpoint", str(tmp_path / "model.safetensors"), *SHORT], tmp_path) == []
+    assert "mmx: not here" in capsys.readouterr().err
+
+
+def test_an_unknown_variant_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--variants", "plain,mmx"])
+    assert "invalid variants value: 'plain,mmx'" in capsys.readouterr().err
 
 
 def test_a_text_too_short_for_a_shape_is_one_line(tmp_path):

@@ -1,0 +1,59 @@
+"""Memory, roofline and tail: their arithmetic, and that what they promise of fxquant's memory holds."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import memory, roofline, tail
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident sets are read from /proc")
+def test_converting_takes_less_than_a_layer_and_a_loaded_model_a_tenth_beyond_its_integers(tmp_path):
+    target = tmp_path / "figures.json"
+    memory.main(["--layers", "12", "--json", str(target)])
+    figures = json.loads(target.read_text())["figures"]
+    assert figures["float, MB"] == pytest.approx(12 * 2048 * 2049 * 4 / 1e6)
+    assert figures["int8 and scales, MB"] == pytest.approx(12 * 2048 * (2048 + 4 + 4) / 1e6)
+    assert figures["extra"] < 1
+    assert 1 <= figures["held"] <= 1.1
+
+
+def test_a_rate_is_bytes_over_the_best_readers_time(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(roofline, "LEVELS", {"L2": 4000})
+    monkeypatch.setattr(roofline, "PRODUCT", (2, 3, 5))
+    seconds = iter([4e-6, 2e-6, 8e-6, 1e-6, 3e-9])
+    monkeypatch.setattr(roofline, "best_seconds", lambda call, _: call() is None or next(seconds))
+    expected = {"read L2, GB/s": 2.0, "write L2, GB/s": 4.0, "int8 product, GMAC/s": 10.0}
+    assert roofline.rates() == pytest.approx(expected)
+
+
+def test_the_roofline_prints_and_writes_a_column_for_each_number_of_threads(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(roofline, "LEVELS", {"L2": 1 << 16})
+    monkeypatch.setattr(roofline, "PRODUCT", (16, 64, 64))
+    roofline.main(["--threads", "1", "--seconds", "0", "--json", str(tmp_path / "figures.json")])
+    rates = json.loads((tmp_path / "figures.json").read_text())["rates"]["1"]
+    assert rates.keys() == {"read L2, GB/s", "write L2, GB/s", "int8 product, GMAC/s"}
+    assert min(rates.values()) > 0
+    assert "read L2, GB/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(50, 5), (90, 9), (99, 10), (100, 10)])
+def test_percentiles_are_nearest_ranks(percent, expected):
+    assert tail.percentile([10, 9, 8, 7, 6, 5, 4, 3, 2, 1], percent) == expected
+
+
+def test_operators_are_called_in_turn_and_the_first_calls_dropped():
+    called = []
+    times = tail.time_in_turn({name: lambda name=name: called.append(name) for name in "ab"}, 10)
+    assert called == ["a", "b"] * 11
+    assert {name: len(found) for name, found in times.items()} == {"a": 10, "b": 10}
+
+
+def test_the_tail_is_measured_alone_and_in_company(tmp_path, capsys):
+    tail.main(["--threads", "1", "--calls", "5", "--json", str(tmp_path / "figures.json")])
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    company = {(row["operator"], row["with"]) for row in rows}
+    assert {("softmax", "alone"), ("softmax", "fxquant"), ("softmax", "float linear"), ("fxquant", "alone")} <= company
+    assert all(0 < row["p50"] <= row["p99"] for row in rows)
+    assert "softmax" in capsys.readouterr().out

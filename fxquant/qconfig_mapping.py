@@ -194,6 +194,8 @@ def type_name(kind: ObjectType) -> str:
         return f"nn.{name}"
     if module in ("torch.nn.functional", "torch._C._nn"):
         return f"F.{name}"
+    if module == "fxquant.ops":
+        return f"fxquant.{name}"
     if module in ("torch", "torch.functional", "_operator"):
         return f"{'operator' if module == '_operator' else 'torch'}.{name}"
     return f"{module}.{name}" if module and not module.startswith(("torch", "fxquant")) else name

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import rnn
 
+from fxquant import ops
 from fxquant.errors import ModelStateError, TraceError
 from fxquant.graph import call, edit
 from fxquant.graph.kinds import base_of, make_plain
@@ -29,8 +30,11 @@ _LEAF_FUNCTIONS = (
     rnn.unpack_sequence,
     rnn.pad_sequence,
     rnn.unpad_sequence,
+    ops.linear,
+    ops.embedding,
+    ops.embedding_bag,
 )
-"""Functions of torch that look at values, and so are calls in the graph instead of being traced through."""
+"""Functions that are calls in the graph instead of being traced through: torch's that look at values, and ours."""
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 """Wrappers around a model, and the attribute that holds it."""
@@ -190,7 +194,7 @@ class _Tracer(fx.Tracer):
         graph.set_codegen(call.SignatureCodeGen(root))
         graph.output_node().type = inspect.unwrap(type(root).forward).__annotations__.get("return")
         for node in graph.nodes:
-            if getattr(node.target, "__module__", "").startswith("torch."):
+            if node.target in _LEAF_FUNCTIONS:
                 node.meta.pop("is_wrapped", None)  # torch.fx would write a wrap("torch.nn…") that breaks later traces
             node.meta.pop("nn_module_stack", None)  # it holds classes, which pickle may not find
             if isinstance(node.type, str) or "<locals>" in getattr(node.type, "__qualname__", ""):

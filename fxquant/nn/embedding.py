@@ -53,8 +53,9 @@ class QuantizedEmbedding(_QuantizedTable):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the rows that the indices name."""
-        table = self.own(_TENSORS)
-        return ops.embedding(input, *table, self.embedding_dim, self.qconfig.weight.bits, self.dtype)
+        weight, scale, zero_point = self.own(_TENSORS)
+        bits = self.qconfig.weight.bits
+        return ops.embedding(input, weight, scale, zero_point, self.embedding_dim, bits, self.dtype)
 
 
 class QuantizedEmbeddingBag(_QuantizedTable):
@@ -95,9 +96,12 @@ class QuantizedEmbeddingBag(_QuantizedTable):
                 f"per_sample_weights must have the input's shape {tuple(input.shape)} and mode 'sum', "
                 f"got {tuple(per_sample_weights.shape)} and mode {self.mode!r}"
             )
+        weight, scale, zero_point = self.own(_TENSORS)
         return ops.embedding_bag(
             input,
-            *self.own(_TENSORS),
+            weight,
+            scale,
+            zero_point,
             self.embedding_dim,
             offsets,
             self.mode,

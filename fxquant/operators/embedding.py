@@ -50,13 +50,13 @@ def _table(call: Call) -> dict[str, Any]:
 
 
 def _convert_embedding(call: Call) -> NewCall:
-    return NewCall(ops.OVERLOADS["embedding"], _table(call))
+    return NewCall(ops.embedding, _table(call))
 
 
 def _convert_bag(call: Call) -> NewCall:
     same = ("offsets", "mode", "per_sample_weights", "include_last_offset", "padding_idx")
     given = {name: call.operands[name] for name in same if name in call.operands}
-    return NewCall(ops.OVERLOADS["embedding_bag"], {**_table(call), **given})
+    return NewCall(ops.embedding_bag, {**_table(call), **given})
 
 
 EMBEDDING = Operator(

@@ -51,7 +51,7 @@ def convert_linear(call: Call, x: str = "input", bias: str = "bias") -> NewCall:
         "per_row": call.qconfig.per_row,
         "qmax": call.qconfig.qmax,
     }
-    return NewCall(ops.OVERLOADS["linear"], operands)
+    return NewCall(ops.linear, operands)
 
 
 LINEAR = Operator(

@@ -1,7 +1,8 @@
 """The quantized operators as functions, whose arguments `SCHEMAS` has.
 
-An eager call on plain CPU tensors goes straight to the native kernels, `native.at_once`: torch's dispatcher would cost
-more than a small product. Every other call is one of `torch.ops.fxquant.*`, which `dispatch` answers.
+An eager call on plain CPU tensors, from a module or a graph, goes straight to the native kernels, `native.at_once`:
+torch's dispatcher would cost more than a small product. Every other call is one of `torch.ops.fxquant.*`, which
+`dispatch` answers: compilers and torch.export see those.
 """
 
 from __future__ import annotations
@@ -20,11 +21,20 @@ for _name in SCHEMAS:
     LIBRARY.impl(_name, getattr(dispatch, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 OVERLOADS: dict[str, Callable[..., Any]] = {name: getattr(torch.ops.fxquant, name).default for name in SCHEMAS}
-"""The registered operators: what graphs, torch.compile and torch.export hold."""
+"""The registered operators: what torch.compile and torch.export hold."""
 
 
-def linear(*args: Any) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    relu: bool = False,
+    per_row: bool = True,
+    qmax: int = 255,
+) -> torch.Tensor:
     """Call `torch.ops.fxquant.linear`."""
+    args = (x, weight, scale, bias, relu, per_row, qmax)
     out: torch.Tensor | None = None if is_compiling() else at_once.linear(True, *args)
     return OVERLOADS["linear"](*args) if out is None else out
 
@@ -41,16 +51,40 @@ def rnn(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return OVERLOADS["rnn"](*args) if out is None else out
 
 
-def embedding(*args: Any) -> torch.Tensor:
+def embedding(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    embedding_dim: int,
+    bits: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Call `torch.ops.fxquant.embedding`."""
+    args = (indices, weight, scale, zero_point, embedding_dim, bits, dtype)
     out: torch.Tensor | None = None if is_compiling() else at_once.embedding(True, *args)
     return OVERLOADS["embedding"](*args) if out is None else out
 
 
-def embedding_bag(*args: Any) -> torch.Tensor:
+def embedding_bag(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    embedding_dim: int,
+    offsets: torch.Tensor | None = None,
+    mode: str = "mean",
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+    bits: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Call `torch.ops.fxquant.embedding_bag`."""
-    out: torch.Tensor | None = None if is_compiling() else at_once.embedding_bag(True, *args)
-    return OVERLOADS["embedding_bag"](*args) if out is None else out
+    table = (indices, weight, scale, zero_point, embedding_dim)
+    bags = (offsets, mode, per_sample_weights, include_last_offset, padding_idx, bits, dtype)
+    out: torch.Tensor | None = None if is_compiling() else at_once.embedding_bag(True, *table, *bags)
+    return OVERLOADS["embedding_bag"](*table, *bags) if out is None else out
 
 
 __all__ = ["OVERLOADS", "KernelInfo", "embedding", "embedding_bag", "kernel_info", "linear", "lstm", "rnn"]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import convert_fx, float_qparams_weight_only_qconfig
+from fxquant import convert_fx, float_qparams_weight_only_qconfig, ops
 from fxquant.graph.edit import byte_count
 from tests.samples import Call, WordLM, everything, kinds, lm_inputs, prepare, quantize, same_bits
 
@@ -27,7 +27,7 @@ def test_a_call_keeps_its_name_place_and_stack_trace():
     quantized = convert_fx(prepared)
     after = next(n for n in quantized.graph.nodes if n.op == "call_function")
     assert (after.name, after.stack_trace) == (before.name, before.stack_trace)
-    assert after.target is torch.ops.fxquant.linear.default
+    assert after.target is ops.linear
 
 
 def test_the_float_weight_of_a_call_is_gone():

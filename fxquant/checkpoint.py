@@ -219,10 +219,9 @@ def _record(
     sites = tuple(_site(site) for site in plan["sites"])
     for site in sites:
         if find_row(operators, site.operator) is None:
-            known = [row.name for row in operators]
             raise CheckpointError(
-                f"{path}: {site.path!r} needs the operator {site.operator!r}, which is not in the table"
-                f"{nearest(site.operator, known)} Pass load(..., operators=(*OPERATORS, YOUR_ROW))"
+                f"{path}: {site.path!r} needs the operator {site.operator!r}, which is not in the table; "
+                "pass load(..., operators=(*OPERATORS, YOUR_ROW))"
             )
     return Record(
         stage="quantized",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
+import sys
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -153,12 +154,23 @@ def erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
             erase_dead(graph, feeders)
 
 
+def _place(filename: str, line: int | str | None) -> str:
+    """Return "file.py:12", "Cell In[3], line 12" in IPython, whose files are temporary, or "" in a library."""
+    ipython = sys.modules.get("IPython")
+    compiler: Any = getattr(ipython and ipython.get_ipython(), "compile", None)
+    cell = compiler.format_code_name(filename) if hasattr(compiler, "format_code_name") else None
+    if cell is not None:
+        return f"{' '.join(cell)}, line {line}"
+    return "" if filename.startswith(_LIBRARIES) else f"{filename}:{line}"
+
+
 def user_frame(error: BaseException) -> str:
     """Return "file.py:12, in forward: `the line`" of the user's code in which an error arose, or ""."""
     frames = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):
-        if not frame.filename.startswith(_LIBRARIES):
-            return f"{frame.filename}:{frame.lineno}, in {frame.name}: `{(frame.line or '').strip()}`"
+        place = _place(frame.filename, frame.lineno)
+        if place:
+            return f"{place}, in {frame.name}: `{(frame.line or '').strip()}`"
     return ""
 
 
@@ -168,8 +180,9 @@ def node_frame(node: fx.Node) -> str:
         line = line.strip()
         if line.startswith('File "'):
             filename, _, rest = line[6:].partition('", line ')
-            if not filename.startswith(_LIBRARIES):
-                return f"{filename}:{rest.partition(',')[0]}"
+            place = _place(filename, rest.partition(",")[0])
+            if place:
+                return place
     return ""
 
 

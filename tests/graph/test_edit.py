@@ -1,7 +1,10 @@
 """The tools that the passes share."""
 
+import sys
 import threading
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import fx, nn
 
@@ -104,3 +107,24 @@ def test_erase_dead_leaves_the_users_calls():
     graph.output(x)
     edit.erase_dead(graph, [mine, users])
     assert [n.name for n in graph.nodes] == ["x", "add", "output"]
+
+
+def test_a_notebooks_line_is_told_by_its_cell(monkeypatch):
+    compiler = pytest.importorskip("IPython.core.compilerop").CachingCompiler()
+    shell = SimpleNamespace(compile=compiler)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    source = "def forward(x):\n    return 1 / x\n"
+    names: dict = {}
+    exec(compile(source, compiler.cache(source, number=7), "exec"), names)
+    with pytest.raises(ZeroDivisionError) as caught:
+        names["forward"](0)
+    assert edit.user_frame(caught.value) == "Cell In[7], line 2, in forward: `return 1 / x`"
+
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    node.stack_trace = f'  File "{names["forward"].__code__.co_filename}", line 2, in forward\n    return 1 / x\n'
+    assert edit.node_frame(node) == "Cell In[7], line 2"
+
+    with pytest.raises(TypeError) as elsewhere:
+        len(0)
+    assert edit.user_frame(elsewhere.value).startswith(f"{__file__}:")

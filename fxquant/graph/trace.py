@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import rnn
 
@@ -185,7 +186,8 @@ class _Tracer(fx.Tracer):
         plain = PLAIN_FORWARDS.get(type(root).forward)
         if plain is not None:  # torch.fx takes the root's forward from its class
             root.__class__ = type(type(root).__name__, (type(root),), {"forward": plain})
-        graph = super().trace(root, concrete_args)
+        with register_module_buffer_registration_hook(_refuse_stand_in):
+            graph = super().trace(root, concrete_args)
         graph._tracer_cls = _Retracer  # what torch.fx unpickles with
         graph.set_codegen(call.SignatureCodeGen(root))
         graph.output_node().type = inspect.unwrap(type(root).forward).__annotations__.get("return")
@@ -225,6 +227,15 @@ def _refuse_keywords(path: str) -> None:
             )
 
 
+def _refuse_stand_in(_: nn.Module, name: str, value: Any) -> None:
+    """Raise TypeError where forward sets a buffer to what it computes: a graph reads buffers, and sets none."""
+    if isinstance(value, fx.Proxy):
+        raise TypeError(
+            f"forward sets the buffer {name!r} (by = or +=), which a graph does not hold; write into it: "
+            f"self.{name}.add_(...), self.{name}.copy_(...)"
+        )
+
+
 def _is_fresh(operand: Any) -> bool:
     """Return whether a node is a tensor that is neither the model's nor an input's."""
     return isinstance(operand, fx.Node) and operand.op == "get_attr" and str(operand.target).startswith("_tensor_con")
@@ -247,11 +258,11 @@ def _doubtful(root: nn.Module, graph: fx.Graph, before: dict[str, dict[str, Any]
 
 
 class _UntraceableError(Exception):
-    """Tracing failed in the module at a path ("" is the root)."""
+    """Tracing failed in the module at a path ("" is the root), when there were so many nodes."""
 
-    def __init__(self, path: str, error: Exception) -> None:
+    def __init__(self, path: str, error: Exception, nodes: int) -> None:
         super().__init__(path)
-        self.path, self.error = path, error
+        self.path, self.error, self.nodes = path, error, nodes
 
 
 def trace(
@@ -295,27 +306,31 @@ def _graph(
     Forward meets buffers as they are, and so may branch on their values, unless it writes into one, or slices one by an
     input's size: then buffers must be nodes.
     """
-    failure: _UntraceableError | None = None
+    failures = []
     for buffers_are_nodes in (False, True):
         root, tracer = edit.mirror(model, device, hooks=False), make_tracer()
         make_plain(root)
         tracer.proxy_buffer_attributes = buffers_are_nodes
-        versions, attributes = _versions(root), _attributes(root)
+        buffers, attributes = _buffers(root), _attributes(root)
         try:
             with TRACING, torch.no_grad():
                 graph = tracer.trace(root, dict(constants) if constants else None)
         except Exception as error:
-            failure = failure or _UntraceableError(tracer.failed, error)
+            failures.append(_UntraceableError(tracer.failed, error, len(tracer.graph.nodes)))
             continue
-        if buffers_are_nodes or _versions(root) == versions:
+        if buffers_are_nodes or _is_as_it_was(buffers, _buffers(root)):
             return root, graph, _doubtful(root, graph, attributes)
-    assert failure is not None
-    raise failure
+    raise max(failures, key=lambda failure: failure.nodes)  # what stopped the one that got further
 
 
-def _versions(root: nn.Module) -> list[int]:
-    """Return how often each buffer was written into."""
-    return [0 if buffer.is_inference() else buffer._version for buffer in root.buffers()]
+def _buffers(root: nn.Module) -> list[tuple[torch.Tensor, int]]:
+    """Return each buffer, and how often it was written into."""
+    return [(buffer, 0 if buffer.is_inference() else buffer._version) for buffer in root.buffers()]
+
+
+def _is_as_it_was(before: list[tuple[torch.Tensor, int]], after: list[tuple[torch.Tensor, int]]) -> bool:
+    """Return whether no buffer was set or written into in between."""
+    return [(id(buffer), version) for buffer, version in before] == [(id(buffer), version) for buffer, version in after]
 
 
 def check_model(model: Any) -> None:

@@ -27,7 +27,18 @@ from fxquant.graph import edit
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import Coverage, Fusion, Left, Record, Site, finish, keep_record, need_stage, preserve
+from fxquant.graph.module import (
+    Coverage,
+    Fusion,
+    Left,
+    Record,
+    Site,
+    finish,
+    keep_record,
+    need_stage,
+    preserve,
+    refuse_ours,
+)
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import replay
 from fxquant.graph.trace import check_model, trace
@@ -74,6 +85,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[
 
     Raises CheckpointError for a file that is damaged, altered, foreign, newer than this version, or another model's.
     """
+    refuse_ours(model, "load")
     check_model(model)
     plan = _read_plan(path)
     try:

@@ -497,3 +497,10 @@ def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"there is no folder '.*absent'; make it first"):
         fxquant.save(quantized, path)
     assert not path.parent.exists()
+
+
+def test_loading_into_a_quantized_model_is_an_error(tmp_path):
+    quantized = quantize(nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4))
+    fxquant.save(quantized, tmp_path / "model.safetensors")
+    with pytest.raises(ModelStateError, match="load needs the float model, got a model that is quantized already"):
+        fxquant.load(quantized, tmp_path / "model.safetensors")

@@ -92,7 +92,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module is called as it is, rather than traced through."""
         return (
-            (super().is_leaf_module(m, module_qualified_name) and type(m).forward not in PLAIN_FORWARDS)
+            (super().is_leaf_module(m, module_qualified_name) and forward_of(m) not in PLAIN_FORWARDS)
             or module_qualified_name in self._whole
             or "forward" in vars(m)  # replaced on the instance, perhaps by a closure over the original
             or isinstance(m, (QuantizedModule, torch.jit.ScriptModule))
@@ -109,7 +109,7 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         _refuse_keywords(path)  # here it counts as a failure of the caller
         try:
-            plain = PLAIN_FORWARDS.get(type(m).forward)
+            plain = PLAIN_FORWARDS.get(forward_of(m))
             return super().call_module(m, functools.partial(plain, m) if plain else forward, args, kwargs)
         except Exception:
             self.failed = self.failed or path
@@ -183,7 +183,7 @@ class _Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a module, its placeholders named as forward's arguments."""
-        plain = PLAIN_FORWARDS.get(type(root).forward)
+        plain = PLAIN_FORWARDS.get(forward_of(root))
         if plain is not None:  # torch.fx takes the root's forward from its class
             root.__class__ = type(type(root).__name__, (type(root),), {"forward": plain})
         with register_module_buffer_registration_hook(_refuse_stand_in):
@@ -333,15 +333,35 @@ def _is_as_it_was(before: list[tuple[torch.Tensor, int]], after: list[tuple[torc
     return [(id(buffer), version) for buffer, version in before] == [(id(buffer), version) for buffer, version in after]
 
 
-def check_model(model: Any) -> None:
-    """Raise ModelStateError unless this is a module in eval mode whose parameters have shapes."""
+def forward_of(module: nn.Module) -> Any:
+    """Return the forward of a module's class as it stands there: TorchScript's cannot be asked for."""
+    return inspect.getattr_static(type(module), "forward", None)
+
+
+def wrapped_in(module: nn.Module) -> str:
+    """Return the attribute that holds what a wrapper is around, "" for a module that is no wrapper."""
+    inner = _WRAPPERS.get(type(module).__name__, "")
+    return inner if hasattr(module, inner) else ""
+
+
+def check_kind(model: Any) -> None:
+    """Raise ModelStateError unless this is a module whose parameters have shapes, and neither wrapped nor compiled."""
     if not isinstance(model, nn.Module):
         raise ModelStateError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise ModelStateError("TorchScript models cannot be traced; pass the nn.Module that it was made from")
-    for kind, inner in _WRAPPERS.items():
-        if type(model).__name__ == kind and hasattr(model, inner):
-            raise ModelStateError(f"a {kind} is a wrapper; pass the model inside it: model.{inner}")
+        raise ModelStateError("TorchScript models cannot be quantized; pass the nn.Module that it was made from")
+    if wrapped_in(model):
+        raise ModelStateError(
+            f"{type(model).__name__} is a wrapper; pass the model inside it: model.{wrapped_in(model)}"
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ModelStateError(f"{name!r} is lazy and has no shape yet; run the model once on real input first")
+
+
+def check_model(model: Any) -> None:
+    """Raise ModelStateError unless `check_kind` lets it pass and it is in eval mode, its forward in its class."""
+    check_kind(model)
     if "forward" in vars(model):
         raise ModelStateError(
             f"the forward of this {type(model).__name__} was replaced on the instance, where torch.fx does not see it; "
@@ -349,9 +369,6 @@ def check_model(model: Any) -> None:
         )
     if model.training:
         raise ModelStateError(f"{type(model).__name__} is in training mode; call model.eval() first")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise ModelStateError(f"{name!r} is lazy and has no shape yet; run the model once on real input first")
 
 
 def first_line(error: Exception) -> str:

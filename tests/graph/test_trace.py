@@ -21,6 +21,7 @@ from fxquant import (
     explain,
     fuse_fx,
     prepare_fx,
+    quantize_dynamic,
 )
 from fxquant.graph.trace import trace
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize, same_bits
@@ -163,6 +164,29 @@ def test_a_wrapper_is_an_error_that_names_the_model_inside(wrap, inner):
         prepare_fx(wrapped, everything(), torch.ones(2, 2))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated", "ignore:.*torch.jit.*is not supported")
+@pytest.mark.parametrize(
+    ("wrap", "reason"),
+    [
+        (
+            lambda m: torch.compile(m, backend="eager"),
+            r"OptimizedModule is a wrapper; put what it holds, its ._orig_mod",
+        ),
+        (nn.DataParallel, r"DataParallel is a wrapper; put what it holds, its .module,"),
+        (torch.jit.script, "it is compiled to TorchScript; put the nn.Module that it was made from"),
+    ],
+)
+@pytest.mark.parametrize("way", [quantize, lambda m, x: quantize_dynamic(m)])
+def test_a_wrapped_part_stays_float_with_the_reason(wrap, reason, way):
+    x = torch.randn(2, 4)
+    model = nn.Sequential(wrap(nn.Sequential(nn.Linear(4, 4)).eval()), nn.Linear(4, 4)).eval()
+    quantized = way(model, x)
+    assert torch.equal(quantized.get_submodule("0")(x), model[0](x))
+    (left,) = quantized._fxquant_record.left
+    assert re.match(reason, left.reason)
+    assert [site.path for site in quantized._fxquant_record.sites] == ["1"]
+
+
 @pytest.mark.parametrize("call", [lambda m: prepare_fx(m, everything(), torch.ones(2, 2)), fuse_fx])
 def test_training_mode_is_an_error(call):
     with pytest.raises(ModelStateError, match=r"Linear is in training mode; call model.eval\(\) first"):
@@ -171,7 +195,7 @@ def test_training_mode_is_an_error(call):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated", "ignore:.*torch.jit.*is not supported")
 def test_a_torchscript_model_is_an_error():
-    with pytest.raises(ModelStateError, match="TorchScript models cannot be traced"):
+    with pytest.raises(ModelStateError, match="TorchScript models cannot be quantized"):
         prepare_fx(torch.jit.script(nn.Linear(2, 2)).eval(), everything(), torch.ones(2, 2))
 
 

@@ -162,7 +162,9 @@ static bool is_plain(PyObject *object) {
 
 bool read_tensor(PyObject *object, struct tensor *tensor) {
     if (!is_plain(object)) return false;
-    if (torch.exchange ? read_exchanged(object, tensor) : read_by_methods(object, tensor)) return true;
+    if (torch.exchange ? read_exchanged(object, tensor) : read_by_methods(object, tensor)) {
+        return tensor->data != NULL || tensor->count == 0; /* a storage may be freed, or never have been there */
+    }
     PyErr_Clear(); /* torch has its reasons: a tensor of a function transform, say, has no memory to show */
     return false;
 }
@@ -226,6 +228,7 @@ PyObject *new_tensor(const int64_t *shape, int dimensions, struct tensor *tensor
 }
 
 int thread_count(void) {
+    if (PyErr_Occurred()) return -1; /* of an argument: torch must not be called with one set */
     const long long threads = integer_from(PyObject_CallObject(torch.get_num_threads, NULL));
     return PyErr_Occurred() ? -1 : (int)threads;
 }

@@ -35,6 +35,6 @@ bool is_watched(PyObject *object);
 
 /* A new float32 tensor, not initialized. NULL: an exception is set. */
 PyObject *new_tensor(const int64_t *shape, int dimensions, struct tensor *tensor);
-int thread_count(void); /* torch's; -1: an exception is set */
+int thread_count(void); /* torch's; -1: an exception is set, perhaps before the call */
 
 #endif

@@ -27,7 +27,18 @@ from fxquant.graph import edit
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import Coverage, Fusion, Left, Record, Site, finish, keep_record, need_stage, preserve
+from fxquant.graph.module import (
+    Coverage,
+    Fusion,
+    Left,
+    Record,
+    Site,
+    finish,
+    keep_record,
+    need_stage,
+    preserve,
+    refuse_ours,
+)
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import replay
 from fxquant.graph.trace import check_model, trace
@@ -45,13 +56,16 @@ _CHUNK_BYTES = 1 << 20
 def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized model to one safetensors file, atomically: the file is complete or not there.
 
-    Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a missing folder.
+    Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a folder that
+    is missing, or is in the file's place.
     """
     record = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
     tensors, aliases = _distinct(quantized.state_dict())
     target = pathlib.Path(path)
     if not target.parent.is_dir():
         raise CheckpointError(f"{path}: cannot be written: there is no folder {str(target.parent)!r}; make it first")
+    if target.is_dir():
+        raise CheckpointError(f"{path}: cannot be written: it is a folder; name a file in it")
     name = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         name.touch()
@@ -74,6 +88,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[
 
     Raises CheckpointError for a file that is damaged, altered, foreign, newer than this version, or another model's.
     """
+    refuse_ours(model, "load")
     check_model(model)
     plan = _read_plan(path)
     try:
@@ -310,14 +325,25 @@ def _check_tensors(result: nn.Module, tensors: dict[str, torch.Tensor], path: st
 
 
 def _fill_unsaved(result: nn.Module, model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Give the buffers that no state_dict holds (persistent=False) the values that the user's model has."""
+    """Give the buffers that no state_dict holds (persistent=False) the values that the user's model has.
+
+    Raises CheckpointError where that has none either, and for plain tensors without data, which the model's code uses.
+    """
     for name, buffer in list(result.named_buffers()):
         if buffer.device.type == "meta":
             source = edit.get_tensor(model, name)
             if source is None or source.device.type == "meta":
-                raise CheckpointError(
-                    f"{path}: holds no value for the non-persistent buffer {name!r}, nor does the model, which is "
-                    "on the meta device; build the model on the CPU and load into that"
-                )
+                raise _no_value(path, f"the non-persistent buffer {name!r}")
             owner, _, last = name.rpartition(".")
             result.get_submodule(owner)._buffers[last] = source.detach().clone()
+    for owner, module in result.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.device.type == "meta":
+                raise _no_value(path, f"the attribute {f'{owner}.{name}'.lstrip('.')!r}, which is no buffer")
+
+
+def _no_value(path: str | os.PathLike[str], what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: holds no value for {what}, nor does the model, which is on the meta device; build the model on the "
+        "CPU and load into that"
+    )

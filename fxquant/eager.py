@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from fxquant.entry import entry
-from fxquant.errors import ModelStateError, QConfigError
-from fxquant.graph.module import need_stage, record_of
+from fxquant.errors import QConfigError
+from fxquant.graph.module import need_stage, refuse_ours
 from fxquant.graph.outcome import judge
 from fxquant.graph.plan import check_mapping
-from fxquant.graph.trace import names_of
+from fxquant.graph.trace import check_kind, names_of
 from fxquant.graph.tree import convert_tree, prepare_tree
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig import (
@@ -57,8 +57,8 @@ def quantize_dynamic(
     Raises ModelStateError, QConfigError or MappingNameError; then nothing was changed.
     """
     table = tuple(operators)
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule) or record_of(model) is not None:
-        raise ModelStateError(f"quantize_dynamic needs the float model, an nn.Module, got {type(model).__name__}")
+    refuse_ours(model, "quantize_dynamic")
+    check_kind(model)
     mapping = _as_mapping(qconfig_spec, dtype)
     known = names_of(model)
     check_mapping(mapping, known)

@@ -15,7 +15,7 @@ from fxquant.graph.capture import capture, check_runs
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, record_of
+from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, refuse_ours
 from fxquant.graph.observe import observe
 from fxquant.graph.outcome import judge
 from fxquant.graph.plan import check_mapping, plan
@@ -53,7 +53,7 @@ def prepare_fx(
     ExampleInputsError, QConfigError, MappingNameError or AttributeNameError; then nothing was changed.
     """
     mapping = _as_mapping(qconfig_mapping)
-    _refuse_ours(model, "prepare_fx")
+    refuse_ours(model, "prepare_fx", ("prepared", "quantized"))
     check_model(model)
     preserved = preserve(model, preserved_attributes)
     inputs = bind_inputs(model, example_inputs, example_kwargs)
@@ -134,7 +134,7 @@ def fuse_fx(
     example_inputs, example_kwargs: as for prepare_fx. Without them the rank of values is not known, and a folded
     BatchNorm1d is guarded by an assertion in the graph.
     """
-    _refuse_ours(model, "fuse_fx")
+    refuse_ours(model, "fuse_fx", ("prepared", "quantized"))
     check_model(model)
     preserved = preserve(model, preserved_attributes)
     if example_inputs is None and example_kwargs is None:
@@ -159,10 +159,3 @@ def _as_mapping(mapping: QConfigMapping | Mapping[str, Any]) -> QConfigMapping:
     raise QConfigError(
         f"qconfig_mapping must be a QConfigMapping or its dict form, got {type(mapping).__name__}{theirs}"
     )
-
-
-def _refuse_ours(model: Any, caller: str) -> None:
-    """Raise ModelStateError for a model that went through fxquant already."""
-    record = record_of(model)
-    if record is not None and record.stage != "fused":
-        need_stage(model, "float", caller, "nothing of fxquant's: the float model")

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxquant
-from fxquant import CheckpointError, FxQuantError, ModelStateError, QConfigMapping, convert_fx, graph_diff
+from fxquant import (
+    CheckpointError,
+    FxQuantError,
+    ModelStateError,
+    QConfigMapping,
+    convert_fx,
+    graph_diff,
+    quantize_dynamic,
+)
 from tests.samples import SCHEMES, Call, WordLM, everything, leaves, lm_inputs, prepare, quantize, same_bits
 
 
@@ -497,3 +505,40 @@ def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"there is no folder '.*absent'; make it first"):
         fxquant.save(quantized, path)
     assert not path.parent.exists()
+
+
+def test_loading_into_a_quantized_model_is_an_error(tmp_path):
+    quantized = quantize(nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4))
+    fxquant.save(quantized, tmp_path / "model.safetensors")
+    with pytest.raises(ModelStateError, match="load needs the float model, got a model that is quantized already"):
+        fxquant.load(quantized, tmp_path / "model.safetensors")
+
+
+def test_a_folder_in_the_place_of_the_file_is_an_error(tmp_path):
+    quantized = quantize(nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4))
+    (tmp_path / "model").mkdir()
+    with pytest.raises(CheckpointError, match="model: cannot be written: it is a folder; name a file in it"):
+        fxquant.save(quantized, tmp_path / "model")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+class Rotates(nn.Module):
+    """Keeps a plain tensor, which no state_dict holds and no device reaches, as Llama's reference code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+        self.angles = torch.arange(4.0)
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.net(x) * self.angles
+
+
+def test_a_plain_tensor_of_a_model_that_does_not_trace_comes_from_the_model(path):
+    fxquant.save(quantize_dynamic(Rotates()), path)
+    x = torch.randn(2, 4)
+    assert torch.equal(fxquant.load(Rotates().eval(), path)(x)[:, 0], torch.zeros(2))
+    with pytest.raises(CheckpointError, match=r"holds no value for the attribute 'angles', which is no buffer"):
+        fxquant.load(on_meta(Rotates).eval(), path)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import fxquant
 from fxquant import (
@@ -18,6 +19,7 @@ from fxquant import (
     float16_dynamic_qconfig,
     quantize_dynamic,
 )
+from fxquant.graph.module import record_of
 from fxquant.nn import DynamicQuantizedLSTM
 from tests.samples import WordLM, everything, kinds, lm_inputs, quantize, same_bits
 
@@ -115,8 +117,40 @@ def test_a_misspelt_name_is_an_error_with_the_nearest():
 
 
 def test_twice_is_an_error():
-    with pytest.raises(ModelStateError, match="needs the float model"):
+    with pytest.raises(ModelStateError, match="needs the float model, got a model that is quantized already"):
         quantize_dynamic(quantize_dynamic(WordLM().eval()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: None, r"expected a torch.nn.Module, got NoneType"),
+        (
+            lambda: nn.DataParallel(nn.Linear(4, 4)),
+            r"DataParallel is a wrapper; pass the model inside it: model.module",
+        ),
+        (lambda: nn.Sequential(nn.LazyLinear(4)), r"'0\.weight' is lazy and has no shape yet"),
+    ],
+)
+def test_what_is_no_float_model_is_an_error(make, message):
+    with pytest.raises(ModelStateError, match=message):
+        quantize_dynamic(make())
+
+
+@pytest.mark.parametrize("is_root", [True, False])
+def test_a_part_compiled_in_place_is_quantized_and_not_the_original(is_root):
+    """module.compile() leaves a call of the float original on the module, which a copy must not keep."""
+    part = nn.Sequential(nn.Linear(8, 8))
+    model, x = (part if is_root else nn.Sequential(part)).eval(), torch.randn(3, 8)
+    part.compile(backend="eager")
+    expected = quantize_dynamic(nn.Sequential(copy.deepcopy(part[0])))
+    assert torch.equal(quantize_dynamic(model)(x), expected(x))
+    assert not torch.equal(model(x), expected(x))
+
+
+def test_an_averaged_model_is_quantized_inside():
+    quantized = quantize_dynamic(AveragedModel(nn.Linear(4, 4)))
+    assert [site.path for site in record_of(quantized).sites] == ["module"]
 
 
 def test_a_table_module_by_itself():

@@ -59,6 +59,7 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
         else:
             twin = memo[id(module)]
             twin.__dict__.update({name: copied(value, memo) for name, value in module.__dict__.items()})
+            twin.__dict__.pop("_compiled_call_impl", None)  # of module.compile(): it would run the original
     result: nn.Module = memo.get(id(root), root)
     if not hooks:
         for module in result.modules():

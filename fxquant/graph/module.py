@@ -184,7 +184,7 @@ class FxModule(fx.GraphModule):
         assert isinstance(twin, FxModule)
         twin.__class__.__name__ = self.__class__.__name__  # a class of the twin's own
         twin.__dict__["_fxquant_record"] = copy.deepcopy(self._fxquant_record, memo)
-        for name in self.__dict__.keys() - twin.__dict__.keys():  # what the user hung on it
+        for name in self.__dict__.keys() - twin.__dict__.keys() - {"_compiled_call_impl"}:  # what the user hung on it
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         for name in edit.HOOKS:
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
@@ -193,7 +193,9 @@ class FxModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         nodes = [(node.name, node.meta) for node in self.graph.nodes]
         hooks = {name: self.__dict__[name] for name in edit.HOOKS}  # torch.fx drops those of the root
-        return _restore, (super().__reduce__(), self.__class__.__name__, nodes, hooks)
+        reduced = super().__reduce__()
+        reduced[1][0].pop("_compiled_call_impl", None)  # of .compile(): nn.Module's own pickles leave it out too
+        return _restore, (reduced, self.__class__.__name__, nodes, hooks)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FxModule:
         """Move as nn.Module does; what a quantized call reads as buffers, its integers and scales, keeps its dtype."""
@@ -290,6 +292,13 @@ def record_of(model: Any) -> Record | None:
     """Return what a model of ours remembers, None for any other."""
     found = vars(model).get("_fxquant_record") if isinstance(model, nn.Module) else None
     return found if isinstance(found, Record) else None
+
+
+def refuse_ours(model: Any, caller: str, stages: Sequence[str] = ("fused", "prepared", "quantized")) -> None:
+    """Raise ModelStateError for a model that went through fxquant already, to one of these stages."""
+    record = record_of(model)
+    if record is not None and record.stage in stages:
+        raise ModelStateError(f"{caller} needs the float model, got a model that is {record.stage} already")
 
 
 def need_stage(model: Any, stage: str, caller: str, cure: str) -> Record:

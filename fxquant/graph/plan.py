@@ -7,7 +7,6 @@ reason. Nothing is changed here, and nothing later decides again.
 from __future__ import annotations
 
 import collections
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
+from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import MappingNameError, QConfigError, nearest, warn
@@ -23,7 +23,7 @@ from fxquant.graph.constants import constant_of, is_transposition
 from fxquant.graph.kinds import base_of, known_base, redefined
 from fxquant.graph.module import ASKED, NOTHING, Coverage, Left, Site
 from fxquant.graph.reads import weights_read
-from fxquant.graph.trace import SCOPE, Names, Traced, names_of
+from fxquant.graph.trace import SCOPE, Names, Traced, forward_of, names_of, wrapped_in
 from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.nn.transformer import PLAIN_FORWARDS
@@ -103,15 +103,15 @@ class _Planner:
             known = None if base is None else FLOAT_TYPES.get(base, base)
             is_whole = row is not None or not any(True for _ in module.children())
             rule = self.rule(path, path.rpartition(".")[0], kind, known, is_whole)
-            reason = row.refuse_module(module) if row else _unknown(kind, self.operators)
-            reason = inside or _replaced(module) or reason
+            shut = inside or _hidden(module)
+            reason = shut or (row.refuse_module(module) if row else _unknown(kind, self.operators))
             held = module.parameters(recurse=row is not None)  # what lies inside a module without a row counts itself
             self.decide(path, kind, row, rule, reason, held, shape)
         if row is not None:
             self.check_parts(path, module, rule)
         elif id(module) not in self.entered:  # else what it holds has been decided, and is swapped once
             self.entered.add(id(module))
-            shut = inside or _replaced(module)
+            shut = inside or _hidden(module)
             if not shut and not _calls_children(module):
                 shut = f"{type_name(kind)} reads its children's weights itself"
             read = weights_read(module)
@@ -354,17 +354,21 @@ def _calls_children(module: nn.Module) -> bool:
     """Return whether a module calls its children, so that they may be swapped: a user's forward, a container's, or one
     of torch's transformers', which `avoid_fast_path` keeps from reading their weights.
     """
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, AveragedModel)):
         return True
     if isinstance(module, nn.MultiheadAttention):  # a subclass's own forward may call super's
         return False
-    forward = inspect.getattr_static(type(module), "forward", None)
+    forward = forward_of(module)
     module_name = getattr(forward, "__module__", None) or ""  # the forward of a GraphModule has none
     return forward in PLAIN_FORWARDS or not module_name.startswith("torch.")
 
 
-def _replaced(module: nn.Module) -> str:
+def _hidden(module: nn.Module) -> str:
     """Return why a module's type does not say what it computes, if so."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled to TorchScript; put the nn.Module that it was made from in its place"
+    if wrapped_in(module):
+        return f"{type(module).__name__} is a wrapper; put what it holds, its .{wrapped_in(module)}, in its place"
     return "its forward was replaced on the instance" if "forward" in vars(module) else ""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import rnn
 
@@ -95,7 +96,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module is called as it is, rather than traced through."""
         return (
-            (super().is_leaf_module(m, module_qualified_name) and type(m).forward not in PLAIN_FORWARDS)
+            (super().is_leaf_module(m, module_qualified_name) and forward_of(m) not in PLAIN_FORWARDS)
             or module_qualified_name in self._whole
             or "forward" in vars(m)  # replaced on the instance, perhaps by a closure over the original
             or isinstance(m, (QuantizedModule, torch.jit.ScriptModule))
@@ -112,7 +113,7 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         _refuse_keywords(path)  # here it counts as a failure of the caller
         try:
-            plain = PLAIN_FORWARDS.get(type(m).forward)
+            plain = PLAIN_FORWARDS.get(forward_of(m))
             return super().call_module(m, functools.partial(plain, m) if plain else forward, args, kwargs)
         except Exception:
             self.failed = self.failed or path
@@ -186,10 +187,11 @@ class _Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a module, its placeholders named as forward's arguments."""
-        plain = PLAIN_FORWARDS.get(type(root).forward)
+        plain = PLAIN_FORWARDS.get(forward_of(root))
         if plain is not None:  # torch.fx takes the root's forward from its class
             root.__class__ = type(type(root).__name__, (type(root),), {"forward": plain})
-        graph = super().trace(root, concrete_args)
+        with register_module_buffer_registration_hook(_refuse_stand_in):
+            graph = super().trace(root, concrete_args)
         graph._tracer_cls = _Retracer  # what torch.fx unpickles with
         graph.set_codegen(call.SignatureCodeGen(root))
         graph.output_node().type = inspect.unwrap(type(root).forward).__annotations__.get("return")
@@ -229,6 +231,15 @@ def _refuse_keywords(path: str) -> None:
             )
 
 
+def _refuse_stand_in(_: nn.Module, name: str, value: Any) -> None:
+    """Raise TypeError where forward sets a buffer to what it computes: a graph reads buffers, and sets none."""
+    if isinstance(value, fx.Proxy):
+        raise TypeError(
+            f"forward sets the buffer {name!r} (by = or +=), which a graph does not hold; write into it: "
+            f"self.{name}.add_(...), self.{name}.copy_(...)"
+        )
+
+
 def _is_fresh(operand: Any) -> bool:
     """Return whether a node is a tensor that is neither the model's nor an input's."""
     return isinstance(operand, fx.Node) and operand.op == "get_attr" and str(operand.target).startswith("_tensor_con")
@@ -251,11 +262,11 @@ def _doubtful(root: nn.Module, graph: fx.Graph, before: dict[str, dict[str, Any]
 
 
 class _UntraceableError(Exception):
-    """Tracing failed in the module at a path ("" is the root)."""
+    """Tracing failed in the module at a path ("" is the root), when there were so many nodes."""
 
-    def __init__(self, path: str, error: Exception) -> None:
+    def __init__(self, path: str, error: Exception, nodes: int) -> None:
         super().__init__(path)
-        self.path, self.error = path, error
+        self.path, self.error, self.nodes = path, error, nodes
 
 
 def trace(
@@ -299,38 +310,62 @@ def _graph(
     Forward meets buffers as they are, and so may branch on their values, unless it writes into one, or slices one by an
     input's size: then buffers must be nodes.
     """
-    failure: _UntraceableError | None = None
+    failures = []
     for buffers_are_nodes in (False, True):
         root, tracer = edit.mirror(model, device, hooks=False), make_tracer()
         make_plain(root)
         tracer.proxy_buffer_attributes = buffers_are_nodes
-        versions, attributes = _versions(root), _attributes(root)
+        buffers, attributes = _buffers(root), _attributes(root)
         try:
             with TRACING, torch.no_grad():
                 graph = tracer.trace(root, dict(constants) if constants else None)
         except Exception as error:
-            failure = failure or _UntraceableError(tracer.failed, error)
+            failures.append(_UntraceableError(tracer.failed, error, len(tracer.graph.nodes)))
             continue
-        if buffers_are_nodes or _versions(root) == versions:
+        if buffers_are_nodes or _is_as_it_was(buffers, _buffers(root)):
             return root, graph, _doubtful(root, graph, attributes)
-    assert failure is not None
-    raise failure
+    raise max(failures, key=lambda failure: failure.nodes)  # what stopped the one that got further
 
 
-def _versions(root: nn.Module) -> list[int]:
-    """Return how often each buffer was written into."""
-    return [0 if buffer.is_inference() else buffer._version for buffer in root.buffers()]
+def _buffers(root: nn.Module) -> list[tuple[torch.Tensor, int]]:
+    """Return each buffer, and how often it was written into."""
+    return [(buffer, 0 if buffer.is_inference() else buffer._version) for buffer in root.buffers()]
 
 
-def check_model(model: Any) -> None:
-    """Raise ModelStateError unless this is a module in eval mode whose parameters have shapes."""
+def _is_as_it_was(before: list[tuple[torch.Tensor, int]], after: list[tuple[torch.Tensor, int]]) -> bool:
+    """Return whether no buffer was set or written into in between."""
+    return [(id(buffer), version) for buffer, version in before] == [(id(buffer), version) for buffer, version in after]
+
+
+def forward_of(module: nn.Module) -> Any:
+    """Return the forward of a module's class as it stands there: TorchScript's cannot be asked for."""
+    return inspect.getattr_static(type(module), "forward", None)
+
+
+def wrapped_in(module: nn.Module) -> str:
+    """Return the attribute that holds what a wrapper is around, "" for a module that is no wrapper."""
+    inner = _WRAPPERS.get(type(module).__name__, "")
+    return inner if hasattr(module, inner) else ""
+
+
+def check_kind(model: Any) -> None:
+    """Raise ModelStateError unless this is a module whose parameters have shapes, and neither wrapped nor compiled."""
     if not isinstance(model, nn.Module):
         raise ModelStateError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise ModelStateError("TorchScript models cannot be traced; pass the nn.Module that it was made from")
-    for kind, inner in _WRAPPERS.items():
-        if type(model).__name__ == kind and hasattr(model, inner):
-            raise ModelStateError(f"a {kind} is a wrapper; pass the model inside it: model.{inner}")
+        raise ModelStateError("TorchScript models cannot be quantized; pass the nn.Module that it was made from")
+    if wrapped_in(model):
+        raise ModelStateError(
+            f"{type(model).__name__} is a wrapper; pass the model inside it: model.{wrapped_in(model)}"
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ModelStateError(f"{name!r} is lazy and has no shape yet; run the model once on real input first")
+
+
+def check_model(model: Any) -> None:
+    """Raise ModelStateError unless `check_kind` lets it pass and it is in eval mode, its forward in its class."""
+    check_kind(model)
     if "forward" in vars(model):
         raise ModelStateError(
             f"the forward of this {type(model).__name__} was replaced on the instance, where torch.fx does not see it; "
@@ -338,9 +373,6 @@ def check_model(model: Any) -> None:
         )
     if model.training:
         raise ModelStateError(f"{type(model).__name__} is in training mode; call model.eval() first")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise ModelStateError(f"{name!r} is lazy and has no shape yet; run the model once on real input first")
 
 
 def first_line(error: Exception) -> str:

@@ -217,3 +217,13 @@ def test_inside_a_larger_model_floats_are_not_loaded_into_integers():
     state = {name: tensor.float() for name, tensor in outer.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"weight_int8 holds torch\.int8, the state_dict has torch\.float32"):
         outer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
+def test_the_twin_of_a_module_compiled_in_place_runs_itself(twin):
+    quantized, x = quantize(nn.Sequential(nn.Linear(8, 8, bias=False)).eval(), torch.randn(3, 8)), torch.randn(3, 8)
+    quantized.compile(backend="eager")
+    copied = twin(quantized)
+    copied.get_submodule("0").weight.zero_()
+    assert not copied(x).any()
+    assert quantized(x).all()

@@ -2,7 +2,9 @@
 
 import copy
 import pathlib
+import pickle
 import re
+import warnings
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from fxquant import (
     explain,
     fuse_fx,
     prepare_fx,
+    quantize_dynamic,
 )
 from fxquant.graph.trace import trace
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize, same_bits
@@ -161,6 +164,29 @@ def test_a_wrapper_is_an_error_that_names_the_model_inside(wrap, inner):
         prepare_fx(wrapped, everything(), torch.ones(2, 2))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated", "ignore:.*torch.jit.*is not supported")
+@pytest.mark.parametrize(
+    ("wrap", "reason"),
+    [
+        (
+            lambda m: torch.compile(m, backend="eager"),
+            r"OptimizedModule is a wrapper; put what it holds, its ._orig_mod",
+        ),
+        (nn.DataParallel, r"DataParallel is a wrapper; put what it holds, its .module,"),
+        (torch.jit.script, "it is compiled to TorchScript; put the nn.Module that it was made from"),
+    ],
+)
+@pytest.mark.parametrize("way", [quantize, lambda m, x: quantize_dynamic(m)])
+def test_a_wrapped_part_stays_float_with_the_reason(wrap, reason, way):
+    x = torch.randn(2, 4)
+    model = nn.Sequential(wrap(nn.Sequential(nn.Linear(4, 4)).eval()), nn.Linear(4, 4)).eval()
+    quantized = way(model, x)
+    assert torch.equal(quantized.get_submodule("0")(x), model[0](x))
+    (left,) = quantized._fxquant_record.left
+    assert re.match(reason, left.reason)
+    assert [site.path for site in quantized._fxquant_record.sites] == ["1"]
+
+
 @pytest.mark.parametrize("call", [lambda m: prepare_fx(m, everything(), torch.ones(2, 2)), fuse_fx])
 def test_training_mode_is_an_error(call):
     with pytest.raises(ModelStateError, match=r"Linear is in training mode; call model.eval\(\) first"):
@@ -169,7 +195,7 @@ def test_training_mode_is_an_error(call):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated", "ignore:.*torch.jit.*is not supported")
 def test_a_torchscript_model_is_an_error():
-    with pytest.raises(ModelStateError, match="TorchScript models cannot be traced"):
+    with pytest.raises(ModelStateError, match="TorchScript models cannot be quantized"):
         prepare_fx(torch.jit.script(nn.Linear(2, 2)).eval(), everything(), torch.ones(2, 2))
 
 
@@ -407,6 +433,60 @@ def test_a_buffer_that_forward_branches_on():
 
     model, x = Model().eval(), torch.randn(3, 2, 4)
     assert torch.equal(prepare(model, x)(x), model(x))
+
+
+class Counts(Named):
+    """Counts its calls in a buffer, by an assignment."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.how == "+=":
+            self.calls += 1
+        elif self.how == "+":
+            self.calls = self.calls + 1
+        else:
+            self.calls = self.calls + x.sum() * 0 + 1
+        return self.net(x)
+
+
+@pytest.mark.parametrize("how", ["+=", "+", "of the input"])
+@pytest.mark.parametrize("is_root", [False, True])
+def test_a_buffer_set_in_forward_is_kept_up_and_told(how, is_root):
+    part, x = Counts(how).eval(), torch.randn(3, 4)
+    model = part if is_root else nn.Sequential(part, nn.Linear(4, 4)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the root's: its own code runs on
+        quantized = quantize(model, x)
+    for _ in range(3):
+        quantized(x)
+    counter = quantized if is_root else quantized.get_submodule("0")
+    assert (counter.calls, part.calls) == (3, 0)
+    assert "forward sets the buffer 'calls'" in explain(quantized).untraced[0]
+    assert len(quantized._fxquant_record.sites) == (1 if is_root else 2)
+    assert pickle.loads(pickle.dumps(quantized))(x).equal(quantized(x))
+
+
+def test_the_reason_is_of_the_attempt_that_got_further():
+    """A slice of a buffer by the input's size is not what stands in the way: the conversion, behind it, is."""
+
+    class Positioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("positions", torch.randn(1, 8, 4))
+            self.part = ToNumber()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return F.linear(self.part(x + self.positions[:, : x.size(1)]), self.weight)
+
+    quantized = quantize(Positioned().eval(), torch.randn(2, 3, 4))
+    (told,) = explain(quantized).untraced
+    assert re.match(rf"part: .*{HERE}:{line_of('# the conversion')}", told)
+    assert [site.path for site in quantized.record.sites] == ["weight"]
 
 
 def test_a_root_whose_forward_was_replaced_on_the_instance_is_an_error():

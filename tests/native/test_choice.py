@@ -95,11 +95,18 @@ def negated(x):
     return torch._neg_view(x)
 
 
+def freed(x):
+    x.untyped_storage().resize_(0)
+    return x
+
+
 @pytest.mark.parametrize(
     "change",
     [
         strided,
         negated,
+        freed,
+        lambda x: torch._efficientzerotensor(x.shape),
         torch.Tensor.double,
         torch.Tensor.requires_grad_,
         torch.Tensor.to_sparse,
@@ -127,10 +134,17 @@ def test_an_unusual_input_is_not_taken_at_once(change):
         {"scale": torch.rand(3, 1)},
         {"bias": torch.rand(4)},
         {"bias": torch.rand(3).double()},
+        {"bias": freed(torch.rand(3))},
+        {"weight": freed(int8(3, 4))},
     ],
 )
 def test_an_unusual_operand_is_not_taken_at_once(operands):
     assert run_linear(torch.randn(2, 4), **operands) is None
+
+
+def test_an_option_that_is_no_number_is_pythons_own_error():
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        native.at_once.linear(True, torch.randn(2, 4), int8(3, 4), torch.rand(3), None, "no", True, 255)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")

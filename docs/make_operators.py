@@ -38,7 +38,8 @@ def page() -> str:
             f"| | |\n|---|---|\n| float | {kinds} |\n| takes | {schemes} |\n| presets | {presets} |\n"
         )
     parts.append(
-        "## The registered operators\n\nGraphs call the functions of `fxquant.ops`; `torch.compile` and `torch.export` see `torch.ops.fxquant.*`:\n"
+        "## The registered operators\n\n"
+        "Graphs call the functions of `fxquant.ops`; `torch.compile` and `torch.export` see `torch.ops.fxquant.*`:\n"
     )
     parts.append("```text\n" + "\n".join(f"{name}{schema}" for name, schema in SCHEMAS.items()) + "\n```\n")
     return "\n".join(parts)

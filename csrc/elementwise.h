@@ -9,7 +9,7 @@
 
 #define ROUND 12582912.0f /* 1.5 * 2^23: see activations.c */
 #define FXQ_ELEMENTWISE .measure = measure, \
-    .lstm_cell = lstm_cell, .gru_cell = gru_cell, .rnn_cell = rnn_cell, .table_row = table_row, .add_scaled = add_scaled, \
+    .lstm_cell = lstm_cell, .gru_cell = gru_cell, .rnn_cell = rnn_cell, .unpack = unpack, .table_row = table_row, .add_scaled = add_scaled, \
     .take_greater = take_greater
 
 FXQ_INLINE uint32_t float_bits(float x) {
@@ -133,6 +133,13 @@ static void rnn_cell(const float *restrict gates, int64_t units, bool is_relu, f
         for (int64_t u = 0; u < units; u++) h[u] = gates[u] < 0.0f ? 0.0f : gates[u];
     } else {
         for (int64_t u = 0; u < units; u++) h[u] = tanh_of(gates[u]);
+    }
+}
+
+static void unpack(const uint8_t *restrict nibbles, int64_t count, int8_t *restrict values) {
+    for (int64_t i = 0; i < count; i++) {
+        values[2 * i] = (int8_t)((nibbles[i] & 15) - 8);
+        values[2 * i + 1] = (int8_t)((nibbles[i] >> 4) - 8);
     }
 }
 

@@ -10,7 +10,7 @@ from tests.native import cases
 from tests.native.cases import failures, int8, kernels, same_bits
 
 SETTINGS = [(isa, threads) for isa in cases.usable() for threads in (1, 2)]
-COUNTS = {"linear": 1200, "lstm": 120, "rnn": 120, "embedding": 150, "embedding_bag": 150}  # times ten settings
+COUNTS = {"linear": 1200, "linear_int4": 1200, "lstm": 120, "rnn": 120, "embedding": 150, "embedding_bag": 150}  # times ten settings
 
 
 @pytest.mark.parametrize("operator", COUNTS)

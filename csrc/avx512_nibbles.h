@@ -112,6 +112,7 @@ FXQ_INLINE void multiply_nibbles(const struct nibble_step *s, const struct fxq_r
         factor[m] = _mm512_set1_epi32(128 - row[m].zero_point); /* the high half meets a 0: a lane's sum(u) is small */
     }
     FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+        _mm_prefetch((const char *)s->nibbles + (16 + i) * s->row_bytes, _MM_HINT_T0); /* for the next 16 outputs */
         const __m512i v = _mm512_maskz_loadu_epi8(i < outputs ? s->bytes : 0, s->nibbles + i * s->row_bytes);
         const __m512i u = _mm512_and_si512(v, low), u_odd = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
         const __m512i sum = dot_nibbles(dot_nibbles(zero, u, s->even_ones), u_odd, s->odd_ones);
@@ -153,7 +154,8 @@ FXQ_INLINE void matmul_nibbles_16(const struct fxq_nibble_product *job, int64_t 
             __m512i sums[4];
             sum_groups(t[i], group, sums);
             const __m512 row_scale = _mm512_set1_ps(job->row[m + i].scale);
-            for (int j = 0; j < count; j++) {
+            FXQ_UNROLL(4) for (int j = 0; j < each; j++) {
+                if (j >= count) break;
                 const __m512i less = _mm512_set1_epi32(job->less[(m + i) * groups + g + j]);
                 const __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[j], less));
                 y[i] = _mm512_add_ps(_mm512_mul_ps(whole, _mm512_mul_ps(row_scale, scale[j])), y[i]);
@@ -168,25 +170,30 @@ FXQ_INLINE void matmul_nibbles_16(const struct fxq_nibble_product *job, int64_t 
     }
 }
 
-/* The compiler makes one of these for each number of rows and size of a group. */
-FXQ_INLINE void matmul_nibbles_of(const struct fxq_nibble_product *job, int64_t m, int rows, int64_t n0, int64_t n1,
+FXQ_INLINE void matmul_nibbles_in(const struct fxq_nibble_product *job, int64_t m, int rows, int64_t n0, int64_t n1,
                                   int64_t group) {
     int64_t n = n0;
     for (; n + 16 <= n1; n += 16) matmul_nibbles_16(job, m, rows, n, 16, group);
     if (n < n1) matmul_nibbles_16(job, m, rows, n, n1 - n, group);
 }
 
+/* The compiler makes a form for each number of rows and size of a group. */
+FXQ_INLINE void matmul_nibbles_of(const struct fxq_nibble_product *job, int64_t m, int rows, int64_t n0, int64_t n1) {
+    switch (job->call->int4.group) {
+        case 32: matmul_nibbles_in(job, m, rows, n0, n1, 32); break;
+        case 64: matmul_nibbles_in(job, m, rows, n0, n1, 64); break;
+        default: matmul_nibbles_in(job, m, rows, n0, n1, 128);
+    }
+}
+
 static void matmul_nibbles(const struct fxq_nibble_product *job, int64_t n0, int64_t n1) {
-    const int64_t group = job->call->int4.group;
     for (int64_t m = 0; m < job->call->rows;) {
-        const int rows = job->call->rows - m >= NIBBLE_ROWS ? NIBBLE_ROWS : 1;
-        if (rows == 1 && group == 32) matmul_nibbles_of(job, m, 1, n0, n1, 32);
-        else if (rows == 1 && group == 64) matmul_nibbles_of(job, m, 1, n0, n1, 64);
-        else if (rows == 1) matmul_nibbles_of(job, m, 1, n0, n1, 128);
-        else if (group == 32) matmul_nibbles_of(job, m, NIBBLE_ROWS, n0, n1, 32);
-        else if (group == 64) matmul_nibbles_of(job, m, NIBBLE_ROWS, n0, n1, 64);
-        else matmul_nibbles_of(job, m, NIBBLE_ROWS, n0, n1, 128);
+        const int64_t left = job->call->rows - m;
+        const int rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (rows == 4) matmul_nibbles_of(job, m, 4, n0, n1);
+        else if (rows == 2) matmul_nibbles_of(job, m, 2, n0, n1);
+        else matmul_nibbles_of(job, m, 1, n0, n1);
         m += rows;
     }
 }
-#define FXQ_NIBBLES .most_nibble_rows = 8, .quantize_nibbles = quantize_nibbles, .matmul_nibbles = matmul_nibbles
+#define FXQ_NIBBLES .most_nibble_rows = 12, .quantize_nibbles = quantize_nibbles, .matmul_nibbles = matmul_nibbles

@@ -136,12 +136,18 @@ static void rnn_cell(const float *restrict gates, int64_t units, bool is_relu, f
     }
 }
 
-static void unpack(const uint8_t *restrict nibbles, int64_t count, int8_t *restrict values) {
-    for (int64_t i = 0; i < count; i++) {
-        values[2 * i] = (int8_t)((nibbles[i] & 15) - 8);
-        values[2 * i + 1] = (int8_t)((nibbles[i] >> 4) - 8);
+#ifndef FXQ_OWN_UNPACK
+static void unpack(const uint8_t *restrict nibbles, int64_t stride, int64_t rows, int64_t columns,
+                   int8_t *restrict values) {
+    for (int64_t i = 0; i < rows; i++, nibbles += stride, values += columns) {
+        for (int64_t k = 0; k < columns / 2; k++) {
+            values[2 * k] = (int8_t)((nibbles[k] & 15) - 8);
+            values[2 * k + 1] = (int8_t)((nibbles[k] >> 4) - 8);
+        }
+        if (columns % 2) values[columns - 1] = (int8_t)((nibbles[columns / 2] & 15) - 8);
     }
 }
+#endif
 
 static void table_row(const struct fxq_table *table, int64_t row, float *restrict out) {
     const int64_t columns = table->columns;

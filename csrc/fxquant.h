@@ -118,8 +118,8 @@ struct fxq_kernels {
     void (*pack_lstm)(const int8_t *weight, int64_t hidden, int64_t columns, int64_t u0, int64_t u1, void *packed,
                       int32_t *pairs);
     void (*lstm_step)(const struct fxq_lstm_step *step);
-    /* 4-bit weights: `count` pairs of nibbles, less 8. */
-    void (*unpack)(const uint8_t *nibbles, int64_t count, int8_t *values);
+    /* 4-bit weights: rows of nibbles, `stride` bytes apart, less 8. values: (rows, columns) */
+    void (*unpack)(const uint8_t *nibbles, int64_t stride, int64_t rows, int64_t columns, int8_t *values);
     int64_t most_nibble_rows; /* so many rows go through the next two; 0: none */
     void (*quantize_nibbles)(const struct fxq_nibble_product *job, int64_t first, int64_t last);
     void (*matmul_nibbles)(const struct fxq_nibble_product *job, int64_t n0, int64_t n1);

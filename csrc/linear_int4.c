@@ -9,6 +9,7 @@
 
 enum {
     CHUNK_BYTES = 512 << 10, /* of outputs and unpacked weights, which stay in the L2 cache from group to group */
+    PACKED_ROWS = 32, /* repay a packed copy of a group: its many small sums leave without being transposed */
     LEAST_CHUNK = 64,
     MOST_CHUNK = 1024
 };
@@ -34,7 +35,9 @@ static int64_t width_of(const struct fxq_linear *call, int64_t group) {
 static struct fxq_activations activations_of(const struct job *job, int64_t group) {
     const int64_t columns = width_of(job->call, group);
     return (struct fxq_activations){.rows = job->call->rows, .columns = columns, .depth = fxq_depth(columns),
-        .qmax = job->call->qmax, .per_row = false, .row = job->row, .packed = job->packed + group * job->packed_bytes};
+        .qmax = job->call->qmax, .per_row = false,
+        .is_row_major = fxq_active->packs_weight && job->call->rows >= PACKED_ROWS, .row = job->row,
+        .packed = job->packed + group * job->packed_bytes};
 }
 
 static void set_rows(const struct job *job, int64_t first, int64_t last, int thread, int threads) {
@@ -60,12 +63,9 @@ static float scale_of(uint16_t bfloat16) {
 /* Outputs [n, n + count): unpack a group of columns and its scales. */
 static void unpack(const struct fxq_linear *call, int64_t n, int64_t count, int64_t group, int8_t *weight, float *scale) {
     const int64_t columns = width_of(call, group), row_bytes = (call->columns + 1) / 2;
-    for (int64_t i = 0; i < count; i++) {
-        const uint8_t *nibbles = call->int4.nibbles + (n + i) * row_bytes + group * call->int4.group / 2;
-        fxq_active->unpack(nibbles, columns / 2, weight + i * columns);
-        if (columns % 2) weight[(i + 1) * columns - 1] = (int8_t)((nibbles[columns / 2] & 15) - 8);
-        scale[i] = scale_of(call->int4.scale[(n + i) * call->int4.groups + group]);
-    }
+    const uint8_t *nibbles = call->int4.nibbles + n * row_bytes + group * call->int4.group / 2;
+    fxq_active->unpack(nibbles, row_bytes, count, columns, weight);
+    for (int64_t i = 0; i < count; i++) scale[i] = scale_of(call->int4.scale[(n + i) * call->int4.groups + group]);
 }
 
 static void multiply_groups(const struct job *job, int64_t n0, int64_t n1, char *own) {

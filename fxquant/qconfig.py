@@ -13,7 +13,6 @@ from fxquant.numerics import QuantizedTensor, to_float16
 from fxquant.observers import GroupMinMaxObserver, MinMaxObserver, Observer, PerChannelMinMaxObserver
 from fxquant.spec import TensorSpec
 
-
 _DEFAULTS: dict[str, type[Observer]] = {
     "tensor": MinMaxObserver,
     "channel": PerChannelMinMaxObserver,
@@ -133,7 +132,7 @@ int4_dynamic_qconfig = QConfig(
     activation=_ROWS,
     weight=TensorSpec(dtype="int4", qmin=-8, qmax=7, symmetric=True, axis="group", group_size=64),
 )
-"""uint8 affine activations, one scale a row; int4 weights, one scale every 64 columns: `.with_group_size(32)` for 32."""
+"""uint8 affine activations, one scale a row; int4 weights, one scale 64 columns of a row, or `.with_group_size(32)`."""
 
 float16_dynamic_qconfig = QConfig(activation=None, weight=TensorSpec(dtype="float16"))
 """float16 weights, computed in float32: half the memory, nearly no error."""

@@ -13,7 +13,13 @@ Axis = Literal["tensor", "channel", "row", "group"]
 
 GROUP_SIZES = (32, 64, 128)
 
-_DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "uint4": torch.uint8, "int4": torch.uint8, "float16": torch.float16}
+_DTYPES = {
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "uint4": torch.uint8,
+    "int4": torch.uint8,
+    "float16": torch.float16,
+}
 _LIMITS = {"int8": (-128, 127), "uint8": (0, 255), "uint4": (0, 15), "int4": (-8, 7), "float16": (0, 0)}
 
 
@@ -21,7 +27,7 @@ _LIMITS = {"int8": (-128, 127), "uint8": (0, 255), "uint4": (0, 15), "int4": (-8
 class TensorSpec:
     """How one tensor becomes integers: x ≈ (q - zero_point) * scale with q in [qmin, qmax].
 
-    dtype: "int8", "uint8", "uint4", "int4" (both two values a byte) or "float16" (no integers: stored in half precision).
+    dtype: "int8", "uint8", "uint4", "int4" (two values a byte) or "float16" (no integers: stored in half precision).
     symmetric: zero_point is 0, the range is that of the largest magnitude.
     axis: where scales are shared: "tensor" (one), "channel" (one an index of dimension 0 of a weight), "row"
         (one a last-dimension row of an activation: a token, a time step), "group" (one a `group_size` columns of each
@@ -56,7 +62,9 @@ class TensorSpec:
         if self.axis != "group" and self.group_size is not None:
             raise QConfigError(f"TensorSpec group_size={self.group_size} needs axis 'group', got {self.axis!r}")
         if (self.dtype == "int4") != (self.axis == "group"):
-            raise QConfigError(f"TensorSpec axis 'group' and dtype 'int4' go together, got {self.axis!r} and {self.dtype!r}")
+            raise QConfigError(
+                f"TensorSpec axis 'group' and dtype 'int4' go together, got {self.axis!r} and {self.dtype!r}"
+            )
         if self.dtype == "int4" and not (self.symmetric and self.qmin < 0):
             raise QConfigError("TensorSpec of int4 must be symmetric=True with qmin below 0, -8 say")
 

@@ -10,7 +10,15 @@ from torch import nn
 from fxquant import ops
 from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLinearReLU, LinearReLU, linear_relu
 from fxquant.nn.base import Quantize
-from fxquant.operators.base import FLOAT16_WEIGHTS, INT4_DYNAMIC, INT8_DYNAMIC, Call, NewCall, Operator, refuse_parameters
+from fxquant.operators.base import (
+    FLOAT16_WEIGHTS,
+    INT4_DYNAMIC,
+    INT8_DYNAMIC,
+    Call,
+    NewCall,
+    Operator,
+    refuse_parameters,
+)
 from fxquant.qconfig import QConfig
 
 

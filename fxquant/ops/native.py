@@ -165,7 +165,7 @@ def linear(
 ) -> torch.Tensor:
     """Return x @ dequantize(weight).T + bias, with x quantized row by row: `reference.linear`."""
     outputs = weight.shape[0]
-    rows = _floats(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = _floats(x).reshape(math.prod(x.shape[:-1]), in_features if group_size else weight.shape[1])
     bias = None if bias is None else _vector("bias", bias, outputs)
     scale = _plain(scale) if group_size and scale is not None else _vector("scale", scale, outputs)
     how = (relu, per_row, qmax, group_size, in_features)

@@ -38,7 +38,8 @@ def linear(
     group_size: 0, or 32, 64 or 128 for int4 weights: (O, ceil(I / 2)) uint8, with in_features I and scale
     (O, ceil(I / group_size)) bfloat16. docs/numerics.md, eq. 20.
     """
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(torch.float32)
+    columns = in_features if group_size else weight.shape[1]
+    rows = x.reshape(math.prod(x.shape[:-1]), columns).to(torch.float32)
     start = None if bias is None else bias.to(torch.float32)
     if group_size:
         assert scale is not None
@@ -72,7 +73,7 @@ def project_groups(
     qmax: int,
     group_size: int,
 ) -> torch.Tensor:
-    """Return start + rows @ dequantize(weight).T for int4 weights: a product a group of columns, added up in their order.
+    """Return start + rows @ dequantize(weight).T for int4 weights: a product a group of columns, added up in order.
 
     rows: (M, K) float32; weight: (N, ceil(K / 2)) uint8; scale: (N, ceil(K / group_size)); start: (N,), (M, N) or None
     -> (M, N) float32.

@@ -27,13 +27,17 @@ static void quantize_nibbles(const struct fxq_nibble_product *job, int64_t first
     for (int64_t m = first; m < last; m++) {
         int8_t *out = job->values + m * fxq_nibble_depth(call->columns);
         int32_t *less = job->less + m * call->int4.groups;
-        memset(less, 0, (size_t)call->int4.groups * sizeof *less);
         for (int64_t k = 0; k < call->columns; k += NIBBLE_COLUMNS, out += NIBBLE_COLUMNS) {
             const int64_t width = call->columns - k < NIBBLE_COLUMNS ? call->columns - k : NIBBLE_COLUMNS;
             uint8_t values[NIBBLE_COLUMNS];
             memset(values, 128, sizeof values);
             quantize_values(call->x + m * call->columns + k, width, &job->row[m], call->qmax, values);
-            for (int64_t i = 0; i < width; i++) less[(k + i) / group] += 8 * (values[i] - job->row[m].zero_point);
+            for (int64_t i = 0; i < width; i += group) {
+                const int64_t count = width - i < group ? width - i : group;
+                int32_t sum = 0;
+                for (int64_t j = 0; j < count; j++) sum += values[i + j];
+                *less++ = 8 * (sum - (int32_t)count * job->row[m].zero_point);
+            }
             part_columns(values, out);
         }
     }
@@ -196,4 +200,4 @@ static void matmul_nibbles(const struct fxq_nibble_product *job, int64_t n0, int
         m += rows;
     }
 }
-#define FXQ_NIBBLES .most_nibble_rows = 12, .quantize_nibbles = quantize_nibbles, .matmul_nibbles = matmul_nibbles
+#define FXQ_NIBBLES .most_nibble_rows = 16, .quantize_nibbles = quantize_nibbles, .matmul_nibbles = matmul_nibbles

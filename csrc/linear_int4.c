@@ -9,7 +9,6 @@
 
 enum {
     CHUNK_BYTES = 512 << 10, /* of outputs and unpacked weights, which stay in the L2 cache from group to group */
-    PACKED_ROWS = 32, /* repay a packed copy of a group: its many small sums leave without being transposed */
     LEAST_CHUNK = 64,
     MOST_CHUNK = 1024
 };
@@ -36,8 +35,8 @@ static struct fxq_activations activations_of(const struct job *job, int64_t grou
     const int64_t columns = width_of(job->call, group);
     return (struct fxq_activations){.rows = job->call->rows, .columns = columns, .depth = fxq_depth(columns),
         .qmax = job->call->qmax, .per_row = false,
-        .is_row_major = fxq_active->packs_weight && job->call->rows >= PACKED_ROWS, .row = job->row,
-        .packed = job->packed + group * job->packed_bytes};
+        .is_row_major = fxq_active->packs_weight != NULL, /* many small sums leave without being transposed */
+        .row = job->row, .packed = job->packed + group * job->packed_bytes};
 }
 
 static void set_rows(const struct job *job, int64_t first, int64_t last, int thread, int threads) {

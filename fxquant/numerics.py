@@ -23,7 +23,7 @@ FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least normal number: below
 class QuantizedTensor(NamedTuple):
     """A tensor's integers and how to read them: x ≈ (values - zero_point) * scale, an index of dimension 0 at a time.
 
-    values: (N, ...) int8, uint8 or float16; 4-bit ones are uint8, two a byte, low nibble first, an int4 as the value + 8.
+    values: (N, ...) int8, uint8 or float16; 4-bit: uint8, two a byte, low nibble first, an int4 as the value + 8.
     scale: (N,) float32; int4: (N, groups of columns) bfloat16; None for float16 values.
     zero_point: (N,) float32, or None where it is 0.
     """
@@ -62,10 +62,11 @@ def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> t
 
     low, high: (N,) float32, one a channel or one for all -> scale, zero_point: (N,) float32; for groups all of them
     (N, groups), the scale bfloat16.
-    Groups: scale = e / qmin, where e is whichever of low and high is farther from 0; below 0 where e is above, so that
-    e becomes qmin and all 16 integers of [-8, 7] are of use. docs/numerics.md, eq. 19. Symmetric: scale = max(|low|, |high|) / steps, zero_point 0. Affine (embedding rows): scale = (high - low) / steps
-    and the real-valued zero_point = -low / scale of torch.ao's float_qparams scheme. A range of 0 gives scale 1 (the
-    symmetric case) or the constant itself (the affine case), so that a constant is exact.
+    Groups: scale = e / qmin, where e is whichever of low and high is farther from 0; below 0 where e is above, so
+    that e becomes qmin and all 16 integers of [-8, 7] are of use. docs/numerics.md, eq. 19. Symmetric: scale =
+    max(|low|, |high|) / steps, zero_point 0. Affine (embedding rows): scale = (high - low) / steps and the real-
+    valued zero_point = -low / scale of torch.ao's float_qparams scheme. A range of 0 gives scale 1 (the symmetric
+    case) or the constant itself (the affine case), so that a constant is exact.
     """
     if spec.axis == "group":
         scale = torch.where(high > -low, high, low) / spec.qmin

@@ -37,7 +37,7 @@ RNN_MODES = {"gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 
 
 def check_linear(x: torch.Tensor, weight: torch.Tensor, in_features: int = 0) -> None:
-    """Raise ShapeError or DTypeError unless x is (..., I) floating point, I a weight's columns, or in_features for int4."""
+    """Raise ShapeError or DTypeError unless x is (..., I) floating point; I: in_features, or the weight's columns."""
     inputs = in_features or weight.shape[1]
     if not x.is_floating_point():
         raise DTypeError(f"a quantized linear takes a float tensor, got {x.dtype}; call x.float() before it")

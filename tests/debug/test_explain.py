@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import ModelStateError, convert_fx, explain, fuse_fx
+from fxquant import ModelStateError, convert_fx, explain, fuse_fx, int4_dynamic_qconfig
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize
 
 

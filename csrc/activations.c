@@ -13,6 +13,8 @@ static const float ROUND = 12582912.0f;
 
 int64_t fxq_depth(int64_t columns) { return (columns + FXQ_DEPTH - 1) / FXQ_DEPTH * FXQ_DEPTH; }
 
+int64_t fxq_nibble_depth(int64_t columns) { return (columns + 127) / 128 * 128; }
+
 /* 16 more rows: a block of 16 may be partly filled, and the dot form keeps a row of its own (see avx512.h). */
 int64_t fxq_packed_bytes(int64_t rows, int64_t columns) {
     return (rows + 16) * fxq_depth(columns) * fxq_active->value_bytes;

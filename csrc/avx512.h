@@ -18,6 +18,7 @@
 
 #define FXQ_VALUE uint8_t
 #define FXQ_OWN_QUANTIZATION
+#include "unpack_x86.h"
 
 FXQ_INLINE __mmask16 first_lanes(int64_t count) {
     return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);

@@ -6,6 +6,7 @@
 FXQ_TARGET_BEGIN("avx2,avxvnni")
 
 #define FXQ_VALUE uint8_t
+#include "unpack_x86.h"
 #include "row_major.h"
 #include "ymm.h"
 

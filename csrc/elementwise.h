@@ -9,7 +9,7 @@
 
 #define ROUND 12582912.0f /* 1.5 * 2^23: see activations.c */
 #define FXQ_ELEMENTWISE .measure = measure, \
-    .lstm_cell = lstm_cell, .gru_cell = gru_cell, .rnn_cell = rnn_cell, .table_row = table_row, .add_scaled = add_scaled, \
+    .lstm_cell = lstm_cell, .gru_cell = gru_cell, .rnn_cell = rnn_cell, .unpack = unpack, .table_row = table_row, .add_scaled = add_scaled, \
     .take_greater = take_greater
 
 FXQ_INLINE uint32_t float_bits(float x) {
@@ -135,6 +135,19 @@ static void rnn_cell(const float *restrict gates, int64_t units, bool is_relu, f
         for (int64_t u = 0; u < units; u++) h[u] = tanh_of(gates[u]);
     }
 }
+
+#ifndef FXQ_OWN_UNPACK
+static void unpack(const uint8_t *restrict nibbles, int64_t stride, int64_t rows, int64_t columns,
+                   int8_t *restrict values) {
+    for (int64_t i = 0; i < rows; i++, nibbles += stride, values += columns) {
+        for (int64_t k = 0; k < columns / 2; k++) {
+            values[2 * k] = (int8_t)((nibbles[k] & 15) - 8);
+            values[2 * k + 1] = (int8_t)((nibbles[k] >> 4) - 8);
+        }
+        if (columns % 2) values[columns - 1] = (int8_t)((nibbles[columns / 2] & 15) - 8);
+    }
+}
+#endif
 
 static void table_row(const struct fxq_table *table, int64_t row, float *restrict out) {
     const int64_t columns = table->columns;

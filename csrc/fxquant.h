@@ -78,6 +78,22 @@ struct fxq_table {
     const float *scale, *zero_point; /* (rows,); zero_point may be NULL */
 };
 
+/* y = x W^T + bias with 4-bit weights: a product a group of columns, each with scales of its own, added up in their order.
+ * Column k of row n is the nibble k % 2 (low first) of byte k / 2, less 8; scales are bfloat16. */
+struct fxq_linear_int4 {
+    const uint8_t *nibbles; /* (outputs, (columns + 1) / 2) */
+    const uint16_t *scale;  /* (outputs, groups) */
+    int64_t group, groups;  /* columns a group: 32, 64 or 128; how many */
+};
+
+/* The same for few rows, without unpacking the weights to memory: see avx512_nibbles.h. */
+struct fxq_nibble_product {
+    const struct fxq_linear *call;
+    const struct fxq_row *row;
+    int8_t *values; /* (rows, fxq_nibble_depth(columns)) */
+    int32_t *less;  /* (rows, groups): 8 * sum(q - zero_point) */
+};
+
 /* What an instruction set provides. */
 struct fxq_kernels {
     const char *name;
@@ -102,6 +118,11 @@ struct fxq_kernels {
     void (*pack_lstm)(const int8_t *weight, int64_t hidden, int64_t columns, int64_t u0, int64_t u1, void *packed,
                       int32_t *pairs);
     void (*lstm_step)(const struct fxq_lstm_step *step);
+    /* 4-bit weights: rows of nibbles, `stride` bytes apart, less 8. values: (rows, columns) */
+    void (*unpack)(const uint8_t *nibbles, int64_t stride, int64_t rows, int64_t columns, int8_t *values);
+    int64_t most_nibble_rows; /* so many rows go through the next two; 0: none */
+    void (*quantize_nibbles)(const struct fxq_nibble_product *job, int64_t first, int64_t last);
+    void (*matmul_nibbles)(const struct fxq_nibble_product *job, int64_t n0, int64_t n1);
     void (*table_row)(const struct fxq_table *table, int64_t row, float *out);
     /* out[i] = out[i] + x[i] * weight, or the greater of the two */
     void (*add_scaled)(float *out, const float *x, float weight, int64_t count);
@@ -129,6 +150,7 @@ void fxq_trim_scratch(void); /* gives back an unusually large block */
 
 /* activations.c */
 int64_t fxq_depth(int64_t columns);
+int64_t fxq_nibble_depth(int64_t columns); /* whole steps of 128 columns */
 int64_t fxq_packed_bytes(int64_t rows, int64_t columns);
 int64_t fxq_matmul_scratch_bytes(int64_t columns); /* one thread's scratch in matmul and row_sums */
 void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax);
@@ -140,14 +162,22 @@ enum { FXQ_OK = 0, FXQ_NO_MEMORY = -1, FXQ_BAD_INDEX = -2, FXQ_BAD_OFFSETS = -3 
 struct fxq_linear {
     const float *x;
     int64_t rows, columns;
-    const int8_t *weight;
+    const int8_t *weight; /* and scale: NULL with int4 */
     int64_t outputs;
     const float *scale, *bias;
     float *out;
     bool relu, per_row;
     int qmax;
+    struct fxq_linear_int4 int4;
 };
 int fxq_linear(const struct fxq_linear *call, int threads);
+int fxq_linear_int4(const struct fxq_linear *call, int threads);
+
+/* linear.c: where one of `parts` shares of `count` things begins, in whole units. */
+int64_t fxq_share(int64_t count, int64_t unit, int index, int parts);
+/* linear.c: set rows [first, last), this thread's share of all, to the range of all. ranges: one a thread. */
+void fxq_set_common_rows(const struct fxq_linear *call, struct fxq_row *row, int64_t first, int64_t last,
+                         struct fxq_range *ranges, int thread, int threads);
 
 /* G gates a hidden unit, rows of the weights by gate: LSTM i f g o, GRU r z n, plain RNN one. */
 enum fxq_mode { FXQ_LSTM, FXQ_GRU, FXQ_RNN_TANH, FXQ_RNN_RELU };

@@ -10,37 +10,36 @@ struct job {
     int64_t scratch_bytes; /* a thread */
 };
 
-static int64_t share(int64_t count, int64_t unit, int index, int parts) {
+int64_t fxq_share(int64_t count, int64_t unit, int index, int parts) {
     const int64_t units = (count + unit - 1) / unit, at = units * index / parts * unit;
     return at < count ? at : count;
 }
 
-static void quantize_share(struct job *job, int64_t first, int64_t last, int thread, int threads) {
-    const struct fxq_linear *call = job->call;
-    if (!job->x.per_row) { /* every thread measures its share, then each has the same range */
-        struct fxq_range range = {0.0f, 0.0f, false};
-        fxq_active->measure(call->x + first * call->columns, (last - first) * call->columns, &range);
-        job->ranges[thread] = range;
-        fxq_barrier(threads);
-        for (int i = 0; i < threads; i++) {
-            const struct fxq_range *other = &job->ranges[i];
-            range.low = other->low < range.low ? other->low : range.low;
-            range.high = other->high > range.high ? other->high : range.high;
-            range.is_nan |= other->is_nan;
-        }
-        for (int64_t m = first; m < last; m++) fxq_set_row(&job->x.row[m], &range, call->qmax);
+/* Every thread measures its share, then each has the same range. */
+void fxq_set_common_rows(const struct fxq_linear *call, struct fxq_row *row, int64_t first, int64_t last,
+                         struct fxq_range *ranges, int thread, int threads) {
+    struct fxq_range range = {0.0f, 0.0f, false};
+    fxq_active->measure(call->x + first * call->columns, (last - first) * call->columns, &range);
+    ranges[thread] = range;
+    fxq_barrier(threads);
+    for (int i = 0; i < threads; i++) {
+        const struct fxq_range *other = &ranges[i];
+        range.low = other->low < range.low ? other->low : range.low;
+        range.high = other->high > range.high ? other->high : range.high;
+        range.is_nan |= other->is_nan;
     }
-    fxq_quantize_rows(&job->x, call->x, call->columns, first, last);
+    for (int64_t m = first; m < last; m++) fxq_set_row(&row[m], &range, call->qmax);
 }
 
 static void work(void *arg, int thread, int threads) {
     struct job *job = arg;
     const struct fxq_linear *call = job->call;
     if (fxq_active->begin) fxq_active->begin();
-    const int64_t m0 = share(call->rows, 16, thread, threads), m1 = share(call->rows, 16, thread + 1, threads);
-    quantize_share(job, m0, m1, thread, threads);
+    const int64_t m0 = fxq_share(call->rows, 16, thread, threads), m1 = fxq_share(call->rows, 16, thread + 1, threads);
+    if (!call->per_row) fxq_set_common_rows(call, job->x.row, m0, m1, job->ranges, thread, threads);
+    fxq_quantize_rows(&job->x, call->x, call->columns, m0, m1);
     fxq_barrier(threads);
-    const int64_t n0 = share(call->outputs, 64, thread, threads), n1 = share(call->outputs, 64, thread + 1, threads);
+    const int64_t n0 = fxq_share(call->outputs, 64, thread, threads), n1 = fxq_share(call->outputs, 64, thread + 1, threads);
     const struct fxq_target to = {call->out + n0, call->outputs, NULL, 0};
     if (n0 < n1) fxq_active->matmul(&job->matmul, n0, n1, &to, job->scratch + thread * job->scratch_bytes);
     if (fxq_active->end) fxq_active->end();

@@ -29,23 +29,38 @@ static PyObject *finish(int status, PyObject *outputs) {
     return status == FXQ_NO_MEMORY ? PyErr_NoMemory() : nothing();
 }
 
-/* linear(asks, x, weight, scale, bias, relu, per_row, qmax) */
+/* The weight and scale of a linear of so many columns, int8 or, with a group size, int4. */
+static bool read_weight(PyObject *weight, PyObject *scale, int64_t columns, int64_t group, struct fxq_linear *call) {
+    struct tensor matrix, scales;
+    if (!read_kind(weight, group ? UINT8 : INT8, 2, &matrix)) return false;
+    call->outputs = matrix.shape[0];
+    call->columns = columns;
+    if (group == 0) {
+        call->weight = matrix.data;
+        return matrix.shape[1] == columns && read_vector(scale, call->outputs, &call->scale);
+    }
+    if ((group != 32 && group != 64 && group != 128) || columns == 0) return false;
+    call->int4 = (struct fxq_linear_int4){matrix.data, NULL, group, (columns + group - 1) / group};
+    if (matrix.shape[1] != (columns + 1) / 2 || !read_kind(scale, BFLOAT16, 2, &scales)) return false;
+    call->int4.scale = scales.data;
+    return scales.shape[0] == call->outputs && scales.shape[1] == call->int4.groups;
+}
+
+/* linear(asks, x, weight, scale, bias, relu, per_row, qmax, group_size, in_features) */
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    struct tensor x, weight, out;
+    struct tensor x, out;
     struct fxq_linear call = {.rows = 1};
-    if (count != 8) return nothing();
+    if (count != 10) return nothing();
+    const int64_t group = INTEGER(args[8]);
     if (!may_run(args[0], args[1]) || !read_tensor(args[1], &x) || x.kind != FLOAT32 || x.dimensions < 1 ||
-        !read_kind(args[2], INT8, 2, &weight) || x.shape[x.dimensions - 1] != weight.shape[1] ||
-        !read_vector(args[3], weight.shape[0], &call.scale) ||
-        !read_optional_vector(args[4], weight.shape[0], &call.bias)) {
+        !read_weight(args[2], args[3], x.shape[x.dimensions - 1], group, &call) ||
+        (group && INTEGER(args[9]) != call.columns) || !read_optional_vector(args[4], call.outputs, &call.bias)) {
         return nothing();
     }
     for (int i = 0; i < x.dimensions - 1; i++) call.rows *= x.shape[i];
     call.x = x.data;
-    call.weight = weight.data;
-    call.outputs = x.shape[x.dimensions - 1] = weight.shape[0];
-    call.columns = weight.shape[1];
+    x.shape[x.dimensions - 1] = call.outputs;
     call.relu = INTEGER(args[5]) != 0;
     call.per_row = INTEGER(args[6]) != 0;
     call.qmax = (int)INTEGER(args[7]);
@@ -55,7 +70,7 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count)
     call.out = out.data;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fxq_linear(&call, threads);
+    status = (group ? fxq_linear_int4 : fxq_linear)(&call, threads);
     Py_END_ALLOW_THREADS
     return finish(status, made);
 }
@@ -391,6 +406,6 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__native(void) {
     fxq_select_isa(-1);
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "interface", 4) != 0) Py_CLEAR(module); /* of native.py's _INTERFACE */
+    if (module && PyModule_AddIntConstant(module, "interface", 5) != 0) Py_CLEAR(module); /* of native.py's _INTERFACE */
     return module;
 }

@@ -28,7 +28,7 @@ from fxquant.errors import (
     TorchAoError,
     TraceError,
 )
-from fxquant.observers import MinMaxObserver, Observer, PerChannelMinMaxObserver
+from fxquant.observers import GroupMinMaxObserver, MinMaxObserver, Observer, PerChannelMinMaxObserver
 from fxquant.operators import OPERATORS, Operator
 from fxquant.ops import KernelInfo, kernel_info
 from fxquant.qconfig import (
@@ -37,6 +37,7 @@ from fxquant.qconfig import (
     float16_dynamic_qconfig,
     float_qparams_weight_only_qconfig,
     float_qparams_weight_only_qconfig_4bit,
+    int4_dynamic_qconfig,
     per_channel_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "DTypeError",
     "ExampleInputsError",
     "FxQuantError",
+    "GroupMinMaxObserver",
     "IndexRangeError",
     "KernelInfo",
     "MappingNameError",
@@ -86,6 +88,7 @@ __all__ = [
     "from_torch_ao",
     "fuse_fx",
     "graph_diff",
+    "int4_dynamic_qconfig",
     "kernel_info",
     "load",
     "load_torch_ao",

@@ -18,14 +18,15 @@ from fxquant.spec import TensorSpec
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_COLUMNS = (2**31 - 1) // (255 * 128)  # so many products of a uint8 and an int8 always fit an int32 sum
 _VALUES_AT_ONCE = 1 << 16  # float copies of a whole layer would be most of the memory that converting takes
+INT4_OFFSET = 8  # a nibble holds q + 8
 FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least normal number: below it 1 / scale overflows
 
 
 class QuantizedTensor(NamedTuple):
     """A tensor's integers and how to read them: x ≈ (values - zero_point) * scale, an index of dimension 0 at a time.
 
-    values: (N, ...) int8, uint8 (4-bit: two values a byte, low nibble first) or float16.
-    scale: (N,) float32, or None for float16 values.
+    values: (N, ...) int8, uint8 or float16; 4-bit: uint8, two a byte, low nibble first, an int4 as the value + 8.
+    scale: (N,) float32; int4: (N, groups of columns) bfloat16; None for float16 values.
     zero_point: (N,) float32, or None where it is 0.
     """
 
@@ -61,11 +62,18 @@ def quantize_rows(x: torch.Tensor, qmax: int, per_row: bool = True) -> tuple[tor
 def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (scale, zero_point) for weights that span [low, high]. docs/numerics.md, eq. 5–6.
 
-    low, high: (N,) float32, one a channel or one for all -> scale, zero_point: (N,) float32.
-    Symmetric: scale = max(|low|, |high|) / steps, zero_point 0. Affine (embedding rows): scale = (high - low) / steps
-    and the real-valued zero_point = -low / scale of torch.ao's float_qparams scheme. A range of 0 gives scale 1 (the
-    symmetric case) or the constant itself (the affine case), so that a constant is exact.
+    low, high: (N,) float32, one a channel or one for all -> scale, zero_point: (N,) float32; for groups all of them
+    (N, groups), the scale bfloat16.
+    Groups: scale = e / qmin, where e is whichever of low and high is farther from 0; below 0 where e is above, so
+    that e becomes qmin and all 16 integers of [-8, 7] are of use. docs/numerics.md, eq. 19. Symmetric: scale =
+    max(|low|, |high|) / steps, zero_point 0. Affine (embedding rows): scale = (high - low) / steps and the real-
+    valued zero_point = -low / scale of torch.ao's float_qparams scheme. A range of 0 gives scale 1 (the symmetric
+    case) or the constant itself (the affine case), so that a constant is exact.
     """
+    if spec.axis == "group":
+        scale = torch.where(high > -low, high, low) / spec.qmin
+        # bfloat16: half the bytes, the whole range of float32; 2**-9 of a scale matters little to 4 bits.
+        return torch.where(scale.abs() < FLOAT32_TINY, 1.0, scale).to(torch.bfloat16), torch.zeros_like(scale)
     if spec.symmetric:
         scale = torch.maximum(low.abs(), high.abs()) / (spec.scale_steps or spec.qmax)
         return torch.where(scale < FLOAT32_TINY, 1.0, scale), torch.zeros_like(scale)
@@ -82,18 +90,28 @@ def quantize_with(
 ) -> torch.Tensor:
     """Return the integers of a weight under given qparams: clamp(round(w (1 / scale) + zero_point), qmin, qmax).
 
-    weight: (N, ...) float32; scale, zero_point: (N,) float32 -> (N, ...) int8 or uint8, 4-bit packed along the last
-    dimension.
+    weight: (N, ...) float32; scale, zero_point: as `choose_qparams` gives them -> (N, ...) int8 or uint8, 4-bit packed
+    along the last dimension.
     """
-    shape, channels = (-1,) + (1,) * (weight.dim() - 1), weight.shape[0]
-    inverse = (1.0 / scale).expand(channels)  # as torch.ao: a division rounds otherwise where w / scale is near 127.5
+    channels, group_size = weight.shape[0], spec.group_size
+    # as torch.ao: a division rounds otherwise where w / scale is near 127.5
+    inverse = 1.0 / scale.to(torch.float32)
     q = torch.empty(weight.shape, dtype=spec.torch_dtype, device=weight.device)
     at_once = max(1, _VALUES_AT_ONCE // max(1, math.prod(weight.shape[1:])))
-    parts = (torch.split(part, at_once) for part in (q, weight, inverse, zero_point.expand(channels)))
+    qparams = (part.expand(channels, *part.shape[1:]) for part in (inverse, zero_point))
+    parts = (torch.split(part, at_once) for part in (q, weight, *qparams))
     for out, values, factor, offset in zip(*parts, strict=True):
-        real = (values * factor.view(shape)).add_(offset.view(shape))
-        out.copy_(real.round_().clamp_(spec.qmin, spec.qmax))
-    return pack_uint4(q) if spec.dtype == "uint4" else q
+        real = values * _spread(factor, values.shape, group_size)
+        real.add_(_spread(offset, values.shape, group_size)).round_().clamp_(spec.qmin, spec.qmax)
+        out.copy_(real.add_(INT4_OFFSET) if spec.dtype == "int4" else real)
+    return pack_uint4(q) if spec.bits == 4 else q
+
+
+def _spread(numbers: torch.Tensor, shape: torch.Size, group_size: int | None) -> torch.Tensor:
+    """Return one number a channel, or one a group of columns, in a shape that goes with a weight of this shape."""
+    if group_size is None:
+        return numbers.view((-1,) + (1,) * (len(shape) - 1))
+    return numbers.repeat_interleave(group_size, dim=1)[:, : shape[1]]
 
 
 def to_float16(weight: torch.Tensor) -> QuantizedTensor:
@@ -104,8 +122,12 @@ def to_float16(weight: torch.Tensor) -> QuantizedTensor:
 def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the least and the greatest value, one pair an index of dimension 0 (equal ones for axis "tensor").
 
-    weight: (N, ...) float32 -> two (N,) float32; zeros where there is nothing to measure.
+    weight: (N, ...) float32 -> two (N,) float32; zeros where there is nothing to measure. For axis "group", weight:
+    (N, K) -> two (N, ceil(K / group_size)), one pair a group of columns, 0 included.
     """
+    if spec.group_size is not None:
+        groups = split_groups(weight, spec.group_size)
+        return groups.amin(dim=2), groups.amax(dim=2)
     rows = weight.reshape(weight.shape[0], -1) if weight.numel() else weight.new_zeros(weight.shape[0], 1)
     if rows.shape[0] == 0:
         return rows.new_zeros(0), rows.new_zeros(0)
@@ -115,19 +137,32 @@ def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, 
     return low, high
 
 
-def dequantize_weight(weight: QuantizedTensor, bits: int = 8, columns: int | None = None) -> torch.Tensor:
+def split_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return the columns of (N, K) in groups, the last filled up with zeros: (N, ceil(K / group_size), group_size)."""
+    rows, columns = weight.shape
+    return torch.nn.functional.pad(weight, (0, -columns % group_size)).view(
+        rows, (columns + group_size - 1) // group_size, group_size
+    )
+
+
+def dequantize_weight(
+    weight: QuantizedTensor, bits: int = 8, columns: int | None = None, group_size: int | None = None
+) -> torch.Tensor:
     """Return the float32 tensor that the integers stand for.
 
-    columns: the length of the last dimension, needed when a packed 4-bit row has an odd length.
+    columns: the length of the last dimension, needed when a packed 4-bit row has an odd length. group_size: of int4.
     """
+    if group_size is not None:
+        assert weight.scale is not None
+        real = unpack_int4(weight.values, columns).to(torch.float32)
+        return real * _spread(weight.scale.to(torch.float32), real.shape, group_size)
     values = unpack_uint4(weight.values, columns) if bits == 4 else weight.values
     if weight.scale is None:
         return values.to(torch.float32)
-    shape = (-1,) + (1,) * (values.dim() - 1)
     real = values.to(torch.float32)
     if weight.zero_point is not None:
-        real = real - weight.zero_point.view(shape)
-    return real * weight.scale.view(shape)
+        real = real - _spread(weight.zero_point, real.shape, None)
+    return real * _spread(weight.scale, real.shape, None)
 
 
 def pack_uint4(q: torch.Tensor) -> torch.Tensor:
@@ -144,3 +179,8 @@ def unpack_uint4(packed: torch.Tensor, columns: int | None = None) -> torch.Tens
     """Return what `pack_uint4` packed: (..., P) uint8 -> (..., columns or 2 P) uint8."""
     q = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
     return q if columns is None else q[..., :columns]
+
+
+def unpack_int4(packed: torch.Tensor, columns: int | None = None) -> torch.Tensor:
+    """Return the int4 values that nibbles hold: (..., P) uint8 -> (..., columns or 2 P) int8 in [-8, 7]."""
+    return unpack_uint4(packed, columns).to(torch.int8) - INT4_OFFSET

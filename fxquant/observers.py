@@ -11,6 +11,7 @@ from fxquant.spec import TensorSpec
 
 _PER_TENSOR = TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="tensor")
 _PER_CHANNEL = TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="channel")
+_PER_GROUP = TensorSpec(dtype="int4", qmin=-8, qmax=7, symmetric=True, axis="group", group_size=64)
 
 
 class Observer(nn.Module):
@@ -77,4 +78,13 @@ class PerChannelMinMaxObserver(Observer):
     axis = "channel"
 
     def __init__(self, spec: TensorSpec = _PER_CHANNEL) -> None:
+        super().__init__(spec)
+
+
+class GroupMinMaxObserver(Observer):
+    """Measures one range for each group of columns in each row of a matrix: min_val, max_val: (N, groups)."""
+
+    axis = "group"
+
+    def __init__(self, spec: TensorSpec = _PER_GROUP) -> None:
         super().__init__(spec)

@@ -10,8 +10,14 @@ import torch
 
 from fxquant.errors import QConfigError
 from fxquant.numerics import QuantizedTensor, to_float16
-from fxquant.observers import MinMaxObserver, Observer, PerChannelMinMaxObserver
+from fxquant.observers import GroupMinMaxObserver, MinMaxObserver, Observer, PerChannelMinMaxObserver
 from fxquant.spec import TensorSpec
+
+_DEFAULTS: dict[str, type[Observer]] = {
+    "tensor": MinMaxObserver,
+    "channel": PerChannelMinMaxObserver,
+    "group": GroupMinMaxObserver,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class QConfig:
                 raise QConfigError(f"QConfig.{name} must be a TensorSpec, got {type(spec).__name__}")
         if self.weight.dynamic or self.weight.axis == "row":
             raise QConfigError(f"QConfig.weight is quantized once, per tensor or per channel; got '{self.weight}'")
-        if self.activation is not None and self.activation.axis == "channel":
+        if self.activation is not None and self.activation.axis in ("channel", "group"):
             raise QConfigError(f"QConfig.activation has one scale a row or one a tensor; got '{self.activation}'")
         self.make_observer()
 
@@ -54,12 +60,15 @@ class QConfig:
         """The greatest activation integer: 255, or 127 with a reduced range."""
         return 255 if self.activation is None or not self.activation.is_integer else self.activation.qmax
 
+    def groups(self, columns: int) -> tuple[int, int]:
+        """Return the last two arguments of the operator linear for a weight of so many columns: 0, 0 but for int4."""
+        return (0, 0) if self.weight.group_size is None else (self.weight.group_size, columns)
+
     def make_observer(self) -> Observer | None:
         """Return a fresh observer for one weight, None for float16."""
         if not self.weight.is_integer:
             return None
-        default = PerChannelMinMaxObserver if self.weight.axis == "channel" else MinMaxObserver
-        return (self.weight_observer or default)(self.weight)
+        return (self.weight_observer or _DEFAULTS[self.weight.axis])(self.weight)
 
     def quantize_weight(self, weight: torch.Tensor) -> QuantizedTensor:
         """Return a weight as this qconfig wants it; on the meta device, meta tensors of the right shapes."""
@@ -71,6 +80,10 @@ class QConfig:
         if self.activation is None or self.activation.dtype != "uint8":
             raise QConfigError(f"reduce_range needs uint8 activations, this qconfig has {self.activation}")
         return dataclasses.replace(self, activation=dataclasses.replace(self.activation, qmax=127))
+
+    def with_group_size(self, group_size: int) -> QConfig:
+        """Return the same with groups of 32, 64 or 128 columns; QConfigError for weights that are not int4."""
+        return dataclasses.replace(self, weight=dataclasses.replace(self.weight, group_size=group_size))
 
     def __str__(self) -> str:
         return f"{self.weight}" if self.activation is None else f"{self.weight}, activation {self.activation}"
@@ -87,7 +100,7 @@ class QConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> QConfig:
         """Return the qconfig that `to_dict` described. A custom observer is not restored: the weights exist already."""
-        known = {kind.__name__: kind for kind in (MinMaxObserver, PerChannelMinMaxObserver)}
+        known = {kind.__name__: kind for kind in _DEFAULTS.values()}
         activation = fields["activation"]
         return cls(
             None if activation is None else TensorSpec(**activation),
@@ -115,6 +128,12 @@ per_channel_dynamic_qconfig = QConfig(
 )
 """torch.ao's per_channel_dynamic_qconfig: one activation scale a tensor, one weight scale an output channel."""
 
+int4_dynamic_qconfig = QConfig(
+    activation=_ROWS,
+    weight=TensorSpec(dtype="int4", qmin=-8, qmax=7, symmetric=True, axis="group", group_size=64),
+)
+"""uint8 affine activations, one scale a row; int4 weights, one scale 64 columns of a row, or `.with_group_size(32)`."""
+
 float16_dynamic_qconfig = QConfig(activation=None, weight=TensorSpec(dtype="float16"))
 """float16 weights, computed in float32: half the memory, nearly no error."""
 
@@ -132,6 +151,7 @@ PRESETS = {
     "default_dynamic_qconfig": default_dynamic_qconfig,
     "per_tensor_dynamic_qconfig": per_tensor_dynamic_qconfig,
     "per_channel_dynamic_qconfig": per_channel_dynamic_qconfig,
+    "int4_dynamic_qconfig": int4_dynamic_qconfig,
     "float16_dynamic_qconfig": float16_dynamic_qconfig,
     "float_qparams_weight_only_qconfig": float_qparams_weight_only_qconfig,
     "float_qparams_weight_only_qconfig_4bit": float_qparams_weight_only_qconfig_4bit,

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from fxquant.errors import QConfigError
 
-Axis = Literal["tensor", "channel", "row"]
+Axis = Literal["tensor", "channel", "row", "group"]
 
-_DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "uint4": torch.uint8, "float16": torch.float16}
-_LIMITS = {"int8": (-128, 127), "uint8": (0, 255), "uint4": (0, 15), "float16": (0, 0)}
+GROUP_SIZES = (32, 64, 128)
+
+_DTYPES = {
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "uint4": torch.uint8,
+    "int4": torch.uint8,
+    "float16": torch.float16,
+}
+_LIMITS = {"int8": (-128, 127), "uint8": (0, 255), "uint4": (0, 15), "int4": (-8, 7), "float16": (0, 0)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """How one tensor becomes integers: x ≈ (q - zero_point) * scale with q in [qmin, qmax].
 
-    dtype: "int8", "uint8", "uint4" (two values a byte) or "float16" (no integers: stored in half precision).
+    dtype: "int8", "uint8", "uint4", "int4" (two values a byte) or "float16" (no integers: stored in half precision).
     symmetric: zero_point is 0, the range is that of the largest magnitude.
     axis: where scales are shared: "tensor" (one), "channel" (one an index of dimension 0 of a weight), "row"
-        (one a last-dimension row of an activation: a token, a time step).
+        (one a last-dimension row of an activation: a token, a time step), "group" (one a `group_size` columns of each
+        row of a weight: the way of int4).
     dynamic: measured at each call (activations) instead of once (weights).
     scale_steps: how many steps the measured range is divided into; None means qmax - qmin for an affine spec and qmax
         for a symmetric one.
+    group_size: 32, 64 or 128 for axis "group", else None.
 
     Raises QConfigError when the fields contradict each other.
     """
@@ -37,6 +47,7 @@ class TensorSpec:
     axis: Axis = "tensor"
     dynamic: bool = False
     scale_steps: float | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -44,8 +55,18 @@ class TensorSpec:
         low, high = _LIMITS[self.dtype]
         if not low <= self.qmin <= self.qmax <= high or (self.qmin == self.qmax and self.is_integer):
             raise QConfigError(f"TensorSpec range [{self.qmin}, {self.qmax}] does not fit {self.dtype} [{low}, {high}]")
-        if self.axis not in ("tensor", "channel", "row"):
-            raise QConfigError(f"TensorSpec axis {self.axis!r} is not one of 'tensor', 'channel', 'row'")
+        if self.axis not in get_args(Axis):
+            raise QConfigError(f"TensorSpec axis {self.axis!r} is not one of {', '.join(map(repr, get_args(Axis)))}")
+        if self.axis == "group" and self.group_size not in GROUP_SIZES:
+            raise QConfigError(f"TensorSpec group_size must be 32, 64 or 128 for axis 'group', got {self.group_size}")
+        if self.axis != "group" and self.group_size is not None:
+            raise QConfigError(f"TensorSpec group_size={self.group_size} needs axis 'group', got {self.axis!r}")
+        if (self.dtype == "int4") != (self.axis == "group"):
+            raise QConfigError(
+                f"TensorSpec axis 'group' and dtype 'int4' go together, got {self.axis!r} and {self.dtype!r}"
+            )
+        if self.dtype == "int4" and not (self.symmetric and self.qmin < 0):
+            raise QConfigError("TensorSpec of int4 must be symmetric=True with qmin below 0, -8 say")
 
     @property
     def is_integer(self) -> bool:
@@ -60,14 +81,15 @@ class TensorSpec:
     @property
     def bits(self) -> int:
         """Bits a stored value takes."""
-        return {"uint4": 4, "float16": 16}.get(self.dtype, 8)
+        return {"uint4": 4, "int4": 4, "float16": 16}.get(self.dtype, 8)
 
     def __str__(self) -> str:
         if not self.is_integer:
             return self.dtype
         kind = "symmetric" if self.symmetric else "affine"
         narrow = f" 0–{self.qmax}" if self.dtype == "uint8" and self.qmax < 255 else ""
-        return f"{self.dtype}{narrow} {kind} per {self.axis}"
+        size = f" of {self.group_size}" if self.group_size else ""
+        return f"{self.dtype}{narrow} {kind} per {self.axis}{size}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

@@ -1,5 +1,6 @@
 """save and load: round trips, meta skeletons, every kind of damage, and files of others."""
 
+import copy
 import json
 import os
 import pathlib
@@ -542,3 +543,15 @@ def test_a_plain_tensor_of_a_model_that_does_not_trace_comes_from_the_model(path
     assert torch.equal(fxquant.load(Rotates().eval(), path)(x)[:, 0], torch.zeros(2))
     with pytest.raises(CheckpointError, match=r"holds no value for the attribute 'angles', which is no buffer"):
         fxquant.load(on_meta(Rotates).eval(), path)
+
+
+@pytest.mark.parametrize("columns", [75, 128])
+def test_int4_weights_round_trip(path, columns):
+    def make():
+        return nn.Sequential(nn.Linear(columns, 20), nn.ReLU())
+
+    mapping = everything(fxquant.int4_dynamic_qconfig.with_group_size(32))
+    quantized, loaded = round_trip(make(), on_meta(make), path, torch.randn(3, columns), mapping=mapping)
+    assert loaded.record.sites == quantized.record.sites
+    assert {t.dtype for t in loaded.buffers()} == {torch.uint8, torch.bfloat16}
+    assert same_bits(list(copy.deepcopy(loaded).buffers()), list(quantized.buffers()))

@@ -9,12 +9,14 @@ from fxquant import TensorSpec
 from fxquant.numerics import (
     FLOAT32_MAX,
     MAX_COLUMNS,
+    QuantizedTensor,
     choose_qparams,
     dequantize_weight,
     pack_uint4,
     quantize_rows,
     quantize_with,
     to_float16,
+    unpack_int4,
     unpack_uint4,
     weight_range,
 )
@@ -213,8 +215,6 @@ def test_float16_weights_saturate_instead_of_overflowing():
 
 
 def test_dequantize_reads_every_kind():
-    from fxquant.numerics import QuantizedTensor
-
     half = QuantizedTensor(torch.tensor([[0.5]], dtype=torch.float16), None, None)
     symmetric = QuantizedTensor(torch.tensor([[3], [-2]], dtype=torch.int8), torch.tensor([0.5, 2.0]), None)
     packed = QuantizedTensor(torch.tensor([[0x21, 0x03]], dtype=torch.uint8), torch.tensor([2.0]), torch.tensor([1.0]))
@@ -226,3 +226,26 @@ def test_dequantize_reads_every_kind():
 def test_the_widest_sum_of_products_fits_int32():
     assert MAX_COLUMNS * 255 * 128 < 2**31
     assert (MAX_COLUMNS + 1) * 255 * 128 > 2**31 - 255 * 128
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("columns", [1, 31, 64, 65, 200])
+def test_int4_reads_back_what_it_wrote(columns, group_size):
+    spec = TensorSpec(dtype="int4", qmin=-8, qmax=7, symmetric=True, axis="group", group_size=group_size)
+    q = torch.randint(-7, 8, (3, columns))
+    q[:, ::group_size] = -8  # so that each group's scale is its own
+    scale = 2.0 ** torch.arange(-(-columns // group_size)) * torch.tensor([[1.0], [-0.5], [4.0]])
+    weight = torch.stack([q[:, k] * scale[:, k // group_size] for k in range(columns)], dim=1)
+    found, zero_point = choose_qparams(*weight_range(weight, spec), spec)
+    assert torch.equal(found.float(), scale)
+    quantized = QuantizedTensor(quantize_with(weight, found, zero_point, spec), found, None)
+    assert torch.equal(unpack_int4(quantized.values, columns), q.to(torch.int8))
+    assert torch.equal(dequantize_weight(quantized, 4, columns, group_size), weight)
+
+
+def test_a_group_of_zeros_has_scale_1():
+    spec = TensorSpec(dtype="int4", qmin=-8, qmax=7, symmetric=True, axis="group", group_size=32)
+    weight = torch.cat((torch.ones(1, 32), torch.zeros(1, 40)), dim=1)
+    scale, zero_point = choose_qparams(*weight_range(weight, spec), spec)
+    assert scale.tolist() == [[-0.125, 1.0, 1.0]]
+    assert unpack_int4(quantize_with(weight, scale, zero_point, spec)).tolist() == [[-8] * 32 + [0] * 40]

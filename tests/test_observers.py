@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fxquant import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigError, TensorSpec
+from fxquant import GroupMinMaxObserver, MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigError, TensorSpec
 from fxquant.observers import Observer
 from tests.samples import Call, everything, quantize
 
@@ -108,3 +108,10 @@ def test_a_users_observer_decides_the_scales():
         plain, clipped = quantize(model, x), quantize(model, x, mapping=everything(clipping))
         scales = [next(b for n, b in m.named_buffers() if n.endswith("_scale")) for m in (plain, clipped)]
         assert torch.equal(scales[1], scales[0] / 2)
+
+
+def test_min_max_per_group():
+    observer = GroupMinMaxObserver()
+    observer(torch.cat((X, torch.zeros(2, 62), -X), dim=1))
+    assert observer.min_val.tolist() == [[-1, -4], [0, -3]]
+    assert observer.max_val.tolist() == [[4, 1], [3, 0]]

@@ -20,6 +20,7 @@ from fxquant import (
     float16_dynamic_qconfig,
     float_qparams_weight_only_qconfig,
     float_qparams_weight_only_qconfig_4bit,
+    int4_dynamic_qconfig,
     per_channel_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
 )
@@ -186,3 +187,39 @@ class Bags(nn.Module):
 
     def forward(self, indices, offsets):
         return self.bag(indices, offsets)
+
+
+def test_int4_weights_have_a_scale_a_group_and_use_all_sixteen_integers():
+    weight = torch.randn(9, 100)
+    values, scale, zero_point = int4_dynamic_qconfig.with_group_size(32).quantize_weight(weight)
+    assert (values.dtype, values.shape, scale.dtype, scale.shape) == (torch.uint8, (9, 50), torch.bfloat16, (9, 4))
+    assert zero_point is None
+    for row in range(9):
+        for group in range(4):
+            part = weight[row, 32 * group : 32 * group + 32].double()
+            largest = part[part.abs().argmax()]
+            assert abs(scale[row, group].double() * -8 / largest - 1) <= 2**-8  # bfloat16 rounds by half of 2**-7
+            step = scale[row, group].double()
+            nibbles = [int(b) >> shift & 15 for b in values[row, 16 * group : 16 * group + 16] for shift in (0, 4)]
+            real = (torch.tensor(nibbles[: len(part)]).double() - 8) * step
+            assert min(nibbles[: len(part)]) == 0  # -8 is the value of the largest magnitude
+            # Half a step; a whole one where a value of the other sign is beyond 7 steps; and 2**-8 of 8 steps.
+            assert bool(((real - part).abs() <= step.abs() * (1 + 8 * 2**-8)).all())
+            inside = (part / step).abs() <= 7.5
+            assert bool(((real - part).abs()[inside] <= step.abs() * 0.5001).all())
+
+
+def test_a_group_size_is_for_int4_alone():
+    assert str(int4_dynamic_qconfig.with_group_size(32).weight) == "int4 symmetric per group of 32"
+    with pytest.raises(QConfigError, match="group_size=32 needs axis 'group', got 'channel'"):
+        default_dynamic_qconfig.with_group_size(32)
+
+
+def test_activations_have_no_groups():
+    with pytest.raises(QConfigError, match="has one scale a row or one a tensor; got 'int4 symmetric per group of 64'"):
+        QConfig(activation=int4_dynamic_qconfig.weight, weight=int4_dynamic_qconfig.weight)
+
+
+def test_an_int4_qconfig_goes_through_json():
+    qconfig = int4_dynamic_qconfig.with_group_size(128)
+    assert QConfig.from_dict(json.loads(json.dumps(qconfig.to_dict()))) == qconfig

@@ -1,11 +1,13 @@
 """TensorSpec: what it refuses and what it says."""
 
+import dataclasses
 import json
 import pickle
 
 import pytest
 import torch
 
+import fxquant
 from fxquant import QConfigError, TensorSpec
 
 
@@ -33,6 +35,27 @@ def test_an_unknown_axis_is_refused():
         TensorSpec(dtype="int8", qmin=-127, qmax=127, axis="column")
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"group_size": 48}, "group_size must be 32, 64 or 128 for axis 'group', got 48"),
+        ({"group_size": None}, "group_size must be 32, 64 or 128 for axis 'group', got None"),
+        ({"axis": "channel"}, "group_size=64 needs axis 'group', got 'channel'"),
+        (
+            {"axis": "channel", "group_size": None},
+            "axis 'group' and dtype 'int4' go together, got 'channel' and 'int4'",
+        ),
+        ({"dtype": "int8"}, "axis 'group' and dtype 'int4' go together, got 'group' and 'int8'"),
+        ({"symmetric": False}, "int4 must be symmetric=True with qmin below 0"),
+        ({"qmin": 0}, "int4 must be symmetric=True with qmin below 0"),
+        ({"qmin": -9}, r"range \[-9, 7\] does not fit int4 \[-8, 7\]"),
+    ],
+)
+def test_groups_of_other_kinds_are_refused(fields, words):
+    with pytest.raises(QConfigError, match=words):
+        dataclasses.replace(fxquant.int4_dynamic_qconfig.weight, **fields)
+
+
 def test_it_is_a_value():
     spec = TensorSpec(dtype="uint8", qmin=0, qmax=255)
     assert spec == TensorSpec(dtype="uint8", qmax=255)
@@ -44,10 +67,11 @@ def test_it_is_a_value():
 @pytest.mark.parametrize(
     ("dtype", "qmax", "bits", "storage"),
     [("int8", 127, 8, torch.int8), ("uint8", 255, 8, torch.uint8), ("uint4", 15, 4, torch.uint8),
-     ("float16", 0, 16, torch.float16)],
+     ("float16", 0, 16, torch.float16), ("int4", 7, 4, torch.uint8)],
 )  # fmt: skip
 def test_bits_and_storage(dtype, qmax, bits, storage):
-    spec = TensorSpec(dtype=dtype, qmax=qmax)
+    groups = {"qmin": -8, "symmetric": True, "axis": "group", "group_size": 32} if dtype == "int4" else {}
+    spec = TensorSpec(dtype=dtype, qmax=qmax, **groups)
     assert (spec.bits, spec.torch_dtype, spec.is_integer) == (bits, storage, dtype != "float16")
 
 
@@ -58,6 +82,7 @@ def test_bits_and_storage(dtype, qmax, bits, storage):
         (TensorSpec(dtype="uint8", qmax=255, axis="row", dynamic=True), "uint8 affine per row"),
         (TensorSpec(dtype="uint8", qmax=127), "uint8 0–127 affine per tensor"),
         (TensorSpec(dtype="float16"), "float16"),
+        (fxquant.int4_dynamic_qconfig.weight, "int4 symmetric per group of 64"),
     ],
 )
 def test_str_says_the_scheme(spec, text):

@@ -24,7 +24,7 @@ def _check_shape(name: str, mask: torch.Tensor, *wanted: tuple[int, ...]) -> Non
 
 
 class DynamicQuantizedMultiheadAttention(QuantizedModule):
-    """An nn.MultiheadAttention with int8 (or float16) projections, called as that is; made by `from_float`.
+    """An nn.MultiheadAttention with int8 (or int4, float16) projections, called as that is; made by `from_float`.
 
     in_proj_weight: (3·E, E) int8, or where key or value have sizes of their own q_proj_weight (E, E), k_proj_weight
     (E, kdim) and v_proj_weight (E, vdim), each with its `_scale`; in_proj_bias: (3·E,) or None; bias_k, bias_v:
@@ -134,7 +134,9 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
             if self._qkv_same_embed_dim:
                 weight, scale = weight[part], None if scale is None else scale[part]
             bias = None if bias is None else bias[part]
-        return ops.linear(x, weight, scale, bias, False, self.qconfig.per_row, self.qconfig.qmax)
+        columns = self.embed_dim if self._qkv_same_embed_dim else (self.embed_dim, self.kdim, self.vdim)[first]
+        how = (self.qconfig.per_row, self.qconfig.qmax, *self.qconfig.groups(columns))
+        return ops.linear(x, weight, scale, bias, False, *how)
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Return projected rows as (B, H, T, E / H)."""

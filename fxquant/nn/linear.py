@@ -16,10 +16,11 @@ _TENSORS = ("weight", "weight_scale", "bias")
 
 
 class DynamicQuantizedLinear(QuantizedModule):
-    """A Linear with int8 (or float16) weights; its input is quantized at each call, row by row.
+    """A Linear with int8 (or int4, float16) weights; its input is quantized at each call, row by row.
 
     weight: (O, I) int8; weight_scale: (O,) float32; bias: (O,) or None. input: (..., I) float -> (..., O) in its dtype.
-    Raises ShapeError or DTypeError for another input. docs/numerics.md, eq. 7–8.
+    int4, two values a byte, in groups of G columns: weight: (O, ceil(I / 2)) uint8; weight_scale: (O, ceil(I / G))
+    bfloat16. Raises ShapeError or DTypeError for another input. docs/numerics.md, eq. 7–8 and 20.
     """
 
     relu: ClassVar[bool] = False
@@ -28,10 +29,15 @@ class DynamicQuantizedLinear(QuantizedModule):
     bias: nn.Parameter | None
 
     def __init__(
-        self, weight: QuantizedTensor, bias: torch.Tensor | None = None, qconfig: QConfig = default_dynamic_qconfig
+        self,
+        weight: QuantizedTensor,
+        bias: torch.Tensor | None = None,
+        qconfig: QConfig = default_dynamic_qconfig,
+        in_features: int | None = None,
     ) -> None:
         super().__init__(qconfig)
-        self.out_features, self.in_features = weight.values.shape
+        self.out_features, width = weight.values.shape
+        self.in_features = width if in_features is None else in_features  # of int4 the width is half that
         self.set_weight("weight", weight)
         self.set_bias("bias", bias)
 
@@ -40,12 +46,13 @@ class DynamicQuantizedLinear(QuantizedModule):
         cls, module: nn.Linear, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
     ) -> DynamicQuantizedLinear:
         """Return the quantized form of a float Linear (or LinearReLU), which is left as it is."""
-        return cls(quantize(module.weight, qconfig), module.bias, qconfig)
+        return cls(quantize(module.weight, qconfig), module.bias, qconfig, module.weight.shape[1])
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ weight.T + bias."""
         weight, scale, bias = self.own(_TENSORS)
-        return ops.linear(input, weight, scale, bias, self.relu, self.qconfig.per_row, self.qconfig.qmax)
+        how = (self.qconfig.per_row, self.qconfig.qmax, *self.qconfig.groups(self.in_features))
+        return ops.linear(input, weight, scale, bias, self.relu, *how)
 
     def extra_repr(self) -> str:
         """Return what print shows: the sizes and the scheme."""

@@ -46,6 +46,9 @@ class Scheme:
 
 
 INT8_DYNAMIC = Scheme(name="int8 weights, uint8 dynamic activations", weight="int8", symmetric=True, activation="uint8")
+INT4_DYNAMIC = Scheme(
+    name="int4 weights in groups, uint8 dynamic activations", weight="int4", symmetric=True, activation="uint8"
+)
 FLOAT16_WEIGHTS = Scheme(name="float16 weights", weight="float16")
 INT8_ROWS = Scheme(name="int8 rows", weight="int8", symmetric=True)
 UINT8_ROWS = Scheme(name="affine uint8 rows", weight="uint8")

@@ -1,4 +1,4 @@
-"""Linear, LinearReLU and F.linear: int8 weights, activations quantized at each call."""
+"""Linear, LinearReLU and F.linear: int8 or int4 weights, activations quantized at each call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from torch import nn
 from fxquant import ops
 from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLinearReLU, LinearReLU, linear_relu
 from fxquant.nn.base import Quantize
-from fxquant.operators.base import FLOAT16_WEIGHTS, INT8_DYNAMIC, Call, NewCall, Operator, refuse_parameters
+from fxquant.operators.base import (
+    FLOAT16_WEIGHTS,
+    INT4_DYNAMIC,
+    INT8_DYNAMIC,
+    Call,
+    NewCall,
+    Operator,
+    refuse_parameters,
+)
 from fxquant.qconfig import QConfig
 
 
@@ -42,6 +50,7 @@ def _refuse_call(operands: dict[str, Any]) -> str | None:
 def convert_linear(call: Call, x: str = "input", bias: str = "bias") -> NewCall:
     """Return the quantized x @ weight.T + bias for a call of one weight whose other operands have these names."""
     (weight,) = call.weights
+    group_size, in_features = call.qconfig.groups(call.weights[weight].shape[1])
     operands: dict[str, Any] = {
         "x": call.operands[x],
         "weight": call.operands[weight],
@@ -50,6 +59,8 @@ def convert_linear(call: Call, x: str = "input", bias: str = "bias") -> NewCall:
         "relu": call.function is linear_relu,
         "per_row": call.qconfig.per_row,
         "qmax": call.qconfig.qmax,
+        "group_size": group_size,
+        "in_features": in_features,
     }
     return NewCall(ops.linear, operands)
 
@@ -61,7 +72,7 @@ LINEAR = Operator(
     functions=(F.linear, linear_relu),
     operands=("input", "weight", "bias"),
     weights=("weight",),
-    schemes=(INT8_DYNAMIC, FLOAT16_WEIGHTS),
+    schemes=(INT8_DYNAMIC, INT4_DYNAMIC, FLOAT16_WEIGHTS),
     convert_module=_convert_module,
     convert_function=convert_linear,
     refuse_module=_refuse,

@@ -32,9 +32,11 @@ def linear(
     relu: bool = False,
     per_row: bool = True,
     qmax: int = 255,
+    group_size: int = 0,
+    in_features: int = 0,
 ) -> torch.Tensor:
     """Call `torch.ops.fxquant.linear`."""
-    args = (x, weight, scale, bias, relu, per_row, qmax)
+    args = (x, weight, scale, bias, relu, per_row, qmax, group_size, in_features)
     out: torch.Tensor | None = None if is_compiling() else at_once.linear(True, *args)
     return OVERLOADS["linear"](*args) if out is None else out
 

@@ -11,14 +11,26 @@ from typing import Any
 import torch
 
 from fxquant.ops import native, reference, reference_recurrent
-from fxquant.ops.schema import RNN_MODES, check_indices, check_linear, check_recurrent
+from fxquant.ops.schema import RNN_MODES, check_groups, check_indices, check_linear, check_recurrent
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    relu: bool = False,
+    per_row: bool = True,
+    qmax: int = 255,
+    group_size: int = 0,
+    in_features: int = 0,
+) -> torch.Tensor:
     """Run `reference.linear` or its native kernel; both say what the arguments are."""
-    check_linear(x, weight)
+    check_linear(x, weight, in_features)
+    if group_size:
+        check_groups(weight, scale, group_size, in_features)
     run = native.linear if native.takes(x, weight) else reference.linear
-    return run(x, weight, *rest)
+    return run(x, weight, scale, bias, relu, per_row, qmax, group_size, in_features)
 
 
 def lstm(

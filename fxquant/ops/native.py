@@ -23,7 +23,7 @@ from fxquant.ops import reference, reference_recurrent
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
 from fxquant.ops.schema import RNN_MODES
 
-_INTERFACE = 4  # what module.c says it is: a library left from another version is not called
+_INTERFACE = 5  # what module.c says it is: a library left from another version is not called
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _introduce_torch(library: Any, exchange: object) -> None:
     """Tell the library what it needs of torch; exchange: the capsule of DLPack's exchange interface, or None."""
     library.set_torch(
         (torch.Tensor, torch.nn.Parameter),
-        (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64),
+        (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bfloat16),
         (torch.empty, {"dtype": torch.float32, "device": torch.device("cpu")}),
         (output_pool.empty, torch.get_num_threads, torch.is_grad_enabled),
         (
@@ -160,12 +160,18 @@ def linear(
     relu: bool = False,
     per_row: bool = True,
     qmax: int = 255,
+    group_size: int = 0,
+    in_features: int = 0,
 ) -> torch.Tensor:
     """Return x @ dequantize(weight).T + bias, with x quantized row by row: `reference.linear`."""
-    outputs, columns = weight.shape
-    rows = _floats(x).reshape(math.prod(x.shape[:-1]), columns)
-    scale, bias = _vector("scale", scale, outputs), None if bias is None else _vector("bias", bias, outputs)
-    out = _library.linear(False, rows, _plain(weight), scale, bias, relu, per_row, qmax)
+    outputs = weight.shape[0]
+    rows = _floats(x).reshape(math.prod(x.shape[:-1]), in_features if group_size else weight.shape[1])
+    bias = None if bias is None else _vector("bias", bias, outputs)
+    scale = _plain(scale) if group_size and scale is not None else _vector("scale", scale, outputs)
+    how = (relu, per_row, qmax, group_size, in_features)
+    out = _library.linear(False, rows, _plain(weight), scale, bias, *how)
+    if out is None and group_size:
+        out = reference.linear(rows, weight, scale, bias, *how)  # without columns there is nothing to multiply
     if out is None:
         raise DTypeError(f"a quantized linear takes a weight of torch.int8 or float16, got {weight.dtype}")
     return cast(torch.Tensor, out.view(*x.shape[:-1], outputs).to(x.dtype))

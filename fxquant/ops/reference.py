@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fxquant.errors import IndexRangeError
-from fxquant.numerics import QuantizedTensor, dequantize_weight, quantize_rows
+from fxquant.numerics import QuantizedTensor, dequantize_weight, quantize_rows, unpack_int4
 
 EXACT_COLUMNS = 512  # 512 * 255 * 127 < 2**24: such a float32 sum of products is exact in any order
 
@@ -28,16 +28,26 @@ def linear(
     relu: bool = False,
     per_row: bool = True,
     qmax: int = 255,
+    group_size: int = 0,
+    in_features: int = 0,
 ) -> torch.Tensor:
     """Return x @ dequantize(weight).T + bias, with x quantized row by row. docs/numerics.md, eq. 7–8.
 
     x: (..., I) float; weight: (O, I) int8 or float16; scale: (O,) float32, None for float16; bias: (O,) or None
     -> (..., O) in x's dtype. per_row False: one scale for all of x. qmax: 255, or 127 for 7-bit activations.
+    group_size: 0, or 32, 64 or 128 for int4 weights: (O, ceil(I / 2)) uint8, with in_features I and scale
+    (O, ceil(I / group_size)) bfloat16. docs/numerics.md, eq. 20.
     """
-    rows = x.reshape(math.prod(x.shape[:-1]), weight.shape[1]).to(torch.float32)
-    y = project(rows, weight, scale, per_row, qmax)
-    if bias is not None:
-        y += bias.to(torch.float32)
+    columns = in_features if group_size else weight.shape[1]
+    rows = x.reshape(math.prod(x.shape[:-1]), columns).to(torch.float32)
+    start = None if bias is None else bias.to(torch.float32)
+    if group_size:
+        assert scale is not None
+        y = project_groups(rows, weight, scale, start, per_row, qmax, group_size)
+    else:
+        y = project(rows, weight, scale, per_row, qmax)
+        if start is not None:
+            y += start
     if relu:
         y.relu_()
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
@@ -52,6 +62,31 @@ def project(
     q, row_scale, zero_point = quantize_rows(rows, qmax, per_row)
     sums = integer_matmul(q, zero_point, weight)
     return sums.to(torch.float32).mul_(row_scale * scale.to(torch.float32))
+
+
+def project_groups(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    start: torch.Tensor | None,
+    per_row: bool,
+    qmax: int,
+    group_size: int,
+) -> torch.Tensor:
+    """Return start + rows @ dequantize(weight).T for int4 weights: a product a group of columns, added up in order.
+
+    rows: (M, K) float32; weight: (N, ceil(K / 2)) uint8; scale: (N, ceil(K / group_size)); start: (N,), (M, N) or None
+    -> (M, N) float32.
+    """
+    q, row_scale, zero_point = quantize_rows(rows, qmax, per_row)
+    values = unpack_int4(weight, rows.shape[1])
+    y = rows.new_zeros(rows.shape[0], weight.shape[0]) if start is None else start.expand(rows.shape[0], -1)
+    for group in range(scale.shape[1]):
+        part = slice(group * group_size, (group + 1) * group_size)
+        sums = integer_matmul(q[:, part], zero_point, values[:, part].contiguous()).to(torch.float32)
+        product = sums.mul_(row_scale * scale[:, group].to(torch.float32))
+        y = product if start is None and group == 0 else product.add_(y)
+    return y.clone() if scale.shape[1] == 0 else y
 
 
 def integer_matmul(q: torch.Tensor, zero_point: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from fxquant.errors import DTypeError, ShapeError
+from fxquant.spec import GROUP_SIZES
 
 LIBRARY = torch.library.Library("fxquant", "DEF")  # type: ignore[no-untyped-call]
 
 SCHEMAS = {
     "linear": "(Tensor x, Tensor weight, Tensor? scale, Tensor? bias=None, bool relu=False, bool per_row=True,"
-    " int qmax=255) -> Tensor",
+    " int qmax=255, int group_size=0, int in_features=0) -> Tensor",
     "lstm": "(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, Tensor[] scales, Tensor[] biases,"
     " bool bidirectional=False, bool per_row=True, int qmax=255) -> (Tensor, Tensor, Tensor)",
     "rnn": "(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor[] weights, Tensor[] scales, Tensor[] biases,"
@@ -35,14 +36,28 @@ RNN_MODES = {"gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 """The modes of the operator rnn, and what each is called in errors."""
 
 
-def check_linear(x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Raise ShapeError or DTypeError unless x is (..., I) floating point for a weight (O, I)."""
+def check_linear(x: torch.Tensor, weight: torch.Tensor, in_features: int = 0) -> None:
+    """Raise ShapeError or DTypeError unless x is (..., I) floating point; I: in_features, or the weight's columns."""
+    inputs = in_features or weight.shape[1]
     if not x.is_floating_point():
         raise DTypeError(f"a quantized linear takes a float tensor, got {x.dtype}; call x.float() before it")
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    if x.dim() == 0 or x.shape[-1] != inputs:
         raise ShapeError(
-            f"a quantized linear of {weight.shape[1]} inputs takes x of shape (..., {weight.shape[1]}), "
-            f"got {tuple(x.shape)}"
+            f"a quantized linear of {inputs} inputs takes x of shape (..., {inputs}), got {tuple(x.shape)}"
+        )
+
+
+def check_groups(weight: torch.Tensor, scale: torch.Tensor | None, group_size: int, in_features: int) -> None:
+    """Raise DTypeError or ShapeError unless weight and scale are those of an int4 linear."""
+    if weight.dtype is not torch.uint8 or scale is None or scale.dtype is not torch.bfloat16:
+        kinds = f"{weight.dtype} and {None if scale is None else scale.dtype}"
+        raise DTypeError(f"an int4 linear takes a weight of torch.uint8 with a scale of torch.bfloat16, got {kinds}")
+    outputs, groups = weight.shape[0], -(-in_features // group_size) if group_size in GROUP_SIZES else -1
+    if weight.shape != (outputs, (in_features + 1) // 2) or scale.shape != (outputs, groups):
+        raise ShapeError(
+            f"an int4 linear of {in_features} inputs in groups of {group_size} (32, 64 or 128) takes a weight of shape "
+            f"(O, {(in_features + 1) // 2}) and a scale of shape (O, {groups}), got {tuple(weight.shape)} and "
+            f"{tuple(scale.shape)}"
         )
 
 
@@ -82,8 +97,12 @@ def _fake_linear(
     relu: bool = False,
     per_row: bool = True,
     qmax: int = 255,
+    group_size: int = 0,
+    in_features: int = 0,
 ) -> torch.Tensor:
-    check_linear(x, weight)
+    check_linear(x, weight, in_features)
+    if group_size:
+        check_groups(weight, scale, group_size, in_features)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

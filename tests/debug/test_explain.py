@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxquant
-from fxquant import ModelStateError, convert_fx, explain, fuse_fx, load, quantize_dynamic, save
+from fxquant import ModelStateError, convert_fx, explain, fuse_fx, int4_dynamic_qconfig, load, quantize_dynamic, save
 from fxquant.debug.table import megabytes
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize
 
@@ -193,3 +193,12 @@ def test_a_notebook_gets_html():
 def test_a_model_without_decisions_is_an_error(model):
     with pytest.raises(ModelStateError, match="explain needs the result of prepare_fx or convert_fx, got"):
         explain(model)
+
+
+def test_int4_sites_say_so_and_what_they_save():
+    quantized = quantize(
+        nn.Sequential(nn.Linear(128, 64)), torch.randn(2, 128), mapping=everything(int4_dynamic_qconfig)
+    )
+    (row,) = explain(quantized).rows
+    assert row.decision == "int4_dynamic_qconfig"
+    assert row.saved_bytes == 64 * 128 * 4 - 64 * 128 // 2 - 64 * 2 * 2

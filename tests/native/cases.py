@@ -139,6 +139,16 @@ def linear_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tupl
     return native.linear, reference.linear, args, not is_extreme and columns > 0 and not relu
 
 
+def linear_int4_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
+    """Return a case like a linear's, whose weights are nibbles: any bytes, past an odd row's end too."""
+    rng = random.Random(-1 - seed)
+    run, expect, (x, weight, _, *how), is_rich = linear_case(seed)
+    columns, outputs, group_size = x.shape[-1], weight.shape[0], rng.choice((32, 64, 128))
+    weight = int8(outputs, (columns + 1) // 2).view(torch.uint8)
+    scale = (torch.randn(outputs, -(-columns // group_size)) * 0.1).to(torch.bfloat16)
+    return run, expect, (x, strided(weight, rng), strided(scale, rng), *how, group_size, columns), is_rich
+
+
 def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -238,6 +248,7 @@ def embedding_bag_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any
 
 CASES = {
     "linear": linear_case,
+    "linear_int4": linear_int4_case,
     "lstm": lstm_case,
     "rnn": rnn_case,
     "embedding": embedding_case,

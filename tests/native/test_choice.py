@@ -73,10 +73,11 @@ sys.meta_path.insert(0, Finder())
     assert result.stdout.startswith("None |")
 
 
-def run_linear(x, weight=None, scale=None, bias=None):
+def run_linear(x, weight=None, scale=None, bias=None, groups=(0, 0)):
     """Return what the library gives at once."""
     weight = int8(3, 4) if weight is None else weight
-    return native.at_once.linear(True, x, weight, torch.rand(3) if scale is None else scale, bias, False, True, 255)
+    scale = torch.rand(3) if scale is None else scale
+    return native.at_once.linear(True, x, weight, scale, bias, False, True, 255, *groups)
 
 
 def test_a_plain_call_passes_the_dispatcher_by():
@@ -144,7 +145,34 @@ def test_an_unusual_operand_is_not_taken_at_once(operands):
 
 def test_an_option_that_is_no_number_is_pythons_own_error():
     with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
-        native.at_once.linear(True, torch.randn(2, 4), int8(3, 4), torch.rand(3), None, "no", True, 255)
+        native.at_once.linear(True, torch.randn(2, 4), int8(3, 4), torch.rand(3), None, "no", True, 255, 0, 0)
+
+
+INT4 = {"weight": int8(3, 33).view(torch.uint8), "scale": torch.rand(3, 2).bfloat16(), "groups": (64, 66)}
+
+
+def test_an_int4_call_passes_the_dispatcher_by():
+    x = torch.randn(2, 5, 66)
+    expected = native.reference.linear(x, INT4["weight"], INT4["scale"], None, False, True, 255, 64, 66)
+    assert same_bits(run_linear(x, **INT4), expected)
+
+
+@pytest.mark.parametrize(
+    "operands",
+    [
+        {"weight": int8(3, 33)},
+        {"weight": int8(3, 66).view(torch.uint8)},
+        {"scale": torch.rand(3, 2)},
+        {"scale": torch.rand(3, 3).bfloat16()},
+        {"scale": torch.rand(2, 2).bfloat16()},
+        {"scale": torch.rand(6).bfloat16()},
+        {"groups": (48, 66)},
+        {"groups": (64, 65)},
+        {"bias": torch.rand(4)},
+    ],
+)
+def test_an_unusual_int4_operand_is_not_taken_at_once(operands):
+    assert run_linear(torch.randn(2, 66), **{**INT4, **operands}) is None
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")

@@ -10,7 +10,14 @@ from tests.native import cases
 from tests.native.cases import failures, int8, kernels, same_bits
 
 SETTINGS = [(isa, threads) for isa in cases.usable() for threads in (1, 2)]
-COUNTS = {"linear": 1200, "lstm": 120, "rnn": 120, "embedding": 150, "embedding_bag": 150}  # times ten settings
+COUNTS = {
+    "linear": 1200,
+    "linear_int4": 1200,
+    "lstm": 120,
+    "rnn": 120,
+    "embedding": 150,
+    "embedding_bag": 150,
+}  # times ten settings
 
 
 @pytest.mark.parametrize("operator", COUNTS)
@@ -62,6 +69,29 @@ def test_products_of_many_rows_give_the_references_bits(isa, rows, outputs):
     for threads in (1, 3):
         with kernels(isa, threads):
             assert same_bits(native.linear(x, weight, scale, bias, True), expected), threads
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("rows", "outputs"), [(1, 2100), (4, 33), (15, 100), (17, 700), (40, 1100), (300, 130), (2100, 70)]
+)
+def test_int4_products_of_each_form_give_the_references_bits(isa, rows, outputs, group_size):
+    x, weight = torch.randn(rows, 203), int8(outputs, 102).view(torch.uint8)
+    scale, bias = torch.randn(outputs, -(-203 // group_size)).bfloat16(), torch.randn(outputs)
+    args = (x, weight, scale, bias, True, True, 255, group_size, 203)
+    expected = reference.linear(*args)
+    for threads in (1, 3):
+        with kernels(isa, threads):
+            assert same_bits(native.linear(*args), expected), threads
+
+
+def test_an_int4_row_gives_the_same_bits_alone_and_in_any_batch(isa):
+    x, weight, scale = torch.randn(70, 130), int8(100, 65).view(torch.uint8), torch.randn(100, 3).bfloat16()
+    how = (weight, scale, None, False, True, 255, 64, 130)
+    with kernels(isa, 1):
+        together = native.linear(x, *how)
+        for rows in (1, 2, 3, 7, 16, 33):
+            assert same_bits(native.linear(x[5 : 5 + rows], *how), together[5 : 5 + rows]), rows
 
 
 @pytest.mark.parametrize("columns", [32768, 32769, 70000])  # the tiles' form ends at 32768; 66,000 can pass 2**31

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxquant import ShapeError, float16_dynamic_qconfig, per_tensor_dynamic_qconfig
+from fxquant import ShapeError, float16_dynamic_qconfig, int4_dynamic_qconfig, per_tensor_dynamic_qconfig
 from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLinearReLU, LinearReLU
+from fxquant.numerics import QuantizedTensor, dequantize_weight
 from tests.samples import linear_bound
 
 
@@ -60,3 +61,40 @@ def test_repr_shows_sizes_and_scheme():
     assert repr(module) == (
         "DynamicQuantizedLinear(6, 4, bias=False, int8 symmetric per channel, activation uint8 affine per row)"
     )
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_int4_is_near_the_float_module(group_size):
+    module, x = nn.Linear(150, 30), torch.randn(8, 150)
+    quantized = DynamicQuantizedLinear.from_float(module, int4_dynamic_qconfig.with_group_size(group_size))
+    weight = QuantizedTensor(quantized.weight, quantized.weight_scale, None)
+    real = dequantize_weight(weight, 4, 150, group_size).double()
+    step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)).double() / 255  # the activations' error: half of it or,
+    bound = step * real.abs().sum(1) + 1e-5  # where the zero point's rounding clips an end, a whole one
+    expected = x.double() @ real.t() + module.bias.double()
+    assert bool(((quantized(x).double() - expected).abs() <= bound).all())
+    largest = module.weight.abs().amax(1).double()
+    assert bool(((real - module.weight.double()).abs() <= largest[:, None] / 8 * (1 + 8 * 2**-8)).all())
+
+
+def test_int4_of_an_odd_number_of_inputs_knows_it():
+    module = DynamicQuantizedLinear.from_float(nn.Linear(7, 4), int4_dynamic_qconfig)
+    assert (module.in_features, module.weight.shape, module(torch.randn(2, 7)).shape) == (7, (4, 4), (2, 4))
+    with pytest.raises(ShapeError, match=r"of 7 inputs takes x of shape \(..., 7\), got \(2, 8\)"):
+        module(torch.randn(2, 8))
+
+
+def test_int4_keeps_its_dtypes_and_repr():
+    module = DynamicQuantizedLinear.from_float(nn.Linear(100, 4), int4_dynamic_qconfig).double()
+    assert (module.weight.dtype, module.weight_scale.dtype) == (torch.uint8, torch.bfloat16)
+    assert repr(module) == (
+        "DynamicQuantizedLinear(100, 4, bias=True, int4 symmetric per group of 64, activation uint8 affine per row)"
+    )
+
+
+def test_int4_compiles_and_exports():
+    model = nn.Sequential(DynamicQuantizedLinear.from_float(nn.Linear(100, 4), int4_dynamic_qconfig))
+    x = torch.randn(3, 100)
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.equal(exported(x), model(x))
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))

@@ -109,8 +109,9 @@ def test_the_quantized_model_is_smaller_and_near(case):
     weight = next(model.parameters())
     for got, expected in zip(leaves(quantized(*inputs)), leaves(model(*inputs)), strict=True):
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
-        # A doubled scale or a lost bias is ten times as much. Rows of 4-bit values: half of 1 / 15 of a range.
-        assert (got - expected).norm() <= (0.1 if site.qconfig.weight.bits == 4 else 0.03) * expected.norm()
+        # A doubled scale or a lost bias is several times as much. 4-bit values: steps of 1 / 8 of a weight's largest,
+        # here some 2.3 deviations: an error of 2.3 / 8 / sqrt(12) = 0.08 a product, two of them in attention.
+        assert (got - expected).norm() <= (0.15 if site.qconfig.weight.bits == 4 else 0.03) * expected.norm()
         assert not torch.equal(got, expected)
     assert not any(p.shape == weight.shape for p in quantized.parameters())
 

@@ -169,3 +169,30 @@ def test_an_empty_bag_is_zeros():
         torch.tensor([1, 2]), random_int8(10, 5), torch.rand(10), None, 5, torch.tensor([0, 0, 2]), "mean"
     )
     assert torch.equal(got[[0, 2]], torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("columns", [1, 33, 64, 100])
+@pytest.mark.parametrize("relu", [True, False])
+def test_int4_linear_is_its_equation(columns, relu):
+    x, bias = torch.randn(4, columns) * 3, torch.randn(6)
+    weight = torch.randint(-8, 8, (6, columns), dtype=torch.int8)
+    scale = (torch.randn(6, -(-columns // 32)) * 0.1).to(torch.bfloat16)
+    packed = pack_uint4((weight + 8).to(torch.uint8))
+    y = reference.linear(x, packed, scale, bias, relu, True, 255, 32, columns)
+    q, row_scale, zero_point = quantize_rows(x, 255)
+    expected, size = bias.double().expand(4, 6), bias.double().abs().expand(4, 6)
+    for g in range(scale.shape[1]):
+        part = slice(32 * g, 32 * g + 32)
+        sums = torch.tensor(products(q[:, part], zero_point, weight[:, part])).double()
+        expected = expected + sums * row_scale.double() * scale[:, g].double()
+        size = size + (sums * row_scale.double() * scale[:, g].double()).abs()
+    expected = expected.clamp(min=0) if relu else expected
+    assert bool(((y.double() - expected).abs() <= 8 * ULP * size).all())
+
+
+def test_int4_linear_without_columns_is_the_bias():
+    weight, scale = torch.zeros(3, 0, dtype=torch.uint8), torch.zeros(3, 0, dtype=torch.bfloat16)
+    bias = torch.tensor([1.0, -2.0, 3.0])
+    y = reference.linear(torch.zeros(2, 0), weight, scale, bias, True, True, 255, 64, 0)
+    assert y.tolist() == [[1.0, 0.0, 3.0]] * 2
+    assert bias.tolist() == [1.0, -2.0, 3.0]

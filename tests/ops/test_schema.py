@@ -5,7 +5,7 @@ import torch
 
 from fxquant import DTypeError, ShapeError, ops
 from fxquant.ops import reference, reference_recurrent, schema
-from fxquant.qconfig import default_dynamic_qconfig
+from fxquant.qconfig import default_dynamic_qconfig, int4_dynamic_qconfig
 
 INT8 = default_dynamic_qconfig
 REFERENCES = {**vars(reference), **vars(reference_recurrent)}
@@ -13,6 +13,12 @@ REFERENCES = {**vars(reference), **vars(reference_recurrent)}
 
 def quantized(*shape):
     return INT8.quantize_weight(torch.randn(*shape))[:2]
+
+
+def quantized_int4(outputs, columns, group_size=32):
+    """Return (weight, scale) and (group_size, in_features)."""
+    weight = int4_dynamic_qconfig.with_group_size(group_size).quantize_weight(torch.randn(outputs, columns))
+    return weight[:2], (group_size, columns)
 
 
 def lstm_arguments(inputs=6, hidden=5, layers=1, directions=1, proj=0, bias=True, packed=False):
@@ -65,6 +71,9 @@ def cases():
     yield "linear", (x.half(), *quantized(4, 6), torch.randn(4), True, False, 127), {}
     yield "linear", (torch.randn(2, 3, 6), torch.randn(4, 6).half(), None), {}
     yield "linear", (torch.randn(0, 6), *quantized(4, 6)), {}
+    weight, groups = quantized_int4(4, 75)
+    yield "linear", (torch.randn(2, 3, 75), *weight, torch.randn(4), True, True, 255, *groups), {}
+    yield "linear", (torch.randn(3, 75).half(), *weight, None, False, False, 127, *groups), {}
     yield "lstm", lstm_arguments(), {}
     yield "lstm", lstm_arguments(layers=2, directions=2, proj=3), {}
     yield "lstm", lstm_arguments(bias=False, packed=True), {}
@@ -128,6 +137,34 @@ LINEAR = quantized(4, 6)
 def test_linear_refuses_another_shape(shape):
     with pytest.raises(ShapeError, match=r"of 6 inputs takes x of shape \(..., 6\), got"):
         ops.linear(torch.zeros(shape), *LINEAR)
+
+
+@pytest.mark.parametrize("columns", [74, 76, 38])
+def test_int4_linear_refuses_another_shape(columns):
+    weight, groups = quantized_int4(4, 75)
+    with pytest.raises(ShapeError, match=rf"of 75 inputs takes x of shape \(..., 75\), got \(3, {columns}\)"):
+        ops.linear(torch.zeros(3, columns), *weight, None, False, True, 255, *groups)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "group_size"),
+    [((4, 37), (4, 3), 32), ((4, 38), (4, 2), 32), ((4, 38), (3, 3), 32), ((4, 38), (4, 3), 48), ((4, 38), (12,), 32)],
+)
+def test_int4_linear_refuses_weights_and_scales_that_do_not_fit(weight, scale, group_size):
+    operands = torch.zeros(weight, dtype=torch.uint8), torch.ones(scale, dtype=torch.bfloat16)
+    with pytest.raises(
+        ShapeError, match=rf"of 75 inputs in groups of {group_size} .* takes a weight of shape \(O, 38\)"
+    ):
+        ops.linear(torch.zeros(3, 75), *operands, None, False, True, 255, group_size, 75)
+
+
+@pytest.mark.parametrize(("weight", "scale"), [("int8", "bfloat16"), ("uint8", "float32")])
+def test_int4_linear_refuses_other_dtypes(weight, scale):
+    operands = torch.zeros(4, 38, dtype=getattr(torch, weight)), torch.ones(4, 3, dtype=getattr(torch, scale))
+    with pytest.raises(
+        DTypeError, match=rf"torch.uint8 with a scale of torch.bfloat16, got torch.{weight} and torch.{scale}"
+    ):
+        ops.linear(torch.zeros(3, 75), *operands, None, False, True, 255, 32, 75)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])

@@ -1,0 +1,203 @@
+/* Few rows by 4-bit weights: the weights' bytes are the limit, so they are read as they lie, and unpacked in registers.
+ *
+ * 64 bytes hold 128 columns, u = w + 8 in each nibble. The low nibbles are the even columns and the high ones the odd, so
+ * that the activations lie in that order too, 64 even ones and 64 odd: nothing is interleaved. vpdpbusd takes u as the
+ * unsigned side and a = q - 128 as the signed one:
+ *
+ *   sum((q - z) w) = sum(a u) + (128 - z) sum(u) - 8 sum(q - z)
+ *
+ * where the last term is the row's alone (`less`), and a and the ones of sum(u) are 0 beyond the last column. A lane has
+ * the sums of 8 columns; 4, 8 or 16 lanes are a group, added up for 16 outputs at once. */
+
+enum { NIBBLE_COLUMNS = 128, NIBBLE_ROWS = 4 /* that a register of weights serves */ };
+
+/* The even bytes of 128, then the odd ones. */
+FXQ_INLINE void part_columns(const uint8_t *values, int8_t *out) {
+    const __m512i bias = _mm512_set1_epi8(-128);
+    for (int i = 0; i < 2; i++) {
+        const __m512i v = _mm512_xor_si512(_mm512_loadu_si512(values + 64 * i), bias);
+        _mm256_storeu_si256((__m256i *)(out + 32 * i), _mm512_cvtepi16_epi8(v));
+        _mm256_storeu_si256((__m256i *)(out + 64 + 32 * i), _mm512_cvtepi16_epi8(_mm512_srli_epi16(v, 8)));
+    }
+}
+
+static void quantize_nibbles(const struct fxq_nibble_product *job, int64_t first, int64_t last) {
+    const struct fxq_linear *call = job->call;
+    const int64_t group = call->int4.group;
+    for (int64_t m = first; m < last; m++) {
+        int8_t *out = job->values + m * fxq_nibble_depth(call->columns);
+        int32_t *less = job->less + m * call->int4.groups;
+        for (int64_t k = 0; k < call->columns; k += NIBBLE_COLUMNS, out += NIBBLE_COLUMNS) {
+            const int64_t width = call->columns - k < NIBBLE_COLUMNS ? call->columns - k : NIBBLE_COLUMNS;
+            uint8_t values[NIBBLE_COLUMNS];
+            memset(values, 128, sizeof values);
+            quantize_values(call->x + m * call->columns + k, width, &job->row[m], call->qmax, values);
+            for (int64_t i = 0; i < width; i += group) {
+                const int64_t count = width - i < group ? width - i : group;
+                int32_t sum = 0;
+                for (int64_t j = 0; j < count; j++) sum += values[i + j];
+                *less++ = 8 * (sum - (int32_t)count * job->row[m].zero_point);
+            }
+            part_columns(values, out);
+        }
+    }
+}
+
+/* Lane L of 128 bits of f[j] has the sums of 32 columns, of outputs 4 j .. 4 j + 3. Gives the groups' sums, lanes: outputs. */
+FXQ_INLINE void sum_groups(const __m512i v[16], int64_t group, __m512i sums[4]) {
+    __m512i f[4];
+    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
+        const __m512i a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];
+        const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+        f[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    }
+    __m512i even0 = _mm512_shuffle_i32x4(f[0], f[1], 0x88), odd0 = _mm512_shuffle_i32x4(f[0], f[1], 0xdd);
+    __m512i even1 = _mm512_shuffle_i32x4(f[2], f[3], 0x88), odd1 = _mm512_shuffle_i32x4(f[2], f[3], 0xdd);
+    if (group == 32) {
+        sums[0] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+        sums[1] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+        sums[2] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+        sums[3] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+        return;
+    }
+    even0 = _mm512_add_epi32(even0, odd0);
+    even1 = _mm512_add_epi32(even1, odd1);
+    sums[0] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+    sums[1] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+    sums[2] = sums[3] = _mm512_setzero_si512();
+    if (group == 128) sums[0] = _mm512_add_epi32(sums[0], sums[1]);
+}
+
+/* The scales of groups [g, g + count) of 16 outputs, `stride` groups a row: a word holds two of them. */
+FXQ_INLINE void load_scales(const uint16_t *scale, int64_t stride, int count, __mmask16 lanes, bool is_first, __m512 s[4]) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i at = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)stride)), none = _mm512_setzero_si512();
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+    int g = 0;
+    for (; g + 2 <= count; g += 2) {
+        const __m512i two = _mm512_mask_i32gather_epi32(none, lanes, at, scale + g, 2);
+        s[g] = _mm512_castsi512_ps(_mm512_slli_epi32(two, 16));
+        s[g + 1] = _mm512_castsi512_ps(_mm512_and_si512(two, high));
+    }
+    if (g == count) return;
+    if (stride == 1) { /* the rows' only one: they lie next to each other */
+        const __m512i one = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, scale));
+        s[g] = _mm512_castsi512_ps(_mm512_slli_epi32(one, 16));
+    } else { /* with the one before it, since after a row's last one may come nothing; a row's first has none before it */
+        const bool has_before = g > 0 || !is_first;
+        const __m512i two = _mm512_mask_i32gather_epi32(none, lanes, at, scale + g - has_before, 2);
+        s[g] = _mm512_castsi512_ps(has_before ? _mm512_and_si512(two, high) : _mm512_slli_epi32(two, 16));
+    }
+}
+
+/* What 16 outputs need of the step of 128 columns from k on. */
+struct nibble_step {
+    const uint8_t *nibbles; /* of the first output */
+    int64_t row_bytes, depth;
+    const int8_t *values; /* of the first row */
+    __mmask64 bytes;      /* that a row has in this step */
+    __m512i even_ones, odd_ones;
+};
+
+FXQ_INLINE __m512i dot_nibbles(__m512i sum, __m512i nibbles, __m512i values) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(nibbles), "v"(values)); /* see add_products */
+    return sum;
+}
+
+/* t[m][i]: lanes of sum(a u) + (128 - z) sum(u) of `rows` rows (a constant wherever this is inlined) and 16 outputs. */
+FXQ_INLINE void multiply_nibbles(const struct nibble_step *s, const struct fxq_row *row, int rows, int64_t outputs,
+                                 __m512i t[][16]) {
+    const __m512i low = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
+    __m512i even[NIBBLE_ROWS], odd[NIBBLE_ROWS], factor[NIBBLE_ROWS];
+    FXQ_UNROLL(4) for (int m = 0; m < rows; m++) {
+        even[m] = _mm512_loadu_si512(s->values + m * s->depth);
+        odd[m] = _mm512_loadu_si512(s->values + m * s->depth + 64);
+        factor[m] = _mm512_set1_epi32(128 - row[m].zero_point); /* the high half meets a 0: a lane's sum(u) is small */
+    }
+    FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+        _mm_prefetch((const char *)s->nibbles + (16 + i) * s->row_bytes, _MM_HINT_T0); /* for the next 16 outputs */
+        const __m512i v = _mm512_maskz_loadu_epi8(i < outputs ? s->bytes : 0, s->nibbles + i * s->row_bytes);
+        const __m512i u = _mm512_and_si512(v, low), u_odd = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
+        const __m512i sum = dot_nibbles(dot_nibbles(zero, u, s->even_ones), u_odd, s->odd_ones);
+        FXQ_UNROLL(4) for (int m = 0; m < rows; m++) {
+            const __m512i products = dot_nibbles(dot_nibbles(zero, u, even[m]), u_odd, odd[m]);
+            t[m][i] = _mm512_dpwssd_epi32(products, sum, factor[m]);
+        }
+    }
+}
+
+/* `rows` rows from m on by outputs [n, n + 16), as far as there are `left`. */
+FXQ_INLINE void matmul_nibbles_16(const struct fxq_nibble_product *job, int64_t m, int rows, int64_t n, int64_t left,
+                                  int64_t group) {
+    const struct fxq_linear *call = job->call;
+    const int64_t columns = call->columns, row_bytes = (columns + 1) / 2, groups = call->int4.groups;
+    const int each = (int)(NIBBLE_COLUMNS / group);
+    const __mmask16 lanes = first_lanes(left);
+    struct nibble_step s = {.nibbles = call->int4.nibbles + n * row_bytes, .row_bytes = row_bytes,
+        .depth = fxq_nibble_depth(columns), .bytes = ~0ull, .even_ones = _mm512_set1_epi8(1),
+        .odd_ones = _mm512_set1_epi8(1)};
+    s.values = job->values + m * s.depth;
+    __m512 y[NIBBLE_ROWS];
+    FXQ_UNROLL(4) for (int i = 0; i < rows; i++) {
+        y[i] = call->bias ? _mm512_maskz_loadu_ps(lanes, call->bias + n) : _mm512_set1_ps(-0.0f);
+    }
+    for (int64_t g = 0, k = 0; k < columns; g += each, k += NIBBLE_COLUMNS) {
+        const int64_t width = columns - k;
+        if (width < NIBBLE_COLUMNS) {
+            s.bytes = ~0ull >> (64 - (width + 1) / 2);
+            s.even_ones = _mm512_maskz_set1_epi8(s.bytes, 1);
+            s.odd_ones = _mm512_maskz_set1_epi8(s.bytes >> (width % 2), 1);
+        }
+        __m512i t[NIBBLE_ROWS][16];
+        multiply_nibbles(&s, job->row + m, rows, left, t);
+        const int count = groups - g < each ? (int)(groups - g) : each;
+        __m512 scale[4];
+        load_scales(call->int4.scale + n * groups + g, groups, count, lanes, g == 0, scale);
+        FXQ_UNROLL(4) for (int i = 0; i < rows; i++) {
+            __m512i sums[4];
+            sum_groups(t[i], group, sums);
+            const __m512 row_scale = _mm512_set1_ps(job->row[m + i].scale);
+            FXQ_UNROLL(4) for (int j = 0; j < each; j++) {
+                if (j >= count) break;
+                const __m512i less = _mm512_set1_epi32(job->less[(m + i) * groups + g + j]);
+                const __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[j], less));
+                y[i] = _mm512_add_ps(_mm512_mul_ps(whole, _mm512_mul_ps(row_scale, scale[j])), y[i]);
+            }
+        }
+        s.nibbles += 64;
+        s.values += NIBBLE_COLUMNS;
+    }
+    FXQ_UNROLL(4) for (int i = 0; i < rows; i++) {
+        if (call->relu) y[i] = _mm512_max_ps(_mm512_setzero_ps(), y[i]); /* the second operand where one is NaN */
+        _mm512_mask_storeu_ps(call->out + (m + i) * call->outputs + n, lanes, y[i]);
+    }
+}
+
+FXQ_INLINE void matmul_nibbles_in(const struct fxq_nibble_product *job, int64_t m, int rows, int64_t n0, int64_t n1,
+                                  int64_t group) {
+    int64_t n = n0;
+    for (; n + 16 <= n1; n += 16) matmul_nibbles_16(job, m, rows, n, 16, group);
+    if (n < n1) matmul_nibbles_16(job, m, rows, n, n1 - n, group);
+}
+
+/* The compiler makes a form for each number of rows and size of a group. */
+FXQ_INLINE void matmul_nibbles_of(const struct fxq_nibble_product *job, int64_t m, int rows, int64_t n0, int64_t n1) {
+    switch (job->call->int4.group) {
+        case 32: matmul_nibbles_in(job, m, rows, n0, n1, 32); break;
+        case 64: matmul_nibbles_in(job, m, rows, n0, n1, 64); break;
+        default: matmul_nibbles_in(job, m, rows, n0, n1, 128);
+    }
+}
+
+static void matmul_nibbles(const struct fxq_nibble_product *job, int64_t n0, int64_t n1) {
+    for (int64_t m = 0; m < job->call->rows;) {
+        const int64_t left = job->call->rows - m;
+        const int rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (rows == 4) matmul_nibbles_of(job, m, 4, n0, n1);
+        else if (rows == 2) matmul_nibbles_of(job, m, 2, n0, n1);
+        else matmul_nibbles_of(job, m, 1, n0, n1);
+        m += rows;
+    }
+}
+#define FXQ_NIBBLES .most_nibble_rows = 16, .quantize_nibbles = quantize_nibbles, .matmul_nibbles = matmul_nibbles

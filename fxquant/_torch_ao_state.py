@@ -28,10 +28,10 @@ from fxquant.qconfig import (
 from fxquant.qconfig_mapping import QConfigMapping
 
 _QCONFIGS = {
-    ("torch.qint8", "torch.per_tensor_affine"): per_tensor_dynamic_qconfig,
-    ("torch.qint8", "torch.per_channel_affine"): per_channel_dynamic_qconfig,
-    ("torch.quint8", "torch.per_channel_affine_float_qparams"): float_qparams_weight_only_qconfig,
-    ("torch.quint4x2", "torch.per_channel_affine_float_qparams"): float_qparams_weight_only_qconfig_4bit,
+    ("qint8", "torch.per_tensor_affine"): per_tensor_dynamic_qconfig,
+    ("qint8", "torch.per_channel_affine"): per_channel_dynamic_qconfig,
+    ("quint8", "torch.per_channel_affine_float_qparams"): float_qparams_weight_only_qconfig,
+    ("quint4x2", "torch.per_channel_affine_float_qparams"): float_qparams_weight_only_qconfig_4bit,
 }
 """The preset whose weight half describes a quantized tensor of torch.ao's, by its dtype and scheme."""
 
@@ -243,9 +243,9 @@ def _weight(weight: torch.Tensor, qconfig: QConfig, key: str) -> Weight:
     if not weight.is_quantized:
         return Weight(to_float16(weight), weight.shape, float16_dynamic_qconfig)
     try:
-        kind, rows = (str(weight.dtype), str(weight.qscheme())), weight.shape[0]
+        kind, rows = (str(weight.dtype).removeprefix("torch."), str(weight.qscheme())), weight.shape[0]
         if kind not in _QCONFIGS:
-            raise TorchAoError(f"{key!r} is {' '.join(kind)}. {_STATIC}")
+            raise TorchAoError(f"{key!r} is torch.{' '.join(kind)}. {_STATIC}")
         scheme = _QCONFIGS[kind]
         values = weight.int_repr()
         if scheme.weight.axis == "tensor":

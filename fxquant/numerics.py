@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from fxquant.spec import TensorSpec
+from fxquant.spec import GROUP_SIZES, TensorSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_COLUMNS = (2**31 - 1) // (255 * 128)  # so many products of a uint8 and an int8 always fit an int32 sum
@@ -135,6 +135,14 @@ def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, 
     if spec.axis == "tensor":
         low, high = low.amin().expand_as(low), high.amax().expand_as(high)
     return low, high
+
+
+def group_size_of(columns: int, groups: int) -> int:
+    """Return how many columns share a scale where so many columns are divided into so many groups; 0: no size does.
+
+    Of sizes that give the same number, which is then 1, the least.
+    """
+    return next((size for size in GROUP_SIZES if -(-columns // size) == groups), 0)
 
 
 def split_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:

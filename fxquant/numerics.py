@@ -25,8 +25,8 @@ FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least normal number: below
 class QuantizedTensor(NamedTuple):
     """A tensor's integers and how to read them: x ≈ (values - zero_point) * scale, an index of dimension 0 at a time.
 
-    values: (N, ...) int8, uint8 or float16; 4-bit: uint8, two a byte, low nibble first, an int4 as the value + 8.
-    scale: (N,) float32; int4: (N, groups of columns) bfloat16; None for float16 values.
+    values: (N, ...) int8, uint8 or float; 4-bit: uint8, two a byte, low nibble first, an int4 as the value + 8.
+    scale: (N,) float32; int4: (N, groups of columns) bfloat16; None for float values.
     zero_point: (N,) float32, or None where it is 0.
     """
 
@@ -117,6 +117,11 @@ def _spread(numbers: torch.Tensor, shape: torch.Size, group_size: int | None) ->
 def to_float16(weight: torch.Tensor) -> QuantizedTensor:
     """Return a weight in half precision, values beyond its range at ±65504."""
     return QuantizedTensor(weight.detach().to(torch.float32).clamp(-65504.0, 65504.0).to(torch.float16), None, None)
+
+
+def to_float32(weight: torch.Tensor) -> QuantizedTensor:
+    """Return a weight that stays float."""
+    return QuantizedTensor(weight.detach().to(torch.float32), None, None)
 
 
 def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least normal number: below
 class QuantizedTensor(NamedTuple):
     """A tensor's integers and how to read them: x ≈ (values - zero_point) * scale, an index of dimension 0 at a time.
 
-    values: (N, ...) int8, int16, uint8 or float16; 4-bit: uint8, two a byte, low nibble first, an int4 as the value + 8.
+    values: (N, ...) int8, int16, uint8, float16; 4-bit: uint8, two a byte, low nibble first, an int4 as the value + 8.
     scale: (N,) float32; int4: (N, groups of columns) bfloat16; None for float16 values.
     zero_point: (N,) float32, or None where it is 0.
     """

@@ -65,7 +65,7 @@ def project(
         return rows @ weight.to(torch.float32).t()
     if weight.dtype == torch.int16:
         q, row_scale = quantize_rows_int16(rows, per_row)
-        # Whole numbers, exact in any order for K * 2**30 <= 2**53: MAX_COLUMNS is far below. As integers, 0 has no sign.
+        # Whole numbers are exact in any order for K * 2**30 <= 2**53, far beyond MAX_COLUMNS. An integer 0 has no sign.
         sums = (q.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.int64)
     else:
         q, row_scale, zero_point = quantize_rows(rows, qmax, per_row)

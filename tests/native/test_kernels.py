@@ -99,13 +99,8 @@ def test_an_int4_row_gives_the_same_bits_alone_and_in_any_batch(isa):
 @pytest.mark.parametrize("columns", [31, 100, 203, 4100])
 @pytest.mark.parametrize(("rows", "outputs"), [(1, 2100), (2, 33), (7, 100), (8, 64), (33, 130), (300, 20)])
 def test_int16_products_of_each_form_give_the_references_bits(isa, rows, outputs, columns):
-    x, weight, scale, bias = (
-        torch.randn(rows, columns),
-        int16(outputs, columns),
-        torch.rand(outputs),
-        torch.randn(outputs),
-    )
-    args = (x, weight, scale, bias, True)
+    x, weight = torch.randn(rows, columns), int16(outputs, columns)
+    args = (x, weight, torch.rand(outputs), torch.randn(outputs), True)
     expected = reference.linear(*args)
     for threads in (1, 3):
         with kernels(isa, threads):

@@ -36,18 +36,17 @@ class Scheme:
             return False
         if self.activation == ANY:
             return True
-        return (
-            activation is not None
-            and activation.dtype == self.activation
-            and activation.dynamic
-            and not activation.symmetric
-            and activation.qmin == 0
-        )
+        if activation is None or activation.dtype != self.activation or not activation.dynamic:
+            return False
+        return activation.dtype == "int16" or (not activation.symmetric and activation.qmin == 0)
 
 
 INT8_DYNAMIC = Scheme(name="int8 weights, uint8 dynamic activations", weight="int8", symmetric=True, activation="uint8")
 INT4_DYNAMIC = Scheme(
     name="int4 weights in groups, uint8 dynamic activations", weight="int4", symmetric=True, activation="uint8"
+)
+INT16_DYNAMIC = Scheme(
+    name="int16 weights, int16 dynamic activations", weight="int16", symmetric=True, activation="int16"
 )
 FLOAT16_WEIGHTS = Scheme(name="float16 weights", weight="float16")
 INT8_ROWS = Scheme(name="int8 rows", weight="int8", symmetric=True)

@@ -155,7 +155,8 @@ SCHEMES: dict[str, QConfig] = {
 """A qconfig for each scheme, by the scheme's name."""
 
 MIXTURES: dict[str, dict[str, QConfig]] = {
-    "int4 and int8": {"weight_ih": fxquant.int4_dynamic_qconfig},
+    "int16 and int8": {"weight_ih": fxquant.int16_dynamic_qconfig},
+    "int4, int16 and int8": {"weight_ih": fxquant.int4_dynamic_qconfig, "weight_hh": fxquant.int16_dynamic_qconfig},
     "int4, float16 and int8": {"weight_ih": fxquant.int4_dynamic_qconfig, "weight_hh": fxquant.float16_dynamic_qconfig},
 }
 """Schemes of a first layer's weights, the others being int8, for rows whose weights may differ; by a name."""

@@ -16,6 +16,7 @@ from fxquant import (
     default_dynamic_qconfig,
     float16_dynamic_qconfig,
     int4_dynamic_qconfig,
+    int16_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
 )
 from tests.architectures import oracle
@@ -87,11 +88,31 @@ def test_int8_everywhere_ruins_it_and_everywhere_but_in_the_first_matrix_does_no
     expected = model(x)
     everywhere, elsewhere = (error(quantized(model, x, qconfig, *first)(x), expected) for first in ((), (None,)))
     assert elsewhere < 0.01 < 0.04 < everywhere
-    half = copy.deepcopy(model)
+
+
+def to_half(x):
+    return x.half().float()
+
+
+def to_int16(x):
+    scale = x.abs().amax(-1, keepdim=True) / 32767
+    return (x / scale).round() * scale
+
+
+@pytest.mark.parametrize(
+    ("first", "round_weight", "round_input"),
+    [(float16_dynamic_qconfig, to_half, torch.clone), (int16_dynamic_qconfig, to_int16, to_int16)],
+)
+@pytest.mark.parametrize("gain", [1, 100])
+def test_a_finer_first_matrix_costs_what_its_own_rounding_costs(first, round_weight, round_input, gain):
+    model, x = make(gain)
+    expected = model(x)
+    elsewhere = error(quantized(model, x, default_dynamic_qconfig, None)(x), expected)
+    rounded = copy.deepcopy(model)
     with torch.no_grad():
-        half.lstm.weight_ih_l0.copy_(half.lstm.weight_ih_l0.half())
-    rounding = error(half(x), expected)  # what float16 in that matrix costs alone; two errors come to their sum at most
-    assert error(quantized(model, x, qconfig, float16_dynamic_qconfig)(x), expected) <= elsewhere + rounding
+        rounded.lstm.weight_ih_l0.copy_(round_weight(rounded.lstm.weight_ih_l0))
+    alone = error(rounded(round_input(x)), expected)  # two errors come to their sum at most
+    assert error(quantized(model, x, default_dynamic_qconfig, first)(x), expected) <= elsewhere + alone
 
 
 def test_float16_in_the_first_matrix_takes_less_than_a_tenth_more_bytes():

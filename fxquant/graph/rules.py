@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -70,28 +71,25 @@ def refusal(path: str, told: str, row: Operator | None, rule: Rule, reason: str 
 def join(path: str, told: str, own: Rule, rules: Mapping[str, Rule | None]) -> tuple[Rule, tuple[str, ...]]:
     """Return one rule for a module whose weights have these (None: float32), and the other entries that decided.
 
-    own: the module's. Raises QConfigError where the weights' uint8 activations differ.
+    own: the module's. Raises QConfigError where the weights' activations do not go together.
     """
     main = main_rule(own, filter(None, rules.values()))
     assert main.qconfig is not None
-    _check_rows(path, told, rules)
+    _check_activations(path, told, rules)
     chosen = {name: rule and rule.qconfig for name, rule in rules.items()}
     parts = tuple((name, qconfig) for name, qconfig in chosen.items() if qconfig != main.qconfig)
     others = dict.fromkeys(rule.text for rule in rules.values() if rule is not None and rule.text != main.text)
     return main._replace(qconfig=replace(main.qconfig, parts=parts)), tuple(others)
 
 
-def _check_rows(path: str, told: str, rules: Mapping[str, Rule | None]) -> None:
-    """Raise QConfigError unless all uint8 activations of a module's weights are made the same way."""
-    given = [(name, rule.text, rule.qconfig) for name, rule in rules.items() if rule is not None]
-    ways = {
-        qconfig.activation: f"{text} gives {name!r} activation {qconfig.activation}"
-        for name, text, qconfig in reversed(given)
-        if qconfig is not None and qconfig.makes_uint8
-    }
-    if len(ways) > 1:
-        raise QConfigError(
-            f"{path!r} ({told}) has one way for all its uint8 activations, but "
-            f"{' and '.join(reversed(ways.values()))}; give both the same, or one of them a weight-only qconfig "
-            "(float16_dynamic_qconfig) or None"
-        )
+def _check_activations(path: str, told: str, rules: Mapping[str, Rule | None]) -> None:
+    """Raise QConfigError unless the activations of a module's weights share their scales alike, and their range."""
+    given = [(name, rule, rule.qconfig) for name, rule in rules.items() if rule is not None]
+    ways = [(name, rule, qconfig.activation) for name, rule, qconfig in given if qconfig and qconfig.activation]
+    for (name, rule, way), (other_name, other_rule, other) in itertools.combinations(ways, 2):
+        if way.axis != other.axis or (way.dtype == other.dtype and way != other):
+            raise QConfigError(
+                f"{path!r} ({told}) quantizes its activations in one way, but {rule.text} gives {name!r} '{way}', "
+                f"{other_rule.text} gives {other_name!r} '{other}'; give both the same activation, or one of them a "
+                "weight-only qconfig (float16_dynamic_qconfig) or None"
+            )

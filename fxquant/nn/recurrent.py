@@ -30,7 +30,7 @@ def _bias_name(cell: str) -> str:
 
 
 class DynamicQuantizedRecurrent(QuantizedModule):
-    """What LSTM, GRU and RNN share: int8 (or int4, float16) weights, called as the nn module is; made by `from_float`.
+    """What LSTM, GRU and RNN share: quantized weights, called as the nn module is; made by `from_float`.
 
     Input rows and each step's hidden rows are quantized as they come, each with a scale of its own, so that a sequence
     gives the same bits alone, in any batch, and step by step. The buffers are named as torch names the weights
@@ -63,8 +63,8 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         for name in self._weights:
             weight, own = getattr(module, name), qconfig.of(name)
             self.set_weight(name, to_float32(weight) if own is None else quantize(weight, own))
-        ways = [own for own in map(qconfig.of, self._weights) if own is not None and own.makes_uint8]
-        self._rows = (ways[0].per_row, ways[0].qmax) if ways else (True, 255)  # all have the same: see graph/rules.py
+        ways = [own for own in map(qconfig.of, self._weights) if own is not None]  # which agree: see graph/rules.py
+        self._rows = all(own.per_row for own in ways), next((own.qmax for own in ways if own.makes_uint8), 255)
         for cell in self._cells if self.bias else ():
             self.join_biases(cell, getattr(module, f"bias_ih{cell}"), getattr(module, f"bias_hh{cell}"))
 

@@ -16,7 +16,14 @@ from fxquant.nn import (
     DynamicQuantizedRNNCell,
 )
 from fxquant.nn.base import Quantize
-from fxquant.operators.base import FLOAT16_WEIGHTS, INT4_DYNAMIC, INT8_DYNAMIC, Operator, refuse_parameters
+from fxquant.operators.base import (
+    FLOAT16_WEIGHTS,
+    INT4_DYNAMIC,
+    INT8_DYNAMIC,
+    INT16_DYNAMIC,
+    Operator,
+    refuse_parameters,
+)
 from fxquant.qconfig import QConfig
 
 _QUANTIZED: dict[type[nn.Module], Any] = {
@@ -54,7 +61,7 @@ def _row(name: str, summary: str, *modules: type[nn.Module]) -> Operator:
         name=name,
         summary=summary,
         modules=modules,
-        schemes=(INT8_DYNAMIC, INT4_DYNAMIC, FLOAT16_WEIGHTS),
+        schemes=(INT8_DYNAMIC, INT4_DYNAMIC, INT16_DYNAMIC, FLOAT16_WEIGHTS),
         convert_module=_convert,
         refuse_module=_refuse,
         parts=_parts,

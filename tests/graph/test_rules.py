@@ -1,6 +1,7 @@
 """Entries of a mapping for single weights: which one decides, what each weight becomes, and what the reports say."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from fxquant import (
     float16_dynamic_qconfig,
     float_qparams_weight_only_qconfig,
     int4_dynamic_qconfig,
+    int16_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
     quantize_dynamic,
 )
 from tests.samples import everything, prepare, quantize
 
-A, B, C = default_dynamic_qconfig, int4_dynamic_qconfig, float16_dynamic_qconfig
+A, B, C, D = default_dynamic_qconfig, int4_dynamic_qconfig, float16_dynamic_qconfig, int16_dynamic_qconfig
+SHARED_INT16 = replace(D, activation=replace(D.activation, axis="tensor"))
 NAMES = ("weight_ih_l0", "weight_hh_l0", "weight_ih_l1", "weight_hh_l1")
 
 
@@ -57,7 +60,7 @@ def chosen(mapping, model=None, inputs=X):
 ALL = (*(f"lstm.{name}" for name in NAMES), "head.weight", "weight")
 
 
-@pytest.mark.parametrize("qconfig", [None, B, C])
+@pytest.mark.parametrize("qconfig", [None, B, C, D])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_entry_for_a_weight_decides_for_that_weight_alone(name, qconfig):
     got = chosen(everything(A).set_module_name(f"lstm.{name}", qconfig))
@@ -218,14 +221,29 @@ def test_a_weight_of_a_module_that_is_quantized_as_a_whole_is_an_error(part):
         prepare(Attention(), torch.randn(3, 2, 8), mapping=mapping)
 
 
-def test_integer_weights_that_want_different_activations_are_an_error():
-    mapping = everything(A).set_module_name("lstm.weight_ih_l0", per_tensor_dynamic_qconfig)
+@pytest.mark.parametrize(
+    ("qconfig", "way"),
+    [
+        (per_tensor_dynamic_qconfig, "uint8 affine per tensor"),
+        (A.with_reduce_range(), "uint8 0–127 affine per row"),
+        (SHARED_INT16, "int16 symmetric per tensor"),
+    ],
+)
+def test_weights_that_want_different_activations_are_an_error(qconfig, way):
     told = (
-        r"'lstm' \(nn.LSTM\) has one way for all its uint8 activations, but module_name 'lstm.weight_ih_l0' gives "
-        r"'weight_ih_l0' activation uint8 affine per tensor and global gives .* per row; give both the same"
+        rf"'lstm' \(nn.LSTM\) quantizes its activations in one way, but module_name 'lstm.weight_ih_l0' gives "
+        rf"'weight_ih_l0' '{way}', global gives 'weight_hh_l0' 'uint8 affine per row'; give both the same activation"
     )
     with pytest.raises(QConfigError, match=told):
-        prepare(Tagger(), *X, mapping=mapping)
+        prepare(Tagger(), *X, mapping=everything(A).set_module_name("lstm.weight_ih_l0", qconfig))
+
+
+@pytest.mark.parametrize("qconfig", [B, C, D, None])
+def test_one_way_of_activations_goes_with_every_scheme(qconfig):
+    mapping = everything(per_tensor_dynamic_qconfig).set_module_name("lstm", A.with_reduce_range())
+    reduced = qconfig.with_reduce_range() if qconfig == B else qconfig
+    lstm = quantize(Tagger(), *X, mapping=mapping.set_module_name("lstm.weight_ih_l0", reduced)).lstm
+    assert lstm._rows == (True, 127)
 
 
 def test_the_weights_activations_count_and_not_those_of_a_module_that_no_weight_follows():

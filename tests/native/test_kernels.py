@@ -15,6 +15,8 @@ COUNTS = {
     "linear_int4": 1200,
     "lstm": 120,
     "rnn": 120,
+    "lstm_mixed": 120,
+    "rnn_mixed": 120,
     "embedding": 150,
     "embedding_bag": 150,
 }  # times ten settings

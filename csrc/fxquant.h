@@ -92,7 +92,7 @@ struct fxq_linear_int4 {
  * lie: (rows, fxq_nibble_depth(columns)) int8 and `less`; else each group of columns is quantized for a product of its own. */
 struct fxq_grouped {
     struct fxq_activations x; /* packed: fxq_grouped_bytes() */
-    int64_t group, groups;
+    int64_t group, groups; /* 0: not grouped, for int8 weights */
     bool is_nibbles;
     int64_t group_bytes; /* from a group's activations to the next one's */
     int32_t *less;       /* nibbles: (rows, groups), 8 * sum(q - zero_point) */
@@ -215,15 +215,22 @@ void fxq_set_common_rows(const struct fxq_linear *call, struct fxq_row *row, int
 
 /* G gates a hidden unit, rows of the weights by gate: LSTM i f g o, GRU r z n, plain RNN one. */
 enum fxq_mode { FXQ_LSTM, FXQ_GRU, FXQ_RNN_TANH, FXQ_RNN_RELU };
+/* int8 `values` with a scale a row, or 4 bits, or with neither none. */
+struct fxq_matrix {
+    const int8_t *values;
+    const float *scale;
+    struct fxq_linear_int4 int4; /* nibbles: NULL where it is not 4 bits */
+};
 struct fxq_recurrent_weights {
-    const int8_t *ih, *hh, *hr; /* (G * H, I), (G * H, P), an LSTM's projection (P, H) or NULL */
-    const float *ih_scale, *hh_scale, *hr_scale;
+    struct fxq_matrix ih, hh, hr; /* (G * H, I), (G * H, P), an LSTM's projection (P, H) or none */
     const float *bias;        /* (G * H,) or NULL */
     const float *hidden_bias; /* a GRU's b_hn, (H,), or NULL */
 };
 struct fxq_recurrent {
     enum fxq_mode mode;
-    const float *x; /* (rows, inputs): steps one after another */
+    /* (rows, inputs), steps one after another; where the first layer's ih are none, its gates' parts of the input, with the
+     * bias: (rows, directions * G * H) */
+    const float *x;
     int64_t steps, batch, inputs, hidden, outputs; /* outputs: P, which is H without a projection */
     const int64_t *sizes; /* (steps,) rows a step, or NULL: batch in each */
     int layers, directions;

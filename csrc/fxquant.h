@@ -142,10 +142,10 @@ struct fxq_kernels {
     int64_t most_nibble_rows; /* so many rows go through the next two; 0: none */
     void (*quantize_nibbles)(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows);
     void (*matmul_nibbles)(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to);
-    void (*table_row)(const struct fxq_table *table, int64_t row, float *out);
-    /* out[i] = out[i] + x[i] * weight, or the greater of the two */
-    void (*add_scaled)(float *out, const float *x, float weight, int64_t count);
-    void (*take_greater)(float *out, const float *x, int64_t count);
+    void (*put_row)(const struct fxq_table *table, int64_t row, float *out);
+    /* out += the rows, one after another, each times its weight; weights NULL: all 1 */
+    void (*add_rows)(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count, float *out);
+    void (*take_greater)(float *out, const float *x, int64_t count); /* out[i] = the greater of the two */
 };
 
 extern const struct fxq_kernels *fxq_active; /* set by fxq_select_isa */

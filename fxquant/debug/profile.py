@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.debug.report import Column, Report
 from fxquant.debug.sites import Arguments, OpenModel, as_arguments, open_float, open_quantized
-from fxquant.debug.table import megabytes, shorten, site_name
+from fxquant.debug.table import megabytes, site_name
 from fxquant.errors import ExampleInputsError, ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.module import Record, record_of
@@ -68,8 +68,8 @@ class Profile(Report):
     kernels: str
 
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("site", "path", 24, lambda row: shorten(site_name(row), 24), is_number=False),
-        Column("was", "kind", 14, lambda row: shorten(row.kind, 14), is_number=False),
+        Column("site", "path", 24, site_name, is_number=False, is_name=True),
+        Column("was", "kind", 14, lambda row: row.kind, is_number=False, is_name=True),
         Column("calls", "calls", 5, lambda row: str(row.calls or "")),
         Column("ms", "ms", 9, lambda row: _ms(row.ms)),
         Column("float ms", "float_ms", 9, lambda row: _ms(row.float_ms)),

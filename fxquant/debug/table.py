@@ -43,7 +43,7 @@ def text_table(
     """Return a table for a terminal, cells wrapped to the widths. alignments: "left" or "right"; default: left.
 
     A column whose longest word is wider takes the room that the others leave of 100 columns; what is longer still is
-    broken after one of . _ / - where it has one, or, in columns of names, by number, shortened.
+    broken at its seams, after . _ / - and before a capital, or, in columns of names, by number, shortened.
     """
     lines = [[line for row in rows for line in _ANSI.sub("", row[i]).split("\n")] for i in range(len(headers))]
     shown = [
@@ -72,7 +72,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def wrap(text: str, width: int) -> str:
-    """Return a text of lines no longer than `width`: broken between words, of a longer word after one of . _ / -"""
+    """Return a text of lines no longer than `width`: broken between words, of a longer word where it has a seam."""
     return "\n".join(part for line in text.split("\n") for part in _wrapped(line, width))
 
 
@@ -84,7 +84,7 @@ def _wrapped(line: str, width: int) -> list[str]:
     for word in re.split(r"(?<= )", line):
         if len((parts[-1] + word).rstrip()) > width and parts[-1]:
             parts.append("")
-        for piece in [word] if len(word.rstrip()) <= width else re.split(r"(?<=[._/-])", word):
+        for piece in [word] if len(word.rstrip()) <= width else re.split(r"(?<=[._/-])|(?<=[a-z])(?=[A-Z])", word):
             if len((parts[-1] + piece).rstrip()) > width and parts[-1]:
                 parts.append("")
             parts[-1] += piece

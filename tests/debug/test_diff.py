@@ -249,8 +249,10 @@ def test_to_dict_is_json_with_all_rows():
     model = WordLM().eval()
     diff = graph_diff(model, quantize(model, *lm_inputs(model)), only_changed=True)
     plain = json.loads(json.dumps(diff.to_dict()))
-    assert plain.keys() == {"rows", "bytes_before", "bytes_after", "quantized", "candidates"}
-    assert [DiffRow(**row) for row in plain["rows"]] == list(diff.rows)
+    assert plain.keys() == {"rows", "bytes_before", "bytes_after", "quantized", "candidates", "stages", "remark"}
+    reads = ("inputs_before", "inputs_after")
+    rows = [DiffRow(**{**row, **{name: tuple(row[name]) for name in reads}}) for row in plain["rows"]]
+    assert rows == list(diff.rows)
     assert (plain["bytes_before"], plain["quantized"]) == (byte_count(model), 3)
 
 

@@ -90,7 +90,7 @@ _MEASURED = (
 _COLUMNS = {
     "unified": (
         _SIGN,
-        _Column("node", 20, lambda row: [(shorten(row.name, 28), _signed(row))]),
+        _Column("node", 22, lambda row: [(shorten(row.name, 28), _signed(row))]),
         _Column("before", 22, _before),
         _Column("after", 30, _after),
         _Column("size", 14, _sizes),

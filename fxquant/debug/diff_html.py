@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from fxquant.debug.diff_view import DiffRow, Line, sides, unfolded
 from fxquant.debug.page import DECISIONS, page, themed
@@ -29,6 +29,7 @@ tr.lit td.cell:not(:empty),tr:target td{outline:2px solid;outline-offset:-2px}
 @media(max-width:44rem){thead{display:none}table,tbody,tr,td{display:block}tr{padding:.5rem 0;border-bottom:1px solid}
  td,td:first-child{width:auto;border:0;text-align:left;padding:.15rem 0 .15rem .7rem}td:empty{display:none}
  td.cell{width:auto}td[data-side]:not(:empty)::before{content:attr(data-side);display:block;font-size:.8em}}
+tr{scroll-margin-top:7rem}.bare td:nth-child(4),.bare th:nth-child(4){display:none}
 [hidden]{display:none!important}
 """
 _COLORS = (
@@ -38,7 +39,7 @@ _COLORS = (
     + "".join(f".{name}{{color:${name};background:${name}_fill}}" for name in DECISIONS if name != "same")
 )
 _SCRIPT = """
-const $=q=>document.querySelector(q),rows=[...document.querySelectorAll("tbody tr[id]")],
+const $=q=>document.querySelector(q),rows=[...document.querySelectorAll("tbody tr:not(.run)")],
  runs=[...document.querySelectorAll("tr.run")];let pinned=null;
 const light=row=>rows.forEach(r=>
  r.classList.toggle("lit",!!row&&(r==row||r.dataset.with==row.id||row.dataset.with==r.id)));
@@ -97,7 +98,8 @@ def diff_page(rows: Sequence[DiffRow], stages: tuple[str, str], footer: Sequence
             f"{_details(row)} <button>show</button></td></tr>\n"
         )
         parts += [_row(part, places, modules, largest, stages, f"run{number}") for part in hidden]
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *_titles(stages), "kernel and measurements"))
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *stages, "kernel and measurements"))
+    css = "" if any(map(_details, rows)) else ' class="bare"'  # no column for what was not measured
     keys = " ".join(
         f'<span class="key {name}">{sign} {"stays float" if name == "float" else name}</span>'
         for name, sign in DECISIONS.items()
@@ -110,13 +112,9 @@ def diff_page(rows: Sequence[DiffRow], stages: tuple[str, str], footer: Sequence
         '<div class="controls" hidden><input type="search" id="search" aria-label="Search" placeholder="Search names, '
         'types, reasons"><label><input type="checkbox" id="changed"> only what was decided</label>'
         '<output id="found"></output></div>\n'
-        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{''.join(parts)}</tbody></table>\n"
+        f"<table{css}><thead><tr>{heads}</tr></thead>\n<tbody>{''.join(parts)}</tbody></table>\n"
     )
     return page(f"Graph diff: {stages[0]} → {stages[1]}", body, _STYLE + themed(_COLORS), _SCRIPT)
-
-
-def _titles(stages: Iterable[str]) -> list[str]:
-    return [f"{stage} graph" for stage in stages]
 
 
 def _row(
@@ -141,7 +139,7 @@ def _row(
         cells[1] = f'<div class="dim">{html.escape(row.note)}</div>'
     columns = "".join(
         f'<td class="cell" data-side="{html.escape(title)}">{cell}</td>'
-        for title, cell in zip((*_titles(stages), "kernel"), cells, strict=True)
+        for title, cell in zip((*stages, "kernel"), cells, strict=True)
     )
     decision = row.decision
     return (

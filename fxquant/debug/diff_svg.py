@@ -166,7 +166,5 @@ def _head(told: Sequence[str], start: float, titles: Iterable[tuple[float, str]]
         x, key = _MARGIN + _KEY * i, "stays float" if name == "float" else name
         parts.append(f'<rect class="{name}" x="{x}" y="{start - 59:g}" width="14" height="14"/>')
         parts.append(f'<text x="{x + 20}" y="{start - 47:g}">{DECISIONS[name]} {key}</text>')
-    parts += [
-        f'<text class="bold" x="{x:g}" y="{start - 14:g}">{html.escape(stage)} graph</text>' for x, stage in titles
-    ]
+    parts += [f'<text class="bold" x="{x:g}" y="{start - 14:g}">{html.escape(stage)}</text>' for x, stage in titles]
     return "".join(parts)

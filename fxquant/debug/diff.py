@@ -258,9 +258,12 @@ def _measured(rows: tuple[DiffRow, ...], name: str, report: Any, kind: type[Repo
             f"{name} is a report of other models: none of its sites ({some}, …) is in these graphs; "
             "measure the models that you compare here"
         )
-    measured = [{} if site is None else {field: _known(getattr(site, field)) for field in fields} for site in sites]
+    measured = [_values(site, fields) if site else {} for site in sites]
     return tuple(replace(row, **values) for row, values in zip(rows, measured, strict=True))
 
 
-def _known(value: Any) -> Any:
-    return None if value != value else value
+def _values(site: Any, fields: set[str]) -> dict[str, Any]:
+    """Return some fields of what was measured of a site; what has no value, for it was never called, is left out."""
+    if not site.calls:
+        return {"kernel": "never called"} if "kernel" in fields else {}
+    return {field: value for field in fields if (value := getattr(site, field)) == value}

@@ -34,8 +34,9 @@ _STYLE = """
 body{margin:0 auto;max-width:76rem;padding:1rem;font:16px/1.45 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.3rem}table{border-collapse:collapse;width:100%}svg{max-width:100%;height:auto}
 th,td{padding:.25rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid}
-td.number,th.number{text-align:right;overflow-wrap:normal}td.number{white-space:nowrap}
-.scroll{overflow-x:auto}.scroll table{overflow-wrap:normal}th button{all:unset;cursor:pointer;text-decoration:underline dotted}
+td.number,th.number{text-align:right}td.number{white-space:nowrap}
+.scroll{overflow-x:auto}.scroll table{overflow-wrap:normal}
+th button{all:unset;cursor:pointer;text-decoration:underline dotted}
 :focus-visible,th button:focus-visible{outline:2px solid;outline-offset:2px}
 """
 _COLORS = "body{background:$paper;color:$ink}th,td{border-color:$line}a{color:$focus}.dim{color:$dim}"

@@ -1,8 +1,8 @@
 """The package's shape: floors, sizes, docstrings, and what it may not import."""
 
 import ast
-import re
 import pathlib
+import re
 import subprocess
 import sys
 

@@ -17,7 +17,8 @@ PICTURE = pathlib.Path(__file__).parent / "pictures" / "graph_diff.svg"
 _TITLE = "graph_diff of a word language model: encoder, rnn and decoder became int8"
 _COLUMN, _LINE, _MARGIN = 8.4, 19, 18
 _CLASSES = {"~": "changed", "+": "added", "-": "gone"}
-_STYLE = """.paper{fill:#fff;stroke:#d0d7de}text{font:14px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;fill:#1f2328}
+_STYLE = """.paper{fill:#fff;stroke:#d0d7de}
+text{font:14px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;fill:#1f2328}
 .changed{fill:#8a5a00}.added{fill:#1a7f37}.gone{fill:#c2410c}
 @media(prefers-color-scheme:dark){.paper{fill:#16191d;stroke:#3d444d}text{fill:#e6edf3}
 .changed{fill:#e3b341}.added{fill:#57b06f}.gone{fill:#fb923c}}"""

@@ -7,6 +7,7 @@ for anything. What a block warns of or raises must be shown so; what it prints m
 
 import contextlib
 import io
+import itertools
 import re
 import sys
 import types
@@ -36,7 +37,7 @@ def blocks_of(path: Path) -> list[Block]:
     text = path.read_text(encoding="utf8")
     found = list(_FENCE.finditer(text))
     blocks = []
-    for match, following in zip(found, [*found[1:], None], strict=True):
+    for match, following in itertools.zip_longest(found, found[1:]):
         is_output = (
             following is not None and following[2] == "text" and not text[match.end() : following.start()].strip()
         )
@@ -46,7 +47,7 @@ def blocks_of(path: Path) -> list[Block]:
 
 
 def run(blocks: list[Block], page: str) -> None:
-    """Run a page's Python blocks in one module; AssertionError where a block does something else than the page shows."""
+    """Run a page's Python blocks in one module; AssertionError where one does something else than the page shows."""
     module = types.ModuleType("page")
     sys.modules["page"] = module  # pickle and torch.export look classes up there
     try:

@@ -88,9 +88,9 @@ def sensitivity(
     the relative RMS error of the outputs when None. higher_is_better: what the metric means. resume: a file that keeps
     what was measured, to go on after an interruption. progress: what to wrap the work in, `tqdm` for a bar.
 
-    The default metric of a model that traces needs one float pass a batch, and one of all that is quantized, whose values
-    are kept for as long; a site then costs twice what follows it in the graph. Any other metric is run twice a site and
-    twice more. Both on mirrors: the model is not changed.
+    The default metric of a model that traces needs one float pass a batch, and one of all that is quantized, whose
+    values are kept for as long; a site then costs twice what follows it in the graph. Any other metric is run twice a
+    site and twice more. Both on mirrors: the model is not changed.
 
     Raises ExampleInputsError, ModelStateError where the mapping quantizes nothing, CheckpointError for a file of
     another run.

@@ -110,8 +110,9 @@ def _open(root: nn.Module, record: Record) -> OpenModel:
 
 def _as_module(root: nn.Module, site: Site) -> SiteCall:
     """Make a graph call a functional site as a module, and return that."""
-    nodes = root.graph.nodes if isinstance(root, fx.GraphModule) else ()
-    node = next((node for node in nodes if node.name == site.call), None)
+    if not isinstance(root, fx.GraphModule):
+        raise LookupError(site.call)
+    node = next((node for node in root.graph.nodes if node.name == site.call), None)
     if node is None or node.op not in ("call_function", "call_method"):
         raise LookupError(site.call)
     call = SiteCall(node, root)

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,9 @@ from fxquant.debug.replay import Replay, callers
 from fxquant.debug.sites import as_arguments, first_tensor, open_float, open_quantized, run
 from fxquant.debug.table import site_name
 from fxquant.errors import CheckpointError, ExampleInputsError, ModelStateError
-from fxquant.graph.module import need_stage
+from fxquant.graph import edit
+from fxquant.graph.module import keep_record, need_stage
+from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
 from fxquant.quantize_fx import convert_fx, prepare_fx
 
@@ -71,11 +74,23 @@ class Trial:
         if not self.record.sites:
             raise ModelStateError("the mapping quantizes nothing of this model: there is nothing to try")
         self._float = open_float(model, self.record)
-        self.forms = dict(enumerate(open_quantized(self.quantized, self.record).sites))
+        opened = open_quantized(self.quantized, self.record)
+        self.forms = dict(enumerate(opened.sites))
+        sites_sizes = _sizes(opened.sites)
+        self._other_sizes = {key: size for key, size in _sizes([opened.model]).items() if key not in sites_sizes}
         self._metric = metric
         is_pure = metric is None and not self.record.untraced  # such a module's own code may keep state
         self._callers = callers(self._float.model, self._float.sites) if is_pure else None
         self._kept: _Pass | None = None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the metric is the default one, the relative RMS error of the outputs."""
+        return self._metric is None
+
+    def float_site(self, number: int) -> nn.Module | None:
+        """Return a site's float module, None for a call."""
+        return None if self.record.sites[number].call is not None else self._float.sites[number]
 
     @property
     def is_partial(self) -> bool:
@@ -86,12 +101,28 @@ class Trial:
         """Return the model quantized as a mapping says, prepared with the first batch."""
         return convert_fx(self._prepare(model, mapping))
 
+    def convert_sites(self, qconfigs: Mapping[int, QConfig]) -> tuple[nn.Module, dict[int, nn.Module]]:
+        """Return the model with some sites quantized, by number, as these qconfigs say, and those sites' forms."""
+        record = need_stage(self.prepared, "prepared", "convert_sites", "prepare_fx")
+        numbers = sorted(qconfigs)
+        sites = tuple(replace(record.sites[i], qconfig=qconfigs[i]) for i in numbers)
+        model = convert_fx(keep_record(edit.mirror(self.prepared), record.advance(sites=sites)))
+        converted = need_stage(model, "quantized", "convert_sites", "convert_fx")
+        return model, dict(zip(numbers, open_quantized(model, converted).sites, strict=True))
+
+    def bytes_with(self, forms: Forms) -> int:
+        """Return what the model takes with these forms: each tensor once, and none that no site reads any more."""
+        sites = [forms.get(i, site) for i, site in enumerate(self._float.sites)]
+        return sum({**self._other_sizes, **_sizes(sites)}.values())
+
     def _prepare(self, model: nn.Module, mapping: QConfigMapping) -> nn.Module:
         args, kwargs = self.batches[0]
         return prepare_fx(model, mapping, args, example_kwargs=kwargs)
 
     def measure(self, forms: Forms) -> float:
         """Return the metric with some sites swapped, by a whole pass."""
+        if self.is_default:
+            _ = self._float_outputs  # while the model is float
         with self._swapped(forms) as root:
             return self.metric_of(root)
 
@@ -182,8 +213,14 @@ def _swap(root: nn.Module, forms: Mapping[int, nn.Module]) -> nn.Module:
     """Put others in the place of some modules, by their ids, wherever these stand; return the root, perhaps one."""
     for parent in list(root.modules()):
         for name, child in parent._modules.items():
-            parent._modules[name] = forms.get(id(child), child)  # type: ignore[arg-type]
+            parent._modules[name] = forms.get(id(child), child)
     return forms.get(id(root), root)
+
+
+def _sizes(modules: Iterable[nn.Module]) -> dict[tuple[Any, ...], int]:
+    """Return the bytes of all tensors in some modules, tied ones once."""
+    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return {edit.identity(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
 
 
 def _error(got: Any, wanted: torch.Tensor | None) -> tuple[float, float]:

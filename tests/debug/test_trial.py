@@ -15,10 +15,8 @@ from tests.random_graphs import Draft
 __all__ = ["data", "model"]  # fixtures
 
 
-class Counted(nn.Module):
-    """A model that says how often its layers were called, in a list that its mirrors share."""
-
-    calls: list[str] = []
+class Chain(nn.Module):
+    """Three layers in a row."""
 
     def __init__(self):
         super().__init__()
@@ -158,7 +156,7 @@ def test_hooks_of_the_root_are_fired(model, data):
 
 def test_a_site_costs_what_follows_it():
     calls = []
-    model = make(Counted)
+    model = make(Chain)
     for name in ("first", "second", "third"):
         getattr(model, name).register_forward_hook(lambda *_, name=name: calls.append(name))
     trial = Trial(model, EVERYTHING, ROWS[:1], None)

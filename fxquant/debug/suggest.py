@@ -115,7 +115,7 @@ class Suggestion(Report):
         told = super(Suggestion, plain).to_dict()
         return {**told, "mapping": str(self.mapping), "model": None}
 
-    def to_svg(self) -> str:
+    def figure(self) -> str:
         """Return the curve as an SVG: the metric against megabytes or milliseconds, the suggested model ringed."""
         sign = -1.0 if self.higher_is_better else 1.0
         is_fast = self.minimize == "ms"
@@ -137,7 +137,7 @@ class Suggestion(Report):
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Write the curve as an SVG file, which any browser shows, and return its path."""
-        Path(path).write_text(self.to_svg(), encoding="utf-8")
+        Path(path).write_text(self.figure(), encoding="utf-8")
         return Path(path)
 
 

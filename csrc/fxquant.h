@@ -92,7 +92,7 @@ struct fxq_linear_int4 {
  * lie: (rows, fxq_nibble_depth(columns)) int8 and `less`; else each group of columns is quantized for a product of its own. */
 struct fxq_grouped {
     struct fxq_activations x; /* packed: fxq_grouped_bytes() */
-    int64_t group, groups;
+    int64_t group, groups; /* 0: not grouped, for int8 weights */
     bool is_nibbles;
     int64_t group_bytes; /* from a group's activations to the next one's */
     int32_t *less;       /* nibbles: (rows, groups), 8 * sum(q - zero_point) */
@@ -142,10 +142,10 @@ struct fxq_kernels {
     int64_t most_nibble_rows; /* so many rows go through the next two; 0: none */
     void (*quantize_nibbles)(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows);
     void (*matmul_nibbles)(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to);
-    void (*table_row)(const struct fxq_table *table, int64_t row, float *out);
-    /* out[i] = out[i] + x[i] * weight, or the greater of the two */
-    void (*add_scaled)(float *out, const float *x, float weight, int64_t count);
-    void (*take_greater)(float *out, const float *x, int64_t count);
+    void (*put_row)(const struct fxq_table *table, int64_t row, float *out);
+    /* out += the rows, one after another, each times its weight; weights NULL: all 1 */
+    void (*add_rows)(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count, float *out);
+    void (*take_greater)(float *out, const float *x, int64_t count); /* out[i] = the greater of the two */
 };
 
 extern const struct fxq_kernels *fxq_active; /* set by fxq_select_isa */
@@ -215,15 +215,22 @@ void fxq_set_common_rows(const struct fxq_linear *call, struct fxq_row *row, int
 
 /* G gates a hidden unit, rows of the weights by gate: LSTM i f g o, GRU r z n, plain RNN one. */
 enum fxq_mode { FXQ_LSTM, FXQ_GRU, FXQ_RNN_TANH, FXQ_RNN_RELU };
+/* int8 `values` with a scale a row, or 4 bits, or with neither none. */
+struct fxq_matrix {
+    const int8_t *values;
+    const float *scale;
+    struct fxq_linear_int4 int4; /* nibbles: NULL where it is not 4 bits */
+};
 struct fxq_recurrent_weights {
-    const int8_t *ih, *hh, *hr; /* (G * H, I), (G * H, P), an LSTM's projection (P, H) or NULL */
-    const float *ih_scale, *hh_scale, *hr_scale;
+    struct fxq_matrix ih, hh, hr; /* (G * H, I), (G * H, P), an LSTM's projection (P, H) or none */
     const float *bias;        /* (G * H,) or NULL */
     const float *hidden_bias; /* a GRU's b_hn, (H,), or NULL */
 };
 struct fxq_recurrent {
     enum fxq_mode mode;
-    const float *x; /* (rows, inputs): steps one after another */
+    /* (rows, inputs), steps one after another; where the first layer's ih are none, its gates' parts of the input, with the
+     * bias: (rows, directions * G * H) */
+    const float *x;
     int64_t steps, batch, inputs, hidden, outputs; /* outputs: P, which is H without a projection */
     const int64_t *sizes; /* (steps,) rows a step, or NULL: batch in each */
     int layers, directions;

@@ -36,7 +36,9 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
     for entry in entries:
         if entry.text not in used:
             reasons = [
-                f"{part.path} ({part.kind}) stays float: {part.reason}" for part in left if part.rule == entry.text
+                f"{part.path or model} ({part.kind}) stays float: {part.reason}"
+                for part in left
+                if part.rule == entry.text
             ]
             if reasons or not any(entry.covers(part, known) for part in decided):
                 why = reasons[0] if reasons else "nothing there has a weight that can be quantized"

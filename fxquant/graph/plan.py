@@ -29,7 +29,7 @@ from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.nn.transformer import PLAIN_FORWARDS
 from fxquant.operators import Operator, find_function_row, find_module_row, find_row
-from fxquant.operators.base import refuse_weight, sole_weight
+from fxquant.operators.base import refuse_weight
 from fxquant.qconfig_mapping import QConfigMapping, Rule, name_text, opt_out, opt_out_one, type_name
 
 
@@ -99,11 +99,11 @@ class _Planner:
         kind = FLOAT_TYPES.get(type(module), type(module))
         base = base_of(module, self.operators)
         row = None if base is None or redefined(type(module), base) else find_module_row(self.operators, base)
-        own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+        own = [name for name, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
         if row is not None or own:
             known = None if base is None else FLOAT_TYPES.get(base, base)
             is_whole = row is not None or not any(True for _ in module.children())
-            weights = {_join(path, name): name for name in (row.parts if row is not None else sole_weight)(module)}
+            weights = {_join(path, name): name for name in (own if row is None else row.parts(module))}
             found = self.rules(path, path.rpartition(".")[0], kind, known, is_whole, weights)
             rules = {name: found[weight] for weight, name in weights.items()}
             rule = main_rule(found[""], rules.values())

@@ -318,6 +318,12 @@ def test_an_entry_for_a_weight_that_quantizes_nothing_is_a_warning():
         prepare(model, torch.randn(2, 8, 8), mapping=mapping)
 
 
+def test_an_entry_for_a_weight_that_is_out_of_reach_is_a_warning():
+    told = r"module_name 'weight' quantizes nothing: Tagger \(.*Tagger\) stays float: its forward is not traced"
+    with pytest.warns(UserWarning, match=told):
+        quantize_dynamic(Tagger().eval(), {"lstm": A, "weight": A})
+
+
 def test_the_eager_form_takes_names_of_weights():
     model = Tagger().eval()
     quantized = quantize_dynamic(model, {"lstm": A, "lstm.weight_ih_l0": None})

@@ -56,14 +56,14 @@ def _with_exceptions(
                 mapping.set_module_name(site.path, _plain(qconfig))
             else:
                 mapping.set_module_name_object_type_order(*_place(prepared, record, site), _plain(qconfig))
-        for weight, own in getattr(qconfig, "parts", ()):
+        for weight, own in qconfig.parts if qconfig is not None else ():
             mapping.set_module_name(f"{site.path}.{weight}" if site.path else weight, own)
     return mapping
 
 
 def _plain(qconfig: QConfig | None) -> QConfig | None:
     """Return what a site gets but for those of its weights that have a qconfig of their own."""
-    return replace(qconfig, parts=()) if getattr(qconfig, "parts", ()) else qconfig  # type: ignore[type-var]
+    return replace(qconfig, parts=()) if qconfig is not None else None
 
 
 def _kind(prepared: nn.Module, site: Site) -> Any:

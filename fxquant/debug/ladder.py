@@ -16,11 +16,14 @@ from fxquant.qconfig import (
     float16_dynamic_qconfig,
     float_qparams_weight_only_qconfig_4bit,
     int4_dynamic_qconfig,
+    int16_dynamic_qconfig,
 )
 
 LADDER: dict[str, tuple[QConfig | None, ...]] = {
     "int4": (int4_dynamic_qconfig, float_qparams_weight_only_qconfig_4bit),
+    "int4 of 32": (int4_dynamic_qconfig.with_group_size(32),),
     "int8": (default_dynamic_qconfig,),
+    "int16": (int16_dynamic_qconfig,),
     "float16": (float16_dynamic_qconfig,),
     "float": (None,),
 }
@@ -33,7 +36,10 @@ _FRONT_POINTS = 400
 
 def scheme_name(qconfig: QConfig | None) -> str:
     """Return the scheme that a qconfig is of: "int8", "float"."""
-    return "float" if qconfig is None else _SCHEMES.get(qconfig.weight.dtype, qconfig.weight.dtype)
+    if qconfig is None:
+        return "float"
+    name = _SCHEMES.get(qconfig.weight.dtype, qconfig.weight.dtype)
+    return "int4 of 32" if qconfig.weight.group_size == 32 else name
 
 
 def check_schemes(schemes: Sequence[str] | None) -> tuple[str, ...]:
@@ -72,7 +78,7 @@ class Unit(NamedTuple):
 
 def units_of(number: int, row: Operator, module: nn.Module | None) -> list[Unit]:
     """Return a site's units: its weights where each may have a scheme of its own. module: None for a call."""
-    names = row.parts(module) if module is not None and hasattr(row, "parts") else ()
+    names = row.parts(module) if module is not None else ()
     return [Unit(number, name) for name in names] if len(names) > 1 else [Unit(number)]
 
 

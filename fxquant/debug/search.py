@@ -1,4 +1,4 @@
-"""The search behind suggest_mapping: what each scheme does alone, which mixtures that promises, and what they really do.
+"""The search behind suggest_mapping: what each scheme does alone, which mixtures that promises, what those really do.
 
 1. Each unit (a site, or a weight of one) is measured alone under its schemes, from the cheapest up to the first whose
    harm is a small part of the budget.
@@ -85,7 +85,7 @@ class Search:
 
     def is_within(self, value: float) -> bool:
         """Return whether a metric is within the budget."""
-        return bool(self.harm(value) <= self.budget)
+        return self.harm(value) <= self.budget
 
     def harm(self, value: float) -> float:
         """Return how much worse than float's a metric is; infinite for a NaN."""
@@ -191,7 +191,8 @@ class Search:
 
     def _is_hopeful(self, harm: float) -> bool:
         """Return whether a promised harm is near enough to the budget to try: errors may cancel, to about a half."""
-        return harm <= 2 * max(self.budget, 0.0) ** self.power
+        share: float = max(self.budget, 0.0) ** self.power
+        return harm <= 2 * share
 
     def _measure_reference(self) -> None:
         """Measure what int8 alone comes to, where it may be used: one would want to know."""
@@ -263,4 +264,4 @@ def mixed(ladder: dict[str, QConfig | None], weights: dict[str, str]) -> QConfig
     qconfig = ladder[common]
     assert qconfig is not None
     parts = tuple((weight, ladder[name]) for weight, name in weights.items() if name != common)
-    return replace(qconfig, parts=parts) if parts else qconfig  # type: ignore[call-arg]
+    return replace(qconfig, parts=parts) if parts else qconfig

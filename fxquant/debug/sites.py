@@ -110,9 +110,8 @@ def _open(root: nn.Module, record: Record) -> OpenModel:
 
 def _as_module(root: nn.Module, site: Site) -> SiteCall:
     """Make a graph call a functional site as a module, and return that."""
-    if not isinstance(root, fx.GraphModule):
-        raise LookupError(site.call)
-    node = next((node for node in root.graph.nodes if node.name == site.call), None)
+    nodes = list(root.graph.nodes) if isinstance(root, fx.GraphModule) else []
+    node = next((node for node in nodes if node.name == site.call), None)
     if node is None or node.op not in ("call_function", "call_method"):
         raise LookupError(site.call)
     call = SiteCall(node, root)
@@ -121,7 +120,7 @@ def _as_module(root: nn.Module, site: Site) -> SiteCall:
     inputs = {read.name: read for read in node.all_input_nodes if read.name not in call.constants}
     constants = [read for read in node.all_input_nodes if read.name in call.constants]
     node.op, node.target, node.args, node.kwargs = "call_module", path, (), inputs
-    edit.erase_dead(root.graph, constants)
+    edit.erase_dead(node.graph, constants)
     return call
 
 

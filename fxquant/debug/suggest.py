@@ -16,7 +16,7 @@ from fxquant.debug.entries import by_name, by_type
 from fxquant.debug.ladder import LADDER, check_schemes, scheme_name
 from fxquant.debug.report import Column, Report
 from fxquant.debug.search import Point, Search
-from fxquant.debug.table import megabytes, shorten
+from fxquant.debug.table import megabytes
 from fxquant.debug.trial import Metric, Progress, Trial
 from fxquant.errors import QConfigError, warn
 from fxquant.graph import edit
@@ -77,9 +77,9 @@ class Suggestion(Report):
     higher_is_better: bool
 
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("measured", "what", 52, lambda row: shorten(row.what, 52), is_number=False),
+        Column("measured", "what", 56, lambda row: row.what, is_number=False),
         Column("metric", "metric", 10, lambda row: f"{row.metric:.5g}"),
-        Column("size", "bytes", 10, lambda row: megabytes(row.bytes)),
+        Column("size", "bytes", 10, lambda row: _size(row.bytes)),
         Column("ms", "ms", 9, lambda row: "" if math.isnan(row.ms) else f"{row.ms:.3f}"),
         Column("in budget", "is_within", 9, lambda row: "yes" if row.is_within else "no", is_number=False),
         Column("", "is_chosen", 11, lambda row: "← suggested" if row.is_chosen else "", is_number=False),
@@ -115,7 +115,7 @@ class Suggestion(Report):
         told = super(Suggestion, plain).to_dict()
         return {**told, "mapping": str(self.mapping), "model": None}
 
-    def to_svg(self) -> str:
+    def figure(self) -> str:
         """Return the curve as an SVG: the metric against megabytes or milliseconds, the suggested model ringed."""
         sign = -1.0 if self.higher_is_better else 1.0
         is_fast = self.minimize == "ms"
@@ -137,7 +137,7 @@ class Suggestion(Report):
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Write the curve as an SVG file, which any browser shows, and return its path."""
-        Path(path).write_text(self.to_svg(), encoding="utf-8")
+        Path(path).write_text(self.figure(), encoding="utf-8")
         return Path(path)
 
 
@@ -229,7 +229,7 @@ def _rows(search: Search, chosen: Point) -> tuple[SuggestionStep, ...]:
     """Return the curve."""
     return tuple(
         SuggestionStep(
-            what=_told(search, point),
+            what=_told(search, point, chosen),
             metric=point.metric,
             bytes=point.bytes,
             ms=point.ms,
@@ -240,13 +240,22 @@ def _rows(search: Search, chosen: Point) -> tuple[SuggestionStep, ...]:
     )
 
 
-def _told(search: Search, point: Point) -> str:
-    """Return a mixture in words: "all int8", "encoder int4, rnn int8", "int4 ×12, int8 ×3"."""
+def _told(search: Search, point: Point, chosen: Point) -> str:
+    """Return a mixture in words: "all int8", "encoder int4, rnn int8", "int4 ×12, int8 ×3", "suggested, but rnn int8"."""
     if len(set(point.schemes)) == 1:
         return f"all {point.schemes[0]}"
-    if len(point.schemes) <= 4:
-        return ", ".join(f"{search.name(u)} {s}" for u, s in zip(search.units, point.schemes, strict=True))
+    told = [f"{search.name(u)} {s}" for u, s in zip(search.units, point.schemes, strict=True)]
+    if len(told) <= 3:
+        return ", ".join(told)
+    other = [name for name, s, own in zip(told, point.schemes, chosen.schemes, strict=True) if s != own]
+    if 0 < len(other) <= 2:
+        return f"suggested, but {', '.join(other)}"
     return ", ".join(f"{name} ×{point.schemes.count(name)}" for name in LADDER if name in point.schemes)
+
+
+def _size(count: int) -> str:
+    """Return a byte count with as many digits as tell two mixtures apart."""
+    return f"{count / 1e6:.4g} MB" if count >= 100_000 else megabytes(count)
 
 
 def _sites(search: Search, point: Point) -> tuple[SuggestionSite, ...]:

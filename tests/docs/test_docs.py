@@ -45,7 +45,8 @@ def test_the_operator_of_the_guide_works_as_printed(tmp_path):
     assert torch.equal(loaded(indices), quantized(indices))
 
 
-def test_the_code_of_the_page_on_accuracy_runs(capsys):
+def test_the_code_of_the_page_on_accuracy_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", (DOCS / "accuracy.md").read_text(encoding="utf8"), re.S):
         exec(block, names)
@@ -53,6 +54,8 @@ def test_the_code_of_the_page_on_accuracy_runs(capsys):
     for site in ("0", "1.layers.0.self_attn", "1.layers.1.linear2", "2"):
         assert len(re.findall(rf"^{re.escape(site)} ", told, re.M)) >= 3, f"in compare, profile and explain: {site}"
     assert "8 of 8 candidates, " in told
+    written = {"diff.html", "diff.svg", "errors.html", "errors.svg"}
+    assert {path.name for path in (tmp_path / "views").iterdir()} == written
 
 
 def test_every_public_name_that_the_pages_import_exists():

@@ -79,7 +79,7 @@ def sides(row: DiffRow) -> tuple[list[Line], list[Line]]:
     if row.sign in "×⋮" or (row.sign == " " and row.after):  # stands for others
         return [(row.before, "dim")], [(row.after, "dim")] if row.after else []
     if row.sign == " ":
-        return [(row.before, "")], [(now, ""), *((text, row.decision) for text, _ in notes)]
+        return [(row.before, "")], [(now, ""), *((text, row.decision.replace("same", "dim")) for text, _ in notes)]
     if row.sign in "+-":
         return [(row.before, "removed")] * (row.sign == "-"), [(row.after, "added")] * (row.sign == "+") + notes
     if row.before == row.after:

@@ -22,7 +22,7 @@ from fxquant.errors import ExampleInputsError, ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.module import Record, record_of
 from fxquant.ops import kernel_info
-from fxquant.ops.native import takes
+from fxquant.ops.native import takes, takes_some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +146,8 @@ def _kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> str:
     if operator.namespace != "fxquant":
         return f"{operator.namespace}.{name}"
     values = {argument.name: value for argument, value in zip(operator._schema.arguments, args, strict=False)}
-    weight = values["weight"] if "weight" in values else values["weights"][0]
-    return f"{name} ({kernel_info().isa if takes(args[0], weight) else 'plain torch'})"
+    is_native = takes(args[0], values["weight"]) if "weight" in values else takes_some(args[0], values["weights"])
+    return f"{name} ({kernel_info().isa if is_native else 'plain torch'})"
 
 
 class _Side:

@@ -98,6 +98,9 @@ def test_any_two_stages(before, after):
     model = WordLM().eval()
     made = stages(model, *lm_inputs(model))
     diff = graph_diff(made[before], made[after])
+    for text in (str(diff), diff._repr_html_(), diff.to_html()):
+        assert diff.total in text
+    assert diff.total.partition(";")[0] in diff.to_svg()  # whose lines are broken
     assert (diff.bytes_before, diff.bytes_after) == (byte_count(made[before]), byte_count(made[after]))
     assert {row.sign for row in diff.rows} == (
         {" "} if (before == "quantized") == (after == "quantized") else {" ", "~"}

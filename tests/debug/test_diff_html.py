@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import compare, graph_diff, profile
+from fxquant import compare, graph_diff, profile, quantize_dynamic
 from tests.debug.test_diff import Blocks
 from tests.samples import Call, WordLM, everything, lm_inputs, quantize
 
@@ -121,8 +121,10 @@ def test_names_and_types_are_escaped():
             return getattr(self, "<img src=x>")(x)
 
     model, x = Model().eval(), torch.randn(2, 4)
-    text = graph_diff(model, quantize(model, x)).to_html()
-    assert text.count("<script>") == 1  # the page's own
+    text = graph_diff(model, quantize_dynamic(model)).to_html()  # module by module: paths for names
+    assert "&lt;img src=x&gt;</b>" in text
+    text += graph_diff(model, quantize(model, x)).to_html()
+    assert text.count("<script>") == 2  # the pages' own
     assert "<img" not in text
     assert "&lt;script&gt;" in text
 

@@ -22,7 +22,7 @@ from fxquant.debug.table import megabytes, shorten, site_name
 from fxquant.errors import QConfigError, warn
 from fxquant.graph import edit
 from fxquant.graph.module import Left, Site, record_of
-from fxquant.graph.trace import SCOPE
+from fxquant.graph.tracer import SCOPE
 from fxquant.nn.fused import linear_relu
 from fxquant.operators import Operator
 from fxquant.qconfig import QConfig, float16_dynamic_qconfig

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxquant.errors import AttributeNameError, ModelStateError, nearest
 from fxquant.graph import edit
 from fxquant.graph.reads import names_in
-from fxquant.graph.trace import TRACING
+from fxquant.graph.tracer import TRACING
 from fxquant.nn.base import dtype_errors
 from fxquant.operators import Operator
 from fxquant.qconfig import QConfig

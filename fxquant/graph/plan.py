@@ -23,7 +23,8 @@ from fxquant.graph.constants import constant_of, is_transposition
 from fxquant.graph.kinds import base_of, known_base, redefined
 from fxquant.graph.module import ASKED, NOTHING, Coverage, Left, Site
 from fxquant.graph.reads import weights_read
-from fxquant.graph.trace import SCOPE, Names, Traced, forward_of, names_of, wrapped_in
+from fxquant.graph.trace import Names, Traced, names_of, wrapped_in
+from fxquant.graph.tracer import SCOPE, forward_of
 from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.nn.transformer import PLAIN_FORWARDS

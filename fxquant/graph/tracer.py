@@ -31,6 +31,8 @@ _LEAF_FUNCTIONS = (
     ops.linear,
     ops.embedding,
     ops.embedding_bag,
+    torch.finfo,
+    torch.iinfo,
 )
 """Functions that are calls in the graph instead of being traced through: torch's that look at values, and ours."""
 TRACING = threading.RLock()
@@ -48,7 +50,7 @@ class Tracer(fx.Tracer):
     def __init__(self, operators: Sequence[Operator] = (), whole: frozenset[str] = frozenset()) -> None:
         """operators: the table, whose modules are leaves. whole: paths of modules that must not be traced through."""
         super().__init__(autowrap_functions=_LEAF_FUNCTIONS, param_shapes_constant=True)
-        self._autowrap_search.append(rnn)  # also where a model calls them as nn.utils.rnn.pack_padded_sequence
+        self._autowrap_search += [rnn, torch]  # also where a model calls them as nn.utils.rnn.pack_padded_sequence
         self._operators, self._whole, self._thread = operators, whole, threading.get_ident()
         self.failed = ""  # the path of the innermost module in which tracing failed; "" is the root
         self._autocast = _autocast()

@@ -107,7 +107,7 @@ class _Planner:
             shut = inside or _hidden(module)
             reason = shut or (row.refuse_module(module) if row else _unknown(kind, self.operators))
             held = module.parameters(recurse=row is not None)  # what lies inside a module without a row counts itself
-            self.decide(path, kind, row, rule, reason, held, shape)
+            self.decide(path, kind, row, rule, reason, held, shape if row is None or row.has_rows else ())
         if row is not None:
             self.check_parts(path, module, rule)
         elif id(module) not in self.entered:  # else what it holds has been decided, and is swapped once

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from fxquant.errors import DTypeError, ShapeError
+from fxquant.errors import DTypeError, ModelStateError, ShapeError
 from fxquant.ops import reference, reference_recurrent
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
 from fxquant.ops.schema import RNN_MODES
@@ -173,6 +173,7 @@ def linear(
     if out is None and group_size:
         out = reference.linear(rows, weight, scale, bias, *how)  # without columns there is nothing to multiply
     if out is None:
+        _refuse_freed(input=rows, weight=weight)
         raise DTypeError(f"a quantized linear takes a weight of torch.int8 or float16, got {weight.dtype}")
     return cast(torch.Tensor, out.view(*x.shape[:-1], outputs).to(x.dtype))
 
@@ -231,6 +232,13 @@ def _dense_parts(weights: Sequence[torch.Tensor], *vectors: Sequence[torch.Tenso
     return [[_plain(weight) for weight in weights], *([_floats(vector) for vector in part] for part in vectors)]
 
 
+def _refuse_freed(**tensors: torch.Tensor) -> None:
+    """Raise ModelStateError for a tensor whose memory was given back, as by untyped_storage().resize_(0)."""
+    for name, tensor in tensors.items():
+        if tensor.numel() and not tensor.untyped_storage().nbytes():
+            raise ModelStateError(f"the {name} of a quantized operator has no memory: its storage was freed")
+
+
 def _misfit(
     kind: str,
     x: torch.Tensor,
@@ -239,6 +247,7 @@ def _misfit(
     **states: torch.Tensor,
 ) -> Exception:
     """Return the error for tensors of a recurrent layer that do not fit each other."""
+    _refuse_freed(input=x, **states, **{f"weight {i}": weight for i, weight in enumerate(weights)})
     if any(weight.dtype is not torch.int8 for weight in weights):
         return DTypeError(f"a quantized {kind} takes weights of torch.int8, or all of float16")
     parts = zip(("weights", "scales", "biases", "hidden biases"), (weights, *vectors), strict=False)
@@ -287,6 +296,7 @@ def embedding(
     table = _table(weight, scale, zero_point, embedding_dim, bits)
     out = _library.embedding(False, _plain(indices).reshape(-1), *table, embedding_dim, bits, torch.float32)
     if out is None:
+        _refuse_freed(indices=indices, weight=weight)
         reference.check_range(indices, weight.shape[0])
     return cast(torch.Tensor, out.view(*indices.shape, embedding_dim).to(dtype))
 

@@ -1,4 +1,4 @@
-"""What every call of a quantized module refuses, in words of ours: gradients, odd tensors, TorchScript, freed memory."""
+"""What calls of quantized modules refuse, in words of ours: gradients, odd tensors, TorchScript, freed memory."""
 
 import re
 
@@ -69,6 +69,7 @@ def test_what_is_no_tensor_is_refused(kind, given):
         KINDS[kind]()(given)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("kind", KINDS)
 def test_torchscript_is_refused_and_the_successor_named(kind):
     with pytest.raises(ModelStateError, match=re.escape("use torch.export.export(quantized, inputs)")):
@@ -87,5 +88,5 @@ def test_freed_memory_is_named(kind):
     model = KINDS[kind]()
     weight = next(tensor for name, tensor in model.named_buffers() if tensor.dtype == torch.int8)
     weight.untyped_storage().resize_(0)
-    with pytest.raises(ModelStateError, match="weight.* has no memory: its storage was freed"):
+    with pytest.raises(ModelStateError, match=r"weight.* has no memory: its storage was freed"):
         model(torch.tensor([[1, 2]]) if kind in TABLES else torch.randn(3, 8))

@@ -67,6 +67,10 @@ def int8(*shape: int) -> torch.Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8)
 
 
+def int16(*shape: int) -> torch.Tensor:
+    return torch.randint(-32768, 32768, shape, dtype=torch.int16)
+
+
 def strided(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
     """Return the same values, sometimes in other places: transposed, or every second element of a larger tensor."""
     kind = rng.choice(("dense", "dense", "transposed", "sliced", "offset"))
@@ -149,6 +153,20 @@ def linear_int4_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any],
     return run, expect, (x, strided(weight, rng), strided(scale, rng), *how, group_size, columns), is_rich
 
 
+def linear_int16_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
+    """Return a case like a linear's with int16 weights, -32768 too, and now and then more columns than lanes hold."""
+    rng = random.Random(-1 - seed)
+    run, expect, (x, weight, scale, *how), is_rich = linear_case(seed)
+    weight = int16(*weight.shape)
+    if rng.random() < 0.05:
+        x, weight = torch.randn(x.shape[-2], rng.choice((2049, 4097, 9000))), int16(3, 9000)
+        weight, scale, how[0] = weight[:, : x.shape[1]], torch.rand(3) * 0.01, None
+        is_rich = False
+    if rng.random() < 0.1:
+        weight, x = weight.fill_(rng.choice((-32768, 32767))), torch.full_like(x, rng.choice((1.0, -1.0)))
+    return run, expect, (x, strided(weight, rng), scale, *how), is_rich
+
+
 def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -180,6 +198,42 @@ def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[
         (*args, directions == 2, rng.random() < 0.7, rng.choice((255, 127))),
         not is_extreme,
     )
+
+
+def with_schemes(
+    weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], seed: int
+) -> list[list[torch.Tensor]]:
+    """Return weights of the same sizes, and their scales, each of a scheme of its own: int4 most often, int8, few floats.
+
+    A row of a float weight has one number that is not 0, so that torch's sums are exact in any order.
+    """
+    rng = random.Random(-1 - seed)
+    has_floats, made, of_made = rng.random() < 0.3, list[torch.Tensor](), list[torch.Tensor]()
+    for weight, scale in zip(weights, scales, strict=True):
+        rows, columns = weight.shape
+        scheme = rng.choice(("int4", "int4", "int8", "float16", "float32") if has_floats else ("int4", "int4", "int8"))
+        if scheme == "int4":
+            weight = int8(rows, (columns + 1) // 2).view(torch.uint8)
+            groups = -(-columns // rng.choice((32, 64, 128)))
+            scale = (torch.randn(rows, groups) * 0.1).to(torch.bfloat16)
+        elif scheme != "int8":
+            one = torch.arange(columns) == torch.randint(columns, (rows, 1))
+            weight, scale = (torch.rand(rows, 1) * one).to(getattr(torch, scheme)), torch.empty(0)
+        made.append(strided(weight, rng))
+        of_made.append(strided(scale, rng))
+    return [made, of_made]
+
+
+def lstm_mixed_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
+    """Return a case like an lstm's, whose weights have schemes of their own."""
+    run, expect, (x, sizes, h0, c0, weights, scales, *rest), is_rich = lstm_case(seed)
+    return run, expect, (x, sizes, h0, c0, *with_schemes(weights, scales, seed), *rest), is_rich
+
+
+def rnn_mixed_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
+    """Return a case like an rnn's, whose weights have schemes of their own."""
+    run, expect, (x, sizes, h0, weights, scales, *rest), is_rich = rnn_case(seed)
+    return run, expect, (x, sizes, h0, *with_schemes(weights, scales, seed), *rest), is_rich
 
 
 def rnn_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
@@ -249,8 +303,11 @@ def embedding_bag_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any
 CASES = {
     "linear": linear_case,
     "linear_int4": linear_int4_case,
+    "linear_int16": linear_int16_case,
     "lstm": lstm_case,
     "rnn": rnn_case,
+    "lstm_mixed": lstm_mixed_case,
+    "rnn_mixed": rnn_mixed_case,
     "embedding": embedding_case,
     "embedding_bag": embedding_bag_case,
 }

@@ -51,8 +51,9 @@ and 4 bits), EmbeddingBag; float16 weights too; eager and FX. Static quantizatio
 integers, and its outputs to float rounding. The default has torch.ao's weights and finer inputs: nearer to the float
 model, and a row's result depends on that row alone. See [numerics](numerics.md); on WikiText-2, [results](results.md).
 
-An `nn.TransformerEncoder` that torch.ao's `quantize_dynamic` made fails in eval mode without gradients (`'function' object
-has no attribute 'device'`: torch's fast path reads weights that are none); fxquant keeps that path off quantized layers.
+An `nn.TransformerEncoder` that torch.ao's `quantize_dynamic` made fails in eval mode without gradients (`'function'
+object has no attribute 'device'`: torch's fast path reads weights that are none); fxquant keeps that path off
+quantized layers.
 
 ## Names that are the same
 

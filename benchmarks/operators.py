@@ -94,6 +94,12 @@ CASES: dict[str, dict[str, Callable[[int, int], Case]]] = {
     "addmm": {"addmm": _constant(lambda x, w: torch.addmm(w[0], x, w))},
     "einsum": {"einsum": _constant(lambda x, w: torch.einsum("...i,oi->...o", x, w))},
     "transposed_linear": {"transposed_linear": _rows(lambda size: Conv1D(size, size))},
+    "convolution": {  # smaller ones stay float
+        "convolution": lambda rows, size: (
+            nn.Conv1d(max(size, 512), max(size, 512), 1),
+            (torch.randn(1, max(size, 512), rows),),
+        )
+    },
     "attention": {"attention": lambda rows, size: (SelfAttention(size), (torch.randn(STEPS, rows, size),))},
     "lstm": {"lstm": _sequences(nn.LSTM)},
     "rnn": {"gru": _sequences(nn.GRU), "rnn": _sequences(nn.RNN)},

@@ -16,7 +16,7 @@ from torch import nn
 
 import fxquant
 from fxquant import QConfig, QConfigMapping, TensorSpec, convert_fx, prepare_fx
-from fxquant.nn import LinearReLU, linear_relu
+from fxquant.nn import ConvReLU1d, ConvReLU2d, LinearReLU, linear_relu
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,14 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         Sample(F.embedding, lambda: Call(F.embedding, 20, 9), lambda: (indices(4, 3),)),
     ),
     "transposed_linear": (Sample(Conv1D, lambda: nn.Sequential(Conv1D(12, 24)), lambda: (torch.randn(5, 24),)),),
+    "convolution": (
+        Sample(nn.Conv1d, lambda: nn.Sequential(nn.Conv1d(512, 512, 1)), lambda: (torch.randn(3, 512, 4),)),
+        Sample(nn.Conv2d, lambda: nn.Sequential(nn.Conv2d(256, 1024, 1)), lambda: (torch.randn(3, 256, 2, 3),)),
+        Sample(ConvReLU1d, lambda: nn.Sequential(nn.Conv1d(512, 512, 1), nn.ReLU()), lambda: (torch.randn(3, 512, 4),)),
+        Sample(
+            ConvReLU2d, lambda: nn.Sequential(nn.Conv2d(1024, 256, 1), nn.ReLU()), lambda: (torch.randn(3, 1024, 2, 3),)
+        ),
+    ),
     "embedding_bag": (
         Sample(nn.EmbeddingBag, lambda: nn.Sequential(nn.EmbeddingBag(20, 9)), lambda: (indices(4, 3),)),
         Sample(F.embedding_bag, lambda: Call(F.embedding_bag, 20, 9), lambda: (indices(4, 3),)),

@@ -20,7 +20,7 @@ from fxquant import (
     quantize_dynamic,
 )
 from fxquant.graph.module import record_of
-from fxquant.nn import DynamicQuantizedLSTM
+from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLSTM
 from tests.samples import WordLM, everything, kinds, lm_inputs, quantize, same_bits
 
 
@@ -69,6 +69,28 @@ def test_a_container_that_stands_at_two_paths_is_quantized_once():
     assert [row.path for row in explain(quantized).rows] == ["a.0.0", "a.0.1.0"]
     assert quantized.a[0] is quantized.b[0]
     assert same_bits(quantized(x), quantize(model, x)(x))
+
+
+def test_a_layer_that_stands_at_two_paths_is_one_module_still(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.again = self.first
+
+        def forward(self, x):
+            return self.again(self.other(self.first(x)))
+
+    model, x = Model().eval(), torch.randn(3, 8)
+    quantized = quantize_dynamic(model)
+    assert quantized.first is quantized.again
+    assert quantized.first is not quantized.other
+    assert same_bits(quantized(x), quantize(model, x)(x))
+    fxquant.save(quantized, tmp_path / "q")
+    assert (loaded := fxquant.load(model, tmp_path / "q")).first is loaded.again
+    one = quantize_dynamic(model, {"first": fxquant.default_dynamic_qconfig, "again": None})
+    assert (type(one.again), one.again.weight.dtype) == (nn.Linear, torch.float32)  # each place as its entry says
+    assert one.first.weight.dtype == torch.int8
 
 
 def test_the_numbers_are_those_of_the_graph_form():
@@ -212,7 +234,7 @@ def test_a_module_under_two_names_is_quantized_under_both():
     model = nn.Sequential(nn.Linear(8, 8))
     model.second = model[0]
     quantized = quantize_dynamic(model)
-    assert kinds(quantized)["0"] == kinds(quantized)["second"] == "DynamicQuantizedLinear"
+    assert type(quantized[0]) is type(quantized.second) is DynamicQuantizedLinear
     assert quantized[0].weight is quantized.second.weight
 
 

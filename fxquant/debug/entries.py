@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxquant.graph.module import Left, Record, Site
-from fxquant.graph.trace import SCOPE
+from fxquant.graph.tracer import SCOPE
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping

@@ -12,8 +12,9 @@ from fxquant.debug.report import Column, Report
 from fxquant.debug.table import megabytes, site_name
 from fxquant.errors import ModelStateError
 from fxquant.graph import edit
+from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
-from fxquant.graph.module import Coverage, Record, record_of
+from fxquant.graph.module import Coverage, Record, Site, record_of
 from fxquant.qconfig_mapping import qconfig_name
 
 
@@ -21,6 +22,7 @@ from fxquant.qconfig_mapping import qconfig_name
 class ExplainRow:
     """One candidate. decision: its qconfig, or "float: why"; rule: the mapping entry; saved_bytes: 0 if left float.
 
+    saved_bytes counts a weight at each site that shares it; Explanation.saved_bytes counts it once.
     path: of a functional call its weight's, and call its node's name, else "". source: "file.py:12", the line of the
     user's code that makes the call, or "" where the graph does not have it.
     losses: where it comes out larger or slower than float.
@@ -49,7 +51,8 @@ def _path(row: ExplainRow) -> str:
 class Explanation(Report):
     """What became of every candidate: print it, show it in a notebook, sort it, or walk its rows.
 
-    coverage: how many bytes of the weights are quantized; outcome: the same as a line.
+    coverage: how many bytes of the weights are quantized; outcome: the same as a line. saved_bytes: by how much the
+    whole model is smaller.
     """
 
     rows: tuple[ExplainRow, ...]
@@ -58,11 +61,12 @@ class Explanation(Report):
     stage: str
     coverage: Coverage
     outcome: str
+    saved_bytes: int
 
     @property
     def total(self) -> str:
         """The last line: how many candidates and how many bytes of their weights are quantized, and what that saves."""
-        return f"{self.outcome}, {megabytes(sum(row.saved_bytes for row in self.rows))} saved"
+        return f"{self.outcome}, {megabytes(self.saved_bytes)} saved"
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -107,16 +111,19 @@ def explain(model: nn.Module) -> Explanation:
         )
     fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
     untraced = tuple(f"{path or 'the whole model'}: {why}" for path, why in record.untraced.items())
-    rows = _rows(record if record.stage == "quantized" else _foreseen(model, record), _sources(model))
-    return Explanation(rows, fusions, untraced, record.stage, record.coverage, record.outcome)
+    quantized, sites = (model, record.sites) if record.stage == "quantized" else _foreseen(model, record)
+    saved = record.float_bytes - edit.byte_count(quantized)
+    rows = _rows(record.advance(sites=sites), _sources(model))
+    return Explanation(rows, fusions, untraced, record.stage, record.coverage, record.outcome, saved)
 
 
-def _foreseen(model: nn.Module, record: Record) -> Record:
-    """Return the record that a prepared model would have once converted: done here on the meta device, without data."""
+def _foreseen(model: nn.Module, record: Record) -> tuple[nn.Module, tuple[Site, ...]]:
+    """Return what a prepared model would be once converted, and its sites: done on the meta device, without data."""
     twin = edit.mirror(model, "meta")
     if isinstance(twin, fx.GraphModule) and record.is_traced:
-        return record.advance(sites=convert(twin, record.sites, record.operators))
-    return record.advance(sites=convert_modules(twin, record.sites, record.operators)[1])
+        sites = convert(twin, record.sites, record.operators)
+        return clean(twin, model), sites
+    return convert_modules(twin, record.sites, record.operators)
 
 
 def _sources(model: nn.Module) -> dict[tuple[str, str], str]:

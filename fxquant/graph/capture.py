@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,17 +26,20 @@ from fxquant.graph.trace import Traced, first_line, trace
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.operators import Operator
 
+_PLAIN = (bool, int, float, complex, str, torch.Size, torch.dtype, torch.device)
+
 
 def capture(model: nn.Module, operators: Sequence[Operator], inputs: Inputs) -> Traced:
     """Return a model's graph, run once on the example inputs, so that every node's shapes and dtypes are recorded.
 
     What is tried, in this order: the graph as it is; where plain arguments (None, bool, int, float, str; given or left
     at their defaults) steer forward, or it unpacks *args or **kwargs, the graph for those, with a warning, which checks
-    them; the graph with submodules that do not trace called as they are. Raises what `trace` and `propagate` raise.
+    them; the graph with submodules that do not trace called as they are; that for those arguments. Raises what `trace`
+    and `propagate` raise.
     """
     constants = fixable(model, inputs)
     cause: Exception | None = None
-    for fixed, keep_whole in (({}, False), (constants, False), ({}, True)) if constants else (({}, False), ({}, True)):
+    for keep_whole, fixed in itertools.product((False, True), ({}, constants) if constants else ({},)):
         try:
             traced = _faithful(model, operators, inputs, fixed, keep_whole)
         except (TraceError, ExampleInputsError) as error:
@@ -125,7 +129,10 @@ class _Shapes(fx.Interpreter):
 
 
 def tensors_meta(value: Any) -> Any:
-    """Return a value with torch.fx's TensorMetadata in the place of each tensor; a packed sequence as a tuple."""
+    """Return a value with torch.fx's TensorMetadata in the place of each tensor; a packed sequence as a tuple.
+
+    Objects that are no plain values (a cache, a torch.finfo) are None: a graph must stay fit for copies and pickles.
+    """
     if isinstance(value, torch.Tensor):
         return _extract_tensor_metadata(value)._replace(memory_format=None)  # which torch.save cannot pickle
     if isinstance(value, rnn.PackedSequence):
@@ -133,11 +140,9 @@ def tensors_meta(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: tensors_meta(getattr(value, field.name)) for field in dataclasses.fields(value)}
     parts, form = pytree.tree_flatten(value, is_leaf=lambda part: isinstance(part, (torch.Tensor, rnn.PackedSequence)))
-    return (
-        value
-        if len(parts) == 1 and parts[0] is value
-        else pytree.tree_unflatten([tensors_meta(part) for part in parts], form)
-    )
+    if len(parts) == 1 and parts[0] is value:
+        return value if isinstance(value, _PLAIN) else None
+    return pytree.tree_unflatten([tensors_meta(part) for part in parts], form)
 
 
 def propagate(module: fx.GraphModule, inputs: Inputs) -> None:

@@ -20,10 +20,11 @@ from fxquant.qconfig import QConfig
 
 
 class WeightCache:
-    """Quantizes each weight once a way, so that tied float weights stay one int8 table."""
+    """Quantizes each weight and module once a way: tied weights stay one int8 table, a shared module one module."""
 
     def __init__(self) -> None:
         self._done: dict[tuple[Any, ...], tuple[torch.Tensor, QuantizedTensor]] = {}
+        self._modules: dict[tuple[int, QConfig], tuple[nn.Module, nn.Module]] = {}
 
     def quantize(self, weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
         """Return a weight as the qconfig wants it: the same tensors for the same weight and qconfig."""
@@ -34,6 +35,13 @@ class WeightCache:
                 qconfig.quantize_weight(weight.contiguous()),
             )  # the weight is kept so that its key stays its own
         return self._done[key][1]
+
+    def convert(self, float_module: nn.Module, qconfig: QConfig, row: Operator) -> nn.Module:
+        """Return a row's quantized form of a module: the same for the same module and qconfig."""
+        key = id(float_module), qconfig
+        if key not in self._modules:  # the float module is kept so that its id stays its own
+            self._modules[key] = float_module, row.convert_module(float_module, qconfig, self.quantize).train(False)
+        return self._modules[key][1]
 
     def give(self, weight: torch.Tensor, qconfig: QConfig, quantized: QuantizedTensor) -> None:
         """Let a weight have these integers, found elsewhere, under a qconfig."""
@@ -93,8 +101,7 @@ def _row(operators: tuple[Operator, ...], site: Site) -> Operator:
 def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ...], cache: WeightCache) -> Site:
     """Swap one module."""
     float_module = module.get_submodule(site.path)
-    quantized = _row(operators, site).convert_module(float_module, site.qconfig, cache.quantize)
-    quantized.train(False)
+    quantized = cache.convert(float_module, site.qconfig, _row(operators, site))
     edit.swap_module(module, site.path, quantized)
     floats = [quantized.get_buffer(name) for name, qconfig in site.qconfig.parts if qconfig is None]
     return replace(site, int_bytes=edit.byte_count(quantized) - sum(tensor.nbytes for tensor in floats))

@@ -14,8 +14,8 @@ from torch import fx, nn
 from fxquant.errors import AttributeNameError, ModelStateError, nearest
 from fxquant.graph import edit
 from fxquant.graph.reads import names_in
-from fxquant.graph.trace import TRACING
-from fxquant.nn.base import dtype_errors
+from fxquant.graph.tracer import TRACING
+from fxquant.nn.base import dtype_errors, refuse_script
 from fxquant.operators import Operator
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
@@ -175,6 +175,10 @@ class FxModule(fx.GraphModule):
                 f"forward uses. If your float model has it, name it: "
                 f"prepare_fx(..., preserved_attributes=({name!r},))"
             ) from None
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return the model as torch.jit.script takes it; raise ModelStateError for a quantized one."""
+        return refuse_script() if self._fxquant_record.stage == "quantized" else self
 
     def __copy__(self) -> FxModule:
         twin = FxModule.build(self, self.graph, self.__class__.__name__, self._fxquant_record)

@@ -24,7 +24,8 @@ from fxquant.graph.kinds import base_of, known_base, redefined
 from fxquant.graph.module import NOTHING, Coverage, Left, Site
 from fxquant.graph.reads import weights_read
 from fxquant.graph.rules import join, main_rule, rank, refusal
-from fxquant.graph.trace import SCOPE, Names, Traced, forward_of, names_of, wrapped_in
+from fxquant.graph.trace import Names, Traced, names_of, wrapped_in
+from fxquant.graph.tracer import SCOPE, forward_of
 from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.nn.transformer import PLAIN_FORWARDS
@@ -109,11 +110,12 @@ class _Planner:
             rule = main_rule(found[""], rules.values())
             shut = inside or _hidden(module)
             reason = shut or (row.refuse_module(module) if row else _unknown(kind, self.operators))
+            seen = shape if row is None or row.has_rows else ()
             if row is not None and reason is None and len(set(rules.values())) > 1:
-                self.decide_weights(path, kind, row, rule, rules, module, shape)
+                self.decide_weights(path, kind, row, rule, rules, module, seen)
             else:
                 held = module.parameters(recurse=row is not None)  # what is in a module without a row counts itself
-                self.decide(path, kind, row, rule, reason, held, shape)
+                self.decide(path, kind, row, rule, reason, held, seen)
         if row is not None:
             self.check_parts(path, module, rule, rules)
         elif id(module) not in self.entered:  # else what it holds has been decided, and is swapped once

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from fxquant.errors import ModelStateError
 from fxquant.numerics import QuantizedTensor
 from fxquant.qconfig import QConfig
 
@@ -41,6 +42,10 @@ class QuantizedModule(nn.Module):
         """Register a bias, copied, as a frozen parameter."""
         self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach().clone(), False))
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Raise ModelStateError: torch.jit.script asks for this."""
+        return refuse_script()
+
     def own(self, names: Sequence[str]) -> list[Any]:
         """Return own buffers and parameters by name, past nn.Module's slow lookup."""
         buffers, parameters = self._buffers, self._parameters
@@ -62,6 +67,14 @@ class QuantizedModule(nn.Module):
         errors.extend(mismatched)
         if not mismatched:  # else copying would cast before the error is raised
             super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def refuse_script() -> nn.Module:
+    """Raise ModelStateError where torch.jit.script takes a quantized model."""
+    raise ModelStateError(
+        "a quantized model cannot become TorchScript, which torch deprecates; use "
+        "torch.export.export(quantized, inputs) or torch.compile(quantized)"
+    )
 
 
 def dtype_errors(own: Mapping[str, torch.Tensor], incoming: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from torch import nn
 from fxquant import ops
 from fxquant.errors import ShapeError
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
+from fxquant.ops.schema import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 _TENSORS = ("weight", "weight_scale", "weight_zero_point")
@@ -85,7 +86,8 @@ class QuantizedEmbeddingBag(_QuantizedTable):
         input: (B, N), or (N,) with offsets (B,); per_sample_weights: like input, for mode "sum" -> (B, D) in the float
         table's dtype. Raises ShapeError, DTypeError or IndexRangeError for anything else.
         """
-        if input.dim() not in (1, 2) or (input.dim() == 1) == (offsets is None):
+        if not isinstance(input, torch.Tensor) or input.dim() not in (1, 2) or (input.dim() == 1) == (offsets is None):
+            check_dense(input, "EmbeddingBag")
             given = "with" if offsets is not None else "without"
             raise ShapeError(
                 "a quantized EmbeddingBag takes 2-D input without offsets or 1-D input with offsets, "

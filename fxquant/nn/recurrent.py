@@ -12,6 +12,7 @@ from fxquant import ops
 from fxquant.errors import DTypeError, ShapeError
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.numerics import to_float32
+from fxquant.ops.schema import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 States = tuple[torch.Tensor, ...]
@@ -122,6 +123,8 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             got = f"input of {getattr(tensor, 'dtype', None)} ({type(input).__name__})"
             raise DTypeError(f"{self._name()} takes float tensors, got {got}")
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            check_dense(tensor, self._name().removeprefix("a quantized "))
         if (self.has_cell_state and hx is not None and not is_pair) or not all(
             isinstance(state, torch.Tensor) for state in given
         ):

@@ -9,6 +9,7 @@ from torch import nn
 
 from fxquant.operators.attention import ATTENTION
 from fxquant.operators.base import Call, NewCall, Operator, Scheme
+from fxquant.operators.convolution import CONVOLUTION
 from fxquant.operators.embedding import EMBEDDING, EMBEDDING_BAG
 from fxquant.operators.linear import LINEAR
 from fxquant.operators.linear_forms import ADDMM, EINSUM, MATMUL, MM
@@ -28,6 +29,7 @@ OPERATORS: tuple[Operator, ...] = (
     EMBEDDING,
     EMBEDDING_BAG,
     TRANSPOSED_LINEAR,
+    CONVOLUTION,
 )
 """The operator table: a row a family of layers. Yours go beside ours: `operators=(*OPERATORS, MY_ROW)`."""
 

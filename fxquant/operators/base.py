@@ -108,8 +108,9 @@ class Operator:
     functions: float functions, and methods of tensors by name. operands: the functions' operand names in their order.
     weights: which operands are constant weights. may_lack_weight: whether a call without a constant there is no
     candidate. is_transposed: whether a call, by its operands, takes its weight as (I, O); everything else sees it as
-    (O, I). schemes: the qconfigs it accepts. refuse_module, refuse_call: return why one module, or one call by its
-    operands (with TensorMetadata of the example's shapes for tensors), must stay float, or None.
+    (O, I). has_rows: whether the last dimension of a module's input and output holds its features. schemes: the
+    qconfigs it accepts. refuse_module, refuse_call: return why one module, or one call by its operands (with
+    TensorMetadata of the example's shapes for tensors), must stay float, or None.
     convert_module(module, qconfig, quantize), convert_function(call): see `Call`; rows never edit graphs.
     parts: return the names of those weights of a module that may each have a scheme of its own; by default the sole
     one. Where there are several, convert_module gives each `quantize(weight, qconfig.of(name))`.
@@ -123,6 +124,7 @@ class Operator:
     weights: tuple[str, ...] = ()
     may_lack_weight: bool = False
     is_transposed: Callable[[dict[str, Any]], bool] = never_transposed
+    has_rows: bool = True
     schemes: tuple[Scheme, ...]
     convert_module: Callable[[Any, QConfig, Quantize], nn.Module] = no_modules
     convert_function: Callable[[Call], NewCall] = no_functions

@@ -7,21 +7,43 @@ torch's dispatcher would cost more than a small product. Every other call is one
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.compiler import is_compiling
 
+from fxquant.errors import ModelStateError
 from fxquant.ops import dispatch
 from fxquant.ops.native import KernelInfo, at_once, kernel_info
-from fxquant.ops.schema import LIBRARY, SCHEMAS
+from fxquant.ops.schema import LIBRARY, SCHEMAS, check_dense
 
 for _name in SCHEMAS:
     LIBRARY.impl(_name, getattr(dispatch, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 OVERLOADS: dict[str, Callable[..., Any]] = {name: getattr(torch.ops.fxquant, name).default for name in SCHEMAS}
 """The registered operators: what torch.compile and torch.export hold."""
+
+
+def _dispatched(name: str, *args: Any) -> Any:
+    """Call the registered operator; a gradient that reaches its outputs is a ModelStateError, and never lost."""
+    if is_compiling():
+        return OVERLOADS[name](*args)
+    check_dense(args[0], name.replace("_", " "))
+    out = OVERLOADS[name](*args)
+    for part in out if isinstance(out, tuple) else (out,):
+        if isinstance(part, torch.Tensor) and part.requires_grad:
+            part.register_hook(functools.partial(_refuse_gradient, name))  # type: ignore[no-untyped-call]
+    return out
+
+
+def _refuse_gradient(name: str, _: torch.Tensor) -> None:
+    raise ModelStateError(
+        f"a gradient came back to torch.ops.fxquant.{name}, which has none: a quantized model neither trains nor "
+        "hands gradients on. Train the float model and quantize it afterwards; where only answers are wanted, call the "
+        "quantized one under torch.no_grad()"
+    )
 
 
 def linear(
@@ -38,19 +60,19 @@ def linear(
     """Call `torch.ops.fxquant.linear`."""
     args = (x, weight, scale, bias, relu, per_row, qmax, group_size, in_features)
     out: torch.Tensor | None = None if is_compiling() else at_once.linear(True, *args)
-    return OVERLOADS["linear"](*args) if out is None else out
+    return _dispatched("linear", *args) if out is None else out
 
 
 def lstm(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Call `torch.ops.fxquant.lstm`."""
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None if is_compiling() else at_once.lstm(True, *args)
-    return OVERLOADS["lstm"](*args) if out is None else out
+    return _dispatched("lstm", *args) if out is None else out
 
 
 def rnn(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Call `torch.ops.fxquant.rnn`."""
     out: tuple[torch.Tensor, torch.Tensor] | None = None if is_compiling() else at_once.rnn(True, *args)
-    return OVERLOADS["rnn"](*args) if out is None else out
+    return _dispatched("rnn", *args) if out is None else out
 
 
 def embedding(
@@ -65,7 +87,7 @@ def embedding(
     """Call `torch.ops.fxquant.embedding`."""
     args = (indices, weight, scale, zero_point, embedding_dim, bits, dtype)
     out: torch.Tensor | None = None if is_compiling() else at_once.embedding(True, *args)
-    return OVERLOADS["embedding"](*args) if out is None else out
+    return _dispatched("embedding", *args) if out is None else out
 
 
 def embedding_bag(
@@ -86,7 +108,7 @@ def embedding_bag(
     table = (indices, weight, scale, zero_point, embedding_dim)
     bags = (offsets, mode, per_sample_weights, include_last_offset, padding_idx, bits, dtype)
     out: torch.Tensor | None = None if is_compiling() else at_once.embedding_bag(True, *table, *bags)
-    return OVERLOADS["embedding_bag"](*table, *bags) if out is None else out
+    return _dispatched("embedding_bag", *table, *bags) if out is None else out
 
 
 __all__ = ["OVERLOADS", "KernelInfo", "embedding", "embedding_bag", "kernel_info", "linear", "lstm", "rnn"]

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from fxquant.errors import DTypeError, ShapeError
+from fxquant.errors import DTypeError, ModelStateError, ShapeError
 from fxquant.ops import reference, reference_recurrent
 from fxquant.ops.native_stack import Tensors, run_stack
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
@@ -178,6 +178,7 @@ def linear(
     if out is None and group_size:
         out = reference.linear(rows, weight, scale, bias, *how)  # without columns there is nothing to multiply
     if out is None:
+        _refuse_freed(input=rows, weight=weight)
         raise DTypeError(f"a quantized linear takes a weight of torch.int8, int16 or float16, got {weight.dtype}")
     return cast(torch.Tensor, out.view(*x.shape[:-1], outputs).to(x.dtype))
 
@@ -200,7 +201,7 @@ def lstm(
     sizes, how = _sizes(batch_sizes, x.shape[0], h0.shape[1]), (bidirectional, per_row, qmax)
 
     def run(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
-        return _given(_library.lstm(False, rows, sizes, *states, *parts, *how))
+        return _given(_library.lstm(False, rows, sizes, *states, *parts, *how), rows, parts)
 
     def expect(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
         (h, c), (weights, scales, biases) = states, parts
@@ -231,7 +232,7 @@ def rnn(
     sizes, how = _sizes(batch_sizes, x.shape[0], h0.shape[1]), (bidirectional, per_row, qmax)
 
     def run(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
-        return _given(_library.rnn(False, rows, sizes, *states, *parts, mode, *how))
+        return _given(_library.rnn(False, rows, sizes, *states, *parts, mode, *how), rows, parts)
 
     def expect(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
         weights, scales, biases, hidden_biases = parts
@@ -242,9 +243,18 @@ def rnn(
     return output, h
 
 
-def _given(outputs: Tensors | None) -> Tensors:
-    assert outputs is not None  # check_recurrent refuses what the library does
+def _given(outputs: Tensors | None, rows: torch.Tensor, parts: Sequence[Tensors]) -> Tensors:
+    if outputs is None:
+        _refuse_freed(input=rows, **{f"weight {i}": weight for i, weight in enumerate(parts[0])})
+    assert outputs is not None  # check_recurrent refuses what else the library does
     return outputs
+
+
+def _refuse_freed(**tensors: torch.Tensor) -> None:
+    """Raise ModelStateError for a tensor whose memory was given back, as by untyped_storage().resize_(0)."""
+    for name, tensor in tensors.items():
+        if tensor.numel() and not tensor.untyped_storage().nbytes():
+            raise ModelStateError(f"the {name} of a quantized operator has no memory: its storage was freed")
 
 
 def _dense_parts(weights: Tensors, scales: Tensors, *vectors: Tensors) -> list[list[torch.Tensor]]:
@@ -292,6 +302,7 @@ def embedding(
     table = _table(weight, scale, zero_point, embedding_dim, bits)
     out = _library.embedding(False, _plain(indices).reshape(-1), *table, embedding_dim, bits, torch.float32)
     if out is None:
+        _refuse_freed(indices=indices, weight=weight)
         reference.check_range(indices, weight.shape[0])
     return cast(torch.Tensor, out.view(*indices.shape, embedding_dim).to(dtype))
 

@@ -49,6 +49,16 @@ SCHEMES = {
 """The dtypes that a recurrent operator's weights may have, and how each is scaled."""
 
 
+def check_dense(x: Any, operator: str) -> None:
+    """Raise DTypeError for what is no tensor, nor stands for one, and for a sparse or nested tensor."""
+    if not isinstance(x, torch.Tensor):
+        if not hasattr(type(x), "__torch_function__"):  # as what torch.fx traces with has
+            raise DTypeError(f"a quantized {operator} takes a tensor, got {type(x).__name__}")
+    elif x.is_nested or x.layout is not torch.strided:
+        told, cure = ("nested", "to_padded_tensor(0.0)") if x.is_nested else (str(x.layout), "to_dense()")
+        raise DTypeError(f"a quantized {operator} takes a dense tensor, got a {told} one; call x.{cure} before it")
+
+
 def check_linear(x: torch.Tensor, weight: torch.Tensor, in_features: int = 0) -> None:
     """Raise ShapeError or DTypeError unless x is (..., I) floating point; I: in_features, or the weight's columns."""
     inputs = in_features or weight.shape[1]

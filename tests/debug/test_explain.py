@@ -71,6 +71,15 @@ def test_a_tied_weight_counts_once_and_as_float_where_one_use_stays_so(left, qua
     assert coverage.share == quantized / 1600
 
 
+def test_a_tied_weight_is_saved_once():
+    prepared = prepare(Tied(), torch.tensor([3, 4]))
+    for explained in (explain(prepared), explain(convert_fx(prepared))):
+        # Embedding and Linear share int8 rows of 8; x @ weight has 8 scales and integers of its own, of columns.
+        assert explained.saved_bytes == 4 * 50 * 8 - (50 * 8 + 4 * 50) - (50 * 8 + 4 * 8)
+        assert explained.total.endswith(f", {explained.saved_bytes} B saved")
+    assert sum(row.saved_bytes for row in explained.rows) > 1600  # at each site what it alone would save
+
+
 def test_coverage_comes_through_save_and_load(tmp_path):
     quantized = quantize(Tied(), torch.tensor([3, 4]), mapping=everything().set_object_type(nn.Linear, None))
     fxquant.save(quantized, tmp_path / "model.safetensors")

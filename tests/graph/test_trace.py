@@ -567,3 +567,62 @@ def test_writing_into_a_tensor_made_from_an_input_is_fine():
     prepared = prepare(model, x)
     for _ in range(2):
         assert torch.equal(prepared(x), model(x))
+
+
+class Masked(nn.Module):
+    """Scores masked with the least number of their dtype, as transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores = nn.Linear(8, 8)
+
+    def forward(self, x, mask):
+        scores = self.scores(x)
+        steps = torch.iinfo(mask.dtype).bits // 8
+        return scores.masked_fill(mask == steps, torch.finfo(scores.dtype).min).softmax(-1)
+
+
+def test_the_limits_of_a_dtype_are_calls_in_the_graph(tmp_path):
+    model, x, mask = Masked().eval(), torch.randn(3, 8), torch.randint(9, (3, 8))
+    prepared = prepare(model, x, mask)
+    assert same_bits(prepared(x, mask), model(x, mask))
+    assert same_bits(prepared.double()(x.double(), mask), copy.deepcopy(model).double()(x.double(), mask))
+    quantized = quantize(model, x, mask)
+    fxquant.save(quantized, tmp_path / "q")
+    for twin in (
+        copy.deepcopy(quantized),
+        pickle.loads(pickle.dumps(quantized)),
+        fxquant.load(model, tmp_path / "q"),
+        torch.compile(quantized, fullgraph=True, backend="aot_eager"),
+    ):
+        with torch.no_grad():
+            assert same_bits(twin(x, mask), quantized(x, mask))
+    assert torch.finfo.__module__ == torch.iinfo.__module__ == "torch"
+    assert isinstance(torch.finfo(torch.half), torch.finfo)  # nothing of the trace stays
+
+
+class LoopsAndBranches(nn.Module):
+    """Needs both: an argument to be fixed, and a part that does not trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.part = nn.Parameter(torch.randn(6, 6) / 4), Loop()
+
+    def forward(self, x, count=2):
+        for _ in range(count):
+            x = F.linear(x, self.weight)
+        return self.part(x)
+
+
+def test_arguments_are_fixed_and_parts_kept_whole_together(tmp_path):
+    model, x = LoopsAndBranches().eval(), torch.randn(4, 3, 6)
+    with pytest.warns(UserWarning, match="was traced for count=2"):
+        prepared = prepare(model, x)
+    assert same_bits(prepared(x), model(x))
+    assert [site.path for site in prepared.record.sites] == ["weight", "weight", "part.cell", "part.out"]
+    assert list(prepared.record.untraced) == ["part"]
+    quantized = convert_fx(prepared)
+    with pytest.raises(fxquant.ArgumentError, match="prepared for count=2"):
+        quantized(x, 3)
+    fxquant.save(quantized, tmp_path / "q")
+    assert same_bits(fxquant.load(model, tmp_path / "q")(x), quantized(x))

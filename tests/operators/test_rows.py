@@ -7,7 +7,7 @@ import torch.nn.utils.prune
 from torch import nn
 
 from fxquant import QConfigError
-from tests.samples import Call, SelfAttention, everything, indices, kinds, prepare, quantize, same_bits
+from tests.samples import Call, SelfAttention, everything, indices, kinds, linear_bound, prepare, quantize, same_bits
 
 
 def reasons(model, *inputs, mapping=None):
@@ -46,9 +46,35 @@ def test_a_weight_that_is_no_parameter_stays_float():
     assert reason == "its weight is recomputed at each call (weight_norm or the like); remove that first"
 
 
-def test_a_convolution_says_that_it_stays_float():
-    (reason,) = reasons(nn.Sequential(nn.Conv1d(3, 4, 2)), torch.randn(2, 3, 5))
-    assert reason == "nn.Conv1d has no dynamic form: convolutions stay float under a dynamic qconfig"
+@pytest.mark.parametrize(
+    ("convolution", "told"),
+    [
+        (nn.Conv1d(3, 4, 2), "3 → 4 channels, kernel 2"),
+        (nn.Conv1d(512, 511, 1), "512 → 511 channels, kernel 1"),
+        (nn.Conv1d(512, 512, 1, stride=2), "512 → 512 channels, kernel 1, stride (2,)"),
+        (nn.Conv1d(512, 512, 1, padding=1), "512 → 512 channels, kernel 1, padding (1,)"),
+        (nn.Conv2d(512, 1024, 1, groups=2), "512 → 1024 channels, kernel 1×1, groups 2"),
+        (nn.Conv2d(512, 512, (1, 3)), "512 → 512 channels, kernel 1×3"),
+    ],
+    ids=str,
+)
+def test_a_convolution_says_why_it_stays_float(convolution, told):
+    inputs = torch.randn(1, convolution.in_channels, *[3] * len(convolution.kernel_size))
+    (reason,) = reasons(nn.Sequential(convolution), inputs)
+    assert reason == (
+        "convolutions stay float under a dynamic qconfig unless they are pointwise, of 262,144 weights or more: "
+        f"this is {told}"
+    )
+
+
+@pytest.mark.parametrize("options", [{"dilation": 3}, {"padding": "same"}, {"padding": "valid"}, {"bias": False}])
+def test_what_a_kernel_of_one_does_not_feel_leaves_it_pointwise(options):
+    model, x = nn.Sequential(nn.Conv1d(512, 512, 1, **options)), torch.randn(2, 512, 3)
+    quantized = quantize(model, x)
+    (site,) = quantized.record.sites
+    assert (site.operator, site.shape) == ("convolution", ())
+    error = (quantized(x) - model(x)).detach().transpose(1, 2).abs()
+    assert (error <= linear_bound(x.transpose(1, 2), model[0].weight[:, :, 0], model[0].bias)).all()
 
 
 class OtherLinear(nn.Linear):

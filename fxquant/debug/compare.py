@@ -29,9 +29,9 @@ from torch import nn
 from fxquant.debug.page import write
 from fxquant.debug.plot import Bar, bar_chart
 from fxquant.debug.report import Column, Report
-from fxquant.debug.sensitivity import Progress
 from fxquant.debug.sites import as_arguments, first_tensor, open_float, open_quantized, run
 from fxquant.debug.table import site_name
+from fxquant.debug.trial import Progress
 from fxquant.errors import ExampleInputsError
 from fxquant.graph.module import Site, need_stage
 

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 from fxquant.debug.curve import Dot, draw_curve
 from fxquant.debug.entries import by_name, by_type
 from fxquant.debug.ladder import LADDER, check_schemes, scheme_name
+from fxquant.debug.page import write
 from fxquant.debug.report import Column, Report
 from fxquant.debug.search import Point, Search
 from fxquant.debug.table import megabytes
@@ -135,10 +135,9 @@ class Suggestion(Report):
         y_label = f"metric, {'higher' if self.higher_is_better else 'lower'} is better"
         return draw_curve(dots, limit, "milliseconds a call" if is_fast else "size of the model, MB", y_label)
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Write the curve as an SVG file, which any browser shows, and return its path."""
-        Path(path).write_text(self.figure(), encoding="utf-8")
-        return Path(path)
+    def plot(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the curve as an SVG, which any browser shows; write it where a path is given."""
+        return write(path, self.figure())
 
 
 def suggest_mapping(
@@ -210,8 +209,8 @@ def _realize(
     wanted = search.qconfigs(point.schemes)
     record = record_of(trial.prepared)
     assert record is not None
-    for write in (by_type, by_name) if is_ours else (by_name,):
-        mapping = write(trial.prepared, record, wanted)
+    for as_mapping in (by_type, by_name) if is_ours else (by_name,):
+        mapping = as_mapping(trial.prepared, record, wanted)
         if not wanted:
             return mapping, model
         quantized = trial.convert(model, mapping)
@@ -241,7 +240,7 @@ def _rows(search: Search, chosen: Point) -> tuple[SuggestionStep, ...]:
 
 
 def _told(search: Search, point: Point, chosen: Point) -> str:
-    """Return a mixture in words: "all int8", "encoder int4, rnn int8", "int4 ×12, int8 ×3", "suggested, but rnn int8"."""
+    """Return a mixture in words: "all int8", "encoder int4, rnn int8", "int4 ×12, int8 ×3", "suggested, but b int8"."""
     if len(set(point.schemes)) == 1:
         return f"all {point.schemes[0]}"
     told = [f"{search.name(u)} {s}" for u, s in zip(search.units, point.schemes, strict=True)]

@@ -232,7 +232,7 @@ def _error(got: Any, wanted: torch.Tensor | None) -> tuple[float, float]:
     if wanted is None or found is None or found.shape != wanted.shape:
         raise ExampleInputsError("the model's outputs hold no tensor to compare; pass a metric of your own")
     noise = signal = 0.0
-    pairs = zip(found.reshape(-1).split(_CHUNK), wanted.reshape(-1).split(_CHUNK), strict=True)
+    pairs = zip(torch.split(found.reshape(-1), _CHUNK), torch.split(wanted.reshape(-1), _CHUNK), strict=True)
     for y, expected in ((ours.double(), theirs.double()) for ours, theirs in pairs):
         noise += float((y - expected).square().sum())
         signal += float(expected.square().sum())

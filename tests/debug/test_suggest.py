@@ -251,7 +251,8 @@ def test_it_prints_and_gives_plain_values(model, data):
 @pytest.mark.parametrize("minimize", ["bytes", "ms"])
 def test_the_curve_is_a_file_of_its_own(model, data, tmp_path, minimize):
     found = suggest_mapping(model, data, budget=0.005, minimize=minimize)
-    drawn = ElementTree.fromstring(found.plot(tmp_path / "curve.svg").read_text(encoding="utf-8"))
+    found.plot(tmp_path / "curve.svg")
+    drawn = ElementTree.fromstring((tmp_path / "curve.svg").read_text(encoding="utf-8"))
     circles = [part.get("class") for part in drawn.iter("{http://www.w3.org/2000/svg}circle")]
     assert len([kind for kind in circles if kind != "chosen"]) == len(found.rows)
     assert circles.count("chosen") == 1
@@ -307,16 +308,17 @@ def energies(batch, time, inputs, seed):
     return found
 
 
-@pytest.mark.parametrize("schemes", [None, ("int8", "int16")])
-def test_an_lstm_that_int8_ruins_is_saved_by_its_first_matrix_alone(schemes):
+def test_an_lstm_that_int8_ruins_is_saved_by_its_first_matrix_alone():
     torch.manual_seed(0)
     model, data = Speech(80, 256, 3, 64).eval(), [(energies(2, 30, 80, 0),)]
     everything = quantize(model, EVERYTHING, data)
     assert relative_rms(model, everything, data) > 0.2
-    found = suggest_mapping(model, data, budget=0.01, schemes=schemes)
-    assert "lstm.weight_ih_l0" in dict(found.kept)
+    found = suggest_mapping(model, data, budget=0.01, schemes=("int8", "int16"))
+    assert found.kept == (("lstm.weight_ih_l0", "int16"),)
     quantized = quantize(model, found.mapping, data)
-    assert relative_rms(model, quantized, data) == pytest.approx(found.metric, rel=1e-9)
+    assert relative_rms(model, quantized, data) == pytest.approx(
+        found.metric, rel=1e-5
+    )  # with gradients torch runs an LSTM otherwise
     assert found.metric <= 0.01
     assert byte_count(quantized) < 1.1 * byte_count(everything)
     assert relative_rms(model, quantized, [(energies(2, 30, 80, 1),)]) < 0.0125  # no luck of the data searched with

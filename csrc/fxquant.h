@@ -33,14 +33,16 @@ struct fxq_activations {
     int qmax;
     bool per_row; /* false: row[] was filled from one range for all rows */
     bool is_row_major; /* packed row by row, `depth` bytes each: for packed weights */
+    bool is_int16;     /* -32767 … 32767 without a zero point, for int16 weights; packed as int16.h says, not as matmul wants */
     struct fxq_row *row;
-    void *packed; /* fxq_packed_bytes() */
+    void *packed; /* fxq_packed_bytes(), fxq_int16_bytes() */
 };
 
 /* One quantized product, shared by the threads that each compute some outputs of it. */
 struct fxq_matmul {
     const struct fxq_activations *x;
     const int8_t *weight; /* (outputs, x->columns) */
+    const int16_t *int16; /* instead of weight where x->is_int16 */
     int64_t outputs;
     const float *scale; /* (outputs,) */
     const float *bias;  /* (outputs,) or NULL */
@@ -122,6 +124,9 @@ struct fxq_kernels {
     /* Whether a product of these sizes repays a packed copy of the weights: then x must be row by row. NULL: never. */
     bool (*packs_weight)(int64_t rows, int64_t columns, int64_t outputs);
     void (*matmul)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
+    /* The same with int16 weights and activations, without packing or scratch. */
+    void (*quantize_int16)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
+    void (*matmul_int16)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to);
     /* gates: 4 runs of `units` floats, gate_stride apart; h may be any buffer of `units`. */
     void (*lstm_cell)(const float *gates, int64_t gate_stride, int64_t units, float *c, float *h);
     /* gates: r, z and the hidden part of n; x_n: the input's part of n; before: the last h. */
@@ -142,10 +147,10 @@ struct fxq_kernels {
     int64_t most_nibble_rows; /* so many rows go through the next two; 0: none */
     void (*quantize_nibbles)(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows);
     void (*matmul_nibbles)(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to);
-    void (*table_row)(const struct fxq_table *table, int64_t row, float *out);
-    /* out[i] = out[i] + x[i] * weight, or the greater of the two */
-    void (*add_scaled)(float *out, const float *x, float weight, int64_t count);
-    void (*take_greater)(float *out, const float *x, int64_t count);
+    void (*put_row)(const struct fxq_table *table, int64_t row, float *out);
+    /* out += the rows, one after another, each times its weight; weights NULL: all 1 */
+    void (*add_rows)(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count, float *out);
+    void (*take_greater)(float *out, const float *x, int64_t count); /* out[i] = the greater of the two */
 };
 
 extern const struct fxq_kernels *fxq_active; /* set by fxq_select_isa */
@@ -171,8 +176,10 @@ void fxq_trim_scratch(void); /* gives back an unusually large block */
 int64_t fxq_depth(int64_t columns);
 int64_t fxq_nibble_depth(int64_t columns); /* whole steps of 128 columns */
 int64_t fxq_packed_bytes(int64_t rows, int64_t columns);
+int64_t fxq_int16_bytes(int64_t rows, int64_t columns);
 int64_t fxq_matmul_scratch_bytes(int64_t columns); /* one thread's scratch in matmul and row_sums */
 void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax);
+void fxq_set_int16_row(struct fxq_row *row, const struct fxq_range *range);
 void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int64_t stride, int64_t first, int64_t last);
 
 /* int4.c */
@@ -194,6 +201,7 @@ struct fxq_linear {
     const float *x;
     int64_t rows, columns;
     const int8_t *weight; /* and scale: NULL with int4 */
+    const int16_t *int16; /* instead of weight, or NULL */
     int64_t outputs;
     const float *scale, *bias;
     float *out;

@@ -161,7 +161,8 @@ static void advance(struct cell *cell, int64_t live, const struct previous *prev
     if (s->packs) {
         const struct fxq_matrix *hh = &cell->weights->hh;
         const struct fxq_lstm_step whole = {.h = &cell->h.x, .packed = s->packed, .pairs = s->hh_sums,
-            .scale = is_int4(hh) ? s->packed_scale : hh->scale, .group = hh->int4.group, .groups = hh->int4.groups, .hidden = s->call->hidden, .u0 = cell->u0, .u1 = cell->u1,
+            .scale = is_int4(hh) ? s->packed_scale : hh->scale, .group = hh->int4.group, .groups = hh->int4.groups,
+            .hidden = s->call->hidden, .u0 = cell->u0, .u1 = cell->u1,
             .input_part = input_part, .input_stride = cell->input_stride, .c = cell->c, .out = out,
             .out_stride = out_stride};
         if (cell->u0 < cell->u1) (is_int4(hh) ? fxq_active->lstm_step_int4 : fxq_active->lstm_step)(&whole);

@@ -82,7 +82,7 @@ def _introduce_torch(library: Any, exchange: object) -> None:
     """Tell the library what it needs of torch; exchange: the capsule of DLPack's exchange interface, or None."""
     library.set_torch(
         (torch.Tensor, torch.nn.Parameter),
-        (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bfloat16),
+        (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.int16),
         (torch.empty, {"dtype": torch.float32, "device": torch.device("cpu")}),
         (output_pool.empty, torch.get_num_threads, torch.is_grad_enabled),
         (
@@ -178,7 +178,7 @@ def linear(
     if out is None and group_size:
         out = reference.linear(rows, weight, scale, bias, *how)  # without columns there is nothing to multiply
     if out is None:
-        raise DTypeError(f"a quantized linear takes a weight of torch.int8 or float16, got {weight.dtype}")
+        raise DTypeError(f"a quantized linear takes a weight of torch.int8, int16 or float16, got {weight.dtype}")
     return cast(torch.Tensor, out.view(*x.shape[:-1], outputs).to(x.dtype))
 
 

@@ -250,6 +250,6 @@ static void lstm_step(const struct fxq_lstm_step *s) {
 
 const struct fxq_kernels fxq_amx = {.name = "amx", .value_bytes = 1, .begin = begin, .end = end, .quantize = quantize,
                                     .row_sums = row_sums, .matmul = matmul, .packs_weight = packs_weight, .pack_lstm = pack_lstm,
-                                    .lstm_step = lstm_step, FXQ_NIBBLES, FXQ_INT16, FXQ_ELEMENTWISE};
+                                    .lstm_step = lstm_step, FXQ_LSTM_INT4, FXQ_NIBBLES, FXQ_INT16, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -63,7 +63,8 @@ struct fxq_lstm_step {
     const struct fxq_activations *h; /* the last step's outputs, is_row_major */
     const void *packed;              /* of all units */
     const int32_t *pairs;
-    const float *scale; /* (4 * hidden,) */
+    const float *scale; /* (4 * hidden,), or what pack_lstm_int4 made */
+    int64_t group, groups; /* of 4 bits */
     int64_t hidden, u0, u1;
     const float *input_part; /* (rows, 4 * hidden), input_stride apart */
     int64_t input_stride;
@@ -137,6 +138,10 @@ struct fxq_kernels {
     void (*pack_lstm)(const int8_t *weight, int64_t hidden, int64_t columns, int64_t u0, int64_t u1, void *packed,
                       int32_t *pairs);
     void (*lstm_step)(const struct fxq_lstm_step *step);
+    /* The same of 4 bits. pairs and scale: so many for each group. scratch: fxq_matmul_scratch_bytes(columns) */
+    void (*pack_lstm_int4)(const struct fxq_linear_int4 *weight, int64_t hidden, int64_t columns, int64_t u0, int64_t u1,
+                           void *packed, int32_t *pairs, float *scale, void *scratch);
+    void (*lstm_step_int4)(const struct fxq_lstm_step *step);
     /* 4-bit weights: rows of nibbles, `stride` bytes apart, less 8. values: (rows, columns) */
     void (*unpack)(const uint8_t *nibbles, int64_t stride, int64_t rows, int64_t columns, int8_t *values);
     int64_t most_nibble_rows; /* so many rows go through the next two; 0: none */

@@ -71,6 +71,7 @@ static int64_t multiplied_inputs(const struct fxq_recurrent *call) { return is_n
 static void lay_out_cell(struct cell *cell, const struct fxq_recurrent *call, struct supply *memory) {
     const int64_t columns = most(most(multiplied_inputs(call), call->hidden), call->directions * call->outputs);
     cell->h = take_activations(memory, cell->stack, call->batch, call->outputs);
+    cell->h.x.is_row_major = cell->stack->packs;
     cell->raw = take_activations(memory, cell->stack, is_projected(call) ? call->batch : 0, call->hidden);
     cell->units = most(GATES_TOGETHER / call->batch / 64, 1) * 64;
     if (cell->units > call->hidden) cell->units = call->hidden;
@@ -90,7 +91,9 @@ static void lay_out_stack(struct stack *s, const struct fxq_recurrent *call, int
     s->hidden = take(memory, is_projected(call) ? call->batch * call->hidden * floats : 0);
     const int64_t units = (call->hidden + 15) / 16 * 16;
     s->packed = take(memory, s->packs ? 4 * units * fxq_depth(call->outputs) : 0);
-    void *sums = take(memory, s->gates * units * floats);
+    const int64_t groups = s->packs && s->has_int4 ? (call->outputs + LEAST_GROUP - 1) / LEAST_GROUP : 1;
+    s->packed_scale = take(memory, s->packs && s->has_int4 ? groups * s->gates * units * floats : 0);
+    void *sums = take(memory, groups * s->gates * units * floats);
     s->hh_sums = needs_sums ? sums : NULL;
     sums = take(memory, call->outputs * floats);
     s->hr_sums = needs_sums ? sums : NULL;

@@ -28,8 +28,9 @@ struct stack {
     float *layer[2];          /* outputs of the layers between */
     float *hidden;            /* (batch, H), before a projection */
     int32_t *hh_sums, *hr_sums;
-    bool packs;        /* an LSTM's int8 weight_hh is packed for its steps; then hh_sums holds what pack_lstm writes */
+    bool packs; /* an LSTM's weight_hh is packed for its steps; then hh_sums and packed_scale hold what that writes */
     void *packed;
+    float *packed_scale; /* of 4 bits */
     bool has_int4;
     int64_t int4_chunk;
     struct unpacked hh_unpacked, hr_unpacked;
@@ -45,7 +46,7 @@ struct cell {
     int64_t inputs;
     float *out, *c; /* out: (rows, out_stride), its first column this direction's */
     int64_t out_stride;
-    bool is_backward, packs;
+    bool is_backward;
     int thread, threads;
     int64_t u0, u1;          /* own hidden units */
     struct fxq_grouped h;    /* the last step's outputs */

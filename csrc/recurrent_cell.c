@@ -33,7 +33,7 @@ struct weight {
 static void begin_rows(struct fxq_grouped *x, int64_t rows, const struct fxq_matrix *by) {
     x->x.rows = rows;
     x->group = 0;
-    if (is_int4(by)) fxq_begin_grouped(x, by->int4.group);
+    if (is_int4(by) && !x->x.is_row_major) fxq_begin_grouped(x, by->int4.group); /* a packed weight takes whole rows */
 }
 
 static void quantize_16(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows) {
@@ -158,12 +158,14 @@ static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t un
 static void advance(struct cell *cell, int64_t live, const struct previous *previous, const float *input_part, float *out,
                     int64_t out_stride) {
     const struct stack *s = cell->stack;
-    if (cell->packs) {
+    if (s->packs) {
+        const struct fxq_matrix *hh = &cell->weights->hh;
         const struct fxq_lstm_step whole = {.h = &cell->h.x, .packed = s->packed, .pairs = s->hh_sums,
-            .scale = cell->weights->hh.scale, .hidden = s->call->hidden, .u0 = cell->u0, .u1 = cell->u1,
+            .scale = is_int4(hh) ? s->packed_scale : hh->scale, .group = hh->int4.group, .groups = hh->int4.groups,
+            .hidden = s->call->hidden, .u0 = cell->u0, .u1 = cell->u1,
             .input_part = input_part, .input_stride = cell->input_stride, .c = cell->c, .out = out,
             .out_stride = out_stride};
-        if (cell->u0 < cell->u1) fxq_active->lstm_step(&whole);
+        if (cell->u0 < cell->u1) (is_int4(hh) ? fxq_active->lstm_step_int4 : fxq_active->lstm_step)(&whole);
         return;
     }
     const int64_t hidden = s->call->hidden, added_gates = s->call->mode == FXQ_GRU ? 2 : s->gates;
@@ -234,16 +236,17 @@ static void prepare_rows(const struct cell *cell, const struct weight *w, int64_
     }
 }
 
-static void prepare_weights(struct cell *cell) {
-    struct stack *s = cell->stack;
+static void prepare_weights(const struct cell *cell) {
+    const struct stack *s = cell->stack;
     const int64_t hidden = s->call->hidden, outputs = s->call->outputs;
     const struct weight hh = hh_of(cell), hr = hr_of(cell);
-    cell->packs = s->packs && !is_int4(hh.matrix);
-    cell->h.x.is_row_major = cell->packs;
-    if (cell->packs) {
+    if (s->packs && is_int4(hh.matrix)) {
+        fxq_active->pack_lstm_int4(&hh.matrix->int4, hidden, outputs, cell->u0, cell->u1, s->packed, s->hh_sums,
+                                   s->packed_scale, cell->scratch);
+    } else if (s->packs) {
         fxq_active->pack_lstm(hh.matrix->values, hidden, outputs, cell->u0, cell->u1, s->packed, s->hh_sums);
     }
-    for (int64_t n = 0; !cell->packs && n < hh.outputs && cell->u0 < cell->u1; n += hidden) {
+    for (int64_t n = 0; !s->packs && n < hh.outputs && cell->u0 < cell->u1; n += hidden) {
         prepare_rows(cell, &hh, n + cell->u0, n + cell->u1);
     }
     if (is_none(hr.matrix)) return;

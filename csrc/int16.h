@@ -11,11 +11,16 @@
  * static FXQ_LANES load_first_16(const int16_t *p, int64_t count);  0 in the others
  * static FXQ_LANES add_pairs(sum, a, w);            an int32 lane: sum and the products of two 16-bit lanes
  * static FXQ_LANES add_wide(total, low, high);      int64 lanes: total and, all together, those of low + 256 high
- * static void sum_lanes(const FXQ_LANES v[FXQ_TILE], int64_t *sums);  sums[i]: the sum of v[i]'s int64 lanes */
+ * static void sum_lanes(const FXQ_LANES v[FXQ_TILE], int64_t *sums);  sums[i]: the sum of v[i]'s int64 lanes
+ *
+ * and with FXQ_LEAST_PANEL_ROWS it has matmul_int16_panels, another form, for so many rows. */
 
 #define FXQ_INT16 .quantize_int16 = quantize_int16, .matmul_int16 = matmul_int16
 
-enum { EXACT_PRODUCTS = 256 };
+enum {
+    EXACT_PRODUCTS = 256,
+    BLOCK_16 = 16 /* outputs whose weights stay in the cache while the rows go by */
+};
 
 static void quantize_int16(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
     for (int i = 0; i < count; i++) {
@@ -46,7 +51,7 @@ static void quantize_int16(const struct fxq_activations *x, int64_t first, int c
 FXQ_INLINE void finish_int16(const struct fxq_matmul *job, const struct fxq_target *to, int64_t m, int64_t n, int64_t n0,
                              int64_t count, const int64_t *restrict sums) {
     const float row_scale = job->x->row[m].scale, *restrict scale = job->scale + n;
-    float *restrict out = to->out + m * to->out_stride + n - n0, y[16];
+    float *restrict out = to->out + m * to->out_stride + n - n0, y[BLOCK_16];
     const float *addend = to->addend ? to->addend + m * to->addend_stride + n - n0 : NULL; /* may be out */
     for (int64_t i = 0; i < count; i++) y[i] = (float)sums[i] * (row_scale * scale[i]);
     for (int64_t i = 0; job->bias && i < count; i++) y[i] += job->bias[n + i];
@@ -54,8 +59,6 @@ FXQ_INLINE void finish_int16(const struct fxq_matmul *job, const struct fxq_targ
     for (int64_t i = 0; job->relu && i < count; i++) y[i] = y[i] < 0.0f ? 0.0f : y[i];
     for (int64_t i = 0; i < count; i++) out[i] = y[i];
 }
-
-enum { BLOCK_16 = 16 }; /* outputs whose weights stay in the cache while the rows go by */
 
 #ifdef FXQ_LANES
 
@@ -133,8 +136,19 @@ FXQ_INLINE void multiply_rows(const struct fxq_matmul *job, int64_t m, int rows,
 
 #endif
 
+#ifdef FXQ_LEAST_PANEL_ROWS
+static void matmul_int16_panels(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to);
+#else
+#define FXQ_LEAST_PANEL_ROWS INT64_MAX
+#define matmul_int16_panels(...)
+#endif
+
 static void matmul_int16(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to) {
     int64_t sums[2][BLOCK_16];
+    if (job->x->rows >= FXQ_LEAST_PANEL_ROWS) {
+        matmul_int16_panels(job, n0, n1, to);
+        return;
+    }
     for (int64_t n = n0; n < n1; n += BLOCK_16) {
         const int64_t count = n1 - n < BLOCK_16 ? n1 - n : BLOCK_16;
         int64_t m = 0;

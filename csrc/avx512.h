@@ -18,6 +18,7 @@
 
 #define FXQ_VALUE uint8_t
 #define FXQ_OWN_QUANTIZATION
+#define FXQ_OWN_TABLES
 #include "unpack_x86.h"
 
 FXQ_INLINE __mmask16 first_lanes(int64_t count) {
@@ -70,6 +71,7 @@ FXQ_INLINE void quantize_values(const float *x, int64_t count, const struct fxq_
     }
 }
 
+#include "avx512_tables.h"
 #include "row_major.h"
 
 /* Sixteen registers to one, whose lane n is the sum of the lanes of v[n] (or their least, or their greatest): 15
@@ -242,7 +244,9 @@ FXQ_INLINE __m512i dot_16_minus(const int8_t *w, int64_t stride, int64_t depth, 
     __m512i difference[16];
     FXQ_UNROLL(2) for (int half = 0; half < 16; half += 8) {
         struct rows_16 rows = begin_rows(w + half * stride, stride);
-        const int64_t ahead = 16 * stride; /* these rows' places in the next group: the weights come from the L3 cache */
+        /* These rows' places in the next group: the weights come from the L3 cache. Of long rows only the next lines,
+         * for which the L1 cache has room: 1.1 to 1.3 times faster from 1536 columns on. */
+        const int64_t ahead = stride < 1536 ? 16 * stride : 512;
         __m512i acc[8], less[8];
         FXQ_UNROLL(8) for (int i = 0; i < 8; i++) acc[i] = less[i] = _mm512_setzero_si512();
         for (int64_t k = 0; k < depth; k += 64) {

@@ -9,8 +9,7 @@
 
 #define ROUND 12582912.0f /* 1.5 * 2^23: see activations.c */
 #define FXQ_ELEMENTWISE .measure = measure, \
-    .lstm_cell = lstm_cell, .gru_cell = gru_cell, .rnn_cell = rnn_cell, .unpack = unpack, .table_row = table_row, .add_scaled = add_scaled, \
-    .take_greater = take_greater
+    .lstm_cell = lstm_cell, .gru_cell = gru_cell, .rnn_cell = rnn_cell, .unpack = unpack, .put_row = put_row, .add_rows = add_rows, .take_greater = take_greater
 
 FXQ_INLINE uint32_t float_bits(float x) {
     uint32_t bits;
@@ -149,32 +148,45 @@ static void unpack(const uint8_t *restrict nibbles, int64_t stride, int64_t rows
 }
 #endif
 
-static void table_row(const struct fxq_table *table, int64_t row, float *restrict out) {
+#ifndef FXQ_OWN_TABLES
+/* Columns [first, first + count) of a table's row. first is even. */
+static void put_columns(const struct fxq_table *table, int64_t row, int64_t first, int64_t count, float *restrict out) {
     const int64_t columns = table->columns;
     const float scale = table->scale[row], zero = table->zero_point ? table->zero_point[row] : 0.0f;
     if (table->bits == 4) {
-        const uint8_t *packed = (const uint8_t *)table->values + row * ((columns + 1) / 2);
-        for (int64_t k = 0; k < columns / 2; k++) {
+        const uint8_t *packed = (const uint8_t *)table->values + row * ((columns + 1) / 2) + first / 2;
+        for (int64_t k = 0; k < count / 2; k++) {
             out[2 * k] = ((float)(packed[k] & 15) - zero) * scale;
             out[2 * k + 1] = ((float)(packed[k] >> 4) - zero) * scale;
         }
-        if (columns % 2) out[columns - 1] = ((float)(packed[columns / 2] & 15) - zero) * scale;
+        if (count % 2) out[count - 1] = ((float)(packed[count / 2] & 15) - zero) * scale;
     } else if (table->is_signed) {
-        const int8_t *values = (const int8_t *)table->values + row * columns;
-        for (int64_t k = 0; k < columns; k++) out[k] = ((float)values[k] - zero) * scale;
+        const int8_t *values = (const int8_t *)table->values + row * columns + first;
+        for (int64_t k = 0; k < count; k++) out[k] = ((float)values[k] - zero) * scale;
     } else {
-        const uint8_t *values = (const uint8_t *)table->values + row * columns;
-        for (int64_t k = 0; k < columns; k++) out[k] = ((float)values[k] - zero) * scale;
+        const uint8_t *values = (const uint8_t *)table->values + row * columns + first;
+        for (int64_t k = 0; k < count; k++) out[k] = ((float)values[k] - zero) * scale;
     }
 }
 
-static void add_scaled(float *restrict out, const float *restrict x, float weight, int64_t count) {
-    if (weight == 1.0f) {
-        for (int64_t k = 0; k < count; k++) out[k] += x[k];
-    } else {
-        for (int64_t k = 0; k < count; k++) out[k] += x[k] * weight;
+static void put_row(const struct fxq_table *table, int64_t row, float *out) {
+    put_columns(table, row, 0, table->columns, out);
+}
+
+static void add_rows(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count, float *out) {
+    enum { TOGETHER = 256 };
+    float part[TOGETHER];
+    for (int64_t first = 0; first < table->columns; first += TOGETHER) {
+        const int64_t width = table->columns - first < TOGETHER ? table->columns - first : TOGETHER;
+        float *restrict sums = out + first;
+        for (int64_t i = 0; i < count; i++) {
+            put_columns(table, rows[i], first, width, part);
+            const float weight = weights ? weights[i] : 1.0f;
+            for (int64_t k = 0; k < width; k++) sums[k] += part[k] * weight;
+        }
     }
 }
+#endif
 
 static void take_greater(float *restrict out, const float *restrict x, int64_t count) {
     for (int64_t k = 0; k < count; k++) out[k] = x[k] > out[k] ? x[k] : out[k];

@@ -29,7 +29,7 @@ static void take_rows(void *arg, int thread, int threads) {
             atomic_store(&job->status, FXQ_BAD_INDEX);
             return;
         }
-        fxq_active->table_row(table, index, job->out + i * table->columns);
+        fxq_active->put_row(table, index, job->out + i * table->columns);
     }
 }
 
@@ -39,22 +39,36 @@ int fxq_embedding(const struct fxq_table *table, const struct fxq_indices *indic
     return atomic_load(&job.status);
 }
 
+enum { ROWS_TOGETHER = 64 };
+
+/* The greatest values of some rows, and of out where it is begun; `row` is scratch memory. */
+static void take_greatest(const struct fxq_table *table, const int64_t *rows, int64_t count, bool is_begun, float *row,
+                          float *out) {
+    for (int64_t i = 0; i < count; i++) {
+        fxq_active->put_row(table, rows[i], is_begun || i ? row : out);
+        if (is_begun || i) fxq_active->take_greater(out, row, table->columns);
+    }
+}
+
 /* One bag, its rows added one after another; the mean is the sum divided by the count. */
 static int reduce_bag(const struct job *job, int64_t first, int64_t last, float *row, float *out) {
     const struct fxq_table *table = job->table;
     const struct fxq_bags *bags = job->bags;
-    int64_t count = 0;
+    int64_t rows[ROWS_TOGETHER], waiting = 0, count = 0;
+    float weights[ROWS_TOGETHER];
     memset(out, 0, (size_t)table->columns * sizeof *out);
     for (int64_t i = first; i < last; i++) {
         const int64_t index = index_at(job->indices, i);
         if (!is_row(table, index)) return FXQ_BAD_INDEX;
-        if (index == bags->padding) continue;
-        const bool is_first_max = bags->mode == FXQ_MAX && count == 0;
-        fxq_active->table_row(table, index, is_first_max ? out : row);
-        const float weight = bags->weights ? bags->weights[i] : 1.0f;
-        if (bags->mode != FXQ_MAX) fxq_active->add_scaled(out, row, weight, table->columns);
-        else if (!is_first_max) fxq_active->take_greater(out, row, table->columns);
-        count++;
+        if (index != bags->padding) {
+            rows[waiting] = index;
+            weights[waiting++] = bags->weights ? bags->weights[i] : 1.0f;
+        }
+        if (waiting < ROWS_TOGETHER && i + 1 < last) continue;
+        if (bags->mode == FXQ_MAX) take_greatest(table, rows, waiting, count > 0, row, out);
+        else fxq_active->add_rows(table, rows, bags->weights ? weights : NULL, waiting, out);
+        count += waiting;
+        waiting = 0;
     }
     if (bags->mode == FXQ_MEAN && count > 1) {
         for (int64_t k = 0; k < table->columns; k++) out[k] /= (float)count;

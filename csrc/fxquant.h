@@ -88,12 +88,26 @@ struct fxq_linear_int4 {
     int64_t group, groups;  /* columns a group: 32, 64 or 128; how many */
 };
 
-/* The same for few rows, without unpacking the weights to memory: see avx512_nibbles.h. */
-struct fxq_nibble_product {
-    const struct fxq_linear *call;
-    const struct fxq_row *row;
-    int8_t *values; /* (rows, fxq_nibble_depth(columns)) */
-    int32_t *less;  /* (rows, groups): 8 * sum(q - zero_point) */
+/* Activations for products with 4-bit weights: see int4.c. Few rows may have a form that nibbles are multiplied with as they
+ * lie: (rows, fxq_nibble_depth(columns)) int8 and `less`; else each group of columns is quantized for a product of its own. */
+struct fxq_grouped {
+    struct fxq_activations x; /* packed: fxq_grouped_bytes() */
+    int64_t group, groups; /* 0: not grouped, for int8 weights */
+    bool is_nibbles;
+    int64_t group_bytes; /* from a group's activations to the next one's */
+    int32_t *less;       /* nibbles: (rows, groups), 8 * sum(q - zero_point) */
+};
+
+/* One product with 4-bit weights, shared by the threads that each compute some outputs of it. */
+struct fxq_int4_product {
+    const struct fxq_grouped *x;
+    const struct fxq_linear_int4 *weight;
+    int64_t outputs;
+    const float *bias; /* (outputs,) or NULL; with an addend NULL */
+    bool relu;
+    const int8_t *values; /* what fxq_unpack_groups made, or NULL: unpacked on the way */
+    const float *scale;
+    int64_t chunk; /* outputs unpacked at a time, in fxq_int4_scratch_bytes(): fxq_int4_chunk() */
 };
 
 /* What an instruction set provides. */
@@ -126,12 +140,12 @@ struct fxq_kernels {
     /* 4-bit weights: rows of nibbles, `stride` bytes apart, less 8. values: (rows, columns) */
     void (*unpack)(const uint8_t *nibbles, int64_t stride, int64_t rows, int64_t columns, int8_t *values);
     int64_t most_nibble_rows; /* so many rows go through the next two; 0: none */
-    void (*quantize_nibbles)(const struct fxq_nibble_product *job, int64_t first, int64_t last);
-    void (*matmul_nibbles)(const struct fxq_nibble_product *job, int64_t n0, int64_t n1);
-    void (*table_row)(const struct fxq_table *table, int64_t row, float *out);
-    /* out[i] = out[i] + x[i] * weight, or the greater of the two */
-    void (*add_scaled)(float *out, const float *x, float weight, int64_t count);
-    void (*take_greater)(float *out, const float *x, int64_t count);
+    void (*quantize_nibbles)(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows);
+    void (*matmul_nibbles)(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to);
+    void (*put_row)(const struct fxq_table *table, int64_t row, float *out);
+    /* out += the rows, one after another, each times its weight; weights NULL: all 1 */
+    void (*add_rows)(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count, float *out);
+    void (*take_greater)(float *out, const float *x, int64_t count); /* out[i] = the greater of the two */
 };
 
 extern const struct fxq_kernels *fxq_active; /* set by fxq_select_isa */
@@ -163,6 +177,18 @@ void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax);
 void fxq_set_int16_row(struct fxq_row *row, const struct fxq_range *range);
 void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int64_t stride, int64_t first, int64_t last);
 
+/* int4.c */
+int64_t fxq_grouped_bytes(int64_t rows, int64_t columns, int64_t group); /* enough for fewer rows or larger groups too */
+/* Choose the form of x->x.rows rows for weights of such groups. Then quantize as fxq_kernels.quantize does, and multiply. */
+void fxq_begin_grouped(struct fxq_grouped *x, int64_t group);
+void fxq_quantize_grouped(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows);
+int64_t fxq_int4_chunk(int64_t rows);
+int64_t fxq_int4_scratch_bytes(int64_t chunk);
+void fxq_multiply_int4(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
+/* Rows [n0, n1) to int8, a group's (outputs, its width) after another's, and to (groups, outputs) scales. */
+void fxq_unpack_groups(const struct fxq_linear_int4 *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1,
+                       int8_t *values, float *scale);
+
 /* The operators. They return 0, FXQ_NO_MEMORY or FXQ_BAD_INDEX. */
 enum { FXQ_OK = 0, FXQ_NO_MEMORY = -1, FXQ_BAD_INDEX = -2, FXQ_BAD_OFFSETS = -3 };
 
@@ -189,15 +215,22 @@ void fxq_set_common_rows(const struct fxq_linear *call, struct fxq_row *row, int
 
 /* G gates a hidden unit, rows of the weights by gate: LSTM i f g o, GRU r z n, plain RNN one. */
 enum fxq_mode { FXQ_LSTM, FXQ_GRU, FXQ_RNN_TANH, FXQ_RNN_RELU };
+/* int8 `values` with a scale a row, or 4 bits, or with neither none. */
+struct fxq_matrix {
+    const int8_t *values;
+    const float *scale;
+    struct fxq_linear_int4 int4; /* nibbles: NULL where it is not 4 bits */
+};
 struct fxq_recurrent_weights {
-    const int8_t *ih, *hh, *hr; /* (G * H, I), (G * H, P), an LSTM's projection (P, H) or NULL */
-    const float *ih_scale, *hh_scale, *hr_scale;
+    struct fxq_matrix ih, hh, hr; /* (G * H, I), (G * H, P), an LSTM's projection (P, H) or none */
     const float *bias;        /* (G * H,) or NULL */
     const float *hidden_bias; /* a GRU's b_hn, (H,), or NULL */
 };
 struct fxq_recurrent {
     enum fxq_mode mode;
-    const float *x; /* (rows, inputs): steps one after another */
+    /* (rows, inputs), steps one after another; where the first layer's ih are none, its gates' parts of the input, with the
+     * bias: (rows, directions * G * H) */
+    const float *x;
     int64_t steps, batch, inputs, hidden, outputs; /* outputs: P, which is H without a projection */
     const int64_t *sizes; /* (steps,) rows a step, or NULL: batch in each */
     int layers, directions;

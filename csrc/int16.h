@@ -65,7 +65,7 @@ FXQ_INLINE void finish_int16(const struct fxq_matmul *job, const struct fxq_targ
 enum { LANES_16 = sizeof(FXQ_LANES) / 2, WIDEN_AFTER = EXACT_PRODUCTS * sizeof(FXQ_LANES) / 4 };
 
 /* A tile: `rows` rows (1 or 2, a constant wherever this is inlined) by FXQ_TILE / rows outputs, from column k on. */
-FXQ_INLINE void add_columns(const int16_t *a, int64_t depth, const int16_t *const *w, int64_t k, int64_t left, int rows,
+FXQ_INLINE void add_tile_columns(const int16_t *a, int64_t depth, const int16_t *const *w, int64_t k, int64_t left, int rows,
                             FXQ_LANES low[FXQ_TILE], FXQ_LANES high[FXQ_TILE]) {
     const int outputs = FXQ_TILE / rows;
     FXQ_LANES weights[FXQ_TILE];
@@ -89,8 +89,8 @@ FXQ_INLINE void multiply_tile(const int16_t *a, int64_t depth, const int16_t *co
     for (int64_t k = 0; k < columns;) {
         const int64_t end = columns - k < WIDEN_AFTER ? columns : k + WIDEN_AFTER;
         FXQ_UNROLL(8) for (int i = 0; i < FXQ_TILE; i++) low[i] = high[i] = (FXQ_LANES){0};
-        for (; k + LANES_16 <= end; k += LANES_16) add_columns(a, depth, w, k, LANES_16, rows, low, high);
-        if (k < end) add_columns(a, depth, w, k, end - k, rows, low, high);
+        for (; k + LANES_16 <= end; k += LANES_16) add_tile_columns(a, depth, w, k, LANES_16, rows, low, high);
+        if (k < end) add_tile_columns(a, depth, w, k, end - k, rows, low, high);
         k = end;
         FXQ_UNROLL(8) for (int i = 0; i < FXQ_TILE; i++) total[i] = add_wide(total[i], low[i], high[i]);
     }

@@ -84,12 +84,28 @@ static PyObject *item(PyObject *sequence, Py_ssize_t i) {
     return tensor;
 }
 
-static bool read_matrix(PyObject *tensors, Py_ssize_t i, int64_t rows, int64_t columns, const int8_t **data) {
-    struct tensor matrix;
-    PyObject *tensor = item(tensors, i);
-    if (!tensor || !read_kind(tensor, INT8, 2, &matrix) || matrix.shape[0] != rows || matrix.shape[1] != columns) return false;
-    *data = matrix.data;
-    return true;
+/* The least group size that gives so many groups, or 0. */
+static int64_t group_size_of(int64_t columns, int64_t groups) {
+    for (int64_t size = 32; size <= 128; size *= 2) {
+        if ((columns + size - 1) / size == groups) return size;
+    }
+    return 0;
+}
+
+/* Item i of the weights with item i of the scales. */
+static bool read_matrix(PyObject *weights, PyObject *scales, Py_ssize_t i, int64_t rows, int64_t columns,
+                        struct fxq_matrix *matrix) {
+    struct tensor values, scale;
+    PyObject *weight = item(weights, i), *of_weight = item(scales, i);
+    if (!weight || !of_weight || !read_tensor(weight, &values) || values.dimensions != 2 || values.shape[0] != rows) return false;
+    if (values.kind == INT8) {
+        matrix->values = values.data;
+        return values.shape[1] == columns && read_vector(of_weight, rows, &matrix->scale);
+    }
+    if (values.kind != UINT8 || values.shape[1] != (columns + 1) / 2 || !read_kind(of_weight, BFLOAT16, 2, &scale)) return false;
+    const int64_t groups = scale.shape[1], group = group_size_of(columns, groups);
+    matrix->int4 = (struct fxq_linear_int4){values.data, scale.data, group, groups};
+    return scale.shape[0] == rows && group > 0;
 }
 
 static bool read_item(PyObject *tensors, Py_ssize_t i, int64_t count, const float **data) {
@@ -105,20 +121,20 @@ static bool read_cells(PyObject *const *parts, const struct fxq_recurrent *call,
     const Py_ssize_t cells = (Py_ssize_t)call->layers * call->directions, each = PySequence_Size(parts[WEIGHTS]) / cells;
     const bool has_bias = PySequence_Size(parts[BIASES]) > 0, has_own = PySequence_Size(parts[HIDDEN_BIASES]) > 0;
     const int64_t rows = gates * call->hidden;
+    const bool has_gates = item(parts[WEIGHTS], 0) == Py_None;
     for (Py_ssize_t i = 0, at = 0; i < cells; i++, at += each) {
         struct fxq_recurrent_weights *w = &weights[i];
         const int64_t columns = i < call->directions ? call->inputs : call->directions * call->outputs;
-        if (!read_matrix(parts[WEIGHTS], at, rows, columns, &w->ih) || !read_item(parts[SCALES], at, rows, &w->ih_scale) ||
-            !read_matrix(parts[WEIGHTS], at + 1, rows, call->outputs, &w->hh) ||
-            !read_item(parts[SCALES], at + 1, rows, &w->hh_scale) ||
+        if (has_gates && i < call->directions ? columns != call->directions * rows
+                                              : !read_matrix(parts[WEIGHTS], parts[SCALES], at, rows, columns, &w->ih)) {
+            return false;
+        }
+        if (!read_matrix(parts[WEIGHTS], parts[SCALES], at + 1, rows, call->outputs, &w->hh) ||
             (has_bias && !read_item(parts[BIASES], i, rows, &w->bias)) ||
             (has_own && !read_item(parts[HIDDEN_BIASES], i, call->hidden, &w->hidden_bias))) {
             return false;
         }
-        if (each == 3 && (!read_matrix(parts[WEIGHTS], at + 2, call->outputs, call->hidden, &w->hr) ||
-                          !read_item(parts[SCALES], at + 2, call->outputs, &w->hr_scale))) {
-            return false;
-        }
+        if (each == 3 && !read_matrix(parts[WEIGHTS], parts[SCALES], at + 2, call->outputs, call->hidden, &w->hr)) return false;
     }
     return true;
 }
@@ -197,7 +213,8 @@ static PyObject *new_outputs(struct fxq_recurrent *call, PyObject *x, const stru
     return outputs;
 }
 
-/* args: asks, x, batch_sizes, h0; parts: weights, scales, biases, hidden_biases; options: bidirectional, per_row, qmax */
+/* The first layer's weight_ih may be None: then x has its gates' parts of the input already, those of all directions.
+ * args: asks, x, batch_sizes, h0; parts: weights, scales, biases, hidden_biases; options: bidirectional, per_row, qmax */
 static PyObject *recurrent(struct fxq_recurrent call, int gates, PyObject *const *args, PyObject *c0,
                            PyObject *const *parts, PyObject *const *options) {
     struct tensor h, c;

@@ -9,7 +9,8 @@ enum {
     GATES_TOGETHER = 1024,   /* rows times hidden units whose gates are finished together: 16 KiB, in the L1 cache */
     PACKED_STEPS = 4,        /* steps that repay the packing of an LSTM's weight_hh, */
     PACKED_ROWS = 8,         /* if they have so many rows together */
-    PACKED_BYTES = 8 << 20,  /* of it: the scratch memory is kept */
+    PACKED_BYTES = 8 << 20,  /* of it, or of 4-bit weights unpacked for all steps: the scratch memory is kept */
+    LEAST_GROUP = 32,
     PACKED_COLUMNS = 32768   /* row sums must fit make_pairs() */
 };
 
@@ -41,41 +42,60 @@ static void *take(struct supply *supply, int64_t bytes) {
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-static struct fxq_activations take_activations(struct supply *memory, const struct fxq_recurrent *call, int64_t rows,
-                                               int64_t columns) {
+static struct fxq_grouped take_activations(struct supply *memory, const struct stack *s, int64_t rows, int64_t columns) {
     struct fxq_activations x = {
-        .columns = columns, .depth = fxq_depth(columns), .qmax = call->qmax, .per_row = call->per_row};
-    x.packed = take(memory, fxq_packed_bytes(rows, columns));
+        .columns = columns, .depth = fxq_depth(columns), .qmax = s->call->qmax, .per_row = s->call->per_row};
+    x.packed = take(memory, most(fxq_packed_bytes(rows, columns),
+                                 s->has_int4 ? fxq_grouped_bytes(rows, columns, LEAST_GROUP) : 0));
     x.row = take(memory, rows * (int64_t)sizeof *x.row);
-    return x;
+    return (struct fxq_grouped){.x = x};
 }
 
+/* For a weight that each step multiplies with, many rows at a time: few are multiplied with nibbles as they lie. */
+static struct unpacked take_unpacked(struct supply *memory, const struct stack *s, int64_t outputs, int64_t columns) {
+    const int64_t groups = (columns + LEAST_GROUP - 1) / LEAST_GROUP, values = aligned(outputs * columns);
+    const int64_t scales = outputs * groups * (int64_t)sizeof(float);
+    if (!s->has_int4 || s->call->steps == 1 || s->call->batch <= fxq_active->most_nibble_rows ||
+        values + scales > PACKED_BYTES) {
+        return (struct unpacked){NULL, NULL};
+    }
+    int8_t *taken = take(memory, values);
+    return (struct unpacked){taken, take(memory, scales)};
+}
+
+static bool is_projected(const struct fxq_recurrent *call) { return !is_none(&call->cells->hr); }
+
+/* The columns of the first layer's input, if it is to be multiplied. */
+static int64_t multiplied_inputs(const struct fxq_recurrent *call) { return is_none(&call->cells->ih) ? 0 : call->inputs; }
+
 static void lay_out_cell(struct cell *cell, const struct fxq_recurrent *call, struct supply *memory) {
-    const int64_t columns = most(most(call->inputs, call->hidden), call->directions * call->outputs);
-    cell->h = take_activations(memory, call, call->batch, call->outputs);
-    cell->h.is_row_major = cell->stack->packs;
-    cell->raw = take_activations(memory, call, call->cells->hr ? call->batch : 0, call->hidden);
+    const int64_t columns = most(most(multiplied_inputs(call), call->hidden), call->directions * call->outputs);
+    cell->h = take_activations(memory, cell->stack, call->batch, call->outputs);
+    cell->raw = take_activations(memory, cell->stack, is_projected(call) ? call->batch : 0, call->hidden);
     cell->units = most(GATES_TOGETHER / call->batch / 64, 1) * 64;
     if (cell->units > call->hidden) cell->units = call->hidden;
     cell->pre = take(memory, call->batch * cell->stack->gates * cell->units * (int64_t)sizeof(float));
-    cell->scratch = take(memory, fxq_matmul_scratch_bytes(columns));
+    const int64_t int4_bytes = cell->stack->has_int4 ? fxq_int4_scratch_bytes(cell->stack->int4_chunk) : 0;
+    cell->scratch = take(memory, most(fxq_matmul_scratch_bytes(columns), int4_bytes));
 }
 
 static void lay_out_stack(struct stack *s, const struct fxq_recurrent *call, int threads, struct supply *memory) {
     const int64_t floats = sizeof(float), width = call->directions * call->outputs;
     const bool needs_sums = call->steps > 1 && fxq_active->row_sums;
-    s->x = take_activations(memory, call, s->chunk_rows, most(call->inputs, width));
+    s->x = take_activations(memory, s, s->chunk_rows, most(multiplied_inputs(call), width));
     s->ranges = take(memory, threads * (int64_t)sizeof *s->ranges);
     s->input_stride = s->gates * call->hidden + 16;
     s->input_part = take(memory, s->chunk_rows * s->input_stride * floats);
     for (int i = 0; i < 2; i++) s->layer[i] = take(memory, call->layers > 1 + i ? s->rows * width * floats : 0);
-    s->hidden = take(memory, call->cells->hr ? call->batch * call->hidden * floats : 0);
+    s->hidden = take(memory, is_projected(call) ? call->batch * call->hidden * floats : 0);
     const int64_t units = (call->hidden + 15) / 16 * 16;
     s->packed = take(memory, s->packs ? 4 * units * fxq_depth(call->outputs) : 0);
     void *sums = take(memory, s->gates * units * floats);
     s->hh_sums = needs_sums ? sums : NULL;
     sums = take(memory, call->outputs * floats);
     s->hr_sums = needs_sums ? sums : NULL;
+    s->hh_unpacked = take_unpacked(memory, s, s->gates * call->hidden, call->outputs);
+    s->hr_unpacked = take_unpacked(memory, s, is_projected(call) ? call->outputs : 0, call->hidden);
     s->own = take(memory, threads * s->own_bytes);
 }
 
@@ -114,6 +134,14 @@ static bool packs_weights(const struct fxq_recurrent *call) {
            call->steps * call->batch >= PACKED_ROWS && bytes <= PACKED_BYTES && call->outputs <= PACKED_COLUMNS;
 }
 
+static bool has_int4(const struct fxq_recurrent *call) {
+    for (int i = 0; i < call->layers * call->directions; i++) {
+        const struct fxq_recurrent_weights *w = &call->cells[i];
+        if (is_int4(&w->ih) || is_int4(&w->hh) || is_int4(&w->hr)) return true;
+    }
+    return false;
+}
+
 int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
     struct stack s = {.call = call, .gates = call->mode == FXQ_LSTM ? 4 : call->mode == FXQ_GRU ? 3 : 1};
     const int64_t step_work = s.gates * call->hidden * call->outputs * call->batch; /* worth a barrier at each step? */
@@ -123,6 +151,8 @@ int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
     if (s.chunk_rows > s.rows) s.chunk_rows = s.rows;
 
     s.packs = packs_weights(call);
+    s.has_int4 = has_int4(call);
+    s.int4_chunk = fxq_int4_chunk(s.chunk_rows);
     struct cell any = {.stack = &s};
     struct supply measure_cell = {NULL, 0}, measure_all = {NULL, 0};
     lay_out_cell(&any, call, &measure_cell);

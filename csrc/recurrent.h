@@ -9,21 +9,30 @@
 
 #include "fxquant.h"
 
+/* 4-bit weights as int8, with their scales: fxq_unpack_groups(). NULL: unpacked on the way. */
+struct unpacked {
+    int8_t *values;
+    float *scale;
+};
+
 /* A call's shared memory. */
 struct stack {
     const struct fxq_recurrent *call;
     int64_t gates; /* G: rows of the weights for each hidden unit */
     int64_t rows, chunk_rows;
     const int64_t *starts;    /* (steps + 1,) first row of each step */
-    struct fxq_activations x; /* of a chunk */
+    struct fxq_grouped x;     /* of a chunk */
     struct fxq_range *ranges; /* a thread */
     float *input_part;        /* (chunk_rows, input_stride >= G * H): the input's part of the gates, with the bias */
     int64_t input_stride;     /* 16 more: rows a power of two apart would share few sets of the L1 cache */
     float *layer[2];          /* outputs of the layers between */
     float *hidden;            /* (batch, H), before a projection */
     int32_t *hh_sums, *hr_sums;
-    bool packs;        /* an LSTM's weight_hh is packed for its steps; then hh_sums holds what pack_lstm writes */
+    bool packs;        /* an LSTM's int8 weight_hh is packed for its steps; then hh_sums holds what pack_lstm writes */
     void *packed;
+    bool has_int4;
+    int64_t int4_chunk;
+    struct unpacked hh_unpacked, hr_unpacked;
     char *own; /* each thread's memory */
     int64_t own_bytes;
 };
@@ -36,12 +45,14 @@ struct cell {
     int64_t inputs;
     float *out, *c; /* out: (rows, out_stride), its first column this direction's */
     int64_t out_stride;
-    bool is_backward;
+    bool is_backward, packs;
     int thread, threads;
-    int64_t u0, u1;             /* own hidden units */
-    struct fxq_activations h;   /* the last step's outputs */
-    struct fxq_activations raw; /* hidden before the projection */
-    int64_t units;              /* hidden units at a time */
+    int64_t u0, u1;          /* own hidden units */
+    struct fxq_grouped h;    /* the last step's outputs */
+    struct fxq_grouped raw;  /* hidden before the projection */
+    const float *input_part; /* a chunk's: the stack's, or in the call's input */
+    int64_t input_stride;
+    int64_t units;           /* hidden units at a time */
     float *pre;                 /* (batch, G, units) gates before their nonlinearities */
     void *scratch;
 };
@@ -51,6 +62,10 @@ static inline int64_t share(int64_t count, int index, int parts) {
     const int64_t at = (count + 15) / 16 * index / parts * 16;
     return at < count ? at : count;
 }
+
+static inline bool is_int4(const struct fxq_matrix *matrix) { return matrix->int4.nibbles != NULL; }
+
+static inline bool is_none(const struct fxq_matrix *matrix) { return matrix->values == NULL && !is_int4(matrix); }
 
 static inline int64_t live_rows(const struct stack *s, int64_t step) { return s->starts[step + 1] - s->starts[step]; }
 

@@ -21,66 +21,124 @@ static const float *previous_row(const struct previous *p, int64_t m) {
     return m < p->known ? p->outputs + m * p->outputs_stride : p->h0 + m * p->h0_stride;
 }
 
+/* A weight of this cell, for products with some rows. */
+struct weight {
+    const struct fxq_matrix *matrix;
+    int64_t outputs, columns;
+    const float *bias;
+    int32_t *sums; /* of int8 rows, or NULL */
+    const struct unpacked *unpacked; /* or NULL */
+};
+
+static void begin_rows(struct fxq_grouped *x, int64_t rows, const struct fxq_matrix *by) {
+    x->x.rows = rows;
+    x->group = 0;
+    if (is_int4(by)) fxq_begin_grouped(x, by->int4.group);
+}
+
+static void quantize_16(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows) {
+    if (x->group) fxq_quantize_grouped(x, first, count, rows);
+    else fxq_active->quantize(&x->x, first, count, rows);
+}
+
+/* Rows by rows [n0, n1) of the weight they were quantized for. */
+static void multiply(const struct cell *cell, const struct fxq_grouped *x, const struct weight *w, int64_t n0, int64_t n1,
+                     const struct fxq_target *to) {
+    if (x->group == 0) {
+        const struct fxq_matmul product = {.x = &x->x, .weight = w->matrix->values, .outputs = w->outputs,
+                                           .scale = w->matrix->scale, .bias = w->bias, .sums = w->sums};
+        fxq_active->matmul(&product, n0, n1, to, cell->scratch);
+        return;
+    }
+    const struct fxq_int4_product product = {.x = x, .weight = &w->matrix->int4, .outputs = w->outputs, .bias = w->bias,
+                                             .values = w->unpacked ? w->unpacked->values : NULL,
+                                             .scale = w->unpacked ? w->unpacked->scale : NULL,
+                                             .chunk = cell->stack->int4_chunk};
+    fxq_multiply_int4(&product, n0, n1, to, cell->scratch);
+}
+
+static struct weight hh_of(const struct cell *cell) {
+    const struct stack *s = cell->stack;
+    return (struct weight){.matrix = &cell->weights->hh, .outputs = s->gates * s->call->hidden, .columns = s->call->outputs,
+                           .sums = s->hh_sums, .unpacked = &s->hh_unpacked};
+}
+
+static struct weight hr_of(const struct cell *cell) {
+    const struct stack *s = cell->stack;
+    return (struct weight){.matrix = &cell->weights->hr, .outputs = s->call->outputs, .columns = s->call->hidden,
+                           .sums = s->hr_sums, .unpacked = &s->hr_unpacked};
+}
+
 /* Quantize the `rows` rows of a state. */
-static void quantize_state(struct fxq_activations *x, int64_t rows, const struct previous *from) {
-    x->rows = rows;
-    if (!x->per_row) {
+static void quantize_state(struct fxq_grouped *x, int64_t rows, const struct fxq_matrix *by, const struct previous *from) {
+    begin_rows(x, rows, by);
+    if (!x->x.per_row) {
         struct fxq_range range = {0.0f, 0.0f, false};
-        for (int64_t m = 0; m < rows; m++) fxq_active->measure(previous_row(from, m), x->columns, &range);
-        set_all_rows(x, &range);
+        for (int64_t m = 0; m < rows; m++) fxq_active->measure(previous_row(from, m), x->x.columns, &range);
+        set_all_rows(&x->x, &range);
     }
     for (int64_t m = 0; m < rows; m += 16) {
         const float *pointers[16];
         const int count = rows - m < 16 ? (int)(rows - m) : 16;
         for (int i = 0; i < count; i++) pointers[i] = previous_row(from, m + i);
-        fxq_active->quantize(x, m, count, pointers);
+        quantize_16(x, m, count, pointers);
     }
 }
 
 /* The products of a chunk's input rows with the thread's own rows of weight_ih, plus the bias. */
-static void project_input(const struct cell *cell, int64_t first_row, int64_t rows, const struct fxq_range *range) {
+static void project_input(struct cell *cell, int64_t first_row, int64_t rows, const struct fxq_range *range) {
     struct stack *s = cell->stack;
+    const struct fxq_matrix *ih = &cell->weights->ih;
     const int64_t hidden = s->call->hidden, outputs = s->gates * hidden;
+    if (is_none(ih)) {
+        cell->input_stride = cell->inputs;
+        cell->input_part = cell->input + first_row * cell->inputs + (cell->is_backward ? outputs : 0);
+        return;
+    }
+    cell->input_stride = s->input_stride;
+    cell->input_part = s->input_part;
     if (cell->thread == 0) {
-        s->x.rows = rows;
-        s->x.columns = cell->inputs;
-        s->x.depth = fxq_depth(cell->inputs);
-        if (!s->x.per_row) set_all_rows(&s->x, range);
+        s->x.x.columns = cell->inputs;
+        s->x.x.depth = fxq_depth(cell->inputs);
+        begin_rows(&s->x, rows, ih);
+        if (!s->x.x.per_row) set_all_rows(&s->x.x, range);
     }
     fxq_barrier(cell->threads);
-    fxq_quantize_rows(&s->x, cell->input + first_row * cell->inputs, cell->inputs, share(rows, cell->thread, cell->threads),
-                      share(rows, cell->thread + 1, cell->threads));
+    const int64_t last = share(rows, cell->thread + 1, cell->threads);
+    for (int64_t m = share(rows, cell->thread, cell->threads); m < last; m += 16) {
+        const float *pointers[16];
+        const int count = last - m < 16 ? (int)(last - m) : 16;
+        for (int i = 0; i < count; i++) pointers[i] = cell->input + (first_row + m + i) * cell->inputs;
+        quantize_16(&s->x, m, count, pointers);
+    }
     fxq_barrier(cell->threads);
-    const struct fxq_matmul product = {.x = &s->x, .weight = cell->weights->ih, .outputs = outputs,
-                                       .scale = cell->weights->ih_scale, .bias = cell->weights->bias};
+    const struct weight weight = {.matrix = ih, .outputs = outputs, .columns = cell->inputs, .bias = cell->weights->bias};
     if (cell->threads == 1) {
         const struct fxq_target all = {s->input_part, s->input_stride, NULL, 0};
-        fxq_active->matmul(&product, 0, outputs, &all, cell->scratch);
+        multiply(cell, &s->x, &weight, 0, outputs, &all);
         return;
     }
     for (int64_t n = 0; n < outputs && cell->u0 < cell->u1; n += hidden) {
         const struct fxq_target to = {s->input_part + n + cell->u0, s->input_stride, NULL, 0};
-        fxq_active->matmul(&product, n + cell->u0, n + cell->u1, &to, cell->scratch);
+        multiply(cell, &s->x, &weight, n + cell->u0, n + cell->u1, &to);
     }
 }
 
-/* A run of gates: rows n .. n + count - 1 of weight_hh by the last h, plus the input's part of them where it is given. */
-static void multiply_hidden(struct cell *cell, const struct fxq_matmul *product, int64_t n, int64_t count,
-                            int64_t first_gate, int64_t units, const float *input_part) {
-    const struct stack *s = cell->stack;
-    const struct fxq_target to = {cell->pre + first_gate * units, s->gates * units, input_part, s->input_stride};
-    fxq_active->matmul(product, n, n + count, &to, cell->scratch);
+/* A run of gates: rows n .. n + count - 1 of weight_hh by the last h, plus the input's part of them. */
+static void multiply_hidden(struct cell *cell, const struct weight *hh, int64_t n, int64_t count, int64_t first_gate,
+                            int64_t units, const float *input_part) {
+    const struct fxq_target to = {cell->pre + first_gate * units, cell->stack->gates * units, input_part,
+                                  cell->input_stride};
+    multiply(cell, &cell->h, hh, n, n + count, &to);
 }
 
-/* A GRU's n gate: the hidden part stays alone, with a bias of its own, since r multiplies it. */
-static void multiply_hidden_n(struct cell *cell, int64_t u, int64_t units) {
+/* A GRU's n gate: the hidden part stays alone, with a bias of its own, the same for all rows, since r multiplies it. */
+static void multiply_hidden_n(struct cell *cell, const struct weight *hh, int64_t u, int64_t units) {
     const struct stack *s = cell->stack;
-    const int64_t hidden = s->call->hidden, first = 2 * hidden;
-    const struct fxq_matmul product = {.x = &cell->h, .weight = cell->weights->hh + first * s->call->outputs,
-                                       .outputs = hidden, .scale = cell->weights->hh_scale + first,
-                                       .bias = cell->weights->hidden_bias,
-                                       .sums = s->hh_sums ? s->hh_sums + first : NULL};
-    multiply_hidden(cell, &product, u, units, 2, units, NULL);
+    const int64_t n = 2 * s->call->hidden + u;
+    const float *bias = cell->weights->hidden_bias;
+    const struct fxq_target to = {cell->pre + 2 * units, s->gates * units, bias ? bias + u : NULL, 0};
+    multiply(cell, &cell->h, hh, n, n + units, &to);
 }
 
 static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t units, const float *input_part,
@@ -100,29 +158,28 @@ static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t un
 static void advance(struct cell *cell, int64_t live, const struct previous *previous, const float *input_part, float *out,
                     int64_t out_stride) {
     const struct stack *s = cell->stack;
-    if (s->packs) {
-        const struct fxq_lstm_step whole = {.h = &cell->h, .packed = s->packed, .pairs = s->hh_sums,
-            .scale = cell->weights->hh_scale, .hidden = s->call->hidden, .u0 = cell->u0, .u1 = cell->u1,
-            .input_part = input_part, .input_stride = s->input_stride, .c = cell->c, .out = out,
+    if (cell->packs) {
+        const struct fxq_lstm_step whole = {.h = &cell->h.x, .packed = s->packed, .pairs = s->hh_sums,
+            .scale = cell->weights->hh.scale, .hidden = s->call->hidden, .u0 = cell->u0, .u1 = cell->u1,
+            .input_part = input_part, .input_stride = cell->input_stride, .c = cell->c, .out = out,
             .out_stride = out_stride};
         if (cell->u0 < cell->u1) fxq_active->lstm_step(&whole);
         return;
     }
     const int64_t hidden = s->call->hidden, added_gates = s->call->mode == FXQ_GRU ? 2 : s->gates;
-    const struct fxq_matmul product = {.x = &cell->h, .weight = cell->weights->hh, .outputs = s->gates * hidden,
-                                       .scale = cell->weights->hh_scale, .sums = s->hh_sums};
+    const struct weight hh = hh_of(cell);
     for (int64_t u = cell->u0; u < cell->u1; u += cell->units) {
         const int64_t units = cell->u1 - u < cell->units ? cell->u1 - u : cell->units;
         if (units == hidden) { /* then the gates' rows are one run */
-            multiply_hidden(cell, &product, 0, added_gates * hidden, 0, units, input_part);
+            multiply_hidden(cell, &hh, 0, added_gates * hidden, 0, units, input_part);
         } else {
             for (int64_t gate = 0; gate < added_gates; gate++) {
-                multiply_hidden(cell, &product, gate * hidden + u, units, gate, units, input_part + gate * hidden + u);
+                multiply_hidden(cell, &hh, gate * hidden + u, units, gate, units, input_part + gate * hidden + u);
             }
         }
-        if (s->call->mode == FXQ_GRU) multiply_hidden_n(cell, u, units);
+        if (s->call->mode == FXQ_GRU) multiply_hidden_n(cell, &hh, u, units);
         for (int64_t m = 0; m < live; m++) {
-            finish_row(cell, m, u, units, input_part + m * s->input_stride, previous_row(previous, m),
+            finish_row(cell, m, u, units, input_part + m * cell->input_stride, previous_row(previous, m),
                        out + m * out_stride + u);
         }
     }
@@ -132,13 +189,12 @@ static void project_hidden(struct cell *cell, int64_t live, float *out) {
     const struct fxq_recurrent *call = cell->stack->call;
     fxq_barrier(cell->threads); /* all units of `hidden` are there */
     const struct previous hidden = {cell->stack->hidden, NULL, call->hidden, 0, live};
-    quantize_state(&cell->raw, live, &hidden);
-    const struct fxq_matmul product = {.x = &cell->raw, .weight = cell->weights->hr, .outputs = call->outputs,
-                                       .scale = cell->weights->hr_scale, .sums = cell->stack->hr_sums};
+    quantize_state(&cell->raw, live, &cell->weights->hr, &hidden);
+    const struct weight hr = hr_of(cell);
     const int64_t n0 = share(call->outputs, cell->thread, cell->threads);
     const int64_t n1 = share(call->outputs, cell->thread + 1, cell->threads);
     const struct fxq_target to = {out + n0, cell->out_stride, NULL, 0};
-    if (n0 < n1) fxq_active->matmul(&product, n0, n1, &to, cell->scratch);
+    if (n0 < n1) multiply(cell, &cell->raw, &hr, n0, n1, &to);
 }
 
 static void run_steps(struct cell *cell, int64_t first, int64_t last, int64_t first_row) {
@@ -154,9 +210,9 @@ static void run_steps(struct cell *cell, int64_t first, int64_t last, int64_t fi
             previous.known = live_rows(s, before);
         }
         float *out = cell->out + s->starts[step] * cell->out_stride;
-        const float *input_part = s->input_part + (s->starts[step] - first_row) * s->input_stride;
-        quantize_state(&cell->h, live, &previous);
-        if (cell->weights->hr) {
+        const float *input_part = cell->input_part + (s->starts[step] - first_row) * cell->input_stride;
+        quantize_state(&cell->h, live, &cell->weights->hh, &previous);
+        if (!is_none(&cell->weights->hr)) {
             advance(cell, live, &previous, input_part, s->hidden, call->hidden);
             project_hidden(cell, live, out);
         } else {
@@ -166,30 +222,38 @@ static void run_steps(struct cell *cell, int64_t first, int64_t last, int64_t fi
     }
 }
 
-/* What every step needs again: sums of the recurrent weights' own rows, and these weights packed. */
-static void prepare_weights(const struct cell *cell) {
-    const struct stack *s = cell->stack;
+/* What every step needs again of rows [n0, n1) of a weight: their sums, or of 4 bits the integers. */
+static void prepare_rows(const struct cell *cell, const struct weight *w, int64_t n0, int64_t n1) {
+    const struct fxq_matrix *matrix = w->matrix;
+    if (n0 >= n1) return;
+    if (matrix->values && w->sums) {
+        fxq_active->row_sums(matrix->values, w->outputs, w->columns, n0, n1, w->sums + n0, cell->scratch);
+    }
+    if (is_int4(matrix) && w->unpacked->values) {
+        fxq_unpack_groups(&matrix->int4, w->outputs, w->columns, n0, n1, w->unpacked->values, w->unpacked->scale);
+    }
+}
+
+static void prepare_weights(struct cell *cell) {
+    struct stack *s = cell->stack;
     const int64_t hidden = s->call->hidden, outputs = s->call->outputs;
-    if (s->hh_sums == NULL) return;
-    const int64_t rows = s->gates * hidden;
-    if (s->packs) {
-        fxq_active->pack_lstm(cell->weights->hh, hidden, outputs, cell->u0, cell->u1, s->packed, s->hh_sums);
+    const struct weight hh = hh_of(cell), hr = hr_of(cell);
+    cell->packs = s->packs && !is_int4(hh.matrix);
+    cell->h.x.is_row_major = cell->packs;
+    if (cell->packs) {
+        fxq_active->pack_lstm(hh.matrix->values, hidden, outputs, cell->u0, cell->u1, s->packed, s->hh_sums);
     }
-    for (int64_t n = 0; !s->packs && n < rows && cell->u0 < cell->u1; n += hidden) {
-        fxq_active->row_sums(cell->weights->hh, rows, outputs, n + cell->u0, n + cell->u1, s->hh_sums + n + cell->u0,
-                             cell->scratch);
+    for (int64_t n = 0; !cell->packs && n < hh.outputs && cell->u0 < cell->u1; n += hidden) {
+        prepare_rows(cell, &hh, n + cell->u0, n + cell->u1);
     }
-    const int64_t n0 = share(outputs, cell->thread, cell->threads);
-    const int64_t n1 = share(outputs, cell->thread + 1, cell->threads);
-    if (cell->weights->hr && n0 < n1) {
-        fxq_active->row_sums(cell->weights->hr, outputs, hidden, n0, n1, s->hr_sums + n0, cell->scratch);
-    }
+    if (is_none(hr.matrix)) return;
+    prepare_rows(cell, &hr, share(outputs, cell->thread, cell->threads), share(outputs, cell->thread + 1, cell->threads));
 }
 
 static struct fxq_range measure_input(const struct cell *cell) {
     struct stack *s = cell->stack;
     struct fxq_range range = {0.0f, 0.0f, false};
-    if (s->x.per_row) return range;
+    if (s->x.x.per_row || is_none(&cell->weights->ih)) return range;
     const int64_t first = share(s->rows, cell->thread, cell->threads);
     const int64_t last = share(s->rows, cell->thread + 1, cell->threads);
     fxq_active->measure(cell->input + first * cell->inputs, (last - first) * cell->inputs, &range);

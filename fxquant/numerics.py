@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from fxquant.spec import INT16_MAX, TensorSpec
+from fxquant.spec import GROUP_SIZES, INT16_MAX, TensorSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_COLUMNS = (2**31 - 1) // (255 * 128)  # so many products of a uint8 and an int8 always fit an int32 sum
@@ -25,8 +25,8 @@ FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least normal number: below
 class QuantizedTensor(NamedTuple):
     """A tensor's integers and how to read them: x ≈ (values - zero_point) * scale, an index of dimension 0 at a time.
 
-    values: (N, ...) int8, int16, uint8, float16; 4-bit: uint8, two a byte, low nibble first, an int4 as the value + 8.
-    scale: (N,) float32; int4: (N, groups of columns) bfloat16; None for float16 values.
+    values: (N, ...) int8, int16, uint8, float; 4-bit: uint8, two a byte, low nibble first, an int4 as the value + 8.
+    scale: (N,) float32; int4: (N, groups of columns) bfloat16; None for float values.
     zero_point: (N,) float32, or None where it is 0.
     """
 
@@ -137,6 +137,11 @@ def to_float16(weight: torch.Tensor) -> QuantizedTensor:
     return QuantizedTensor(weight.detach().to(torch.float32).clamp(-65504.0, 65504.0).to(torch.float16), None, None)
 
 
+def to_float32(weight: torch.Tensor) -> QuantizedTensor:
+    """Return a weight that stays float."""
+    return QuantizedTensor(weight.detach().to(torch.float32), None, None)
+
+
 def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the least and the greatest value, one pair an index of dimension 0 (equal ones for axis "tensor").
 
@@ -153,6 +158,14 @@ def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, 
     if spec.axis == "tensor":
         low, high = low.amin().expand_as(low), high.amax().expand_as(high)
     return low, high
+
+
+def group_size_of(columns: int, groups: int) -> int:
+    """Return how many columns share a scale where so many columns are divided into so many groups; 0: no size does.
+
+    Of sizes that give the same number, which is then 1, the least.
+    """
+    return next((size for size in GROUP_SIZES if -(-columns // size) == groups), 0)
 
 
 def split_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fxquant import QConfigMapping, convert_fx, explain, fuse_fx
+from fxquant import QConfigMapping, convert_fx, explain, fuse_fx, int4_dynamic_qconfig, int16_dynamic_qconfig
 from tests.samples import WordLM, everything, leaves, lm_inputs, prepare, quantize, same_bits
 
 
@@ -213,13 +213,17 @@ def test_law_4_rows_of_random_models(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("options", [{"nlayers": 1}, {"nlayers": 3, "ninp": 33, "nhid": 17}])
-def test_law_4_the_language_model_alone_in_batches_and_split(seed, options):
+@pytest.mark.parametrize("schemes", [{}, {"ih_l0": int4_dynamic_qconfig, "hh_l0": int16_dynamic_qconfig}])
+def test_law_4_the_language_model_alone_in_batches_and_split(seed, options, schemes):
     torch.manual_seed(seed)
     model = WordLM(**options).eval()
     time, batch = 11, 5
     ids = torch.randint(50, (time, batch))
     hidden = tuple(torch.randn_like(h) for h in model.init_hidden(batch))
-    quantized = quantize(model, ids, hidden)
+    mapping = everything()
+    for name, qconfig in schemes.items():
+        mapping.set_module_name(f"rnn.weight_{name}", qconfig)
+    quantized = quantize(model, ids, hidden, mapping=mapping)
     whole, final = quantized(ids, hidden)
     for b in range(batch):
         alone, state = quantized(ids[:, b : b + 1], tuple(h[:, b : b + 1] for h in hidden))

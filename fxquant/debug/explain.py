@@ -142,7 +142,7 @@ def _rows(record: Record, sources: dict[tuple[str, str], str]) -> tuple[ExplainR
             operator=site.operator,
             is_quantized=True,
             decision=qconfig_name(site.qconfig),
-            rule=site.rule,
+            rule="; ".join((site.rule, *site.part_rules)),
             float_bytes=site.float_bytes,
             saved_bytes=site.float_bytes - site.int_bytes,
             source=_source(sources, site.path, site.call),

@@ -20,8 +20,8 @@ import torch
 
 from fxquant.errors import DTypeError, ShapeError
 from fxquant.ops import reference, reference_recurrent
+from fxquant.ops.native_stack import Tensors, run_stack
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
-from fxquant.ops.schema import RNN_MODES
 
 _INTERFACE = 6  # what module.c says it is: a library left from another version is not called
 
@@ -130,9 +130,14 @@ def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
         _library is not None
         and x.is_cpu
         and weight.is_cpu
-        and weight.dtype is not torch.float16
+        and not weight.is_floating_point()
         and x.layout is torch.strided
     )
+
+
+def takes_some(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
+    """Return whether the library can do a part of a recurrent layer of these weights."""
+    return all(weight.is_cpu for weight in weights) and any(takes(x, weight) for weight in weights)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -192,12 +197,17 @@ def lstm(
     """Return (output, h, c) of a stack of LSTM layers: `reference_recurrent.lstm`."""
     if x.numel() == 0 or h0.numel() == 0 or c0.numel() == 0:
         return reference_recurrent.lstm(x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax)
-    parts = _dense_parts(weights, scales, biases)
-    sizes, states = _sizes(batch_sizes, x.shape[0], h0.shape[1]), (_floats(h0), _floats(c0))
-    outputs = _library.lstm(False, _floats(x), sizes, *states, *parts, bidirectional, per_row, qmax)
-    if outputs is None:
-        raise _misfit("LSTM", x, weights, scales, biases, h0=h0, c0=c0)
-    output, h, c = (tensor.to(x.dtype) for tensor in outputs)
+    sizes, how = _sizes(batch_sizes, x.shape[0], h0.shape[1]), (bidirectional, per_row, qmax)
+
+    def run(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
+        return _given(_library.lstm(False, rows, sizes, *states, *parts, *how))
+
+    def expect(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
+        (h, c), (weights, scales, biases) = states, parts
+        return reference_recurrent.lstm(rows, sizes, h, c, weights, scales, biases, *how)
+
+    states, parts = (_floats(h0), _floats(c0)), _dense_parts(weights, scales, biases)
+    output, h, c = (part.to(x.dtype) for part in run_stack(run, expect, linear, _floats(x), states, parts, *how))
     return output, h, c
 
 
@@ -216,35 +226,30 @@ def rnn(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (output, h) of a stack of GRU or plain RNN layers: `reference_recurrent.rnn`."""
     if x.numel() == 0 or h0.numel() == 0:
-        parts = (weights, scales, biases, hidden_biases)
-        return reference_recurrent.rnn(x, batch_sizes, h0, *parts, mode, bidirectional, per_row, qmax)
-    dense = _dense_parts(weights, scales, biases, hidden_biases)
-    sizes = _sizes(batch_sizes, x.shape[0], h0.shape[1])
-    outputs = _library.rnn(False, _floats(x), sizes, _floats(h0), *dense, mode, bidirectional, per_row, qmax)
-    if outputs is None:
-        raise _misfit(RNN_MODES[mode], x, weights, scales, biases, hidden_biases, h0=h0)
-    output, h = (tensor.to(x.dtype) for tensor in outputs)
+        operands = (weights, scales, biases, hidden_biases)
+        return reference_recurrent.rnn(x, batch_sizes, h0, *operands, mode, bidirectional, per_row, qmax)
+    sizes, how = _sizes(batch_sizes, x.shape[0], h0.shape[1]), (bidirectional, per_row, qmax)
+
+    def run(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
+        return _given(_library.rnn(False, rows, sizes, *states, *parts, mode, *how))
+
+    def expect(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
+        weights, scales, biases, hidden_biases = parts
+        return reference_recurrent.rnn(rows, sizes, states[0], weights, scales, biases, hidden_biases, mode, *how)
+
+    parts = _dense_parts(weights, scales, biases, hidden_biases)
+    output, h = (part.to(x.dtype) for part in run_stack(run, expect, linear, _floats(x), (_floats(h0),), parts, *how))
     return output, h
 
 
-def _dense_parts(weights: Sequence[torch.Tensor], *vectors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    return [[_plain(weight) for weight in weights], *([_floats(vector) for vector in part] for part in vectors)]
+def _given(outputs: Tensors | None) -> Tensors:
+    assert outputs is not None  # check_recurrent refuses what the library does
+    return outputs
 
 
-def _misfit(
-    kind: str,
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    *vectors: Sequence[torch.Tensor],
-    **states: torch.Tensor,
-) -> Exception:
-    """Return the error for tensors of a recurrent layer that do not fit each other."""
-    if any(weight.dtype is not torch.int8 for weight in weights):
-        return DTypeError(f"a quantized {kind} takes weights of torch.int8, or all of float16")
-    parts = zip(("weights", "scales", "biases", "hidden biases"), (weights, *vectors), strict=False)
-    told = [f"{name} {tuple(tensor.shape)}" for name, tensor in (("input", x), *states.items())]
-    told += [f"{len(part)} {name} {[tuple(tensor.shape) for tensor in part]}" for name, part in parts]
-    return ShapeError(f"a quantized {kind} got tensors that do not fit each other: " + ", ".join(told))
+def _dense_parts(weights: Tensors, scales: Tensors, *vectors: Tensors) -> list[list[torch.Tensor]]:
+    own = [_plain(scale) if scale.dtype is torch.bfloat16 else _floats(scale) for scale in scales]
+    return [[_plain(weight) for weight in weights], own, *([_floats(vector) for vector in part] for part in vectors)]
 
 
 def _sizes(batch_sizes: torch.Tensor | None, rows: int, batch: int) -> torch.Tensor | None:

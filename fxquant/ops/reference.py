@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from fxquant.errors import IndexRangeError
-from fxquant.numerics import QuantizedTensor, dequantize_weight, quantize_rows, quantize_rows_int16, unpack_int4
+from fxquant.numerics import (
+    QuantizedTensor,
+    dequantize_weight,
+    group_size_of,
+    quantize_rows,
+    quantize_rows_int16,
+    unpack_int4,
+)
 
 EXACT_COLUMNS = 512  # 512 * 255 * 127 < 2**24: such a float32 sum of products is exact in any order
 
@@ -52,6 +59,28 @@ def linear(
     if relu:
         y.relu_()
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def multiply(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    start: torch.Tensor | None,
+    per_row: bool,
+    qmax: int,
+) -> torch.Tensor:
+    """Return start + rows @ dequantize(weight).T, whatever the weight's scheme, which its dtype tells.
+
+    rows: (M, K) float32; weight: (N, K) of integers with scale (N,) float32, (N, ceil(K / 2)) uint8 of int4 values with
+    scale (N, groups) bfloat16, or (N, K) float16 or float32, whose scale is not looked at; start: (N,), (M, N) or None
+    -> (M, N) float32, a new tensor.
+    """
+    if weight.dtype is torch.uint8:
+        assert scale is not None
+        group_size = group_size_of(rows.shape[1], scale.shape[1])
+        return project_groups(rows, weight, scale, start, per_row, qmax, group_size)
+    y = project(rows, weight, None if weight.is_floating_point() else scale, per_row, qmax)
+    return y if start is None else y.add_(start)
 
 
 def project(

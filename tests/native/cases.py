@@ -200,6 +200,42 @@ def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[
     )
 
 
+def with_schemes(
+    weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], seed: int
+) -> list[list[torch.Tensor]]:
+    """Return weights of the same sizes, and their scales, each of a scheme of its own: int4 most often, int8, few floats.
+
+    A row of a float weight has one number that is not 0, so that torch's sums are exact in any order.
+    """
+    rng = random.Random(-1 - seed)
+    has_floats, made, of_made = rng.random() < 0.3, list[torch.Tensor](), list[torch.Tensor]()
+    for weight, scale in zip(weights, scales, strict=True):
+        rows, columns = weight.shape
+        scheme = rng.choice(("int4", "int4", "int8", "float16", "float32") if has_floats else ("int4", "int4", "int8"))
+        if scheme == "int4":
+            weight = int8(rows, (columns + 1) // 2).view(torch.uint8)
+            groups = -(-columns // rng.choice((32, 64, 128)))
+            scale = (torch.randn(rows, groups) * 0.1).to(torch.bfloat16)
+        elif scheme != "int8":
+            one = torch.arange(columns) == torch.randint(columns, (rows, 1))
+            weight, scale = (torch.rand(rows, 1) * one).to(getattr(torch, scheme)), torch.empty(0)
+        made.append(strided(weight, rng))
+        of_made.append(strided(scale, rng))
+    return [made, of_made]
+
+
+def lstm_mixed_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
+    """Return a case like an lstm's, whose weights have schemes of their own."""
+    run, expect, (x, sizes, h0, c0, weights, scales, *rest), is_rich = lstm_case(seed)
+    return run, expect, (x, sizes, h0, c0, *with_schemes(weights, scales, seed), *rest), is_rich
+
+
+def rnn_mixed_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
+    """Return a case like an rnn's, whose weights have schemes of their own."""
+    run, expect, (x, sizes, h0, weights, scales, *rest), is_rich = rnn_case(seed)
+    return run, expect, (x, sizes, h0, *with_schemes(weights, scales, seed), *rest), is_rich
+
+
 def rnn_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
     rng = random.Random(seed)
     mode = rng.choice(("gru", "gru", "rnn_tanh", "rnn_relu"))
@@ -270,6 +306,8 @@ CASES = {
     "linear_int16": linear_int16_case,
     "lstm": lstm_case,
     "rnn": rnn_case,
+    "lstm_mixed": lstm_mixed_case,
+    "rnn_mixed": rnn_mixed_case,
     "embedding": embedding_case,
     "embedding_bag": embedding_bag_case,
 }

@@ -17,6 +17,8 @@ COUNTS = {
     "linear_int16": 1200,
     "lstm": 120,
     "rnn": 120,
+    "lstm_mixed": 120,
+    "rnn_mixed": 120,
     "embedding": 150,
     "embedding_bag": 150,
 }  # times ten settings

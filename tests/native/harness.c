@@ -64,15 +64,27 @@ static void linear_case(int threads) {
     free(x), free(scale), free(bias), free(out), free(w), free(w16);
 }
 
+/* int8 or 4 bits: any bytes, and any finite scales of little size. */
+static struct fxq_matrix matrix(int64_t rows, int64_t columns) {
+    if (below(2)) return (struct fxq_matrix){.values = weights(rows * columns), .scale = floats(rows, 1e-6f, false)};
+    const int64_t group = 32 << below(3), groups = (columns + group - 1) / group;
+    uint16_t *scale = take(rows * groups * 2);
+    for (int64_t i = 0; i < rows * groups; i++) scale[i] = (uint16_t)(below(2) << 15 | (0x3b00 + below(256)));
+    return (struct fxq_matrix){.int4 = {(const uint8_t *)weights(rows * ((columns + 1) / 2)), scale, group, groups}};
+}
+
+static void release(const struct fxq_matrix *m) {
+    free((void *)m->values), free((void *)m->scale), free((void *)m->int4.nibbles), free((void *)m->int4.scale);
+}
+
 static void recurrent_case(int threads) {
-    const int64_t steps = 1 + below(5), batch = 1 + below(20), inputs = 1 + below(80), hidden = 1 + below(90);
+    const int64_t steps = 1 + below(6), batch = 1 + below(20), inputs = 1 + below(80), hidden = 1 + below(90);
     const enum fxq_mode mode = (enum fxq_mode)below(4);
     const int64_t gates = (mode == FXQ_LSTM ? 4 : mode == FXQ_GRU ? 3 : 1) * hidden;
     const int directions = 1 + (int)below(2);
     struct fxq_recurrent_weights cells[2] = {0};
     for (int i = 0; i < directions; i++) {
-        cells[i] = (struct fxq_recurrent_weights){.ih = weights(gates * inputs), .hh = weights(gates * hidden),
-            .ih_scale = floats(gates, 1e-6f, false), .hh_scale = floats(gates, 1e-6f, false), .bias = floats(gates, 1e-4f, true), .hidden_bias = mode == FXQ_GRU ? floats(hidden, 1e-4f, true) : NULL};
+        cells[i] = (struct fxq_recurrent_weights){.ih = matrix(gates, inputs), .hh = matrix(gates, hidden), .bias = floats(gates, 1e-4f, true), .hidden_bias = mode == FXQ_GRU ? floats(hidden, 1e-4f, true) : NULL};
     }
     float *x = floats(steps * batch * inputs, 1e-3f, true), *h0 = floats(directions * batch * hidden, 1e-4f, true);
     float *h = take(directions * batch * hidden * 4), *c = floats(directions * batch * hidden, 1e-4f, true);
@@ -84,8 +96,7 @@ static void recurrent_case(int threads) {
     mix(h, directions * batch * hidden);
     mix(c, directions * batch * hidden);
     for (int i = 0; i < directions; i++) {
-        free((void *)cells[i].ih), free((void *)cells[i].hh), free((void *)cells[i].ih_scale);
-        free((void *)cells[i].hh_scale), free((void *)cells[i].bias), free((void *)cells[i].hidden_bias);
+        release(&cells[i].ih), release(&cells[i].hh), free((void *)cells[i].bias), free((void *)cells[i].hidden_bias);
     }
     free(x), free(h0), free(h), free(c), free(out);
 }

@@ -47,7 +47,7 @@ static void put_row(const struct fxq_table *table, int64_t row, float *out) {
 }
 
 /* `vectors` (a constant, 1 to 4) of 16 columns from k on; only a single one has a mask. */
-FXQ_INLINE void add_columns(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count,
+FXQ_INLINE void add_table_columns(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count,
                             int64_t k, int vectors, __mmask16 lanes, float *out, enum format format) {
     __m512 sums[4];
     FXQ_UNROLL(4) for (int j = 0; j < vectors; j++) sums[j] = _mm512_maskz_loadu_ps(lanes, out + k + 16 * j);
@@ -64,9 +64,9 @@ FXQ_INLINE void add_columns(const struct fxq_table *table, const int64_t *rows, 
 FXQ_INLINE void add_rows_of(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count,
                             float *out, enum format format) {
     int64_t k = 0;
-    for (; k + 64 <= table->columns; k += 64) add_columns(table, rows, weights, count, k, 4, 0xffff, out, format);
+    for (; k + 64 <= table->columns; k += 64) add_table_columns(table, rows, weights, count, k, 4, 0xffff, out, format);
     for (; k < table->columns; k += 16) {
-        add_columns(table, rows, weights, count, k, 1, first_lanes(table->columns - k), out, format);
+        add_table_columns(table, rows, weights, count, k, 1, first_lanes(table->columns - k), out, format);
     }
 }
 

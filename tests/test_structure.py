@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -154,5 +155,8 @@ def test_nothing_prints():
 
 def test_everything_exported_exists_and_is_sorted():
     assert all(hasattr(fxquant, name) for name in fxquant.__all__)
-    constants_first = sorted(fxquant.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+    numbers = {
+        name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in fxquant.__all__
+    }
+    constants_first = sorted(numbers, key=lambda name: (not name.isupper(), not name[0].isupper(), numbers[name]))
     assert fxquant.__all__ == constants_first

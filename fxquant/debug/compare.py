@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import collections
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,9 +26,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fxquant.debug.page import write
+from fxquant.debug.plot import Bar, bar_chart
 from fxquant.debug.report import Column, Report
+from fxquant.debug.sensitivity import Progress
 from fxquant.debug.sites import as_arguments, first_tensor, open_float, open_quantized, run
-from fxquant.debug.table import shorten, site_name
+from fxquant.debug.table import site_name
 from fxquant.errors import ExampleInputsError
 from fxquant.graph.module import Site, need_stage
 
@@ -83,8 +87,8 @@ class Comparison(Report):
     output_max_error: float
 
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("site", "path", 24, lambda row: shorten(site_name(row), 24), is_number=False),
-        Column("was", "kind", 12, lambda row: shorten(row.kind, 12), is_number=False),
+        Column("site", "path", 24, site_name, is_number=False, is_name=True),
+        Column("was", "kind", 12, lambda row: row.kind, is_number=False, is_name=True),
         Column("SQNR", "sqnr_db", 8, lambda row: _decibels(row.sqnr_db)),
         Column("local", "local_sqnr_db", 8, lambda row: _decibels(row.local_sqnr_db)),
         Column("RMS", "relative_rms", 7, lambda row: _number(100 * row.relative_rms) and f"{row.relative_rms:.2%}"),
@@ -108,6 +112,15 @@ class Comparison(Report):
             *([f"calls without a counterpart in the other model: {', '.join(apart)}"] if apart else ()),
             output,
         )
+
+    def figure(self) -> str:
+        """Return the SVG drawing of plot."""
+        bars = [Bar(site_name(row), row.sqnr_db, row.local_sqnr_db) for row in self.rows]
+        return bar_chart("SQNR of each site, dB: as it runs, and local", ("as it runs", "local"), bars, _decibels)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return an SVG drawing, bars of each site's SQNR as it runs and local; write it where a path is given."""
+        return write(path, self.figure())
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -245,12 +258,14 @@ class _Watch:
         )
 
 
-def compare(float_model: nn.Module, quantized: nn.Module, data: Iterable[Any]) -> Comparison:
+def compare(
+    float_model: nn.Module, quantized: nn.Module, data: Iterable[Any], *, progress: Progress = iter
+) -> Comparison:
     """Return every site's error on some data: accumulated, as it runs, and local, fed with float inputs.
 
     quantized: the result of convert_fx, quantize_dynamic or load; float_model: what it was made from.
     data: an iterable of batches, each a tuple of one call's positional arguments, a dict of keywords, or one tensor;
-    wrap it in tqdm to see how far it is. It is gone through once, and of a batch only sums are kept.
+    it is gone through once, and of a batch only sums are kept. progress: what to wrap it in, `tqdm` for a bar.
 
     Of a site that gives several tensors (an LSTM's states, attention's weights), the first is compared; a fused site is
     compared with the fused float computation. Both models run as mirrors: neither is changed or hooked.
@@ -264,7 +279,7 @@ def compare(float_model: nn.Module, quantized: nn.Module, data: Iterable[Any]) -
     ours, theirs = open_quantized(quantized, record), open_float(float_model, record)
     watches = list(map(_Watch, record.sites, theirs.sites, ours.sites))
     output, batches = _Error(), 0
-    for batch in data:
+    for batch in progress(data):
         arguments = as_arguments(batch, ours.model)
         expected, got = (first_tensor(run(side.model, arguments, seed=batches)) for side in (theirs, ours))
         batches += 1

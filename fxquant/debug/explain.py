@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxquant.debug.losses import Loss, losses_of
 from fxquant.debug.report import Column, Report
-from fxquant.debug.table import megabytes, shorten, site_name
+from fxquant.debug.table import megabytes, site_name
 from fxquant.errors import ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.convert import convert, convert_modules
@@ -42,7 +42,7 @@ class ExplainRow:
 def _path(row: ExplainRow) -> str:
     """Return the first cell: where it is; of what was left float the line too, for there one has to look."""
     line = row.source.replace("\\", "/").rpartition("/")[2]
-    return shorten(site_name(row), 24) + (f"\n{shorten(line, 24)}" if line and not row.is_quantized else "")
+    return site_name(row) + (f"\n{line}" if line and not row.is_quantized else "")
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Explanation(Report):
         )
 
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("path", "path", 24, _path, is_number=False),
-        Column("was", "kind", 16, lambda row: shorten(row.kind, 16), is_number=False),
+        Column("path", "path", 24, _path, is_number=False, is_name=True),
+        Column("was", "kind", 16, lambda row: row.kind, is_number=False, is_name=True),
         Column("now", "decision", 26, lambda row: row.decision, is_number=False),
         Column("decided by", "rule", 12, lambda row: row.rule, is_number=False),
         Column("saved", "saved_bytes", 10, lambda row: megabytes(row.saved_bytes) if row.saved_bytes else ""),

@@ -5,27 +5,32 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from fxquant.debug.report import Column, Report
 from fxquant.debug.sites import Arguments, OpenModel, as_arguments, open_float, open_quantized
-from fxquant.debug.table import megabytes, shorten, site_name
+from fxquant.debug.table import megabytes, site_name
 from fxquant.errors import ExampleInputsError, ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.module import Record, record_of
 from fxquant.ops import kernel_info
+from fxquant.ops.native import takes
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRow:
     """One site, or all that is in none: "elsewhere". ms: of a call of the model; float_ms: NaN without a float model.
 
-    calls: how often a call of the model calls the site.
+    calls: how often a call of the model calls the site. kernel: the operators that it calls beside torch's own, and
+    what runs them: "linear (amx)", "lstm (plain torch)".
     """
 
     path: str
@@ -36,6 +41,7 @@ class ProfileRow:
     float_ms: float
     bytes: int
     float_bytes: int
+    kernel: str = ""
 
     @property
     def speedup(self) -> float:
@@ -68,8 +74,9 @@ class Profile(Report):
     kernels: str
 
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("site", "path", 24, lambda row: shorten(site_name(row), 24), is_number=False),
-        Column("was", "kind", 14, lambda row: shorten(row.kind, 14), is_number=False),
+        Column("site", "path", 24, site_name, is_number=False, is_name=True),
+        Column("was", "kind", 14, lambda row: row.kind, is_number=False, is_name=True),
+        Column("kernel", "kernel", 12, lambda row: row.kernel, is_number=False),
         Column("calls", "calls", 5, lambda row: str(row.calls or "")),
         Column("ms", "ms", 9, lambda row: _ms(row.ms)),
         Column("float ms", "float_ms", 9, lambda row: _ms(row.float_ms)),
@@ -106,11 +113,48 @@ class _Timer:
         self.calls += 1
 
 
+class _Kernels(TorchDispatchMode):
+    """Notes which operators each site calls that are not torch's own."""
+
+    def __init__(self, sites: Sequence[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[dict[str, None]] = [{} for _ in sites]
+        self._open: list[int] = []
+        self._hooks = [hook for i, site in enumerate(sites) for hook in self._watch(i, site)]
+
+    def _watch(self, number: int, site: nn.Module) -> list[RemovableHandle]:
+        return [
+            site.register_forward_pre_hook(lambda *_: self._open.append(number)),
+            site.register_forward_hook(lambda *_: self._open.remove(number), prepend=True),
+        ]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note an operator, and run it."""
+        if self._open and func.namespace not in ("aten", "prim", "prims"):
+            self.names[self._open[-1]][_kernel(func, args)] = None
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> str:
+    """Return an operator's name and what runs it with these arguments."""
+    name = operator._schema.name.partition("::")[2]
+    if operator.namespace != "fxquant":
+        return f"{operator.namespace}.{name}"
+    values = {argument.name: value for argument, value in zip(operator._schema.arguments, args, strict=False)}
+    weight = values["weight"] if "weight" in values else values["weights"][0]
+    return f"{name} ({kernel_info().isa if takes(args[0], weight) else 'plain torch'})"
+
+
 class _Side:
     """One of the models, and what its rounds took. The last of its sites' numbers is for all that is in no site."""
 
     def __init__(self, model: nn.Module, opened: OpenModel) -> None:
-        self.model, self.timers = opened.model, list(map(_Timer, opened.sites))
+        self.model, self.sites, self.timers = opened.model, opened.sites, list(map(_Timer, opened.sites))
         self.bytes = edit.byte_count(model)
         inside = edit.byte_count(nn.ModuleList(opened.sites))
         self.sites_bytes = [*map(edit.byte_count, opened.sites), self.bytes - inside]
@@ -160,12 +204,16 @@ def profile(model: nn.Module, inputs: Any, *, float_model: nn.Module | None = No
     if float_model is not None:
         sides.append(_Side(float_model, open_float(float_model, record)))
     with torch.no_grad():
-        for _ in range(rounds + 1):
+        with _Kernels(sides[0].sites) as seen:
+            sides[0].run(arguments)
+        for side in sides[1:]:
+            side.run(arguments)
+        for _ in range(rounds):
             for side in sides:
                 side.run(arguments)
     ours, theirs = sides[0], sides[1] if len(sides) > 1 else None
     found = Profile(
-        rows=_rows(record, ours, theirs),
+        rows=_rows(record, ours, theirs, [*map(", ".join, seen.names), ""]),
         ms=ours.ms,
         float_ms=theirs.ms if theirs else math.nan,
         bytes=ours.bytes,
@@ -192,7 +240,7 @@ def _checked(model: nn.Module, rounds: int) -> Record:
     return record
 
 
-def _rows(record: Record, ours: _Side, theirs: _Side | None) -> tuple[ProfileRow, ...]:
+def _rows(record: Record, ours: _Side, theirs: _Side | None, kernels: Sequence[str]) -> tuple[ProfileRow, ...]:
     """Return a row a site, and one for the rest."""
     places = [(site.path, site.call or "", site.kind) for site in record.sites]
     places_ms, float_ms = ours.sites_ms, theirs.sites_ms if theirs else []
@@ -206,6 +254,7 @@ def _rows(record: Record, ours: _Side, theirs: _Side | None) -> tuple[ProfileRow
             float_ms=float_ms[i] if theirs else math.nan,
             bytes=ours.sites_bytes[i],
             float_bytes=theirs.sites_bytes[i] if theirs else 0,
+            kernel=kernels[i],
         )
         for i, (path, call, kind) in enumerate([*places, ("elsewhere", "", "")])
     )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
+import math
 import operator
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
+from fxquant.debug.page import table_page, write
 from fxquant.debug.table import html_table, text_table
 from fxquant.errors import ColumnError, MissingPackageError, nearest
 
@@ -18,7 +22,7 @@ R = TypeVar("R", bound="Report")
 class Column:
     """One column of a printed table. field: the row's attribute that it is sorted by; cell: a row's text.
 
-    is_number: whether it is set flush right.
+    is_number: whether it is set flush right; is_name: whether a terminal shows of a long one the end alone.
     """
 
     header: str
@@ -26,6 +30,7 @@ class Column:
     width: int
     cell: Callable[[Any], str]
     is_number: bool = True
+    is_name: bool = False
 
 
 class Report:
@@ -47,7 +52,8 @@ class Report:
     def __str__(self) -> str:
         columns, cells = self._shown()
         alignments = ["right" if column.is_number else "left" for column in columns]
-        table = text_table(cells, [c.header for c in columns], [c.width for c in columns], alignments)
+        names = [i for i, column in enumerate(columns) if column.is_name]
+        table = text_table(cells, [c.header for c in columns], [c.width for c in columns], alignments, names)
         return "\n".join([table, "", *self.footer])
 
     def _repr_html_(self) -> str:
@@ -75,6 +81,25 @@ class Report:
         """Return all of it as plain dicts, tuples, strings and numbers, as json.dumps takes them."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]
 
+    def to_json(self) -> str:
+        """Return to_dict as JSON in the strict sense: a NaN is null, infinities are "Infinity" and "-Infinity".
+
+        Those two words are what float() and JavaScript's Number() read.
+        """
+        return json.dumps(_strict(self.to_dict()), ensure_ascii=False, allow_nan=False)
+
+    def figure(self) -> str:
+        """Return the SVG drawing that goes with the table on its page, or ""."""
+        return ""
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the table as an HTML page that stands alone, sorted by a click; write it where a path is given."""
+        columns, cells = self._shown()
+        values = [[_sort_value(getattr(row, column.field)) for column in columns] for row in self.rows]
+        rows = [list(zip(texts, keys, strict=True)) for texts, keys in zip(cells, values, strict=True)]
+        headers = [(column.header, column.is_number) for column in columns]
+        return write(path, table_page(type(self).__name__, headers, rows, self.footer, self.figure()))
+
     def to_dataframe(self) -> Any:
         """Return the rows as a pandas.DataFrame. Raises MissingPackageError where pandas is not installed."""
         try:
@@ -84,3 +109,19 @@ class Report:
                 "to_dataframe needs pandas, which is not installed: pip install pandas, or take to_dict()"
             ) from error
         return pandas.DataFrame([asdict(row) for row in self.rows])
+
+
+def _strict(value: Any) -> Any:
+    """Return a value as strict JSON takes it."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _sort_value(value: Any) -> str:
+    """Return what a page sorts a cell by, in JavaScript's words; "" for what has no value."""
+    return "" if value is None or value != value else str(value).replace("inf", "Infinity")

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import ExampleInputsError, ModelStateError
 from fxquant.graph import edit
+from fxquant.graph.convert import rescue_reads
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import Record, Site, finish, record_of
 from fxquant.graph.trace import trace
@@ -100,13 +101,16 @@ def _open(root: nn.Module, record: Record) -> OpenModel:
                 f"{site.kind} at {site.call or site.path!r}"
             ) from error
     if isinstance(root, fx.GraphModule):
+        for site in record.sites:
+            if site.call is None:
+                rescue_reads(root, site.path)  # what a call that stays float reads of a module that is swapped
         root.recompile()
     return OpenModel(root, tuple(sites))
 
 
 def _as_module(root: nn.Module, site: Site) -> SiteCall:
     """Make a graph call a functional site as a module, and return that."""
-    nodes = root.graph.nodes if isinstance(root, fx.GraphModule) else ()
+    nodes = list(root.graph.nodes) if isinstance(root, fx.GraphModule) else []
     node = next((node for node in nodes if node.name == site.call), None)
     if node is None or node.op not in ("call_function", "call_method"):
         raise LookupError(site.call)
@@ -114,7 +118,9 @@ def _as_module(root: nn.Module, site: Site) -> SiteCall:
     path = edit.free_name(root, f"{site.call}_site")
     root.add_module(path, call)
     inputs = {read.name: read for read in node.all_input_nodes if read.name not in call.constants}
+    constants = [read for read in node.all_input_nodes if read.name in call.constants]
     node.op, node.target, node.args, node.kwargs = "call_module", path, (), inputs
+    edit.erase_dead(node.graph, constants)
     return call
 
 

@@ -52,7 +52,7 @@ def convert(
     done = []
     for site in sites:
         if site.observer is None:
-            _rescue_reads(module, site.path)
+            rescue_reads(module, site.path)
             done.append(_convert_module(module, site, operators, cache))
         else:
             done.append(_convert_call(module, site, operators, cache))
@@ -100,7 +100,7 @@ def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ..
     return replace(site, int_bytes=edit.byte_count(quantized) - sum(tensor.nbytes for tensor in floats))
 
 
-def _rescue_reads(module: fx.GraphModule, path: str) -> None:
+def rescue_reads(module: fx.GraphModule, path: str) -> None:
     """Move a tensor that other nodes read, a call's integers too, out of a module that is about to be swapped."""
     for node in module.graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith(f"{path}."):

@@ -35,11 +35,8 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
         return
     for entry in entries:
         if entry.text not in used:
-            reasons = [
-                f"{part.path or model} ({part.kind}) stays float: {part.reason}"
-                for part in left
-                if part.rule == entry.text
-            ]
+            own = [part for part in left if part.rule == entry.text]
+            reasons = [f"{part.path or model} ({part.kind}) stays float: {part.reason}" for part in own]
             if reasons or not any(entry.covers(part, known) for part in decided):
                 why = reasons[0] if reasons else "nothing there has a weight that can be quantized"
                 warn(f"the mapping's {entry.text} quantizes nothing: {why}; in all, {record.outcome}")

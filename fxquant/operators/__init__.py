@@ -29,6 +29,7 @@ OPERATORS: tuple[Operator, ...] = (
     EMBEDDING_BAG,
     TRANSPOSED_LINEAR,
 )
+"""The operator table: a row a family of layers. Yours go beside ours: `operators=(*OPERATORS, MY_ROW)`."""
 
 
 def find_module_row(operators: Sequence[Operator], kind: type[nn.Module]) -> Operator | None:

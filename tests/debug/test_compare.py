@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import weakref
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -504,3 +505,27 @@ def test_what_stays_float_is_no_row():
     model = WordLM().eval()
     quantized = quantize(model, *lm_inputs(model), mapping=everything().set_module_name("rnn", None))
     assert by_path(compare(model, quantized, [lm_inputs(model)])).keys() == {"encoder", "decoder"}
+
+
+def test_progress_wraps_the_data():
+    model, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(2, 4)
+    seen = []
+
+    def watched(batches):
+        for batch in batches:
+            seen.append(batch)
+            yield batch
+
+    found = compare(model, quantize(model, x), [x, 2 * x, 3 * x], progress=watched)
+    assert found.batches == len(seen) == 3
+
+
+def test_the_plot_has_a_pair_of_bars_a_site(tmp_path):
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).eval(), torch.randn(2, 4)
+    found = compare(model, quantize(model, x), [x])
+    text = found.plot(tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text(encoding="utf-8") == text
+    svg = "{http://www.w3.org/2000/svg}"
+    titles = [group.find(f"{svg}title").text for group in ElementTree.fromstring(text).findall(f"{svg}g")]
+    assert titles == [f"{row.path}: {row.sqnr_db:.1f} dB, {row.local_sqnr_db:.1f} dB" for row in found.rows]
+    assert text in found.to_html()

@@ -8,7 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import OPERATORS, convert_fx, fuse_fx, graph_diff
+from fxquant import (
+    OPERATORS,
+    ArgumentError,
+    ModelStateError,
+    QConfigMapping,
+    compare,
+    convert_fx,
+    default_dynamic_qconfig,
+    fuse_fx,
+    graph_diff,
+    int4_dynamic_qconfig,
+    profile,
+)
 from fxquant.debug import DiffRow
 from fxquant.graph.edit import byte_count
 from fxquant.graph.trace import trace
@@ -249,8 +261,10 @@ def test_to_dict_is_json_with_all_rows():
     model = WordLM().eval()
     diff = graph_diff(model, quantize(model, *lm_inputs(model)), only_changed=True)
     plain = json.loads(json.dumps(diff.to_dict()))
-    assert plain.keys() == {"rows", "bytes_before", "bytes_after", "quantized", "candidates"}
-    assert [DiffRow(**row) for row in plain["rows"]] == list(diff.rows)
+    assert plain.keys() == {"rows", "bytes_before", "bytes_after", "quantized", "candidates", "stages", "remark"}
+    reads = ("inputs_before", "inputs_after")
+    rows = [DiffRow(**{**row, **{name: tuple(row[name]) for name in reads}}) for row in plain["rows"]]
+    assert rows == list(diff.rows)
     assert (plain["bytes_before"], plain["quantized"]) == (byte_count(model), 3)
 
 
@@ -276,3 +290,184 @@ def test_exported_graphs():
     rows = {row.name: (row.sign, row.before, row.after) for row in graph_diff(before, after).rows}
     assert rows["linear"] == ("~", "aten.linear", "fxquant.linear")
     assert rows["relu"] == ("-", "aten.relu", "")
+
+
+def linear(qconfig, x, model):
+    return quantize(model, x, mapping=QConfigMapping().set_global(qconfig))
+
+
+def test_where_only_the_scheme_changed_it_alone_is_coloured():
+    model, x = nn.Sequential(nn.Linear(64, 64)).eval(), torch.randn(2, 64)
+    diff = graph_diff(linear(default_dynamic_qconfig, x, model), linear(int4_dynamic_qconfig, x, model), color=True)
+    (row,) = [row for row in diff.rows if row.name == "_0"]
+    assert (row.sign, row.before, row.after) == ("~", "DynamicQuantizedLinear", "DynamicQuantizedLinear")
+    assert (row.note_before, row.note) == ("default_dynamic_qconfig", "int4_dynamic_qconfig")
+    text = str(diff)
+    assert "\x1b[31mdefault_dynamic_qconfig" in text
+    assert "\x1b[32mint4_dynamic_qconfig" in text
+    assert not re.search(r"\x1b\[\d+mDynamicQuantizedLinear", text)
+
+
+def test_where_only_the_dtype_or_an_option_changed_that_is_told():
+    small, large = (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, eps=e)) for e in (1e-5, 1e-3))
+    diff = graph_diff(*map(torch.fx.symbolic_trace, (small, large.half())))
+    told = {row.name: (row.sign, row.before, row.note_before, row.note) for row in diff.rows if row.sign != " "}
+    assert told == {
+        "_0": ("~", "nn.Linear", "float32", "float16"),
+        "_1": ("~", "nn.LayerNorm", "eps=1e-05, float32", "eps=0.001, float16"),
+    }
+
+
+def test_where_only_an_argument_changed_that_is_told():
+    class Softmax(nn.Module):
+        def __init__(self, dim):
+            super().__init__()
+            self.dim = dim
+
+        def forward(self, x):
+            return torch.softmax(x, dim=self.dim).clamp(0, 1)
+
+    diff = graph_diff(*(torch.fx.symbolic_trace(Softmax(dim)) for dim in (0, 1)))
+    assert [(row.name, row.note_before, row.note) for row in diff.rows if row.sign != " "] == [
+        ("softmax", "dim=0", "dim=1")
+    ]
+
+
+class Branching(nn.Module):
+    """Does not trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(x) if x.sum() > 0 else self.b(x)
+
+
+class Around(nn.Module):
+    """Traces, but for a module inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.branching = nn.Linear(4, 4), Branching()
+
+    def forward(self, x):
+        return self.branching(self.first(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not trace")
+def test_what_is_quantized_inside_an_untraced_module_is_told():
+    model, x = Around().eval(), torch.randn(2, 4)
+    quantized = quantize(model, x)
+    diff = graph_diff(model, quantized)
+    assert {row.name: row.sign for row in diff.rows} == {
+        "x": " ", "first": "~", "branching": " ", "branching.a": "~", "branching.b": "~", "output": " ",
+    }  # fmt: skip
+    assert sum(row.bytes_before for row in diff.rows) == byte_count(model)
+    assert sum(row.bytes_after for row in diff.rows) == byte_count(quantized)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not trace")
+def test_a_model_that_does_not_trace_says_so_in_every_view():
+    model, x = Branching().eval(), torch.randn(2, 4)
+    diff = graph_diff(model, quantize(model, x))
+    assert signs(diff) == {"a": "~", "b": "~"}
+    for text in (str(diff), diff._repr_html_(), diff.to_html(), diff.to_svg(), diff.to_json()):
+        assert "module by module: the model does not trace" in text
+
+
+def test_side_by_side_has_both_graphs():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh()).eval(), torch.randn(2, 4)
+    lines = str(graph_diff(model, quantize(model, x), layout="side_by_side")).splitlines()
+    assert [re.split(r"\s{2,}", line.strip()) for line in lines[2:8]] == [
+        ["input_1: placeholder", "input_1: placeholder"],
+        ["_0: nn.Linear", "80 B", "~", "_0: DynamicQuantizedLinearReLU", lines[3].split("ReLU")[1].strip()],
+        ["default_dynamic_qconfig"],
+        ["_1: nn.ReLU", "-", "fused into 0"],
+        ["_2: nn.Tanh", "_2: nn.Tanh"],
+        ["output: output", "output: output"],
+    ]
+
+
+def test_another_layout_is_an_error():
+    model = nn.Sequential(nn.Tanh()).eval()
+    with pytest.raises(ArgumentError, match="takes layout='unified' or 'side_by_side', got 'sideways'"):
+        graph_diff(model, model, layout="sideways")
+
+
+def measured():
+    model, x = Blocks(3).eval(), torch.randn(3, 4)
+    quantized = quantize(model, x)
+    return model, quantized, compare(model, quantized, [x]), profile(quantized, x, float_model=model, rounds=1)
+
+
+def test_errors_kernels_and_milliseconds_stand_beside_their_nodes():
+    model, quantized, errors, times = measured()
+    diff = graph_diff(model, quantized, errors=errors, times=times)
+    wanted = {row.path: row.sqnr_db for row in errors.rows}
+    assert {row.path: row.sqnr_db for row in diff.rows if row.sqnr_db is not None} == wanted
+    ran = {row.path: (row.kernel, row.ms, row.float_ms) for row in times.rows if row.path != "elsewhere"}
+    assert {row.path: (row.kernel, row.ms, row.float_ms) for row in diff.rows if row.ms is not None} == ran
+    (line,) = [line for line in str(diff).splitlines() if line.startswith("~   last")]
+    assert f"{wanted['last']:.1f} dB" in line
+    assert f"{ran['last'][2]:.3f}" in line
+    (times_row,) = [row for row in diff.shown if row.sign == "×"]
+    layers = [f"layers.{i}.0" for i in range(3)]
+    assert times_row.sqnr_db == min(wanted[path] for path in layers)
+    assert times_row.ms == pytest.approx(sum(ran[path][1] for path in layers))
+
+
+def test_without_measurements_there_are_no_columns_for_them():
+    model, quantized, errors, _ = measured()
+    assert str(graph_diff(model, quantized)).splitlines()[0].split() == ["node", "before", "after", "size"]
+    header = str(graph_diff(model, quantized, errors=errors)).splitlines()[0]
+    assert header.split() == ["node", "before", "after", "size", "SQNR"]
+
+
+def test_a_functional_has_its_measurements_by_its_call():
+    model, x = Call(F.linear, 4, 6).eval(), torch.randn(2, 6)
+    quantized = quantize(model, x)
+    errors = compare(model, quantized, [x])
+    rows = {row.name: row.sqnr_db for row in graph_diff(model, quantized, errors=errors).rows}
+    assert rows["linear"] == errors.rows[0].sqnr_db
+    assert rows["x"] is None
+
+
+def test_what_was_never_called_says_so():
+    model, x = Branching().eval(), torch.ones(2, 4)
+    with pytest.warns(UserWarning, match="does not trace"):
+        quantized = quantize(model, x)
+    times = profile(quantized, x, rounds=1)
+    rows = {row.name: row for row in graph_diff(model, quantized, times=times).rows}
+    assert (rows["b"].kernel, rows["b"].ms) == ("never called", None)
+    assert rows["a"].kernel.startswith("linear (")
+
+
+def test_a_report_of_another_kind_or_of_other_models_is_an_error():
+    model, quantized, errors, times = measured()
+    with pytest.raises(ArgumentError, match="takes errors=what compare gives, got Profile"):
+        graph_diff(model, quantized, errors=times)
+    with pytest.raises(ArgumentError, match="takes times=what profile gives, got Comparison"):
+        graph_diff(model, quantized, times=errors)
+    other = nn.Sequential(nn.Linear(4, 4)).eval()
+    with pytest.raises(
+        ModelStateError, match=r"errors is a report of other models: none of its sites \(.*last.*\) is in"
+    ):
+        graph_diff(other, other, errors=errors)
+
+
+def test_stages_are_named_where_they_differ():
+    model = WordLM().eval()
+    made = stages(model, *lm_inputs(model))
+    assert graph_diff(model, made["quantized"]).stages == ("float", "quantized")
+    assert graph_diff(made["prepared"], made["quantized"]).stages == ("prepared", "quantized")
+    assert graph_diff(made["quantized"], made["quantized"]).stages == ("before", "after")
+    assert graph_diff(model, model).stages == ("before", "after")
+
+
+def test_a_notebook_colours_what_changed():
+    model, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4)
+    html = graph_diff(model, quantize(model, x))._repr_html_()
+    assert re.search(r'<span style="background:rgba\(218[^"]*">nn.Linear</span>', html)
+    assert re.search(r'<span style="background:rgba\(46[^"]*">DynamicQuantizedLinear</span>', html)
+    assert re.search(r'<span style="[^"]*">~</span>', html)

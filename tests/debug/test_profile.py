@@ -8,7 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import ExampleInputsError, ModelStateError, ShapeError, fuse_fx, kernel_info, profile, quantize_dynamic
+from fxquant import (
+    ExampleInputsError,
+    ModelStateError,
+    QConfigMapping,
+    ShapeError,
+    float16_dynamic_qconfig,
+    fuse_fx,
+    kernel_info,
+    profile,
+    quantize_dynamic,
+)
+from fxquant.debug.profile import _Kernels
 from fxquant.graph.edit import byte_count
 from fxquant.nn import DynamicQuantizedLinear
 from tests.samples import Call, WordLM, lm_inputs, prepare, quantize
@@ -181,3 +192,43 @@ def test_what_cannot_be_profiled_is_an_error():
         profile(quantize(model, x), (x, x))
     with pytest.raises(ModelStateError, match="from another model"):
         profile(quantize(model, x), x, float_model=nn.Identity().eval())
+
+
+def test_kernels_are_those_that_ran():
+    model = WordLM().eval()
+    inputs = lm_inputs(model)
+    isa = kernel_info().isa or "plain torch"
+    rows = by_path(profile(quantize(model, *inputs), inputs, rounds=1))
+    assert {path: row.kernel for path, row in rows.items()} == {
+        "encoder": f"embedding ({isa})", "rnn": f"lstm ({isa})", "decoder": f"linear ({isa})", "elsewhere": "",
+    }  # fmt: skip
+
+
+def test_what_the_library_does_not_take_runs_in_plain_torch():
+    model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2, 8)
+    mapping = QConfigMapping().set_global(float16_dynamic_qconfig)
+    found = profile(quantize(model, x, mapping=mapping), x, rounds=1)
+    assert by_path(found)["0"].kernel == "linear (plain torch)"
+
+
+def test_a_functional_has_a_kernel_and_a_float_site_none():
+    model, x = Call(F.linear, 4, 6).eval(), torch.randn(2, 6)
+    isa = kernel_info().isa or "plain torch"
+    prepared = prepare(model, x)
+    assert by_path(profile(quantize(model, x), x, rounds=1))["weight"].kernel == f"linear ({isa})"
+    assert by_path(profile(prepared, x, rounds=1))["weight"].kernel == ""
+
+
+def test_a_user_s_operator_is_named_with_its_library():
+    class Row(nn.Linear):
+        def forward(self, x):
+            return torch.ops.fxquant_test_profile.twice(super().forward(x))
+
+    torch.library.define("fxquant_test_profile::twice", "(Tensor x) -> Tensor")
+    torch.library.impl("fxquant_test_profile::twice", "CPU", lambda x: 2 * x)
+    site, x = Row(3, 3).eval(), torch.randn(2, 3)
+    with _Kernels([site]) as seen, torch.no_grad():
+        site(x)
+    assert [list(names) for names in seen.names] == [["fxquant_test_profile.twice"]]
+    assert not site._forward_hooks
+    assert not site._forward_pre_hooks

@@ -2,9 +2,10 @@
 
 import json
 import math
+import re
 import sys
 import types
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -132,3 +133,33 @@ def test_to_dataframe_without_pandas_is_an_error(monkeypatch):
     with pytest.raises(MissingPackageError, match="needs pandas, which is not installed: pip install pandas"):
         LISTING.to_dataframe()
     assert issubclass(MissingPackageError, ImportError)
+
+
+def test_json_is_strict():
+    report = Listing((Row("é", 1, math.nan, math.inf), Row("b", 2, -math.inf, 0.5)))
+    plain = json.loads(report.to_json(), parse_constant=lambda name: pytest.fail(name))
+    assert [(row["noise_db"], row["hidden"]) for row in plain["rows"]] == [(None, "Infinity"), ("-Infinity", 0.5)]
+    assert plain["note"] == "a note"
+    assert float("Infinity") == math.inf
+
+
+def test_a_page_has_the_table_with_what_it_is_sorted_by(tmp_path):
+    text = Listing((Row("<b>", 5, math.nan, 1.0), Row("a", 70, -math.inf, 1.0))).to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == text
+    cells = re.findall(r'<td(?: class="(\w+)")? data-value="(.*?)">(.*?)</td>', text)
+    assert cells == [
+        ("", "&lt;b&gt;", "&lt;b&gt;"), ("number", "5", "5"), ("number", "", ""),
+        ("", "a", "a"), ("number", "70", "70"), ("number", "-Infinity", "-inf dB"),
+    ]  # fmt: skip
+    assert re.findall(r"<button>(.*?)</button>", text) == ["called", "bytes", "noise"]
+    assert "<p>a note</p>" in text
+
+
+def test_long_names_are_whole_on_a_page():
+    name = "a.path." * 30
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    quantized = quantize(model, torch.randn(2, 4))
+    for report in (compare(model, quantized, [torch.randn(2, 4)]), profile(quantized, torch.randn(2, 4), rounds=1)):
+        long = replace(report, rows=tuple(replace(row, path=name) for row in report.rows))
+        assert f">{name}</td>" in long.to_html()
+        assert max(map(len, str(long).split("\n\n")[0].splitlines())) <= 100

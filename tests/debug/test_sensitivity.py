@@ -167,7 +167,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model, data, tmp_path):
     assert found == sensitivity(model, EVERYTHING, data, metric)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"values": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"values": 3}\n', '{"sites": [], "batches": 4}\n["float"]\n'])
 def test_a_damaged_file_is_an_error(model, data, tmp_path, text):
     (tmp_path / "notes.json").write_text(text)
     with pytest.raises(CheckpointError, match="remove it to begin anew"):
@@ -175,8 +175,8 @@ def test_a_damaged_file_is_an_error(model, data, tmp_path, text):
 
 
 def test_a_file_of_another_run_is_an_error(model, data, tmp_path):
-    (tmp_path / "notes.json").write_text(json.dumps({"sites": ["other"], "values": {}}))
-    with pytest.raises(CheckpointError, match="another model or mapping"):
+    (tmp_path / "notes.json").write_text(json.dumps({"sites": ["other"], "batches": 4}) + "\n")
+    with pytest.raises(CheckpointError, match="another model, mapping or data"):
         sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
 
 
@@ -206,13 +206,33 @@ def test_outputs_without_a_tensor_need_a_metric(data):
         sensitivity(Silent().eval(), EVERYTHING, data)
 
 
-def test_progress_wraps_the_sites(model, data):
+@pytest.mark.parametrize("torn", ["", '["without 2, bat'])
+def test_an_interrupted_run_of_partial_passes_goes_on_too(model, data, tmp_path, torn):
+    path, whole = tmp_path / "notes.json", sensitivity(model, EVERYTHING, data)
+
+    def interrupt(work):
+        for number, item in enumerate(work):
+            if number == 13:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity(model, EVERYTHING, data, resume=path, progress=interrupt)
+    kept = path.read_text()
+    assert len(kept.splitlines()) == 1 + 13
+    path.write_text(kept + torn)
+    assert sensitivity(model, EVERYTHING, data, resume=path) == whole
+    assert path.read_text().startswith(kept)
+    assert len(path.read_text().splitlines()) == 1 + 4 * (2 + 2 * 3)
+
+
+def test_progress_wraps_the_work(model, data):
     seen = []
 
-    def progress(sites):
-        for i in sites:
-            seen.append(i)
-            yield i
+    def progress(work):
+        seen.append(len(work))
+        return work
 
     sensitivity(model, EVERYTHING, data, progress=progress)
-    assert seen == [0, 1, 2]
+    sensitivity(model, EVERYTHING, data, lambda candidate: 0.0, progress=progress)
+    assert seen == [len(data) * (2 + 2 * 3), 2 + 2 * 3]

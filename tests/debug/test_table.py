@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from fxquant.debug.table import html_table, megabytes, paint, shorten, site_name, text_table, wants_color
+from fxquant.debug.table import html_table, megabytes, paint, shorten, site_name, text_table, wants_color, wrap
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,34 @@ def test_colour_is_for_terminals_whose_user_did_not_say_no(monkeypatch, is_termi
 def test_without_a_standard_output_there_is_no_colour(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert wants_color() is False
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("some words here", 10, ["some words", "here"]),
+        ("float_qparams_weight_only_qconfig_4bit", 30, ["float_qparams_weight_only_", "qconfig_4bit"]),
+        ("DynamicQuantizedMultiheadAttention", 30, ["DynamicQuantizedMultihead", "Attention"]),
+        ("float: a/b.py:12", 8, ["float:", "a/b.", "py:12"]),
+        ("x" * 25, 10, ["x" * 10, "x" * 10, "x" * 5]),
+        ("", 5, [""]),
+        ("one\ntwo three", 5, ["one", "two", "three"]),
+    ],
+)
+def test_lines_are_broken_between_words_or_at_seams(text, width, lines):
+    assert wrap(text, width).split("\n") == lines
+
+
+def test_a_long_word_takes_the_room_that_is_free():
+    word = "float_qparams_weight_only_qconfig_4bit"
+    assert word in text_table([("a", word)], ("name", "choice"), (10, 20))
+    wide = text_table([("a" * 30, "b" * 30, word)], ("name", "also", "choice"), (30, 30, 20))
+    assert "float_qparams_weight_only_qconfig_" in wide
+    assert word not in wide
+    assert max(map(len, wide.splitlines())) <= 100
+
+
+def test_a_name_too_long_loses_its_beginning_in_one_line():
+    table = text_table([("a_" * 60 + "end", "x" * 40)], ("name", "also"), (10, 40), names=[0])
+    assert len(table.splitlines()) == 3
+    assert "a_end" in table

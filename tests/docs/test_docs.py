@@ -2,21 +2,17 @@
 
 import importlib.util
 import pathlib
-import re
+from xml.etree import ElementTree
 
 import pytest
-import torch
-from torch import nn
 
-import fxquant
-from docs import make_coverage
-from fxquant import QConfigMapping, default_dynamic_qconfig
+from docs import make_coverage, make_pictures
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 
-@pytest.mark.parametrize("page", ["operators", "from_torch_ao"])
+@pytest.mark.parametrize("page", ["operators", "torch_ao_names"])
 def test_a_page_is_made_from_its_tables(page):
     spec = importlib.util.spec_from_file_location(f"make_{page}", DOCS / f"make_{page}.py")
     maker = importlib.util.module_from_spec(spec)
@@ -24,45 +20,18 @@ def test_a_page_is_made_from_its_tables(page):
     assert (DOCS / f"{page}.md").read_text(encoding="utf8") == maker.page(), f"run docs/make_{page}.py"
 
 
-def test_the_operator_of_the_guide_works_as_printed(tmp_path):
-    code = re.search(r"```python\n(.*?)```", (DOCS / "adding_an_operator.md").read_text(encoding="utf8"), re.S).group(1)
-    definitions, call = code.split("prepared = ")
-    names: dict = {"__name__": "guide"}
-    exec(definitions, names)
-    names["model"] = nn.Sequential(names["LookupSum"](30, 8), nn.Linear(8, 4)).eval()
-    names["mapping"] = QConfigMapping().set_global(default_dynamic_qconfig)
-    names["example_inputs"] = indices = torch.randint(30, (5, 3))
-    exec("prepared = " + call, names)
-    quantized = fxquant.convert_fx(names["prepared"])
-    assert [site.operator for site in quantized.record.sites] == ["lookup_sum", "linear"]
-    table = names["model"][0].table
-    rows = quantized.get_submodule("0")(indices)
-    assert (rows - names["model"][0](indices)).abs().max() <= 3 * table.abs().max() / 254 * (1 + 1e-5)
-
-    fxquant.save(quantized, tmp_path / "m.safetensors")
-    operators = (*fxquant.OPERATORS, names["LOOKUP_SUM"])
-    loaded = fxquant.load(names["model"], tmp_path / "m.safetensors", operators=operators)
-    assert torch.equal(loaded(indices), quantized(indices))
+def test_the_picture_of_a_diff_is_made_from_a_real_one():
+    assert make_pictures.PICTURE.read_text(encoding="utf8") == make_pictures.picture(make_pictures.told()), (
+        "run python -m docs.make_pictures"
+    )
 
 
-def test_the_code_of_the_page_on_accuracy_runs(capsys):
-    names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", (DOCS / "accuracy.md").read_text(encoding="utf8"), re.S):
-        exec(block, names)
-    told = capsys.readouterr().out
-    for site in ("0", "1.layers.0.self_attn", "1.layers.1.linear2", "2"):
-        assert len(re.findall(rf"^{re.escape(site)} ", told, re.M)) >= 3, f"in compare, profile and explain: {site}"
-    assert "8 of 8 candidates, " in told
-
-
-def test_every_public_name_that_the_pages_import_exists():
-    for page in [ROOT / "README.md", *DOCS.glob("*.md")]:
-        for module, names in re.findall(
-            r"^from (fxquant\S*) import ([^\n#(]+)$", page.read_text(encoding="utf8"), re.M
-        ):
-            room = importlib.import_module(module)
-            for name in names.split(","):
-                assert hasattr(room, name.strip()), f"{page.name}: {module} has no {name.strip()}"
+@pytest.mark.parametrize("path", sorted((DOCS / "pictures").glob("*.svg")), ids=lambda path: path.stem)
+def test_a_picture_has_a_title_stands_on_a_page_and_is_small(path):
+    root = ElementTree.fromstring(path.read_text(encoding="utf8"))
+    assert root.find("{http://www.w3.org/2000/svg}title").text
+    assert path.stat().st_size < 12_000
+    assert any(f"pictures/{path.name})" in page.read_text(encoding="utf8") for page in DOCS.glob("*.md"))
 
 
 def test_coverage_page_is_made_from_the_architectures():

@@ -324,6 +324,33 @@ def test_an_entry_for_a_weight_that_is_out_of_reach_is_a_warning():
         quantize_dynamic(Tagger().eval(), {"lstm": A, "weight": A})
 
 
+def test_a_refused_module_is_the_reason_of_the_entry_for_its_weight():
+    model = Tagger()
+    with torch.no_grad():
+        model.lstm.weight_ih_l0[0, 0] = float("nan")
+    mapping = everything(A).set_module_name("lstm", None).set_module_name("lstm.weight_hh_l0", A)
+    told = (
+        r"module_name 'lstm.weight_hh_l0' quantizes nothing: lstm \(nn.LSTM\) stays float: its weight_ih_l0 holds NaN"
+    )
+    with pytest.warns(UserWarning, match=told):
+        prepare(model, *X, mapping=mapping)
+
+
+def test_an_entry_that_quantizes_a_weight_is_no_warning_where_something_else_stays_float():
+    class Listener(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.lstm = nn.Conv1d(8, 8, 1), nn.LSTM(8, 8)
+
+        def forward(self, x):
+            return self.lstm(self.conv(x.mT).mT)[0]
+
+    mapping = everything(A).set_module_name_regex("conv|.*weight_ih_l0", C)
+    record = prepare(Listener(), torch.randn(3, 2, 8), mapping=mapping).record  # a warning is an error here
+    assert [left.path for left in record.left] == ["conv"]
+    assert record.sites[0].part_rules == (record.left[0].rule,)
+
+
 def test_the_eager_form_takes_names_of_weights():
     model = Tagger().eval()
     quantized = quantize_dynamic(model, {"lstm": A, "lstm.weight_ih_l0": None})

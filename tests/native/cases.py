@@ -203,7 +203,7 @@ def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[
 def with_schemes(
     weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], seed: int
 ) -> list[list[torch.Tensor]]:
-    """Return weights of the same sizes, and their scales, each of a scheme of its own: int4 most often, int8, few floats.
+    """Return weights of the same sizes, and their scales, each of its own scheme: int4 most often, int8, few floats.
 
     A row of a float weight has one number that is not 0, so that torch's sums are exact in any order.
     """

@@ -1,0 +1,120 @@
+"""The schemes that suggest_mapping may give a weight, smallest first, and which of them mix best within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from fxquant.errors import QConfigError, nearest
+from fxquant.graph.module import Site
+from fxquant.operators import Operator
+from fxquant.qconfig import (
+    QConfig,
+    default_dynamic_qconfig,
+    float16_dynamic_qconfig,
+    float_qparams_weight_only_qconfig_4bit,
+    int4_dynamic_qconfig,
+    int16_dynamic_qconfig,
+)
+
+LADDER: dict[str, tuple[QConfig | None, ...]] = {
+    "int4": (int4_dynamic_qconfig, float_qparams_weight_only_qconfig_4bit),
+    "int4 of 32": (int4_dynamic_qconfig.with_group_size(32),),
+    "int8": (default_dynamic_qconfig,),
+    "int16": (int16_dynamic_qconfig,),
+    "float16": (float16_dynamic_qconfig,),
+    "float": (None,),
+}
+"""Each scheme's qconfigs, of which an operator gets the first that it accepts; None stays float."""
+
+_SCHEMES = {"uint4": "int4", "uint8": "int8"}
+_FRONT_POINTS = 400
+"""How many mixtures are kept at each step: enough that neighbours differ by a quarter of a percent."""
+
+
+def scheme_name(qconfig: QConfig | None) -> str:
+    """Return the scheme that a qconfig is of: "int8", "float"."""
+    if qconfig is None:
+        return "float"
+    name = _SCHEMES.get(qconfig.weight.dtype, qconfig.weight.dtype)
+    return "int4 of 32" if qconfig.weight.group_size == 32 else name
+
+
+def check_schemes(schemes: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of the schemes to try, smallest first; raise QConfigError for one that there is not, or none."""
+    chosen = tuple(LADDER) if schemes is None else tuple(schemes)
+    for name in chosen:
+        if isinstance(schemes, str) or name not in LADDER:
+            wrong = schemes if isinstance(schemes, str) else name
+            raise QConfigError(
+                f"schemes is a tuple of some of {', '.join(map(repr, LADDER))}, got {wrong!r}"
+                f"{'' if isinstance(schemes, str) else nearest(str(name), LADDER)}"
+            )
+    if not chosen:
+        raise QConfigError("schemes is empty: name what a site may become, ('int8', 'float')")
+    return tuple(name for name in LADDER if name in chosen)
+
+
+def ladder_of(site: Site, row: Operator, schemes: Sequence[str]) -> dict[str, QConfig | None]:
+    """Return what a site gets under each scheme that its operator accepts; its own qconfig under that one's scheme."""
+    found: dict[str, QConfig | None] = {}
+    for name in schemes:
+        own = (site.qconfig,) if name == scheme_name(site.qconfig) else ()
+        for qconfig in (*own, *LADDER[name]):
+            if qconfig is None or row.accepts(qconfig):
+                found[name] = qconfig
+                break
+    return found
+
+
+class Unit(NamedTuple):
+    """What is decided by itself: a site, by its number, or one of its weights, by its name ("" for a whole site)."""
+
+    site: int
+    weight: str = ""
+
+
+def units_of(number: int, row: Operator, module: nn.Module | None) -> list[Unit]:
+    """Return a site's units: its weights where each may have a scheme of its own. module: None for a call."""
+    names = row.parts(module) if module is not None else ()
+    return [Unit(number, name) for name in names] if len(names) > 1 else [Unit(number)]
+
+
+class Option(NamedTuple):
+    """One scheme for one unit: what it takes (bytes or ms), and what it does alone, as harms add up."""
+
+    scheme: str
+    cost: float
+    harm: float
+
+
+class Mixture(NamedTuple):
+    """An option for each unit, by its number there. cost, harm: as the options' add up."""
+
+    cost: float
+    harm: float
+    choice: tuple[int, ...]
+
+
+def best_mixtures(units: Sequence[Sequence[Option]]) -> list[Mixture]:
+    """Return the mixtures that no other beats in both cost and harm, cheapest first: a multiple-choice knapsack's.
+
+    By dynamic programming over the units; where the mixtures become too many, every so-manieth is kept.
+    """
+    front = [Mixture(0.0, 0.0, ())]
+    for options in units:
+        grown = sorted(
+            Mixture(mixture.cost + option.cost, mixture.harm + option.harm, (*mixture.choice, i))
+            for mixture in front
+            for i, option in enumerate(options)
+        )
+        front = grown[:1]
+        for mixture in grown[1:]:
+            if mixture.harm < front[-1].harm:
+                front.append(mixture)
+        if len(front) > _FRONT_POINTS:
+            last = len(front) - 1
+            front = [front[i * last // (_FRONT_POINTS - 1)] for i in range(_FRONT_POINTS)]
+    return front

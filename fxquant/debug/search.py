@@ -1,0 +1,267 @@
+"""The search behind suggest_mapping: what each scheme does alone, which mixtures that promises, what those really do.
+
+1. Each unit (a site, or a weight of one) is measured alone under its schemes, from the cheapest up to the first whose
+   harm is a small part of the budget.
+2. A knapsack over these gives the mixtures that no other beats in cost and promised harm (see `ladder`).
+3. Along those, the cheapest whose real metric is within the budget is found by bisection.
+4. From there, single units are made cheaper, the greatest saving first, as long as the budget allows.
+
+Harms of the outputs' relative RMS error add up as squares, as independent errors do; those of other metrics plainly.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import nn
+
+from fxquant.debug.ladder import Mixture, Option, Unit, best_mixtures, ladder_of, units_of
+from fxquant.debug.profile import profile
+from fxquant.debug.table import site_name
+from fxquant.debug.trial import Forms, Progress, Trial, Variant
+from fxquant.errors import QConfigError
+from fxquant.operators import find_row
+from fxquant.qconfig import QConfig
+
+Schemes = tuple[str, ...]
+"""A scheme for each unit, in the units' order."""
+
+_NEGLIGIBLE = 0.25
+"""The part of its even share of the budget below which a unit's harm is not worth a finer scheme's evaluation."""
+
+_TRIES = 24
+"""How many single changes are tried at the end."""
+
+
+class Point(NamedTuple):
+    """One mixture as measured. ms: added up from the sites' own, NaN where bytes are minimized."""
+
+    schemes: Schemes
+    metric: float
+    harm: float
+    bytes: int
+    ms: float
+
+
+class Search:
+    """One search over a trial's units. points: what was measured, in that order; alone: each unit's metric a scheme."""
+
+    def __init__(
+        self, trial: Trial, model: nn.Module, schemes: Sequence[str], budget: float, sign: float, minimize: str
+    ) -> None:
+        self.trial, self.budget, self.sign = trial, budget, sign
+        self.power = 2.0 if trial.is_default else 1.0
+        self.start = trial.measure_all({"float": Variant({}, {})})["float"]
+        self.is_fast = minimize == "ms"
+        self.sites = trial.record.sites
+        rows = [find_row(trial.record.operators, site.operator) for site in self.sites]
+        assert None not in rows
+        self.ladders = [ladder_of(site, row, schemes) for site, row in zip(self.sites, rows, strict=True) if row]
+        empty = [site for site, ladder in zip(self.sites, self.ladders, strict=True) if not ladder]
+        if empty:
+            raise QConfigError(
+                f"schemes {tuple(schemes)} has none that {site_name(empty[0])} ({empty[0].kind}) takes; add 'float'"
+            )
+        self.units = [
+            unit
+            for i, row in enumerate(rows)
+            if row
+            for unit in (units_of(i, row, trial.float_site(i)) if not self.is_fast else [Unit(i)])
+        ]
+        self.points: list[Point] = []
+        self.alone: dict[tuple[Unit, str], float] = {}
+        self._forms: dict[tuple[int, QConfig], nn.Module] = {}
+        self._ms = self._measure_ms(model) if self.is_fast else {}
+        self._make_forms()
+
+    def name(self, unit: Unit) -> str:
+        """Return what a unit is called."""
+        name = site_name(self.sites[unit.site])
+        return f"{name}.{unit.weight}" if unit.weight else name
+
+    def is_within(self, value: float) -> bool:
+        """Return whether a metric is within the budget."""
+        return self.harm(value) <= self.budget
+
+    def harm(self, value: float) -> float:
+        """Return how much worse than float's a metric is; infinite for a NaN."""
+        return math.inf if math.isnan(value) else self.sign * (value - self.start)
+
+    def qconfigs(self, schemes: Schemes) -> dict[int, QConfig]:
+        """Return what each site gets; those that stay float are missing."""
+        found = {}
+        for i in range(len(self.sites)):
+            own = {unit.weight: schemes[k] for k, unit in enumerate(self.units) if unit.site == i}
+            qconfig = mixed(self.ladders[i], own)
+            if qconfig is not None:
+                found[i] = qconfig
+        return found
+
+    def run(self, progress: Progress) -> list[Point]:
+        """Search; return the points within the budget, best first."""
+        for share in (_NEGLIGIBLE, 0.0):  # where units together do more harm than they promised, all schemes count
+            options = self._options(share, progress)
+            found = self._bisect(best_mixtures(options), options)
+            if found is not None:
+                self._descend(found, options)
+                break
+        self._measure_reference()
+        within = [point for point in self.points if point.harm <= self.budget]
+        return sorted(within, key=lambda point: (self.cost(point), point.harm, point.schemes))
+
+    def cost(self, point: Point) -> float:
+        """Return what is minimized."""
+        return point.ms if self.is_fast else point.bytes
+
+    def _options(self, share: float, progress: Progress) -> list[list[Option]]:
+        """Return each unit's options, cheapest first, each doing less harm than those before.
+
+        share: the part of its even share of the budget that is little enough harm for a unit to look no further.
+        """
+        enough = share / len(self.units) * max(self.budget, 0.0) ** self.power
+        ladders = [self._by_cost(unit) for unit in self.units]
+        options: list[list[Option]] = [[] for _ in self.units]
+        for rung in range(max(map(len, ladders))):
+            wanted = {
+                (unit, ladder[rung][1]): (ladder[rung][0], own)
+                for unit, ladder, own in zip(self.units, ladders, options, strict=True)
+                if rung < len(ladder) and (not own or own[-1].harm > enough)
+            }
+            self._measure_alone([key for key in wanted if key not in self.alone], progress)
+            for key, (cost, own) in wanted.items():
+                harm = max(self.harm(self.alone[key]), 0.0) ** self.power
+                if not own or harm < own[-1].harm:
+                    own.append(Option(key[1], cost, harm))
+        return options
+
+    def _measure_alone(self, keys: list[tuple[Unit, str]], progress: Progress) -> None:
+        """Measure single units under single schemes, all else float."""
+        base: Forms = {}
+        variants = {f"{self.name(unit)} {scheme}": self._forms_of({unit: scheme}) for unit, scheme in keys}
+        if variants:
+            values = self.trial.measure_all({k: Variant(v, base) for k, v in variants.items()}, progress=progress)
+            self.alone.update(zip(keys, values.values(), strict=True))
+
+    def _by_cost(self, unit: Unit) -> list[tuple[float, str]]:
+        """Return what a unit adds to the float model under each scheme, the cheapest first."""
+        if self.is_fast:
+            costs = [(self._ms[unit.site, scheme], scheme) for scheme in self.ladders[unit.site]]
+        else:
+            floats = self.trial.bytes_with({})
+            costs = [
+                (float(self.trial.bytes_with(self._forms_of({unit: scheme})) - floats), scheme)
+                for scheme in self.ladders[unit.site]
+            ]
+        return sorted(costs, key=lambda pair: pair[0])
+
+    def _bisect(self, front: list[Mixture], options: list[list[Option]]) -> Point | None:
+        """Return the cheapest of the mixtures within the budget, taking it that dearer ones do less harm."""
+        mixtures = [tuple(own[i].scheme for own, i in zip(options, m.choice, strict=True)) for m in front]
+        cheapest, finest = self.measure(mixtures[0]), None
+        if self.is_within(cheapest.metric):
+            return cheapest
+        low, high = 0, len(mixtures)
+        while high - low > 1:
+            middle = (low + high) // 2
+            point = self.measure(mixtures[middle])
+            low, high, finest = (low, middle, point) if self.is_within(point.metric) else (middle, high, finest)
+        return finest
+
+    def _descend(self, point: Point, options: list[list[Option]]) -> None:
+        """Make single units cheaper for as long as the budget allows: what promises the greatest saving first."""
+        seen = {found.schemes for found in self.points}
+        for _ in range(_TRIES):
+            moves = []
+            for k, own in enumerate(options):
+                now = next(option for option in own if option.scheme == point.schemes[k])
+                for option in own:
+                    schemes = (*point.schemes[:k], option.scheme, *point.schemes[k + 1 :])
+                    harm = max(point.harm, 0.0) ** self.power + option.harm - now.harm
+                    if option.cost < now.cost and schemes not in seen and self._is_hopeful(harm):
+                        moves.append((option.cost - now.cost, option.harm - now.harm, schemes))
+            if not moves:
+                return
+            tried = self.measure(min(moves)[2])
+            seen.add(tried.schemes)
+            point = tried if self.is_within(tried.metric) and self.cost(tried) < self.cost(point) else point
+
+    def _is_hopeful(self, harm: float) -> bool:
+        """Return whether a promised harm is near enough to the budget to try: errors may cancel, to about a half."""
+        share: float = max(self.budget, 0.0) ** self.power
+        return harm <= 2 * share
+
+    def _measure_reference(self) -> None:
+        """Measure what int8 alone comes to, where it may be used: one would want to know."""
+        plain = tuple("int8" if "int8" in self.ladders[unit.site] else "" for unit in self.units)
+        if all(plain):
+            self.measure(plain)
+
+    def measure(self, schemes: Schemes) -> Point:
+        """Return what a mixture really does."""
+        known = next((point for point in self.points if point.schemes == schemes), None)
+        if known is not None:
+            return known
+        forms = self._forms_of(dict(zip(self.units, schemes, strict=True)))
+        value = self.trial.measure(forms)
+        ms = math.nan
+        if self.is_fast:
+            ms = self._ms[-1, ""] + sum(self._ms[u.site, s] for u, s in zip(self.units, schemes, strict=True))
+        point = Point(schemes, value, self.harm(value), self.trial.bytes_with(forms), ms)
+        self.points.append(point)
+        return point
+
+    def _forms_of(self, chosen: dict[Unit, str]) -> dict[int, nn.Module]:
+        """Return the modules of the sites that do not stay float; units that are not named stay so."""
+        own: dict[int, dict[str, str]] = collections.defaultdict(dict)
+        for unit in self.units:
+            own[unit.site][unit.weight] = chosen.get(unit, "float")
+        wanted = {i: mixed({"float": None, **self.ladders[i]}, weights) for i, weights in own.items()}
+        return {i: self._form(i, qconfig) for i, qconfig in wanted.items() if qconfig is not None}
+
+    def _form(self, i: int, qconfig: QConfig) -> nn.Module:
+        if (i, qconfig) not in self._forms:
+            self._forms[i, qconfig] = self.trial.convert_sites({i: qconfig})[1][i]
+        return self._forms[i, qconfig]
+
+    def _make_forms(self) -> None:
+        """Make all sites' forms under each scheme at once, so that tied weights stay one tensor."""
+        for scheme in dict.fromkeys(name for ladder in self.ladders for name in ladder if name != "float"):
+            chosen = self._chosen(scheme)
+            for i, form in self.trial.convert_sites(chosen)[1].items():
+                self._forms[i, chosen[i]] = form
+
+    def _measure_ms(self, model: nn.Module) -> dict[tuple[int, str], float]:
+        """Return each site's milliseconds on the first batch under each scheme; under (-1, "") those elsewhere."""
+        trial = self.trial
+        whole = {(r.path, r.call): r for r in profile(trial.quantized, trial.first_batch, float_model=model).rows}
+        places = [(site.path, site.call or "") for site in self.sites]
+        found = {(i, "float"): whole[place].float_ms for i, place in enumerate(places)}
+        found[-1, ""] = whole["elsewhere", ""].ms
+        for scheme in dict.fromkeys(name for ladder in self.ladders for name in ladder if name != "float"):
+            chosen = self._chosen(scheme)
+            rows = {(r.path, r.call): r.ms for r in profile(trial.convert_sites(chosen)[0], trial.first_batch).rows}
+            found.update({(i, scheme): rows[places[i]] for i in chosen})
+        return found
+
+    def _chosen(self, scheme: str) -> dict[int, QConfig]:
+        """Return the sites that take a scheme, and their qconfigs."""
+        return {i: q for i, ladder in enumerate(self.ladders) if (q := ladder.get(scheme)) is not None}
+
+
+def mixed(ladder: dict[str, QConfig | None], weights: dict[str, str]) -> QConfig | None:
+    """Return the qconfig of a site whose weights get these schemes, None where all stay float.
+
+    The scheme that most of them have is the site's, the others' are its parts.
+    """
+    counts = collections.Counter(name for name in weights.values() if ladder[name] is not None)
+    if not counts:
+        return None
+    common = counts.most_common(1)[0][0]
+    qconfig = ladder[common]
+    assert qconfig is not None
+    parts = tuple((weight, ladder[name]) for weight, name in weights.items() if name != common)
+    return replace(qconfig, parts=parts) if parts else qconfig

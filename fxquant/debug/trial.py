@@ -1,0 +1,287 @@
+"""A model whose sites can be swapped one by one, each for any of its quantized forms, and a metric of what comes of it.
+
+The float model is laid open once (see `sites`). A metric of the user's is asked about the whole model. The default one,
+the error of the outputs, needs no more of a traced model than the nodes that follow what was swapped (see `replay`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from fxquant.debug.replay import Replay, callers
+from fxquant.debug.sites import as_arguments, first_tensor, open_float, open_quantized, run
+from fxquant.debug.table import site_name
+from fxquant.errors import CheckpointError, ExampleInputsError, ModelStateError
+from fxquant.graph import edit
+from fxquant.graph.module import keep_record, need_stage
+from fxquant.qconfig import QConfig
+from fxquant.qconfig_mapping import QConfigMapping
+from fxquant.quantize_fx import convert_fx, prepare_fx
+
+Metric = Callable[[nn.Module], float]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+Forms = Mapping[int, nn.Module]
+"""What stands in the place of each site, by its number; of those that are missing, the float one."""
+
+_CHUNK = 2**15
+"""How many values are compared at once, in float64: as many as stay in a core's cache."""
+
+
+class Variant(NamedTuple):
+    """A model to be measured. base: one that it differs little from; many variants should share it."""
+
+    forms: Forms
+    base: Forms
+
+
+class _Pass(NamedTuple):
+    """A base's pass over one batch. wanted: what the float model's output holds."""
+
+    number: int
+    base: Forms
+    replay: Replay
+    wanted: torch.Tensor | None
+
+
+class Trial:
+    """A float model laid open, what a mapping makes of its sites, and a metric.
+
+    Memory: with the default metric, one batch's values of all nodes; from the first whole pass on, also the float
+    outputs of all batches.
+    """
+
+    def __init__(self, model: nn.Module, mapping: QConfigMapping, data: Iterable[Any], metric: Metric | None) -> None:
+        if isinstance(data, torch.Tensor):
+            raise ExampleInputsError(
+                f"data is an iterable of batches, got one tensor {tuple(data.shape)}; pass [tensor]"
+            )
+        given = list(data)
+        self.batches = [as_arguments(batch, model) for batch in given]
+        if not self.batches:
+            raise ExampleInputsError("data held no batch; was it a generator that had been used up?")
+        self.first_batch = given[0]
+        self.prepared = self._prepare(model, mapping)
+        self.quantized = convert_fx(self.prepared)
+        self.record = need_stage(self.quantized, "quantized", "sensitivity", "a mapping that quantizes something")
+        if not self.record.sites:
+            raise ModelStateError("the mapping quantizes nothing of this model: there is nothing to try")
+        self._float = open_float(model, self.record)
+        opened = open_quantized(self.quantized, self.record)
+        self.forms = dict(enumerate(opened.sites))
+        sites_sizes = _sizes(opened.sites)
+        self._other_sizes = {key: size for key, size in _sizes([opened.model]).items() if key not in sites_sizes}
+        self._metric = metric
+        is_pure = metric is None and not self.record.untraced  # such a module's own code may keep state
+        self._callers = callers(self._float.model, self._float.sites) if is_pure else None
+        self._kept: _Pass | None = None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the metric is the default one, the relative RMS error of the outputs."""
+        return self._metric is None
+
+    def float_site(self, number: int) -> nn.Module | None:
+        """Return a site's float module, None for a call."""
+        return None if self.record.sites[number].call is not None else self._float.sites[number]
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the metric needs no more than what follows a site, as far as is known."""
+        return self._callers is not None
+
+    def convert(self, model: nn.Module, mapping: QConfigMapping) -> nn.Module:
+        """Return the model quantized as a mapping says, prepared with the first batch."""
+        return convert_fx(self._prepare(model, mapping))
+
+    def convert_sites(self, qconfigs: Mapping[int, QConfig]) -> tuple[nn.Module, dict[int, nn.Module]]:
+        """Return the model with some sites quantized, by number, as these qconfigs say, and those sites' forms."""
+        record = need_stage(self.prepared, "prepared", "convert_sites", "prepare_fx")
+        numbers = sorted(qconfigs)
+        sites = tuple(replace(record.sites[i], qconfig=qconfigs[i]) for i in numbers)
+        model = convert_fx(keep_record(edit.mirror(self.prepared), record.advance(sites=sites)))
+        converted = need_stage(model, "quantized", "convert_sites", "convert_fx")
+        return model, dict(zip(numbers, open_quantized(model, converted).sites, strict=True))
+
+    def bytes_with(self, forms: Forms) -> int:
+        """Return what the model takes with these forms: each tensor once, and none that no site reads any more."""
+        sites = [forms.get(i, site) for i, site in enumerate(self._float.sites)]
+        return sum({**self._other_sizes, **_sizes(sites)}.values())
+
+    def _prepare(self, model: nn.Module, mapping: QConfigMapping) -> nn.Module:
+        args, kwargs = self.batches[0]
+        return prepare_fx(model, mapping, args, example_kwargs=kwargs)
+
+    def measure(self, forms: Forms) -> float:
+        """Return the metric with some sites swapped, by a whole pass."""
+        if self.is_default:
+            _ = self._float_outputs  # while the model is float
+        with self._swapped(forms) as root:
+            return self.metric_of(root)
+
+    def metric_of(self, model: nn.Module) -> float:
+        """Return the metric of a whole model."""
+        with torch.no_grad():
+            if self._metric is not None:
+                return float(self._metric(model))
+            return _relative(
+                _error(run(model, batch, seed), wanted)
+                for seed, (batch, wanted) in enumerate(zip(self.batches, self._float_outputs, strict=True))
+            )
+
+    def measure_all(
+        self, variants: Mapping[str, Variant], notes: Notes | None = None, progress: Progress = iter
+    ) -> dict[str, float]:
+        """Return the metric of each variant, to the bit what `measure` gives. notes: what is measured already.
+
+        progress: wraps the variants, or where partial passes will do, the pairs of a batch and a variant.
+        """
+        notes = notes or Notes(None, self)
+        if self.is_partial:
+            try:
+                return self._measure_in_parts(variants, notes, progress)
+            except _InexactError:
+                self._callers = None
+        whole = {}
+        for key in progress(list(variants)):
+            (whole[key],) = notes.ask(key, lambda forms=variants[key].forms: (self.measure(forms),))  # type: ignore[misc]
+        return whole
+
+    def _measure_in_parts(self, variants: Mapping[str, Variant], notes: Notes, progress: Progress) -> dict[str, float]:
+        """Return the default metric of each variant by partial passes, batch by batch."""
+        errors: dict[str, list[tuple[float, ...]]] = {key: [] for key in variants}
+        for number, key in progress([(number, key) for number in range(len(self.batches)) for key in variants]):
+            measure = functools.partial(self._part_error, number, variants[key])
+            errors[key].append(notes.ask(f"{key}, batch {number}", measure))
+        self._kept = None
+        return {key: _relative(found) for key, found in errors.items()}
+
+    def _part_error(self, number: int, variant: Variant) -> tuple[float, float]:
+        """Return the squared error of a variant's output on one batch, and the output's own square."""
+        kept = self._pass_over(number, variant.base)
+        swapped = [i for i in {**variant.base, **variant.forms} if variant.base.get(i) is not variant.forms.get(i)]
+        assert self._callers is not None
+        with self._swapped(variant.forms):
+            got = kept.replay.output_with(set().union(*(self._callers[i] for i in swapped)))
+        return _error(got, kept.wanted)
+
+    def _pass_over(self, number: int, base: Forms) -> _Pass:
+        """Return a base's pass over one batch; the last one is kept, as variants come by batch and base."""
+        kept = self._kept
+        if kept is None or kept.number != number or kept.base is not base:
+            wanted = kept.wanted if kept is not None and kept.number == number else None
+            self._kept = kept = None  # its values go before the next ones come
+            batch = self.batches[number]
+            if base and wanted is None:
+                wanted = first_tensor(run(self._float.model, batch, number))
+            with self._swapped(base) as root:
+                assert isinstance(root, fx.GraphModule)
+                replay = Replay(root, batch, number)
+            if not replay.is_exact:
+                raise _InexactError
+            self._kept = kept = _Pass(number, base, replay, wanted if base else first_tensor(replay.output))
+        return kept
+
+    @contextmanager
+    def _swapped(self, forms: Forms) -> Iterator[nn.Module]:
+        """Let the float model have these forms for a while; gives its root, which may be one of them."""
+        sites = self._float.sites
+        root = _swap(self._float.model, {id(sites[i]): form for i, form in forms.items()})
+        try:
+            yield root
+        finally:
+            _swap(root, {id(form): sites[i] for i, form in forms.items()})
+
+    @functools.cached_property
+    def _float_outputs(self) -> list[torch.Tensor | None]:
+        """The float outputs of all batches."""
+        return [first_tensor(run(self._float.model, batch, seed)) for seed, batch in enumerate(self.batches)]
+
+
+class _InexactError(Exception):
+    """A graph draws random numbers or writes into its values, so that no part of it can be run by itself."""
+
+
+def _swap(root: nn.Module, forms: Mapping[int, nn.Module]) -> nn.Module:
+    """Put others in the place of some modules, by their ids, wherever these stand; return the root, perhaps one."""
+    for parent in list(root.modules()):
+        for name, child in parent._modules.items():
+            parent._modules[name] = forms.get(id(child), child)
+    return forms.get(id(root), root)
+
+
+def _sizes(modules: Iterable[nn.Module]) -> dict[tuple[Any, ...], int]:
+    """Return the bytes of all tensors in some modules, tied ones once."""
+    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return {edit.identity(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
+
+
+def _error(got: Any, wanted: torch.Tensor | None) -> tuple[float, float]:
+    """Return Σ (y - ŷ)² and Σ y² over an output's first tensor, or raise ExampleInputsError."""
+    found = first_tensor(got)
+    if wanted is None or found is None or found.shape != wanted.shape:
+        raise ExampleInputsError("the model's outputs hold no tensor to compare; pass a metric of your own")
+    noise = signal = 0.0
+    pairs = zip(found.reshape(-1).split(_CHUNK), wanted.reshape(-1).split(_CHUNK), strict=True)
+    for y, expected in ((ours.double(), theirs.double()) for ours, theirs in pairs):
+        noise += float((y - expected).square().sum())
+        signal += float(expected.square().sum())
+    return noise, signal
+
+
+def _relative(errors: Iterable[tuple[float, ...]]) -> float:
+    """Return √(Σ noise / Σ signal), of batches."""
+    noise = signal = 0.0
+    for batch_noise, batch_signal in errors:
+        noise, signal = noise + batch_noise, signal + batch_signal
+    return math.sqrt(noise / signal) if signal else math.sqrt(noise)
+
+
+class Notes:
+    """Measured values, kept in a file as they come, so that an interrupted run goes on where it stopped.
+
+    The file's first line names the sites; each further line is one value's name and numbers, so that a line is all that
+    a crash can cost.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, trial: Trial) -> None:
+        self._path = None if path is None else Path(path)
+        self._values: dict[str, tuple[float, ...]] = {}
+        if self._path is None:
+            return
+        about = {"sites": [site_name(site) for site in trial.record.sites], "batches": len(trial.batches)}
+        if not self._path.exists():
+            self._path.write_text(json.dumps(about) + "\n", encoding="utf-8")
+            return
+        whole, _, torn = self._path.read_text(encoding="utf-8").rpartition("\n")
+        try:
+            kept, *values = map(json.loads, whole.split("\n"))
+            self._values = {str(key): tuple(map(float, numbers)) for key, numbers in values}
+            is_ours = set(kept) == set(about)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self._path} is no file of sensitivity's; remove it to begin anew") from error
+        if not is_ours:
+            raise CheckpointError(f"{self._path} is no file of sensitivity's; remove it to begin anew")
+        if kept != about:
+            raise CheckpointError(f"{self._path} was kept for another model, mapping or data; remove it to begin anew")
+        if torn:
+            self._path.write_text(whole + "\n", encoding="utf-8")
+
+    def ask(self, key: str, measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
+        """Return the values that are kept, or measure them."""
+        if key not in self._values:
+            self._values[key] = measure()
+            if self._path is not None:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([key, self._values[key]]) + "\n")
+        return self._values[key]

@@ -309,11 +309,15 @@ FXQ_INLINE struct outputs_16 begin_outputs(const struct fxq_matmul *job, int64_t
     return o;
 }
 
-FXQ_INLINE __m512 dequantize_outputs(const struct outputs_16 *o, __m512i sums, float row_scale, const float *addend) {
-    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(_mm512_set1_ps(row_scale), o->scale));
+FXQ_INLINE __m512 scale_outputs(const struct outputs_16 *o, __m512 sums, float row_scale, const float *addend) {
+    __m512 y = _mm512_mul_ps(sums, _mm512_mul_ps(_mm512_set1_ps(row_scale), o->scale));
     y = _mm512_add_ps(y, o->bias);
     if (addend) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(o->lanes, addend));
     return o->relu ? _mm512_max_ps(_mm512_setzero_ps(), y) : y; /* the second operand where one is NaN */
+}
+
+FXQ_INLINE __m512 dequantize_outputs(const struct outputs_16 *o, __m512i sums, float row_scale, const float *addend) {
+    return scale_outputs(o, _mm512_cvtepi32_ps(sums), row_scale, addend);
 }
 
 FXQ_INLINE void finish_outputs(const struct outputs_16 *o, __m512i sums, float row_scale, float *out,

@@ -11,11 +11,16 @@
  * static FXQ_LANES load_first_16(const int16_t *p, int64_t count);  0 in the others
  * static FXQ_LANES add_pairs(sum, a, w);            an int32 lane: sum and the products of two 16-bit lanes
  * static FXQ_LANES add_wide(total, low, high);      int64 lanes: total and, all together, those of low + 256 high
- * static void sum_lanes(const FXQ_LANES v[FXQ_TILE], int64_t *sums);  sums[i]: the sum of v[i]'s int64 lanes */
+ * static void sum_lanes(const FXQ_LANES v[FXQ_TILE], int64_t *sums);  sums[i]: the sum of v[i]'s int64 lanes
+ *
+ * and with FXQ_LEAST_PANEL_ROWS it has matmul_int16_panels, another form, for so many rows. */
 
 #define FXQ_INT16 .quantize_int16 = quantize_int16, .matmul_int16 = matmul_int16
 
-enum { EXACT_PRODUCTS = 256 };
+enum {
+    EXACT_PRODUCTS = 256,
+    BLOCK_16 = 16 /* outputs whose weights stay in the cache while the rows go by */
+};
 
 static void quantize_int16(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
     for (int i = 0; i < count; i++) {
@@ -46,7 +51,7 @@ static void quantize_int16(const struct fxq_activations *x, int64_t first, int c
 FXQ_INLINE void finish_int16(const struct fxq_matmul *job, const struct fxq_target *to, int64_t m, int64_t n, int64_t n0,
                              int64_t count, const int64_t *restrict sums) {
     const float row_scale = job->x->row[m].scale, *restrict scale = job->scale + n;
-    float *restrict out = to->out + m * to->out_stride + n - n0, y[16];
+    float *restrict out = to->out + m * to->out_stride + n - n0, y[BLOCK_16];
     const float *addend = to->addend ? to->addend + m * to->addend_stride + n - n0 : NULL; /* may be out */
     for (int64_t i = 0; i < count; i++) y[i] = (float)sums[i] * (row_scale * scale[i]);
     for (int64_t i = 0; job->bias && i < count; i++) y[i] += job->bias[n + i];
@@ -55,14 +60,12 @@ FXQ_INLINE void finish_int16(const struct fxq_matmul *job, const struct fxq_targ
     for (int64_t i = 0; i < count; i++) out[i] = y[i];
 }
 
-enum { BLOCK_16 = 16 }; /* outputs whose weights stay in the cache while the rows go by */
-
 #ifdef FXQ_LANES
 
 enum { LANES_16 = sizeof(FXQ_LANES) / 2, WIDEN_AFTER = EXACT_PRODUCTS * sizeof(FXQ_LANES) / 4 };
 
 /* A tile: `rows` rows (1 or 2, a constant wherever this is inlined) by FXQ_TILE / rows outputs, from column k on. */
-FXQ_INLINE void add_columns(const int16_t *a, int64_t depth, const int16_t *const *w, int64_t k, int64_t left, int rows,
+FXQ_INLINE void add_tile_columns(const int16_t *a, int64_t depth, const int16_t *const *w, int64_t k, int64_t left, int rows,
                             FXQ_LANES low[FXQ_TILE], FXQ_LANES high[FXQ_TILE]) {
     const int outputs = FXQ_TILE / rows;
     FXQ_LANES weights[FXQ_TILE];
@@ -86,8 +89,8 @@ FXQ_INLINE void multiply_tile(const int16_t *a, int64_t depth, const int16_t *co
     for (int64_t k = 0; k < columns;) {
         const int64_t end = columns - k < WIDEN_AFTER ? columns : k + WIDEN_AFTER;
         FXQ_UNROLL(8) for (int i = 0; i < FXQ_TILE; i++) low[i] = high[i] = (FXQ_LANES){0};
-        for (; k + LANES_16 <= end; k += LANES_16) add_columns(a, depth, w, k, LANES_16, rows, low, high);
-        if (k < end) add_columns(a, depth, w, k, end - k, rows, low, high);
+        for (; k + LANES_16 <= end; k += LANES_16) add_tile_columns(a, depth, w, k, LANES_16, rows, low, high);
+        if (k < end) add_tile_columns(a, depth, w, k, end - k, rows, low, high);
         k = end;
         FXQ_UNROLL(8) for (int i = 0; i < FXQ_TILE; i++) total[i] = add_wide(total[i], low[i], high[i]);
     }
@@ -133,8 +136,19 @@ FXQ_INLINE void multiply_rows(const struct fxq_matmul *job, int64_t m, int rows,
 
 #endif
 
+#ifdef FXQ_LEAST_PANEL_ROWS
+static void matmul_int16_panels(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to);
+#else
+#define FXQ_LEAST_PANEL_ROWS INT64_MAX
+#define matmul_int16_panels(...)
+#endif
+
 static void matmul_int16(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to) {
     int64_t sums[2][BLOCK_16];
+    if (job->x->rows >= FXQ_LEAST_PANEL_ROWS) {
+        matmul_int16_panels(job, n0, n1, to);
+        return;
+    }
     for (int64_t n = n0; n < n1; n += BLOCK_16) {
         const int64_t count = n1 - n < BLOCK_16 ? n1 - n : BLOCK_16;
         int64_t m = 0;

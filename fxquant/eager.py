@@ -21,6 +21,7 @@ from fxquant.qconfig import (
     default_dynamic_qconfig,
     float16_dynamic_qconfig,
     float_qparams_weight_only_qconfig,
+    int16_dynamic_qconfig,
 )
 from fxquant.qconfig_mapping import QConfigMapping, type_name
 
@@ -29,6 +30,7 @@ What: TypeAlias = type[nn.Module] | str
 _BY_DTYPE = {
     "int8": default_dynamic_qconfig,
     "qint8": default_dynamic_qconfig,
+    "int16": int16_dynamic_qconfig,
     "float16": float16_dynamic_qconfig,
     "uint8": float_qparams_weight_only_qconfig,
     "quint8": float_qparams_weight_only_qconfig,
@@ -48,7 +50,7 @@ def quantize_dynamic(
 
     qconfig_spec: module types and names to quantize; a dict of them to qconfigs (None: float); a QConfigMapping; or
     None for every module that the operator table knows. dtype: what types and names without a qconfig of their own
-    get: torch.int8 (default_dynamic_qconfig), torch.float16, torch.uint8 (embeddings).
+    get: torch.int8 (default_dynamic_qconfig), torch.int16, torch.float16, torch.uint8 (embeddings).
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
 
     For models that do not trace; calls of F.linear and the like are out of reach here. `fxquant.explain` says what
@@ -74,7 +76,9 @@ def _as_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:
         return spec.copy()
     name = str(dtype).removeprefix("torch.")
     if name not in _BY_DTYPE:
-        raise QConfigError(f"quantize_dynamic: dtype {dtype} is not one of torch.int8, torch.float16, torch.uint8")
+        raise QConfigError(
+            f"quantize_dynamic: dtype {dtype} is not one of torch.int8, torch.int16, torch.float16, torch.uint8"
+        )
     if spec is None:
         return QConfigMapping().set_global(_BY_DTYPE[name])
     if isinstance(spec, (str, type)):

@@ -128,6 +128,11 @@ def test_torch_aos_dtype_is_understood():
     assert kinds(quantized)["rnn"] == "DynamicQuantizedLSTM"
 
 
+def test_int16_is_a_dtype():
+    quantized = quantize_dynamic(WordLM().eval(), {"decoder"}, dtype=torch.int16)
+    assert quantized.decoder.weight.dtype == torch.int16
+
+
 def test_another_dtype_is_an_error():
     with pytest.raises(QConfigError, match=r"dtype torch\.int32 is not one of"):
         quantize_dynamic(WordLM().eval(), {nn.LSTM}, dtype=torch.int32)

@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxquant.debug.report import Column, Report
-from fxquant.debug.sites import Arguments, OpenModel, as_arguments, open_float, open_quantized
+from fxquant.debug.sites import OpenModel, open_float, open_quantized
 from fxquant.debug.table import megabytes, shorten, site_name
 from fxquant.errors import ExampleInputsError, ModelStateError
 from fxquant.graph import edit
+from fxquant.graph.call import Inputs, as_arguments
 from fxquant.graph.module import Record, record_of
 from fxquant.ops import kernel_info
 
@@ -117,7 +118,7 @@ class _Side:
         self._totals_ms: list[float] = []
         self._sites_ms: list[list[float]] = []
 
-    def run(self, arguments: Arguments) -> None:
+    def run(self, arguments: Inputs) -> None:
         """Run the model once more."""
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
         for timer in self.timers:

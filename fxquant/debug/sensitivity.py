@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from fxquant.debug.report import Column, Report
-from fxquant.debug.sites import as_arguments, first_tensor, open_float, open_quantized, run
+from fxquant.debug.sites import first_tensor, open_float, open_quantized
 from fxquant.debug.table import megabytes, shorten, site_name
 from fxquant.errors import CheckpointError, ExampleInputsError, ModelStateError
+from fxquant.graph.call import as_arguments, run
 from fxquant.graph.module import Record, need_stage
 from fxquant.qconfig_mapping import QConfigMapping
 from fxquant.quantize_fx import convert_fx, prepare_fx

@@ -50,7 +50,7 @@ class Site:
     row's name. rule: the mapping entry that decided. call, observer: a call's node name and the path of its weight's
     observer, None for a module. float_bytes, int_bytes: what its tensors take before and after (0 before convert_fx).
     opt_out: the mapping entry that would leave it float. shape: rows, inputs and outputs of its first call on the
-    example inputs, () where they are not known.
+    example inputs, () where they are not known. rounding: how weights were rounded where data was given for that.
     """
 
     path: str
@@ -64,6 +64,7 @@ class Site:
     int_bytes: int = 0
     opt_out: str = ""
     shape: tuple[int, ...] = ()
+    rounding: str = ""
 
 
 ASKED = "the mapping says float"

@@ -20,6 +20,9 @@ int64_t fxq_packed_bytes(int64_t rows, int64_t columns) {
     return (rows + 16) * fxq_depth(columns) * fxq_active->value_bytes;
 }
 
+/* Low and high bytes, an int16 each: see int16.h. */
+int64_t fxq_int16_bytes(int64_t rows, int64_t columns) { return rows * fxq_depth(columns) * 2 * (int64_t)sizeof(int16_t); }
+
 void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax) {
     const float low = range->low < -FLT_MAX ? -FLT_MAX : range->low;
     const float high = range->high > FLT_MAX ? FLT_MAX : range->high;
@@ -35,13 +38,22 @@ void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax) {
     *row = (struct fxq_row){scale, inverse, zero_point, (int32_t)pair};
 }
 
+/* fxquant.numerics.quantize_rows_int16, to the bit. */
+void fxq_set_int16_row(struct fxq_row *row, const struct fxq_range *range) {
+    const float largest = -range->low > range->high ? -range->low : range->high;
+    float scale = (largest > FLT_MAX ? FLT_MAX : largest) / 32767.0f;
+    if (scale < FLT_MIN) scale = 1.0f;
+    if (range->is_nan) scale = NAN;
+    *row = (struct fxq_row){.scale = scale, .inverse = 1.0f / scale};
+}
+
 void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int64_t stride, int64_t first,
                        int64_t last) {
     for (int64_t row = first; row < last; row += 16) {
         const float *rows[16];
         const int count = last - row < 16 ? (int)(last - row) : 16;
         for (int i = 0; i < count; i++) rows[i] = source + (row + i) * stride;
-        fxq_active->quantize(x, row, count, rows);
+        (x->is_int16 ? fxq_active->quantize_int16 : fxq_active->quantize)(x, row, count, rows);
     }
 }
 

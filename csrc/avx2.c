@@ -58,7 +58,11 @@ static void dot_4x2(const struct group *g, int first, const int16_t *a, const in
     sums[1] = sum_4(t0, t1, t2, t3);
 }
 
+FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) { return add_product(sum, a, w); }
+
+#include "ymm_int16.h"
+
 const struct fxq_kernels fxq_avx2 = {.name = "avx2", .value_bytes = 2, .quantize = quantize, .matmul = matmul,
-                                     FXQ_ELEMENTWISE};
+                                     FXQ_INT16, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

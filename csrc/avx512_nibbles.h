@@ -21,22 +21,22 @@ FXQ_INLINE void part_columns(const uint8_t *values, int8_t *out) {
     }
 }
 
-static void quantize_nibbles(const struct fxq_nibble_product *job, int64_t first, int64_t last) {
-    const struct fxq_linear *call = job->call;
-    const int64_t group = call->int4.group;
-    for (int64_t m = first; m < last; m++) {
-        int8_t *out = job->values + m * fxq_nibble_depth(call->columns);
-        int32_t *less = job->less + m * call->int4.groups;
-        for (int64_t k = 0; k < call->columns; k += NIBBLE_COLUMNS, out += NIBBLE_COLUMNS) {
-            const int64_t width = call->columns - k < NIBBLE_COLUMNS ? call->columns - k : NIBBLE_COLUMNS;
+static void quantize_nibbles(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows) {
+    const int64_t group = x->group, columns = x->x.columns, depth = fxq_nibble_depth(columns);
+    for (int r = 0; r < count; r++) {
+        const struct fxq_row *row = &x->x.row[first + r];
+        int8_t *out = (int8_t *)x->x.packed + (first + r) * depth;
+        int32_t *less = x->less + (first + r) * x->groups;
+        for (int64_t k = 0; k < columns; k += NIBBLE_COLUMNS, out += NIBBLE_COLUMNS) {
+            const int64_t width = columns - k < NIBBLE_COLUMNS ? columns - k : NIBBLE_COLUMNS;
             uint8_t values[NIBBLE_COLUMNS];
             memset(values, 128, sizeof values);
-            quantize_values(call->x + m * call->columns + k, width, &job->row[m], call->qmax, values);
+            quantize_values(rows[r] + k, width, row, x->x.qmax, values);
             for (int64_t i = 0; i < width; i += group) {
-                const int64_t count = width - i < group ? width - i : group;
+                const int64_t in_group = width - i < group ? width - i : group;
                 int32_t sum = 0;
-                for (int64_t j = 0; j < count; j++) sum += values[i + j];
-                *less++ = 8 * (sum - (int32_t)count * job->row[m].zero_point);
+                for (int64_t j = 0; j < in_group; j++) sum += values[i + j];
+                *less++ = 8 * (sum - (int32_t)in_group * row->zero_point);
             }
             part_columns(values, out);
         }
@@ -128,19 +128,20 @@ FXQ_INLINE void multiply_nibbles(const struct nibble_step *s, const struct fxq_r
 }
 
 /* `rows` rows from m on by outputs [n, n + 16), as far as there are `left`. */
-FXQ_INLINE void matmul_nibbles_16(const struct fxq_nibble_product *job, int64_t m, int rows, int64_t n, int64_t left,
-                                  int64_t group) {
-    const struct fxq_linear *call = job->call;
-    const int64_t columns = call->columns, row_bytes = (columns + 1) / 2, groups = call->int4.groups;
+FXQ_INLINE void matmul_nibbles_16(const struct fxq_int4_product *job, int64_t m, int rows, int64_t n, int64_t left,
+                                  int64_t n0, const struct fxq_target *to, int64_t group) {
+    const struct fxq_grouped *x = job->x;
+    const int64_t columns = x->x.columns, row_bytes = (columns + 1) / 2, groups = x->groups;
     const int each = (int)(NIBBLE_COLUMNS / group);
     const __mmask16 lanes = first_lanes(left);
-    struct nibble_step s = {.nibbles = call->int4.nibbles + n * row_bytes, .row_bytes = row_bytes,
+    struct nibble_step s = {.nibbles = job->weight->nibbles + n * row_bytes, .row_bytes = row_bytes,
         .depth = fxq_nibble_depth(columns), .bytes = ~0ull, .even_ones = _mm512_set1_epi8(1),
         .odd_ones = _mm512_set1_epi8(1)};
-    s.values = job->values + m * s.depth;
+    s.values = (const int8_t *)x->x.packed + m * s.depth;
     __m512 y[NIBBLE_ROWS];
     FXQ_UNROLL(4) for (int i = 0; i < rows; i++) {
-        y[i] = call->bias ? _mm512_maskz_loadu_ps(lanes, call->bias + n) : _mm512_set1_ps(-0.0f);
+        y[i] = job->bias ? _mm512_maskz_loadu_ps(lanes, job->bias + n) : _mm512_set1_ps(-0.0f);
+        if (to->addend) y[i] = _mm512_maskz_loadu_ps(lanes, to->addend + (m + i) * to->addend_stride + n - n0);
     }
     for (int64_t g = 0, k = 0; k < columns; g += each, k += NIBBLE_COLUMNS) {
         const int64_t width = columns - k;
@@ -150,17 +151,17 @@ FXQ_INLINE void matmul_nibbles_16(const struct fxq_nibble_product *job, int64_t 
             s.odd_ones = _mm512_maskz_set1_epi8(s.bytes >> (width % 2), 1);
         }
         __m512i t[NIBBLE_ROWS][16];
-        multiply_nibbles(&s, job->row + m, rows, left, t);
+        multiply_nibbles(&s, x->x.row + m, rows, left, t);
         const int count = groups - g < each ? (int)(groups - g) : each;
         __m512 scale[4];
-        load_scales(call->int4.scale + n * groups + g, groups, count, lanes, g == 0, scale);
+        load_scales(job->weight->scale + n * groups + g, groups, count, lanes, g == 0, scale);
         FXQ_UNROLL(4) for (int i = 0; i < rows; i++) {
             __m512i sums[4];
             sum_groups(t[i], group, sums);
-            const __m512 row_scale = _mm512_set1_ps(job->row[m + i].scale);
+            const __m512 row_scale = _mm512_set1_ps(x->x.row[m + i].scale);
             FXQ_UNROLL(4) for (int j = 0; j < each; j++) {
                 if (j >= count) break;
-                const __m512i less = _mm512_set1_epi32(job->less[(m + i) * groups + g + j]);
+                const __m512i less = _mm512_set1_epi32(x->less[(m + i) * groups + g + j]);
                 const __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[j], less));
                 y[i] = _mm512_add_ps(_mm512_mul_ps(whole, _mm512_mul_ps(row_scale, scale[j])), y[i]);
             }
@@ -169,34 +170,35 @@ FXQ_INLINE void matmul_nibbles_16(const struct fxq_nibble_product *job, int64_t 
         s.values += NIBBLE_COLUMNS;
     }
     FXQ_UNROLL(4) for (int i = 0; i < rows; i++) {
-        if (call->relu) y[i] = _mm512_max_ps(_mm512_setzero_ps(), y[i]); /* the second operand where one is NaN */
-        _mm512_mask_storeu_ps(call->out + (m + i) * call->outputs + n, lanes, y[i]);
+        if (job->relu) y[i] = _mm512_max_ps(_mm512_setzero_ps(), y[i]); /* the second operand where one is NaN */
+        _mm512_mask_storeu_ps(to->out + (m + i) * to->out_stride + n - n0, lanes, y[i]);
     }
 }
 
-FXQ_INLINE void matmul_nibbles_in(const struct fxq_nibble_product *job, int64_t m, int rows, int64_t n0, int64_t n1,
-                                  int64_t group) {
+FXQ_INLINE void matmul_nibbles_in(const struct fxq_int4_product *job, int64_t m, int rows, int64_t n0, int64_t n1,
+                                  const struct fxq_target *to, int64_t group) {
     int64_t n = n0;
-    for (; n + 16 <= n1; n += 16) matmul_nibbles_16(job, m, rows, n, 16, group);
-    if (n < n1) matmul_nibbles_16(job, m, rows, n, n1 - n, group);
+    for (; n + 16 <= n1; n += 16) matmul_nibbles_16(job, m, rows, n, 16, n0, to, group);
+    if (n < n1) matmul_nibbles_16(job, m, rows, n, n1 - n, n0, to, group);
 }
 
 /* The compiler makes a form for each number of rows and size of a group. */
-FXQ_INLINE void matmul_nibbles_of(const struct fxq_nibble_product *job, int64_t m, int rows, int64_t n0, int64_t n1) {
-    switch (job->call->int4.group) {
-        case 32: matmul_nibbles_in(job, m, rows, n0, n1, 32); break;
-        case 64: matmul_nibbles_in(job, m, rows, n0, n1, 64); break;
-        default: matmul_nibbles_in(job, m, rows, n0, n1, 128);
+FXQ_INLINE void matmul_nibbles_of(const struct fxq_int4_product *job, int64_t m, int rows, int64_t n0, int64_t n1,
+                                  const struct fxq_target *to) {
+    switch (job->x->group) {
+        case 32: matmul_nibbles_in(job, m, rows, n0, n1, to, 32); break;
+        case 64: matmul_nibbles_in(job, m, rows, n0, n1, to, 64); break;
+        default: matmul_nibbles_in(job, m, rows, n0, n1, to, 128);
     }
 }
 
-static void matmul_nibbles(const struct fxq_nibble_product *job, int64_t n0, int64_t n1) {
-    for (int64_t m = 0; m < job->call->rows;) {
-        const int64_t left = job->call->rows - m;
+static void matmul_nibbles(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to) {
+    for (int64_t m = 0; m < job->x->x.rows;) {
+        const int64_t left = job->x->x.rows - m;
         const int rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        if (rows == 4) matmul_nibbles_of(job, m, 4, n0, n1);
-        else if (rows == 2) matmul_nibbles_of(job, m, 2, n0, n1);
-        else matmul_nibbles_of(job, m, 1, n0, n1);
+        if (rows == 4) matmul_nibbles_of(job, m, 4, n0, n1, to);
+        else if (rows == 2) matmul_nibbles_of(job, m, 2, n0, n1, to);
+        else matmul_nibbles_of(job, m, 1, n0, n1, to);
         m += rows;
     }
 }

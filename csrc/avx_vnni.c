@@ -65,7 +65,11 @@ static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int
     }
 }
 
+FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) { return _mm256_dpwssd_avx_epi32(sum, a, w); }
+
+#include "ymm_int16.h"
+
 const struct fxq_kernels fxq_avx_vnni = {.name = "avx_vnni", .value_bytes = 1, .quantize = quantize,
-                                         .row_sums = row_sums, .matmul = matmul, FXQ_ELEMENTWISE};
+                                         .row_sums = row_sums, .matmul = matmul, FXQ_INT16, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

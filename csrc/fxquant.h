@@ -33,14 +33,16 @@ struct fxq_activations {
     int qmax;
     bool per_row; /* false: row[] was filled from one range for all rows */
     bool is_row_major; /* packed row by row, `depth` bytes each: for packed weights */
+    bool is_int16;     /* -32767 … 32767 without a zero point, for int16 weights; packed as int16.h says, not as matmul wants */
     struct fxq_row *row;
-    void *packed; /* fxq_packed_bytes() */
+    void *packed; /* fxq_packed_bytes(), fxq_int16_bytes() */
 };
 
 /* One quantized product, shared by the threads that each compute some outputs of it. */
 struct fxq_matmul {
     const struct fxq_activations *x;
     const int8_t *weight; /* (outputs, x->columns) */
+    const int16_t *int16; /* instead of weight where x->is_int16 */
     int64_t outputs;
     const float *scale; /* (outputs,) */
     const float *bias;  /* (outputs,) or NULL */
@@ -86,12 +88,26 @@ struct fxq_linear_int4 {
     int64_t group, groups;  /* columns a group: 32, 64 or 128; how many */
 };
 
-/* The same for few rows, without unpacking the weights to memory: see avx512_nibbles.h. */
-struct fxq_nibble_product {
-    const struct fxq_linear *call;
-    const struct fxq_row *row;
-    int8_t *values; /* (rows, fxq_nibble_depth(columns)) */
-    int32_t *less;  /* (rows, groups): 8 * sum(q - zero_point) */
+/* Activations for products with 4-bit weights: see int4.c. Few rows may have a form that nibbles are multiplied with as they
+ * lie: (rows, fxq_nibble_depth(columns)) int8 and `less`; else each group of columns is quantized for a product of its own. */
+struct fxq_grouped {
+    struct fxq_activations x; /* packed: fxq_grouped_bytes() */
+    int64_t group, groups;
+    bool is_nibbles;
+    int64_t group_bytes; /* from a group's activations to the next one's */
+    int32_t *less;       /* nibbles: (rows, groups), 8 * sum(q - zero_point) */
+};
+
+/* One product with 4-bit weights, shared by the threads that each compute some outputs of it. */
+struct fxq_int4_product {
+    const struct fxq_grouped *x;
+    const struct fxq_linear_int4 *weight;
+    int64_t outputs;
+    const float *bias; /* (outputs,) or NULL; with an addend NULL */
+    bool relu;
+    const int8_t *values; /* what fxq_unpack_groups made, or NULL: unpacked on the way */
+    const float *scale;
+    int64_t chunk; /* outputs unpacked at a time, in fxq_int4_scratch_bytes(): fxq_int4_chunk() */
 };
 
 /* What an instruction set provides. */
@@ -107,6 +123,9 @@ struct fxq_kernels {
     /* Whether a product of these sizes repays a packed copy of the weights: then x must be row by row. NULL: never. */
     bool (*packs_weight)(int64_t rows, int64_t columns, int64_t outputs);
     void (*matmul)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
+    /* The same with int16 weights and activations, without packing or scratch. */
+    void (*quantize_int16)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
+    void (*matmul_int16)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to);
     /* gates: 4 runs of `units` floats, gate_stride apart; h may be any buffer of `units`. */
     void (*lstm_cell)(const float *gates, int64_t gate_stride, int64_t units, float *c, float *h);
     /* gates: r, z and the hidden part of n; x_n: the input's part of n; before: the last h. */
@@ -121,8 +140,8 @@ struct fxq_kernels {
     /* 4-bit weights: rows of nibbles, `stride` bytes apart, less 8. values: (rows, columns) */
     void (*unpack)(const uint8_t *nibbles, int64_t stride, int64_t rows, int64_t columns, int8_t *values);
     int64_t most_nibble_rows; /* so many rows go through the next two; 0: none */
-    void (*quantize_nibbles)(const struct fxq_nibble_product *job, int64_t first, int64_t last);
-    void (*matmul_nibbles)(const struct fxq_nibble_product *job, int64_t n0, int64_t n1);
+    void (*quantize_nibbles)(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows);
+    void (*matmul_nibbles)(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to);
     void (*table_row)(const struct fxq_table *table, int64_t row, float *out);
     /* out[i] = out[i] + x[i] * weight, or the greater of the two */
     void (*add_scaled)(float *out, const float *x, float weight, int64_t count);
@@ -152,9 +171,23 @@ void fxq_trim_scratch(void); /* gives back an unusually large block */
 int64_t fxq_depth(int64_t columns);
 int64_t fxq_nibble_depth(int64_t columns); /* whole steps of 128 columns */
 int64_t fxq_packed_bytes(int64_t rows, int64_t columns);
+int64_t fxq_int16_bytes(int64_t rows, int64_t columns);
 int64_t fxq_matmul_scratch_bytes(int64_t columns); /* one thread's scratch in matmul and row_sums */
 void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax);
+void fxq_set_int16_row(struct fxq_row *row, const struct fxq_range *range);
 void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int64_t stride, int64_t first, int64_t last);
+
+/* int4.c */
+int64_t fxq_grouped_bytes(int64_t rows, int64_t columns, int64_t group); /* enough for fewer rows or larger groups too */
+/* Choose the form of x->x.rows rows for weights of such groups. Then quantize as fxq_kernels.quantize does, and multiply. */
+void fxq_begin_grouped(struct fxq_grouped *x, int64_t group);
+void fxq_quantize_grouped(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows);
+int64_t fxq_int4_chunk(int64_t rows);
+int64_t fxq_int4_scratch_bytes(int64_t chunk);
+void fxq_multiply_int4(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
+/* Rows [n0, n1) to int8, a group's (outputs, its width) after another's, and to (groups, outputs) scales. */
+void fxq_unpack_groups(const struct fxq_linear_int4 *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1,
+                       int8_t *values, float *scale);
 
 /* The operators. They return 0, FXQ_NO_MEMORY or FXQ_BAD_INDEX. */
 enum { FXQ_OK = 0, FXQ_NO_MEMORY = -1, FXQ_BAD_INDEX = -2, FXQ_BAD_OFFSETS = -3 };
@@ -163,6 +196,7 @@ struct fxq_linear {
     const float *x;
     int64_t rows, columns;
     const int8_t *weight; /* and scale: NULL with int4 */
+    const int16_t *int16; /* instead of weight, or NULL */
     int64_t outputs;
     const float *scale, *bias;
     float *out;

@@ -29,14 +29,16 @@ static PyObject *finish(int status, PyObject *outputs) {
     return status == FXQ_NO_MEMORY ? PyErr_NoMemory() : nothing();
 }
 
-/* The weight and scale of a linear of so many columns, int8 or, with a group size, int4. */
+/* The weight and scale of a linear of so many columns, int8, int16 or, with a group size, int4. */
 static bool read_weight(PyObject *weight, PyObject *scale, int64_t columns, int64_t group, struct fxq_linear *call) {
     struct tensor matrix, scales;
-    if (!read_kind(weight, group ? UINT8 : INT8, 2, &matrix)) return false;
+    if (!read_tensor(weight, &matrix) || matrix.dimensions != 2) return false;
+    if (group ? matrix.kind != UINT8 : matrix.kind != INT8 && matrix.kind != INT16) return false;
     call->outputs = matrix.shape[0];
     call->columns = columns;
     if (group == 0) {
-        call->weight = matrix.data;
+        if (matrix.kind == INT16) call->int16 = matrix.data;
+        else call->weight = matrix.data;
         return matrix.shape[1] == columns && read_vector(scale, call->outputs, &call->scale);
     }
     if ((group != 32 && group != 64 && group != 128) || columns == 0) return false;
@@ -406,6 +408,6 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__native(void) {
     fxq_select_isa(-1);
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "interface", 5) != 0) Py_CLEAR(module); /* of native.py's _INTERFACE */
+    if (module && PyModule_AddIntConstant(module, "interface", 6) != 0) Py_CLEAR(module); /* of native.py's _INTERFACE */
     return module;
 }

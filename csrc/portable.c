@@ -1,6 +1,7 @@
 /* Plain C for any processor, as fast as the compiler's own vectorization makes it. */
 #define FXQ_VALUE int16_t
 #include "row_major.h"
+#include "int16.h"
 
 static void quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
     set_own_rows(x, first, count, rows);
@@ -30,4 +31,4 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
 }
 
 const struct fxq_kernels fxq_portable = {
-    .name = "portable", .value_bytes = 2, .quantize = quantize, .matmul = matmul, FXQ_ELEMENTWISE};
+    .name = "portable", .value_bytes = 2, .quantize = quantize, .matmul = matmul, FXQ_INT16, FXQ_ELEMENTWISE};

@@ -38,6 +38,7 @@ from fxquant.qconfig import (
     float_qparams_weight_only_qconfig,
     float_qparams_weight_only_qconfig_4bit,
     int4_dynamic_qconfig,
+    int16_dynamic_qconfig,
     per_channel_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "fuse_fx",
     "graph_diff",
     "int4_dynamic_qconfig",
+    "int16_dynamic_qconfig",
     "kernel_info",
     "load",
     "load_torch_ao",

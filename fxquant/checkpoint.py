@@ -256,7 +256,8 @@ def _record(
 
 def _site(plain: dict[str, Any]) -> Site:
     """Return the site that JSON values describe."""
-    return Site(**{**plain, "qconfig": QConfig.from_dict(plain["qconfig"]), "shape": tuple(plain["shape"])})
+    tuples = {name: tuple(plain.get(name, ())) for name in ("shape", "part_rules")}
+    return Site(**{**plain, **tuples, "qconfig": QConfig.from_dict(plain["qconfig"])})
 
 
 def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operator]) -> QConfigMapping:

@@ -12,9 +12,9 @@ from fxquant.entry import entry
 from fxquant.errors import QConfigError
 from fxquant.graph.module import need_stage, refuse_ours
 from fxquant.graph.outcome import judge
-from fxquant.graph.plan import check_mapping
+from fxquant.graph.rules import check_mapping
 from fxquant.graph.trace import check_kind, names_of
-from fxquant.graph.tree import convert_tree, prepare_tree
+from fxquant.graph.tree import convert_tree, plain_mirror, prepare_tree
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig import (
     QConfig,
@@ -62,7 +62,7 @@ def quantize_dynamic(
     refuse_ours(model, "quantize_dynamic")
     check_kind(model)
     mapping = _as_mapping(qconfig_spec, dtype)
-    known = names_of(model)
+    known = names_of(plain_mirror(model))
     check_mapping(mapping, known)
     prepared = prepare_tree(model, mapping, table)
     record = need_stage(prepared, "prepared", "quantize_dynamic", "prepare_tree")

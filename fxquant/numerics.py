@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from fxquant.spec import TensorSpec
+from fxquant.spec import GROUP_SIZES, INT16_MAX, TensorSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_COLUMNS = (2**31 - 1) // (255 * 128)  # so many products of a uint8 and an int8 always fit an int32 sum
@@ -25,8 +25,8 @@ FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least normal number: below
 class QuantizedTensor(NamedTuple):
     """A tensor's integers and how to read them: x ≈ (values - zero_point) * scale, an index of dimension 0 at a time.
 
-    values: (N, ...) int8, uint8 or float16; 4-bit: uint8, two a byte, low nibble first, an int4 as the value + 8.
-    scale: (N,) float32; int4: (N, groups of columns) bfloat16; None for float16 values.
+    values: (N, ...) int8, int16, uint8, float; 4-bit: uint8, two a byte, low nibble first, an int4 as the value + 8.
+    scale: (N,) float32; int4: (N, groups of columns) bfloat16; None for float values.
     zero_point: (N,) float32, or None where it is 0.
     """
 
@@ -57,6 +57,24 @@ def quantize_rows(x: torch.Tensor, qmax: int, per_row: bool = True) -> tuple[tor
     zero_point = (low * -inverse).round_().clamp_(0, qmax)
     q = (x * inverse).round_().add_(zero_point).clamp_(0, qmax)
     return q.nan_to_num_(nan=0.0), scale, zero_point.nan_to_num(nan=0.0)
+
+
+def quantize_rows_int16(x: torch.Tensor, per_row: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (q, scale) of an activation as int16, measured from the values themselves. docs/numerics.md, eq. 21–22.
+
+    x: (M, K) float32 -> q: (M, K) float32 holding whole numbers in [-32767, 32767]; scale: (M, 1) float32. NaN,
+    infinities, rows too small and per_row as in `quantize_rows`; there is no zero point.
+    """
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        return x, x.new_ones(x.shape[0], 1)
+    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    largest = torch.maximum(-low, high)
+    if not per_row:
+        largest = largest.amax(dim=0, keepdim=True).expand(x.shape[0], 1)
+    scale = largest.clamp(max=FLOAT32_MAX) / INT16_MAX
+    scale = torch.where(scale < FLOAT32_TINY, 1.0, scale)
+    q = (x * (1.0 / scale)).round_().clamp_(-INT16_MAX, INT16_MAX)
+    return q.nan_to_num_(nan=0.0), scale
 
 
 def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,8 +108,8 @@ def quantize_with(
 ) -> torch.Tensor:
     """Return the integers of a weight under given qparams: clamp(round(w (1 / scale) + zero_point), qmin, qmax).
 
-    weight: (N, ...) float32; scale, zero_point: as `choose_qparams` gives them -> (N, ...) int8 or uint8, 4-bit packed
-    along the last dimension.
+    weight: (N, ...) float32; scale, zero_point: as `choose_qparams` gives them -> (N, ...) int8, int16 or uint8, 4-bit
+    packed along the last dimension.
     """
     channels, group_size = weight.shape[0], spec.group_size
     # as torch.ao: a division rounds otherwise where w / scale is near 127.5
@@ -119,6 +137,11 @@ def to_float16(weight: torch.Tensor) -> QuantizedTensor:
     return QuantizedTensor(weight.detach().to(torch.float32).clamp(-65504.0, 65504.0).to(torch.float16), None, None)
 
 
+def to_float32(weight: torch.Tensor) -> QuantizedTensor:
+    """Return a weight that stays float."""
+    return QuantizedTensor(weight.detach().to(torch.float32), None, None)
+
+
 def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the least and the greatest value, one pair an index of dimension 0 (equal ones for axis "tensor").
 
@@ -135,6 +158,14 @@ def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, 
     if spec.axis == "tensor":
         low, high = low.amin().expand_as(low), high.amax().expand_as(high)
     return low, high
+
+
+def group_size_of(columns: int, groups: int) -> int:
+    """Return how many columns share a scale where so many columns are divided into so many groups; 0: no size does.
+
+    Of sizes that give the same number, which is then 1, the least.
+    """
+    return next((size for size in GROUP_SIZES if -(-columns // size) == groups), 0)
 
 
 def split_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:

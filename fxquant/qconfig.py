@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from fxquant.errors import QConfigError
 from fxquant.numerics import QuantizedTensor, to_float16
 from fxquant.observers import GroupMinMaxObserver, MinMaxObserver, Observer, PerChannelMinMaxObserver
-from fxquant.spec import TensorSpec
+from fxquant.spec import INT16_MAX, TensorSpec
 
 _DEFAULTS: dict[str, type[Observer]] = {
     "tensor": MinMaxObserver,
@@ -27,6 +28,8 @@ class QConfig:
     activation: how its input becomes integers at each call; None: it stays float (weight-only).
     weight: how its weights do, once.
     weight_observer: the Observer class that finds a weight's range; None: the min-max observer of the weight's axis.
+    parts: the operator's weights that have a qconfig of their own, by name, or None to stay float32. A mapping's
+    entries for weights make them ("lstm.weight_ih_l0"); a mapping takes no qconfig that has them already.
 
     An operator without activations (an embedding) uses the weight half alone.
     """
@@ -34,6 +37,7 @@ class QConfig:
     activation: TensorSpec | None
     weight: TensorSpec
     weight_observer: type[Observer] | None = None
+    parts: tuple[tuple[str, QConfig | None], ...] = ()
 
     def __post_init__(self) -> None:
         for name, spec in (("activation", self.activation), ("weight", self.weight)):
@@ -51,18 +55,32 @@ class QConfig:
         return self.activation is not None and self.activation.is_integer and not self.activation.dynamic
 
     @property
+    def makes_uint8(self) -> bool:
+        """Whether activations become uint8 integers."""
+        return self.activation is not None and self.activation.dtype == "uint8"
+
+    @property
     def per_row(self) -> bool:
         """Whether activations have one scale a row (else one a tensor)."""
         return self.activation is None or self.activation.axis == "row"
 
     @property
     def qmax(self) -> int:
-        """The greatest activation integer: 255, or 127 with a reduced range."""
+        """The greatest activation integer: 255, 127 with a reduced range, 32767 of int16."""
         return 255 if self.activation is None or not self.activation.is_integer else self.activation.qmax
 
     def groups(self, columns: int) -> tuple[int, int]:
         """Return the last two arguments of the operator linear for a weight of so many columns: 0, 0 but for int4."""
         return (0, 0) if self.weight.group_size is None else (self.weight.group_size, columns)
+
+    def of(self, name: str) -> QConfig | None:
+        """Return what one of the operator's weights gets; None: it stays float32."""
+        return dict(self.parts).get(name, self.whole)
+
+    @property
+    def whole(self) -> QConfig:
+        """What the weights get that are no parts."""
+        return dataclasses.replace(self, parts=()) if self.parts else self
 
     def make_observer(self) -> Observer | None:
         """Return a fresh observer for one weight, None for float16."""
@@ -86,7 +104,15 @@ class QConfig:
         return dataclasses.replace(self, weight=dataclasses.replace(self.weight, group_size=group_size))
 
     def __str__(self) -> str:
-        return f"{self.weight}" if self.activation is None else f"{self.weight}, activation {self.activation}"
+        return self.tell(lambda own: f"{own.weight}" + (f", activation {own.activation}" if own.activation else ""))
+
+    def tell(self, name: Callable[[QConfig], str]) -> str:
+        """Return it as text, itself and its parts' qconfigs as a function tells one without parts."""
+        weights: dict[QConfig | None, list[str]] = {}
+        for weight, qconfig in self.parts:
+            weights.setdefault(qconfig, []).append(weight)
+        told = [f"{', '.join(group)} {name(own) if own else 'float32'}" for own, group in weights.items()]
+        return "; ".join((name(self.whole), *told))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values; the observer by its name."""
@@ -95,6 +121,7 @@ class QConfig:
             "activation": None if self.activation is None else self.activation.to_dict(),
             "weight": self.weight.to_dict(),
             "weight_observer": None if observer is None else observer.__name__,
+            "parts": [[name, own and own.to_dict()] for name, own in self.parts],
         }
 
     @classmethod
@@ -106,6 +133,7 @@ class QConfig:
             None if activation is None else TensorSpec(**activation),
             TensorSpec(**fields["weight"]),
             known.get(fields["weight_observer"]),
+            tuple((name, own and cls.from_dict(own)) for name, own in fields.get("parts", ())),
         )
 
 
@@ -134,6 +162,13 @@ int4_dynamic_qconfig = QConfig(
 )
 """uint8 affine activations, one scale a row; int4 weights, one scale 64 columns of a row, or `.with_group_size(32)`."""
 
+int16_dynamic_qconfig = QConfig(
+    activation=TensorSpec(dtype="int16", qmin=-INT16_MAX, qmax=INT16_MAX, symmetric=True, axis="row", dynamic=True),
+    weight=TensorSpec(dtype="int16", qmin=-INT16_MAX, qmax=INT16_MAX, symmetric=True, axis="channel"),
+)
+"""int16 symmetric activations, one scale a row; int16 symmetric weights, one scale an output channel: where int8 is too
+coarse. Half of float's memory, and as exact and as independent of other rows as int8."""
+
 float16_dynamic_qconfig = QConfig(activation=None, weight=TensorSpec(dtype="float16"))
 """float16 weights, computed in float32: half the memory, nearly no error."""
 
@@ -152,6 +187,7 @@ PRESETS = {
     "per_tensor_dynamic_qconfig": per_tensor_dynamic_qconfig,
     "per_channel_dynamic_qconfig": per_channel_dynamic_qconfig,
     "int4_dynamic_qconfig": int4_dynamic_qconfig,
+    "int16_dynamic_qconfig": int16_dynamic_qconfig,
     "float16_dynamic_qconfig": float16_dynamic_qconfig,
     "float_qparams_weight_only_qconfig": float_qparams_weight_only_qconfig,
     "float_qparams_weight_only_qconfig_4bit": float_qparams_weight_only_qconfig_4bit,

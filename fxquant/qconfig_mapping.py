@@ -34,10 +34,11 @@ class Rule(NamedTuple):
 
 
 class QConfigMapping:
-    """Which qconfig each module and call gets; a qconfig of None leaves it float.
+    """Which qconfig each module, call and weight gets; a qconfig of None leaves it float.
 
     Precedence, highest first: `set_module_name_object_type_order`, `set_module_name` (the nearest enclosing module that
     is named), `set_module_name_regex` (the first entry that matches, by re.match), `set_object_type`, `set_global`.
+    A weight counts as what lies innermost: "lstm.weight_ih_l0" outranks "lstm", and gives that matrix alone a scheme.
     Setters change the mapping and return it.
     """
 
@@ -63,7 +64,7 @@ class QConfigMapping:
         return self
 
     def set_module_name_regex(self, module_name_regex: str, qconfig: Choice) -> QConfigMapping:
-        """Set what modules get whose path matches from its start (re.match); of several entries the first wins."""
+        """Set what modules and weights get whose path matches from its start (re.match); the first entry wins."""
         try:
             re.compile(module_name_regex + "")  # a string: a compiled pattern could not go into a checkpoint
         except (re.error, TypeError) as error:
@@ -74,7 +75,7 @@ class QConfigMapping:
         return self
 
     def set_module_name(self, module_name: str, qconfig: Choice) -> QConfigMapping:
-        """Set what the module at a path gets, and everything inside it."""
+        """Set what the module or weight at a path gets, and everything inside it."""
         if not isinstance(module_name, str):
             raise QConfigError(f"set_module_name takes a path such as 'encoder.layers.0', got {module_name!r}")
         self.module_name_qconfigs[module_name] = _checked(qconfig)
@@ -87,22 +88,25 @@ class QConfigMapping:
         self.module_name_object_type_order_qconfigs[(module_name, object_type, index)] = _checked(qconfig)
         return self
 
-    def resolve(self, path: str, scope: str, types: tuple[ObjectType, ...], index: int) -> Rule:
-        """Return the entry that decides for one candidate.
+    def resolve(self, path: str, scope: str, types: tuple[ObjectType, ...], index: int, weight: str = "") -> Rule:
+        """Return the entry that decides for one candidate, or for one of its weights.
 
         path: the module's path, or for a call the path of the module whose forward makes it; scope: the path of the
         module that the candidate is counted in; types: what it is (an nn.Linear that was fused is still nn.Linear);
-        index: its number among those in `scope`.
+        index: its number among those in `scope`; weight: the weight's path. A regular expression must match `path`, or
+        the path of a weight right in there.
         """
         for kind in types:
             key = (scope, kind, index)
             if key in self.module_name_object_type_order_qconfigs:
                 return Rule(self.module_name_object_type_order_qconfigs[key], order_text(*key), True)
-        for name in _enclosing(path):
+        named = (weight, path) if weight else (path,)
+        for name in (*named[:-1], *_enclosing(path)):
             if name in self.module_name_qconfigs:
-                return Rule(self.module_name_qconfigs[name], f"module_name {name!r}", name == path)
+                return Rule(self.module_name_qconfigs[name], name_text(name), name in named)
+        own = named if weight.rpartition(".")[0] == path else (path,)
         for pattern, qconfig in self.module_name_regex_qconfigs.items():
-            if re.match(pattern, path):
+            if any(re.match(pattern, name) for name in own):
                 return Rule(qconfig, f"module_name_regex {pattern!r}", False)
         for kind in types:
             if kind in self.object_type_qconfigs:
@@ -179,10 +183,8 @@ def qconfig_name(qconfig: Choice) -> str:
     """Return a qconfig's preset name where it has one, else what it says."""
     if qconfig is None:
         return "None"
-    for name, preset in PRESETS.items():
-        if qconfig == preset:
-            return name
-    return f"QConfig({qconfig})"
+    names = {preset: name for name, preset in PRESETS.items()}
+    return qconfig.tell(lambda own: names.get(own, f"QConfig({own})"))
 
 
 def type_name(kind: ObjectType) -> str:
@@ -199,6 +201,11 @@ def type_name(kind: ObjectType) -> str:
     if module in ("torch", "torch.functional", "_operator"):
         return f"{'operator' if module == '_operator' else 'torch'}.{name}"
     return f"{module}.{name}" if module and not module.startswith(("torch", "fxquant")) else name
+
+
+def name_text(name: str) -> str:
+    """Return how reports name an entry of set_module_name."""
+    return f"module_name {name!r}"
 
 
 def order_text(scope: str, kind: ObjectType, index: int) -> str:
@@ -225,7 +232,7 @@ def _enclosing(path: str) -> Iterator[str]:
 
 
 def _checked(qconfig: Any) -> Choice:
-    """Return the qconfig, or raise QConfigError: a static one, one of torch.ao's, something else."""
+    """Return the qconfig, or raise QConfigError: a static one, one with parts, one of torch.ao's, something else."""
     if qconfig is None:
         return None
     if not isinstance(qconfig, QConfig):
@@ -238,5 +245,10 @@ def _checked(qconfig: Any) -> Choice:
         raise QConfigError(
             f"a static qconfig ({qconfig.activation}) needs calibration, which fxquant does not have yet; "
             "use a dynamic one: default_dynamic_qconfig"
+        )
+    if qconfig.parts:
+        raise QConfigError(
+            f"a mapping takes a qconfig without parts, got {qconfig}; name its weights instead: "
+            f"set_module_name('path.of.module.{qconfig.parts[0][0]}', …)"
         )
     return qconfig

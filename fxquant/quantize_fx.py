@@ -19,9 +19,10 @@ from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve,
 from fxquant.graph.moments import gather
 from fxquant.graph.observe import observe
 from fxquant.graph.outcome import judge
-from fxquant.graph.plan import check_mapping, plan
+from fxquant.graph.plan import plan
+from fxquant.graph.rules import check_mapping
 from fxquant.graph.trace import check_model, names_of, trace
-from fxquant.graph.tree import convert_tree, prepare_tree
+from fxquant.graph.tree import convert_tree, plain_mirror, prepare_tree
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig_mapping import QConfigMapping
 
@@ -93,7 +94,7 @@ def _prepare_whole(
 ) -> nn.Module:
     """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
     check_runs(model, inputs, cause)
-    check_mapping(mapping, names_of(model))
+    check_mapping(mapping, names_of(plain_mirror(model)))
     why = " ".join(line.strip() for line in str(cause).splitlines()[:2])
     prepared = prepare_tree(model, mapping, operators, {"": why})
     record = need_stage(prepared, "prepared", "prepare_fx", "prepare_tree")

@@ -12,22 +12,32 @@ from fxquant.errors import QConfigError
 Axis = Literal["tensor", "channel", "row", "group"]
 
 GROUP_SIZES = (32, 64, 128)
+INT16_MAX = 32767  # the end of the range on both sides: -32768 is not used
 
 _DTYPES = {
     "int8": torch.int8,
+    "int16": torch.int16,
     "uint8": torch.uint8,
     "uint4": torch.uint8,
     "int4": torch.uint8,
     "float16": torch.float16,
 }
-_LIMITS = {"int8": (-128, 127), "uint8": (0, 255), "uint4": (0, 15), "int4": (-8, 7), "float16": (0, 0)}
+_LIMITS = {
+    "int8": (-128, 127),
+    "int16": (-INT16_MAX, INT16_MAX),
+    "uint8": (0, 255),
+    "uint4": (0, 15),
+    "int4": (-8, 7),
+    "float16": (0, 0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """How one tensor becomes integers: x ≈ (q - zero_point) * scale with q in [qmin, qmax].
 
-    dtype: "int8", "uint8", "uint4", "int4" (two values a byte) or "float16" (no integers: stored in half precision).
+    dtype: "int8", "int16", "uint8", "uint4", "int4" (two values a byte) or "float16" (no integers: stored in half
+        precision). "int16" is symmetric over all of its range, ±32767.
     symmetric: zero_point is 0, the range is that of the largest magnitude.
     axis: where scales are shared: "tensor" (one), "channel" (one an index of dimension 0 of a weight), "row"
         (one a last-dimension row of an activation: a token, a time step), "group" (one a `group_size` columns of each
@@ -67,6 +77,11 @@ class TensorSpec:
             )
         if self.dtype == "int4" and not (self.symmetric and self.qmin < 0):
             raise QConfigError("TensorSpec of int4 must be symmetric=True with qmin below 0, -8 say")
+        if self.dtype == "int16" and not (self.symmetric and self.qmax == -self.qmin == INT16_MAX):
+            raise QConfigError(
+                f"TensorSpec of int16 must be symmetric=True with qmin=-{INT16_MAX} and qmax={INT16_MAX}, got {self}"
+                f" [{self.qmin}, {self.qmax}]"
+            )
 
     @property
     def is_integer(self) -> bool:
@@ -81,7 +96,7 @@ class TensorSpec:
     @property
     def bits(self) -> int:
         """Bits a stored value takes."""
-        return {"uint4": 4, "int4": 4, "float16": 16}.get(self.dtype, 8)
+        return {"uint4": 4, "int4": 4, "int16": 16, "float16": 16}.get(self.dtype, 8)
 
     def __str__(self) -> str:
         if not self.is_integer:

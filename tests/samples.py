@@ -144,6 +144,7 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
 SCHEMES: dict[str, QConfig] = {
     "int8 weights, uint8 dynamic activations": fxquant.default_dynamic_qconfig,
     "int4 weights in groups, uint8 dynamic activations": fxquant.int4_dynamic_qconfig,
+    "int16 weights, int16 dynamic activations": fxquant.int16_dynamic_qconfig,
     "float16 weights": fxquant.float16_dynamic_qconfig,
     "int8 rows": QConfig(
         activation=None, weight=TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="channel")
@@ -152,6 +153,12 @@ SCHEMES: dict[str, QConfig] = {
     "affine 4-bit rows": fxquant.float_qparams_weight_only_qconfig_4bit,
 }
 """A qconfig for each scheme, by the scheme's name."""
+
+MIXTURES: dict[str, dict[str, QConfig]] = {
+    "int4 and int8": {"weight_ih": fxquant.int4_dynamic_qconfig},
+    "int4, float16 and int8": {"weight_ih": fxquant.int4_dynamic_qconfig, "weight_hh": fxquant.float16_dynamic_qconfig},
+}
+"""Schemes of a first layer's weights, the others being int8, for rows whose weights may differ; by a name."""
 
 
 class WordLM(nn.Module):
@@ -182,6 +189,21 @@ def lm_inputs(model: WordLM, time: int = 5, batch: int = 3) -> tuple[Any, ...]:
 
 def everything(qconfig: QConfig | None = fxquant.default_dynamic_qconfig) -> QConfigMapping:
     return QConfigMapping().set_global(qconfig)
+
+
+def scheme_mapping(name: str) -> QConfigMapping:
+    """Return the mapping that gives everything a scheme, or a mixture, by its name."""
+    if name not in MIXTURES:
+        return everything(SCHEMES[name])
+    mapping = everything()
+    for weight, qconfig in MIXTURES[name].items():
+        mapping.set_module_name_regex(rf".*\.{weight}(_l0)?$", qconfig)
+    return mapping
+
+
+def weight_dtypes(qconfig: QConfig) -> set[str]:
+    """Return the dtypes that a site's weights have, by its qconfig."""
+    return {qconfig.weight.dtype, *("float32" if own is None else own.weight.dtype for _, own in qconfig.parts)}
 
 
 def prepare(model: nn.Module, *inputs: Any, mapping: Any = None, **options: Any) -> fxquant.graph.module.FxModule:

@@ -555,3 +555,14 @@ def test_int4_weights_round_trip(path, columns):
     assert loaded.record.sites == quantized.record.sites
     assert {t.dtype for t in loaded.buffers()} == {torch.uint8, torch.bfloat16}
     assert same_bits(list(copy.deepcopy(loaded).buffers()), list(quantized.buffers()))
+
+
+def test_int16_weights_round_trip(path):
+    def make():
+        return nn.Sequential(nn.Linear(75, 20), nn.ReLU())
+
+    mapping = everything(fxquant.int16_dynamic_qconfig)
+    quantized, loaded = round_trip(make(), on_meta(make), path, torch.randn(3, 75), mapping=mapping)
+    assert loaded.record.sites == quantized.record.sites
+    assert {t.dtype for t in loaded.buffers()} == {torch.int16, torch.float32}
+    assert same_bits(list(copy.deepcopy(loaded).buffers()), list(quantized.buffers()))

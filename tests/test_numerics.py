@@ -14,6 +14,7 @@ from fxquant.numerics import (
     dequantize_weight,
     pack_uint4,
     quantize_rows,
+    quantize_rows_int16,
     quantize_with,
     to_float16,
     unpack_int4,
@@ -249,3 +250,39 @@ def test_a_group_of_zeros_has_scale_1():
     scale, zero_point = choose_qparams(*weight_range(weight, spec), spec)
     assert scale.tolist() == [[-0.125, 1.0, 1.0]]
     assert unpack_int4(quantize_with(weight, scale, zero_point, spec)).tolist() == [[-8] * 32 + [0] * 40]
+
+
+def test_int16_rows_come_back_within_half_a_step():
+    x = torch.randn(40, 33) * torch.logspace(-20, 20, 40).unsqueeze(1)
+    q, scale = quantize_rows_int16(x)
+    assert torch.equal(q, q.round())
+    assert q.abs().amax(1).tolist() == [32767.0] * 40
+    for row, got in zip(x.double(), scale[:, 0].tolist(), strict=True):
+        assert math.isclose(got, float(row.abs().max()) / 32767, rel_tol=ULP)
+    error = (q.double() * scale.double() - x.double()).abs()
+    assert bool((error <= scale.double() * (0.5 + 32767 * 1.5 * ULP)).all())
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_an_int16_scale_is_a_rows_or_that_of_all(per_row):
+    x = torch.tensor([[1.0, -2.0], [0.5, 32.767]])
+    q, scale = quantize_rows_int16(x, per_row)
+    assert torch.allclose(scale, torch.tensor([[2 / 32767 if per_row else 0.001], [0.001]]), rtol=ULP, atol=0)
+    assert q[1].tolist() == [500.0, 32767.0]
+    assert q[0].tolist() == ([16384.0, -32767.0] if per_row else [1000.0, -2000.0])  # 16383.5 to the even one
+
+
+def test_an_int16_row_of_special_values():
+    largest = torch.finfo(torch.float32).max
+    x = torch.tensor([[math.nan, 1.0], [math.inf, -1.0], [-math.inf, largest], [1e-40, -1e-36], [0.0, 0.0]])
+    q, scale = quantize_rows_int16(x)
+    assert q[1:].tolist() == [[32767.0, 0.0], [-32767.0, 32767.0], [0.0, 0.0], [0.0, 0.0]]
+    assert scale[0].isnan()
+    assert torch.allclose(scale[1:3], torch.tensor([[largest / 32767]] * 2), rtol=ULP, atol=0)
+    assert scale[3:].tolist() == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_int16_rows_of_nothing(shape):
+    q, scale = quantize_rows_int16(torch.zeros(shape))
+    assert (q.shape, scale.tolist()) == (shape, [[1.0]] * shape[0])

@@ -21,6 +21,7 @@ from fxquant import (
     float_qparams_weight_only_qconfig,
     float_qparams_weight_only_qconfig_4bit,
     int4_dynamic_qconfig,
+    int16_dynamic_qconfig,
     per_channel_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
 )
@@ -223,3 +224,18 @@ def test_activations_have_no_groups():
 def test_an_int4_qconfig_goes_through_json():
     qconfig = int4_dynamic_qconfig.with_group_size(128)
     assert QConfig.from_dict(json.loads(json.dumps(qconfig.to_dict()))) == qconfig
+
+
+def test_int16_weights_have_a_scale_a_channel_and_come_back_within_half_a_step():
+    weight = torch.randn(9, 100) * torch.logspace(-20, 20, 9)[:, None]
+    values, scale, zero_point = int16_dynamic_qconfig.quantize_weight(weight)
+    assert (values.dtype, values.shape, scale.dtype, scale.shape) == (torch.int16, (9, 100), torch.float32, (9,))
+    assert zero_point is None
+    assert values.abs().amax(1).tolist() == [32767] * 9
+    error = (values.double() * scale.double()[:, None] - weight.double()).abs()
+    # half a step; 1 / scale, the product and the scale itself round, relatively to up to 32767 steps
+    assert bool((error <= scale.double()[:, None] * (0.5 + 32767 * 3 * 2**-24)).all())
+
+
+def test_an_int16_qconfig_goes_through_json():
+    assert QConfig.from_dict(json.loads(json.dumps(int16_dynamic_qconfig.to_dict()))) == int16_dynamic_qconfig

@@ -106,7 +106,7 @@ def test_regex_outranks_object_type():
 
 def test_regex_matches_from_the_start_only():
     mapping = everything(A).set_module_name_regex("locks", B)
-    with pytest.raises(MappingNameError, match="'locks' matches no module from its start"):
+    with pytest.raises(MappingNameError, match="'locks' matches no module or weight from its start"):
         prepare(Nested(), torch.randn(2, 4), mapping=mapping)
 
 

@@ -12,12 +12,13 @@ from fxquant import QConfigError, TensorSpec
 
 
 def test_an_unknown_dtype_is_refused():
-    with pytest.raises(QConfigError, match="'int3' is not one of int8, uint8"):
+    with pytest.raises(QConfigError, match="'int3' is not one of int8, int16, uint8"):
         TensorSpec(dtype="int3")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "qmin", "qmax"), [("int8", -129, 127), ("uint8", 0, 256), ("uint8", -1, 9), ("uint4", 0, 16)]
+    ("dtype", "qmin", "qmax"),
+    [("int8", -129, 127), ("uint8", 0, 256), ("uint8", -1, 9), ("uint4", 0, 16), ("int16", -32768, 32767)],
 )
 def test_a_range_beyond_the_dtype_is_refused(dtype, qmin, qmax):
     with pytest.raises(QConfigError, match=rf"range \[{qmin}, {qmax}\] does not fit {dtype}"):
@@ -56,6 +57,12 @@ def test_groups_of_other_kinds_are_refused(fields, words):
         dataclasses.replace(fxquant.int4_dynamic_qconfig.weight, **fields)
 
 
+@pytest.mark.parametrize("fields", [{"symmetric": False}, {"qmin": -100}, {"qmax": 100}])
+def test_int16_is_symmetric_over_its_whole_range(fields):
+    with pytest.raises(QConfigError, match="int16 must be symmetric=True with qmin=-32767 and qmax=32767, got"):
+        dataclasses.replace(fxquant.int16_dynamic_qconfig.weight, **fields)
+
+
 def test_it_is_a_value():
     spec = TensorSpec(dtype="uint8", qmin=0, qmax=255)
     assert spec == TensorSpec(dtype="uint8", qmax=255)
@@ -67,11 +74,14 @@ def test_it_is_a_value():
 @pytest.mark.parametrize(
     ("dtype", "qmax", "bits", "storage"),
     [("int8", 127, 8, torch.int8), ("uint8", 255, 8, torch.uint8), ("uint4", 15, 4, torch.uint8),
-     ("float16", 0, 16, torch.float16), ("int4", 7, 4, torch.uint8)],
+     ("float16", 0, 16, torch.float16), ("int4", 7, 4, torch.uint8), ("int16", 32767, 16, torch.int16)],
 )  # fmt: skip
 def test_bits_and_storage(dtype, qmax, bits, storage):
-    groups = {"qmin": -8, "symmetric": True, "axis": "group", "group_size": 32} if dtype == "int4" else {}
-    spec = TensorSpec(dtype=dtype, qmax=qmax, **groups)
+    more = {
+        "int4": {"qmin": -8, "symmetric": True, "axis": "group", "group_size": 32},
+        "int16": {"qmin": -32767, "symmetric": True},
+    }
+    spec = TensorSpec(dtype=dtype, qmax=qmax, **more.get(dtype, {}))
     assert (spec.bits, spec.torch_dtype, spec.is_integer) == (bits, storage, dtype != "float16")
 
 
@@ -83,6 +93,7 @@ def test_bits_and_storage(dtype, qmax, bits, storage):
         (TensorSpec(dtype="uint8", qmax=127), "uint8 0–127 affine per tensor"),
         (TensorSpec(dtype="float16"), "float16"),
         (fxquant.int4_dynamic_qconfig.weight, "int4 symmetric per group of 64"),
+        (fxquant.int16_dynamic_qconfig.activation, "int16 symmetric per row"),
     ],
 )
 def test_str_says_the_scheme(spec, text):

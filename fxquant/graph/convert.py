@@ -107,7 +107,9 @@ def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ..
     quantized = _row(operators, site).convert_module(float_module, site.qconfig, cache.quantize)
     quantized.train(False)
     edit.swap_module(module, site.path, quantized)
-    return replace(site, int_bytes=edit.byte_count(quantized), rounding=cache.take_note())
+    floats = [quantized.get_buffer(name) for name, qconfig in site.qconfig.parts if qconfig is None]
+    size = edit.byte_count(quantized) - sum(tensor.nbytes for tensor in floats)
+    return replace(site, int_bytes=size, rounding=cache.take_note())
 
 
 def _rescue_reads(module: fx.GraphModule, path: str) -> None:

@@ -50,7 +50,9 @@ class Site:
     row's name. rule: the mapping entry that decided. call, observer: a call's node name and the path of its weight's
     observer, None for a module. float_bytes, int_bytes: what its tensors take before and after (0 before convert_fx).
     opt_out: the mapping entry that would leave it float. shape: rows, inputs and outputs of its first call on the
-    example inputs, () where they are not known. rounding: how weights were rounded where data was given for that.
+    example inputs, () where they are not known. part_rules: further entries, which decided for weights of it. Its float
+    weights are candidates of their own, each `Left`, and in none of its bytes. rounding: how weights were rounded where
+    data was given for that.
     """
 
     path: str
@@ -64,6 +66,7 @@ class Site:
     int_bytes: int = 0
     opt_out: str = ""
     shape: tuple[int, ...] = ()
+    part_rules: tuple[str, ...] = ()
     rounding: str = ""
 
 
@@ -73,8 +76,8 @@ ASKED = "the mapping says float"
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """One candidate that stays float, and why. call: a call's node name, None for a module. opt_out: the mapping entry
-    that would say so.
+    """One candidate, or one weight of a Site, that stays float, and why. call: a call's node name, None for a module.
+    opt_out: the mapping entry that would say so.
     """
 
     path: str

@@ -73,7 +73,7 @@ def gather(prepared: nn.Module, module: nn.Module, sites: Sequence[Site], data: 
     Raises ExampleInputsError for a batch that does not run, or no batch at all.
     """
     twin = edit.mirror(prepared)
-    weights = _weights(twin, [site for site in sites if profits(site.qconfig)])
+    weights = _weights(twin, sites)
     if not weights:
         warn(
             "data was given to round weights with error feedback, but no weight becomes int4: others are rounded to "
@@ -106,11 +106,17 @@ def _names(root: nn.Module) -> dict[int, str]:
 
 
 def _weights(root: nn.Module, sites: Iterable[Site]) -> dict[str, torch.Tensor]:
-    """Return the matrices of some sites by name."""
+    """Return by name those of the sites' weights that profit."""
     names, found = _names(root), {}
     for site in sites:
-        held = [edit.get_tensor(root, site.path)] if site.call else [*root.get_submodule(site.path).parameters()]
-        found.update({names[t.data_ptr()]: t for t in held if t is not None and t.data_ptr() in names})
+        if site.call:
+            held = {"": edit.get_tensor(root, site.path)}
+        else:
+            held = dict(root.get_submodule(site.path).named_parameters(remove_duplicate=False))
+        for part, tensor in held.items():
+            own = site.qconfig.of(part)
+            if tensor is not None and own is not None and profits(own) and tensor.data_ptr() in names:
+                found[names[tensor.data_ptr()]] = tensor
     return found
 
 

@@ -24,7 +24,7 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
     if strict:
         _refuse_left(model, record)
     decided: list[Site | Left] = [*record.sites, *left]
-    used = {site.rule for site in record.sites}
+    used = {rule for site in record.sites for rule in (site.rule, *site.part_rules)}
     entries = list(_entries(mapping, known.kinds | set(functions)))
     if not used:
         if entries or mapping.global_qconfig is not None:
@@ -38,7 +38,7 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
             reasons = [
                 f"{part.path} ({part.kind}) stays float: {part.reason}" for part in left if part.rule == entry.text
             ]
-            if reasons or not any(entry.covers(part) for part in decided):
+            if reasons or not any(entry.covers(part, known) for part in decided):
                 why = reasons[0] if reasons else "nothing there has a weight that can be quantized"
                 warn(f"the mapping's {entry.text} quantizes nothing: {why}; in all, {record.outcome}")
 
@@ -61,9 +61,11 @@ class _Entry(NamedTuple):
     paths: str | None = None
     kind: str | None = None
 
-    def covers(self, part: Site | Left) -> bool:
-        """Return whether the entry speaks of a candidate."""
-        return part.kind == self.kind or (self.paths is not None and re.match(self.paths, part.path) is not None)
+    def covers(self, part: Site | Left, known: Names) -> bool:
+        """Return whether the entry speaks of a candidate or of a weight of it."""
+        inside = f"{part.path}." if part.path else ""
+        paths = (part.path, *(path for path in known.weights if path.startswith(inside)))
+        return part.kind == self.kind or (self.paths is not None and any(re.match(self.paths, path) for path in paths))
 
 
 def _entries(mapping: QConfigMapping, present: set[Any] | frozenset[Any]) -> Iterator[_Entry]:

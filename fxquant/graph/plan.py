@@ -7,7 +7,7 @@ reason. Nothing is changed here, and nothing later decides again.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,19 +17,20 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
-from fxquant.errors import MappingNameError, QConfigError, nearest, warn
+from fxquant.errors import MappingNameError, QConfigError
 from fxquant.graph import edit
 from fxquant.graph.constants import constant_of, is_transposition
 from fxquant.graph.kinds import base_of, known_base, redefined
-from fxquant.graph.module import ASKED, NOTHING, Coverage, Left, Site
+from fxquant.graph.module import NOTHING, Coverage, Left, Site
 from fxquant.graph.reads import weights_read
+from fxquant.graph.rules import join, main_rule, rank, refusal
 from fxquant.graph.trace import SCOPE, Names, Traced, forward_of, names_of, wrapped_in
 from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.nn.transformer import PLAIN_FORWARDS
 from fxquant.operators import Operator, find_function_row, find_module_row, find_row
-from fxquant.operators.base import refuse_weight
-from fxquant.qconfig_mapping import QConfigMapping, Rule, opt_out, opt_out_one, type_name
+from fxquant.operators.base import refuse_weight, sole_weight
+from fxquant.qconfig_mapping import QConfigMapping, Rule, name_text, opt_out, opt_out_one, type_name
 
 
 class Target(NamedTuple):
@@ -102,13 +103,19 @@ class _Planner:
         if row is not None or own:
             known = None if base is None else FLOAT_TYPES.get(base, base)
             is_whole = row is not None or not any(True for _ in module.children())
-            rule = self.rule(path, path.rpartition(".")[0], kind, known, is_whole)
+            weights = {_join(path, name): name for name in (row.parts if row is not None else sole_weight)(module)}
+            found = self.rules(path, path.rpartition(".")[0], kind, known, is_whole, weights)
+            rules = {name: found[weight] for weight, name in weights.items()}
+            rule = main_rule(found[""], rules.values())
             shut = inside or _hidden(module)
             reason = shut or (row.refuse_module(module) if row else _unknown(kind, self.operators))
-            held = module.parameters(recurse=row is not None)  # what lies inside a module without a row counts itself
-            self.decide(path, kind, row, rule, reason, held, shape)
+            if row is not None and reason is None and len(set(rules.values())) > 1:
+                self.decide_weights(path, kind, row, rule, rules, module, shape)
+            else:
+                held = module.parameters(recurse=row is not None)  # what is in a module without a row counts itself
+                self.decide(path, kind, row, rule, reason, held, shape)
         if row is not None:
-            self.check_parts(path, module, rule)
+            self.check_parts(path, module, rule, rules)
         elif id(module) not in self.entered:  # else what it holds has been decided, and is swapped once
             self.entered.add(id(module))
             shut = inside or _hidden(module)
@@ -119,12 +126,16 @@ class _Planner:
                 if child is None:
                     continue
                 itself = f"the code of {type_name(kind)} reads self.{name}'s weight itself" if name in read else ""
-                self.visit_module(f"{path}.{name}" if path else name, child, shut or itself)
+                self.visit_module(_join(path, name), child, shut or itself)
 
-    def check_parts(self, path: str, module: nn.Module, rule: Rule) -> None:
-        """Raise QConfigError for an entry by name that wants a part of a module that is one Site otherwise."""
-        for name in [name for name, _ in module.named_modules() if name]:
-            part = self.mapping.resolve(f"{path}.{name}", "", (), 0)
+    def check_parts(self, path: str, module: nn.Module, rule: Rule, apart: Collection[str]) -> None:
+        """Raise QConfigError for an entry by name that wants a part of a module that is one Site otherwise.
+
+        apart: the names of the weights that may have schemes of their own.
+        """
+        weights = [name for name, weight in module.named_parameters() if weight.dim() > 1 and name not in apart]
+        for name in [*(name for name, _ in module.named_modules() if name), *weights]:
+            part = self.mapping.resolve(_join(path, name), "", (), 0)
             if part.text.startswith("module_name") and part.qconfig != rule.qconfig:
                 raise QConfigError(
                     f"{part.text} decides for {name!r}, a part of {path!r}, for which {rule.text} decides otherwise; a "
@@ -141,12 +152,13 @@ class _Planner:
             return
         function = torch.nn.functional.linear if node.target is linear_relu else node.target
         scope, name = node.meta.get(SCOPE, ""), _call_name(function)
-        rule = self.rule(scope, scope, function)
-        if target is None or target.weight.target not in self.names.tensors:
+        is_known = target is not None and target.weight.target in self.names.tensors
+        path = str(target.weight.target) if target is not None and is_known else ""
+        rule = self.rules(scope, scope, function, weights=(path,))[path]
+        if target is None or not is_known:
             unknown = "its weight is no registered parameter or buffer"
             self.decide(node.name, name, None, rule, unknown, (), call=node.name)
             return
-        path = str(target.weight.target)
         tensor = edit.get_tensor(self.module, path)
         if tensor is None:
             raise AssertionError(f"{path} was traced but is not in the graph module")
@@ -163,7 +175,7 @@ class _Planner:
         reason = _no_form(name) if row is None else f"only a form of one constant, its {row.weights[0]!r}, is quantized"
         for path, tensor in self.matrices(node).items():
             if isinstance(tensor, nn.Parameter) or row is not None:
-                rule = self.rule(scope, scope, node.target)
+                rule = self.rules(scope, scope, node.target)[""]
                 self.decide(path, name, None, rule, reason, (tensor,), call=node.name)
 
     def matrices(self, node: fx.Node) -> dict[str, torch.Tensor]:
@@ -173,18 +185,31 @@ class _Planner:
         tensors = {path: edit.get_tensor(self.module, path) for path in paths}
         return {path: tensor for path, tensor in tensors.items() if tensor is not None and tensor.dim() > 1}
 
-    def rule(self, path: str, scope: str, kind: Any, base: Any = None, is_whole: bool = False) -> Rule:
-        """Return the mapping entry that decides, by any of the names that a shared module goes by.
+    def rules(
+        self, path: str, scope: str, kind: Any, base: Any = None, is_whole: bool = False, weights: Iterable[str] = ()
+    ) -> dict[str, Rule]:
+        """Return the mapping entries that decide: for the candidate under "", for each of its weights under its path.
 
         base: the type that a subclass derives from, whose entries decide where there is none for its own. is_whole:
         whether the candidate is all that is at the path: no call, and no module with candidates inside.
         """
-        out = opt_out(path) if is_whole else opt_out_one(scope, kind, self.counts[(scope, kind)])
         kinds = (kind,) if base is None or base is kind else (kind, base)
-        names = (path, *(name for name in self.names.aliases.get(path, ()) if name != path))
-        rules = [self.mapping.resolve(name, scope, (k,), self.counts[(scope, k)]) for k in kinds for name in names]
+        found = {weight: self.find_rule(path, scope, kinds, weight) for weight in ("", *weights)}
+        is_named = any(weight and rule.text == name_text(weight) for weight, rule in found.items())
+        is_last = is_whole and not is_named  # else an entry for the path does not decide for all of the candidate
+        out = opt_out(path) if is_last else opt_out_one(scope, kind, self.counts[(scope, kind)])
         self.counts.update((scope, k) for k in kinds)
-        return min(rules, key=_rank)._replace(opt_out=out)
+        return {weight: rule._replace(opt_out=out) for weight, rule in found.items()}
+
+    def find_rule(self, path: str, scope: str, kinds: tuple[Any, ...], weight: str) -> Rule:
+        """Return the entry that decides for a candidate, or a weight, by any of the names of a shared module."""
+        aliases = [name for name in self.names.aliases.get(path, ()) if name != path]
+        own = weight.removeprefix(f"{path}.")
+        names = [(path, weight), *((name, weight if own == weight else _join(name, own)) for name in aliases)]
+        names.sort(key=lambda pair: pair[1] not in self.mapping.module_name_qconfigs)
+        at = [(kind, self.counts[(scope, kind)]) for kind in kinds]
+        rules = [self.mapping.resolve(n, scope, (kind,), number, w) for kind, number in at for n, w in names]
+        return min(rules, key=rank)
 
     def decide(
         self,
@@ -196,19 +221,11 @@ class _Planner:
         tensors: Iterable[torch.Tensor],
         shape: tuple[int, ...] = (),
         call: str | None = None,
+        part_rules: tuple[str, ...] = (),
     ) -> Site | None:
         """Record a Site and return it, or record why there is none. tensors: what the candidate holds."""
         told = kind if isinstance(kind, str) else type_name(kind)
-        if rule.qconfig is None:
-            reason = ASKED if rule.text != "no entry" else "no mapping entry covers it"
-        elif reason is None and row is not None and not row.accepts(rule.qconfig):
-            takes = "; ".join(scheme.name for scheme in row.schemes)
-            if rule.direct:
-                raise QConfigError(
-                    f"{path!r} ({told}) cannot take the qconfig that {rule.text} gives it: {rule.qconfig}. "
-                    f"It takes: {takes}"
-                )
-            reason = f"its qconfig ({rule.qconfig}) is for other operators; this one takes: {takes}"
+        reason = refusal(path, told, row, rule, reason)
         site = None
         if row is None or rule.qconfig is None or reason is not None:
             size = self.count(tensors, False)
@@ -234,9 +251,34 @@ class _Planner:
                 float_bytes=self.count(tensors, True),
                 opt_out=rule.opt_out,
                 shape=shape,
+                part_rules=part_rules,
             )
             self.plan.sites.append(site)
         return site
+
+    def decide_weights(
+        self,
+        path: str,
+        kind: Any,
+        row: Operator,
+        rule: Rule,
+        rules: Mapping[str, Rule],
+        module: nn.Module,
+        shape: tuple[int, ...],
+    ) -> None:
+        """Record a Site of those weights of a module that their own rules quantize, and why the others stay float."""
+        told, tensors = type_name(kind), dict(module.named_parameters(remove_duplicate=False))
+        taken: dict[str, Rule | None] = dict(rules)
+        for name, own in rules.items():
+            weight = _join(path, name)
+            reason = refusal(weight, told, row, own)
+            if reason is not None:
+                own = own._replace(opt_out=opt_out(weight))
+                self.decide(weight, kind, None, own, reason, [tensors.pop(name)])
+                taken[name] = None
+        if any(taken.values()):
+            main, others = join(path, told, rule, taken)
+            self.decide(path, kind, row, main, None, tensors.values(), shape, part_rules=others)
 
     def count(self, tensors: Iterable[torch.Tensor], is_quantized: bool) -> int:
         """Return the bytes of a candidate's tensors, and enter the weights among them."""
@@ -292,27 +334,6 @@ def replay(module: fx.GraphModule, sites: Sequence[Site], operators: Sequence[Op
     return Plan(list(sites), [], calls)
 
 
-def check_mapping(mapping: QConfigMapping, known: Names, functions: Iterable[Any] = ()) -> None:
-    """Raise MappingNameError for a name or pattern that matches nothing in the model; warn of a type not in it."""
-    names = {path for path in known.aliases if path}
-    for name in (*mapping.module_name_qconfigs, *(key[0] for key in mapping.module_name_object_type_order_qconfigs)):
-        if name and name not in names:
-            raise MappingNameError(
-                f"the mapping names module {name!r}, which is not in the model{nearest(name, names)}"
-            )
-    for pattern in mapping.module_name_regex_qconfigs:
-        probe = QConfigMapping().set_module_name_regex(pattern, None)
-        if not any(probe.resolve(name, "", (), 0).text.startswith("module_name_regex") for name in (*names, "")):
-            raise MappingNameError(
-                f"the mapping's regular expression {pattern!r} matches no module from its start (re.match)"
-                f"{nearest(pattern, names)}"
-            )
-    present = known.kinds | set(functions)
-    for kind in mapping.object_type_qconfigs:
-        if kind not in present:
-            warn(f"the mapping has an entry for {type_name(kind)}, which occurs nowhere in the model")
-
-
 def find_target(row: Operator, node: fx.Node) -> Target | None:
     """Return where a row's call takes its weight, None if that is no constant."""
     operands = name_operands(row, node)
@@ -329,6 +350,10 @@ def name_operands(row: Operator, node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(row.operands, node.args, strict=False)), **node.kwargs}
 
 
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
 def _example_shape(node: fx.Node) -> tuple[int, ...]:
     """Return the rows, inputs and outputs of a call on the example inputs; indices count as inputs of that size."""
     given = next((n.meta.get("tensor_meta") for n in node.all_input_nodes if constant_of(n) is None), None)
@@ -343,11 +368,6 @@ def _first_tensor(meta: Any) -> TensorMetadata | None:
     """Return the first tensor in what was recorded of a value."""
     parts = pytree.tree_leaves(meta, is_leaf=lambda part: isinstance(part, TensorMetadata))
     return next((part for part in parts if isinstance(part, TensorMetadata)), None)
-
-
-def _rank(rule: Rule) -> int:
-    """Return how far back a rule stands among several."""
-    return next(rank for rank, start in enumerate(("module_name", "object_type", "")) if rule.text.startswith(start))
 
 
 def _calls_children(module: nn.Module) -> bool:

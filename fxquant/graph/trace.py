@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.nn.utils import rnn
 
 from fxquant import ops
@@ -53,19 +53,21 @@ class Names:
 
     aliases: dict[str, tuple[str, ...]]
     tensors: frozenset[str]  # the paths of its parameters and buffers
+    weights: frozenset[str]  # of those with two or more dimensions
     kinds: frozenset[type]  # the types of its modules, and those that they derive from
 
 
 def names_of(model: nn.Module) -> Names:
     """Return what a model's parts are called."""
-    tensors = frozenset(
-        name for named in (model.named_parameters, model.named_buffers) for name, _ in named(remove_duplicate=False)
-    )
+    named = (model.named_parameters, model.named_buffers)
+    tensors = {name: tensor for each in named for name, tensor in each(remove_duplicate=False)}
+    weights = frozenset(name for name, tensor in tensors.items() if not is_lazy(tensor) and tensor.dim() > 1)
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
     aliases = {path: tuple(same) for same in paths.values() for path in same}
-    return Names(aliases, tensors, frozenset(kind for module in model.modules() for kind in type(module).__mro__))
+    kinds = frozenset(kind for module in model.modules() for kind in type(module).__mro__)
+    return Names(aliases, frozenset(tensors), weights, kinds)
 
 
 @dataclass(frozen=True)

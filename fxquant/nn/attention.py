@@ -24,7 +24,7 @@ def _check_shape(name: str, mask: torch.Tensor, *wanted: tuple[int, ...]) -> Non
 
 
 class DynamicQuantizedMultiheadAttention(QuantizedModule):
-    """An nn.MultiheadAttention with int8 (or int4, float16) projections, called as that is; made by `from_float`.
+    """An nn.MultiheadAttention with int8 (int16, int4, float16) projections, called as that is; made by `from_float`.
 
     in_proj_weight: (3·E, E) int8, or where key or value have sizes of their own q_proj_weight (E, E), k_proj_weight
     (E, kdim) and v_proj_weight (E, vdim), each with its `_scale`; in_proj_bias: (3·E,) or None; bias_k, bias_v:

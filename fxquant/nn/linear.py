@@ -16,11 +16,12 @@ _TENSORS = ("weight", "weight_scale", "bias")
 
 
 class DynamicQuantizedLinear(QuantizedModule):
-    """A Linear with int8 (or int4, float16) weights; its input is quantized at each call, row by row.
+    """A Linear with int8 (or int16, int4, float16) weights; its input is quantized at each call, row by row.
 
-    weight: (O, I) int8; weight_scale: (O,) float32; bias: (O,) or None. input: (..., I) float -> (..., O) in its dtype.
+    weight: (O, I) int8 or int16; weight_scale: (O,) float32; bias: (O,) or None. input: (..., I) float -> (..., O) in
+    its dtype.
     int4, two values a byte, in groups of G columns: weight: (O, ceil(I / 2)) uint8; weight_scale: (O, ceil(I / G))
-    bfloat16. Raises ShapeError or DTypeError for another input. docs/numerics.md, eq. 7–8 and 20.
+    bfloat16. Raises ShapeError or DTypeError for another input. docs/numerics.md, eq. 7–8, 20 and 21–24.
     """
 
     relu: ClassVar[bool] = False

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fxquant import ops
 from fxquant.errors import DTypeError, ShapeError
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
+from fxquant.numerics import to_float32
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 States = tuple[torch.Tensor, ...]
@@ -29,11 +30,13 @@ def _bias_name(cell: str) -> str:
 
 
 class DynamicQuantizedRecurrent(QuantizedModule):
-    """What LSTM, GRU and RNN share: int8 (or float16) weights, called as the nn module is; made by `from_float`.
+    """What LSTM, GRU and RNN share: int8 (or int4, float16) weights, called as the nn module is; made by `from_float`.
 
     Input rows and each step's hidden rows are quantized as they come, each with a scale of its own, so that a sequence
     gives the same bits alone, in any batch, and step by step. The buffers are named as torch names the weights
     (weight_ih_l0: (G·H, I) int8, weight_ih_l0_scale: (G·H,) float32, …); bias_l0 is the sum of the two float biases.
+    int4, two values a byte, in groups of N columns: (G·H, ceil(I / 2)) uint8, scale (G·H, ceil(I / N)) bfloat16. Each
+    weight may have a scheme of its own (`QConfig.parts`); float16 and float32 ones have no scale.
     Dropout between layers is for training only and has no part here.
     """
 
@@ -55,10 +58,13 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         self._cells = [""] if is_cell else [f"_l{layer}{side}" for layer in range(self.num_layers) for side in sides]
         matrices = ("ih", "hh", "hr") if self.proj_size else ("ih", "hh")
         self._weights = [f"weight_{matrix}{cell}" for cell in self._cells for matrix in matrices]
-        self._scales = [f"{name}_scale" for name in self._weights] if qconfig.weight.is_integer else []
+        self._scales = [f"{name}_scale" for name in self._weights]
         self._biases = [_bias_name(cell) for cell in self._cells] if self.bias else []
         for name in self._weights:
-            self.set_weight(name, quantize(getattr(module, name), qconfig))
+            weight, own = getattr(module, name), qconfig.of(name)
+            self.set_weight(name, to_float32(weight) if own is None else quantize(weight, own))
+        ways = [own for own in map(qconfig.of, self._weights) if own is not None and own.makes_uint8]
+        self._rows = (ways[0].per_row, ways[0].qmax) if ways else (True, 255)  # all have the same: see graph/rules.py
         for cell in self._cells if self.bias else ():
             self.join_biases(cell, getattr(module, f"bias_ih{cell}"), getattr(module, f"bias_hh{cell}"))
 
@@ -72,6 +78,11 @@ class DynamicQuantizedRecurrent(QuantizedModule):
     def join_biases(self, cell: str, bias_ih: torch.Tensor, bias_hh: torch.Tensor) -> None:
         """Register a cell's biases as its operator wants them."""
         self.set_bias(_bias_name(cell), bias_ih.float() + bias_hh.float())
+
+    def matrices(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the weights, and as many scales, empty ones of float weights."""
+        scales = [x.new_empty(0, dtype=torch.float32) if own is None else own for own in self.own(self._scales)]
+        return self.own(self._weights), scales
 
     def run(self, x: torch.Tensor, sizes: torch.Tensor | None, states: States) -> States:
         """Return (output, *states) of the operator."""
@@ -163,9 +174,8 @@ class DynamicQuantizedLSTM(DynamicQuantizedRecurrent):
     def run(self, x: torch.Tensor, sizes: torch.Tensor | None, states: States) -> States:
         """Return (output, h, c)."""
         h0, c0 = states
-        weights, scales, biases = self.own(self._weights), self.own(self._scales), self.own(self._biases)
-        per_row, qmax = self.qconfig.per_row, self.qconfig.qmax
-        return ops.lstm(x, sizes, h0, c0, weights, scales, biases, self.bidirectional, per_row, qmax)
+        weights, scales = self.matrices(x)
+        return ops.lstm(x, sizes, h0, c0, weights, scales, self.own(self._biases), self.bidirectional, *self._rows)
 
 
 class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
@@ -180,11 +190,10 @@ class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
 
     def run(self, x: torch.Tensor, sizes: torch.Tensor | None, states: States) -> States:
         """Return (output, h)."""
-        weights, scales, biases = self.own(self._weights), self.own(self._scales), self.own(self._biases)
-        hidden_biases = self.own(self._hidden_biases)
-        per_row, qmax = self.qconfig.per_row, self.qconfig.qmax
+        weights, scales = self.matrices(x)
+        biases, hidden_biases = self.own(self._biases), self.own(self._hidden_biases)
         return ops.rnn(
-            x, sizes, states[0], weights, scales, biases, hidden_biases, self.mode, self.bidirectional, per_row, qmax
+            x, sizes, states[0], weights, scales, biases, hidden_biases, self.mode, self.bidirectional, *self._rows
         )
 
 

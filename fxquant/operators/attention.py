@@ -10,7 +10,14 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxquant.nn import DynamicQuantizedMultiheadAttention
-from fxquant.operators.base import FLOAT16_WEIGHTS, INT4_DYNAMIC, INT8_DYNAMIC, Operator, refuse_parameters
+from fxquant.operators.base import (
+    FLOAT16_WEIGHTS,
+    INT4_DYNAMIC,
+    INT8_DYNAMIC,
+    INT16_DYNAMIC,
+    Operator,
+    refuse_parameters,
+)
 
 
 def _refuse(module: nn.MultiheadAttention) -> str | None:
@@ -31,7 +38,7 @@ ATTENTION = Operator(
         "nn.Transformer, its encoder, decoder and their layers are traced through to this and to linear"
     ),
     modules=(nn.MultiheadAttention,),
-    schemes=(INT8_DYNAMIC, INT4_DYNAMIC, FLOAT16_WEIGHTS),
+    schemes=(INT8_DYNAMIC, INT4_DYNAMIC, INT16_DYNAMIC, FLOAT16_WEIGHTS),
     convert_module=DynamicQuantizedMultiheadAttention.from_float,
     refuse_module=_refuse,
 )

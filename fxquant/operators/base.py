@@ -36,18 +36,17 @@ class Scheme:
             return False
         if self.activation == ANY:
             return True
-        return (
-            activation is not None
-            and activation.dtype == self.activation
-            and activation.dynamic
-            and not activation.symmetric
-            and activation.qmin == 0
-        )
+        if activation is None or activation.dtype != self.activation or not activation.dynamic:
+            return False
+        return activation.dtype == "int16" or (not activation.symmetric and activation.qmin == 0)
 
 
 INT8_DYNAMIC = Scheme(name="int8 weights, uint8 dynamic activations", weight="int8", symmetric=True, activation="uint8")
 INT4_DYNAMIC = Scheme(
     name="int4 weights in groups, uint8 dynamic activations", weight="int4", symmetric=True, activation="uint8"
+)
+INT16_DYNAMIC = Scheme(
+    name="int16 weights, int16 dynamic activations", weight="int16", symmetric=True, activation="int16"
 )
 FLOAT16_WEIGHTS = Scheme(name="float16 weights", weight="float16")
 INT8_ROWS = Scheme(name="int8 rows", weight="int8", symmetric=True)
@@ -90,6 +89,12 @@ def never_transposed(_: dict[str, Any]) -> bool:
     return False
 
 
+def sole_weight(module: nn.Module) -> tuple[str, ...]:
+    """Return the name of a module's weight of two or more dimensions if there is one, and one alone."""
+    names = [name for name, weight in module.named_parameters(remove_duplicate=False) if weight.dim() > 1]
+    return tuple(names) if len(names) == 1 else ()
+
+
 def never_refuse(_: Any) -> None:
     """Stand in for a check in a row that takes every module or call of its kinds."""
 
@@ -106,6 +111,8 @@ class Operator:
     (O, I). schemes: the qconfigs it accepts. refuse_module, refuse_call: return why one module, or one call by its
     operands (with TensorMetadata of the example's shapes for tensors), must stay float, or None.
     convert_module(module, qconfig, quantize), convert_function(call): see `Call`; rows never edit graphs.
+    parts: return the names of those weights of a module that may each have a scheme of its own; by default the sole
+    one. Where there are several, convert_module gives each `quantize(weight, qconfig.of(name))`.
     """
 
     name: str
@@ -121,6 +128,7 @@ class Operator:
     convert_function: Callable[[Call], NewCall] = no_functions
     refuse_module: Callable[[Any], str | None] = never_refuse
     refuse_call: Callable[[dict[str, Any]], str | None] = never_refuse
+    parts: Callable[[Any], tuple[str, ...]] = sole_weight
 
     def accepts(self, qconfig: QConfig) -> bool:
         """Return whether one of the row's schemes takes the qconfig."""

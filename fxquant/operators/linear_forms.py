@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-from fxquant.operators.base import FLOAT16_WEIGHTS, INT4_DYNAMIC, INT8_DYNAMIC, Call, NewCall, Operator, never_refuse
+from fxquant.operators.base import (
+    FLOAT16_WEIGHTS,
+    INT4_DYNAMIC,
+    INT8_DYNAMIC,
+    INT16_DYNAMIC,
+    Call,
+    NewCall,
+    Operator,
+    never_refuse,
+)
 from fxquant.operators.linear import convert_linear, refuse_bias
 
 _FORM = re.compile(r"(?P<rows>(?:[A-Za-z]|\.\.\.)*)(?P<i>[A-Za-z]),(?P<weight>[A-Za-z]{2})->(?P=rows)(?P<o>[A-Za-z])")
@@ -72,7 +81,7 @@ def _row(
         weights=(weight,),
         may_lack_weight=True,
         is_transposed=_is_io,
-        schemes=(INT8_DYNAMIC, INT4_DYNAMIC, FLOAT16_WEIGHTS),
+        schemes=(INT8_DYNAMIC, INT4_DYNAMIC, INT16_DYNAMIC, FLOAT16_WEIGHTS),
         convert_function=convert_function,
         refuse_call=refuse_call,
     )

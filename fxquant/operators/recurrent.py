@@ -1,7 +1,8 @@
-"""LSTM, GRU, RNN and their cells: int8 weights, input rows and each step's hidden rows quantized as they come."""
+"""LSTM, GRU, RNN and their cells: input rows and each step's hidden rows quantized as they come, a scheme a matrix."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from fxquant.nn import (
     DynamicQuantizedRNNCell,
 )
 from fxquant.nn.base import Quantize
-from fxquant.operators.base import FLOAT16_WEIGHTS, INT8_DYNAMIC, Operator, refuse_parameters
+from fxquant.operators.base import FLOAT16_WEIGHTS, INT4_DYNAMIC, INT8_DYNAMIC, Operator, refuse_parameters
 from fxquant.qconfig import QConfig
 
 _QUANTIZED: dict[type[nn.Module], Any] = {
@@ -28,9 +29,16 @@ _QUANTIZED: dict[type[nn.Module], Any] = {
 }
 
 
+def _names(module: nn.RNNBase | nn.RNNCellBase) -> Sequence[str]:
+    return module._flat_weights_names if isinstance(module, nn.RNNBase) else ("weight_ih", "weight_hh")
+
+
+def _parts(module: nn.RNNBase | nn.RNNCellBase) -> tuple[str, ...]:
+    return tuple(name for name in _names(module) if name.startswith("weight"))
+
+
 def _refuse(module: nn.RNNBase | nn.RNNCellBase) -> str | None:
-    names = module._flat_weights_names if isinstance(module, nn.RNNBase) else ("weight_ih", "weight_hh")
-    if any(name not in module._parameters for name in names):
+    if any(name not in module._parameters for name in _names(module)):
         return "its weights are recomputed at each call (weight_norm, pruning or the like); remove that first"
     return refuse_parameters(module)
 
@@ -46,9 +54,10 @@ def _row(name: str, summary: str, *modules: type[nn.Module]) -> Operator:
         name=name,
         summary=summary,
         modules=modules,
-        schemes=(INT8_DYNAMIC, FLOAT16_WEIGHTS),
+        schemes=(INT8_DYNAMIC, INT4_DYNAMIC, FLOAT16_WEIGHTS),
         convert_module=_convert,
         refuse_module=_refuse,
+        parts=_parts,
     )
 
 

@@ -39,12 +39,15 @@ def lstm(
     h0: torch.Tensor,
     c0: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    bidirectional: bool = False,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run `reference_recurrent.lstm` or its native kernel."""
-    check_recurrent("LSTM", x, batch_sizes, weights[0].shape[1], h0=h0, c0=c0)
-    run = native.lstm if native.takes(x, weights[0]) else reference_recurrent.lstm
-    return run(x, batch_sizes, h0, c0, weights, *rest)
+    """Run `reference_recurrent.lstm` or its native kernels."""
+    check_recurrent("LSTM", x, batch_sizes, (h0, c0), weights, scales, biases, (), bidirectional)
+    run = native.lstm if native.takes_some(x, weights) else reference_recurrent.lstm
+    return run(x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, *rest)
 
 
 def rnn(
@@ -56,12 +59,14 @@ def rnn(
     biases: Sequence[torch.Tensor],
     hidden_biases: Sequence[torch.Tensor],
     mode: str,
+    bidirectional: bool = False,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `reference_recurrent.rnn` or its native kernel."""
-    check_recurrent(RNN_MODES[mode], x, batch_sizes, weights[0].shape[1], h0=h0)
-    run = native.rnn if native.takes(x, weights[0]) else reference_recurrent.rnn
-    return run(x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, *rest)
+    """Run `reference_recurrent.rnn` or its native kernels."""
+    parts = (weights, scales, biases, hidden_biases)
+    check_recurrent(RNN_MODES[mode], x, batch_sizes, (h0,), *parts, bidirectional)
+    run = native.rnn if native.takes_some(x, weights) else reference_recurrent.rnn
+    return run(x, batch_sizes, h0, *parts, mode, bidirectional, *rest)
 
 
 def embedding(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -21,9 +21,8 @@ import torch
 from fxquant.errors import DTypeError, ShapeError
 from fxquant.ops import reference, reference_recurrent
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
-from fxquant.ops.schema import RNN_MODES
 
-_INTERFACE = 5  # what module.c says it is: a library left from another version is not called
+_INTERFACE = 6  # what module.c says it is: a library left from another version is not called
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def _introduce_torch(library: Any, exchange: object) -> None:
     """Tell the library what it needs of torch; exchange: the capsule of DLPack's exchange interface, or None."""
     library.set_torch(
         (torch.Tensor, torch.nn.Parameter),
-        (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bfloat16),
+        (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.int16),
         (torch.empty, {"dtype": torch.float32, "device": torch.device("cpu")}),
         (output_pool.empty, torch.get_num_threads, torch.is_grad_enabled),
         (
@@ -135,6 +134,11 @@ def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def takes_some(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
+    """Return whether the library can do a part of a recurrent layer of these weights."""
+    return all(takes(x, weight) and weight.dtype is torch.int8 for weight in weights)
+
+
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor, or a copy, dense and of no subclass."""
     return tensor.as_subclass(torch.Tensor).resolve_neg().contiguous()
@@ -173,7 +177,7 @@ def linear(
     if out is None and group_size:
         out = reference.linear(rows, weight, scale, bias, *how)  # without columns there is nothing to multiply
     if out is None:
-        raise DTypeError(f"a quantized linear takes a weight of torch.int8 or float16, got {weight.dtype}")
+        raise DTypeError(f"a quantized linear takes a weight of torch.int8, int16 or float16, got {weight.dtype}")
     return cast(torch.Tensor, out.view(*x.shape[:-1], outputs).to(x.dtype))
 
 
@@ -195,8 +199,7 @@ def lstm(
     parts = _dense_parts(weights, scales, biases)
     sizes, states = _sizes(batch_sizes, x.shape[0], h0.shape[1]), (_floats(h0), _floats(c0))
     outputs = _library.lstm(False, _floats(x), sizes, *states, *parts, bidirectional, per_row, qmax)
-    if outputs is None:
-        raise _misfit("LSTM", x, weights, scales, biases, h0=h0, c0=c0)
+    assert outputs is not None  # check_recurrent has seen to it
     output, h, c = (tensor.to(x.dtype) for tensor in outputs)
     return output, h, c
 
@@ -221,30 +224,13 @@ def rnn(
     dense = _dense_parts(weights, scales, biases, hidden_biases)
     sizes = _sizes(batch_sizes, x.shape[0], h0.shape[1])
     outputs = _library.rnn(False, _floats(x), sizes, _floats(h0), *dense, mode, bidirectional, per_row, qmax)
-    if outputs is None:
-        raise _misfit(RNN_MODES[mode], x, weights, scales, biases, hidden_biases, h0=h0)
+    assert outputs is not None  # check_recurrent has seen to it
     output, h = (tensor.to(x.dtype) for tensor in outputs)
     return output, h
 
 
 def _dense_parts(weights: Sequence[torch.Tensor], *vectors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     return [[_plain(weight) for weight in weights], *([_floats(vector) for vector in part] for part in vectors)]
-
-
-def _misfit(
-    kind: str,
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    *vectors: Sequence[torch.Tensor],
-    **states: torch.Tensor,
-) -> Exception:
-    """Return the error for tensors of a recurrent layer that do not fit each other."""
-    if any(weight.dtype is not torch.int8 for weight in weights):
-        return DTypeError(f"a quantized {kind} takes weights of torch.int8, or all of float16")
-    parts = zip(("weights", "scales", "biases", "hidden biases"), (weights, *vectors), strict=False)
-    told = [f"{name} {tuple(tensor.shape)}" for name, tensor in (("input", x), *states.items())]
-    told += [f"{len(part)} {name} {[tuple(tensor.shape) for tensor in part]}" for name, part in parts]
-    return ShapeError(f"a quantized {kind} got tensors that do not fit each other: " + ", ".join(told))
 
 
 def _sizes(batch_sizes: torch.Tensor | None, rows: int, batch: int) -> torch.Tensor | None:

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from fxquant.errors import IndexRangeError
-from fxquant.numerics import QuantizedTensor, dequantize_weight, quantize_rows, unpack_int4
+from fxquant.numerics import (
+    QuantizedTensor,
+    dequantize_weight,
+    group_size_of,
+    quantize_rows,
+    quantize_rows_int16,
+    unpack_int4,
+)
 
 EXACT_COLUMNS = 512  # 512 * 255 * 127 < 2**24: such a float32 sum of products is exact in any order
 
@@ -33,8 +40,9 @@ def linear(
 ) -> torch.Tensor:
     """Return x @ dequantize(weight).T + bias, with x quantized row by row. docs/numerics.md, eq. 7–8.
 
-    x: (..., I) float; weight: (O, I) int8 or float16; scale: (O,) float32, None for float16; bias: (O,) or None
-    -> (..., O) in x's dtype. per_row False: one scale for all of x. qmax: 255, or 127 for 7-bit activations.
+    x: (..., I) float; weight: (O, I) int8, int16 or float16; scale: (O,) float32, None for float16; bias: (O,) or None
+    -> (..., O) in x's dtype. per_row False: one scale for all of x. qmax: 255, or 127 for 7-bit activations; of no
+    meaning to int16 weights, whose activations are int16 too. docs/numerics.md, eq. 21–24.
     group_size: 0, or 32, 64 or 128 for int4 weights: (O, ceil(I / 2)) uint8, with in_features I and scale
     (O, ceil(I / group_size)) bfloat16. docs/numerics.md, eq. 20.
     """
@@ -53,14 +61,44 @@ def linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
+def multiply(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    start: torch.Tensor | None,
+    per_row: bool,
+    qmax: int,
+) -> torch.Tensor:
+    """Return start + rows @ dequantize(weight).T, whatever the weight's scheme, which its dtype tells.
+
+    rows: (M, K) float32; weight: (N, K) of integers with scale (N,) float32, (N, ceil(K / 2)) uint8 of int4 values with
+    scale (N, groups) bfloat16, or (N, K) float16 or float32, whose scale is not looked at; start: (N,), (M, N) or None
+    -> (M, N) float32, a new tensor.
+    """
+    if weight.dtype is torch.uint8:
+        assert scale is not None
+        group_size = group_size_of(rows.shape[1], scale.shape[1])
+        return project_groups(rows, weight, scale, start, per_row, qmax, group_size)
+    y = project(rows, weight, None if weight.is_floating_point() else scale, per_row, qmax)
+    return y if start is None else y.add_(start)
+
+
 def project(
     rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, per_row: bool, qmax: int
 ) -> torch.Tensor:
-    """Return rows @ dequantize(weight).T without a bias: (M, K) float32, (N, K) -> (M, N) float32, a new tensor."""
+    """Return rows @ dequantize(weight).T without a bias: (M, K) float32, (N, K) -> (M, N) float32, a new tensor.
+
+    The weight's dtype says how: float16, int16 with int16 activations, int8 with activations in [0, qmax].
+    """
     if scale is None:
         return rows @ weight.to(torch.float32).t()
-    q, row_scale, zero_point = quantize_rows(rows, qmax, per_row)
-    sums = integer_matmul(q, zero_point, weight)
+    if weight.dtype == torch.int16:
+        q, row_scale = quantize_rows_int16(rows, per_row)
+        # Whole numbers are exact in any order for K * 2**30 <= 2**53, far beyond MAX_COLUMNS. An integer 0 has no sign.
+        sums = (q.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.int64)
+    else:
+        q, row_scale, zero_point = quantize_rows(rows, qmax, per_row)
+        sums = integer_matmul(q, zero_point, weight)
     return sums.to(torch.float32).mul_(row_scale * scale.to(torch.float32))
 
 

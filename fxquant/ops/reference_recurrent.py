@@ -7,10 +7,10 @@ from typing import TypeAlias
 
 import torch
 
-from fxquant.ops.reference import expm1_, project
+from fxquant.ops.reference import expm1_, multiply
 
 Matrix: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
-Project: TypeAlias = Callable[[torch.Tensor, Matrix], torch.Tensor]
+Multiply: TypeAlias = Callable[[torch.Tensor, Matrix, torch.Tensor | None], torch.Tensor]
 
 
 def lstm(
@@ -29,17 +29,18 @@ def lstm(
 
     x: (T, B, I) float, or (N, I) rows of a packed sequence with batch_sizes (T,) int64; h0: (L, B, P), c0: (L, B, H),
     L = layers × directions. weights: for each of the L cells weight_ih (4H, I), weight_hh (4H, P) and, with a
-    projection, weight_hr (P, H), int8 or float16, gates in the order i, f, g, o; scales: as many (rows,) float32, none
-    for float16; biases: L of (4H,), or none -> output (T, B, D·P) or (N, D·P), h (L, B, P), c (L, B, H), in x's dtype.
+    projection, weight_hr (P, H), gates in the order i, f, g, o, each of a scheme of its own (`reference.multiply`);
+    scales: as many, empty ones for float weights, or none at all; biases: L of (4H,), or none
+    -> output (T, B, D·P) or (N, D·P), h (L, B, P), c (L, B, H), in x's dtype.
     """
     h, c = h0.to(torch.float32, copy=True), c0.to(torch.float32, copy=True)
-    matmul = _projector(per_row, qmax)
+    matmul = _multiplier(per_row, qmax)
 
     def step(cell: int, matrices: Sequence[Matrix], gates: torch.Tensor) -> torch.Tensor:
         live = gates.shape[0]
-        c[cell, :live], hidden = lstm_cell(gates + matmul(h[cell, :live], matrices[1]), c[cell, :live])
+        c[cell, :live], hidden = lstm_cell(matmul(h[cell, :live], matrices[1], gates), c[cell, :live])
         for matrix in matrices[2:]:
-            hidden = matmul(hidden, matrix)
+            hidden = matmul(hidden, matrix, None)
         return hidden
 
     output = _run_stack(x, batch_sizes, h, weights, scales, biases, bidirectional, matmul, step)
@@ -62,29 +63,30 @@ def rnn(
     """Return (output, h) of a stack of GRU or plain RNN layers. docs/numerics.md, eq. 14–17.
 
     mode: "gru" (G = 3 gates, in the order r, z, n), "rnn_tanh" or "rnn_relu" (G = 1). x, batch_sizes: as for `lstm`;
-    h0: (L, B, H). weights: for each cell weight_ih (G·H, I) and weight_hh (G·H, H); scales: as many, none for float16;
+    h0: (L, B, H). weights: for each cell weight_ih (G·H, I) and weight_hh (G·H, H); they and scales: as for `lstm`;
     biases: L of (G·H,), or none: b_ih + b_hh, but a GRU's n part is b_in alone; hidden_biases: a GRU's L of b_hn (H,),
     else none -> output (T, B, D·H) or (N, D·H), h (L, B, H), in x's dtype.
     """
     h = h0.to(torch.float32, copy=True)
-    matmul = _projector(per_row, qmax)
+    matmul = _multiplier(per_row, qmax)
 
     def step(cell: int, matrices: Sequence[Matrix], gates: torch.Tensor) -> torch.Tensor:
         before = h[cell, : gates.shape[0]]
-        hidden = matmul(before, matrices[1])
         if mode == "gru":
-            bias = hidden_biases[cell].to(torch.float32) if hidden_biases else None
-            return gru_cell(gates, hidden, bias, before)
-        pre = gates + hidden
+            both = gates[:, : 2 * h.shape[2]]
+            own = hidden_biases[cell].to(torch.float32) if hidden_biases else gates.new_full((h.shape[2],), -0.0)
+            start = torch.cat((both, own.expand_as(before)), dim=1)  # y + -0 is y, to the bit
+            return gru_cell(matmul(before, matrices[1], start), gates[:, both.shape[1] :], before)
+        pre = matmul(before, matrices[1], gates)
         return pre.relu_() if mode == "rnn_relu" else tanh(pre)
 
     output = _run_stack(x, batch_sizes, h, weights, scales, biases, bidirectional, matmul, step)
     return output, h.to(x.dtype)
 
 
-def _projector(per_row: bool, qmax: int) -> Project:
-    def matmul(rows: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        return project(rows, *matrix, per_row, qmax)
+def _multiplier(per_row: bool, qmax: int) -> Multiply:
+    def matmul(rows: torch.Tensor, matrix: Matrix, start: torch.Tensor | None) -> torch.Tensor:
+        return multiply(rows, *matrix, start, per_row, qmax)
 
     return matmul
 
@@ -97,7 +99,7 @@ def _run_stack(
     scales: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
     bidirectional: bool,
-    matmul: Project,
+    matmul: Multiply,
     step: Callable[[int, Sequence[Matrix], torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Run all layers and directions over time; h (L, B, P) is advanced in place. Returns the last layer's outputs.
@@ -116,9 +118,7 @@ def _run_stack(
         for cell in range(first, first + directions):
             own = range(cell * per_cell, (cell + 1) * per_cell)
             matrices = [(weights[i], scales[i] if scales else None) for i in own]
-            gates = matmul(rows, matrices[0])
-            if biases:
-                gates += biases[cell].to(torch.float32)
+            gates = matmul(rows, matrices[0], biases[cell].to(torch.float32) if biases else None)
             columns = slice((cell - first) * h.shape[2], (cell - first + 1) * h.shape[2])
             for t in reversed(range(len(sizes))) if cell > first else range(len(sizes)):
                 live = slice(starts[t], starts[t + 1])  # a packed batch shrinks as sequences end
@@ -146,20 +146,15 @@ def lstm_cell(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch
     return state, ec / (do * (ec + 2.0))
 
 
-def gru_cell(
-    gates: torch.Tensor, hidden: torch.Tensor, hidden_bias: torch.Tensor | None, h: torch.Tensor
-) -> torch.Tensor:
+def gru_cell(gates: torch.Tensor, x_n: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """Return h' of one GRU step: n = tanh(x_n + σ(r) (h_n + b_hn)), h' = n + σ(z) (h - n). docs/numerics.md, eq. 14–16.
 
-    gates, hidden: (B, 3H) float32, the input's and the hidden state's parts of r, z, n; hidden_bias: (H,) or None;
+    gates: (B, 3H) float32, r and z before their nonlinearities, then h_n + b_hn; x_n: (B, H), the input's part of n;
     h: (B, H).
     """
     size = h.shape[-1]
-    dr, dz = expm1_((gates[:, : 2 * size] + hidden[:, : 2 * size]).neg_()).add_(2.0).chunk(2, dim=1)
-    inner = hidden[:, 2 * size :]
-    if hidden_bias is not None:
-        inner = inner + hidden_bias
-    n = tanh(gates[:, 2 * size :] + inner / dr)
+    dr, dz = expm1_(-gates[:, : 2 * size]).add_(2.0).chunk(2, dim=1)
+    n = tanh(x_n + gates[:, 2 * size :] / dr)
     return n + (h - n) / dz
 
 

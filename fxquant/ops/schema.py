@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fxquant.errors import DTypeError, ShapeError
+from fxquant.numerics import group_size_of
 from fxquant.spec import GROUP_SIZES
 
 LIBRARY = torch.library.Library("fxquant", "DEF")  # type: ignore[no-untyped-call]
@@ -34,6 +35,18 @@ SCHEMAS = {
 
 RNN_MODES = {"gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 """The modes of the operator rnn, and what each is called in errors."""
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+"""How many rows of a weight a hidden unit has."""
+
+SCHEMES = {
+    torch.int8: "int",
+    torch.int16: "int",
+    torch.uint8: "int4",
+    torch.float16: "float",
+    torch.float32: "float",
+}
+"""The dtypes that a recurrent operator's weights may have, and how each is scaled."""
 
 
 def check_linear(x: torch.Tensor, weight: torch.Tensor, in_features: int = 0) -> None:
@@ -62,25 +75,94 @@ def check_groups(weight: torch.Tensor, scale: torch.Tensor | None, group_size: i
 
 
 def check_recurrent(
-    kind: str, x: torch.Tensor, batch_sizes: torch.Tensor | None, inputs: int, **states: torch.Tensor
+    kind: str,
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    states: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    hidden_biases: Sequence[torch.Tensor] = (),
+    bidirectional: bool = False,
 ) -> None:
-    """Raise ShapeError or DTypeError unless x is (T, B, I) or packed (N, I), and each state (L, B, ...).
+    """Raise ShapeError or DTypeError unless the operands of a recurrent operator fit each other.
 
-    kind: what to call it in errors: "LSTM", "GRU", "RNN".
+    kind: what to call it in errors: "LSTM", "GRU", "RNN"; x: (T, B, I) or packed (N, I); states: h0 (L, B, P), and an
+    LSTM's c0 (L, B, H). Each weight may have a scheme of its own: `reference.multiply`.
     """
-    for name, tensor in (("input", x), *states.items()):
+    _check_sequence(kind, x, batch_sizes, weights[0] if weights else None, states)
+    cells, outputs, hidden = states[0].shape[0], states[0].shape[2], states[-1].shape[2]
+    directions, rows = 2 if bidirectional else 1, GATES[kind] * hidden
+    is_projected = kind == "LSTM" and len(weights) == 3 * cells
+    numbers = {
+        "weights": (weights, (3 if is_projected else 2) * cells),
+        "scales": (scales, len(weights) if scales else 0),
+        "biases": (biases, cells if biases else 0),
+        "hidden biases": (hidden_biases, cells if hidden_biases else 0),
+    }
+    told = f"a quantized {kind} of {cells} cells with {hidden} hidden units and {outputs} outputs"
+    for name, (given, count) in numbers.items():
+        if len(given) != count:
+            raise ShapeError(f"{told} takes {count} {name}, got {len(given)}")
+    if cells % directions or (hidden != outputs and not is_projected):
+        raise ShapeError(f"{told} cannot be: {directions} directions, {'a' if is_projected else 'no'} projection")
+    for i, vector in enumerate((*biases, *hidden_biases)):
+        if vector.shape != (rows if i < len(biases) else hidden,):
+            raise ShapeError(f"{told} got a bias of shape {tuple(vector.shape)}")
+    for i, weight in enumerate(weights):
+        cell, place = divmod(i, 3 if is_projected else 2)
+        inputs = x.shape[-1] if cell < directions else directions * outputs
+        shape = ((rows, inputs), (rows, outputs), (outputs, hidden))[place]
+        _check_matrix(f"{told}: weight_{('ih', 'hh', 'hr')[place]} of cell {cell}", weight, scales[i : i + 1], shape)
+
+
+def _check_sequence(
+    kind: str,
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    states: Sequence[torch.Tensor],
+) -> None:
+    for name, tensor in (("input", x), *zip(("h0", "c0"), states, strict=False)):
         if not tensor.is_floating_point():
             raise DTypeError(f"a quantized {kind} takes float tensors, got {name} of {tensor.dtype}")
     want = 3 if batch_sizes is None else 2
-    if x.dim() != want or x.shape[-1] != inputs:
+    given = x.shape[-1] if x.dim() else 0
+    inputs = given if weight is None else weight.shape[-1]
+    if weight is not None and weight.dtype is torch.uint8:  # two values a byte: the last may be one alone
+        inputs = given if (given + 1) // 2 == inputs else 2 * inputs
+    if x.dim() != want or given != inputs:
         raise ShapeError(
             f"a quantized {kind} of {inputs} inputs takes {want}-D input whose last dimension is {inputs}, "
             f"got {tuple(x.shape)}"
         )
     batch = x.shape[1] if batch_sizes is None else None
-    for name, state in states.items():
+    for name, state in zip(("h0", "c0"), states, strict=False):
         if state.dim() != 3 or (batch is not None and state.shape[1] != batch):
             raise ShapeError(f"a quantized {kind} called with batch {batch} got {name} of shape {tuple(state.shape)}")
+
+
+def _check_matrix(told: str, weight: torch.Tensor, scales: Sequence[torch.Tensor], shape: tuple[int, int]) -> None:
+    """Raise DTypeError or ShapeError unless weight and its scale, if it has one, are a matrix of this shape."""
+    (rows, columns), scale = shape, scales[0] if scales else None
+    kind, dtype = SCHEMES.get(weight.dtype, ""), None if scale is None else scale.dtype
+    if not kind or (kind == "int4" and dtype is not torch.bfloat16):
+        known = ", ".join(map(str, SCHEMES))
+        raise DTypeError(
+            f"{told} takes one of {known}, where uint8 has a scale of torch.bfloat16, got {weight.dtype}"
+            f" with a scale of {dtype}"
+        )
+    sizes = () if scale is None else tuple(scale.shape)
+    fits = {
+        "float": scale is None or scale.numel() == 0,
+        "int": sizes == (rows,),
+        "int4": len(sizes) == 2 and sizes[0] == rows and (columns == 0 or group_size_of(columns, sizes[1]) > 0),
+    }
+    if weight.shape != (rows, (columns + 1) // 2 if kind == "int4" else columns) or not fits[kind]:
+        raise ShapeError(
+            f"{told} stands for {rows} x {columns} numbers, which {tuple(weight.shape)} of {weight.dtype}"
+            f" with {'no scale' if scale is None else f'a scale of shape {sizes}'} are not"
+        )
 
 
 def check_indices(indices: torch.Tensor, operator: str) -> None:
@@ -118,7 +200,7 @@ def _fake_lstm(
     per_row: bool = True,
     qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_recurrent("LSTM", x, batch_sizes, weights[0].shape[1], h0=h0, c0=c0)
+    check_recurrent("LSTM", x, batch_sizes, (h0, c0), weights, scales, biases, (), bidirectional)
     columns = h0.shape[-1] * (2 if bidirectional else 1)
     return x.new_empty((*x.shape[:-1], columns)), x.new_empty(h0.shape), x.new_empty(c0.shape)
 
@@ -136,7 +218,8 @@ def _fake_rnn(
     per_row: bool = True,
     qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_recurrent(RNN_MODES[mode], x, batch_sizes, weights[0].shape[1], h0=h0)
+    parts = (weights, scales, biases, hidden_biases)
+    check_recurrent(RNN_MODES[mode], x, batch_sizes, (h0,), *parts, bidirectional)
     return x.new_empty((*x.shape[:-1], h0.shape[-1] * (2 if bidirectional else 1))), x.new_empty(h0.shape)
 
 

@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxquant
-from fxquant import ModelStateError, convert_fx, explain, fuse_fx, int4_dynamic_qconfig, load, quantize_dynamic, save
+from fxquant import (
+    ModelStateError,
+    convert_fx,
+    explain,
+    fuse_fx,
+    int4_dynamic_qconfig,
+    int16_dynamic_qconfig,
+    load,
+    quantize_dynamic,
+    save,
+)
 from fxquant.debug.table import megabytes
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize
 
@@ -202,3 +212,12 @@ def test_int4_sites_say_so_and_what_they_save():
     (row,) = explain(quantized).rows
     assert row.decision == "int4_dynamic_qconfig"
     assert row.saved_bytes == 64 * 128 * 4 - 64 * 128 // 2 - 64 * 2 * 2
+
+
+def test_int16_sites_say_so_and_what_they_save():
+    model = nn.Sequential(nn.Linear(128, 64))
+    quantized = quantize(model, torch.randn(2, 128), mapping=everything(int16_dynamic_qconfig))
+    (row,) = explain(quantized).rows
+    assert row.decision == "int16_dynamic_qconfig"
+    assert row.saved_bytes == 64 * 128 * 2 - 64 * 4
+    assert row.losses == ()

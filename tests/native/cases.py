@@ -67,6 +67,10 @@ def int8(*shape: int) -> torch.Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8)
 
 
+def int16(*shape: int) -> torch.Tensor:
+    return torch.randint(-32768, 32768, shape, dtype=torch.int16)
+
+
 def strided(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
     """Return the same values, sometimes in other places: transposed, or every second element of a larger tensor."""
     kind = rng.choice(("dense", "dense", "transposed", "sliced", "offset"))
@@ -147,6 +151,20 @@ def linear_int4_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any],
     weight = int8(outputs, (columns + 1) // 2).view(torch.uint8)
     scale = (torch.randn(outputs, -(-columns // group_size)) * 0.1).to(torch.bfloat16)
     return run, expect, (x, strided(weight, rng), strided(scale, rng), *how, group_size, columns), is_rich
+
+
+def linear_int16_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
+    """Return a case like a linear's with int16 weights, -32768 too, and now and then more columns than lanes hold."""
+    rng = random.Random(-1 - seed)
+    run, expect, (x, weight, scale, *how), is_rich = linear_case(seed)
+    weight = int16(*weight.shape)
+    if rng.random() < 0.05:
+        x, weight = torch.randn(x.shape[-2], rng.choice((2049, 4097, 9000))), int16(3, 9000)
+        weight, scale, how[0] = weight[:, : x.shape[1]], torch.rand(3) * 0.01, None
+        is_rich = False
+    if rng.random() < 0.1:
+        weight, x = weight.fill_(rng.choice((-32768, 32767))), torch.full_like(x, rng.choice((1.0, -1.0)))
+    return run, expect, (x, strided(weight, rng), scale, *how), is_rich
 
 
 def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
@@ -249,6 +267,7 @@ def embedding_bag_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any
 CASES = {
     "linear": linear_case,
     "linear_int4": linear_int4_case,
+    "linear_int16": linear_int16_case,
     "lstm": lstm_case,
     "rnn": rnn_case,
     "embedding": embedding_case,

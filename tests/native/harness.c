@@ -28,6 +28,12 @@ static int8_t *weights(int64_t count) {
     return w;
 }
 
+static int16_t *int16_weights(int64_t count) {
+    int16_t *w = take(count * 2);
+    for (int64_t i = 0; i < count; i++) w[i] = (int16_t)(below(65536) - 32768);
+    return w;
+}
+
 static float *floats(int64_t count, float scale, bool is_signed) {
     float *x = take(count * 4);
     for (int64_t i = 0; i < count; i++) x[i] = (float)(below(20001) - (is_signed ? 10000 : 0)) * scale;
@@ -48,13 +54,14 @@ static void linear_case(int threads) {
     float *x = floats(rows * columns, 1e-3f, true), *scale = floats(outputs, 1e-6f, false), *bias = floats(outputs, 1e-4f, true);
     float *out = take(rows * outputs * 4);
     int8_t *w = weights(outputs * columns);
+    int16_t *w16 = below(3) ? NULL : int16_weights(outputs * columns);
     if (below(10) == 0 && rows * columns > 0) x[below(rows * columns)] = NAN;
     if (below(10) == 0 && rows * columns > 0) x[below(rows * columns)] = -INFINITY;
-    const struct fxq_linear call = {.x = x, .rows = rows, .columns = columns, .weight = w, .outputs = outputs, .scale = scale,
+    const struct fxq_linear call = {.x = x, .rows = rows, .columns = columns, .weight = w, .int16 = w16, .outputs = outputs, .scale = scale,
         .bias = below(3) ? bias : NULL, .out = out, .relu = below(3) == 0, .per_row = below(3) > 0, .qmax = below(3) ? 255 : 127};
     if (fxq_linear(&call, threads) != FXQ_OK) abort();
     mix(out, rows * outputs);
-    free(x), free(scale), free(bias), free(out), free(w);
+    free(x), free(scale), free(bias), free(out), free(w), free(w16);
 }
 
 static void recurrent_case(int threads) {

@@ -11,7 +11,7 @@ import torch
 from fxquant import ops
 from fxquant.ops import native
 from tests.native import cases
-from tests.native.cases import int8, same_bits
+from tests.native.cases import int8, int16, same_bits
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,6 +146,16 @@ def test_an_unusual_operand_is_not_taken_at_once(operands):
 def test_an_option_that_is_no_number_is_pythons_own_error():
     with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
         native.at_once.linear(True, torch.randn(2, 4), int8(3, 4), torch.rand(3), None, "no", True, 255, 0, 0)
+
+
+def test_an_int16_call_passes_the_dispatcher_by():
+    x, weight, scale = torch.randn(2, 5, 66), int16(3, 66), torch.rand(3)
+    assert same_bits(run_linear(x, weight=weight, scale=scale), native.reference.linear(x, weight, scale))
+
+
+@pytest.mark.parametrize("operands", [{"weight": int16(3, 5)}, {"weight": int16(4, 3).t()}, {"groups": (64, 4)}])
+def test_an_unusual_int16_operand_is_not_taken_at_once(operands):
+    assert run_linear(torch.randn(2, 4), **{"weight": int16(3, 4), **operands}) is None
 
 
 INT4 = {"weight": int8(3, 33).view(torch.uint8), "scale": torch.rand(3, 2).bfloat16(), "groups": (64, 66)}

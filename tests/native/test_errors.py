@@ -25,27 +25,9 @@ def test_a_weight_of_other_integers_is_an_error():
         native.linear(torch.randn(2, 4), int8(3, 4).int(), torch.rand(3))
 
 
-def test_lstm_weights_of_two_kinds_are_an_error():
-    weights, state = [int8(8, 4), int8(8, 2).half()], torch.zeros(1, 1, 2)
-    with pytest.raises(DTypeError, match=r"torch.int8, or all of float16"):
-        native.lstm(torch.randn(1, 1, 4), None, state, state, weights, [torch.rand(8)] * 2, [])
-
-
-def test_a_wrong_number_of_scales_for_an_lstm_is_an_error():
-    weights, state = [int8(8, 4), int8(8, 2)], torch.zeros(1, 1, 2)
-    with pytest.raises(ShapeError, match="1 scales"):
-        native.lstm(torch.randn(1, 1, 4), None, state, state, weights, [torch.rand(8)], [])
-
-
 def test_a_wrong_number_of_biases_is_an_error():
     with pytest.raises(ShapeError, match="bias of shape"):
         native.linear(torch.randn(2, 4), int8(3, 4), torch.rand(3), torch.rand(1))
-
-
-def test_an_lstm_weight_of_another_size_is_an_error():
-    weights, state = [int8(8, 4), int8(8, 3)], torch.zeros(1, 1, 2)
-    with pytest.raises(ShapeError, match=r"do not fit each other.*\(8, 3\)"):
-        native.lstm(torch.randn(1, 1, 4), None, state, state, weights, [torch.rand(8)] * 2, [])
 
 
 @pytest.mark.parametrize("sizes", [[1, 2], [3, 1], [2, 0], [2, 2]])

@@ -1,5 +1,6 @@
 """The native kernels against the reference: the same bits, on every instruction set and number of threads."""
 
+import math
 import os
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 
 from fxquant.ops import native, reference
 from tests.native import cases
-from tests.native.cases import failures, int8, kernels, same_bits
+from tests.native.cases import failures, int8, int16, kernels, same_bits
 
 SETTINGS = [(isa, threads) for isa in cases.usable() for threads in (1, 2)]
 COUNTS = {
     "linear": 1200,
     "linear_int4": 1200,
+    "linear_int16": 1200,
     "lstm": 120,
     "rnn": 120,
     "embedding": 150,
@@ -92,6 +94,38 @@ def test_an_int4_row_gives_the_same_bits_alone_and_in_any_batch(isa):
         together = native.linear(x, *how)
         for rows in (1, 2, 3, 7, 16, 33):
             assert same_bits(native.linear(x[5 : 5 + rows], *how), together[5 : 5 + rows]), rows
+
+
+@pytest.mark.parametrize("columns", [31, 100, 203, 4100])
+@pytest.mark.parametrize(("rows", "outputs"), [(1, 2100), (2, 33), (7, 100), (8, 64), (33, 130), (300, 20)])
+def test_int16_products_of_each_form_give_the_references_bits(isa, rows, outputs, columns):
+    x, weight = torch.randn(rows, columns), int16(outputs, columns)
+    args = (x, weight, torch.rand(outputs), torch.randn(outputs), True)
+    expected = reference.linear(*args)
+    for threads in (1, 3):
+        with kernels(isa, threads):
+            assert same_bits(native.linear(*args), expected), threads
+
+
+@pytest.mark.parametrize("value", [-32768, 32767])
+@pytest.mark.parametrize("columns", [255, 256, 257, 4095, 4096, 4097, 9000, 140_000])
+@pytest.mark.parametrize("last", [255 / 32767, -1.0])
+def test_the_greatest_int16_products_do_not_overflow(isa, value, columns, last):
+    """Activations of 255 fill the low byte's sums, of -32767 the high byte's; the first sets the scale to 1 / 32767."""
+    x, weight = torch.full((3, columns), last), torch.full((5, columns), value, dtype=torch.int16)
+    x[:, 0] = 1.0
+    expected = reference.linear(x, weight, torch.ones(5))
+    with kernels(isa, 1):
+        assert same_bits(native.linear(x, weight, torch.ones(5)), expected)
+    assert bool((expected.sign() == math.copysign(1, value * last)).all())
+
+
+def test_an_int16_row_gives_the_same_bits_alone_and_in_any_batch(isa):
+    x, weight, scale = torch.randn(70, 130), int16(100, 130), torch.rand(100)
+    with kernels(isa, 1):
+        together = native.linear(x, weight, scale)
+        for rows in (1, 2, 3, 7, 16, 33):
+            assert same_bits(native.linear(x[5 : 5 + rows], weight, scale), together[5 : 5 + rows]), rows
 
 
 @pytest.mark.parametrize("columns", [32768, 32769, 70000])  # the tiles' form ends at 32768; 66,000 can pass 2**31

@@ -17,10 +17,16 @@ BIAS = torch.tensor([0.0, 1.0, -2.0, 3.0, 0.5])
 REAL = WEIGHT.double() * SCALE.double()[:, None]
 
 
+@pytest.fixture(params=[torch.int8, torch.int16], ids=["int8", "int16"])
+def dtype(request):
+    return request.param
+
+
 @pytest.fixture
-def linear(isa):
+def linear(isa, dtype):
+    """The kernels' linear, on weights of each dtype."""
     with kernels(isa, 1):
-        yield native.linear
+        yield lambda x, weight, *rest: native.linear(x, weight.to(dtype), *rest)
 
 
 def row(value, at=3, others=1.0):
@@ -75,8 +81,8 @@ def test_no_outputs_and_no_rows_are_empty(linear):
     assert linear(torch.zeros(0, COLUMNS), WEIGHT, SCALE).shape == (0, 5)
 
 
-def test_the_reference_gives_the_same(linear):
+def test_the_reference_gives_the_same(linear, dtype):
     for x in (row(math.nan), row(math.inf), row(-math.inf), row(MAX), row(1e-42, others=0.0), row(2.0)):
-        ours, theirs = linear(x, WEIGHT, SCALE, BIAS), reference.linear(x, WEIGHT, SCALE, BIAS)
+        ours, theirs = linear(x, WEIGHT, SCALE, BIAS), reference.linear(x, WEIGHT.to(dtype), SCALE, BIAS)
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())

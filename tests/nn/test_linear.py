@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from fxquant import ShapeError, float16_dynamic_qconfig, int4_dynamic_qconfig, per_tensor_dynamic_qconfig
+from fxquant import (
+    ShapeError,
+    float16_dynamic_qconfig,
+    int4_dynamic_qconfig,
+    int16_dynamic_qconfig,
+    per_tensor_dynamic_qconfig,
+)
 from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLinearReLU, LinearReLU
 from fxquant.numerics import QuantizedTensor, dequantize_weight
 from tests.samples import linear_bound
@@ -94,6 +100,37 @@ def test_int4_keeps_its_dtypes_and_repr():
 
 def test_int4_compiles_and_exports():
     model = nn.Sequential(DynamicQuantizedLinear.from_float(nn.Linear(100, 4), int4_dynamic_qconfig))
+    x = torch.randn(3, 100)
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.equal(exported(x), model(x))
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, LinearReLU])
+def test_int16_is_near_the_float_module(kind):
+    module, x = kind(150, 30), torch.randn(8, 150)
+    form = DynamicQuantizedLinearReLU if kind is LinearReLU else DynamicQuantizedLinear
+    got = form.from_float(module, int16_dynamic_qconfig)(x).double()
+    x, weight = x.double(), module.weight.double()
+    steps = x.abs().amax(1, keepdim=True) / 32767, weight.abs().amax(1) / 32767
+    # half a step of each value, times the other's size, and float32's rounding of scales, sum, product and bias
+    bound = 0.51 * (steps[0] * weight.abs().sum(1) + x.abs().sum(1, keepdim=True) * steps[1])
+    bound = bound + 8 * 2**-24 * (x.abs() @ weight.abs().t() + 1)
+    expected = x @ weight.t() + module.bias.double()
+    assert bool(((got - (expected.clamp(min=0) if kind is LinearReLU else expected)).abs() <= bound).all())
+
+
+def test_int16_keeps_its_dtypes_and_repr():
+    module = DynamicQuantizedLinear.from_float(nn.Linear(100, 4), int16_dynamic_qconfig).double()
+    assert (module.weight.dtype, module.weight_scale.dtype) == (torch.int16, torch.float32)
+    assert module(torch.randn(2, 100).double()).dtype == torch.float64
+    assert repr(module) == (
+        "DynamicQuantizedLinear(100, 4, bias=True, int16 symmetric per channel, activation int16 symmetric per row)"
+    )
+
+
+def test_int16_compiles_and_exports():
+    model = nn.Sequential(DynamicQuantizedLinear.from_float(nn.Linear(100, 4), int16_dynamic_qconfig))
     x = torch.randn(3, 100)
     exported = torch.export.export(model, (x,)).module()
     assert torch.equal(exported(x), model(x))

@@ -10,11 +10,12 @@ from fxquant import (
     default_dynamic_qconfig,
     float16_dynamic_qconfig,
     float_qparams_weight_only_qconfig,
+    int16_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
 )
 from fxquant.numerics import MAX_COLUMNS
 from fxquant.operators import OPERATORS, find_function_row, find_module_row, find_row
-from fxquant.operators.base import INT8_DYNAMIC, INT8_ROWS, UINT8_ROWS, refuse_parameters, refuse_weight
+from fxquant.operators.base import INT8_DYNAMIC, INT8_ROWS, INT16_DYNAMIC, UINT8_ROWS, refuse_parameters, refuse_weight
 
 WEIGHT = default_dynamic_qconfig.weight
 
@@ -36,6 +37,11 @@ def with_activation(**fields):
         (INT8_DYNAMIC, with_activation(symmetric=True), False),
         (INT8_DYNAMIC, with_activation(qmin=1), False),
         (INT8_DYNAMIC, with_activation(dtype="int8", qmax=127), False),
+        (INT8_DYNAMIC, int16_dynamic_qconfig, False),
+        (INT16_DYNAMIC, int16_dynamic_qconfig, True),
+        (INT16_DYNAMIC, default_dynamic_qconfig, False),
+        (INT16_DYNAMIC, QConfig(activation=None, weight=int16_dynamic_qconfig.weight), False),
+        (INT16_DYNAMIC, QConfig(default_dynamic_qconfig.activation, int16_dynamic_qconfig.weight), False),
         (INT8_ROWS, default_dynamic_qconfig, True),
         (INT8_ROWS, float_qparams_weight_only_qconfig, False),
         (UINT8_ROWS, float_qparams_weight_only_qconfig, True),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fxquant import IndexRangeError
-from fxquant.numerics import pack_uint4, quantize_rows
+from fxquant.numerics import pack_uint4, quantize_rows, quantize_rows_int16
 from fxquant.ops import reference
 
 ULP = 2.0**-23
@@ -196,3 +196,24 @@ def test_int4_linear_without_columns_is_the_bias():
     y = reference.linear(torch.zeros(2, 0), weight, scale, bias, True, True, 255, 64, 0)
     assert y.tolist() == [[1.0, 0.0, 3.0]] * 2
     assert bias.tolist() == [1.0, -2.0, 3.0]
+
+
+@pytest.mark.parametrize("columns", [1, 64, 3000])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_int16_linear_is_its_equation(columns, per_row):
+    x, bias, scale = torch.randn(4, columns) * 3, torch.randn(6), torch.rand(6)
+    weight = torch.randint(-32768, 32768, (6, columns), dtype=torch.int16)
+    y = reference.linear(x, weight, scale, bias, True, per_row, 255)
+    q, row_scale = quantize_rows_int16(x, per_row)
+    # Python's integers are exact; each float32 operation is that of numbers rounded before
+    sums = [[sum(a * b for a, b in zip(map(int, row), w, strict=True)) for w in weight.tolist()] for row in q.tolist()]
+    product = torch.tensor(sums).to(torch.float32) * (row_scale * scale)
+    assert torch.equal(y, (product + bias).clamp(min=0))
+
+
+def test_an_int16_sum_beyond_float32_is_rounded_once():
+    weight = torch.full((1, 2049), 32767, dtype=torch.int16)
+    weight[0, 0] = 1  # a sum of 2048 * 32767**2 + 32767, of 41 bits, which no float32 and no int32 holds
+    y = reference.linear(torch.ones(1, 2049), weight, torch.ones(1))
+    inverse = torch.tensor(1.0) / 32767
+    assert y.item() == (torch.tensor(float(2048 * 32767**2 + 32767)) * inverse).item()

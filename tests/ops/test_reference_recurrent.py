@@ -29,13 +29,13 @@ def test_lstm_cell_saturates():
 
 
 def test_gru_cell_is_the_float_cell():
-    gates, hidden, bias, h = torch.randn(50, 48) * 4, torch.randn(50, 48) * 4, torch.randn(16), torch.randn(50, 16)
-    (x_r, x_z, x_n), (h_r, h_z, h_n) = (part.double().chunk(3, dim=1) for part in (gates, hidden))
-    n = (x_n + (x_r + h_r).sigmoid() * (h_n + bias.double())).tanh()
-    expected = n + (x_z + h_z).sigmoid() * (h.double() - n)
-    got = reference.gru_cell(gates, hidden, bias, h)
-    # σ(r) carries 4e-7 and a few roundings into n by |h_n + b|, then h' by |h - n|
-    slack = 2e-6 * (2 + (h_n + bias).abs().max() + h.abs().max())
+    gates, x_n, h = torch.randn(50, 48) * 4, torch.randn(50, 16) * 4, torch.randn(50, 16)
+    r, z, h_n = gates.double().chunk(3, dim=1)
+    n = (x_n.double() + r.sigmoid() * h_n).tanh()
+    expected = n + z.sigmoid() * (h.double() - n)
+    got = reference.gru_cell(gates, x_n, h)
+    # σ(r) carries 4e-7 and a few roundings into n by |h_n|, then h' by |h - n|
+    slack = 2e-6 * (2 + h_n.abs().max() + h.abs().max())
     assert (got - expected).abs().max() <= slack
 
 

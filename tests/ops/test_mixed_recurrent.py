@@ -1,0 +1,236 @@
+"""Recurrent operators whose weights have schemes of their own, against float64 and against equation 20."""
+
+import itertools
+
+import pytest
+import torch
+
+from fxquant import DTypeError, ShapeError, ops
+from fxquant.numerics import QuantizedTensor, dequantize_weight, group_size_of, quantize_rows, unpack_int4
+from fxquant.ops import reference, reference_recurrent
+from fxquant.qconfig import default_dynamic_qconfig, int4_dynamic_qconfig
+
+SCHEMES = ("int8", "int4", "float16", "float32")
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+GROUP = 32
+
+
+def stored(rows, columns, scheme):
+    """Return (weight, scale) of a random matrix as the operators take it."""
+    weight = torch.randn(rows, columns) / max(1, columns) ** 0.5
+    if scheme.startswith("float"):
+        return weight.to(getattr(torch, scheme)), torch.empty(0)
+    qconfig = int4_dynamic_qconfig.with_group_size(GROUP) if scheme == "int4" else default_dynamic_qconfig
+    return qconfig.quantize_weight(weight)[:2]
+
+
+def real(weight, scale, columns):
+    """Return the float64 matrix that a weight stands for."""
+    groups = group_size_of(columns, scale.shape[1]) if weight.dtype is torch.uint8 else None
+    return dequantize_weight(
+        QuantizedTensor(weight, scale if scale.numel() else None, None), columns=columns, group_size=groups
+    ).double()
+
+
+def layers(mode, schemes, inputs=75, hidden=70, count=1, directions=1, proj=0, bias=True):
+    """Return (weights, scales, biases, hidden_biases); schemes: of the matrices of one cell after another, repeated."""
+    size, schemes = proj or hidden, itertools.cycle(schemes)
+    weights, scales, rows = [], [], GATES[mode] * hidden
+    for cell in range(count * directions):
+        columns = inputs if cell < directions else directions * size
+        shapes = [(rows, columns), (rows, size), (proj, hidden)]
+        for shape in shapes[: 3 if proj else 2]:
+            weight, scale = stored(*shape, next(schemes))
+            weights.append(weight)
+            scales.append(scale)
+    cells = range(count * directions if bias else 0)
+    return weights, scales, [torch.randn(rows) for _ in cells], [torch.randn(hidden) for _ in cells if mode == "gru"]
+
+
+def call(mode, operands, x, sizes=None, proj=0, hidden=70, bidirectional=False, run=ops, states=None):
+    """Run the operator of a mode on some layers."""
+    weights, scales, biases, hidden_biases = operands
+    cells = len(weights) // (3 if proj else 2)
+    batch = x.shape[1] if sizes is None else int(sizes[0])
+    torch.manual_seed(7)
+    h, c = states or (torch.randn(cells, batch, proj or hidden), torch.randn(cells, batch, hidden))
+    if mode == "lstm":
+        return run.lstm(x, sizes, h, c, weights, scales, biases, bidirectional)
+    return run.rnn(x, sizes, h, weights, scales, biases, hidden_biases, mode, bidirectional)
+
+
+@pytest.mark.parametrize("start", [None, "row", "matrix"])
+def test_int4_products_are_added_to_their_start_in_order(start):
+    weight, scale = stored(9, 75, "int4")
+    rows, q = torch.randn(4, 75), unpack_int4(weight, 75).long()
+    begin = {None: None, "row": torch.randn(9), "matrix": torch.randn(4, 9)}[start]
+    a, s, z = quantize_rows(rows, 255)
+    expected = torch.full((4, 9), -0.0) if begin is None else begin.expand(4, 9)
+    for group, columns in enumerate((slice(0, 32), slice(32, 64), slice(64, 75))):
+        sums = (a.long() - z.long())[:, columns] @ q[:, columns].T
+        expected = expected + sums.float() * (s * scale[:, group].float())
+    assert torch.equal(reference.multiply(rows, weight, scale, begin, True, 255), expected)
+
+
+@pytest.mark.parametrize(
+    ("columns", "groups", "size"), [(96, 3, 32), (96, 2, 64), (96, 1, 128), (20, 1, 32), (96, 4, 0)]
+)
+def test_the_number_of_groups_tells_their_size(columns, groups, size):
+    assert group_size_of(columns, groups) == size
+
+
+@pytest.mark.parametrize("mode", GATES)
+@pytest.mark.parametrize("ih", SCHEMES)
+@pytest.mark.parametrize("hh", SCHEMES)
+def test_a_step_is_the_float_cell_of_the_weights_values(mode, ih, hh):
+    operands, x = layers(mode, (ih, hh)), torch.randn(1, 3, 75)
+    h0, c0 = torch.randn(1, 3, 70), torch.randn(1, 3, 70)
+    (w_ih, w_hh), (s_ih, s_hh), (bias,), own = operands
+
+    def rounded(rows, weight):  # activations as integers say them, where the weight's are integers too
+        if weight.is_floating_point():
+            return rows.double()
+        q, scale, zero = quantize_rows(rows, 255)
+        return (q - zero).double() * scale.double()
+
+    from_x = rounded(x[0], w_ih) @ real(w_ih, s_ih, 75).T + bias.double()
+    from_h = rounded(h0[0], w_hh) @ real(w_hh, s_hh, 70).T
+    if mode == "lstm":
+        i, f, g, o = (from_x + from_h).chunk(4, dim=1)
+        c = f.sigmoid() * c0[0].double() + i.sigmoid() * g.tanh()
+        expected = o.sigmoid() * c.tanh()
+    elif mode == "gru":
+        (x_r, x_z, x_n), (h_r, h_z, h_n) = from_x.chunk(3, dim=1), from_h.chunk(3, dim=1)
+        n = (x_n + (x_r + h_r).sigmoid() * (h_n + own[0].double())).tanh()
+        expected = n + (x_z + h_z).sigmoid() * (h0[0].double() - n)
+    else:
+        expected = (from_x + from_h).tanh() if mode == "rnn_tanh" else (from_x + from_h).relu()
+    got = call(mode, operands, x, states=(h0, c0))[0][0]
+    # float32 roundings of sums of at most 75 products, below 20 together, and of what lstm_cell and gru_cell do to them
+    assert (got - expected).abs().max() <= 20 * 75 * 2**-24 + 1e-5
+
+
+MIXES = [
+    ("lstm", ("float32", "int8"), {}),
+    ("lstm", ("int4", "int4", "int4"), {"proj": 40}),
+    ("lstm", ("int8", "int4", "int8", "int4", "int8", "float16"), {"proj": 40}),
+    ("lstm", ("int8", "int4", "float32", "int8", "int4", "int4", "int8", "float16"), {}),
+    ("gru", ("float16", "int8", "int8", "int4"), {}),
+    ("rnn_tanh", ("int4", "int4", "float32", "int4"), {}),
+    ("rnn_relu", ("int8", "float32"), {}),
+]
+INTEGER_MIXES = [mix for mix in MIXES if not any("float" in scheme for scheme in mix[1])] + [
+    ("gru", ("int4", "int8", "int8", "int4"), {}),
+    ("lstm", ("int8", "int4"), {}),
+]
+
+
+@pytest.mark.parametrize(("mode", "schemes", "how"), MIXES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_operators_give_the_references_bits(mode, schemes, how, packed, bias):
+    operands = layers(mode, schemes, count=2, directions=2, bias=bias, **how)
+    x, sizes = (torch.randn(9, 75), torch.tensor([4, 3, 2])) if packed else (torch.randn(6, 4, 75), None)
+    got = call(mode, operands, x, sizes, bidirectional=True, **how)
+    expected = call(mode, operands, x, sizes, bidirectional=True, run=reference_recurrent, **how)
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize(("mode", "schemes", "how"), INTEGER_MIXES)
+def test_a_sequence_gives_the_same_bits_in_any_batch_and_step_by_step(mode, schemes, how):
+    operands, x = layers(mode, schemes, count=2, **how), torch.randn(5, 3, 75)
+    cells, size = 2, how.get("proj", 70)
+    h, c = torch.randn(cells, 3, size), torch.randn(cells, 3, 70)
+    whole = call(mode, operands, x, states=(h, c), **how)
+    alone = call(mode, operands, x[:, 1:2], states=(h[:, 1:2], c[:, 1:2]), **how)
+    assert all(torch.equal(a, b[:, 1:2]) for a, b in zip(alone, whole, strict=True))
+    states = (h, c)
+    for step in range(5):
+        out, *states = call(mode, operands, x[step : step + 1], states=(*states, c)[:2], **how)
+        assert torch.equal(out[0], whole[0][step]), step
+    assert all(map(torch.equal, states, whole[1:]))
+
+
+@pytest.mark.parametrize(("mode", "schemes", "how"), MIXES)
+def test_opcheck(mode, schemes, how):
+    weights, scales, biases, hidden_biases = layers(mode, schemes, count=2, **how)
+    x, h, c = torch.randn(3, 2, 75), torch.randn(2, 2, how.get("proj", 70)), torch.randn(2, 2, 70)
+    if mode == "lstm":
+        torch.library.opcheck(ops.OVERLOADS["lstm"], (x, None, h, c, weights, scales, biases))
+    else:
+        torch.library.opcheck(ops.OVERLOADS["rnn"], (x, None, h, weights, scales, biases, hidden_biases, mode))
+
+
+def changed(part, place, tensor):
+    """Return an LSTM's operands with one tensor replaced."""
+    operands = layers("lstm", ("int8", "int4"))
+    operands[part][place] = tensor
+    return operands
+
+
+INT4 = torch.zeros(280, 35, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "tensor", "words"),
+    [
+        (0, 0, torch.zeros(280, 75, dtype=torch.int32), r"weight_ih of cell 0 takes one of .* got torch.int32"),
+        (0, 0, torch.zeros(280, 75, dtype=torch.bfloat16), r"takes one of .* got torch.bfloat16"),
+        (1, 1, torch.ones(280, 3), r"weight_hh of cell 0 .* got torch.uint8 with a scale of torch.float32"),
+    ],
+)
+def test_other_dtypes_are_refused(part, place, tensor, words):
+    with pytest.raises(DTypeError, match=words):
+        call("lstm", changed(part, place, tensor), torch.randn(2, 3, 75))
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "tensor", "words"),
+    [
+        (
+            0,
+            1,
+            torch.zeros(280, 36, dtype=torch.uint8),
+            r"weight_hh of cell 0 stands for 280 x 70 numbers.*\(280, 36\)",
+        ),
+        (0, 0, torch.zeros(279, 75, dtype=torch.int8), r"weight_ih of cell 0 stands for 280 x 75 .*\(279, 75\)"),
+        (0, 1, torch.zeros(280, 71), r"\(280, 71\) of torch.float32 with a scale of shape \(280, 3\)"),
+        (0, 1, torch.zeros(280, 70), r"of torch.float32 with a scale of shape \(280, 3\) are not"),
+        (1, 0, torch.ones(279), r"with a scale of shape \(279,\) are not"),
+        (1, 0, torch.ones(0), r"with a scale of shape \(0,\) are not"),
+        (1, 1, torch.ones(280, 4).bfloat16(), r"with a scale of shape \(280, 4\) are not"),
+        (1, 1, torch.ones(279, 3).bfloat16(), r"with a scale of shape \(279, 3\) are not"),
+        (2, 0, torch.ones(279), r"got a bias of shape \(279,\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(part, place, tensor, words):
+    with pytest.raises(ShapeError, match=words):
+        call("lstm", changed(part, place, tensor), torch.randn(2, 3, 75))
+
+
+@pytest.mark.parametrize(("part", "words"), [(0, "takes 2 weights, got 1"), (1, "takes 2 scales, got 1")])
+def test_a_wrong_number_of_tensors_is_refused(part, words):
+    operands = list(layers("lstm", ("int8", "int4")))
+    operands[part] = operands[part][:1]
+    states = (torch.zeros(1, 3, 70), torch.zeros(1, 3, 70))
+    with pytest.raises(ShapeError, match=words):
+        call("lstm", operands, torch.randn(2, 3, 75), states=states)
+
+
+def test_integers_without_scales_are_refused():
+    weights, _, *rest = layers("lstm", ("int8", "float16"))
+    with pytest.raises(ShapeError, match="with no scale are not"):
+        call("lstm", (weights, [], *rest), torch.randn(2, 3, 75))
+
+
+@pytest.mark.parametrize("columns", [74, 77])
+def test_int4_inputs_of_another_size_are_refused(columns):
+    operands = layers("gru", ("int4", "int8"))
+    with pytest.raises(ShapeError, match=rf"of 76 inputs takes 3-D input .* got \(2, 3, {columns}\)"):
+        call("gru", operands, torch.randn(2, 3, columns))
+
+
+def test_outputs_of_another_size_than_the_hidden_units_need_a_projection():
+    operands = layers("lstm", ("int8", "int8"))
+    with pytest.raises(ShapeError, match="1 directions, no projection"):
+        call("lstm", operands, torch.randn(2, 3, 75), states=(torch.zeros(1, 3, 60), torch.zeros(1, 3, 70)))

@@ -81,10 +81,10 @@ def gather(prepared: nn.Module, module: nn.Module, sites: Sequence[Site], data: 
         )
         return Moments({})
     counter = _Counter(weights)
-    with _unfused():
-        for number, arguments in enumerate(each_batch(data, twin)):
-            with counter:
-                _run(twin, arguments, number)
+    is_recurrent = any(isinstance(part, nn.RNNBase) for part in twin.modules())
+    for number, arguments in enumerate(each_batch(data, twin)):
+        with _unfused(is_recurrent), counter:
+            _run(twin, arguments, number)
     addresses = {name: address for address, name in _names(module).items()}
     return Moments({(addresses[name], size): total for (name, size), total in counter.close().items()})
 
@@ -183,11 +183,14 @@ class _Plain(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _unfused() -> Iterator[None]:
-    """Let torch compute recurrent layers and attention product by product inside the block."""
+def _unfused(is_recurrent: bool) -> Iterator[None]:
+    """Let torch compute attention, and recurrent layers if there are any, product by product inside the block.
+
+    For these, oneDNN and cuDNN are off meanwhile, in all threads: there is no other way to ask for it.
+    """
     enabled = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    torch._C._set_cudnn_enabled(False)
+    torch._C._set_mkldnn_enabled(enabled[0] and not is_recurrent)
+    torch._C._set_cudnn_enabled(enabled[1] and not is_recurrent)
     try:
         with _Plain():
             yield

@@ -33,7 +33,7 @@ def product(*inputs):
 def count(weights, call):
     """Return what is counted while something runs, by the names of the weights."""
     counter = _Counter(weights)
-    with torch.no_grad(), _unfused(), counter:
+    with torch.no_grad(), _unfused(True), counter:
         call()
     return {name: total for (name, _), total in counter.close().items()}
 
@@ -180,13 +180,37 @@ def test_an_lstm_s_matrices_meet_inputs_and_the_states_before_each_step():
     found = count(dict(lstm.named_parameters()), lambda: lstm(x))
     layer = nn.LSTM(6, 5, bidirectional=True, proj_size=3)
     layer.load_state_dict({name: value for name, value in lstm.state_dict().items() if "_l0" in name})
-    with torch.no_grad(), _unfused():
+    with torch.no_grad(), _unfused(True):
         y = layer(x)[0]
     torch.testing.assert_close(found["weight_ih_l0"], product(x))
     torch.testing.assert_close(found["weight_hh_l0"], product(y[:-1, :, :3]))
     torch.testing.assert_close(found["weight_hh_l0_reverse"], product(y[1:, :, 3:]))
     torch.testing.assert_close(found["weight_ih_l1"], product(y))
     assert found["weight_hr_l1"].shape == (5, 5)
+
+
+def test_of_a_recurrent_layer_only_the_weights_that_become_int4_are_rounded_so():
+    model, x = nn.Sequential(nn.LSTM(6, 5)).eval(), torch.randn(7, 2, 6)
+    mapping = everything().set_module_name("0.weight_hh_l0", int4_dynamic_qconfig)
+    prepared = prepare(model, x, mapping=mapping)
+    assert [*moments_of(prepared, [x])] == ["0.weight_hh_l0"]
+    ours, plain = (convert_fx(prepared, **options).get_submodule("0") for options in ({"data": [x]}, {}))
+    with torch.no_grad(), _unfused(True):
+        states = product(model(x)[0][:-1], torch.zeros(2, 5))
+    expected = round_with_feedback(model[0].weight_hh_l0, states, int4_dynamic_qconfig.weight)
+    assert torch.equal(ours.weight_hh_l0, expected.values)
+    assert torch.equal(ours.weight_ih_l0, plain.weight_ih_l0)
+    assert not torch.equal(ours.weight_hh_l0, plain.weight_hh_l0)
+
+
+class Passes(nn.Module):
+    def forward(self, x):
+        assert torch._C._get_mkldnn_enabled()  # slower without, and no recurrent layer here needs it
+        return x
+
+
+def test_a_model_without_recurrent_layers_runs_as_ever():
+    quantize_dynamic(nn.Sequential(Passes(), nn.Linear(24, 12)).eval(), INT4, data=[torch.randn(4, 24)])
 
 
 def test_torch_computes_as_before_afterwards_also_after_an_error():

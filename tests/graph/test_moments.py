@@ -165,6 +165,17 @@ def test_neither_the_model_nor_the_prepared_one_is_changed():
     assert set(notes(quantized).values()) == {FEEDBACK}
 
 
+@pytest.mark.parametrize(
+    "quantizer",
+    [lambda m, x: convert_fx(prepare(m, x, mapping=INT4), data=[x]), lambda m, x: quantize_dynamic(m, INT4, data=[x])],
+    ids=["graph", "eager"],
+)
+def test_attention_takes_no_fast_path_past_its_products(quantizer):
+    layer = nn.TransformerEncoderLayer(24, 2, 48, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    assert set(notes(quantizer(model, torch.randn(3, 5, 24))).values()) == {FEEDBACK}
+
+
 def test_inference_mode_in_forward_hides_nothing():
     layer, x = nn.Linear(24, 12), torch.randn(4, 24)
 

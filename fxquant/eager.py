@@ -45,6 +45,7 @@ def quantize_dynamic(
     *,
     operators: Iterable[Operator] = OPERATORS,
     strict: bool = False,
+    data: Iterable[Any] | None = None,
 ) -> nn.Module:
     """Return the model with its modules swapped for quantized ones, in eval mode. It is not traced and not changed.
 
@@ -52,11 +53,12 @@ def quantize_dynamic(
     None for every module that the operator table knows. dtype: what types and names without a qconfig of their own
     get: torch.int8 (default_dynamic_qconfig), torch.int16, torch.float16, torch.uint8 (embeddings).
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
+    data: batches, with which int4 weights are rounded with error feedback, as in `convert_fx`.
 
     For models that do not trace; calls of F.linear and the like are out of reach here. `fxquant.explain` says what
     became of each module, `fxquant.save` and `load` work as for a result of convert_fx.
 
-    Raises ModelStateError, QConfigError or MappingNameError; then nothing was changed.
+    Raises ModelStateError, QConfigError, MappingNameError or ExampleInputsError; then nothing was changed.
     """
     table = tuple(operators)
     refuse_ours(model, "quantize_dynamic")
@@ -67,7 +69,7 @@ def quantize_dynamic(
     prepared = prepare_tree(model, mapping, table)
     record = need_stage(prepared, "prepared", "quantize_dynamic", "prepare_tree")
     judge(type(model).__name__, record, known, strict=strict)
-    return convert_tree(prepared)
+    return convert_tree(prepared, data)
 
 
 def _as_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:

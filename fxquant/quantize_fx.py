@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -13,9 +13,10 @@ from fxquant.graph import edit
 from fxquant.graph.call import Inputs, bind_inputs
 from fxquant.graph.capture import capture, check_runs
 from fxquant.graph.clean import clean
-from fxquant.graph.convert import convert
+from fxquant.graph.convert import WeightCache, convert
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, refuse_ours
+from fxquant.graph.moments import gather
 from fxquant.graph.observe import observe
 from fxquant.graph.outcome import judge
 from fxquant.graph.plan import plan
@@ -108,17 +109,24 @@ def _prepare_whole(
 
 
 @entry
-def convert_fx(prepared: nn.Module) -> nn.Module:
+def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None) -> nn.Module:
     """Return the quantized model that prepare_fx decided on. The prepared model is left as it was.
 
-    Raises ModelStateError for anything but a result of prepare_fx.
+    data: an iterable of batches like those that the model will see, each a tuple of one call's positional arguments, a
+    dict of its keywords, or one tensor. With it int4 weights are rounded with error feedback (docs/numerics.md, eq.
+    21–23): the float model runs over it once, and each site says in its `rounding` what came of it. Without it, and for
+    other weights, rounding is to nearest.
+
+    Raises ModelStateError for anything but a result of prepare_fx; ExampleInputsError for data that holds no batch, or
+    one that does not fit forward.
     """
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
     if not record.is_traced:
-        return convert_tree(prepared)
+        return convert_tree(prepared, data)
     module = edit.mirror(prepared)
     assert isinstance(module, fx.GraphModule)
-    sites = convert(module, record.sites, record.operators)
+    cache = WeightCache(gather(prepared, module, record.sites, data) if data is not None else None)
+    sites = convert(module, record.sites, record.operators, cache)
     return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites))
 
 

@@ -29,10 +29,10 @@ from torch import nn
 from fxquant.debug.page import write
 from fxquant.debug.plot import Bar, bar_chart
 from fxquant.debug.report import Column, Report
-from fxquant.debug.sites import as_arguments, first_tensor, open_float, open_quantized, run
+from fxquant.debug.sites import first_tensor, open_float, open_quantized
 from fxquant.debug.table import site_name
 from fxquant.debug.trial import Progress
-from fxquant.errors import ExampleInputsError
+from fxquant.graph.call import each_batch, run
 from fxquant.graph.module import Site, need_stage
 
 
@@ -274,21 +274,16 @@ def compare(
     forward or for no batch at all.
     """
     record = need_stage(quantized, "quantized", "compare", "convert_fx(prepared) or quantize_dynamic(model)")
-    if isinstance(data, torch.Tensor):
-        raise ExampleInputsError(f"data is an iterable of batches, got one tensor {tuple(data.shape)}; pass [tensor]")
     ours, theirs = open_quantized(quantized, record), open_float(float_model, record)
     watches = list(map(_Watch, record.sites, theirs.sites, ours.sites))
     output, batches = _Error(), 0
-    for batch in progress(data):
-        arguments = as_arguments(batch, ours.model)
+    for arguments in each_batch(data, ours.model, progress):
         expected, got = (first_tensor(run(side.model, arguments, seed=batches)) for side in (theirs, ours))
         batches += 1
         for watch in watches:
             watch.end_batch()
         if expected is not None and got is not None and expected.shape == got.shape:
             output.add(expected, got)
-    if not batches:
-        raise ExampleInputsError("data held no batch; was it a generator that had been used up?")
     comparison = Comparison(
         rows=tuple(watch.row() for watch in watches),
         batches=batches,

@@ -148,7 +148,7 @@ def _rows(record: Record, sources: dict[tuple[str, str], str]) -> tuple[ExplainR
             kind=site.kind,
             operator=site.operator,
             is_quantized=True,
-            decision=qconfig_name(site.qconfig),
+            decision=qconfig_name(site.qconfig) + (f", rounded {site.rounding}" if site.rounding else ""),
             rule="; ".join((site.rule, *site.part_rules)),
             float_bytes=site.float_bytes,
             saved_bytes=site.float_bytes - site.int_bytes,

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from fxquant.debug.report import Column, Report
-from fxquant.debug.sites import Arguments, OpenModel, as_arguments, open_float, open_quantized
+from fxquant.debug.sites import OpenModel, open_float, open_quantized
 from fxquant.debug.table import megabytes, site_name
 from fxquant.errors import ExampleInputsError, ModelStateError
 from fxquant.graph import edit
+from fxquant.graph.call import Inputs, as_arguments
 from fxquant.graph.module import Record, record_of
 from fxquant.ops import kernel_info
 from fxquant.ops.native import takes, takes_some
@@ -161,7 +162,7 @@ class _Side:
         self._totals_ms: list[float] = []
         self._sites_ms: list[list[float]] = []
 
-    def run(self, arguments: Arguments) -> None:
+    def run(self, arguments: Inputs) -> None:
         """Run the model once more."""
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
         for timer in self.timers:

@@ -11,8 +11,8 @@ from torch import fx, nn
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
-from fxquant.debug.sites import Arguments
 from fxquant.graph import edit
+from fxquant.graph.call import Inputs
 
 _NO_VALUES = ("get_attr", "output")  # a constant is read anew: its module may have been swapped
 
@@ -25,7 +25,7 @@ class Replay:
     Memory: the values of all nodes, and, while a part runs again, what of that is still to be read.
     """
 
-    def __init__(self, root: fx.GraphModule, arguments: Arguments, seed: int) -> None:
+    def __init__(self, root: fx.GraphModule, arguments: Inputs, seed: int) -> None:
         self._root = root
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
         recorder = _Recorder(root, inspect.signature(root.forward).bind(*args, **kwargs).arguments)

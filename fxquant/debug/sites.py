@@ -5,7 +5,6 @@ Whatever is hooked, swapped or written to in a mirror never reaches the user's m
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.fx.node import map_arg
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
-from fxquant.errors import ExampleInputsError, ModelStateError
+from fxquant.errors import ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.convert import rescue_reads
 from fxquant.graph.fuse import fuse
@@ -24,8 +23,6 @@ from fxquant.graph.trace import trace
 from fxquant.graph.tree import plain_mirror
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.operators import OPERATORS
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -122,37 +119,6 @@ def _as_module(root: nn.Module, site: Site) -> SiteCall:
     node.op, node.target, node.args, node.kwargs = "call_module", path, (), inputs
     edit.erase_dead(node.graph, constants)
     return call
-
-
-def as_arguments(batch: Any, model: nn.Module) -> Arguments:
-    """Return a batch as the positional and keyword arguments of one call, or raise ExampleInputsError.
-
-    batch: a tuple or list of positional arguments, a dict of keywords, or one tensor.
-    """
-    if not isinstance(batch, (torch.Tensor, tuple, list, dict)) or isinstance(batch, rnn.PackedSequence):
-        raise ExampleInputsError(
-            "a batch is a tuple of positional arguments, a dict of keyword arguments, or one tensor, "
-            f"got {type(batch).__name__}"
-        )
-    args = () if isinstance(batch, dict) else (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
-    kwargs = batch if isinstance(batch, dict) else {}
-    signature = inspect.signature(model.forward)
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise ExampleInputsError(
-            f"a batch of {len(args) + len(kwargs)} arguments does not fit forward{signature}: {error}. A batch holds "
-            "the arguments of one call and nothing else; of (input, label) pairs pass ((x,) for x, _ in loader)"
-        ) from error
-    return args, kwargs
-
-
-def run(model: nn.Module, arguments: Arguments, seed: int = 0) -> Any:
-    """Return what a model gives for copies of the arguments, without gradients and under a seed of its own."""
-    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return model(*args, **kwargs)
 
 
 def first_tensor(tree: Any) -> torch.Tensor | None:

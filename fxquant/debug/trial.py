@@ -20,10 +20,11 @@ import torch
 from torch import fx, nn
 
 from fxquant.debug.replay import Replay, callers
-from fxquant.debug.sites import as_arguments, first_tensor, open_float, open_quantized, run
+from fxquant.debug.sites import first_tensor, open_float, open_quantized
 from fxquant.debug.table import site_name
 from fxquant.errors import CheckpointError, ExampleInputsError, ModelStateError
 from fxquant.graph import edit
+from fxquant.graph.call import as_arguments, run
 from fxquant.graph.module import keep_record, need_stage
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping

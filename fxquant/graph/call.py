@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import rnn
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import ArgumentError, ExampleInputsError
 
@@ -54,6 +56,54 @@ def bind_inputs(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[s
             f"example_inputs has {len(args)} arguments{told}, but forward is {type(model).__name__}{signature}: {error}"
         ) from error
     return Inputs(args, kwargs)
+
+
+def each_batch(
+    data: Iterable[Any], model: nn.Module, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+) -> Iterator[Inputs]:
+    """Yield the arguments of one call after another, or raise ExampleInputsError where data holds none.
+
+    progress: wraps the batches, as tqdm does.
+    """
+    if isinstance(data, torch.Tensor):
+        raise ExampleInputsError(f"data is an iterable of batches, got one tensor {tuple(data.shape)}; pass [tensor]")
+    count = 0
+    for batch in progress(data):
+        count += 1
+        yield as_arguments(batch, model)
+    if not count:
+        raise ExampleInputsError("data held no batch; was it a generator that had been used up?")
+
+
+def as_arguments(batch: Any, model: nn.Module) -> Inputs:
+    """Return a batch as the positional and keyword arguments of one call, or raise ExampleInputsError.
+
+    batch: a tuple or list of positional arguments, a dict of keywords, or one tensor.
+    """
+    if not isinstance(batch, (torch.Tensor, tuple, list, dict)) or isinstance(batch, rnn.PackedSequence):
+        raise ExampleInputsError(
+            "a batch is a tuple of positional arguments, a dict of keyword arguments, or one tensor, "
+            f"got {type(batch).__name__}"
+        )
+    args = () if isinstance(batch, dict) else (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
+    kwargs = batch if isinstance(batch, dict) else {}
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ExampleInputsError(
+            f"a batch of {len(args) + len(kwargs)} arguments does not fit forward{signature}: {error}. A batch holds "
+            "the arguments of one call and nothing else; of (input, label) pairs pass ((x,) for x, _ in loader)"
+        ) from error
+    return Inputs(args, kwargs)
+
+
+def run(model: nn.Module, arguments: Inputs, seed: int = 0) -> Any:
+    """Return what a model gives for copies of the arguments, without gradients and under a seed of its own."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model(*args, **kwargs)
 
 
 def fixable(model: nn.Module, inputs: Inputs) -> dict[str, Any]:

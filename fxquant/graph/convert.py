@@ -11,8 +11,10 @@ from torch import fx, nn
 from fxquant.graph import edit
 from fxquant.graph.constants import constant_of
 from fxquant.graph.module import Site
+from fxquant.graph.moments import Moments
 from fxquant.graph.plan import name_operands
 from fxquant.nn import QuantizedModule
+from fxquant.nn.base import quantize_alone
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.numerics import QuantizedTensor
 from fxquant.operators import Call, Operator, find_row
@@ -20,32 +22,44 @@ from fxquant.qconfig import QConfig
 
 
 class WeightCache:
-    """Quantizes each weight and module once a way: tied weights stay one int8 table, a shared module one module."""
+    """Quantizes each weight and module once a way: tied weights stay one int8 table, a shared module one module.
 
-    def __init__(self) -> None:
-        self._done: dict[tuple[Any, ...], tuple[torch.Tensor, QuantizedTensor]] = {}
-        self._modules: dict[tuple[int, QConfig], tuple[nn.Module, nn.Module]] = {}
+    moments: of the weights' inputs, for rounding with error feedback; None: to nearest.
+    """
+
+    def __init__(self, moments: Moments | None = None) -> None:
+        self._done: dict[tuple[Any, ...], tuple[torch.Tensor, QuantizedTensor, str]] = {}
+        self._modules: dict[tuple[int, QConfig], tuple[nn.Module, nn.Module, str]] = {}
+        self._round = moments.quantize if moments is not None else lambda *weight: (quantize_alone(*weight), "")
+        self._notes: list[str] = []
 
     def quantize(self, weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
         """Return a weight as the qconfig wants it: the same tensors for the same weight and qconfig."""
         key = self._key(weight, qconfig)
-        if key not in self._done:
-            self._done[key] = (
-                weight,
-                qconfig.quantize_weight(weight.contiguous()),
-            )  # the weight is kept so that its key stays its own
-        return self._done[key][1]
+        if key not in self._done:  # the weight is kept so that its key stays its own
+            self._done[key] = (weight, *self._round(weight, qconfig))
+        _, quantized, note = self._done[key]
+        self._notes.append(note)
+        return quantized
+
+    def take_note(self) -> str:
+        """Return how the weights asked for since the last time were rounded."""
+        told, self._notes = [note for note in self._notes if note], []
+        return "; ".join(dict.fromkeys(told))
 
     def convert(self, float_module: nn.Module, qconfig: QConfig, row: Operator) -> nn.Module:
         """Return a row's quantized form of a module: the same for the same module and qconfig."""
         key = id(float_module), qconfig
         if key not in self._modules:  # the float module is kept so that its id stays its own
-            self._modules[key] = float_module, row.convert_module(float_module, qconfig, self.quantize).train(False)
-        return self._modules[key][1]
+            module = row.convert_module(float_module, qconfig, self.quantize).train(False)
+            self._modules[key] = float_module, module, self.take_note()
+        _, module, note = self._modules[key]
+        self._notes.append(note)
+        return module
 
     def give(self, weight: torch.Tensor, qconfig: QConfig, quantized: QuantizedTensor) -> None:
         """Let a weight have these integers, found elsewhere, under a qconfig."""
-        self._done[self._key(weight, qconfig)] = (weight, quantized)
+        self._done[self._key(weight, qconfig)] = (weight, quantized, "")
 
     def _key(self, weight: torch.Tensor, qconfig: QConfig) -> tuple[Any, ...]:
         place = weight.untyped_storage().data_ptr() or weight.untyped_storage()._cdata  # on the meta device
@@ -104,7 +118,8 @@ def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ..
     quantized = cache.convert(float_module, site.qconfig, _row(operators, site))
     edit.swap_module(module, site.path, quantized)
     floats = [quantized.get_buffer(name) for name, qconfig in site.qconfig.parts if qconfig is None]
-    return replace(site, int_bytes=edit.byte_count(quantized) - sum(tensor.nbytes for tensor in floats))
+    size = edit.byte_count(quantized) - sum(tensor.nbytes for tensor in floats)
+    return replace(site, int_bytes=size, rounding=cache.take_note())
 
 
 def rescue_reads(module: fx.GraphModule, path: str) -> None:
@@ -142,7 +157,7 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     edit.erase_dead(graph, [given])
     module.delete_submodule(str(site.observer))  # it may stand inside a leaf, which is kept whole
     size = sum(part.numel() * part.element_size() for part in quantized if part is not None)
-    return replace(site, int_bytes=size)
+    return replace(site, int_bytes=size, rounding=cache.take_note())
 
 
 def _place(module: fx.GraphModule, graph: fx.Graph, path: str, quantized: QuantizedTensor) -> list[fx.Node | None]:

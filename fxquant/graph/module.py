@@ -51,7 +51,8 @@ class Site:
     observer, None for a module. float_bytes, int_bytes: what its tensors take before and after (0 before convert_fx).
     opt_out: the mapping entry that would leave it float. shape: rows, inputs and outputs of its first call on the
     example inputs, () where they are not known. part_rules: further entries, which decided for weights of it. Its float
-    weights are candidates of their own, each `Left`, and in none of its bytes.
+    weights are candidates of their own, each `Left`, and in none of its bytes. rounding: how weights were rounded where
+    data was given for that.
     """
 
     path: str
@@ -66,6 +67,7 @@ class Site:
     opt_out: str = ""
     shape: tuple[int, ...] = ()
     part_rules: tuple[str, ...] = ()
+    rounding: str = ""
 
 
 ASKED = "the mapping says float"

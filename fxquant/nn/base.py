@@ -17,7 +17,7 @@ Quantize: TypeAlias = Callable[[torch.Tensor, QConfig], QuantizedTensor]
 
 def quantize_alone(weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
     """Return the weight as the qconfig wants it; `convert_fx` passes a function that keeps tied weights tied."""
-    return qconfig.quantize_weight(weight)
+    return qconfig.quantize_weight(weight.contiguous())
 
 
 class QuantizedModule(nn.Module):

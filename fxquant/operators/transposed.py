@@ -17,7 +17,7 @@ def _refuse(module: Any) -> str | None:
 
 
 def _convert(module: Any, qconfig: QConfig, quantize: Quantize) -> nn.Module:
-    weight = module.weight.t().contiguous()
+    weight = module.weight.t()
     return DynamicQuantizedLinear(quantize(weight, qconfig), module.bias, qconfig, weight.shape[1])
 
 

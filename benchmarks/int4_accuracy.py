@@ -1,0 +1,114 @@
+"""What 4-bit weights cost the word language model: bytes, loss, and how far its words' probabilities move.
+
+    python benchmarks/int4_accuracy.py --data FOLDER --checkpoint FILE [--tokens 20000] [--calibrate 10]
+
+Embedding rows are 4-bit affine throughout, the decoder is int4, the LSTM int8 or int4; each rounded to nearest, and
+with error feedback from some batches of the training text. Divergence is the mean over the words of KL(p ‖ q), p being
+the float model's probabilities of the next word and q the quantized one's: what the loss rises by on text that the
+float model fits, without that text's own chance.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script, only benchmarks/ is on the path
+
+import fxquant  # noqa: E402
+from fxquant import QConfigMapping, convert_fx, prepare_fx  # noqa: E402
+from tutorials.word_language_model import (  # noqa: E402
+    Corpus,
+    WordLanguageModel,
+    load_checkpoint,
+    state_dict_bytes,
+    torch_threads,
+)
+from tutorials.word_language_model.options import token_count  # noqa: E402
+
+BPTT, LANES, STEPS = 25, 16, 100
+GROUP_SIZES = (32, 64, 128)
+INT8 = "int8"
+
+
+def mapping_of(group_size: int, lstm: str) -> QConfigMapping:
+    """Return the mapping for a group size; lstm: "int8" or "int4"."""
+    int4 = fxquant.int4_dynamic_qconfig.with_group_size(group_size)
+    return (
+        QConfigMapping()
+        .set_object_type(nn.Embedding, fxquant.float_qparams_weight_only_qconfig_4bit)
+        .set_object_type(nn.LSTM, fxquant.default_dynamic_qconfig if lstm == INT8 else int4)
+        .set_object_type(nn.Linear, int4)
+    )
+
+
+def calibration(model: WordLanguageModel, text: Tensor, batches: int) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """Return batches of a text, (STEPS, LANES) words each, from all over it."""
+    starts = torch.linspace(0, len(text) - STEPS * LANES, batches).long().tolist()
+    parts = [text[start : start + STEPS * LANES] for start in starts]
+    return [(part.view(LANES, STEPS).t().contiguous(), model.init_hidden(LANES)) for part in parts]
+
+
+def variants(model: WordLanguageModel, text: Tensor, batches: int) -> Iterator[tuple[str, str, str, float, nn.Module]]:
+    """Yield columns a scale, the LSTM's weights, the rounding, the seconds to convert, and the model."""
+    data = calibration(model, text, batches)
+    for group_size, lstm in itertools.product(GROUP_SIZES, (INT8, "int4")):
+        prepared = prepare_fx(model, mapping_of(group_size, lstm), data[0])
+        for rounding, given in (("to nearest", None), ("error feedback", data)):
+            begin = time.perf_counter()
+            converted = convert_fx(prepared, data=given)
+            yield str(group_size), lstm, rounding, time.perf_counter() - begin, converted
+
+
+def measure(model: nn.Module, others: Sequence[nn.Module], text: Tensor, hidden: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Return each one's loss and divergence from the model, (2,), the model first: in one walk through the text."""
+    models = [model, *others]
+    states, sums = [hidden] * len(models), torch.zeros(len(models), 2, dtype=torch.float64)
+    with torch.no_grad():
+        for words, targets in zip(text[:-1].split(BPTT), text[1:].split(BPTT), strict=True):
+            expected = torch.empty(0)
+            for i, each in enumerate(models):
+                scores, states[i] = each(words.unsqueeze(1), states[i])
+                found = F.log_softmax(scores.flatten(0, 1), 1)
+                expected = found if i == 0 else expected
+                sums[i, 0] += F.nll_loss(found, targets, reduction="sum")
+                sums[i, 1] += F.kl_div(found, expected, reduction="sum", log_target=True)
+    return list(sums / (len(text) - 1))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--data", type=Path, required=True, help="folder of train.txt, valid.txt and test.txt")
+    option("--checkpoint", type=Path, required=True, help="float model as safetensors")
+    option("--tokens", type=token_count, default=20_000, metavar="N|all", help="words of the test text (%(default)s)")
+    option("--calibrate", type=int, default=10, metavar="N", help="batches of the training text (%(default)s)")
+    options = parser.parse_args(arguments)
+    corpus, model = Corpus.from_folder(options.data), load_checkpoint(options.checkpoint)
+    text = corpus.test if options.tokens is None else corpus.test[: options.tokens + 1]
+    with torch_threads(1):
+        made = list(variants(model, corpus.train, options.calibrate))
+        before, *found = measure(model, [one[-1] for one in made], text, model.init_hidden(1))
+    size = state_dict_bytes(model)
+    rows = [("float", "", "", "", size / 1e6, 1.0, float(before[0]), 0.0, 0.0)]
+    for (*told, seconds, one), (loss, divergence) in zip(made, found, strict=True):
+        ours = state_dict_bytes(one)
+        rows.append(
+            (*told, f"{seconds:.1f}", ours / 1e6, size / ours, float(loss), float(loss - before[0]), float(divergence))
+        )
+    headers = ("columns a scale", "LSTM", "rounding", "s", "MB", "smaller", "loss", "rise", "divergence")
+    print(f"{len(text) - 1:,} words of the test text; {options.calibrate} batches of {STEPS * LANES:,} to calibrate")
+    print(tabulate(rows, headers=headers, floatfmt=("", "", "", "", ".2f", ".2f", ".5f", ".5f", ".5f")))
+
+
+if __name__ == "__main__":
+    main()

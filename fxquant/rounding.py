@@ -1,0 +1,114 @@
+"""Rounding with error feedback: each weight makes up for the rounding errors of those before it.
+
+Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv:2210.17323. What a weight W does to its inputs x is kept, not W itself: with H = Σ x xᵀ over some data, the
+integers are chosen so that the error of the products, tr (W - Ŵ) H (W - Ŵ)ᵀ, is small. docs/numerics.md, eq. 25–27.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fxquant.numerics import (
+    QuantizedTensor,
+    choose_qparams,
+    dequantize_weight,
+    quantize_with,
+    weight_range,
+)
+from fxquant.spec import TensorSpec
+
+DAMPING = 0.01
+"""What is added to H's diagonal, of its mean, as in the paper: it gets an inverse; little data is not trusted whole."""
+
+_SHARES = tuple(1 - step / 32 for step in range(15))  # of the full range: a narrower one has finer steps
+_ROWS_AT_ONCE = 4096
+
+
+def round_with_feedback(weight: torch.Tensor, moments: torch.Tensor, spec: TensorSpec) -> QuantizedTensor:
+    """Return a weight in integers whose products with inputs of these second moments are close to the float ones.
+
+    weight: (N, K) floating point; moments: H = Σ x xᵀ, (K, K), of the rows x that it is multiplied with; spec: int4 in
+    groups. Row by row, the error (w - ŵ) H (w - ŵ)ᵀ is never more than that of rounding to nearest, and far less where
+    inputs go together. Rows are independent of one another; a column whose input was always 0 is rounded to nearest.
+    """
+    size = spec.group_size
+    assert size is not None, spec
+    factor = _feedback(moments).to(weight.device)
+    rows = torch.split(weight.detach(), _ROWS_AT_ONCE)
+    parts = [_round_rows(part.float().contiguous(), moments, factor, spec, size) for part in rows]
+    values, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+    return QuantizedTensor(values, scale, None)
+
+
+def _feedback(moments: torch.Tensor) -> torch.Tensor:
+    """Return the upper Cholesky factor U of the inverse of the damped H, (K, K) float32: H⁻¹ = Uᵀ U.
+
+    Row i of U, divided by U_ii, says how the columns after i make up for an error in column i; 1 / U_ii² is the weight
+    of an error in column i that those after it have made up for.
+    """
+    h = moments.detach().to(torch.float64)
+    scale = h.diagonal().mean()
+    h = h / scale if scale > 0 else h  # in units of the mean: tiny or huge inputs neither vanish nor overflow
+    one, damping, failed = torch.eye(len(h), dtype=h.dtype, device=h.device), DAMPING / 10, True
+    while failed:  # H is positive semidefinite but for float rounding, so once will mostly do
+        damping *= 10
+        lower, failed = torch.linalg.cholesky_ex(h + damping * one)
+    upper: torch.Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return upper.to(torch.float32)
+
+
+def _round_rows(
+    weight: torch.Tensor, moments: torch.Tensor, factor: torch.Tensor, spec: TensorSpec, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the packed values and scales of some rows, each rounded with feedback or, where better, to nearest."""
+    plain_scale, zeros = choose_qparams(*weight_range(weight, spec), spec)
+    plain = quantize_with(weight, plain_scale, zeros, spec)
+    adjusted, scale = _feed(weight, factor, spec, size)
+    # The columns as they were when their turn came round to the very integers that were chosen then.
+    values = quantize_with(adjusted, scale, zeros, spec)
+    better = _error(weight, values, scale, moments, size) < _error(weight, plain, plain_scale, moments, size)
+    return torch.where(better, values, plain), torch.where(better, scale, plain_scale)
+
+
+def _feed(weight: torch.Tensor, factor: torch.Tensor, spec: TensorSpec, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each column as it was to be rounded, the errors of those before it made up for, and the scales chosen."""
+    w = weight.t().contiguous()  # a column is a run of memory
+    scales = []
+    for start in range(0, len(w), size):
+        group, later = slice(start, start + size), slice(start + size, None)
+        block, upper = w[group], factor[group, group]
+        scale = _search_scale(block, upper.diagonal(), spec)
+        real, inverse = scale.to(torch.float32), 1.0 / scale.to(torch.float32)
+        errors = torch.empty_like(block)
+        for i, column in enumerate(block):
+            rounded = (column * inverse).round_().clamp_(spec.qmin, spec.qmax).mul_(real)
+            torch.sub(column, rounded, out=errors[i]).div_(upper[i, i])
+            block[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+        w[later].addmm_(factor[group, later].t(), errors, alpha=-1)
+        scales.append(scale)
+    return w.t(), torch.stack(scales, 1)
+
+
+def _search_scale(block: torch.Tensor, diagonal: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """Return the scale of each row's group, (N,) bfloat16, of those for shares of its range the one of least error.
+
+    block: the group's columns, (G, N); diagonal: their U_ii. An error counts 1 / U_ii², as it will once fed on.
+    """
+    low, high = block.amin(0).clamp(max=0), block.amax(0).clamp(min=0)
+    weight = diagonal.square().reciprocal().unsqueeze(1)
+    scales = torch.stack([choose_qparams(low * share, high * share, spec)[0] for share in _SHARES])
+    errors = torch.empty(scales.shape, device=block.device)
+    for scale, error in zip(scales.to(torch.float32), errors, strict=True):
+        off = (block * (1.0 / scale)).round_().clamp_(spec.qmin, spec.qmax).mul_(scale).sub_(block)
+        torch.sum(off.square_().mul_(weight), 0, out=error)
+    best: torch.Tensor = scales.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
+    return best
+
+
+def _error(
+    weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor, size: int
+) -> torch.Tensor:
+    """Return each row's (w - ŵ) H (w - ŵ)ᵀ, (N, 1)."""
+    off = weight - dequantize_weight(QuantizedTensor(values, scale, None), 4, weight.shape[1], size)
+    return (off @ moments.to(off.dtype)).mul_(off).sum(1, keepdim=True)

@@ -22,6 +22,13 @@ static PyObject *nothing(void) {
     Py_RETURN_NONE;
 }
 
+/* The greatest integer of activations of 8 bits; whether it is one. */
+static bool read_qmax(PyObject *number, int *qmax) {
+    const long long value = INTEGER(number);
+    *qmax = (int)value;
+    return value >= 1 && value <= 255;
+}
+
 /* The outputs, or for a status that is not FXQ_OK nothing, or MemoryError. Takes the outputs over. */
 static PyObject *finish(int status, PyObject *outputs) {
     if (status == FXQ_OK) return outputs;
@@ -57,7 +64,8 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count)
     const int64_t group = INTEGER(args[8]);
     if (!may_run(args[0], args[1]) || !read_tensor(args[1], &x) || x.kind != FLOAT32 || x.dimensions < 1 ||
         !read_weight(args[2], args[3], x.shape[x.dimensions - 1], group, &call) ||
-        (group && INTEGER(args[9]) != call.columns) || !read_optional_vector(args[4], call.outputs, &call.bias)) {
+        (group && INTEGER(args[9]) != call.columns) || !read_optional_vector(args[4], call.outputs, &call.bias) ||
+        (!call.int16 && !read_qmax(args[7], &call.qmax))) {
         return nothing();
     }
     for (int i = 0; i < x.dimensions - 1; i++) call.rows *= x.shape[i];
@@ -65,7 +73,6 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count)
     x.shape[x.dimensions - 1] = call.outputs;
     call.relu = INTEGER(args[5]) != 0;
     call.per_row = INTEGER(args[6]) != 0;
-    call.qmax = (int)INTEGER(args[7]);
     const int threads = thread_count();
     PyObject *made = PyErr_Occurred() ? NULL : new_tensor(x.shape, x.dimensions, &out);
     if (made == NULL) return NULL;
@@ -224,9 +231,11 @@ static PyObject *recurrent(struct fxq_recurrent call, int gates, PyObject *const
     }
     const int64_t cells = h.shape[0];
     const bool is_projected = PySequence_Size(parts[WEIGHTS]) == 3 * cells;
-    if (!are_complete(parts, cells, is_projected) || (!is_projected && call.hidden != call.outputs)) return nothing();
+    if (!are_complete(parts, cells, is_projected) || (!is_projected && call.hidden != call.outputs) ||
+        !read_qmax(options[2], &call.qmax)) {
+        return nothing();
+    }
     call.per_row = INTEGER(options[1]) != 0;
-    call.qmax = (int)INTEGER(options[2]);
     const int threads = thread_count();
     if (PyErr_Occurred()) return NULL;
     struct fxq_recurrent_weights *weights = calloc((size_t)cells, sizeof *weights);

@@ -26,7 +26,7 @@ def linear(
     in_features: int = 0,
 ) -> torch.Tensor:
     """Run `reference.linear` or its native kernel; both say what the arguments are."""
-    check_linear(x, weight, in_features)
+    check_linear(x, weight, in_features, qmax)
     if group_size:
         check_groups(weight, scale, group_size, in_features)
     run = native.linear if native.takes(x, weight) else reference.linear
@@ -42,12 +42,13 @@ def lstm(
     scales: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
     bidirectional: bool = False,
-    *rest: Any,
+    per_row: bool = True,
+    qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run `reference_recurrent.lstm` or its native kernels."""
-    check_recurrent("LSTM", x, batch_sizes, (h0, c0), weights, scales, biases, (), bidirectional)
+    check_recurrent("LSTM", x, batch_sizes, (h0, c0), weights, scales, biases, (), bidirectional, qmax)
     run = native.lstm if native.takes_some(x, weights) else reference_recurrent.lstm
-    return run(x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, *rest)
+    return run(x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax)
 
 
 def rnn(
@@ -60,13 +61,14 @@ def rnn(
     hidden_biases: Sequence[torch.Tensor],
     mode: str,
     bidirectional: bool = False,
-    *rest: Any,
+    per_row: bool = True,
+    qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `reference_recurrent.rnn` or its native kernels."""
     parts = (weights, scales, biases, hidden_biases)
-    check_recurrent(RNN_MODES[mode], x, batch_sizes, (h0,), *parts, bidirectional)
+    check_recurrent(RNN_MODES[mode], x, batch_sizes, (h0,), *parts, bidirectional, qmax)
     run = native.rnn if native.takes_some(x, weights) else reference_recurrent.rnn
-    return run(x, batch_sizes, h0, *parts, mode, bidirectional, *rest)
+    return run(x, batch_sizes, h0, *parts, mode, bidirectional, per_row, qmax)
 
 
 def embedding(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fxquant.errors import DTypeError, ShapeError
+from fxquant.errors import ArgumentError, DTypeError, ShapeError
 from fxquant.numerics import group_size_of
 from fxquant.spec import GROUP_SIZES
 
@@ -59,8 +59,11 @@ def check_dense(x: Any, operator: str) -> None:
         raise DTypeError(f"a quantized {operator} takes a dense tensor, got a {told} one; call x.{cure} before it")
 
 
-def check_linear(x: torch.Tensor, weight: torch.Tensor, in_features: int = 0) -> None:
-    """Raise ShapeError or DTypeError unless x is (..., I) floating point; I: in_features, or the weight's columns."""
+def check_linear(x: torch.Tensor, weight: torch.Tensor, in_features: int = 0, qmax: int = 255) -> None:
+    """Raise an error unless x is (..., I) floating point; I: in_features, or the weight's columns.
+
+    qmax: of the activations. ShapeError, DTypeError, or ArgumentError for a qmax that does not go with the weight.
+    """
     inputs = in_features or weight.shape[1]
     if not x.is_floating_point():
         raise DTypeError(f"a quantized linear takes a float tensor, got {x.dtype}; call x.float() before it")
@@ -68,6 +71,13 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor, in_features: int = 0) ->
         raise ShapeError(
             f"a quantized linear of {inputs} inputs takes x of shape (..., {inputs}), got {tuple(x.shape)}"
         )
+    if weight.dtype in (torch.int8, torch.uint8):
+        _check_qmax("linear", qmax)
+
+
+def _check_qmax(kind: str, qmax: int) -> None:
+    if not 1 <= qmax <= 255:
+        raise ArgumentError(f"a quantized {kind} takes qmax from 1 to 255, got {qmax}; 255 is 8 bits, 127 is 7")
 
 
 def check_groups(weight: torch.Tensor, scale: torch.Tensor | None, group_size: int, in_features: int) -> None:
@@ -94,12 +104,14 @@ def check_recurrent(
     biases: Sequence[torch.Tensor],
     hidden_biases: Sequence[torch.Tensor] = (),
     bidirectional: bool = False,
+    qmax: int = 255,
 ) -> None:
-    """Raise ShapeError or DTypeError unless the operands of a recurrent operator fit each other.
+    """Raise ShapeError, DTypeError or ArgumentError unless the operands of a recurrent operator fit each other.
 
     kind: what to call it in errors: "LSTM", "GRU", "RNN"; x: (T, B, I) or packed (N, I); states: h0 (L, B, P), and an
     LSTM's c0 (L, B, H). Each weight may have a scheme of its own: `reference.multiply`.
     """
+    _check_qmax(kind, qmax)
     _check_sequence(kind, x, batch_sizes, weights[0] if weights else None, states)
     cells, outputs, hidden = states[0].shape[0], states[0].shape[2], states[-1].shape[2]
     directions, rows = 2 if bidirectional else 1, GATES[kind] * hidden
@@ -150,6 +162,9 @@ def _check_sequence(
     for name, state in zip(("h0", "c0"), states, strict=False):
         if state.dim() != 3 or (batch is not None and state.shape[1] != batch):
             raise ShapeError(f"a quantized {kind} called with batch {batch} got {name} of shape {tuple(state.shape)}")
+    if states[0].shape[0] == 0 or states[0].shape[:2] != states[-1].shape[:2]:
+        shapes = " and ".join(str(tuple(state.shape)) for state in states)
+        raise ShapeError(f"a quantized {kind} takes states of the same cells, 1 or more, and batch, got {shapes}")
 
 
 def _check_matrix(told: str, weight: torch.Tensor, scales: Sequence[torch.Tensor], shape: tuple[int, int]) -> None:
@@ -192,7 +207,7 @@ def _fake_linear(
     group_size: int = 0,
     in_features: int = 0,
 ) -> torch.Tensor:
-    check_linear(x, weight, in_features)
+    check_linear(x, weight, in_features, qmax)
     if group_size:
         check_groups(weight, scale, group_size, in_features)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -210,7 +225,7 @@ def _fake_lstm(
     per_row: bool = True,
     qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_recurrent("LSTM", x, batch_sizes, (h0, c0), weights, scales, biases, (), bidirectional)
+    check_recurrent("LSTM", x, batch_sizes, (h0, c0), weights, scales, biases, (), bidirectional, qmax)
     columns = h0.shape[-1] * (2 if bidirectional else 1)
     return x.new_empty((*x.shape[:-1], columns)), x.new_empty(h0.shape), x.new_empty(c0.shape)
 
@@ -229,7 +244,7 @@ def _fake_rnn(
     qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     parts = (weights, scales, biases, hidden_biases)
-    check_recurrent(RNN_MODES[mode], x, batch_sizes, (h0,), *parts, bidirectional)
+    check_recurrent(RNN_MODES[mode], x, batch_sizes, (h0,), *parts, bidirectional, qmax)
     return x.new_empty((*x.shape[:-1], h0.shape[-1] * (2 if bidirectional else 1))), x.new_empty(h0.shape)
 
 

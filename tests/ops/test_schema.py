@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fxquant import DTypeError, ShapeError, ops
+from fxquant import ArgumentError, DTypeError, ShapeError, ops
 from fxquant.ops import reference, reference_recurrent, schema
-from fxquant.qconfig import default_dynamic_qconfig, int4_dynamic_qconfig
+from fxquant.qconfig import default_dynamic_qconfig, int4_dynamic_qconfig, int16_dynamic_qconfig
 
 INT8 = default_dynamic_qconfig
 REFERENCES = {**vars(reference), **vars(reference_recurrent)}
@@ -186,6 +186,41 @@ def test_lstm_refuses_a_state_of_another_batch(state):
     arguments[state] = torch.zeros(1, 9, 5)
     with pytest.raises(ShapeError, match=rf"with batch 4 got {'h0' if state == 2 else 'c0'} of shape \(1, 9, 5\)"):
         ops.lstm(*arguments)
+
+
+@pytest.mark.parametrize(("packed", "h0", "c0"), [(False, 1, 2), (True, 1, 2), (False, 0, 0)])
+def test_lstm_refuses_states_of_other_cells_than_each_other_or_of_none(packed, h0, c0):
+    x, sizes, *_, weights, scales, biases, bidirectional = lstm_arguments(packed=packed)
+    states = torch.zeros(h0, 4, 5), torch.zeros(c0, 4, 5)
+    with pytest.raises(ShapeError, match=rf"got \({h0}, 4, 5\) and \({c0}, 4, 5\)"):
+        ops.lstm(x, sizes, *states, weights, scales, biases, bidirectional)
+
+
+def test_lstm_refuses_states_of_another_packed_batch_than_each_other():
+    arguments = list(lstm_arguments(packed=True))
+    arguments[3] = torch.zeros(1, 3, 5)
+    with pytest.raises(ShapeError, match=r"got \(1, 4, 5\) and \(1, 3, 5\)"):
+        ops.lstm(*arguments)
+
+
+@pytest.mark.parametrize("qmax", [0, -1, 256, 2**32 + 255])
+def test_activations_of_8_bits_have_a_greatest_integer_of_8_bits(qmax):
+    match = rf"takes qmax from 1 to 255, got {qmax}"
+    weight, groups = quantized_int4(4, 75)
+    with pytest.raises(ArgumentError, match=match):
+        ops.linear(torch.zeros(3, 6), *LINEAR, None, False, True, qmax)
+    with pytest.raises(ArgumentError, match=match):
+        ops.linear(torch.zeros(3, 75), *weight, None, False, True, qmax, *groups)
+    with pytest.raises(ArgumentError, match=match):
+        ops.lstm(*lstm_arguments(), True, qmax)
+    with pytest.raises(ArgumentError, match=match):
+        ops.rnn(*rnn_arguments("gru"), True, qmax)
+
+
+def test_activations_of_16_bits_have_a_greatest_integer_of_their_own():
+    weight, scale = int16_dynamic_qconfig.quantize_weight(torch.randn(4, 6))[:2]
+    x = torch.randn(3, 6)
+    assert torch.equal(ops.linear(x, weight, scale, None, False, True, 32767), reference.linear(x, weight, scale))
 
 
 @pytest.mark.parametrize(("place", "name"), [(0, "input"), (2, "h0"), (3, "c0")])

@@ -51,12 +51,14 @@ def _with_exceptions(
     """Add an entry for each site, and each weight of one, that would not get what is wanted."""
     for i, site in enumerate(record.sites):
         qconfig = wanted[i]
-        if _plain(qconfig) != before[i]:
+        named = dict.fromkeys(name for own in (site.qconfig, qconfig) if own is not None for name, _ in own.parts)
+        if _plain(qconfig) != _plain(before[i]):
             if site.call is None:
                 mapping.set_module_name(site.path, _plain(qconfig))
             else:
                 mapping.set_module_name_object_type_order(*_place(prepared, record, site), _plain(qconfig))
-        for weight, own in qconfig.parts if qconfig is not None else ():
+        for weight in named:
+            own = None if qconfig is None else qconfig.of(weight)
             mapping.set_module_name(f"{site.path}.{weight}" if site.path else weight, own)
     return mapping
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -57,16 +58,34 @@ def check_schemes(schemes: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in LADDER if name in chosen)
 
 
-def ladder_of(site: Site, row: Operator, schemes: Sequence[str]) -> dict[str, QConfig | None]:
-    """Return what a site gets under each scheme that its operator accepts; its own qconfig under that one's scheme."""
-    found: dict[str, QConfig | None] = {}
+def ladder_of(site: Site, row: Operator, schemes: Sequence[str], weight: str = "") -> dict[str, QConfig | None]:
+    """Return what a site, or a weight of it, gets under each scheme that its operator accepts.
+
+    Its own qconfig under that one's scheme. What the mapping leaves float stays so.
+    """
+    began, found = site.qconfig.of(weight), dict[str, QConfig | None]()
+    if began is None:
+        return {"float": None}
     for name in schemes:
-        own = (site.qconfig,) if name == scheme_name(site.qconfig) else ()
+        own = (began,) if name == scheme_name(began) else ()
         for qconfig in (*own, *LADDER[name]):
             if qconfig is None or row.accepts(qconfig):
-                found[name] = qconfig
+                found[name] = qconfig and _fitted(site, qconfig, weight, is_own=name == scheme_name(began))
                 break
     return found
+
+
+def _fitted(site: Site, qconfig: QConfig, weight: str, is_own: bool) -> QConfig:
+    """Return a scheme as a site, or a weight of it, can have it: beside what the site's weights have now."""
+    if not weight:
+        return replace(qconfig, parts=tuple(part for part in site.qconfig.parts if is_own or part[1] is None))
+    owns = (site.qconfig, *(own for _, own in site.qconfig.parts if own is not None))
+    ways = [own.activation for own in owns if own.activation is not None]
+    given = qconfig.activation
+    if given is None or not ways:
+        return qconfig
+    same = next((way for way in ways if way.dtype == given.dtype), replace(given, axis=ways[0].axis))
+    return replace(qconfig, activation=same)
 
 
 class Unit(NamedTuple):

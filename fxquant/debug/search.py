@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -60,18 +60,17 @@ class Search:
         self.sites = trial.record.sites
         rows = [find_row(trial.record.operators, site.operator) for site in self.sites]
         assert None not in rows
-        self.ladders = [ladder_of(site, row, schemes) for site, row in zip(self.sites, rows, strict=True) if row]
-        empty = [site for site, ladder in zip(self.sites, self.ladders, strict=True) if not ladder]
-        if empty:
-            raise QConfigError(
-                f"schemes {tuple(schemes)} has none that {site_name(empty[0])} ({empty[0].kind}) takes; add 'float'"
-            )
-        self.units = [
-            unit
-            for i, row in enumerate(rows)
+        self.ladders = {
+            unit: ladder_of(site, row, schemes, unit.weight)
+            for i, (site, row) in enumerate(zip(self.sites, rows, strict=True))
             if row
             for unit in (units_of(i, row, trial.float_site(i)) if not self.is_fast else [Unit(i)])
-        ]
+        }
+        self.units = list(self.ladders)
+        empty = next((unit for unit, ladder in self.ladders.items() if not ladder), None)
+        if empty is not None:
+            told = f"{self.name(empty)} ({self.sites[empty.site].kind})"
+            raise QConfigError(f"schemes {tuple(schemes)} has none that {told} takes; add 'float'")
         self.points: list[Point] = []
         self.alone: dict[tuple[Unit, str], float] = {}
         self._forms: dict[tuple[int, QConfig], nn.Module] = {}
@@ -91,15 +90,13 @@ class Search:
         """Return how much worse than float's a metric is; infinite for a NaN."""
         return math.inf if math.isnan(value) else self.sign * (value - self.start)
 
-    def qconfigs(self, schemes: Schemes) -> dict[int, QConfig]:
-        """Return what each site gets; those that stay float are missing."""
-        found = {}
-        for i in range(len(self.sites)):
-            own = {unit.weight: schemes[k] for k, unit in enumerate(self.units) if unit.site == i}
-            qconfig = mixed(self.ladders[i], own)
-            if qconfig is not None:
-                found[i] = qconfig
-        return found
+    def qconfigs(self, chosen: Mapping[Unit, str]) -> dict[int, QConfig]:
+        """Return what each site gets; units that are not named stay float, and sites that do are missing."""
+        own: dict[int, dict[str, QConfig | None]] = collections.defaultdict(dict)
+        for unit, ladder in self.ladders.items():
+            own[unit.site][unit.weight] = ladder.get(chosen.get(unit, "float"))
+        wanted = {i: mixed(weights) for i, weights in own.items()}
+        return {i: qconfig for i, qconfig in wanted.items() if qconfig is not None}
 
     def run(self, progress: Progress) -> list[Point]:
         """Search; return the points within the budget, best first."""
@@ -149,12 +146,12 @@ class Search:
     def _by_cost(self, unit: Unit) -> list[tuple[float, str]]:
         """Return what a unit adds to the float model under each scheme, the cheapest first."""
         if self.is_fast:
-            costs = [(self._ms[unit.site, scheme], scheme) for scheme in self.ladders[unit.site]]
+            costs = [(self._ms[unit.site, scheme], scheme) for scheme in self.ladders[unit]]
         else:
             floats = self.trial.bytes_with({})
             costs = [
                 (float(self.trial.bytes_with(self._forms_of({unit: scheme})) - floats), scheme)
-                for scheme in self.ladders[unit.site]
+                for scheme in self.ladders[unit]
             ]
         return sorted(costs, key=lambda pair: pair[0])
 
@@ -196,8 +193,9 @@ class Search:
 
     def _measure_reference(self) -> None:
         """Measure what int8 alone comes to, where it may be used: one would want to know."""
-        plain = tuple("int8" if "int8" in self.ladders[unit.site] else "" for unit in self.units)
-        if all(plain):
+        ladders = self.ladders.values()
+        plain = tuple("int8" if len(ladder) > 1 else next(iter(ladder)) for ladder in ladders)
+        if all(scheme in ladder for scheme, ladder in zip(plain, ladders, strict=True)):
             self.measure(plain)
 
     def measure(self, schemes: Schemes) -> Point:
@@ -214,13 +212,9 @@ class Search:
         self.points.append(point)
         return point
 
-    def _forms_of(self, chosen: dict[Unit, str]) -> dict[int, nn.Module]:
+    def _forms_of(self, chosen: Mapping[Unit, str]) -> dict[int, nn.Module]:
         """Return the modules of the sites that do not stay float; units that are not named stay so."""
-        own: dict[int, dict[str, str]] = collections.defaultdict(dict)
-        for unit in self.units:
-            own[unit.site][unit.weight] = chosen.get(unit, "float")
-        wanted = {i: mixed({"float": None, **self.ladders[i]}, weights) for i, weights in own.items()}
-        return {i: self._form(i, qconfig) for i, qconfig in wanted.items() if qconfig is not None}
+        return {i: self._form(i, qconfig) for i, qconfig in self.qconfigs(chosen).items()}
 
     def _form(self, i: int, qconfig: QConfig) -> nn.Module:
         if (i, qconfig) not in self._forms:
@@ -229,7 +223,7 @@ class Search:
 
     def _make_forms(self) -> None:
         """Make all sites' forms under each scheme at once, so that tied weights stay one tensor."""
-        for scheme in dict.fromkeys(name for ladder in self.ladders for name in ladder if name != "float"):
+        for scheme in dict.fromkeys(name for ladder in self.ladders.values() for name in ladder if name != "float"):
             chosen = self._chosen(scheme)
             for i, form in self.trial.convert_sites(chosen)[1].items():
                 self._forms[i, chosen[i]] = form
@@ -241,7 +235,7 @@ class Search:
         places = [(site.path, site.call or "") for site in self.sites]
         found = {(i, "float"): whole[place].float_ms for i, place in enumerate(places)}
         found[-1, ""] = whole["elsewhere", ""].ms
-        for scheme in dict.fromkeys(name for ladder in self.ladders for name in ladder if name != "float"):
+        for scheme in dict.fromkeys(name for ladder in self.ladders.values() for name in ladder if name != "float"):
             chosen = self._chosen(scheme)
             rows = {(r.path, r.call): r.ms for r in profile(trial.convert_sites(chosen)[0], trial.first_batch).rows}
             found.update({(i, scheme): rows[places[i]] for i in chosen})
@@ -249,19 +243,17 @@ class Search:
 
     def _chosen(self, scheme: str) -> dict[int, QConfig]:
         """Return the sites that take a scheme, and their qconfigs."""
-        return {i: q for i, ladder in enumerate(self.ladders) if (q := ladder.get(scheme)) is not None}
+        return self.qconfigs({unit: scheme for unit, ladder in self.ladders.items() if scheme in ladder})
 
 
-def mixed(ladder: dict[str, QConfig | None], weights: dict[str, str]) -> QConfig | None:
-    """Return the qconfig of a site whose weights get these schemes, None where all stay float.
+def mixed(weights: Mapping[str, QConfig | None]) -> QConfig | None:
+    """Return the qconfig of a site whose weights get these, None where all stay float.
 
-    The scheme that most of them have is the site's, the others' are its parts.
+    What most of them have is the site's, the others' are its parts.
     """
-    counts = collections.Counter(name for name in weights.values() if ladder[name] is not None)
+    counts = collections.Counter(qconfig for qconfig in weights.values() if qconfig is not None)
     if not counts:
         return None
     common = counts.most_common(1)[0][0]
-    qconfig = ladder[common]
-    assert qconfig is not None
-    parts = tuple((weight, ladder[name]) for weight, name in weights.items() if name != common)
-    return replace(qconfig, parts=parts) if parts else qconfig
+    parts = tuple((weight, qconfig) for weight, qconfig in weights.items() if qconfig != common)
+    return replace(common, parts=parts) if parts else common

@@ -206,7 +206,7 @@ def _realize(
     trial: Trial, model: nn.Module, search: Search, point: Point, is_ours: bool
 ) -> tuple[QConfigMapping, nn.Module]:
     """Return the mapping that gives a point's model, and that model. is_ours: whether entries for types may be made."""
-    wanted = search.qconfigs(point.schemes)
+    wanted = search.qconfigs(dict(zip(search.units, point.schemes, strict=True)))
     record = record_of(trial.prepared)
     assert record is not None
     for as_mapping in (by_type, by_name) if is_ours else (by_name,):
@@ -261,7 +261,7 @@ def _sites(search: Search, point: Point) -> tuple[SuggestionSite, ...]:
     """Return the units that are finer or coarser than where the search began, and the reasons."""
     order, found = list(LADDER), []
     for unit, scheme in zip(search.units, point.schemes, strict=True):
-        began = scheme_name(search.sites[unit.site].qconfig)
+        began = scheme_name(search.sites[unit.site].qconfig.of(unit.weight))
         if scheme == began:
             continue
         is_finer = order.index(scheme) > order.index(began)

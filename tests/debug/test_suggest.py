@@ -20,6 +20,7 @@ from fxquant import (
     float_qparams_weight_only_qconfig_4bit,
     int4_dynamic_qconfig,
     per_channel_dynamic_qconfig,
+    per_tensor_dynamic_qconfig,
     prepare_fx,
     suggest_mapping,
 )
@@ -322,6 +323,51 @@ def test_an_lstm_that_int8_ruins_is_saved_by_its_first_matrix_alone():
     assert found.metric <= 0.01
     assert byte_count(quantized) < 1.1 * byte_count(everything)
     assert relative_rms(model, quantized, [(energies(2, 30, 80, 1),)]) < 0.0125  # no luck of the data searched with
+
+
+class Words(nn.Module):
+    """A language model of a few units."""
+
+    def __init__(self):
+        super().__init__()
+        self.e, self.rnn, self.d = nn.Embedding(50, 32), nn.LSTM(32, 32, batch_first=True), nn.Linear(32, 50)
+
+    def forward(self, x):
+        return self.d(self.rnn(self.e(x))[0])
+
+
+def words_and_data():
+    """Return a Words and data for which a budget of 0.1 mixes schemes within the LSTM."""
+    torch.manual_seed(0)
+    model = Words().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model, [(torch.randint(50, (4, 6)),)]
+
+
+@pytest.mark.parametrize("qconfig", [per_tensor_dynamic_qconfig, default_dynamic_qconfig.with_reduce_range()])
+def test_weights_of_one_site_measure_their_inputs_as_the_mapping_says(qconfig):
+    model, data = words_and_data()
+    found = suggest_mapping(model, data, budget=0.1, qconfig_mapping=QConfigMapping().set_global(qconfig))
+    rnn = next(site.qconfig for site in record_of(found.model).sites if site.path == "rnn")
+    assert [scheme_name(own) for _, own in rnn.parts] == ["int4"]
+    assert {own.activation for own in (rnn, *dict(rnn.parts).values())} == {qconfig.activation}
+
+
+@pytest.mark.parametrize("minimize", ["bytes", "ms"])
+@pytest.mark.parametrize("budget", [0.01, 0.1])
+@pytest.mark.parametrize("own", [None, float16_dynamic_qconfig, int4_dynamic_qconfig])
+def test_a_mapping_may_name_weights(own, budget, minimize):
+    model, data = words_and_data()
+    mapping = QConfigMapping().set_global(default_dynamic_qconfig).set_module_name("rnn.weight_ih_l0", own)
+    found = suggest_mapping(model, data, budget=budget, qconfig_mapping=mapping, minimize=minimize)
+    assert found.is_within_budget
+    record = record_of(found.model)  # none where float is the fastest
+    lstms = [site.qconfig for site in (record.sites if record else ()) if site.path == "rnn"]
+    assert own is not None or all(qconfig.of("weight_ih_l0") is None for qconfig in lstms)
+    # float's products, to about 1e-7, are rounded otherwise in a graph; the error is above 1e-3
+    assert found.metric == pytest.approx(relative_rms(model, found.model, data), rel=1e-4)
 
 
 @pytest.mark.parametrize("schemes", [("int5",), ("int8", "float17"), "int8"])

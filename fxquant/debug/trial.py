@@ -251,8 +251,8 @@ def _relative(errors: Iterable[tuple[float, ...]]) -> float:
 class Notes:
     """Measured values, kept in a file as they come, so that an interrupted run goes on where it stopped.
 
-    The file's first line names the sites; each further line is one value's name and numbers, so that a line is all that
-    a crash can cost.
+    The file's first line names the sites and their qconfigs; each further line is one value's name and numbers, so that
+    a line is all that a crash can cost.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, trial: Trial) -> None:
@@ -260,7 +260,8 @@ class Notes:
         self._values: dict[str, tuple[float, ...]] = {}
         if self._path is None:
             return
-        about = {"sites": [site_name(site) for site in trial.record.sites], "batches": len(trial.batches)}
+        sites = [f"{site_name(site)}: {site.qconfig}" for site in trial.record.sites]
+        about = {"sites": sites, "batches": len(trial.batches)}
         if not self._path.exists():
             self._path.write_text(json.dumps(about) + "\n", encoding="utf-8")
             return

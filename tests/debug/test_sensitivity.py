@@ -16,6 +16,7 @@ from fxquant import (
     QConfigMapping,
     convert_fx,
     default_dynamic_qconfig,
+    int4_dynamic_qconfig,
     prepare_fx,
     sensitivity,
 )
@@ -178,6 +179,13 @@ def test_a_file_of_another_run_is_an_error(model, data, tmp_path):
     (tmp_path / "notes.json").write_text(json.dumps({"sites": ["other"], "batches": 4}) + "\n")
     with pytest.raises(CheckpointError, match="another model, mapping or data"):
         sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
+
+
+def test_a_file_of_another_mapping_for_the_same_sites_is_an_error(model, data, tmp_path):
+    sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
+    coarser = QConfigMapping().set_global(int4_dynamic_qconfig)
+    with pytest.raises(CheckpointError, match="another model, mapping or data"):
+        sensitivity(model, coarser, data, resume=tmp_path / "notes.json")
 
 
 @pytest.mark.parametrize(

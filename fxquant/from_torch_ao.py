@@ -25,7 +25,8 @@ from fxquant.graph.convert import WeightCache, convert, convert_modules
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import Record, finish, keep_record, record_of
 from fxquant.graph.observe import observe
-from fxquant.graph.plan import name_operands, plan, plan_modules
+from fxquant.graph.plan import plan, plan_modules
+from fxquant.graph.target import name_operands
 from fxquant.graph.trace import Traced, trace
 from fxquant.graph.tracer import SCOPE
 from fxquant.operators import OPERATORS, find_function_row

@@ -12,7 +12,7 @@ from fxquant.graph import edit
 from fxquant.graph.constants import constant_of
 from fxquant.graph.module import Site
 from fxquant.graph.moments import Moments
-from fxquant.graph.plan import name_operands
+from fxquant.graph.target import name_operands
 from fxquant.nn import QuantizedModule
 from fxquant.nn.base import quantize_alone
 from fxquant.nn.transformer import avoid_fast_path

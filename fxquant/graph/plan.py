@@ -9,43 +9,26 @@ from __future__ import annotations
 import collections
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata
-from torch.optim.swa_utils import AveragedModel
-from torch.utils import _pytree as pytree
 
 from fxquant.errors import MappingNameError, QConfigError
 from fxquant.graph import edit
 from fxquant.graph.constants import constant_of, is_transposition
-from fxquant.graph.kinds import base_of, known_base, redefined
+from fxquant.graph.kinds import base_of, redefined
 from fxquant.graph.module import NOTHING, Coverage, Left, Site
 from fxquant.graph.reads import weights_read
+from fxquant.graph.reasons import calls_children, refuse_call, why_hidden, why_no_form, why_unknown
 from fxquant.graph.rules import join, main_rule, rank, refusal
-from fxquant.graph.trace import Names, Traced, names_of, wrapped_in
-from fxquant.graph.tracer import SCOPE, forward_of
+from fxquant.graph.target import Target, call_name, example_shape, find_target
+from fxquant.graph.trace import Names, Traced, names_of
+from fxquant.graph.tracer import SCOPE
 from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
-from fxquant.nn.transformer import PLAIN_FORWARDS
 from fxquant.operators import Operator, find_function_row, find_module_row, find_row
-from fxquant.operators.base import refuse_weight
 from fxquant.qconfig_mapping import QConfigMapping, Rule, name_text, opt_out, opt_out_one, type_name
-
-
-class Target(NamedTuple):
-    """A functional call that a Site is about.
-
-    node: the call. operand: what it takes as its weight. weight: the get_attr node which that is made of.
-    is_stored_transposed, is_taken_transposed: whether the tensor, and what the call takes, are (I, O) and not (O, I).
-    """
-
-    node: fx.Node
-    operand: fx.Node
-    weight: fx.Node
-    is_stored_transposed: bool
-    is_taken_transposed: bool
 
 
 @dataclass
@@ -75,7 +58,7 @@ class _Planner:
             if node.op == "call_module":
                 if node.target not in seen:
                     seen.add(node.target)
-                    shape = _example_shape(node)
+                    shape = example_shape(node)
                     self.visit_module(node.target, self.module.get_submodule(node.target), shape=shape)
             elif node.op in ("call_function", "call_method"):
                 self.visit_call(node)
@@ -108,8 +91,8 @@ class _Planner:
             found = self.rules(path, path.rpartition(".")[0], kind, known, is_whole, weights)
             rules = {name: found[weight] for weight, name in weights.items()}
             rule = main_rule(found[""], rules.values())
-            shut = inside or _hidden(module)
-            reason = shut or (row.refuse_module(module) if row else _unknown(kind, self.operators))
+            shut = inside or why_hidden(module)
+            reason = shut or (row.refuse_module(module) if row else why_unknown(kind, self.operators))
             seen = shape if row is None or row.has_rows else ()
             if row is not None and reason is None and len(set(rules.values())) > 1:
                 self.decide_weights(path, kind, row, rule, rules, module, seen)
@@ -120,8 +103,8 @@ class _Planner:
             self.check_parts(path, module, rule, rules)
         elif id(module) not in self.entered:  # else what it holds has been decided, and is swapped once
             self.entered.add(id(module))
-            shut = inside or _hidden(module)
-            if not shut and not _calls_children(module):
+            shut = inside or why_hidden(module)
+            if not shut and not calls_children(module):
                 shut = f"{type_name(kind)} reads its children's weights itself"
             read = weights_read(module)
             for name, child in module._modules.items():  # named_children skips the second name of a module
@@ -153,7 +136,7 @@ class _Planner:
             self.visit_other_call(node, row)
             return
         function = torch.nn.functional.linear if node.target is linear_relu else node.target
-        scope, name = node.meta.get(SCOPE, ""), _call_name(function)
+        scope, name = node.meta.get(SCOPE, ""), call_name(function)
         is_known = target is not None and target.weight.target in self.names.tensors
         path = str(target.weight.target) if target is not None and is_known else ""
         rule = self.rules(scope, scope, function, weights=(path,))[path]
@@ -164,8 +147,8 @@ class _Planner:
         tensor = edit.get_tensor(self.module, path)
         if tensor is None:
             raise AssertionError(f"{path} was traced but is not in the graph module")
-        reason = _refuse_call(row, target, tensor) if rule.qconfig is not None else None
-        site = self.decide(path, name, row, rule, reason, (tensor,), _example_shape(node), call=node.name)
+        reason = refuse_call(row, target, tensor) if rule.qconfig is not None else None
+        site = self.decide(path, name, row, rule, reason, (tensor,), example_shape(node), call=node.name)
         if site is not None:
             self.plan.calls.append((site, target))
 
@@ -173,8 +156,10 @@ class _Planner:
         """Report a call that reads a weight where no row takes it: what it computes with stays float."""
         if is_transposition(node) and all(user.op in ("call_function", "call_method") for user in node.users):
             return  # which is reported itself
-        scope, name = node.meta.get(SCOPE, ""), _call_name(node.target)
-        reason = _no_form(name) if row is None else f"only a form of one constant, its {row.weights[0]!r}, is quantized"
+        scope, name = node.meta.get(SCOPE, ""), call_name(node.target)
+        reason = (
+            why_no_form(name) if row is None else f"only a form of one constant, its {row.weights[0]!r}, is quantized"
+        )
         for path, tensor in self.matrices(node).items():
             if isinstance(tensor, nn.Parameter) or row is not None:
                 rule = self.rules(scope, scope, node.target)[""]
@@ -336,101 +321,5 @@ def replay(module: fx.GraphModule, sites: Sequence[Site], operators: Sequence[Op
     return Plan(list(sites), [], calls)
 
 
-def find_target(row: Operator, node: fx.Node) -> Target | None:
-    """Return where a row's call takes its weight, None if that is no constant."""
-    operands = name_operands(row, node)
-    operand = operands.get(row.weights[0])
-    constant = constant_of(operand)
-    if operand is None or constant is None:
-        return None
-    is_taken_transposed = row.is_transposed(operands)
-    return Target(node, operand, constant.source, constant.is_transposed != is_taken_transposed, is_taken_transposed)
-
-
-def name_operands(row: Operator, node: fx.Node) -> dict[str, Any]:
-    """Return a call's operands by the names that its row gives them."""
-    return {**dict(zip(row.operands, node.args, strict=False)), **node.kwargs}
-
-
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _example_shape(node: fx.Node) -> tuple[int, ...]:
-    """Return the rows, inputs and outputs of a call on the example inputs; indices count as inputs of that size."""
-    given = next((n.meta.get("tensor_meta") for n in node.all_input_nodes if constant_of(n) is None), None)
-    x, y = _first_tensor(given), _first_tensor(node.meta.get("tensor_meta"))
-    if x is None or y is None or not len(x.shape) * len(y.shape) * y.shape.numel():
-        return ()
-    outputs = y.shape[-1]
-    return y.shape.numel() // outputs, x.shape[-1] if x.dtype.is_floating_point else outputs, outputs
-
-
-def _first_tensor(meta: Any) -> TensorMetadata | None:
-    """Return the first tensor in what was recorded of a value."""
-    parts = pytree.tree_leaves(meta, is_leaf=lambda part: isinstance(part, TensorMetadata))
-    return next((part for part in parts if isinstance(part, TensorMetadata)), None)
-
-
-def _calls_children(module: nn.Module) -> bool:
-    """Return whether a module calls its children, so that they may be swapped: a user's forward, a container's, or one
-    of torch's transformers', which `avoid_fast_path` keeps from reading their weights.
-    """
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, AveragedModel)):
-        return True
-    if isinstance(module, nn.MultiheadAttention):  # a subclass's own forward may call super's
-        return False
-    forward = forward_of(module)
-    module_name = getattr(forward, "__module__", None) or ""  # the forward of a GraphModule has none
-    return forward in PLAIN_FORWARDS or not module_name.startswith("torch.")
-
-
-def _hidden(module: nn.Module) -> str:
-    """Return why a module's type does not say what it computes, if so."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is compiled to TorchScript; put the nn.Module that it was made from in its place"
-    if wrapped_in(module):
-        return f"{type(module).__name__} is a wrapper; put what it holds, its .{wrapped_in(module)}, in its place"
-    return "its forward was replaced on the instance" if "forward" in vars(module) else ""
-
-
-def _refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> str | None:
-    """Return why a call of a row stays float, or None."""
-    operands = name_operands(row, target.node)
-    if tensor.dim() != 2 and (target.is_stored_transposed or target.is_taken_transposed):
-        return f"its weight is {tensor.dim()}-D, not 2-D"
-    if len(target.node.args) > len(row.operands) or not operands.keys() <= set(row.operands):
-        return f"it is called with more than {', '.join(row.operands)}"
-    if sum(operand is target.operand for operand in operands.values()) > 1:
-        return "its weight is its input too"
-    examples = fx.node.map_arg(operands, lambda node: node.meta.get("tensor_meta"))
-    return row.refuse_call(examples) or refuse_weight(tensor.t() if target.is_stored_transposed else tensor)
-
-
-def _unknown(kind: type[nn.Module], operators: Sequence[Operator]) -> str:
-    """Return why a weight-bearing module without a row stays float."""
-    known = known_base(kind, operators)
-    if known is not None:
-        own = "has a forward of its own" if kind.forward is not known.forward else "redefines"
-        names = "" if kind.forward is not known.forward else f" {', '.join(redefined(kind, known))}"
-        return f"it is a subclass of {type_name(known)} that {own}{names}"
-    if not kind.forward.__module__.startswith("torch."):
-        return "its forward is not traced, so calls with weights of its own are out of reach"
-    return _no_form(type_name(kind))
-
-
-def _no_form(name: str) -> str:
-    """Return why a module or call that no row knows stays float."""
-    library, _, kind = name.lower().partition(".")
-    if library in ("nn", "torch") and "conv" in kind:
-        return f"{name} has no dynamic form: convolutions stay float under a dynamic qconfig"
-    if library in ("nn", "torch") and kind == "bilinear":
-        return f"{name} multiplies two inputs with each other; only forms of one input are quantized"
-    return f"there is no quantized form of {name}"
-
-
-def _call_name(target: Any) -> str:
-    """Return a function as one would write it, a method as .name()."""
-    if isinstance(target, str):
-        return f".{target}()"
-    return type_name(target) if not isinstance(target, torch._ops.OpOverload) else str(target)

@@ -1,0 +1,67 @@
+"""Functional calls: what they take as their weight, by which names and shapes, and what they are called."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils import _pytree as pytree
+
+from fxquant.graph.constants import constant_of
+from fxquant.operators import Operator
+from fxquant.qconfig_mapping import type_name
+
+
+class Target(NamedTuple):
+    """A functional call that a Site is about.
+
+    node: the call. operand: what it takes as its weight. weight: the get_attr node which that is made of.
+    is_stored_transposed, is_taken_transposed: whether the tensor, and what the call takes, are (I, O) and not (O, I).
+    """
+
+    node: fx.Node
+    operand: fx.Node
+    weight: fx.Node
+    is_stored_transposed: bool
+    is_taken_transposed: bool
+
+
+def find_target(row: Operator, node: fx.Node) -> Target | None:
+    """Return where a row's call takes its weight, None if that is no constant."""
+    operands = name_operands(row, node)
+    operand = operands.get(row.weights[0])
+    constant = constant_of(operand)
+    if operand is None or constant is None:
+        return None
+    is_taken_transposed = row.is_transposed(operands)
+    return Target(node, operand, constant.source, constant.is_transposed != is_taken_transposed, is_taken_transposed)
+
+
+def name_operands(row: Operator, node: fx.Node) -> dict[str, Any]:
+    """Return a call's operands by the names that its row gives them."""
+    return {**dict(zip(row.operands, node.args, strict=False)), **node.kwargs}
+
+
+def example_shape(node: fx.Node) -> tuple[int, ...]:
+    """Return the rows, inputs and outputs of a call on the example inputs; indices count as inputs of that size."""
+    given = next((n.meta.get("tensor_meta") for n in node.all_input_nodes if constant_of(n) is None), None)
+    x, y = _first_tensor(given), _first_tensor(node.meta.get("tensor_meta"))
+    if x is None or y is None or not len(x.shape) * len(y.shape) * y.shape.numel():
+        return ()
+    outputs = y.shape[-1]
+    return y.shape.numel() // outputs, x.shape[-1] if x.dtype.is_floating_point else outputs, outputs
+
+
+def _first_tensor(meta: Any) -> TensorMetadata | None:
+    """Return the first tensor in what was recorded of a value."""
+    parts = pytree.tree_leaves(meta, is_leaf=lambda part: isinstance(part, TensorMetadata))
+    return next((part for part in parts if isinstance(part, TensorMetadata)), None)
+
+
+def call_name(target: Any) -> str:
+    """Return a function as one would write it, a method as .name()."""
+    if isinstance(target, str):
+        return f".{target}()"
+    return type_name(target) if not isinstance(target, torch._ops.OpOverload) else str(target)

@@ -203,7 +203,7 @@ def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[
 def with_schemes(
     weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], seed: int
 ) -> list[list[torch.Tensor]]:
-    """Return weights of the same sizes, and their scales, each of its own scheme: most often int4, then integers, few floats.
+    """Return weights of the same sizes, and their scales, each of its own scheme: often int4, seldom float.
 
     A row of a float weight has one number that is not 0, so that torch's sums are exact in any order.
     """

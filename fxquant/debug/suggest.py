@@ -158,8 +158,7 @@ def suggest_mapping(
     the relative RMS error of the outputs itself). data, metric, higher_is_better, progress: as for `sensitivity`; data
     should be what the model meets. schemes: what a site, or a weight of one, may become, some of "int4" (embeddings:
     4-bit rows), "int4 of 32", "int8", "int16", "float16" and "float"; all when None, each where its operator has it.
-    qconfig_mapping: what is to be quantized, and what "int8" means for it; everything, and default_dynamic_qconfig,
-    when None. What it leaves float, weights too, stays so.
+    qconfig_mapping: what "int8" means for each, and what stays float; default_dynamic_qconfig for all when None.
 
     Each site is tried alone under its schemes, from the smallest up to the first that does little harm; then some 10 to
     40 whole models are measured, with the default metric by passes over all data (see `search`).

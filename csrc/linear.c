@@ -62,9 +62,11 @@ int fxq_linear(const struct fxq_linear *call, int threads) {
     const int64_t ranges = aligned(threads * (int64_t)sizeof(struct fxq_range));
     char *memory = fxq_scratch(packed + rows + ranges + threads * job.scratch_bytes);
     if (memory == NULL) return FXQ_NO_MEMORY;
+    const bool packs_weight =
+        !is_int16 && fxq_active->packs_weight && fxq_active->packs_weight(call->rows, call->columns, call->outputs);
     job.x = (struct fxq_activations){.rows = call->rows, .columns = call->columns, .depth = fxq_depth(call->columns),
-        .qmax = call->qmax, .per_row = call->per_row,
-        .is_int16 = is_int16, .is_row_major = fxq_active->packs_weight && fxq_active->packs_weight(call->rows, call->columns, call->outputs), .row = (struct fxq_row *)(memory + packed), .packed = memory};
+        .qmax = call->qmax, .per_row = call->per_row, .is_int16 = is_int16, .is_row_major = packs_weight,
+        .row = (struct fxq_row *)(memory + packed), .packed = memory};
     job.ranges = (struct fxq_range *)(memory + packed + rows);
     job.scratch = memory + packed + rows + ranges;
     job.matmul = (struct fxq_matmul){.x = &job.x, .weight = call->weight, .int16 = call->int16, .outputs = call->outputs,

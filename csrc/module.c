@@ -326,7 +326,7 @@ static bool read_bags(PyObject *mode, PyObject *offsets, PyObject *weights, bool
     for (bags->mode = 0; bags->mode < 3 && PyUnicode_CompareWithASCIIString(mode, modes[bags->mode]) != 0;) bags->mode++;
     if (bags->mode == 3 || index->dimensions != (offsets == Py_None ? 2 : 1)) return false;
     bags->count = index->shape[0];
-    bags->width = index->shape[1];
+    bags->width = offsets == Py_None ? index->shape[1] : 0;
     if (offsets != Py_None) {
         if (!read_kind(offsets, INT64, 1, &tensor) || tensor.count < has_end) return false;
         bags->offsets = tensor.data;

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fxquant.ops import native, reference, reference_recurrent
-from fxquant.ops.schema import RNN_MODES, check_groups, check_indices, check_linear, check_recurrent
+from fxquant.ops.schema import check_groups, check_indices, check_linear, check_recurrent, rnn_kind
 
 
 def linear(
@@ -66,7 +66,7 @@ def rnn(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `reference_recurrent.rnn` or its native kernels."""
     parts = (weights, scales, biases, hidden_biases)
-    check_recurrent(RNN_MODES[mode], x, batch_sizes, (h0,), *parts, bidirectional, qmax)
+    check_recurrent(rnn_kind(mode), x, batch_sizes, (h0,), *parts, bidirectional, qmax)
     run = native.rnn if native.takes_some(x, weights) else reference_recurrent.rnn
     return run(x, batch_sizes, h0, *parts, mode, bidirectional, per_row, qmax)
 

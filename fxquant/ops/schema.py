@@ -49,6 +49,13 @@ SCHEMES = {
 """The dtypes that a recurrent operator's weights may have, and how each is scaled."""
 
 
+def rnn_kind(mode: str) -> str:
+    """Return what a mode of the operator rnn is called in errors; ArgumentError for what is none."""
+    if mode not in RNN_MODES:
+        raise ArgumentError(f"the operator rnn takes one of the modes {', '.join(map(repr, RNN_MODES))}, got {mode!r}")
+    return RNN_MODES[mode]
+
+
 def check_dense(x: Any, operator: str) -> None:
     """Raise DTypeError for what is no tensor, nor stands for one, and for a sparse or nested tensor."""
     if not isinstance(x, torch.Tensor):
@@ -244,7 +251,7 @@ def _fake_rnn(
     qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     parts = (weights, scales, biases, hidden_biases)
-    check_recurrent(RNN_MODES[mode], x, batch_sizes, (h0,), *parts, bidirectional, qmax)
+    check_recurrent(rnn_kind(mode), x, batch_sizes, (h0,), *parts, bidirectional, qmax)
     return x.new_empty((*x.shape[:-1], h0.shape[-1] * (2 if bidirectional else 1))), x.new_empty(h0.shape)
 
 

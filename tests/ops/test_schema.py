@@ -203,6 +203,13 @@ def test_lstm_refuses_states_of_another_packed_batch_than_each_other():
         ops.lstm(*arguments)
 
 
+def test_rnn_refuses_another_mode():
+    arguments = list(rnn_arguments("gru"))
+    arguments[-2] = "lstm"
+    with pytest.raises(ArgumentError, match="takes one of the modes 'gru', 'rnn_tanh', 'rnn_relu', got 'lstm'"):
+        ops.rnn(*arguments)
+
+
 @pytest.mark.parametrize("qmax", [0, -1, 256, 2**32 + 255])
 def test_activations_of_8_bits_have_a_greatest_integer_of_8_bits(qmax):
     match = rf"takes qmax from 1 to 255, got {qmax}"

@@ -110,3 +110,24 @@ static void matmul_block_form(const struct fxq_matmul *job, int64_t n0, int64_t 
         }
     }
 }
+
+FXQ_INLINE __m512i sum_columns(__m512i sums, __m512i four) { return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), four); }
+
+/* 16 rows of a weight, `count` of them real, to every fourth 64 bytes of packed, 4 columns of each row there. Returns their
+ * sums as pairs (see make_pairs). */
+FXQ_INLINE __m512i pack_16(const int8_t *rows, int64_t count, int64_t columns, int8_t *packed) {
+    __m512i sums = _mm512_setzero_si512();
+    for (int64_t k = 0; k < columns; k += 64) {
+        const __mmask64 real = columns - k < 64 ? ~0ull >> (64 - (columns - k)) : ~0ull;
+        __m512i v[16];
+        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+            v[i] = _mm512_maskz_loadu_epi8(i < count ? real : 0, rows + i * columns + k);
+        }
+        transpose_16x16(v);
+        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+            _mm512_store_si512(packed + 64 * k + 256 * i, v[i]);
+            sums = sum_columns(sums, v[i]);
+        }
+    }
+    return make_pairs(sums);
+}

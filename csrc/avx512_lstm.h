@@ -6,26 +6,6 @@
 enum { UNIT_BLOCK = 16, UNIT_BLOCK_GATES = 4 * UNIT_BLOCK };
 
 /* Units [u0, u1) of weight (4 * hidden, columns) to packed, and their row sums as pairs (see make_pairs). */
-FXQ_INLINE __m512i sum_columns(__m512i sums, __m512i four) { return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), four); }
-
-/* 16 rows of a gate, `count` of them real, to `packed`. Returns their sums. */
-FXQ_INLINE __m512i pack_gate(const int8_t *rows, int64_t count, int64_t columns, int8_t *packed) {
-    __m512i sums = _mm512_setzero_si512();
-    for (int64_t k = 0; k < columns; k += 64) {
-        const __mmask64 real = columns - k < 64 ? ~0ull >> (64 - (columns - k)) : ~0ull;
-        __m512i v[16];
-        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
-            v[i] = _mm512_maskz_loadu_epi8(i < count ? real : 0, rows + i * columns + k);
-        }
-        transpose_16x16(v);
-        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
-            _mm512_store_si512(packed + k * UNIT_BLOCK_GATES + 256 * i, v[i]);
-            sums = sum_columns(sums, v[i]);
-        }
-    }
-    return sums;
-}
-
 static void pack_lstm(const int8_t *weight, int64_t hidden, int64_t columns, int64_t u0, int64_t u1, void *packed,
                       int32_t *pairs) {
     const int64_t depth = fxq_depth(columns);
@@ -33,8 +13,8 @@ static void pack_lstm(const int8_t *weight, int64_t hidden, int64_t columns, int
         const int64_t count = u1 - u < UNIT_BLOCK ? u1 - u : UNIT_BLOCK;
         for (int gate = 0; gate < 4; gate++) {
             int8_t *to = (int8_t *)packed + u * 4 * depth + gate * 64;
-            const __m512i sums = pack_gate(weight + (gate * hidden + u) * columns, count, columns, to);
-            _mm512_store_si512(pairs + u * 4 + gate * UNIT_BLOCK, make_pairs(sums));
+            const __m512i sums = pack_16(weight + (gate * hidden + u) * columns, count, columns, to);
+            _mm512_store_si512(pairs + u * 4 + gate * UNIT_BLOCK, sums);
         }
     }
 }
@@ -49,7 +29,7 @@ static void pack_lstm_int4(const struct fxq_linear_int4 *weight, int64_t hidden,
         const int64_t count = u1 - u < UNIT_BLOCK ? u1 - u : UNIT_BLOCK;
         int8_t *to = (int8_t *)packed + u * 4 * depth + gate * 64;
         unpack(weight->nibbles + row * row_bytes, row_bytes, count, columns, scratch);
-        pack_gate(scratch, count, columns, to);
+        pack_16(scratch, count, columns, to);
         for (int64_t g = 0; g < groups; g++) {
             const int64_t group_end = g + 1 < groups ? (g + 1) * weight->group : depth;
             __m512i sums = _mm512_setzero_si512();

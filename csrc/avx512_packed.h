@@ -31,25 +31,6 @@ static bool packs_weight(int64_t rows, int64_t columns, int64_t outputs) {
            columns <= MOST_BLOCK_FORM_COLUMNS;
 }
 
-/* 16 rows of a weight, `count` of them real, to every fourth 64 bytes of packed. Returns their sums as pairs. */
-FXQ_INLINE __m512i pack_16(const int8_t *rows, int64_t count, int64_t columns, int8_t *packed) {
-    const __m512i ones = _mm512_set1_epi8(1);
-    __m512i sums = _mm512_setzero_si512();
-    for (int64_t k = 0; k < columns; k += 64) {
-        const __mmask64 real = columns - k < 64 ? ~0ull >> (64 - (columns - k)) : ~0ull;
-        __m512i v[16];
-        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
-            v[i] = _mm512_maskz_loadu_epi8(i < count ? real : 0, rows + i * columns + k);
-        }
-        transpose_16x16(v);
-        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
-            _mm512_store_si512(packed + k * PACKED_OUTPUTS + 256 * i, v[i]);
-            sums = _mm512_dpbusd_epi32(sums, ones, v[i]);
-        }
-    }
-    return make_pairs(sums);
-}
-
 /* The rows of a block that wait for dequantization. */
 struct finished_rows {
     const int32_t (*c)[PACKED_OUTPUTS];

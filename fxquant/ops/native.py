@@ -206,7 +206,7 @@ def lstm(
 
     def expect(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
         (h, c), (weights, scales, biases) = states, parts
-        return reference_recurrent.lstm(rows, sizes, h, c, weights, scales, biases, *how, advance)
+        return reference_recurrent.lstm_by(advance, rows, sizes, h, c, weights, scales, biases, *how)
 
     def advance(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cells, none = c.unsqueeze(0), (None, None)  # h0 is c0: no weight is multiplied with it

@@ -25,7 +25,6 @@ def lstm(
     bidirectional: bool = False,
     per_row: bool = True,
     qmax: int = 255,
-    advance: Advance | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (output, h, c) of a stack of LSTM layers. docs/numerics.md, eq. 9–12.
 
@@ -33,9 +32,26 @@ def lstm(
     L = layers × directions. weights: for each of the L cells weight_ih (4H, I), weight_hh (4H, P) and, with a
     projection, weight_hr (P, H), gates in the order i, f, g, o, each of a scheme of its own (`reference.multiply`);
     scales: as many, empty ones for float weights, or none at all; biases: L of (4H,), or none
-    -> output (T, B, D·P) or (N, D·P), h (L, B, P), c (L, B, H), in x's dtype. advance: a faster `lstm_cell`.
+    -> output (T, B, D·P) or (N, D·P), h (L, B, P), c (L, B, H), in x's dtype.
     """
-    advance = advance or lstm_cell
+    how = (bidirectional, per_row, qmax)
+    return lstm_by(lstm_cell, x, batch_sizes, h0, c0, weights, scales, biases, *how)
+
+
+def lstm_by(
+    advance: Advance,
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    bidirectional: bool,
+    per_row: bool,
+    qmax: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what `lstm` does, with a `lstm_cell` that may be faster."""
     h, c = h0.to(torch.float32, copy=True), c0.to(torch.float32, copy=True)
     matmul = _multiplier(per_row, qmax)
 

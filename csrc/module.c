@@ -137,7 +137,9 @@ static bool read_cells(PyObject *const *parts, const struct fxq_recurrent *call,
                                               : !read_matrix(parts[WEIGHTS], parts[SCALES], at, rows, columns, &w->ih)) {
             return false;
         }
-        if (!read_matrix(parts[WEIGHTS], parts[SCALES], at + 1, rows, call->outputs, &w->hh) ||
+        const bool is_step = has_gates && item(parts[WEIGHTS], at + 1) == Py_None;
+        if ((is_step ? cells != 1 || each != 2 || call->steps != 1 || call->mode == FXQ_GRU
+                     : !read_matrix(parts[WEIGHTS], parts[SCALES], at + 1, rows, call->outputs, &w->hh)) ||
             (has_bias && !read_item(parts[BIASES], i, rows, &w->bias)) ||
             (has_own && !read_item(parts[HIDDEN_BIASES], i, call->hidden, &w->hidden_bias))) {
             return false;
@@ -221,7 +223,8 @@ static PyObject *new_outputs(struct fxq_recurrent *call, PyObject *x, const stru
     return outputs;
 }
 
-/* The first layer's weight_ih may be None: then x has its gates' parts of the input already, those of all directions.
+/* The first layer's weight_ih may be None: then x has its gates' parts of the input already, those of all directions. If
+ * its weight_hh is None too, the gates are whole, and what is left of one step of one cell is done (not a GRU's).
  * args: asks, x, batch_sizes, h0; parts: weights, scales, biases, hidden_biases; options: bidirectional, per_row, qmax */
 static PyObject *recurrent(struct fxq_recurrent call, int gates, PyObject *const *args, PyObject *c0,
                            PyObject *const *parts, PyObject *const *options) {

@@ -147,14 +147,14 @@ static void multiply_hidden_n(struct cell *cell, const struct weight *hh, int64_
     multiply(cell, &cell->h, hh, n, n + units, &to);
 }
 
-static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t units, const float *input_part,
-                       const float *before, float *out) {
+/* `units` of row m from u on: `pre` has their gates, `stride` apart. */
+static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t units, const float *pre, int64_t stride,
+                       const float *input_part, const float *before, float *out) {
     const struct stack *s = cell->stack;
     const int64_t hidden = s->call->hidden;
-    const float *pre = cell->pre + m * s->gates * units;
     switch (s->call->mode) {
-        case FXQ_LSTM: fxq_active->lstm_cell(pre, units, units, cell->c + m * hidden + u, out); break;
-        case FXQ_GRU: fxq_active->gru_cell(pre, units, units, input_part + 2 * hidden + u, before + u, out); break;
+        case FXQ_LSTM: fxq_active->lstm_cell(pre, stride, units, cell->c + m * hidden + u, out); break;
+        case FXQ_GRU: fxq_active->gru_cell(pre, stride, units, input_part + 2 * hidden + u, before + u, out); break;
         case FXQ_RNN_TANH: fxq_active->rnn_cell(pre, units, false, out); break;
         case FXQ_RNN_RELU: fxq_active->rnn_cell(pre, units, true, out); break;
     }
@@ -176,6 +176,13 @@ static void advance(struct cell *cell, int64_t live, const struct previous *prev
     }
     const int64_t hidden = s->call->hidden, added_gates = s->call->mode == FXQ_GRU ? 2 : s->gates;
     const struct weight hh = hh_of(cell);
+    if (is_none(hh.matrix)) { /* the gates are whole */
+        for (int64_t m = 0, u = cell->u0; m < live && u < cell->u1; m++) {
+            const float *row = input_part + m * cell->input_stride;
+            finish_row(cell, m, u, cell->u1 - u, row + u, hidden, row, NULL, out + m * out_stride + u);
+        }
+        return;
+    }
     for (int64_t u = cell->u0; u < cell->u1; u += cell->units) {
         const int64_t units = cell->u1 - u < cell->units ? cell->u1 - u : cell->units;
         if (units == hidden) { /* then the gates' rows are one run */
@@ -187,8 +194,8 @@ static void advance(struct cell *cell, int64_t live, const struct previous *prev
         }
         if (s->call->mode == FXQ_GRU) multiply_hidden_n(cell, &hh, u, units);
         for (int64_t m = 0; m < live; m++) {
-            finish_row(cell, m, u, units, input_part + m * cell->input_stride, previous_row(previous, m),
-                       out + m * out_stride + u);
+            finish_row(cell, m, u, units, cell->pre + m * s->gates * units, units, input_part + m * cell->input_stride,
+                       previous_row(previous, m), out + m * out_stride + u);
         }
     }
 }
@@ -219,7 +226,7 @@ static void run_steps(struct cell *cell, int64_t first, int64_t last, int64_t fi
         }
         float *out = cell->out + s->starts[step] * cell->out_stride;
         const float *input_part = cell->input_part + (s->starts[step] - first_row) * cell->input_stride;
-        quantize_state(&cell->h, live, &cell->weights->hh, &previous);
+        if (!is_none(&cell->weights->hh)) quantize_state(&cell->h, live, &cell->weights->hh, &previous);
         if (!is_none(&cell->weights->hr)) {
             advance(cell, live, &previous, input_part, s->hidden, call->hidden);
             project_hidden(cell, live, out);

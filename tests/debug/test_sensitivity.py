@@ -181,7 +181,8 @@ def test_a_file_of_another_run_is_an_error(model, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "words"), [([], "held no batch"), (torch.randn(3, 6), r"pass \[tensor\]"), ([(1, 2, 3)], "does not fit")]
+    ("data", "words"),
+    [([], "held no batch"), (torch.randn(3, 6), r"pass \[tensor\]"), ([(1, 2, 3)], "does not fit"), (3, "got int")],
 )
 def test_data_that_cannot_be_used_is_an_error(model, data, words):
     with pytest.raises(ExampleInputsError, match=words):

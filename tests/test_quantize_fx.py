@@ -117,6 +117,14 @@ def test_other_batch_sizes_and_lengths_than_the_examples():
         assert hidden[0].shape == (2, batch, 8)
 
 
+def test_a_model_without_memory_is_prepared_on_inputs_without_memory():
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU()).eval(), torch.randn(3, 8)
+        quantized = convert_fx(prepare_fx(model, everything(), x))
+        y = quantized(x)
+    assert (y.shape, y.is_meta, len(fxquant.explain(quantized).rows)) == ((3, 6), True, 1)
+
+
 def test_an_empty_batch_as_the_example():
     model = WordLM().eval()
     quantized = quantize(model, *lm_inputs(model, 5, 0))

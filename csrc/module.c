@@ -98,8 +98,9 @@ static bool read_matrix(PyObject *weights, PyObject *scales, Py_ssize_t i, int64
     struct tensor values, scale;
     PyObject *weight = item(weights, i), *of_weight = item(scales, i);
     if (!weight || !of_weight || !read_tensor(weight, &values) || values.dimensions != 2 || values.shape[0] != rows) return false;
-    if (values.kind == INT8) {
-        matrix->values = values.data;
+    if (values.kind == INT8 || values.kind == INT16) {
+        if (values.kind == INT8) matrix->values = values.data;
+        else matrix->int16 = values.data;
         return values.shape[1] == columns && read_vector(of_weight, rows, &matrix->scale);
     }
     if (values.kind != UINT8 || values.shape[1] != (columns + 1) / 2 || !read_kind(of_weight, BFLOAT16, 2, &scale)) return false;
@@ -129,7 +130,9 @@ static bool read_cells(PyObject *const *parts, const struct fxq_recurrent *call,
                                               : !read_matrix(parts[WEIGHTS], parts[SCALES], at, rows, columns, &w->ih)) {
             return false;
         }
-        if (!read_matrix(parts[WEIGHTS], parts[SCALES], at + 1, rows, call->outputs, &w->hh) ||
+        const bool is_step = has_gates && item(parts[WEIGHTS], at + 1) == Py_None;
+        if ((is_step ? cells != 1 || each != 2 || call->steps != 1 || call->mode == FXQ_GRU
+                     : !read_matrix(parts[WEIGHTS], parts[SCALES], at + 1, rows, call->outputs, &w->hh)) ||
             (has_bias && !read_item(parts[BIASES], i, rows, &w->bias)) ||
             (has_own && !read_item(parts[HIDDEN_BIASES], i, call->hidden, &w->hidden_bias))) {
             return false;
@@ -213,7 +216,8 @@ static PyObject *new_outputs(struct fxq_recurrent *call, PyObject *x, const stru
     return outputs;
 }
 
-/* The first layer's weight_ih may be None: then x has its gates' parts of the input already, those of all directions.
+/* The first layer's weight_ih may be None: then x has its gates' parts of the input already, those of all directions. If
+ * its weight_hh is None too, the gates are whole, and what is left of one step of one cell is done (not a GRU's).
  * args: asks, x, batch_sizes, h0; parts: weights, scales, biases, hidden_biases; options: bidirectional, per_row, qmax */
 static PyObject *recurrent(struct fxq_recurrent call, int gates, PyObject *const *args, PyObject *c0,
                            PyObject *const *parts, PyObject *const *options) {

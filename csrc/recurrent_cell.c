@@ -8,7 +8,10 @@ static void widen(struct fxq_range *range, const struct fxq_range *other) {
 }
 
 static void set_all_rows(const struct fxq_activations *x, const struct fxq_range *range) {
-    for (int64_t m = 0; m < x->rows; m++) fxq_set_row(&x->row[m], range, x->qmax);
+    for (int64_t m = 0; m < x->rows; m++) {
+        if (x->is_int16) fxq_set_int16_row(&x->row[m], range);
+        else fxq_set_row(&x->row[m], range, x->qmax);
+    }
 }
 
 /* The rows of the step before: in a packed batch some come from its outputs, and those that begin now from h0. */
@@ -32,22 +35,25 @@ struct weight {
 
 static void begin_rows(struct fxq_grouped *x, int64_t rows, const struct fxq_matrix *by) {
     x->x.rows = rows;
+    x->x.is_int16 = by->int16 != NULL;
     x->group = 0;
     if (is_int4(by) && !x->x.is_row_major) fxq_begin_grouped(x, by->int4.group); /* a packed weight takes whole rows */
 }
 
 static void quantize_16(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows) {
     if (x->group) fxq_quantize_grouped(x, first, count, rows);
-    else fxq_active->quantize(&x->x, first, count, rows);
+    else (x->x.is_int16 ? fxq_active->quantize_int16 : fxq_active->quantize)(&x->x, first, count, rows);
 }
 
 /* Rows by rows [n0, n1) of the weight they were quantized for. */
 static void multiply(const struct cell *cell, const struct fxq_grouped *x, const struct weight *w, int64_t n0, int64_t n1,
                      const struct fxq_target *to) {
     if (x->group == 0) {
-        const struct fxq_matmul product = {.x = &x->x, .weight = w->matrix->values, .outputs = w->outputs,
-                                           .scale = w->matrix->scale, .bias = w->bias, .sums = w->sums};
-        fxq_active->matmul(&product, n0, n1, to, cell->scratch);
+        const struct fxq_matmul product = {.x = &x->x, .weight = w->matrix->values, .int16 = w->matrix->int16,
+                                           .outputs = w->outputs, .scale = w->matrix->scale, .bias = w->bias,
+                                           .sums = w->sums};
+        if (x->x.is_int16) fxq_active->matmul_int16(&product, n0, n1, to);
+        else fxq_active->matmul(&product, n0, n1, to, cell->scratch);
         return;
     }
     const struct fxq_int4_product product = {.x = x, .weight = &w->matrix->int4, .outputs = w->outputs, .bias = w->bias,
@@ -141,14 +147,14 @@ static void multiply_hidden_n(struct cell *cell, const struct weight *hh, int64_
     multiply(cell, &cell->h, hh, n, n + units, &to);
 }
 
-static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t units, const float *input_part,
-                       const float *before, float *out) {
+/* `units` of row m from u on: `pre` has their gates, `stride` apart. */
+static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t units, const float *pre, int64_t stride,
+                       const float *input_part, const float *before, float *out) {
     const struct stack *s = cell->stack;
     const int64_t hidden = s->call->hidden;
-    const float *pre = cell->pre + m * s->gates * units;
     switch (s->call->mode) {
-        case FXQ_LSTM: fxq_active->lstm_cell(pre, units, units, cell->c + m * hidden + u, out); break;
-        case FXQ_GRU: fxq_active->gru_cell(pre, units, units, input_part + 2 * hidden + u, before + u, out); break;
+        case FXQ_LSTM: fxq_active->lstm_cell(pre, stride, units, cell->c + m * hidden + u, out); break;
+        case FXQ_GRU: fxq_active->gru_cell(pre, stride, units, input_part + 2 * hidden + u, before + u, out); break;
         case FXQ_RNN_TANH: fxq_active->rnn_cell(pre, units, false, out); break;
         case FXQ_RNN_RELU: fxq_active->rnn_cell(pre, units, true, out); break;
     }
@@ -158,7 +164,7 @@ static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t un
 static void advance(struct cell *cell, int64_t live, const struct previous *previous, const float *input_part, float *out,
                     int64_t out_stride) {
     const struct stack *s = cell->stack;
-    if (s->packs) {
+    if (packs(s, &cell->weights->hh)) {
         const struct fxq_matrix *hh = &cell->weights->hh;
         const struct fxq_lstm_step whole = {.h = &cell->h.x, .packed = s->packed, .pairs = s->hh_sums,
             .scale = is_int4(hh) ? s->packed_scale : hh->scale, .group = hh->int4.group, .groups = hh->int4.groups,
@@ -170,6 +176,13 @@ static void advance(struct cell *cell, int64_t live, const struct previous *prev
     }
     const int64_t hidden = s->call->hidden, added_gates = s->call->mode == FXQ_GRU ? 2 : s->gates;
     const struct weight hh = hh_of(cell);
+    if (is_none(hh.matrix)) { /* the gates are whole */
+        for (int64_t m = 0, u = cell->u0; m < live && u < cell->u1; m++) {
+            const float *row = input_part + m * cell->input_stride;
+            finish_row(cell, m, u, cell->u1 - u, row + u, hidden, row, NULL, out + m * out_stride + u);
+        }
+        return;
+    }
     for (int64_t u = cell->u0; u < cell->u1; u += cell->units) {
         const int64_t units = cell->u1 - u < cell->units ? cell->u1 - u : cell->units;
         if (units == hidden) { /* then the gates' rows are one run */
@@ -181,8 +194,8 @@ static void advance(struct cell *cell, int64_t live, const struct previous *prev
         }
         if (s->call->mode == FXQ_GRU) multiply_hidden_n(cell, &hh, u, units);
         for (int64_t m = 0; m < live; m++) {
-            finish_row(cell, m, u, units, input_part + m * cell->input_stride, previous_row(previous, m),
-                       out + m * out_stride + u);
+            finish_row(cell, m, u, units, cell->pre + m * s->gates * units, units, input_part + m * cell->input_stride,
+                       previous_row(previous, m), out + m * out_stride + u);
         }
     }
 }
@@ -213,7 +226,7 @@ static void run_steps(struct cell *cell, int64_t first, int64_t last, int64_t fi
         }
         float *out = cell->out + s->starts[step] * cell->out_stride;
         const float *input_part = cell->input_part + (s->starts[step] - first_row) * cell->input_stride;
-        quantize_state(&cell->h, live, &cell->weights->hh, &previous);
+        if (!is_none(&cell->weights->hh)) quantize_state(&cell->h, live, &cell->weights->hh, &previous);
         if (!is_none(&cell->weights->hr)) {
             advance(cell, live, &previous, input_part, s->hidden, call->hidden);
             project_hidden(cell, live, out);
@@ -240,13 +253,14 @@ static void prepare_weights(const struct cell *cell) {
     const struct stack *s = cell->stack;
     const int64_t hidden = s->call->hidden, outputs = s->call->outputs;
     const struct weight hh = hh_of(cell), hr = hr_of(cell);
-    if (s->packs && is_int4(hh.matrix)) {
+    const bool is_packed = packs(s, hh.matrix);
+    if (is_packed && is_int4(hh.matrix)) {
         fxq_active->pack_lstm_int4(&hh.matrix->int4, hidden, outputs, cell->u0, cell->u1, s->packed, s->hh_sums,
                                    s->packed_scale, cell->scratch);
-    } else if (s->packs) {
+    } else if (is_packed) {
         fxq_active->pack_lstm(hh.matrix->values, hidden, outputs, cell->u0, cell->u1, s->packed, s->hh_sums);
     }
-    for (int64_t n = 0; !s->packs && n < hh.outputs && cell->u0 < cell->u1; n += hidden) {
+    for (int64_t n = 0; !is_packed && n < hh.outputs && cell->u0 < cell->u1; n += hidden) {
         prepare_rows(cell, &hh, n + cell->u0, n + cell->u1);
     }
     if (is_none(hr.matrix)) return;

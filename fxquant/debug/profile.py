@@ -23,7 +23,7 @@ from fxquant.graph import edit
 from fxquant.graph.call import Inputs, as_arguments
 from fxquant.graph.module import Record, record_of
 from fxquant.ops import kernel_info
-from fxquant.ops.native import takes, takes_some
+from fxquant.ops.native import takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,8 @@ def _kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> str:
     if operator.namespace != "fxquant":
         return f"{operator.namespace}.{name}"
     values = {argument.name: value for argument, value in zip(operator._schema.arguments, args, strict=False)}
-    is_native = takes(args[0], values["weight"]) if "weight" in values else takes_some(args[0], values["weights"])
+    weights = [values["weight"]] if "weight" in values else values["weights"]
+    is_native = any(takes(args[0], weight) for weight in weights)
     return f"{name} ({kernel_info().isa if is_native else 'plain torch'})"
 
 

@@ -136,8 +136,9 @@ def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def takes_some(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
-    """Return whether the library can do a part of a recurrent layer of these weights."""
-    return all(weight.is_cpu for weight in weights) and any(takes(x, weight) for weight in weights)
+    """Return whether the library can do a part of a recurrent layer of these weights: steps of float ones too."""
+    is_here = _library is not None and x.is_cpu and x.layout is torch.strided
+    return is_here and all(weight.is_cpu for weight in weights)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -205,7 +206,13 @@ def lstm(
 
     def expect(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
         (h, c), (weights, scales, biases) = states, parts
-        return reference_recurrent.lstm(rows, sizes, h, c, weights, scales, biases, *how)
+        return reference_recurrent.lstm_by(advance, rows, sizes, h, c, weights, scales, biases, *how)
+
+    def advance(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cells, none = c.unsqueeze(0), (None, None)  # h0 is c0: no weight is multiplied with it
+        whole = _library.lstm(False, gates.unsqueeze(0), None, cells, cells, none, none, (), False, True, 255)
+        output, _, state = _given(whole, gates, ((c,),))
+        return state[0], output[0]
 
     states, parts = (_floats(h0), _floats(c0)), _dense_parts(weights, scales, biases)
     output, h, c = (part.to(x.dtype) for part in run_stack(run, expect, linear, _floats(x), states, parts, *how))

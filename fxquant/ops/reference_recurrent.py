@@ -10,6 +10,7 @@ import torch
 from fxquant.ops.reference import expm1_, multiply
 
 Matrix: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+Advance: TypeAlias = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Multiply: TypeAlias = Callable[[torch.Tensor, Matrix, torch.Tensor | None], torch.Tensor]
 
 
@@ -33,12 +34,30 @@ def lstm(
     scales: as many, empty ones for float weights, or none at all; biases: L of (4H,), or none
     -> output (T, B, D·P) or (N, D·P), h (L, B, P), c (L, B, H), in x's dtype.
     """
+    how = (bidirectional, per_row, qmax)
+    return lstm_by(lstm_cell, x, batch_sizes, h0, c0, weights, scales, biases, *how)
+
+
+def lstm_by(
+    advance: Advance,
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    bidirectional: bool,
+    per_row: bool,
+    qmax: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what `lstm` does, with a `lstm_cell` that may be faster."""
     h, c = h0.to(torch.float32, copy=True), c0.to(torch.float32, copy=True)
     matmul = _multiplier(per_row, qmax)
 
     def step(cell: int, matrices: Sequence[Matrix], gates: torch.Tensor) -> torch.Tensor:
         live = gates.shape[0]
-        c[cell, :live], hidden = lstm_cell(matmul(h[cell, :live], matrices[1], gates), c[cell, :live])
+        c[cell, :live], hidden = advance(matmul(h[cell, :live], matrices[1], gates), c[cell, :live])
         for matrix in matrices[2:]:
             hidden = matmul(hidden, matrix, None)
         return hidden
@@ -117,7 +136,7 @@ def _run_stack(
         output = rows.new_empty(rows.shape[0], directions * h.shape[2])
         for cell in range(first, first + directions):
             own = range(cell * per_cell, (cell + 1) * per_cell)
-            matrices = [(weights[i], scales[i] if scales else None) for i in own]
+            matrices = [(_once(weights[i]), scales[i] if scales else None) for i in own]
             gates = matmul(rows, matrices[0], biases[cell].to(torch.float32) if biases else None)
             columns = slice((cell - first) * h.shape[2], (cell - first + 1) * h.shape[2])
             for t in reversed(range(len(sizes))) if cell > first else range(len(sizes)):
@@ -126,6 +145,11 @@ def _run_stack(
                 h[cell, : sizes[t]] = output[live, columns] = hidden
         rows = output
     return rows.reshape(*x.shape[:-1], rows.shape[-1]).to(x.dtype)
+
+
+def _once(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight as each step multiplies with it: float16 is widened once."""
+    return weight.to(torch.float32) if weight.dtype is torch.float16 else weight
 
 
 def lstm_cell(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

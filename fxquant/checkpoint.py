@@ -57,7 +57,7 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized model to one safetensors file, atomically: the file is complete or not there.
 
     Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a folder that
-    is missing, or is in the file's place.
+    is missing, may not be written to, or is in the file's place.
     """
     record = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
     tensors, aliases = _distinct(quantized.state_dict())
@@ -74,8 +74,10 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
         name.chmod(mode)
         _sign(name)
         name.replace(target)
-    except BaseException:
+    except BaseException as error:
         name.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
         raise
 
 

@@ -73,7 +73,7 @@ def _round_rows(
 
 def _feed(weight: torch.Tensor, factor: torch.Tensor, spec: TensorSpec, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each column as it was to be rounded, the errors of those before it made up for, and the scales chosen."""
-    w = weight.t().contiguous()  # a column is a run of memory
+    w = weight.t().clone(memory_format=torch.contiguous_format)  # a column is a run of memory; written to
     scales = []
     for start in range(0, len(w), size):
         group, later = slice(start, start + size), slice(start + size, None)

@@ -283,7 +283,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_litter(breaks, path, monke
         raise OSError("disk full")
 
     monkeypatch.setattr(*((checkpoint.os, "replace", fail) if breaks == "replace" else (checkpoint, breaks, fail)))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="cannot be written: disk full"):
         fxquant.save(quantized, path)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
@@ -513,6 +513,16 @@ def test_loading_into_a_quantized_model_is_an_error(tmp_path):
     fxquant.save(quantized, tmp_path / "model.safetensors")
     with pytest.raises(ModelStateError, match="load needs the float model, got a model that is quantized already"):
         fxquant.load(quantized, tmp_path / "model.safetensors")
+
+
+def test_a_folder_that_may_not_be_written_to_is_an_error(tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    quantized = quantize(nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4))
+    monkeypatch.setattr(pathlib.Path, "touch", refuse)  # root, as whom tests may run, is refused nothing
+    with pytest.raises(CheckpointError, match="model: cannot be written: Permission denied"):
+        fxquant.save(quantized, tmp_path / "model")
 
 
 def test_a_folder_in_the_place_of_the_file_is_an_error(tmp_path):

@@ -1,6 +1,8 @@
 """prepare_fx, convert_fx and fuse_fx as a user meets them: forms, hooks, attributes, stages, a row of one's own."""
 
+import collections
 import copy
+import dataclasses
 import inspect
 import pickle
 import warnings
@@ -48,6 +50,24 @@ def test_the_names_are_where_torch_ao_has_them():
 # Forms of inputs and outputs.
 
 
+@dataclasses.dataclass
+class Scores(dict):
+    """A dataclass that is a dict, as transformers' outputs are."""
+
+    y: torch.Tensor
+    loss: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self.update({name: value for name, value in vars(self).items() if value is not None})
+
+
+torch.utils._pytree.register_pytree_node(
+    Scores,
+    lambda scores: (list(scores.values()), list(scores)),
+    lambda values, names: Scores(**dict(zip(names, values, strict=True))),
+)
+
+
 @pytest.mark.parametrize(
     "forward",
     [
@@ -57,6 +77,8 @@ def test_the_names_are_where_torch_ao_has_them():
         lambda m, x: None if m.net(x) is None else (None, m.net(x)),
         lambda m, x: {"pair": (m.net(x), 3), "text": "a", "none": None},
         lambda m, x: x,
+        lambda m, x: collections.OrderedDict(y=m.net(x), x=x),
+        lambda m, x: [Scores(y=m.net(x)), x],
     ],
 )
 def test_outputs_keep_their_form(forward):
@@ -115,6 +137,14 @@ def test_other_batch_sizes_and_lengths_than_the_examples():
         output, hidden = quantized(*lm_inputs(model, time, batch))
         assert output.shape == (time, batch, 50)
         assert hidden[0].shape == (2, batch, 8)
+
+
+def test_a_model_without_memory_is_prepared_on_inputs_without_memory():
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU()).eval(), torch.randn(3, 8)
+        quantized = convert_fx(prepare_fx(model, everything(), x))
+        y = quantized(x)
+    assert (y.shape, y.is_meta, len(fxquant.explain(quantized).rows)) == ((3, 6), True, 1)
 
 
 def test_an_empty_batch_as_the_example():

@@ -44,6 +44,15 @@ def test_the_shapes_are_those_of_rounding_to_nearest():
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
 
+@pytest.mark.parametrize("shape", [(1, 75), (5, 1), (5, 75)])
+def test_the_weight_is_not_written_to(shape):
+    weight, moments = torch.randn(shape), correlated(shape[1])
+    before = weight.clone()
+    fed = errors(before, round_with_feedback(weight, moments, SPEC), moments)
+    assert torch.equal(weight, before)
+    assert (fed <= errors(before, nearest(before), moments) * (1 + 1e-4)).all()
+
+
 def test_inputs_that_do_not_go_together_leave_nothing_to_make_up_for(monkeypatch):
     monkeypatch.setattr(rounding, "_SHARES", (1,))
     weight, moments = torch.randn(30, 75), torch.diag(torch.rand(75) + 0.5)

@@ -18,7 +18,7 @@ from fxquant.debug.diff_view import DiffRow, Line, fold, near_changes, sides
 from fxquant.debug.page import write
 from fxquant.debug.profile import Profile
 from fxquant.debug.report import Column, Report
-from fxquant.debug.table import megabytes, paint, shorten, text_table, wants_color
+from fxquant.debug.table import megabytes, paint, printable, shorten, text_table, wants_color
 from fxquant.errors import ArgumentError, ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.module import Record, record_of
@@ -158,7 +158,7 @@ class GraphDiff(Report):
         colors = _ANSI if is_colored else dict.fromkeys(_ANSI, "")
         cells = [["\n".join(paint(text, colors[color]) for text, color in cell) for cell in row] for row in table]
         text = text_table(cells, [column.header for column in columns], [column.width for column in columns])
-        return "\n".join([text, "", *self.footer])
+        return printable("\n".join([text, "", *self.footer]))
 
     def _repr_html_(self) -> str:
         columns, table = self._lines()
@@ -223,6 +223,8 @@ def graph_diff(
     if layout not in LAYOUTS:
         raise ArgumentError(f"graph_diff takes layout='unified' or 'side_by_side', got {layout!r}")
     rows, remark = diff_rows(before, after)
+    if context is not None and (not isinstance(context, int) or context < 0):
+        raise ArgumentError(f"graph_diff takes context=the number of rows around a change, 0 or more, got {context!r}")
     known, record = [record_of(model) for model in (before, after)], record_of(after) or record_of(before)
     record = record or Record(stage="float")
     names = [found.stage if found else "float" if any(known) else "" for found in known]

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
+from fxquant.errors import ArgumentError
+
 LIGHT = {
     "paper": "#ffffff", "ink": "#1d2129", "dim": "#5a6270", "line": "#c9ced6", "focus": "#0b57d0",
     "changed": "#6b4500", "changed_fill": "#fff1cf",
@@ -107,7 +109,11 @@ def drawing(title: str, width: float, height: float, body: str, style: str) -> s
 
 
 def write(path: str | os.PathLike[str] | None, text: str) -> str:
-    """Return a text, and write it to a file where one is named."""
+    """Return a text, and write it to a file where one is named, or raise ArgumentError."""
     if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except (OSError, TypeError) as error:
+            told = getattr(error, "strerror", None) or error
+            raise ArgumentError(f"{path!r} cannot be written: {told}; give a file in a folder that is there") from error
     return text

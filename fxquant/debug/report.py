@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from fxquant.debug.page import table_page, write
-from fxquant.debug.table import html_table, text_table
+from fxquant.debug.table import html_table, printable, text_table
 from fxquant.errors import ColumnError, MissingPackageError, nearest
 
 R = TypeVar("R", bound="Report")
@@ -54,7 +54,7 @@ class Report:
         alignments = ["right" if column.is_number else "left" for column in columns]
         names = [i for i, column in enumerate(columns) if column.is_name]
         table = text_table(cells, [c.header for c in columns], [c.width for c in columns], alignments, names)
-        return "\n".join([table, "", *self.footer])
+        return printable("\n".join([table, "", *self.footer]))
 
     def _repr_html_(self) -> str:
         columns, cells = self._shown()

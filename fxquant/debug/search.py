@@ -23,7 +23,7 @@ from fxquant.debug.ladder import Mixture, Option, Unit, best_mixtures, ladder_of
 from fxquant.debug.profile import profile
 from fxquant.debug.table import site_name
 from fxquant.debug.trial import Forms, Progress, Trial, Variant
-from fxquant.errors import QConfigError
+from fxquant.errors import ModelStateError, QConfigError
 from fxquant.operators import find_row
 from fxquant.qconfig import QConfig
 
@@ -56,6 +56,11 @@ class Search:
         self.trial, self.budget, self.sign = trial, budget, sign
         self.power = 2.0 if trial.is_default else 1.0
         self.start = trial.measure_all({"float": Variant({}, {})})["float"]
+        if math.isnan(self.start):
+            raise ModelStateError(
+                "the metric of the float model is NaN, so that nothing can be measured against it; look for NaN in the "
+                "model's weights, the data and the metric"
+            )
         self.is_fast = minimize == "ms"
         self.sites = trial.record.sites
         rows = [find_row(trial.record.operators, site.operator) for site in self.sites]

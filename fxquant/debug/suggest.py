@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from fxquant.debug.report import Column, Report
 from fxquant.debug.search import Point, Search
 from fxquant.debug.table import megabytes
 from fxquant.debug.trial import Metric, Progress, Trial
-from fxquant.errors import QConfigError, warn
+from fxquant.errors import ArgumentError, QConfigError, warn
 from fxquant.graph import edit
 from fxquant.graph.module import record_of
 from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping
@@ -140,6 +141,14 @@ class Suggestion(Report):
         return write(path, self.figure())
 
 
+def _check_aims(budget: Any, minimize: str) -> None:
+    """Raise QConfigError for another `minimize`, ArgumentError for a budget that is no number."""
+    if minimize not in ("bytes", "ms"):
+        raise QConfigError(f"minimize is 'bytes' or 'ms', got {minimize!r}")
+    if not isinstance(budget, numbers.Real) or math.isnan(budget):
+        raise ArgumentError(f"budget is how much worse than float's the metric may be, a number, got {budget!r}")
+
+
 def suggest_mapping(
     model: nn.Module,
     data: Iterable[Any],
@@ -167,8 +176,7 @@ def suggest_mapping(
     What is stated is measured on the model that the mapping really gives. A result outside the budget is warned of.
     Raises QConfigError for another `minimize` or scheme, and what `sensitivity` does.
     """
-    if minimize not in ("bytes", "ms"):
-        raise QConfigError(f"minimize is 'bytes' or 'ms', got {minimize!r}")
+    _check_aims(budget, minimize)
     names = check_schemes(schemes)
     mapping = default_dynamic_qconfig_mapping() if qconfig_mapping is None else qconfig_mapping
     trial = Trial(model, mapping, data, metric)

@@ -12,6 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 _TABLE_WIDTH = 100
+_ASCII = str.maketrans("→←×⋮…–≈", "><x:.-~")  # as wide, so that columns stand
 _ANSI = re.compile(r"\x1b\[[\d;]*m")
 _PAINTED = re.compile(r"\x1b\[([\d;]*)m(.*)\x1b\[0m")
 
@@ -97,6 +98,16 @@ def wants_color() -> bool:
     """Return whether what is printed now may be coloured: on a terminal, unless NO_COLOR is set (no-color.org)."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def printable(text: str) -> str:
+    """Return a text as standard output's encoding can show it: in one without our signs (→ × …), in ASCII for them."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
+    return text
 
 
 def paint(text: str, code: str) -> str:

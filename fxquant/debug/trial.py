@@ -22,9 +22,9 @@ from torch import fx, nn
 from fxquant.debug.replay import Replay, callers
 from fxquant.debug.sites import first_tensor, open_float, open_quantized
 from fxquant.debug.table import site_name
-from fxquant.errors import CheckpointError, ExampleInputsError, ModelStateError
+from fxquant.errors import ArgumentError, CheckpointError, ExampleInputsError, ModelStateError
 from fxquant.graph import edit
-from fxquant.graph.call import as_arguments, run
+from fxquant.graph.call import as_arguments, check_data, run
 from fxquant.graph.module import keep_record, need_stage
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
@@ -55,6 +55,16 @@ class _Pass(NamedTuple):
     wanted: torch.Tensor | None
 
 
+def _number(value: Any) -> float:
+    """Return what a metric gave as a float, or raise ArgumentError."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"metric is a function of a model that gives a number, but it gave {type(value).__name__}: {error}"
+        ) from error
+
+
 class Trial:
     """A float model laid open, what a mapping makes of its sites, and a metric.
 
@@ -63,10 +73,9 @@ class Trial:
     """
 
     def __init__(self, model: nn.Module, mapping: QConfigMapping, data: Iterable[Any], metric: Metric | None) -> None:
-        if isinstance(data, torch.Tensor):
-            raise ExampleInputsError(
-                f"data is an iterable of batches, got one tensor {tuple(data.shape)}; pass [tensor]"
-            )
+        if metric is not None and not callable(metric):
+            raise ArgumentError(f"metric is a function of a model that gives a number, got {metric!r}")
+        check_data(data)
         given = list(data)
         self.batches = [as_arguments(batch, model) for batch in given]
         if not self.batches:
@@ -134,7 +143,7 @@ class Trial:
         """Return the metric of a whole model."""
         with torch.no_grad():
             if self._metric is not None:
-                return float(self._metric(model))
+                return _number(self._metric(model))
             return _relative(
                 _error(run(model, batch, seed), wanted)
                 for seed, (batch, wanted) in enumerate(zip(self.batches, self._float_outputs, strict=True))

@@ -65,14 +65,23 @@ def each_batch(
 
     progress: wraps the batches, as tqdm does.
     """
-    if isinstance(data, torch.Tensor):
-        raise ExampleInputsError(f"data is an iterable of batches, got one tensor {tuple(data.shape)}; pass [tensor]")
+    check_data(data)
     count = 0
     for batch in progress(data):
         count += 1
         yield as_arguments(batch, model)
     if not count:
         raise ExampleInputsError("data held no batch; was it a generator that had been used up?")
+
+
+def check_data(data: Any) -> None:
+    """Raise ExampleInputsError for what is no iterable of batches: one batch, a number, a text."""
+    if isinstance(data, torch.Tensor):
+        raise ExampleInputsError(f"data is an iterable of batches, got one tensor {tuple(data.shape)}; pass [tensor]")
+    if isinstance(data, Mapping):
+        raise ExampleInputsError("data is an iterable of batches, got one dict; pass [dict]")
+    if isinstance(data, str) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
+        raise ExampleInputsError(f"data is an iterable of batches, got {type(data).__name__}; pass [inputs]")
 
 
 def as_arguments(batch: Any, model: nn.Module) -> Inputs:

@@ -206,8 +206,12 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _same_bits(ours: list[Any], theirs: list[Any]) -> bool:
-    """Return whether two lists of leaves hold the same tensors, a NaN equal to a NaN; other leaves do not count."""
+    """Return whether two lists of leaves hold the same tensors, a NaN equal to a NaN; other leaves do not count.
+
+    Of meta tensors, which hold no bits, the shapes and dtypes are compared.
+    """
     pairs = [pair for pair in zip(ours, theirs, strict=False) if all(isinstance(leaf, torch.Tensor) for leaf in pair)]
     return len(ours) == len(theirs) and all(
-        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs
+        a.shape == b.shape and a.dtype == b.dtype and (a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()))
+        for a, b in pairs
     )

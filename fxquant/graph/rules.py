@@ -25,9 +25,9 @@ def check_mapping(mapping: QConfigMapping, known: Names, functions: Iterable[Any
     ):
         for name in given:
             if name and name not in there:
-                raise MappingNameError(
-                    f"the mapping names {told} {name!r}, which is not in the model{nearest(name, there)}"
-                )
+                is_vector = name in known.tensors - known.weights
+                lacks = "which has no two dimensions and stays float" if is_vector else "which is not in the model"
+                raise MappingNameError(f"the mapping names {told} {name!r}, {lacks}{nearest(name, there)}")
     for pattern in mapping.module_name_regex_qconfigs:
         probe = QConfigMapping().set_module_name_regex(pattern, None)
         if not any(probe.resolve(name, "", (), 0).text.startswith("module_name_regex") for name in (*names, "")):

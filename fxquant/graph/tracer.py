@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
 import inspect
 import keyword
@@ -94,12 +96,20 @@ class Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
-        """Return a value as an operand; the transpose of a buffer, which forward meets as it is, keeps its name."""
+        """Return a value as an operand; the transpose of a buffer, which forward meets as it is, keeps its name.
+
+        A dict of a type of its own keeps that.
+        """
         base = a._base if isinstance(a, torch.Tensor) and not a.is_inference() else None
         if base is not None and base.dim() == 2 and (a.shape, a.stride()) == (base.T.shape, base.T.stride()):
             name = next((name for name, buffer in self.root.named_buffers() if buffer is base), None)
             if name is not None and threading.get_ident() == self._thread:
                 return self.create_node("call_method", "t", (self.create_node("get_attr", name, (), {}),), {})
+        if isinstance(a, dict) and dataclasses.is_dataclass(a):  # Hugging Face's outputs; torch.fx forgets their type
+            fields = {field.name: self.create_arg(getattr(a, field.name)) for field in dataclasses.fields(a)}
+            return self.create_node("call_function", type(a), (), fields)
+        if type(a) is collections.OrderedDict:
+            return self.create_node("call_function", type(a), (super().create_arg(a),), {})
         return super().create_arg(a)
 
     def create_node(self, kind: str, target: Any, args: tuple[Any, ...], *rest: Any, **named: Any) -> fx.Node:

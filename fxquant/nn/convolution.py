@@ -41,7 +41,10 @@ class DynamicQuantizedPointwiseConv(DynamicQuantizedLinear):
                 f"input with {self.in_features} in dimension {channels}, got {tuple(input.shape)}"
             )
         rows = super().forward(input.movedim(channels, -1))
-        return rows.movedim(-1, channels).contiguous()  # as a convolution's output is, of which one may take a .view
+        is_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        like_input = torch.channels_last if is_last and not input.is_contiguous() else torch.contiguous_format
+        # As a convolution's output lies in memory, of which one may take a .view.
+        return rows.movedim(-1, channels).contiguous(memory_format=like_input)
 
     def extra_repr(self) -> str:
         """Return what print shows: the sizes and the scheme."""

@@ -473,6 +473,9 @@ def test_it_fits_100_columns():
     [
         ([], "data held no batch"),
         (torch.randn(3, 4), r"data is an iterable of batches, got one tensor \(3, 4\); pass \[tensor\]"),
+        ({"x": torch.randn(3, 4)}, r"an iterable of batches, got one dict; pass \[dict\]"),
+        (5, r"an iterable of batches, got int; pass \[inputs\]"),
+        ("words.txt", r"an iterable of batches, got str"),
         ([5], "a batch is a tuple of positional arguments.*got int"),
         ([(torch.randn(3, 4), 1)], r"a batch of 2 arguments does not fit forward\(.*\(x,\) for x, _ in loader"),
     ],

@@ -398,6 +398,13 @@ def test_another_layout_is_an_error():
         graph_diff(model, model, layout="sideways")
 
 
+@pytest.mark.parametrize("context", [-1, "2", 1.5])
+def test_context_that_is_no_number_of_rows_is_an_error(context):
+    model = nn.Sequential(nn.Tanh()).eval()
+    with pytest.raises(ArgumentError, match=rf"takes context=the number of rows .*, 0 or more, got {context!r}"):
+        graph_diff(model, model, context=context)
+
+
 def measured():
     model, x = Blocks(3).eval(), torch.randn(3, 4)
     quantized = quantize(model, x)

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from fxquant.debug.page import DARK, DECISIONS, LIGHT, drawing, page, table_page, themed, write
+from fxquant.errors import ArgumentError
 
 
 def luminance(color):
@@ -56,6 +57,13 @@ def test_pages_and_drawings_load_nothing_and_escape_their_titles():
         links = re.findall(r"(?:src|href|url|@import|fetch)\W+[^\s>]*", text)
         assert links == []
     assert ET.fromstring(made[2]).find("{http://www.w3.org/2000/svg}title").text == "<b>"
+
+
+@pytest.mark.parametrize("path", ["missing/page.html", ".", 3])
+def test_what_cannot_be_written_is_an_error(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match=rf"^{path!r} cannot be written: .*; give a file in a folder that is there"):
+        write(path, "é")
 
 
 def test_write_returns_what_it_writes(tmp_path):

@@ -189,7 +189,8 @@ def test_a_file_of_another_mapping_for_the_same_sites_is_an_error(model, data, t
 
 
 @pytest.mark.parametrize(
-    ("data", "words"), [([], "held no batch"), (torch.randn(3, 6), r"pass \[tensor\]"), ([(1, 2, 3)], "does not fit")]
+    ("data", "words"),
+    [([], "held no batch"), (torch.randn(3, 6), r"pass \[tensor\]"), ([(1, 2, 3)], "does not fit"), (3, "got int")],
 )
 def test_data_that_cannot_be_used_is_an_error(model, data, words):
     with pytest.raises(ExampleInputsError, match=words):

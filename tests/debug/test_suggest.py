@@ -26,6 +26,7 @@ from fxquant import (
 )
 from fxquant.debug import search
 from fxquant.debug.ladder import scheme_name
+from fxquant.errors import ArgumentError, ModelStateError
 from fxquant.graph.edit import byte_count
 from fxquant.graph.module import record_of
 from tests.debug.test_sensitivity import EVERYTHING, Branching, data, model, relative_rms
@@ -236,6 +237,26 @@ def test_a_metric_that_is_nan_is_not_within_any_budget(model, data):
 def test_something_else_to_minimize_is_an_error(model, data):
     with pytest.raises(QConfigError, match="'bytes' or 'ms', got 'watts'"):
         suggest_mapping(model, data, budget=1.0, minimize="watts")
+
+
+@pytest.mark.parametrize("budget", ["1%", None, math.nan])
+def test_a_budget_that_is_no_number_is_an_error(model, data, budget):
+    with pytest.raises(ArgumentError, match=rf"budget is how much worse .*, a number, got {budget!r}"):
+        suggest_mapping(model, data, budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [("loss", "got 'loss'"), (lambda m: None, "gave NoneType"), (lambda m: torch.ones(2), "gave Tensor")],
+)
+def test_a_metric_that_gives_no_number_is_an_error(model, data, metric, words):
+    with pytest.raises(ArgumentError, match=rf"metric is a function of a model that gives a number, .*{words}"):
+        suggest_mapping(model, data, metric, budget=1.0)
+
+
+def test_a_float_model_whose_metric_is_nan_is_an_error(model, data):
+    with pytest.raises(ModelStateError, match=r"the metric of the float model is NaN.*look for NaN in the model's"):
+        suggest_mapping(model, data, lambda m: math.nan, budget=1.0)
 
 
 def test_it_prints_and_gives_plain_values(model, data):

@@ -1,12 +1,32 @@
 """Sizes for people and names that fit."""
 
+import io
 import re
 import sys
 import types
 
 import pytest
 
-from fxquant.debug.table import html_table, megabytes, paint, shorten, site_name, text_table, wants_color, wrap
+from fxquant.debug.table import (
+    html_table,
+    megabytes,
+    paint,
+    printable,
+    shorten,
+    site_name,
+    text_table,
+    wants_color,
+    wrap,
+)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [("utf-8", "é 4 MB → 1 MB, 4.00×"), ("ascii", "? 4 MB > 1 MB, 4.00x"), ("latin-1", "é 4 MB > 1 MB, 4.00x")],
+)
+def test_what_standard_output_cannot_encode_is_told_in_its_signs(monkeypatch, encoding, text):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert printable("é 4 MB → 1 MB, 4.00×") == text
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,12 @@ def test_a_misspelt_weight_is_an_error_with_the_nearest(wrong):
         prepare(Tagger(), *X, mapping=everything().set_module_name(wrong, None))
 
 
+def test_a_bias_is_not_said_to_be_missing():
+    told = r"'lstm.bias_ih_l0', which has no two dimensions and stays float; did you mean 'lstm.weight_ih_l0'"
+    with pytest.raises(MappingNameError, match=told):
+        prepare(Tagger(), *X, mapping=everything().set_module_name("lstm.bias_ih_l0", None))
+
+
 def test_an_order_entry_names_a_module_not_a_weight():
     mapping = everything().set_module_name_object_type_order("lstm.weight_ih_l0", nn.LSTM, 0, None)
     with pytest.raises(MappingNameError, match=r"names module 'lstm.weight_ih_l0', which is not in the model"):

@@ -28,6 +28,16 @@ def test_it_is_near_the_float_module_and_as_contiguous(module, shape):
     assert bool((error <= linear_bound(x.movedim(channels, -1), module.weight.flatten(1), module.bias)).all())
 
 
+@pytest.mark.parametrize("shape", [(3, 24, 5, 7), (1, 24, 5, 1), (3, 24, 1, 1)], ids=str)
+def test_channels_last_stay_last(shape):
+    module, x = nn.Conv2d(24, 12, 1), torch.randn(shape).to(memory_format=torch.channels_last)
+    quantized = DynamicQuantizedPointwiseConv.from_float(module)
+    got = quantized(x)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert got.permute(0, 2, 3, 1).view(-1, 12).shape == module(x).permute(0, 2, 3, 1).view(-1, 12).shape
+    assert torch.equal(got, quantized(x.contiguous()))
+
+
 @pytest.mark.parametrize(("module", "shape"), CASES, ids=str)
 def test_each_position_gives_a_linears_bits(module, shape):
     quantized = DynamicQuantizedPointwiseConv.from_float(module)

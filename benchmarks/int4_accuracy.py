@@ -44,7 +44,7 @@ def mapping_of(group_size: int, lstm: str) -> QConfigMapping:
     int4 = fxquant.int4_dynamic_qconfig.with_group_size(group_size)
     return (
         QConfigMapping()
-        .set_object_type(nn.Embedding, fxquant.float_qparams_weight_only_qconfig_4bit)
+        .set_object_type(nn.Embedding, fxquant.uint4_weight_only_qconfig)
         .set_object_type(nn.LSTM, fxquant.default_dynamic_qconfig if lstm == INT8 else int4)
         .set_object_type(nn.Linear, int4)
     )

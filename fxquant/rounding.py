@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from fxquant.numerics import (
+    RANGE_SHARES,
     QuantizedTensor,
     choose_qparams,
     dequantize_weight,
@@ -21,7 +22,6 @@ from fxquant.spec import TensorSpec
 DAMPING = 0.01
 """What is added to H's diagonal, of its mean, as in the paper: it gets an inverse; little data is not trusted whole."""
 
-_SHARES = tuple(1 - step / 32 for step in range(15))  # of the full range: a narrower one has finer steps
 _ROWS_AT_ONCE = 4096
 
 
@@ -97,7 +97,7 @@ def _search_scale(block: torch.Tensor, diagonal: torch.Tensor, spec: TensorSpec)
     """
     low, high = block.amin(0).clamp(max=0), block.amax(0).clamp(min=0)
     weight = diagonal.square().reciprocal().unsqueeze(1)
-    scales = torch.stack([choose_qparams(low * share, high * share, spec)[0] for share in _SHARES])
+    scales = torch.stack([choose_qparams(low * share, high * share, spec)[0] for share in RANGE_SHARES])
     errors = torch.empty(scales.shape, device=block.device)
     for scale, error in zip(scales.to(torch.float32), errors, strict=True):
         off = (block * (1.0 / scale)).round_().clamp_(spec.qmin, spec.qmax).mul_(scale).sub_(block)

@@ -17,11 +17,11 @@ from fxquant import (
     convert_fx,
     default_dynamic_qconfig,
     float16_dynamic_qconfig,
-    float_qparams_weight_only_qconfig_4bit,
     int4_dynamic_qconfig,
     per_channel_dynamic_qconfig,
     prepare_fx,
     suggest_mapping,
+    uint4_weight_only_qconfig,
 )
 from fxquant.debug import search
 from fxquant.debug.ladder import scheme_name
@@ -53,7 +53,7 @@ def test_embeddings_get_4_bit_rows():
     model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 8)).eval()
     found = suggest_mapping(model, [torch.randint(50, (4, 6))], budget=1.0)
     sites = {site.path: site.qconfig for site in record_of(found.model).sites}
-    assert sites == {"0": float_qparams_weight_only_qconfig_4bit, "1": int4_dynamic_qconfig}
+    assert sites == {"0": uint4_weight_only_qconfig, "1": int4_dynamic_qconfig}
 
 
 def test_the_site_that_does_the_harm_is_kept_finer_and_no_other(model, data):

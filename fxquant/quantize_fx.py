@@ -16,7 +16,7 @@ from fxquant.graph.clean import clean
 from fxquant.graph.convert import WeightCache, convert
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, refuse_ours
-from fxquant.graph.moments import gather
+from fxquant.graph.moments import Moments, gather
 from fxquant.graph.observe import observe
 from fxquant.graph.outcome import judge
 from fxquant.graph.plan import plan
@@ -121,11 +121,18 @@ def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None) -> nn.
     one that does not fit forward.
     """
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
+    return convert_with(prepared, gather(prepared, record.sites, data) if data is not None else None)
+
+
+@entry
+def convert_with(prepared: nn.Module, moments: Moments | None) -> nn.Module:
+    """Return what convert_fx does with the data that these moments are of; None: without any."""
+    record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
     if not record.is_traced:
-        return convert_tree(prepared, data)
+        return convert_tree(prepared, moments)
     module = edit.mirror(prepared)
     assert isinstance(module, fx.GraphModule)
-    cache = WeightCache(gather(prepared, module, record.sites, data) if data is not None else None)
+    cache = WeightCache(moments.rounding(module) if moments is not None else None)
     sites = convert(module, record.sites, record.operators, cache)
     return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites))
 

@@ -45,7 +45,7 @@ def test_the_shapes_are_those_of_rounding_to_nearest():
 
 
 def test_inputs_that_do_not_go_together_leave_nothing_to_make_up_for(monkeypatch):
-    monkeypatch.setattr(rounding, "_SHARES", (1,))
+    monkeypatch.setattr(rounding, "RANGE_SHARES", (1,))
     weight, moments = torch.randn(30, 75), torch.diag(torch.rand(75) + 0.5)
     for ours, theirs in zip(round_with_feedback(weight, moments, SPEC)[:2], nearest(weight)[:2], strict=True):
         assert torch.equal(ours, theirs)
@@ -60,7 +60,7 @@ def test_the_search_for_a_scale_lowers_the_error_where_inputs_do_not_go_together
 
 def test_the_integers_are_those_of_the_paper_s_first_algorithm(monkeypatch):
     """Column by column: the rest makes up for each error, and H⁻¹ loses that column (its eq. 2 and 3)."""
-    monkeypatch.setattr(rounding, "_SHARES", (1,))
+    monkeypatch.setattr(rounding, "RANGE_SHARES", (1,))
     weight, moments = torch.randn(20, 75), correlated(75)
     left, h = weight.double(), moments.double()
     inverse = torch.linalg.inv(h + DAMPING * h.diagonal().mean() * torch.eye(75))

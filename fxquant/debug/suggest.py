@@ -205,8 +205,8 @@ def suggest_mapping(
     )
     if not found.is_within_budget:
         warn(
-            f"suggest_mapping: the metric of the result, {value:.5g}, is outside of the budget of {budget:g}; it is the "
-            f"nearest of {len(search.points)} models, float has {search.start:.5g}"
+            f"suggest_mapping: the metric of the result, {value:.5g}, is outside of the budget of {budget:g}; it is "
+            f"the nearest of {len(search.points)} models, float has {search.start:.5g}"
         )
     return found
 

@@ -220,9 +220,10 @@ void fxq_set_common_rows(const struct fxq_linear *call, struct fxq_row *row, int
 
 /* G gates a hidden unit, rows of the weights by gate: LSTM i f g o, GRU r z n, plain RNN one. */
 enum fxq_mode { FXQ_LSTM, FXQ_GRU, FXQ_RNN_TANH, FXQ_RNN_RELU };
-/* int8 `values` with a scale a row, or 4 bits, or with neither none. */
+/* int8 `values` or `int16` with a scale a row, or 4 bits, or with neither none. */
 struct fxq_matrix {
     const int8_t *values;
+    const int16_t *int16;
     const float *scale;
     struct fxq_linear_int4 int4; /* nibbles: NULL where it is not 4 bits */
 };

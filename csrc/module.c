@@ -98,8 +98,9 @@ static bool read_matrix(PyObject *weights, PyObject *scales, Py_ssize_t i, int64
     struct tensor values, scale;
     PyObject *weight = item(weights, i), *of_weight = item(scales, i);
     if (!weight || !of_weight || !read_tensor(weight, &values) || values.dimensions != 2 || values.shape[0] != rows) return false;
-    if (values.kind == INT8) {
-        matrix->values = values.data;
+    if (values.kind == INT8 || values.kind == INT16) {
+        if (values.kind == INT8) matrix->values = values.data;
+        else matrix->int16 = values.data;
         return values.shape[1] == columns && read_vector(of_weight, rows, &matrix->scale);
     }
     if (values.kind != UINT8 || values.shape[1] != (columns + 1) / 2 || !read_kind(of_weight, BFLOAT16, 2, &scale)) return false;

@@ -45,8 +45,9 @@ static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static struct fxq_grouped take_activations(struct supply *memory, const struct stack *s, int64_t rows, int64_t columns) {
     struct fxq_activations x = {
         .columns = columns, .depth = fxq_depth(columns), .qmax = s->call->qmax, .per_row = s->call->per_row};
-    x.packed = take(memory, most(fxq_packed_bytes(rows, columns),
-                                 s->has_int4 ? fxq_grouped_bytes(rows, columns, LEAST_GROUP) : 0));
+    const int64_t grouped = s->has_int4 ? fxq_grouped_bytes(rows, columns, LEAST_GROUP) : 0;
+    const int64_t wide = s->has_int16 ? fxq_int16_bytes(rows, columns) : 0;
+    x.packed = take(memory, most(fxq_packed_bytes(rows, columns), most(grouped, wide)));
     x.row = take(memory, rows * (int64_t)sizeof *x.row);
     return (struct fxq_grouped){.x = x};
 }
@@ -137,12 +138,12 @@ static bool packs_weights(const struct fxq_recurrent *call) {
            call->steps * call->batch >= PACKED_ROWS && bytes <= PACKED_BYTES && call->outputs <= PACKED_COLUMNS;
 }
 
-static bool has_int4(const struct fxq_recurrent *call) {
-    for (int i = 0; i < call->layers * call->directions; i++) {
-        const struct fxq_recurrent_weights *w = &call->cells[i];
-        if (is_int4(&w->ih) || is_int4(&w->hh) || is_int4(&w->hr)) return true;
+static void find_schemes(struct stack *s) {
+    for (int i = 0; i < s->call->layers * s->call->directions; i++) {
+        const struct fxq_recurrent_weights *w = &s->call->cells[i];
+        s->has_int4 |= is_int4(&w->ih) || is_int4(&w->hh) || is_int4(&w->hr);
+        s->has_int16 |= w->ih.int16 || w->hh.int16 || w->hr.int16;
     }
-    return false;
 }
 
 int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
@@ -154,7 +155,7 @@ int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
     if (s.chunk_rows > s.rows) s.chunk_rows = s.rows;
 
     s.packs = packs_weights(call);
-    s.has_int4 = has_int4(call);
+    find_schemes(&s);
     s.int4_chunk = fxq_int4_chunk(s.chunk_rows);
     struct cell any = {.stack = &s};
     struct supply measure_cell = {NULL, 0}, measure_all = {NULL, 0};

@@ -28,10 +28,10 @@ struct stack {
     float *layer[2];          /* outputs of the layers between */
     float *hidden;            /* (batch, H), before a projection */
     int32_t *hh_sums, *hr_sums;
-    bool packs; /* an LSTM's weight_hh is packed for its steps; then hh_sums and packed_scale hold what that writes */
+    bool packs; /* an LSTM's weight_hh is packed for its steps: see packs(); then hh_sums and packed_scale are written by that */
     void *packed;
     float *packed_scale; /* of 4 bits */
-    bool has_int4;
+    bool has_int4, has_int16;
     int64_t int4_chunk;
     struct unpacked hh_unpacked, hr_unpacked;
     char *own; /* each thread's memory */
@@ -66,7 +66,12 @@ static inline int64_t share(int64_t count, int index, int parts) {
 
 static inline bool is_int4(const struct fxq_matrix *matrix) { return matrix->int4.nibbles != NULL; }
 
-static inline bool is_none(const struct fxq_matrix *matrix) { return matrix->values == NULL && !is_int4(matrix); }
+static inline bool is_none(const struct fxq_matrix *matrix) {
+    return matrix->values == NULL && matrix->int16 == NULL && !is_int4(matrix);
+}
+
+/* Whether each step takes the weight packed: int16 weights are multiplied as they lie. */
+static inline bool packs(const struct stack *s, const struct fxq_matrix *hh) { return s->packs && hh->int16 == NULL; }
 
 static inline int64_t live_rows(const struct stack *s, int64_t step) { return s->starts[step + 1] - s->starts[step]; }
 

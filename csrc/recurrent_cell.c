@@ -8,7 +8,10 @@ static void widen(struct fxq_range *range, const struct fxq_range *other) {
 }
 
 static void set_all_rows(const struct fxq_activations *x, const struct fxq_range *range) {
-    for (int64_t m = 0; m < x->rows; m++) fxq_set_row(&x->row[m], range, x->qmax);
+    for (int64_t m = 0; m < x->rows; m++) {
+        if (x->is_int16) fxq_set_int16_row(&x->row[m], range);
+        else fxq_set_row(&x->row[m], range, x->qmax);
+    }
 }
 
 /* The rows of the step before: in a packed batch some come from its outputs, and those that begin now from h0. */
@@ -32,22 +35,25 @@ struct weight {
 
 static void begin_rows(struct fxq_grouped *x, int64_t rows, const struct fxq_matrix *by) {
     x->x.rows = rows;
+    x->x.is_int16 = by->int16 != NULL;
     x->group = 0;
     if (is_int4(by) && !x->x.is_row_major) fxq_begin_grouped(x, by->int4.group); /* a packed weight takes whole rows */
 }
 
 static void quantize_16(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows) {
     if (x->group) fxq_quantize_grouped(x, first, count, rows);
-    else fxq_active->quantize(&x->x, first, count, rows);
+    else (x->x.is_int16 ? fxq_active->quantize_int16 : fxq_active->quantize)(&x->x, first, count, rows);
 }
 
 /* Rows by rows [n0, n1) of the weight they were quantized for. */
 static void multiply(const struct cell *cell, const struct fxq_grouped *x, const struct weight *w, int64_t n0, int64_t n1,
                      const struct fxq_target *to) {
     if (x->group == 0) {
-        const struct fxq_matmul product = {.x = &x->x, .weight = w->matrix->values, .outputs = w->outputs,
-                                           .scale = w->matrix->scale, .bias = w->bias, .sums = w->sums};
-        fxq_active->matmul(&product, n0, n1, to, cell->scratch);
+        const struct fxq_matmul product = {.x = &x->x, .weight = w->matrix->values, .int16 = w->matrix->int16,
+                                           .outputs = w->outputs, .scale = w->matrix->scale, .bias = w->bias,
+                                           .sums = w->sums};
+        if (x->x.is_int16) fxq_active->matmul_int16(&product, n0, n1, to);
+        else fxq_active->matmul(&product, n0, n1, to, cell->scratch);
         return;
     }
     const struct fxq_int4_product product = {.x = x, .weight = &w->matrix->int4, .outputs = w->outputs, .bias = w->bias,
@@ -158,7 +164,7 @@ static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t un
 static void advance(struct cell *cell, int64_t live, const struct previous *previous, const float *input_part, float *out,
                     int64_t out_stride) {
     const struct stack *s = cell->stack;
-    if (s->packs) {
+    if (packs(s, &cell->weights->hh)) {
         const struct fxq_matrix *hh = &cell->weights->hh;
         const struct fxq_lstm_step whole = {.h = &cell->h.x, .packed = s->packed, .pairs = s->hh_sums,
             .scale = is_int4(hh) ? s->packed_scale : hh->scale, .group = hh->int4.group, .groups = hh->int4.groups,
@@ -240,13 +246,14 @@ static void prepare_weights(const struct cell *cell) {
     const struct stack *s = cell->stack;
     const int64_t hidden = s->call->hidden, outputs = s->call->outputs;
     const struct weight hh = hh_of(cell), hr = hr_of(cell);
-    if (s->packs && is_int4(hh.matrix)) {
+    const bool is_packed = packs(s, hh.matrix);
+    if (is_packed && is_int4(hh.matrix)) {
         fxq_active->pack_lstm_int4(&hh.matrix->int4, hidden, outputs, cell->u0, cell->u1, s->packed, s->hh_sums,
                                    s->packed_scale, cell->scratch);
-    } else if (s->packs) {
+    } else if (is_packed) {
         fxq_active->pack_lstm(hh.matrix->values, hidden, outputs, cell->u0, cell->u1, s->packed, s->hh_sums);
     }
-    for (int64_t n = 0; !s->packs && n < hh.outputs && cell->u0 < cell->u1; n += hidden) {
+    for (int64_t n = 0; !is_packed && n < hh.outputs && cell->u0 < cell->u1; n += hidden) {
         prepare_rows(cell, &hh, n + cell->u0, n + cell->u1);
     }
     if (is_none(hr.matrix)) return;

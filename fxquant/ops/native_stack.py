@@ -1,8 +1,8 @@
 """A stack of recurrent layers whose weights need not all be of the library's kinds: it does what it can of it.
 
-The library takes int8 and int4 weights, and the input's part of the first layer's gates where it was computed before.
-So a stack falls into stretches of layers with a call each: one begins with a layer whose weight_ih is of another kind.
-A layer whose weight_hh or weight_hr is of another kind runs in plain torch.
+The library takes int8, int16 and int4 weights, and the input's part of the first layer's gates where it was computed
+before. So a stack falls into stretches of layers with a call each: one begins with a layer whose weight_ih is float. A
+layer whose weight_hh or weight_hr is float runs in plain torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fxquant.ops import reference
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
 Run: TypeAlias = Callable[..., Tensors]
-_TAKEN = (torch.int8, torch.uint8)
+_TAKEN = (torch.int8, torch.int16, torch.uint8)
 
 
 class Stretch(NamedTuple):

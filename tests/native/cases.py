@@ -203,7 +203,7 @@ def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[
 def with_schemes(
     weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], seed: int
 ) -> list[list[torch.Tensor]]:
-    """Return weights of the same sizes, and their scales, each of its own scheme: int4 most often, int8, few floats.
+    """Return weights of the same sizes, and their scales, each of its own scheme: often int4, seldom float.
 
     A row of a float weight has one number that is not 0, so that torch's sums are exact in any order.
     """
@@ -211,11 +211,14 @@ def with_schemes(
     has_floats, made, of_made = rng.random() < 0.3, list[torch.Tensor](), list[torch.Tensor]()
     for weight, scale in zip(weights, scales, strict=True):
         rows, columns = weight.shape
-        scheme = rng.choice(("int4", "int4", "int8", "float16", "float32") if has_floats else ("int4", "int4", "int8"))
+        scheme = rng.choice(("int4", "int4", "int8", "int16", *(("float16", "float32") if has_floats else ())))
         if scheme == "int4":
             weight = int8(rows, (columns + 1) // 2).view(torch.uint8)
             groups = -(-columns // rng.choice((32, 64, 128)))
             scale = (torch.randn(rows, groups) * 0.1).to(torch.bfloat16)
+        elif scheme == "int16":
+            weight = int16(rows, columns)
+            scale = scale / 256
         elif scheme != "int8":
             one = torch.arange(columns) == torch.randint(columns, (rows, 1))
             weight, scale = (torch.rand(rows, 1) * one).to(getattr(torch, scheme)), torch.empty(0)

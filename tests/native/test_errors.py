@@ -21,7 +21,7 @@ def test_a_wrong_number_of_scales_is_an_error():
 
 
 def test_a_weight_of_other_integers_is_an_error():
-    with pytest.raises(DTypeError, match=r"torch.int8 or float16, got torch.int32"):
+    with pytest.raises(DTypeError, match=r"torch.int8, int16 or float16, got torch.int32"):
         native.linear(torch.randn(2, 4), int8(3, 4).int(), torch.rand(3))
 
 

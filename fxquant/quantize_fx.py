@@ -114,7 +114,7 @@ def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None) -> nn.
 
     data: an iterable of batches like those that the model will see, each a tuple of one call's positional arguments, a
     dict of its keywords, or one tensor. With it int4 weights are rounded with error feedback (docs/numerics.md, eq.
-    21–23): the float model runs over it once, and each site says in its `rounding` what came of it. Without it, and for
+    25–29): the float model runs over it once, and each site says in its `rounding` what came of it. Without it, and for
     other weights, rounding is to nearest.
 
     Raises ModelStateError for anything but a result of prepare_fx; ExampleInputsError for data that holds no batch, or

@@ -28,7 +28,13 @@ from fxquant.errors import (
     TorchAoError,
     TraceError,
 )
-from fxquant.observers import GroupMinMaxObserver, MinMaxObserver, Observer, PerChannelMinMaxObserver
+from fxquant.observers import (
+    GroupMinMaxObserver,
+    LeastErrorObserver,
+    MinMaxObserver,
+    Observer,
+    PerChannelMinMaxObserver,
+)
 from fxquant.operators import OPERATORS, Operator
 from fxquant.ops import KernelInfo, kernel_info
 from fxquant.qconfig import (
@@ -41,6 +47,7 @@ from fxquant.qconfig import (
     int16_dynamic_qconfig,
     per_channel_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
+    uint4_weight_only_qconfig,
 )
 from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping
 from fxquant.quantize_fx import convert_fx, fuse_fx, prepare_fx
@@ -61,6 +68,7 @@ __all__ = [
     "GroupMinMaxObserver",
     "IndexRangeError",
     "KernelInfo",
+    "LeastErrorObserver",
     "MappingNameError",
     "MinMaxObserver",
     "MissingPackageError",
@@ -102,6 +110,7 @@ __all__ = [
     "save",
     "sensitivity",
     "suggest_mapping",
+    "uint4_weight_only_qconfig",
 ]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from fxquant.entry import entry
 from fxquant.errors import QConfigError
 from fxquant.graph.module import need_stage, refuse_ours
+from fxquant.graph.moments import gather
 from fxquant.graph.outcome import judge
 from fxquant.graph.rules import check_mapping
 from fxquant.graph.trace import check_kind, names_of
@@ -69,7 +70,7 @@ def quantize_dynamic(
     prepared = prepare_tree(model, mapping, table)
     record = need_stage(prepared, "prepared", "quantize_dynamic", "prepare_tree")
     judge(type(model).__name__, record, known, strict=strict)
-    return convert_tree(prepared, data)
+    return convert_tree(prepared, gather(prepared, record.sites, data) if data is not None else None)
 
 
 def _as_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:

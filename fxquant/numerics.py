@@ -18,6 +18,7 @@ from fxquant.spec import GROUP_SIZES, INT16_MAX, TensorSpec
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_COLUMNS = (2**31 - 1) // (255 * 128)  # so many products of a uint8 and an int8 always fit an int32 sum
 _VALUES_AT_ONCE = 1 << 16  # float copies of a whole layer would be most of the memory that converting takes
+RANGE_SHARES = tuple(1 - step / 32 for step in range(15))  # of a full range: a narrower one has finer steps
 INT4_OFFSET = 8  # a nibble holds q + 8
 FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least normal number: below it 1 / scale overflows
 

@@ -16,7 +16,7 @@ from fxquant.graph.clean import clean
 from fxquant.graph.convert import WeightCache, convert
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, refuse_ours
-from fxquant.graph.moments import gather
+from fxquant.graph.moments import Moments, gather
 from fxquant.graph.observe import observe
 from fxquant.graph.outcome import judge
 from fxquant.graph.plan import plan
@@ -114,18 +114,25 @@ def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None) -> nn.
 
     data: an iterable of batches like those that the model will see, each a tuple of one call's positional arguments, a
     dict of its keywords, or one tensor. With it int4 weights are rounded with error feedback (docs/numerics.md, eq.
-    25–27): the float model runs over it once, and each site says in its `rounding` what came of it. Without it, and for
+    25–29): the float model runs over it once, and each site says in its `rounding` what came of it. Without it, and for
     other weights, rounding is to nearest.
 
     Raises ModelStateError for anything but a result of prepare_fx; ExampleInputsError for data that holds no batch, or
     one that does not fit forward.
     """
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
+    return convert_with(prepared, gather(prepared, record.sites, data) if data is not None else None)
+
+
+@entry
+def convert_with(prepared: nn.Module, moments: Moments | None) -> nn.Module:
+    """Return what convert_fx does with the data that these moments are of; None: without any."""
+    record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
     if not record.is_traced:
-        return convert_tree(prepared, data)
+        return convert_tree(prepared, moments)
     module = edit.mirror(prepared)
     assert isinstance(module, fx.GraphModule)
-    cache = WeightCache(gather(prepared, module, record.sites, data) if data is not None else None)
+    cache = WeightCache(moments.rounding(module) if moments is not None else None)
     sites = convert(module, record.sites, record.operators, cache)
     return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites))
 

@@ -5,7 +5,18 @@ import copy
 import pytest
 import torch
 
-from fxquant import GroupMinMaxObserver, MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigError, TensorSpec
+from fxquant import (
+    GroupMinMaxObserver,
+    LeastErrorObserver,
+    MinMaxObserver,
+    PerChannelMinMaxObserver,
+    QConfig,
+    QConfigError,
+    TensorSpec,
+    float_qparams_weight_only_qconfig_4bit,
+    uint4_weight_only_qconfig,
+)
+from fxquant.numerics import dequantize_weight
 from fxquant.observers import Observer
 from tests.samples import Call, everything, quantize
 
@@ -115,3 +126,61 @@ def test_min_max_per_group():
     observer(torch.cat((X, torch.zeros(2, 62), -X), dim=1))
     assert observer.min_val.tolist() == [[-1, -4], [0, -3]]
     assert observer.max_val.tolist() == [[4, 1], [3, 0]]
+
+
+def squared_error(qconfig, weight):
+    """Return each row's squared error, from the integers that come out."""
+    restored = dequantize_weight(qconfig.quantize_weight(weight), qconfig.weight.bits, weight.shape[1])
+    return (restored.double() - weight.double()).square().sum(1)
+
+
+def test_clipped_rows_are_nowhere_worse_than_whole_ones():
+    weight = torch.randn(300, 512) * torch.logspace(-15, 15, 300)[:, None]
+    ours = squared_error(uint4_weight_only_qconfig, weight)
+    whole = squared_error(float_qparams_weight_only_qconfig_4bit, weight)
+    assert bool((ours <= whole * (1 + 2**-20)).all())  # sums of 512 float32 squares chose
+    assert bool((ours < whole).any())
+
+
+def test_bell_shaped_rows_come_near_the_best_that_16_even_steps_can_do():
+    error = squared_error(uint4_weight_only_qconfig, torch.randn(100, 512)).mean() / 512
+    assert error < 0.01154 * 1.05  # Max 1960, table II, for steps that are even about 0; the whole range has 0.0138
+
+
+def test_the_share_of_the_range_is_the_best_of_all_that_are_tried():
+    weight = torch.randn(6, 40)
+    low, high = LeastErrorObserver(uint4_weight_only_qconfig.weight).measure(weight)
+    best = []
+    for row in weight.double():
+        errors = {}
+        for share in (step / 32 for step in range(18, 33)):
+            scale = share * (row.max() - row.min()) / 15
+            zero = -share * row.min() / scale
+            errors[share] = float((((row / scale + zero).round().clamp(0, 15) - zero) * scale - row).square().sum())
+        best.append(min(errors, key=errors.get))
+    torch.testing.assert_close(torch.stack((low, high)), torch.tensor(best) * torch.stack(weight.aminmax(dim=1)))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.full((2, 5), 3.0), torch.zeros(2, 5), torch.zeros(0, 5), torch.zeros(2, 0), torch.full((1, 3), torch.nan)],
+    ids=["constant", "zero", "no rows", "no columns", "NaN"],
+)
+def test_rows_with_nothing_to_clip_are_as_without(weight):
+    ours = uint4_weight_only_qconfig.quantize_weight(weight)
+    plain = float_qparams_weight_only_qconfig_4bit.quantize_weight(weight)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_row_is_clipped_by_itself():
+    weight = torch.randn(200, 1000)
+    whole, one = (uint4_weight_only_qconfig.quantize_weight(part) for part in (weight, weight[150:151]))
+    assert all(torch.equal(a[150:151], b) for a, b in zip(whole, one, strict=True))
+
+
+def test_clipping_8_bit_channels_keeps_their_zero():
+    weight = torch.randn(3, 50)
+    spec = TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="channel")
+    found = QConfig(activation=None, weight=spec, weight_observer=LeastErrorObserver).quantize_weight(weight)
+    assert found.zero_point is None

@@ -54,7 +54,8 @@ def test_the_weight_is_not_written_to(shape):
 
 
 def test_inputs_that_do_not_go_together_leave_nothing_to_make_up_for(monkeypatch):
-    monkeypatch.setattr(rounding, "_SHARES", (1,))
+    monkeypatch.setattr(rounding, "RANGE_SHARES", (1,))
+    monkeypatch.setattr(rounding, "SWEEPS", 0)
     weight, moments = torch.randn(30, 75), torch.diag(torch.rand(75) + 0.5)
     for ours, theirs in zip(round_with_feedback(weight, moments, SPEC)[:2], nearest(weight)[:2], strict=True):
         assert torch.equal(ours, theirs)
@@ -69,7 +70,8 @@ def test_the_search_for_a_scale_lowers_the_error_where_inputs_do_not_go_together
 
 def test_the_integers_are_those_of_the_paper_s_first_algorithm(monkeypatch):
     """Column by column: the rest makes up for each error, and H⁻¹ loses that column (its eq. 2 and 3)."""
-    monkeypatch.setattr(rounding, "_SHARES", (1,))
+    monkeypatch.setattr(rounding, "RANGE_SHARES", (1,))
+    monkeypatch.setattr(rounding, "SWEEPS", 0)
     weight, moments = torch.randn(20, 75), correlated(75)
     left, h = weight.double(), moments.double()
     inverse = torch.linalg.inv(h + DAMPING * h.diagonal().mean() * torch.eye(75))
@@ -89,6 +91,27 @@ def test_the_integers_are_those_of_the_paper_s_first_algorithm(monkeypatch):
     assert better.sum() > 15
     # A value halfway between two integers may go the other way in float32, and all after it in that row with it.
     assert ((got - expected).abs() < 1e-6).all(1)[better].float().mean() > 0.7
+
+
+def test_choosing_once_more_lowers_the_error(monkeypatch):
+    weight, moments = torch.randn(200, 64), correlated(64)
+    refined = errors(weight, round_with_feedback(weight, moments, SPEC), moments)
+    monkeypatch.setattr(rounding, "SWEEPS", 0)
+    once = errors(weight, round_with_feedback(weight, moments, SPEC), moments)
+    assert refined.sum() < 0.9 * once.sum()
+
+
+def test_in_the_end_no_single_integer_can_do_better(monkeypatch):
+    monkeypatch.setattr(rounding, "SWEEPS", 60)
+    weight, moments = torch.randn(40, 75), correlated(75)
+    fed = round_with_feedback(weight, moments, SPEC)
+    scale = fed.scale.double().repeat_interleave(32, 1)[:, :75]
+    h = moments.double() + DAMPING * moments.double().diagonal().mean() * torch.eye(75)
+    slope = (weight.double() - real(fed, 75)) @ h
+    for change in (-1, 1):
+        integers = (real(fed, 75) / scale).round() + change
+        gain = 2 * change * scale * slope - scale**2 * h.diagonal()  # of (25), were that one changed alone
+        assert (gain <= 1e-4 * scale**2 * h.diagonal())[(integers >= -8) & (integers <= 7)].all()
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from fxquant.qconfig import (
     QConfig,
     default_dynamic_qconfig,
     float16_dynamic_qconfig,
-    float_qparams_weight_only_qconfig_4bit,
     int4_dynamic_qconfig,
     int16_dynamic_qconfig,
+    uint4_weight_only_qconfig,
 )
 
 LADDER: dict[str, tuple[QConfig | None, ...]] = {
-    "int4": (int4_dynamic_qconfig, float_qparams_weight_only_qconfig_4bit),
+    "int4": (int4_dynamic_qconfig, uint4_weight_only_qconfig),
     "int4 of 32": (int4_dynamic_qconfig.with_group_size(32),),
     "int8": (default_dynamic_qconfig,),
     "int16": (int16_dynamic_qconfig,),

@@ -51,7 +51,14 @@ class Search:
     """One search over a trial's units. points: what was measured, in that order; alone: each unit's metric a scheme."""
 
     def __init__(
-        self, trial: Trial, model: nn.Module, schemes: Sequence[str], budget: float, sign: float, minimize: str
+        self,
+        trial: Trial,
+        model: nn.Module,
+        schemes: Sequence[str],
+        budget: float,
+        sign: float,
+        minimize: str,
+        error_feedback: bool,
     ) -> None:
         self.trial, self.budget, self.sign = trial, budget, sign
         self.power = 2.0 if trial.is_default else 1.0
@@ -79,6 +86,10 @@ class Search:
         self.points: list[Point] = []
         self.alone: dict[tuple[Unit, str], float] = {}
         self._forms: dict[tuple[int, QConfig], nn.Module] = {}
+        if error_feedback:
+            trial.watch(
+                [(unit.site, q) for unit, ladder in self.ladders.items() for q in ladder.values() if q is not None]
+            )
         self._ms = self._measure_ms(model) if self.is_fast else {}
         self._make_forms()
 
@@ -104,7 +115,7 @@ class Search:
         return {i: qconfig for i, qconfig in wanted.items() if qconfig is not None}
 
     def run(self, progress: Progress) -> list[Point]:
-        """Search; return the points within the budget, best first."""
+        """Search; return the points within the budget, best first, or if there are none the one that is nearest."""
         for share in (_NEGLIGIBLE, 0.0):  # where units together do more harm than they promised, all schemes count
             options = self._options(share, progress)
             found = self._bisect(best_mixtures(options), options)
@@ -113,7 +124,8 @@ class Search:
                 break
         self._measure_reference()
         within = [point for point in self.points if point.harm <= self.budget]
-        return sorted(within, key=lambda point: (self.cost(point), point.harm, point.schemes))
+        nearest = min(self.points, key=lambda point: (point.harm, self.cost(point)))
+        return sorted(within, key=lambda point: (self.cost(point), point.harm, point.schemes)) or [nearest]
 
     def cost(self, point: Point) -> float:
         """Return what is minimized."""

@@ -22,9 +22,11 @@ from fxquant.debug.trial import Metric, Progress, Trial
 from fxquant.errors import ArgumentError, QConfigError, warn
 from fxquant.graph import edit
 from fxquant.graph.module import record_of
+from fxquant.graph.moments import FEEDBACK
 from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping
 
 _SHOWN_SITES = 12
+_AGAIN = "int4 rounded with error feedback: convert_fx(prepare_fx(model, found.mapping, …), data=data) gives it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,12 @@ class Suggestion(Report):
         return tuple((site.name, site.scheme) for site in self.sites if not site.is_finer)
 
     @property
+    def has_feedback(self) -> bool:
+        """Whether any weights of the model were rounded with error feedback: without data the mapping gives another."""
+        record = record_of(self.model)
+        return record is not None and any(FEEDBACK in site.rounding for site in record.sites)
+
+    @property
     def footer(self) -> tuple[str, ...]:
         """The lines under the table: what came out, and why."""
         verdict = "within" if self.is_within_budget else "OUTSIDE OF"
@@ -106,6 +114,7 @@ class Suggestion(Report):
         return (
             f"metric {self.metric:.5g}, float {self.float_metric:.5g}: {verdict} the budget of {self.budget:g}",
             f"{megabytes(self.float_bytes)} → {megabytes(self.bytes)}, {self.float_bytes / max(self.bytes, 1):.2f}×",
+            *([_AGAIN] if self.has_feedback else []),
             *told,
             *more,
         )
@@ -159,6 +168,7 @@ def suggest_mapping(
     schemes: Sequence[str] | None = None,
     qconfig_mapping: QConfigMapping | None = None,
     higher_is_better: bool = False,
+    error_feedback: bool = True,
     progress: Progress = iter,
 ) -> Suggestion:
     """Return a mapping whose model is as small ("bytes") or as fast ("ms") as the budget allows.
@@ -168,6 +178,8 @@ def suggest_mapping(
     should be what the model meets. schemes: what a site, or a weight of one, may become, some of "int4" (embeddings:
     4-bit rows), "int4 of 32", "int8", "int16", "float16" and "float"; all when None, each where its operator has it.
     qconfig_mapping: what "int8" means for each, and what stays float; default_dynamic_qconfig for all when None.
+    error_feedback: whether int4 weights are those of `convert_fx(prepared, data=data)`: a pass over data, and seconds
+    for a large weight.
 
     Each site is tried alone under its schemes, from the smallest up to the first that does little harm; then some 10 to
     40 whole models are measured, with the default metric by passes over all data (see `search`).
@@ -180,10 +192,8 @@ def suggest_mapping(
     names = check_schemes(schemes)
     mapping = default_dynamic_qconfig_mapping() if qconfig_mapping is None else qconfig_mapping
     trial = Trial(model, mapping, data, metric)
-    search = Search(trial, model, names, budget, -1.0 if higher_is_better else 1.0, minimize)
-    within = search.run(progress)
-    nearest = min(search.points, key=lambda point: (point.harm, search.cost(point)))
-    for point in within or [nearest]:
+    search = Search(trial, model, names, budget, -1.0 if higher_is_better else 1.0, minimize, error_feedback)
+    for point in search.run(progress):
         final, quantized = _realize(trial, model, search, point, is_ours=qconfig_mapping is None)
         value = trial.metric_of(quantized)
         if search.is_within(value):

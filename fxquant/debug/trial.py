@@ -26,9 +26,10 @@ from fxquant.errors import ArgumentError, CheckpointError, ExampleInputsError, M
 from fxquant.graph import edit
 from fxquant.graph.call import as_arguments, check_data, run
 from fxquant.graph.module import keep_record, need_stage
+from fxquant.graph.moments import Moments, gather, profits
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
-from fxquant.quantize_fx import convert_fx, prepare_fx
+from fxquant.quantize_fx import convert_fx, convert_with, prepare_fx
 
 Metric = Callable[[nn.Module], float]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -81,6 +82,8 @@ class Trial:
         if not self.batches:
             raise ExampleInputsError("data held no batch; was it a generator that had been used up?")
         self.first_batch = given[0]
+        self._given = given
+        self._moments: Moments | None = None
         self.prepared = self._prepare(model, mapping)
         self.quantized = convert_fx(self.prepared)
         self.record = need_stage(self.quantized, "quantized", "sensitivity", "a mapping that quantizes something")
@@ -112,14 +115,23 @@ class Trial:
 
     def convert(self, model: nn.Module, mapping: QConfigMapping) -> nn.Module:
         """Return the model quantized as a mapping says, prepared with the first batch."""
-        return convert_fx(self._prepare(model, mapping))
+        return convert_with(self._prepare(model, mapping), self._moments)
+
+    def watch(self, qconfigs: Iterable[tuple[int, QConfig]]) -> None:
+        """Let int4 weights be rounded with error feedback from the data from now on, where these qconfigs make some.
+
+        qconfigs: all that the sites, by number, will be tried with.
+        """
+        sites = [replace(self.record.sites[i], qconfig=qconfig) for i, qconfig in qconfigs]
+        if any(profits(own) for site in sites for own in (site.qconfig, *dict(site.qconfig.parts).values()) if own):
+            self._moments = gather(self.prepared, sites, self._given)
 
     def convert_sites(self, qconfigs: Mapping[int, QConfig]) -> tuple[nn.Module, dict[int, nn.Module]]:
         """Return the model with some sites quantized, by number, as these qconfigs say, and those sites' forms."""
         record = need_stage(self.prepared, "prepared", "convert_sites", "prepare_fx")
         numbers = sorted(qconfigs)
         sites = tuple(replace(record.sites[i], qconfig=qconfigs[i]) for i in numbers)
-        model = convert_fx(keep_record(edit.mirror(self.prepared), record.advance(sites=sites)))
+        model = convert_with(keep_record(edit.mirror(self.prepared), record.advance(sites=sites)), self._moments)
         converted = need_stage(model, "quantized", "convert_sites", "convert_fx")
         return model, dict(zip(numbers, open_quantized(model, converted).sites, strict=True))
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 from fxquant.graph import edit
 from fxquant.graph.constants import constant_of
 from fxquant.graph.module import Site
-from fxquant.graph.moments import Moments
+from fxquant.graph.moments import Rounding
 from fxquant.graph.target import name_operands
 from fxquant.nn import QuantizedModule
 from fxquant.nn.base import quantize_alone
@@ -24,13 +24,13 @@ from fxquant.qconfig import QConfig
 class WeightCache:
     """Quantizes each weight and module once a way: tied weights stay one int8 table, a shared module one module.
 
-    moments: of the weights' inputs, for rounding with error feedback; None: to nearest.
+    rounding: of a weight that is not known yet; None: to nearest.
     """
 
-    def __init__(self, moments: Moments | None = None) -> None:
+    def __init__(self, rounding: Rounding | None = None) -> None:
         self._done: dict[tuple[Any, ...], tuple[torch.Tensor, QuantizedTensor, str]] = {}
         self._modules: dict[tuple[int, QConfig], tuple[nn.Module, nn.Module, str]] = {}
-        self._round = moments.quantize if moments is not None else lambda *weight: (quantize_alone(*weight), "")
+        self._round: Rounding = rounding or (lambda *weight: (quantize_alone(*weight), ""))
         self._notes: list[str] = []
 
     def quantize(self, weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:

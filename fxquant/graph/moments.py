@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -36,20 +36,42 @@ _FACTORS = {
 }
 """Where the operators that all products end in have their factors."""
 
+Rounding: TypeAlias = Callable[[torch.Tensor, QConfig], tuple[QuantizedTensor, str]]
+"""Gives a weight as a qconfig wants it, and in words how it was rounded, if there is anything to say."""
+
 FEEDBACK = "with error feedback"
 
 
 class Moments:
-    """What is known of the inputs of a model's weights: H = Σ x xᵀ, by each weight's address and number of inputs."""
+    """What is known of the inputs of a model's weights: H = Σ x xᵀ, by each weight's name and number of inputs.
 
-    def __init__(self, sums: dict[tuple[int, int], torch.Tensor]) -> None:
+    It rounds the weights of all mirrors of the model; what it has rounded once it gives again.
+    """
+
+    def __init__(self, sums: dict[tuple[str, int], torch.Tensor]) -> None:
         self.sums = sums
+        self._done: dict[tuple[Any, ...], tuple[QuantizedTensor, str]] = {}
 
-    def quantize(self, weight: torch.Tensor, qconfig: QConfig) -> tuple[QuantizedTensor, str]:
-        """Return a weight, (O, I), as the qconfig wants it, and in words how it was rounded."""
-        if not profits(qconfig):
-            return quantize_alone(weight, qconfig), ""
-        moments = self.sums.get((weight.data_ptr(), weight.shape[-1]))
+    def rounding(self, module: nn.Module) -> Rounding:
+        """Return what gives a weight of a mirror, (O, I), as a qconfig wants it, and in words how it was rounded."""
+        names = _names(module)
+
+        def quantize(weight: torch.Tensor, qconfig: QConfig) -> tuple[QuantizedTensor, str]:
+            if not profits(qconfig):
+                return quantize_alone(weight, qconfig), ""
+            name = names.get(weight.data_ptr())
+            if name is None:
+                return self._round(weight, None, qconfig)
+            key = name, weight.shape, weight.stride(), qconfig.weight, qconfig.weight_observer
+            if key not in self._done:
+                self._done[key] = self._round(weight, self.sums.get((name, weight.shape[-1])), qconfig)
+            return self._done[key]
+
+        return quantize
+
+    def _round(
+        self, weight: torch.Tensor, moments: torch.Tensor | None, qconfig: QConfig
+    ) -> tuple[QuantizedTensor, str]:
         if moments is not None and moments.isfinite().all():
             return round_with_feedback(weight, moments, qconfig.weight), FEEDBACK
         reason = "it met no input in data" if moments is None else "its inputs in data were not finite, or too large"
@@ -65,11 +87,11 @@ def profits(qconfig: QConfig) -> bool:
     return qconfig.weight.axis == "group"
 
 
-def gather(prepared: nn.Module, module: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> Moments:
+def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> Moments:
     """Return the second moments of the inputs that the sites' weights meet while a prepared model runs over data.
 
-    It runs as a mirror: neither it nor module, the mirror of it that is to be converted, is changed. All weights are
-    watched in one pass, since one each would take far longer: float32 (K, K) for a weight (O, K), K / O of its memory.
+    It runs as a mirror, so that it is not changed. All weights are watched in one pass, since one each would take far
+    longer: float32 (K, K) for a weight (O, K), K / O of its memory.
     Raises ExampleInputsError for a batch that does not run, or no batch at all.
     """
     twin = edit.mirror(prepared)
@@ -85,8 +107,7 @@ def gather(prepared: nn.Module, module: nn.Module, sites: Sequence[Site], data: 
     for number, arguments in enumerate(each_batch(data, twin)):
         with _unfused(is_recurrent), counter:
             _run(twin, arguments, number)
-    addresses = {name: address for address, name in _names(module).items()}
-    return Moments({(addresses[name], size): total for (name, size), total in counter.close().items()})
+    return Moments(counter.close())
 
 
 def _run(model: nn.Module, arguments: Inputs, number: int) -> None:

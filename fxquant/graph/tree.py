@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -12,7 +11,7 @@ from fxquant.graph.clean import own_tensors
 from fxquant.graph.convert import WeightCache, convert_modules
 from fxquant.graph.kinds import make_plain
 from fxquant.graph.module import Record, keep_record, record_of
-from fxquant.graph.moments import gather
+from fxquant.graph.moments import Moments
 from fxquant.graph.plan import plan_modules
 from fxquant.operators import Operator
 from fxquant.qconfig_mapping import QConfigMapping
@@ -48,15 +47,15 @@ def plain_mirror(model: nn.Module, device: str | None = None) -> nn.Module:
     return root
 
 
-def convert_tree(prepared: nn.Module, data: Iterable[Any] | None = None) -> nn.Module:
+def convert_tree(prepared: nn.Module, moments: Moments | None = None) -> nn.Module:
     """Return the quantized model that `prepare_tree` decided on, of the same class; that one is left as it was.
 
-    data: batches, for rounding with error feedback.
+    moments: of its weights' inputs, for rounding with error feedback.
     """
     record = record_of(prepared)
     assert record is not None
     twin = edit.mirror(prepared)
-    cache = WeightCache(gather(prepared, twin, record.sites, data) if data is not None else None)
+    cache = WeightCache(moments.rounding(twin) if moments is not None else None)
     root, sites = convert_modules(twin, record.sites, record.operators, cache)
     own_tensors(root, prepared)
     return keep_record(root, record.advance(stage="quantized", sites=sites))

@@ -17,25 +17,31 @@ from fxquant import (
     convert_fx,
     default_dynamic_qconfig,
     float16_dynamic_qconfig,
-    float_qparams_weight_only_qconfig_4bit,
     int4_dynamic_qconfig,
     per_channel_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
     prepare_fx,
     suggest_mapping,
+    uint4_weight_only_qconfig,
 )
-from fxquant.debug import search
+from fxquant.debug import search, trial
 from fxquant.debug.ladder import scheme_name
 from fxquant.errors import ArgumentError, ModelStateError
+from fxquant.graph import moments
 from fxquant.graph.edit import byte_count
 from fxquant.graph.module import record_of
+from fxquant.graph.moments import FEEDBACK
+from fxquant.rounding import round_with_feedback
 from tests.debug.test_sensitivity import EVERYTHING, Branching, data, model, relative_rms
 
 __all__ = ["data", "model"]  # fixtures
 
 
 def quantize(model, mapping, data):
-    return convert_fx(prepare_fx(model, mapping, data[0]))
+    """Return the model quantized, int4 weights with error feedback from the data."""
+    prepared = prepare_fx(model, mapping, data[0])
+    has_int4 = any(site.qconfig.weight.dtype == "int4" for site in record_of(prepared).sites)
+    return convert_fx(prepared, data=data if has_int4 else None)
 
 
 def test_a_wide_budget_makes_everything_as_small_as_can_be(model, data):
@@ -55,7 +61,7 @@ def test_embeddings_get_4_bit_rows():
     model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 8)).eval()
     found = suggest_mapping(model, [torch.randint(50, (4, 6))], budget=1.0)
     sites = {site.path: site.qconfig for site in record_of(found.model).sites}
-    assert sites == {"0": float_qparams_weight_only_qconfig_4bit, "1": int4_dynamic_qconfig}
+    assert sites == {"0": uint4_weight_only_qconfig, "1": int4_dynamic_qconfig}
 
 
 def test_the_site_that_does_the_harm_is_kept_finer_and_no_other(model, data):
@@ -126,6 +132,39 @@ def test_what_it_states_is_measured_on_the_model_that_its_mapping_gives(model, d
         assert [row.bytes for row in found.rows] == sorted(row.bytes for row in found.rows)
         x = data[1][0]
         assert torch.equal(found.model(x), quantized(x))
+
+
+def test_int4_weights_are_rounded_with_error_feedback_from_the_data(model, data):
+    found = suggest_mapping(model, data, budget=1.0, schemes=("int4",))
+    assert found.has_feedback
+    assert {site.rounding for site in record_of(found.model).sites} == {FEEDBACK}
+    assert "convert_fx(prepare_fx(model, found.mapping, …), data=data) gives it again" in str(found)
+    plain = suggest_mapping(model, data, budget=1.0, schemes=("int4",), error_feedback=False)
+    assert not plain.has_feedback
+    assert "error feedback" not in str(plain)
+    nearest = convert_fx(prepare_fx(model, plain.mapping, data[0]))
+    assert torch.equal(plain.model(data[0][0]), nearest(data[0][0]))
+    assert found.metric < plain.metric
+
+
+def test_data_is_run_for_its_moments_once_in_a_search(model, data, monkeypatch):
+    counts = []
+    monkeypatch.setattr(trial, "gather", lambda *args: counts.append(1) or moments.gather(*args))
+    suggest_mapping(model, data, budget=0.01)
+    assert counts == [1]
+
+
+def test_each_int4_weight_is_rounded_once_a_scheme(model, data, monkeypatch):
+    rounded = []
+    count = lambda *args: rounded.append(args[0].shape) or round_with_feedback(*args)  # noqa: E731
+    monkeypatch.setattr(moments, "round_with_feedback", count)
+    suggest_mapping(model, data, budget=0.01, schemes=("int4", "float"))
+    assert len(rounded) == 3  # first, second and the call's, in all mixtures and in the result
+
+
+def test_without_int4_nothing_is_gathered(model, data, monkeypatch):
+    monkeypatch.setattr(trial, "gather", None)
+    assert not suggest_mapping(model, data, budget=1.0, schemes=("int8", "float")).has_feedback
 
 
 def test_where_float16_is_not_fine_enough_sites_stay_float(model, data):
@@ -370,7 +409,8 @@ def words_and_data():
 @pytest.mark.parametrize("qconfig", [per_tensor_dynamic_qconfig, default_dynamic_qconfig.with_reduce_range()])
 def test_weights_of_one_site_measure_their_inputs_as_the_mapping_says(qconfig):
     model, data = words_and_data()
-    found = suggest_mapping(model, data, budget=0.1, qconfig_mapping=QConfigMapping().set_global(qconfig))
+    mapping = QConfigMapping().set_global(qconfig)
+    found = suggest_mapping(model, data, budget=0.1, qconfig_mapping=mapping, error_feedback=False)
     rnn = next(site.qconfig for site in record_of(found.model).sites if site.path == "rnn")
     assert [scheme_name(own) for _, own in rnn.parts] == ["int4"]
     assert {own.activation for own in (rnn, *dict(rnn.parts).values())} == {qconfig.activation}

@@ -20,9 +20,8 @@ INT4 = everything(int4_dynamic_qconfig)
 
 def moments_of(prepared, batches):
     """Return the second moments that are gathered, by the path of each weight."""
-    found = gather(prepared, prepared, record_of(prepared).sites, batches).sums
-    names = {tensor.data_ptr(): name for name, tensor in prepared.named_parameters()}
-    return {names[address]: total for (address, _), total in found.items()}
+    found = gather(prepared, record_of(prepared).sites, batches).sums
+    return {name: total for (name, _), total in found.items()}
 
 
 def product(*inputs):

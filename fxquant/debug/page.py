@@ -109,11 +109,19 @@ def drawing(title: str, width: float, height: float, body: str, style: str) -> s
 
 
 def write(path: str | os.PathLike[str] | None, text: str) -> str:
-    """Return a text, and write it to a file where one is named, or raise ArgumentError."""
-    if path is not None:
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except (OSError, TypeError) as error:
-            told = getattr(error, "strerror", None) or error
-            raise ArgumentError(f"{path!r} cannot be written: {told}; give a file in a folder that is there") from error
+    """Return a page or drawing, and write it to a file where one is named.
+
+    Raises ArgumentError for a file that cannot be written, or whose name says that it is something else.
+    """
+    if path is None:
+        return text
+    endings = (".svg",) if text.startswith("<svg") else (".html", ".htm")
+    ending = os.path.splitext(str(path))[1].lower()
+    if ending not in (*endings, ""):
+        raise ArgumentError(f"{str(path)!r} is written as {endings[0][1:]}; give it the ending {endings[0]}")
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except (OSError, TypeError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise ArgumentError(f"{path!r} cannot be written: {told}; give a file in a folder that is there") from error
     return text

@@ -283,9 +283,13 @@ class Notes:
             return
         sites = [f"{site_name(site)}: {site.qconfig}" for site in trial.record.sites]
         about = {"sites": sites, "batches": len(trial.batches)}
-        if not self._path.exists():
-            self._path.write_text(json.dumps(about) + "\n", encoding="utf-8")
-            return
+        try:
+            if not self._path.exists():
+                self._path.write_text(json.dumps(about) + "\n", encoding="utf-8")
+                return
+        except OSError as error:
+            told = f"resume={str(path)!r} cannot be written: {error.strerror}"
+            raise ArgumentError(f"{told}; give a file in a folder that is there") from error
         whole, _, torn = self._path.read_text(encoding="utf-8").rpartition("\n")
         try:
             kept, *values = map(json.loads, whole.split("\n"))

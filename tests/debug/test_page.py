@@ -70,3 +70,12 @@ def test_write_returns_what_it_writes(tmp_path):
     assert write(tmp_path / "page", "é") == "é"
     assert (tmp_path / "page").read_text(encoding="utf-8") == "é"
     assert write(None, "é") == "é"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "ending"), [("<svg/>", "plot.png", ".svg"), (page("t", "b"), "d.svg", ".html")]
+)
+def test_a_file_is_not_named_for_what_it_is_not(tmp_path, text, name, ending):
+    with pytest.raises(ArgumentError, match=rf"is written as {ending[1:]}; give it the ending {re.escape(ending)}$"):
+        write(tmp_path / name, text)
+    assert not list(tmp_path.iterdir())

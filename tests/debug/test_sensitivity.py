@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxquant import (
+    ArgumentError,
     CheckpointError,
     ExampleInputsError,
     ModelStateError,
@@ -245,3 +246,10 @@ def test_progress_wraps_the_work(model, data):
     sensitivity(model, EVERYTHING, data, progress=progress)
     sensitivity(model, EVERYTHING, data, lambda candidate: 0.0, progress=progress)
     assert seen == [len(data) * (2 + 2 * 3), 2 + 2 * 3]
+
+
+def test_notes_that_cannot_be_kept_are_an_error_at_once(model, data, tmp_path):
+    with pytest.raises(
+        ArgumentError, match=r"^resume=.*notes.json' cannot be written: .*; give a file in a folder that is there$"
+    ):
+        sensitivity(model, EVERYTHING, data, resume=tmp_path / "nowhere" / "notes.json")

@@ -5,13 +5,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
+from fxquant.errors import ModelStateError
 from fxquant.ops import native, reference, reference_recurrent
 from fxquant.ops.schema import check_groups, check_indices, check_linear, check_recurrent, rnn_kind
+
+T = TypeVar("T")
+
+
+def _run(run: Callable[..., T], weights: Sequence[torch.Tensor], x: torch.Tensor, *operands: Any) -> T:
+    """Return run(x, *operands), or raise ModelStateError where memory was given back: untyped_storage().resize_(0)."""
+    try:
+        return run(x, *operands)
+    except Exception:
+        for name, tensor in (("input", x), *(("weight", weight) for weight in weights)):
+            if tensor.layout is torch.strided and tensor.numel() and not tensor.untyped_storage().nbytes():
+                told = f"the {name} of a quantized operator has no memory: its storage was freed"
+                raise ModelStateError(told) from None
+        raise
 
 
 def linear(
@@ -30,7 +45,7 @@ def linear(
     if group_size:
         check_groups(weight, scale, group_size, in_features)
     run = native.linear if native.takes(x, weight) else reference.linear
-    return run(x, weight, scale, bias, relu, per_row, qmax, group_size, in_features)
+    return _run(run, [weight], x, weight, scale, bias, relu, per_row, qmax, group_size, in_features)
 
 
 def lstm(
@@ -48,7 +63,7 @@ def lstm(
     """Run `reference_recurrent.lstm` or its native kernels."""
     check_recurrent("LSTM", x, batch_sizes, (h0, c0), weights, scales, biases, (), bidirectional, qmax)
     run = native.lstm if native.takes_some(x, weights) else reference_recurrent.lstm
-    return run(x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax)
+    return _run(run, weights, x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax)
 
 
 def rnn(
@@ -68,18 +83,18 @@ def rnn(
     parts = (weights, scales, biases, hidden_biases)
     check_recurrent(rnn_kind(mode), x, batch_sizes, (h0,), *parts, bidirectional, qmax)
     run = native.rnn if native.takes_some(x, weights) else reference_recurrent.rnn
-    return run(x, batch_sizes, h0, *parts, mode, bidirectional, per_row, qmax)
+    return _run(run, weights, x, batch_sizes, h0, *parts, mode, bidirectional, per_row, qmax)
 
 
 def embedding(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Run `reference.embedding` or its native kernel."""
     check_indices(indices, "embedding")
     run = native.embedding if native.takes(indices, weight) else reference.embedding
-    return run(indices, weight, *rest)
+    return _run(run, [weight], indices, weight, *rest)
 
 
 def embedding_bag(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Run `reference.embedding_bag` or its native kernel."""
     check_indices(indices, "embedding bag")
     run = native.embedding_bag if native.takes(indices, weight) else reference.embedding_bag
-    return run(indices, weight, *rest)
+    return _run(run, [weight], indices, weight, *rest)

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from fxquant.errors import DTypeError, ModelStateError, ShapeError
+from fxquant.errors import DTypeError, ShapeError
 from fxquant.ops import reference, reference_recurrent
 from fxquant.ops.native_stack import Tensors, run_stack
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
@@ -179,7 +179,6 @@ def linear(
     if out is None and group_size:
         out = reference.linear(rows, weight, scale, bias, *how)  # without columns there is nothing to multiply
     if out is None:
-        _refuse_freed(input=rows, weight=weight)
         raise DTypeError(f"a quantized linear takes a weight of torch.int8, int16 or float16, got {weight.dtype}")
     return cast(torch.Tensor, out.view(*x.shape[:-1], outputs).to(x.dtype))
 
@@ -202,7 +201,7 @@ def lstm(
     sizes, how = _sizes(batch_sizes, x.shape[0], h0.shape[1]), (bidirectional, per_row, qmax)
 
     def run(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
-        return _given(_library.lstm(False, rows, sizes, *states, *parts, *how), rows, parts)
+        return _given(_library.lstm(False, rows, sizes, *states, *parts, *how))
 
     def expect(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
         (h, c), (weights, scales, biases) = states, parts
@@ -211,7 +210,7 @@ def lstm(
     def advance(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cells, none = c.unsqueeze(0), (None, None)  # h0 is c0: no weight is multiplied with it
         whole = _library.lstm(False, gates.unsqueeze(0), None, cells, cells, none, none, (), False, True, 255)
-        output, _, state = _given(whole, gates, ((c,),))
+        output, _, state = _given(whole)
         return state[0], output[0]
 
     states, parts = (_floats(h0), _floats(c0)), _dense_parts(weights, scales, biases)
@@ -239,7 +238,7 @@ def rnn(
     sizes, how = _sizes(batch_sizes, x.shape[0], h0.shape[1]), (bidirectional, per_row, qmax)
 
     def run(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
-        return _given(_library.rnn(False, rows, sizes, *states, *parts, mode, *how), rows, parts)
+        return _given(_library.rnn(False, rows, sizes, *states, *parts, mode, *how))
 
     def expect(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
         weights, scales, biases, hidden_biases = parts
@@ -250,18 +249,9 @@ def rnn(
     return output, h
 
 
-def _given(outputs: Tensors | None, rows: torch.Tensor, parts: Sequence[Tensors]) -> Tensors:
-    if outputs is None:
-        _refuse_freed(input=rows, **{f"weight {i}": weight for i, weight in enumerate(parts[0])})
-    assert outputs is not None  # check_recurrent refuses what else the library does
+def _given(outputs: Tensors | None) -> Tensors:
+    assert outputs is not None  # check_recurrent refuses what the library does, but for memory that was given back
     return outputs
-
-
-def _refuse_freed(**tensors: torch.Tensor) -> None:
-    """Raise ModelStateError for a tensor whose memory was given back, as by untyped_storage().resize_(0)."""
-    for name, tensor in tensors.items():
-        if tensor.numel() and not tensor.untyped_storage().nbytes():
-            raise ModelStateError(f"the {name} of a quantized operator has no memory: its storage was freed")
 
 
 def _dense_parts(weights: Tensors, scales: Tensors, *vectors: Tensors) -> list[list[torch.Tensor]]:
@@ -309,7 +299,6 @@ def embedding(
     table = _table(weight, scale, zero_point, embedding_dim, bits)
     out = _library.embedding(False, _plain(indices).reshape(-1), *table, embedding_dim, bits, torch.float32)
     if out is None:
-        _refuse_freed(indices=indices, weight=weight)
         reference.check_range(indices, weight.shape[0])
     return cast(torch.Tensor, out.view(*indices.shape, embedding_dim).to(dtype))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -34,12 +33,13 @@ def capture(model: nn.Module, operators: Sequence[Operator], inputs: Inputs) -> 
 
     What is tried, in this order: the graph as it is; where plain arguments (None, bool, int, float, str; given or left
     at their defaults) steer forward, or it unpacks *args or **kwargs, the graph for those, with a warning, which checks
-    them; the graph with submodules that do not trace called as they are; that for those arguments. Raises what `trace`
-    and `propagate` raise.
+    them; the graph with submodules that do not trace called as they are. Not both at once: such a model (GPT-2, with
+    its cache and `generate`) keeps more of itself in its own class, module by module. Raises what `trace` and
+    `propagate` raise.
     """
     constants = fixable(model, inputs)
     cause: Exception | None = None
-    for keep_whole, fixed in itertools.product((False, True), ({}, constants) if constants else ({},)):
+    for fixed, keep_whole in (({}, False), (constants, False), ({}, True)) if constants else (({}, False), ({}, True)):
         try:
             traced = _faithful(model, operators, inputs, fixed, keep_whole)
         except (TraceError, ExampleInputsError) as error:

@@ -1,6 +1,7 @@
 """What 4-bit weights cost the word language model: bytes, loss, and how far its words' probabilities move.
 
     python benchmarks/int4_accuracy.py --data FOLDER --checkpoint FILE [--tokens 20000] [--calibrate 10]
+        [--columns 32 64 128] [--lstm int8 "int8, 3 int4" int4]
 
 Embedding rows are 4-bit affine throughout, the decoder is int4, the LSTM int8, int8 with the input matrices of its
 first three layers int4, or int4; each rounded to nearest, and with error feedback from some batches of the training
@@ -61,10 +62,12 @@ def calibration(model: WordLanguageModel, text: Tensor, batches: int) -> list[tu
     return [(part.view(LANES, STEPS).t().contiguous(), model.init_hidden(LANES)) for part in parts]
 
 
-def variants(model: WordLanguageModel, text: Tensor, batches: int) -> Iterator[tuple[str, str, str, float, nn.Module]]:
+def variants(
+    model: WordLanguageModel, text: Tensor, batches: int, sizes: Sequence[int], lstms: Sequence[str]
+) -> Iterator[tuple[str, str, str, float, nn.Module]]:
     """Yield columns a scale, the LSTM's weights, the rounding, the seconds to convert, and the model."""
     data = calibration(model, text, batches)
-    for group_size, lstm in itertools.product(GROUP_SIZES, LSTMS):
+    for group_size, lstm in itertools.product(sizes, lstms):
         prepared = prepare_fx(model, mapping_of(group_size, lstm), data[0])
         for rounding, given in (("to nearest", None), ("error feedback", data)):
             begin = time.perf_counter()
@@ -97,11 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--checkpoint", type=Path, required=True, help="float model as safetensors")
     option("--tokens", type=token_count, default=20_000, metavar="N|all", help="words of the test text (%(default)s)")
     option("--calibrate", type=int, default=10, metavar="N", help="batches of the training text (%(default)s)")
+    option("--columns", type=int, nargs="+", choices=GROUP_SIZES, default=GROUP_SIZES, help="columns a scale")
+    option("--lstm", nargs="+", choices=LSTMS, default=list(LSTMS), help="which of its weights are int4")
     options = parser.parse_args(arguments)
     corpus, model = Corpus.from_folder(options.data), load_checkpoint(options.checkpoint)
     text = corpus.test if options.tokens is None else corpus.test[: options.tokens + 1]
     with torch_threads(1):
-        made = list(variants(model, corpus.train, options.calibrate))
+        made = list(variants(model, corpus.train, options.calibrate, options.columns, options.lstm))
         before, *found = measure(model, [one[-1] for one in made], text, model.init_hidden(1))
     size = state_dict_bytes(model)
     rows = [("float", "", "", "", size / 1e6, 1.0, float(before[0]), 0.0, 0.0)]

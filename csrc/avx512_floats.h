@@ -2,6 +2,7 @@
 #define FXQ_REALS __m512
 #define FXQ_REAL_ROWS 6
 #define FXQ_REAL_OUTPUTS 4
+#define FXQ_ROW_OUTPUTS 8
 
 FXQ_INLINE __m512 no_reals(void) { return _mm512_setzero_ps(); }
 
@@ -13,11 +14,12 @@ FXQ_INLINE void store_reals(float *p, __m512 v) { _mm512_storeu_ps(p, v); }
 
 FXQ_INLINE __m512 fuse(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
 
-FXQ_INLINE float sum_reals(__m512 v) {
-    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+FXQ_INLINE void sum_4_reals(const __m512 v[4], float *sums) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1])); /* lanes 2 apart */
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512 quads = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
 }
 
 #include "floats.h"

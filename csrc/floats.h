@@ -1,7 +1,7 @@
 /* Products of float weights, float16 or float32, with float activations: the one form of product that is not exact.
  *
- * A dot product is sixteen sums side by side, of the columns k, k + 16, k + 32, …, each by fused multiply-adds; then lanes 8
- * apart are added, then 4, 2 and 1. Every instruction set keeps this order, so that all give the same bits, and a row's
+ * A dot product is sixteen sums side by side, of the columns k, k + 16, k + 32, …, each by fused multiply-adds; then of each
+ * four lanes those 2 apart are added, and then the two; then the four sums in the same order. Every instruction set keeps this order, so that all give the same bits, and a row's
  * bits do not depend on other rows. Activations lie row by row as floats, 0 beyond the last column.
  *
  * A tile of some rows by some outputs stays in registers while the columns go by, DEPTH_BLOCK at a time: so much of the
@@ -12,12 +12,13 @@
  *
  * FXQ_REALS                                           sixteen floats
  * FXQ_REAL_ROWS, FXQ_REAL_OUTPUTS                     the tile
+ * FXQ_ROW_OUTPUTS                                     the outputs of a tile of one row: enough sums to hide a product's latency
  * static FXQ_REALS no_reals(void);                    0 in each lane
  * static FXQ_REALS load_reals(const float *p);
  * static FXQ_REALS load_halves(const uint16_t *p);    float16
  * static void store_reals(float *p, FXQ_REALS v);
  * static FXQ_REALS fuse(FXQ_REALS a, FXQ_REALS b, FXQ_REALS sum);  a b + sum, rounded once
- * static float sum_reals(FXQ_REALS v);                in the order above */
+ * static void sum_4_reals(const FXQ_REALS v[4], float *sums);      sums[i]: the sum of v[i]'s lanes, in the order above */
 
 #define FXQ_FLOATS .matmul_floats = matmul_floats
 
@@ -25,6 +26,7 @@ enum {
     REALS = 16,
     DEPTH_BLOCK = 1024,
     MOST_BLOCK_OUTPUTS = 32,
+    ROW_BYTES = 1 << 20,   /* of rows that stay in the L2 cache */
     WIDE_BYTES = 256 << 10 /* of a block's widened weights: they stay in the L2 cache; more where a tile needs it */
 };
 
@@ -32,6 +34,7 @@ enum {
 #include <math.h>
 #define FXQ_REAL_ROWS 1
 #define FXQ_REAL_OUTPUTS 1
+#define FXQ_ROW_OUTPUTS 1
 #define FXQ_REALS struct reals
 
 struct reals {
@@ -66,11 +69,14 @@ FXQ_INLINE struct reals fuse(struct reals a, struct reals b, struct reals sum) {
     return sum;
 }
 
-FXQ_INLINE float sum_reals(struct reals v) {
-    for (int half = REALS / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; i++) v.lane[i] += v.lane[i + half];
+FXQ_INLINE float sum_four(const float v[4]) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+FXQ_INLINE void sum_4_reals(const struct reals v[4], float *sums) {
+    for (int i = 0; i < 4; i++) {
+        float fours[4];
+        for (int j = 0; j < 4; j++) fours[j] = sum_four(v[i].lane + 4 * j);
+        sums[i] = sum_four(fours);
     }
-    return v.lane[0];
 }
 #endif
 
@@ -112,19 +118,22 @@ FXQ_INLINE FXQ_REALS weights_at(struct float_rows w, int64_t row, int64_t k, boo
     return is_whole ? load_reals(p) : load_first_reals(p, left);
 }
 
+/* Its first `rows` rows and `outputs` columns are in use, so that the rest takes no registers. */
+typedef FXQ_REALS float_tile[FXQ_REAL_ROWS][FXQ_ROW_OUTPUTS];
+
 /* Columns [k, end) of a tile whose sums so far are in `lanes`; `rows` and `outputs` are constants wherever this is inlined. */
 FXQ_INLINE void add_float_columns(const float *x, int64_t depth, struct float_rows w, int64_t n, int64_t k, int64_t end,
-                                  int rows, int outputs, FXQ_REALS sums[FXQ_REAL_ROWS][FXQ_REAL_OUTPUTS]) {
+                                  int rows, int outputs, float_tile sums) {
     for (; k + REALS <= end; k += REALS) {
-        FXQ_REALS weights[FXQ_REAL_OUTPUTS];
-        FXQ_UNROLL(4) for (int j = 0; j < outputs; j++) weights[j] = weights_at(w, n + j, k, true);
+        FXQ_REALS weights[FXQ_ROW_OUTPUTS];
+        FXQ_UNROLL(8) for (int j = 0; j < outputs; j++) weights[j] = weights_at(w, n + j, k, true);
         FXQ_UNROLL(8) for (int i = 0; i < rows; i++) {
             const FXQ_REALS values = load_reals(x + i * depth + k);
-            FXQ_UNROLL(4) for (int j = 0; j < outputs; j++) sums[i][j] = fuse(values, weights[j], sums[i][j]);
+            FXQ_UNROLL(8) for (int j = 0; j < outputs; j++) sums[i][j] = fuse(values, weights[j], sums[i][j]);
         }
     }
     if (k >= end) return;
-    FXQ_UNROLL(4) for (int j = 0; j < outputs; j++) {
+    FXQ_UNROLL(8) for (int j = 0; j < outputs; j++) {
         const FXQ_REALS weights = weights_at(w, n + j, k, false);
         FXQ_UNROLL(8) for (int i = 0; i < rows; i++) sums[i][j] = fuse(load_reals(x + i * depth + k), weights, sums[i][j]);
     }
@@ -134,18 +143,28 @@ FXQ_INLINE void add_float_columns(const float *x, int64_t depth, struct float_ro
 typedef float float_lanes[FXQ_REAL_ROWS][MOST_BLOCK_OUTPUTS][REALS];
 typedef float float_sums[FXQ_REAL_ROWS][MOST_BLOCK_OUTPUTS];
 
+FXQ_INLINE void sum_tile_row(const FXQ_REALS *row, int outputs, float *sums) {
+    if (outputs % 4 == 0) {
+        FXQ_UNROLL(2) for (int j = 0; j < outputs; j += 4) sum_4_reals(row + j, sums + j);
+        return;
+    }
+    const FXQ_REALS four[4] = {row[0], row[outputs - 1], row[0], row[0]};
+    float summed[4];
+    sum_4_reals(four, summed);
+    for (int j = 0; j < outputs; j++) sums[j] = summed[j];
+}
+
 FXQ_INLINE void multiply_float_tile(const float *x, int64_t depth, struct float_rows w, int64_t n, int64_t k, int64_t end,
                                     int rows, int outputs, float_lanes lanes, float_sums sums) {
-    FXQ_REALS tile[FXQ_REAL_ROWS][FXQ_REAL_OUTPUTS];
+    float_tile tile;
     FXQ_UNROLL(8) for (int i = 0; i < rows; i++) {
-        FXQ_UNROLL(4) for (int j = 0; j < outputs; j++) tile[i][j] = k ? load_reals(lanes[i][n + j]) : no_reals();
+        FXQ_UNROLL(8) for (int j = 0; j < outputs; j++) tile[i][j] = k ? load_reals(lanes[i][n + j]) : no_reals();
     }
     add_float_columns(x, depth, w, n, k, end, rows, outputs, tile);
     FXQ_UNROLL(8) for (int i = 0; i < rows; i++) {
-        FXQ_UNROLL(4) for (int j = 0; j < outputs; j++) {
-            if (end < w.columns) store_reals(lanes[i][n + j], tile[i][j]);
-            else sums[i][n + j] = sum_reals(tile[i][j]);
-        }
+        if (end == w.columns) sum_tile_row(tile[i], outputs, sums[i] + n);
+        if (end == w.columns) continue;
+        FXQ_UNROLL(8) for (int j = 0; j < outputs; j++) store_reals(lanes[i][n + j], tile[i][j]);
     }
 }
 
@@ -155,28 +174,29 @@ FXQ_INLINE void multiply_float_rows(const float *x, int64_t depth, struct float_
     float_lanes lanes;
     for (int64_t k = 0, end; k == 0 || k < w.columns; k = end) {
         end = w.columns - k < DEPTH_BLOCK ? w.columns : k + DEPTH_BLOCK;
+        const int outputs = rows == 1 ? FXQ_ROW_OUTPUTS : FXQ_REAL_OUTPUTS;
         int64_t n = 0;
-        for (; n + FXQ_REAL_OUTPUTS <= count; n += FXQ_REAL_OUTPUTS) {
-            multiply_float_tile(x, depth, w, n, k, end, rows, FXQ_REAL_OUTPUTS, lanes, sums);
-        }
+        for (; n + outputs <= count; n += outputs) multiply_float_tile(x, depth, w, n, k, end, rows, outputs, lanes, sums);
         for (; n < count; n++) multiply_float_tile(x, depth, w, n, k, end, rows, 1, lanes, sums);
     }
 }
 
-/* A tile's rows of the `left` ones, or half a tile's, or one: how many. */
-static int64_t multiply_most_float_rows(const float *x, int64_t depth, struct float_rows w, int64_t count, int64_t left,
-                                        float_sums sums) {
-    enum { ALL = FXQ_REAL_ROWS, HALF_OF_THEM = FXQ_REAL_ROWS > 3 ? FXQ_REAL_ROWS / 2 : 1 };
-    if (left >= ALL) {
-        multiply_float_rows(x, depth, w, count, ALL, sums);
-        return ALL;
+/* The rows of a tile, or fewer. */
+static void multiply_tile_rows(const float *x, int64_t depth, const float *weights, int64_t columns, int64_t count,
+                               int64_t rows, float_sums sums) {
+    const struct float_rows w = {weights, columns, false};
+    switch (rows) {
+#if FXQ_REAL_ROWS > 3
+        case 6: multiply_float_rows(x, depth, w, count, 6, sums); break;
+        case 5: multiply_float_rows(x, depth, w, count, 5, sums); break;
+        case 4: multiply_float_rows(x, depth, w, count, 4, sums); break;
+#endif
+#if FXQ_REAL_ROWS > 1
+        case 3: multiply_float_rows(x, depth, w, count, 3, sums); break;
+        case 2: multiply_float_rows(x, depth, w, count, 2, sums); break;
+#endif
+        default: multiply_float_rows(x, depth, w, count, 1, sums);
     }
-    if (left >= HALF_OF_THEM) {
-        multiply_float_rows(x, depth, w, count, HALF_OF_THEM, sums);
-        return HALF_OF_THEM;
-    }
-    multiply_float_rows(x, depth, w, count, 1, sums);
-    return 1;
 }
 
 /* Sums of row m by outputs [n, n + count), plus the bias and the addend. */
@@ -194,9 +214,11 @@ static void finish_floats(const struct fxq_matmul *job, const struct fxq_target 
     }
 }
 
-static void matmul_floats(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+/* Rows [m0, m1), which stay in the L2 cache while all outputs pass. */
+static void multiply_float_block(const struct fxq_matmul *job, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                                 const struct fxq_target *to, float *wide) {
     const struct fxq_activations *x = job->x;
-    const float *values = x->packed;
+    const float *values = (const float *)x->packed + m0 * x->depth;
     const int64_t fits = WIDE_BYTES / (int64_t)sizeof(float) / x->depth / FXQ_REAL_OUTPUTS * FXQ_REAL_OUTPUTS;
     const int64_t block = fits < FXQ_REAL_OUTPUTS ? FXQ_REAL_OUTPUTS : fits > MOST_BLOCK_OUTPUTS ? MOST_BLOCK_OUTPUTS : fits;
     for (int64_t n = n0; n < n1; n += block) {
@@ -208,14 +230,21 @@ static void matmul_floats(const struct fxq_matmul *job, int64_t n0, int64_t n1, 
             finish_floats(job, to, 0, n, n0, count, sums[0]);
             continue;
         }
-        struct float_rows w = {job->floats + n * x->columns, x->columns, false};
-        if (job->halves) {
-            widen(job->halves + n * x->columns, count * x->columns, scratch);
-            w.values = scratch;
+        const float *weights = job->halves ? wide : job->floats + n * x->columns;
+        if (job->halves) widen(job->halves + n * x->columns, count * x->columns, wide);
+        const int64_t rows = m1 - m0, tiles = (rows + FXQ_REAL_ROWS - 1) / FXQ_REAL_ROWS; /* of nearly the same rows each */
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            const int64_t m = rows * tile / tiles, end = rows * (tile + 1) / tiles;
+            multiply_tile_rows(values + m * x->depth, x->depth, weights, x->columns, count, end - m, sums);
+            for (int64_t i = m; i < end; i++) finish_floats(job, to, m0 + i, n, n0, count, sums[i - m]);
         }
-        for (int64_t m = 0, rows; m < x->rows; m += rows) {
-            rows = multiply_most_float_rows(values + m * x->depth, x->depth, w, count, x->rows - m, sums);
-            for (int64_t i = 0; i < rows; i++) finish_floats(job, to, m + i, n, n0, count, sums[i]);
-        }
+    }
+}
+
+static void matmul_floats(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+    const struct fxq_activations *x = job->x;
+    const int64_t row_bytes = x->depth * (int64_t)sizeof(float) + 1, most = ROW_BYTES / row_bytes + FXQ_REAL_ROWS;
+    for (int64_t m = 0; m < x->rows; m += most) {
+        multiply_float_block(job, m, x->rows - m < most ? x->rows : m + most, n0, n1, to, scratch);
     }
 }

@@ -2,6 +2,7 @@
 #define FXQ_REALS struct reals
 #define FXQ_REAL_ROWS 3
 #define FXQ_REAL_OUTPUTS 2
+#define FXQ_ROW_OUTPUTS 4
 
 struct reals {
     float32x4_t part[4];
@@ -31,10 +32,16 @@ FXQ_INLINE struct reals fuse(struct reals a, struct reals b, struct reals sum) {
     return sum;
 }
 
-FXQ_INLINE float sum_reals(struct reals v) {
-    const float32x4_t four = vaddq_f32(vaddq_f32(v.part[0], v.part[2]), vaddq_f32(v.part[1], v.part[3]));
-    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
-    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+FXQ_INLINE float32x2_t sum_halves(float32x4_t v) { return vadd_f32(vget_low_f32(v), vget_high_f32(v)); }
+
+FXQ_INLINE void sum_4_reals(const struct reals v[4], float *sums) {
+    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
+        const float32x4_t *part = v[i].part;
+        const float32x4_t fours = vcombine_f32(vpadd_f32(sum_halves(part[0]), sum_halves(part[1])),
+                                               vpadd_f32(sum_halves(part[2]), sum_halves(part[3])));
+        const float32x2_t two = sum_halves(fours);
+        sums[i] = vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+    }
 }
 
 #include "floats.h"

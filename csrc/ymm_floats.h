@@ -2,6 +2,7 @@
 #define FXQ_REALS struct reals
 #define FXQ_REAL_ROWS 3
 #define FXQ_REAL_OUTPUTS 2
+#define FXQ_ROW_OUTPUTS 4
 
 struct reals {
     __m256 low, high;
@@ -25,11 +26,17 @@ FXQ_INLINE struct reals fuse(struct reals a, struct reals b, struct reals sum) {
     return (struct reals){_mm256_fmadd_ps(a.low, b.low, sum.low), _mm256_fmadd_ps(a.high, b.high, sum.high)};
 }
 
-FXQ_INLINE float sum_reals(struct reals v) {
-    const __m256 eight = _mm256_add_ps(v.low, v.high);
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+/* Of each 128 bits the sums of a, b, c and d. */
+FXQ_INLINE __m256 sum_quads(__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); /* a b a b: lanes 2 apart */
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+}
+
+FXQ_INLINE void sum_4_reals(const struct reals v[4], float *sums) {
+    const __m256 eight = _mm256_add_ps(sum_quads(v[0].low, v[1].low, v[2].low, v[3].low),
+                                       sum_quads(v[0].high, v[1].high, v[2].high, v[3].high));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
 }
 
 #include "floats.h"

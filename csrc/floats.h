@@ -219,7 +219,7 @@ static void multiply_float_block(const struct fxq_matmul *job, int64_t m0, int64
                                  const struct fxq_target *to, float *wide) {
     const struct fxq_activations *x = job->x;
     const float *values = (const float *)x->packed + m0 * x->depth;
-    const int64_t fits = WIDE_BYTES / (int64_t)sizeof(float) / x->depth / FXQ_REAL_OUTPUTS * FXQ_REAL_OUTPUTS;
+    const int64_t fits = WIDE_BYTES / (int64_t)sizeof(float) / (x->depth + 1) / FXQ_REAL_OUTPUTS * FXQ_REAL_OUTPUTS;
     const int64_t block = fits < FXQ_REAL_OUTPUTS ? FXQ_REAL_OUTPUTS : fits > MOST_BLOCK_OUTPUTS ? MOST_BLOCK_OUTPUTS : fits;
     for (int64_t n = n0; n < n1; n += block) {
         const int64_t count = n1 - n < block ? n1 - n : block;

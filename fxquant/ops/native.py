@@ -1,4 +1,5 @@
-"""The operators on the native CPU kernels (csrc/), with the signatures and, to the bit, the results of `reference`.
+"""The operators on the native CPU kernels (csrc/), with the signatures and, to the bit, the results of `reference`,
+of products with float weights to float rounding.
 
 The library keeps nothing: every call passes plain tensors. So there is nothing to pack, cache or save, and calls from
 several threads are independent. Its functions give None for what they do not take as it is: tensors that are not dense,

@@ -172,13 +172,15 @@ FXQ_INLINE void multiply_float_tile(const float *x, int64_t depth, struct float_
 FXQ_INLINE void multiply_float_rows(const float *x, int64_t depth, struct float_rows w, int64_t count, int rows,
                                     float_sums sums) {
     float_lanes lanes;
-    for (int64_t k = 0, end; k == 0 || k < w.columns; k = end) {
-        end = w.columns - k < DEPTH_BLOCK ? w.columns : k + DEPTH_BLOCK;
+    int64_t k = 0;
+    do {
+        const int64_t end = w.columns - k < DEPTH_BLOCK ? w.columns : k + DEPTH_BLOCK;
         const int outputs = rows == 1 ? FXQ_ROW_OUTPUTS : FXQ_REAL_OUTPUTS;
         int64_t n = 0;
         for (; n + outputs <= count; n += outputs) multiply_float_tile(x, depth, w, n, k, end, rows, outputs, lanes, sums);
         for (; n < count; n++) multiply_float_tile(x, depth, w, n, k, end, rows, 1, lanes, sums);
-    }
+        k = end;
+    } while (k < w.columns);
 }
 
 /* The rows of a tile, or fewer. */

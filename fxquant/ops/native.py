@@ -160,7 +160,7 @@ def linear(
     group_size: int = 0,
     in_features: int = 0,
 ) -> torch.Tensor:
-    """Return x @ dequantize(weight).T + bias, with x quantized row by row: `reference.linear`; of float16 as floats.h."""
+    """Return x @ dequantize(weight).T + bias, with x quantized row by row: `reference.linear`."""
     outputs = weight.shape[0]
     rows = _floats(x).reshape(math.prod(x.shape[:-1]), in_features if group_size else weight.shape[1])
     bias = None if bias is None else _vector("bias", bias, outputs)

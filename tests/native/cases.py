@@ -168,7 +168,7 @@ def linear_int16_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any]
 
 
 def linear_float16_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
-    """Return a case like a linear's with float16 weights, subnormal ones too: sums of small integers, exact in any order."""
+    """Return a case like a linear's with float16 weights, subnormal ones too; the sums are exact in any order."""
     rng = random.Random(-1 - seed)
     run, expect, (x, weight, _, bias, *how), _ = linear_case(seed)
     if rng.random() < 0.05:  # past one block of columns
@@ -338,9 +338,8 @@ def is_right(operator: str, args: tuple[Any, ...], got: torch.Tensor, expected: 
     """Equal to the bit, but for the bags, whose sums torch orders as it likes: those to float rounding."""
     if operator != "embedding_bag":
         return same_bits(got, expected)
-    largest = float(
-        args[1].abs().max() if args[2] is None else args[2].max() * 300
-    )  # of a row's values; a bag has at most 35 of them
+    # of a row's values; a bag has at most 35 of them
+    largest = float(args[1].abs().max() if args[2] is None else args[2].max() * 300)
     return got.shape == expected.shape and bool(((got - expected).abs() <= 35 * 35 * largest * 2**-24).all())
 
 

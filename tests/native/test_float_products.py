@@ -74,7 +74,7 @@ def test_what_is_not_finite_stays_so_in_its_row_and_nowhere_else(isa, value):
 
 @pytest.mark.parametrize("batch", [1, 5, 17])
 def test_a_layer_of_float_matrices_gives_the_same_bits_on_every_instruction_set(batch):
-    module = torch.nn.LSTM(70, 50, 2, bidirectional=True, proj_size=20)
+    module = torch.nn.LSTM(70, 50, 2, bidirectional=True)
     mixed = replace(default_dynamic_qconfig, parts=(("weight_ih_l0", float16_dynamic_qconfig), ("weight_hh_l1", None)))
     x, results = torch.randn(9, batch, 70), []
     for qconfig in (float16_dynamic_qconfig, mixed):

@@ -149,7 +149,7 @@ def free_name(root: nn.Module, path: str, tensor: torch.Tensor | None = None) ->
 def erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     """Erase those constants, observers and transpositions that nothing uses any more, and what fed only them."""
     for node in nodes:
-        if not node.users and (node.op in ("get_attr", "call_module") or is_transposition(node)):
+        if not node.users and (node.op in ("get_attr", "call_module") or is_transposition(node) is not None):
             feeders = node.all_input_nodes
             graph.erase_node(node)
             erase_dead(graph, feeders)

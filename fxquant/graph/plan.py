@@ -154,7 +154,8 @@ class _Planner:
 
     def visit_other_call(self, node: fx.Node, row: Operator | None) -> None:
         """Report a call that reads a weight where no row takes it: what it computes with stays float."""
-        if is_transposition(node) and all(user.op in ("call_function", "call_method") for user in node.users):
+        is_matrix = is_transposition(node) is not None
+        if is_matrix and all(user.op in ("call_function", "call_method") for user in node.users):
             return  # which is reported itself
         scope, name = node.meta.get(SCOPE, ""), call_name(node.target)
         reason = (

@@ -128,6 +128,35 @@ def test_torch_aos_dtype_is_understood():
     assert kinds(quantized)["rnn"] == "DynamicQuantizedLSTM"
 
 
+def test_torch_aos_4_bit_dtype_is_that_of_embeddings():
+    quantized = quantize_dynamic(WordLM().eval(), {nn.Embedding}, dtype=torch.quint4x2)
+    assert quantized.encoder.qconfig.weight.dtype == "uint4"
+
+
+@pytest.mark.parametrize("spec", [default_dynamic_qconfig, 8])
+def test_a_spec_that_holds_no_names_is_an_error(spec):
+    with pytest.raises(QConfigError, match=r"qconfig_spec is a set or dict of types and names, .*, got "):
+        quantize_dynamic(WordLM().eval(), spec)
+
+
+class Delegates(nn.Module):
+    """Looks names that it does not have up among its parts, as a user's __getattr__ may, with whatever error."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({"net": nn.Linear(8, 8)})
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "parts" else self.parts[name]
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_getattr_of_the_users_is_not_asked_for_names_that_nobody_has():
+    assert type(quantize_dynamic(Delegates().eval()).net) is DynamicQuantizedLinear
+
+
 def test_int16_is_a_dtype():
     quantized = quantize_dynamic(WordLM().eval(), {"decoder"}, dtype=torch.int16)
     assert quantized.decoder.weight.dtype == torch.int16

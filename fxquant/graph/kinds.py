@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from fxquant.graph import edit
 from fxquant.graph.reads import names_in
@@ -34,7 +33,7 @@ def make_plain(root: nn.Module) -> None:
                     for suffix in edit.RECOMPUTED_FROM:
                         module._parameters.pop(name + suffix, None)
                         module._buffers.pop(name + suffix, None)
-            if parametrize.is_parametrized(module):
+            if isinstance(module._modules.get("parametrizations"), nn.ModuleDict):
                 names = dict(module.get_submodule("parametrizations").named_children())
                 computed.update({name: getattr(module, name) for name in names})
                 module.__class__ = type(module).__bases__[0]

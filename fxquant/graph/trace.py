@@ -151,7 +151,7 @@ def _is_as_it_was(before: list[tuple[torch.Tensor, int]], after: list[tuple[torc
 def wrapped_in(module: nn.Module) -> str:
     """Return the attribute that holds what a wrapper is around, "" for a module that is no wrapper."""
     inner = _WRAPPERS.get(type(module).__name__, "")
-    return inner if hasattr(module, inner) else ""
+    return inner if inner and hasattr(module, inner) else ""
 
 
 def check_kind(model: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fxquant.graph import edit
 from fxquant.graph.reads import names_in
@@ -33,7 +34,7 @@ def make_plain(root: nn.Module) -> None:
                     for suffix in edit.RECOMPUTED_FROM:
                         module._parameters.pop(name + suffix, None)
                         module._buffers.pop(name + suffix, None)
-            if isinstance(module._modules.get("parametrizations"), nn.ModuleDict):
+            if "parametrizations" in module._modules and parametrize.is_parametrized(module):
                 names = dict(module.get_submodule("parametrizations").named_children())
                 computed.update({name: getattr(module, name) for name in names})
                 module.__class__ = type(module).__bases__[0]

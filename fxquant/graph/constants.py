@@ -17,6 +17,10 @@ _TURNS = (torch.t, torch.adjoint, "t", "adjoint")  # the conjugate of a real num
 _ATTRIBUTES = {"T": True, "mT": True, "H": True, "mH": True, "data": False}
 _SAME = (torch.detach, "detach", "contiguous")
 
+_KINDS = ("dtype", "device", "layout", "is_cuda")
+_MAKERS = ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
+_LIKENERS = ("to", "type_as")
+
 
 class Constant(NamedTuple):
     """A constant in a graph: the get_attr node of a tensor, and whether it is that matrix's transpose."""
@@ -55,6 +59,14 @@ def is_transposition(operand: Any) -> bool | None:
     if operand.target in _SWAPS and len(order) == 2:
         return bool(order[0] != order[1])
     return True if operand.target in _TURNS else None
+
+
+def asks_kind(node: fx.Node, operand: fx.Node) -> bool:
+    """Return whether a node asks an operand for its dtype and device alone: w.device, w.new_zeros(3), x.to(w), …"""
+    if node.target is getattr:
+        return node.args[1] in _KINDS
+    place = 0 if node.target in _MAKERS else 1 if node.target in _LIKENERS else None
+    return node.op == "call_method" and [i for i, arg in enumerate(node.args) if arg is operand] == [place]
 
 
 def transpose(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from fxquant.errors import MappingNameError, QConfigError
 from fxquant.graph import edit
-from fxquant.graph.constants import constant_of, is_transposition
+from fxquant.graph.constants import asks_kind, constant_of, is_transposition
 from fxquant.graph.kinds import base_of, redefined
 from fxquant.graph.module import NOTHING, Coverage, Left, Site
 from fxquant.graph.reads import weights_read
@@ -167,8 +167,8 @@ class _Planner:
                 self.decide(path, name, None, rule, reason, (tensor,), call=node.name)
 
     def matrices(self, node: fx.Node) -> dict[str, torch.Tensor]:
-        """Return the constants of two or more dimensions that a call takes, by their paths."""
-        constants = [constant_of(operand) for operand in node.all_input_nodes]
+        """Return the constants of two or more dimensions whose values a call takes, by their paths."""
+        constants = [constant_of(operand) for operand in node.all_input_nodes if not asks_kind(node, operand)]
         paths = [str(constant.source.target) for constant in constants if constant is not None]
         tensors = {path: edit.get_tensor(self.module, path) for path in paths}
         return {path: tensor for path, tensor in tensors.items() if tensor is not None and tensor.dim() > 1}

@@ -134,8 +134,20 @@ def _graph(
             failures.append(_UntraceableError(tracer.failed, error, len(tracer.graph.nodes)))
             continue
         if buffers_are_nodes or _is_as_it_was(buffers, _buffers(root)):
+            if device is not None:
+                _move_constants(graph, torch.device(device))
             return root, graph, _doubtful(root, graph, attributes)
     raise max(failures, key=lambda failure: failure.nodes)  # what stopped the one that got further
+
+
+def _move_constants(graph: fx.Graph, device: torch.device) -> None:
+    """Put the CPU, where a checkpoint's tensors come, in the place of a device that forward read off the mirror."""
+
+    def moved(value: Any) -> Any:
+        return torch.device("cpu") if value == device else value
+
+    for node in graph.nodes:
+        node.args, node.kwargs = (fx.node.map_aggregate(part, moved) for part in (node.args, node.kwargs))
 
 
 def _buffers(root: nn.Module) -> list[tuple[torch.Tensor, int]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import MappingNameError, QConfigError
 from fxquant.graph import edit
@@ -49,6 +50,7 @@ class _Planner:
         self.plan = Plan([], [], [])
         self.counts: collections.Counter[tuple[str, Any]] = collections.Counter()
         self.weights: dict[tuple[Any, ...], tuple[int, bool]] = {}  # each one's bytes, and whether all take it as int8
+        self.tree = set(map(id, module.modules()))
         self.entered: set[int] = set()  # the containers that were visited, which may stand at several paths
 
     def run(self, graph: fx.Graph) -> Plan:
@@ -106,12 +108,28 @@ class _Planner:
             shut = inside or why_hidden(module)
             if not shut and not calls_children(module):
                 shut = f"{type_name(kind)} reads its children's weights itself"
+            self.visit_strays(path, module)
             read = weights_read(module)
             for name, child in module._modules.items():  # named_children skips the second name of a module
                 if child is None:
                     continue
                 itself = f"the code of {type_name(kind)} reads self.{name}'s weight itself" if name in read else ""
                 self.visit_module(_join(path, name), child, shut or itself)
+
+    def visit_strays(self, path: str, module: nn.Module) -> None:
+        """Report the modules that a module has in a plain list, tuple or dict: they are no part of the model's tree."""
+        own = vars(nn.Module())
+        for name, held in vars(module).items():
+            parts = pytree.tree_leaves(held) if isinstance(held, (list, tuple, dict)) and name not in own else []
+            strays = [part for part in parts if isinstance(part, nn.Module) and id(part) not in self.tree]
+            for number, stray in enumerate(strays):
+                weights = [weight for weight in stray.parameters() if weight.dim() > 1]
+                if weights:
+                    rule = self.rules("", path, type(stray))[""]
+                    reason = (
+                        f"it is in a plain {type(held).__name__}, self.{name}; put it into an nn.ModuleList or -Dict"
+                    )
+                    self.decide(f"{_join(path, name)}[{number}]", type(stray), None, rule, reason, weights)
 
     def check_parts(self, path: str, module: nn.Module, rule: Rule, apart: Collection[str]) -> None:
         """Raise QConfigError for an entry by name that wants a part of a module that is one Site otherwise.

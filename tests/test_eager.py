@@ -231,6 +231,18 @@ def test_a_layer_that_is_referred_to_elsewhere_is_quantized_there_too():
     assert record_of(quantized).left == ()
 
 
+def test_a_layer_whose_forward_an_attribute_holds_stays_float():
+    model, x = Refers().eval(), torch.randn(2, 8)
+    model.partial = model.net.forward
+    quantized = quantize_dynamic(model)
+    (left,) = record_of(quantized).left
+    assert (left.path, left.reason) == (
+        "net",
+        "self.partial of tests.test_eager.Refers holds its forward; let it hold the module",
+    )
+    assert torch.equal(quantized.partial(x), model.net(x))
+
+
 class Hides(nn.Module):
     """Has layers in containers that are no modules."""
 

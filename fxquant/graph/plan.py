@@ -7,7 +7,8 @@ reason. Nothing is changed here, and nothing later decides again.
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import types
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,7 @@ class _Planner:
         self.counts: collections.Counter[tuple[str, Any]] = collections.Counter()
         self.weights: dict[tuple[Any, ...], tuple[int, bool]] = {}  # each one's bytes, and whether all take it as int8
         self.tree = set(map(id, module.modules()))
+        self.kept_forwards = dict(_kept_forwards(module))
         self.entered: set[int] = set()  # the containers that were visited, which may stand at several paths
 
     def run(self, graph: fx.Graph) -> Plan:
@@ -93,7 +95,7 @@ class _Planner:
             found = self.rules(path, path.rpartition(".")[0], kind, known, is_whole, weights)
             rules = {name: found[weight] for weight, name in weights.items()}
             rule = main_rule(found[""], rules.values())
-            shut = inside or why_hidden(module)
+            shut = inside or why_hidden(module) or self.kept_forwards.get(id(module), "")
             reason = shut or (row.refuse_module(module) if row else why_unknown(kind, self.operators))
             seen = shape if row is None or row.has_rows else ()
             if row is not None and reason is None and len(set(rules.values())) > 1:
@@ -306,6 +308,15 @@ class _Planner:
                     f"set_module_name_object_type_order({name!r}, {type_name(kind)}, {index}): "
                     f"{name!r} has {count} quantizable {type_name(kind)}, numbered from 0"
                 )
+
+
+def _kept_forwards(root: nn.Module) -> Iterator[tuple[int, str]]:
+    """Yield each module whose own forward an attribute holds, which would run on with quantized weights, and say so."""
+    for module in root.modules():
+        for name, value in vars(module).items():
+            owner = getattr(value, "__self__", None)
+            if isinstance(value, types.MethodType) and isinstance(owner, nn.Module) and value == owner.forward:
+                yield id(owner), f"self.{name} of {type_name(type(module))} holds its forward; let it hold the module"
 
 
 def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator]) -> Plan:

@@ -582,7 +582,7 @@ def test_a_file_of_something_else(tmp_path):
 
 
 def test_the_float_model_is_a_module():
-    with pytest.raises(TorchAoError, match="takes the float model as an nn.Module, got int"):
+    with pytest.raises(TorchAoError, match=r"takes the float model as an nn\.Module, got int"):
         from_torch_ao({}, 3)
 
 

@@ -86,7 +86,8 @@ def sensitivity(
     data: an iterable of batches, as `compare` takes them; it is kept, and its first batch is the example inputs.
     metric: a function of a model that gives a number, which may be anything: a task's loss, the cosine of embeddings;
     the relative RMS error of the outputs when None. higher_is_better: what the metric means. resume: a file that keeps
-    what was measured, to go on after an interruption. progress: what to wrap the work in, `tqdm` for a bar.
+    what was measured, to go on after an interruption; by a pass of the float model, or the metric of it and of the
+    quantized one, it is told whether the file is this run's. progress: what to wrap the work in, `tqdm` for a bar.
 
     The default metric of a model that traces needs one float pass a batch, and one of all that is quantized, whose
     values are kept for as long; a site then costs twice what follows it in the graph. Any other metric is run twice a

@@ -181,8 +181,8 @@ def suggest_mapping(
     error_feedback: whether int4 weights are those of `convert_fx(prepared, data=data)`: a pass over data, and seconds
     for a large weight.
 
-    Each site is tried alone under its schemes, from the smallest up to the first that does little harm; then some 10 to
-    40 whole models are measured, with the default metric by passes over all data (see `search`).
+    Each site (for bytes, those of one tied weight together) is tried alone under its schemes, from the smallest up to
+    the first that does little harm; then some 10 to 40 whole models are measured by passes over all data: `search`.
 
     The same arguments give the same mapping; of "ms" only what was timed varies, and equal timings give equal results.
     What is stated is measured on the model that the mapping really gives. A result outside the budget is warned of.
@@ -279,12 +279,13 @@ def _sites(search: Search, point: Point) -> tuple[SuggestionSite, ...]:
     """Return the units that are finer or coarser than where the search began, and the reasons."""
     order, found = list(LADDER), []
     for unit, scheme in zip(search.units, point.schemes, strict=True):
-        began = scheme_name(search.sites[unit.site].qconfig.of(unit.weight))
-        if scheme == began:
-            continue
-        is_finer = order.index(scheme) > order.index(began)
         alone = {name: search.alone[unit, name] for name in order[:-1] if (unit, name) in search.alone}
         costs = ", ".join(f"{name} {search.harm(value):.3g}" for name, value in alone.items())
-        why = f"the metric's loss by it alone: {costs}" if costs else "not needed coarser"
-        found.append(SuggestionSite(name=search.name(unit), scheme=scheme, is_finer=is_finer, why=why))
+        who = "it" if len(unit) == 1 else search.name(unit)
+        why = f"the metric's loss by {who} alone: {costs}" if costs else "not needed coarser"
+        for place in unit:
+            began = scheme_name(search.sites[place.site].qconfig.of(place.weight))
+            if scheme != began:
+                is_finer = order.index(scheme) > order.index(began)
+                found.append(SuggestionSite(name=search.name((place,)), scheme=scheme, is_finer=is_finer, why=why))
     return tuple(found)

@@ -1,19 +1,22 @@
 """What 4-bit weights cost the word language model: bytes, loss, and how far its words' probabilities move.
 
     python benchmarks/int4_accuracy.py --data FOLDER --checkpoint FILE [--tokens 20000] [--calibrate 10]
-        [--columns 32 64 128] [--lstm int8 "int8, 3 int4" int4]
+        [--columns 32 64 128] [--lstm int8 "int8, 3 int4" int4] [--suggest BUDGET [--valid 4480]]
 
 Embedding rows are 4-bit affine throughout, the decoder is int4, the LSTM int8, int8 with the input matrices of its
 first three layers int4, or int4; each rounded to nearest, and with error feedback from some batches of the training
 text. Divergence is the mean over the words of KL(p ‖ q), p being the float model's probabilities of the next word and
 q the quantized one's: what the loss rises by on text that the float model fits, without that text's own chance.
+
+With --suggest the model is the one that suggest_mapping finds: the smallest whose loss on some words of the validation
+text is at most BUDGET more than float's, int4 weights rounded with error feedback. The test text has no part in it.
 """
 
 import argparse
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, only benchmarks/ is on the path
 
 import fxquant  # noqa: E402
-from fxquant import QConfigMapping, convert_fx, prepare_fx  # noqa: E402
+from fxquant import QConfigMapping, convert_fx, prepare_fx, suggest_mapping  # noqa: E402
 from tutorials.word_language_model import (  # noqa: E402
     Corpus,
     WordLanguageModel,
@@ -75,6 +78,32 @@ def variants(
             yield str(group_size), lstm, rounding, time.perf_counter() - begin, converted
 
 
+def loss_on(text: Tensor, model: WordLanguageModel) -> Callable[[nn.Module], float]:
+    """Return a function that gives a model's loss on a text, cut into LANES side by side, their states carried on."""
+    lanes = text[: len(text) // LANES * LANES].view(LANES, -1).t().contiguous()
+
+    def loss(candidate: nn.Module) -> float:
+        state, total = model.init_hidden(LANES), 0.0
+        with torch.no_grad():
+            for words, targets in zip(lanes[:-1].split(BPTT), lanes[1:].split(BPTT), strict=True):
+                scores, state = candidate(words, state)
+                total += float(F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum"))
+        return total / lanes[1:].numel()
+
+    return loss
+
+
+def suggested(
+    model: WordLanguageModel, corpus: Corpus, batches: int, words: int | None, budget: float
+) -> tuple[str, str, str, float, nn.Module]:
+    """Return what `variants` yields, of suggest_mapping's model; print how it was found."""
+    data, begin = calibration(model, corpus.train, batches), time.perf_counter()
+    text = corpus.valid if words is None else corpus.valid[: words + LANES]
+    found = suggest_mapping(model, data, loss_on(text, model), budget=budget)
+    print(found, found.mapping, "", sep="\n")
+    return "suggested", "suggested", "error feedback", time.perf_counter() - begin, found.model
+
+
 def measure(model: nn.Module, others: Sequence[nn.Module], text: Tensor, hidden: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Return each one's loss and divergence from the model, (2,), the model first: in one walk through the text."""
     models = [model, *others]
@@ -102,11 +131,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--calibrate", type=int, default=10, metavar="N", help="batches of the training text (%(default)s)")
     option("--columns", type=int, nargs="+", choices=GROUP_SIZES, default=GROUP_SIZES, help="columns a scale")
     option("--lstm", nargs="+", choices=LSTMS, default=list(LSTMS), help="which of its weights are int4")
+    option("--suggest", type=float, metavar="BUDGET", help="measure suggest_mapping's model, for this budget, instead")
+    option("--valid", type=token_count, default=4480, metavar="N|all", help="words it chooses by (%(default)s)")
     options = parser.parse_args(arguments)
     corpus, model = Corpus.from_folder(options.data), load_checkpoint(options.checkpoint)
     text = corpus.test if options.tokens is None else corpus.test[: options.tokens + 1]
     with torch_threads(1):
-        made = list(variants(model, corpus.train, options.calibrate, options.columns, options.lstm))
+        if options.suggest is None:
+            made = list(variants(model, corpus.train, options.calibrate, options.columns, options.lstm))
+        else:
+            made = [suggested(model, corpus, options.calibrate, options.valid, options.suggest)]
         before, *found = measure(model, [one[-1] for one in made], text, model.init_hidden(1))
     size = state_dict_bytes(model)
     rows = [("float", "", "", "", size / 1e6, 1.0, float(before[0]), 0.0, 0.0)]

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.debug.diff_view import DiffRow
+from fxquant.errors import TraceError
 from fxquant.graph import edit
 from fxquant.graph.module import Record, record_of
 from fxquant.graph.trace import trace
@@ -24,8 +25,8 @@ class _Side:
     inside: by a node's name the paths of the candidates inside the module that it calls, which are told like nodes.
     """
 
-    def __init__(self, model: nn.Module, records: list[Record]) -> None:
-        self.graph = _as_graph(model, records)
+    def __init__(self, model: nn.Module, graph: fx.GraphModule) -> None:
+        self.graph = graph
         self.nodes = {node.name: node for node in self.graph.graph.nodes}
         self.schemes, self.reasons, candidates = _notes(record_of(model))
         self._modules = dict(self.graph.named_modules())
@@ -71,12 +72,21 @@ class _Side:
 def diff_rows(before: nn.Module, after: nn.Module) -> tuple[tuple[DiffRow, ...], str]:
     """Return a row for every node of either graph, in an order that keeps each one's own, and a remark, or ""."""
     records = [record for record in map(record_of, (after, before)) if record is not None]
-    old, new = (_Side(model, records) for model in (before, after))
+    is_traced = all(record.is_traced for record in records)
+    try:
+        old, new = (
+            _Side(model, _as_graph(model, records) if is_traced else _as_list(model)) for model in (before, after)
+        )
+    except TraceError:
+        if records:
+            raise
+        is_traced = False
+        old, new = (_Side(model, _as_list(model)) for model in (before, after))
     rows = []
     for name in _merged(list(old.nodes), list(new.nodes)):
         inside = list(dict.fromkeys([*old.inside.get(name, ()), *new.inside.get(name, ())]))
         rows += [_row(part, old, new, inside if part == name else []) for part in (name, *inside)]
-    remark = "" if all(record.is_traced for record in records) else "module by module: the model does not trace"
+    remark = "" if is_traced else "module by module: the model does not trace"
     return tuple(rows), remark
 
 
@@ -117,8 +127,6 @@ def _as_graph(model: nn.Module, records: list[Record]) -> fx.GraphModule:
     """Return a model's graph, traced if need be as the other one was."""
     if isinstance(model, fx.GraphModule):
         return model
-    if any(not record.is_traced for record in records):
-        return _as_list(model)
     if not records:
         return trace(model, OPERATORS).module
     constants, untraced = records[0].constants, records[0].untraced

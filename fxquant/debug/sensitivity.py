@@ -63,9 +63,11 @@ class Sensitivity(Report):
 
     @property
     def footer(self) -> tuple[str, ...]:
-        """The lines under the table: the metric of both ends."""
+        """The lines under the table: what the columns are, and the metric of both ends."""
         better = "higher" if self.higher_is_better else "lower"
         return (
+            "alone: the metric with only this site quantized; damage: how much worse than float that is",
+            "without: the metric with all but this site quantized; gain: how much better than with all that is",
             f"metric ({better} is better): float {_value(self.float_metric)}, all sites quantized "
             f"{_value(self.quantized_metric)}",
         )

@@ -280,9 +280,9 @@ def _sites(search: Search, point: Point) -> tuple[SuggestionSite, ...]:
     order, found = list(LADDER), []
     for unit, scheme in zip(search.units, point.schemes, strict=True):
         alone = {name: search.alone[unit, name] for name in order[:-1] if (unit, name) in search.alone}
-        costs = ", ".join(f"{name} {search.harm(value):.3g}" for name, value in alone.items())
-        who = "it" if len(unit) == 1 else search.name(unit)
-        why = f"the metric's loss by {who} alone: {costs}" if costs else "not needed coarser"
+        costs = ", ".join(f"{search.harm(value):.3g} as {name}" for name, value in alone.items())
+        who = "alone it" if len(unit) == 1 else f"{search.name(unit)} alone"
+        why = f"{who} worsens the metric by {costs}" if costs else "not needed coarser"
         for place in unit:
             began = scheme_name(search.sites[place.site].qconfig.of(place.weight))
             if scheme != began:

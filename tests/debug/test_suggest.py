@@ -302,7 +302,7 @@ def test_a_float_model_whose_metric_is_nan_is_an_error(model, data):
 def test_it_prints_and_gives_plain_values(model, data):
     found = suggest_mapping(model, data, budget=0.0)
     assert "within the budget of 0" in str(found)
-    assert "finer: first float; the metric's loss by it alone: int4 0." in str(found)
+    assert "finer: first float; alone it worsens the metric by 0." in str(found)
     assert "← suggested" in str(found)
     told = json.loads(json.dumps(found.to_dict()))
     assert told["model"] is None
@@ -379,7 +379,7 @@ def test_tied_weights_are_decided_together(end):
     assert len(schemes) == 3
     assert set(dict(found.kept).items()) >= {("e", "float16"), (ENDS[end], "float16")}
     assert any(row.what.startswith(f"e+{ENDS[end]} float16, middle ") for row in found.rows)
-    assert f"e float16; the metric's loss by e+{ENDS[end]} alone: int4 " in str(found)
+    assert f"e float16; e+{ENDS[end]} alone worsens the metric by 0." in str(found)
 
 
 def test_where_time_is_minimized_tied_weights_are_decided_apart(monkeypatch):

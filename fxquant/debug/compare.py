@@ -86,6 +86,7 @@ class Comparison(Report):
     output_relative_rms: float
     output_max_error: float
 
+    title: ClassVar[str] = "Comparison: the error of each site"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("site", "path", 24, site_name, is_number=False, is_name=True),
         Column("was", "kind", 12, lambda row: row.kind, is_number=False, is_name=True),

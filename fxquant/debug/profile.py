@@ -77,6 +77,7 @@ class Profile(Report):
     threads: int
     kernels: str
 
+    title: ClassVar[str] = "Profile: milliseconds and bytes of each site"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("site", "path", 24, site_name, is_number=False, is_name=True),
         Column("was", "kind", 14, lambda row: row.kind, is_number=False, is_name=True),

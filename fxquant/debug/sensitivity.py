@@ -51,6 +51,7 @@ class Sensitivity(Report):
     quantized_metric: float
     higher_is_better: bool
 
+    title: ClassVar[str] = "Sensitivity: what each site alone does to the metric"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("site", "path", 28, lambda row: shorten(site_name(row), 28), is_number=False),
         Column("was", "kind", 14, lambda row: shorten(row.kind, 14), is_number=False),

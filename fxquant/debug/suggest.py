@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import numbers
 import os
@@ -79,6 +80,7 @@ class Suggestion(Report):
     minimize: str
     higher_is_better: bool
 
+    title: ClassVar[str] = "Suggestion: size or time against the metric"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("measured", "what", 56, lambda row: row.what, is_number=False),
         Column("metric", "metric", 10, lambda row: f"{row.metric:.5g}"),
@@ -244,9 +246,15 @@ def _realize(
 
 def _rows(search: Search, chosen: Point) -> tuple[SuggestionStep, ...]:
     """Return the curve."""
+    counts = collections.Counter(_told(search, point, chosen) for point in search.points)
+
+    def tell(point: Point) -> str:
+        told = _told(search, point, chosen)
+        return told if counts[told] == 1 or point == chosen else _told(search, point, chosen, len(search.units))
+
     return tuple(
         SuggestionStep(
-            what=_told(search, point, chosen),
+            what=tell(point),
             metric=point.metric,
             bytes=point.bytes,
             ms=point.ms,
@@ -257,15 +265,18 @@ def _rows(search: Search, chosen: Point) -> tuple[SuggestionStep, ...]:
     )
 
 
-def _told(search: Search, point: Point, chosen: Point) -> str:
-    """Return a mixture in words: "all int8", "encoder int4, rnn int8", "int4 ×12, int8 ×3", "suggested, but b int8"."""
+def _told(search: Search, point: Point, chosen: Point, most: int = 2) -> str:
+    """Return a mixture in words: "all int8", "encoder int4, rnn int8", "int4 ×12, int8 ×3", "suggested, but b int8".
+
+    most: how many units may differ from the suggested mixture for the last form.
+    """
     if len(set(point.schemes)) == 1:
         return f"all {point.schemes[0]}"
     told = [f"{search.name(u)} {s}" for u, s in zip(search.units, point.schemes, strict=True)]
     if len(told) <= 3:
         return ", ".join(told)
     other = [name for name, s, own in zip(told, point.schemes, chosen.schemes, strict=True) if s != own]
-    if 0 < len(other) <= 2:
+    if 0 < len(other) <= most:
         return f"suggested, but {', '.join(other)}"
     return ", ".join(f"{name} ×{point.schemes.count(name)}" for name in LADDER if name in point.schemes)
 

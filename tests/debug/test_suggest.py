@@ -27,6 +27,7 @@ from fxquant import (
 )
 from fxquant.debug import search, trial
 from fxquant.debug.ladder import scheme_name
+from fxquant.debug.suggest import _rows
 from fxquant.errors import ArgumentError, ModelStateError
 from fxquant.graph import moments
 from fxquant.graph.edit import byte_count
@@ -528,3 +529,21 @@ def test_another_scheme_is_an_error(model, data, schemes):
 def test_no_scheme_is_an_error(model, data):
     with pytest.raises(QConfigError, match="schemes is empty"):
         suggest_mapping(model, data, budget=1.0, schemes=())
+
+
+def test_no_two_models_of_the_curve_are_called_the_same():
+    def point(schemes, size):
+        return search.Point(tuple({"4": "int4", "8": "int8"}[letter] for letter in schemes), 0.0, 0.0, size, math.nan)
+
+    points = [point("44484", 1), point("88844", 2), point("84888", 3), point("88888", 4)]
+    found = SimpleNamespace(
+        units="abcde", name=str, points=points, is_within=lambda metric: True, cost=lambda point: point.bytes
+    )
+    assert [row.what for row in _rows(found, points[0])][1:3] == ["int4 ×2, int8 ×3", "int4 ×1, int8 ×4"]
+    points[2] = point("48848", 3)
+    assert [row.what for row in _rows(found, points[0])] == [
+        "int4 ×4, int8 ×1",
+        "suggested, but a int8, b int8, c int8, d int4",
+        "suggested, but b int8, c int8, d int4, e int8",
+        "all int8",
+    ]

@@ -1,19 +1,23 @@
 """What 4-bit weights cost the word language model: bytes, loss, and how far its words' probabilities move.
 
     python benchmarks/int4_accuracy.py --data FOLDER --checkpoint FILE [--tokens 20000] [--calibrate 10]
-        [--columns 32 64 128] [--lstm int8 "int8, 3 int4" int4]
+        [--columns 32 64 128] [--lstm int8 "int8, 3 int4" int4] [--suggest BUDGET [--valid 4480] [--by loss]]
 
 Embedding rows are 4-bit affine throughout, the decoder is int4, the LSTM int8, int8 with the input matrices of its
 first three layers int4, or int4; each rounded to nearest, and with error feedback from some batches of the training
 text. Divergence is the mean over the words of KL(p ‖ q), p being the float model's probabilities of the next word and
 q the quantized one's: what the loss rises by on text that the float model fits, without that text's own chance.
+
+With --suggest the model is the one that suggest_mapping finds: the smallest whose loss, or divergence, on some words of
+the validation text is at most BUDGET more than float's, int4 weights rounded with error feedback. The test text has no
+part in it.
 """
 
 import argparse
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, only benchmarks/ is on the path
 
 import fxquant  # noqa: E402
-from fxquant import QConfigMapping, convert_fx, prepare_fx  # noqa: E402
+from fxquant import QConfigMapping, convert_fx, prepare_fx, suggest_mapping  # noqa: E402
 from tutorials.word_language_model import (  # noqa: E402
     Corpus,
     WordLanguageModel,
@@ -36,6 +40,7 @@ from tutorials.word_language_model import (  # noqa: E402
 from tutorials.word_language_model.options import token_count  # noqa: E402
 
 BPTT, LANES, STEPS = 100, 16, 100
+METRICS = ("loss", "divergence")
 GROUP_SIZES = (32, 64, 128)
 LSTMS = {"int8": (), "int8, 3 int4": ("weight_ih_l0", "weight_ih_l1", "weight_ih_l2"), "int4": ("",)}
 """Which of the LSTM's weights are int4; "" for all."""
@@ -75,21 +80,41 @@ def variants(
             yield str(group_size), lstm, rounding, time.perf_counter() - begin, converted
 
 
+def metric_on(text: Tensor, model: WordLanguageModel, name: str) -> Callable[[nn.Module], float]:
+    """Return a function that gives a model's loss on a text, or its divergence from a float model.
+
+    The text is cut into LANES that run side by side, their states carried on.
+    """
+    lanes = text[: len(text) // LANES * LANES].view(LANES, -1).t().contiguous()
+    return lambda one: float(measure(model, [one], lanes, model.init_hidden(LANES))[1][METRICS.index(name)])
+
+
+def suggested(
+    model: WordLanguageModel, corpus: Corpus, batches: int, words: int | None, budget: float, name: str
+) -> tuple[str, str, str, float, nn.Module]:
+    """Return what `variants` yields, of suggest_mapping's model; print how it was found."""
+    data, begin = calibration(model, corpus.train, batches), time.perf_counter()
+    text = corpus.valid if words is None else corpus.valid[: words + LANES]
+    found = suggest_mapping(model, data, metric_on(text, model, name), budget=budget)
+    print(found, found.mapping, "", sep="\n")
+    return "suggested", "suggested", "error feedback", time.perf_counter() - begin, found.model
+
+
 def measure(model: nn.Module, others: Sequence[nn.Module], text: Tensor, hidden: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Return each one's loss and divergence from the model, (2,), the model first: in one walk through the text."""
+    """Return each one's METRICS, (2,), the model first: in one walk through the text, (N, B), of B lanes."""
     models = [model, *others]
     states, sums = [hidden] * len(models), torch.zeros(len(models), 2, dtype=torch.float64)
     with torch.no_grad():
         for words, targets in zip(text[:-1].split(BPTT), text[1:].split(BPTT), strict=True):
             expected = probabilities = torch.empty(0)
             for i, each in enumerate(models):
-                scores, states[i] = each(words.unsqueeze(1), states[i])
+                scores, states[i] = each(words, states[i])
                 found = F.log_softmax(scores.flatten(0, 1), 1)
                 if i == 0:
                     expected, probabilities = found, found.exp()
-                sums[i, 0] += F.nll_loss(found, targets, reduction="sum")
+                sums[i, 0] += F.nll_loss(found, targets.flatten(), reduction="sum")
                 sums[i, 1] += torch.linalg.vecdot(probabilities, expected - found).sum()
-    return list(sums / (len(text) - 1))
+    return list(sums / text[1:].numel())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,12 +127,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--calibrate", type=int, default=10, metavar="N", help="batches of the training text (%(default)s)")
     option("--columns", type=int, nargs="+", choices=GROUP_SIZES, default=GROUP_SIZES, help="columns a scale")
     option("--lstm", nargs="+", choices=LSTMS, default=list(LSTMS), help="which of its weights are int4")
+    option("--suggest", type=float, metavar="BUDGET", help="measure suggest_mapping's model, for this budget, instead")
+    option("--valid", type=token_count, default=4480, metavar="N|all", help="words it chooses by (%(default)s)")
+    option("--by", choices=METRICS, default="loss", help="and by which of them (%(default)s)")
     options = parser.parse_args(arguments)
     corpus, model = Corpus.from_folder(options.data), load_checkpoint(options.checkpoint)
     text = corpus.test if options.tokens is None else corpus.test[: options.tokens + 1]
     with torch_threads(1):
-        made = list(variants(model, corpus.train, options.calibrate, options.columns, options.lstm))
-        before, *found = measure(model, [one[-1] for one in made], text, model.init_hidden(1))
+        if options.suggest is None:
+            made = list(variants(model, corpus.train, options.calibrate, options.columns, options.lstm))
+        else:
+            made = [suggested(model, corpus, options.calibrate, options.valid, options.suggest, options.by)]
+        before, *found = measure(model, [one[-1] for one in made], text.unsqueeze(1), model.init_hidden(1))
     size = state_dict_bytes(model)
     rows = [("float", "", "", "", size / 1e6, 1.0, float(before[0]), 0.0, 0.0)]
     for (*told, seconds, one), (loss, divergence) in zip(made, found, strict=True):

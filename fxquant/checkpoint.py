@@ -2,6 +2,11 @@
 
 Nothing is ever unpickled. The metadata entry "fxquant" is JSON: format, version, sites, left, fusions, mapping, aliases
 of tied tensors, preserved attributes; the entry "sha256" is a digest of the whole file with this entry zeroed.
+
+FORMAT grows by one with the first change after a release that another version would read wrongly or not at all: a field
+more or less in the plan, other names, layouts or meanings of a module's tensors. That change decides whether `load`
+still takes older files; a newer one it never does. 1 is the format of 0.1.0, which is not released yet, and may change
+as it stands until then.
 """
 
 from __future__ import annotations
@@ -88,7 +93,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[
     model: the float architecture, in eval mode; it may live on the meta device, for no float weight is read or made.
     It is not changed. operators: the table that the model was prepared with, if rows of your own were in it.
 
-    Raises CheckpointError for a file that is damaged, altered, foreign, newer than this version, or another model's.
+    Raises CheckpointError for a file that is damaged, altered, foreign, of another format than this version's,
+    or another model's.
     """
     refuse_ours(model, "load")
     check_model(model)
@@ -218,13 +224,14 @@ def _read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is damaged or was altered: its content does not give its own digest")
     try:
         plan: dict[str, Any] = json.loads(metadata["fxquant"])
-        is_newer = plan["format"] > FORMAT
+        is_newer, is_other = plan["format"] > FORMAT, plan["format"] != FORMAT
     except (LookupError, TypeError, ValueError) as error:
         raise _senseless(path, error) from error
-    if is_newer:
+    if is_other:
+        cure = "upgrade fxquant" if is_newer else "quantize the float model anew, or load the file with that version"
         raise CheckpointError(
-            f"{path}: was written by fxquant {plan['version']} in format {plan['format']}; this is fxquant "
-            f"{__version__}, which reads up to format {FORMAT}: upgrade fxquant"
+            f"{path}: was written by fxquant {plan.get('version')} in format {plan['format']}; this is fxquant "
+            f"{__version__}, which reads format {FORMAT}: {cure}"
         )
     return plan
 
@@ -258,7 +265,7 @@ def _record(
 
 def _site(plain: dict[str, Any]) -> Site:
     """Return the site that JSON values describe."""
-    tuples = {name: tuple(plain.get(name, ())) for name in ("shape", "part_rules")}
+    tuples = {name: tuple(plain[name]) for name in ("shape", "part_rules")}
     return Site(**{**plain, **tuples, "qconfig": QConfig.from_dict(plain["qconfig"])})
 
 

@@ -184,6 +184,8 @@ def qconfig_name(qconfig: Choice) -> str:
     if qconfig is None:
         return "None"
     names = {preset: name for name, preset in PRESETS.items()}
+    int4 = "int4_dynamic_qconfig"
+    names.update({PRESETS[int4].with_group_size(size): f"{int4}.with_group_size({size})" for size in (128, 32)})
     return qconfig.tell(lambda own: names.get(own, f"QConfig({own})"))
 
 

@@ -1,6 +1,7 @@
 """save and load: round trips, meta skeletons, every kind of damage, and files of others."""
 
 import copy
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,11 +20,15 @@ from fxquant import (
     CheckpointError,
     FxQuantError,
     ModelStateError,
+    QConfig,
     QConfigMapping,
     convert_fx,
     graph_diff,
     quantize_dynamic,
 )
+from fxquant.checkpoint import FORMAT
+from fxquant.graph.module import Coverage, Fusion, Left, Site
+from fxquant.spec import TensorSpec
 from tests.samples import SCHEMES, Call, WordLM, everything, leaves, lm_inputs, prepare, quantize, same_bits
 
 
@@ -373,10 +378,34 @@ def rewrite(path, change):
     checkpoint._sign(path)
 
 
-def test_a_newer_format_is_refused(saved):
-    rewrite(saved, lambda plan, _: plan.update(format=2, version="9.9"))
-    with pytest.raises(CheckpointError, match=r"was written by fxquant 9\.9 in format 2; .* upgrade fxquant"):
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [(2, "upgrade fxquant"), (0, "quantize the float model anew, or load the file with that version")],
+)
+def test_another_format_is_refused(saved, number, cure):
+    rewrite(saved, lambda plan, _: plan.update(format=number, version="9.9"))
+    with pytest.raises(
+        CheckpointError, match=rf"was written by fxquant 9\.9 in format {number}; .* reads format 1: {cure}$"
+    ):
         load_small(saved)
+
+
+FIELDS = {
+    1: {
+        Site: "path kind operator qconfig rule call observer float_bytes int_bytes opt_out shape part_rules rounding",
+        Left: "path kind reason rule call float_bytes opt_out",
+        Fusion: "path chain",
+        Coverage: "quantized_bytes total_bytes",
+        QConfig: "activation weight weight_observer parts",
+        TensorSpec: "dtype qmin qmax symmetric axis dynamic scale_steps group_size",
+    }
+}
+"""What each format's plan is made of; after a release, a change here goes with a new FORMAT (fxquant/checkpoint.py)."""
+
+
+def test_the_plan_s_fields_are_those_of_its_format():
+    found = {kind: " ".join(field.name for field in dataclasses.fields(kind)) for kind in FIELDS[FORMAT]}
+    assert found == FIELDS[FORMAT]
 
 
 def test_a_missing_tensor_is_refused(saved):

@@ -21,6 +21,7 @@ from fxquant import (
     default_dynamic_qconfig_mapping,
     float16_dynamic_qconfig,
     float_qparams_weight_only_qconfig,
+    int4_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
 )
 from tests.samples import WordLM, everything, kinds, lm_inputs, prepare, quantize
@@ -443,3 +444,10 @@ def test_a_shared_module_is_decided_by_any_of_its_names():
 
     for name in ("a", "b"):
         assert decisions(everything().set_module_name(name, None), Shared()) == {}
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_an_int4_preset_of_another_group_size_reads_as_the_call_that_made_it(size):
+    (line,) = repr(QConfigMapping().set_global(int4_dynamic_qconfig.with_group_size(size))).splitlines()[1:]
+    suffix = "" if size == int4_dynamic_qconfig.weight.group_size else f".with_group_size({size})"
+    assert line == f"  .set_global(int4_dynamic_qconfig{suffix})"

@@ -86,6 +86,7 @@ class Comparison(Report):
     output_relative_rms: float
     output_max_error: float
 
+    title: ClassVar[str] = "Comparison: the error of each site"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("site", "path", 24, site_name, is_number=False, is_name=True),
         Column("was", "kind", 12, lambda row: row.kind, is_number=False, is_name=True),
@@ -107,7 +108,8 @@ class Comparison(Report):
         missed = [site_name(row) for row in self.rows if not row.calls]
         apart = [f"{site_name(row)}: {row.unpaired}" for row in self.rows if row.unpaired]
         return (
-            "SQNR, RMS (relative) and max error as it runs; local: SQNR of the site alone, on the float model's inputs",
+            "SQNR, RMS (relative) and max (absolute) error as it runs; local: SQNR of the site alone, on float inputs",
+            "input: the range of these; peak: how far a row's largest value sticks out, 1 where all are of one size",
             *([f"never called: {', '.join(missed)}"] if missed else ()),
             *([f"calls without a counterpart in the other model: {', '.join(apart)}"] if apart else ()),
             output,

@@ -40,7 +40,8 @@ def draw_curve(dots: Sequence[Dot], limit: float, x_label: str, y_label: str) ->
 
     bottom, right = _TOP + height, _LEFT + width
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" '
+        f'height="{_HEIGHT}" role="img">',
         f"<title>{html.escape(f'{y_label} against {x_label}')}</title><style>{_STYLE}</style>",
         f'<rect width="{_WIDTH}" height="{_HEIGHT}"/>',
     ]

@@ -128,6 +128,7 @@ class GraphDiff(Report):
     stages: tuple[str, str] = ("before", "after")
     remark: str = ""
 
+    title: ClassVar[str] = "Graph diff"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("node", "name", 0, lambda row: row.name),
         Column("size", "bytes_after", 0, lambda row: megabytes(row.bytes_after)),

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.debug.diff_view import DiffRow
+from fxquant.errors import TraceError
 from fxquant.graph import edit
 from fxquant.graph.module import Record, record_of
 from fxquant.graph.trace import trace
@@ -24,8 +25,8 @@ class _Side:
     inside: by a node's name the paths of the candidates inside the module that it calls, which are told like nodes.
     """
 
-    def __init__(self, model: nn.Module, records: list[Record]) -> None:
-        graph, self.root = _as_graph(model, records)
+    def __init__(self, model: nn.Module, graph: fx.Graph, root: nn.Module) -> None:
+        self.root = root
         self.nodes = {node.name: node for node in graph.nodes}
         self.schemes, self.reasons, candidates = _notes(record_of(model))
         self._modules = dict(self.root.named_modules())
@@ -71,12 +72,20 @@ class _Side:
 def diff_rows(before: nn.Module, after: nn.Module) -> tuple[tuple[DiffRow, ...], str]:
     """Return a row for every node of either graph, in an order that keeps each one's own, and a remark, or ""."""
     records = [record for record in map(record_of, (after, before)) if record is not None]
-    old, new = (_Side(model, records) for model in (before, after))
+    is_traced = all(record.is_traced for record in records)
+    try:
+        graphs = [_as_graph(model, records) for model in (before, after)] if is_traced else []
+    except TraceError:
+        if records:
+            raise
+        is_traced, graphs = False, []
+    graphs = graphs or [(_as_list(model), model) for model in (before, after)]
+    old, new = (_Side(model, *graph) for model, graph in zip((before, after), graphs, strict=True))
     rows = []
     for name in _merged(list(old.nodes), list(new.nodes)):
         inside = list(dict.fromkeys([*old.inside.get(name, ()), *new.inside.get(name, ())]))
         rows += [_row(part, old, new, inside if part == name else []) for part in (name, *inside)]
-    remark = "" if all(record.is_traced for record in records) else "module by module: the model does not trace"
+    remark = "" if is_traced else "module by module: the model does not trace"
     return tuple(rows), remark
 
 
@@ -115,8 +124,6 @@ def _unlike(old: str, new: str) -> tuple[str, str]:
 
 def _as_graph(model: nn.Module, records: list[Record]) -> tuple[fx.Graph, nn.Module]:
     """Return a model's graph, traced if need be as the other one was, and what holds the modules that it calls."""
-    if any(not record.is_traced for record in records) and not isinstance(model, fx.GraphModule):
-        return _as_list(model), model
     module = model
     if not isinstance(module, fx.GraphModule):
         record = records[0] if records else Record(stage="prepared", operators=OPERATORS)

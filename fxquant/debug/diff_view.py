@@ -116,7 +116,7 @@ def near_changes(rows: Sequence[DiffRow], context: int) -> list[DiffRow]:
     result: list[DiffRow] = []
     for is_shown, run in itertools.groupby(enumerate(rows), lambda pair: pair[0] in shown):
         part = [row for _, row in run]
-        result += part if is_shown else [DiffRow("⋮", "", "unchanged", "", "", 0, 0)]
+        result += part if is_shown else [DiffRow("⋮", "", f"{len(part)} unchanged", "", "", 0, 0)]
     return result
 
 

@@ -80,6 +80,7 @@ class Explanation(Report):
             *(f"such times were measured on {source}; yours may differ" for source in sources),
         )
 
+    title: ClassVar[str] = "Explanation: what became of each layer, and why"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("path", "path", 24, _path, is_number=False, is_name=True),
         Column("was", "kind", 16, lambda row: row.kind, is_number=False, is_name=True),

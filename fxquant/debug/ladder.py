@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -58,12 +58,12 @@ def check_schemes(schemes: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in LADDER if name in chosen)
 
 
-def ladder_of(site: Site, row: Operator, schemes: Sequence[str], weight: str = "") -> dict[str, QConfig | None]:
+def ladder_of(site: Site, row: Operator, schemes: Sequence[str], weight: str = "") -> Ladder:
     """Return what a site, or a weight of it, gets under each scheme that its operator accepts.
 
     Its own qconfig under that one's scheme. What the mapping leaves float stays so.
     """
-    began, found = site.qconfig.of(weight), dict[str, QConfig | None]()
+    began, found = site.qconfig.of(weight), Ladder()
     if began is None:
         return {"float": None}
     for name in schemes:
@@ -88,17 +88,40 @@ def _fitted(site: Site, qconfig: QConfig, weight: str, is_own: bool) -> QConfig:
     return replace(qconfig, activation=same)
 
 
-class Unit(NamedTuple):
-    """What is decided by itself: a site, by its number, or one of its weights, by its name ("" for a whole site)."""
+class Place(NamedTuple):
+    """What can have a scheme of its own: a site, by its number, or one of its weights, by its name ("" for a site)."""
 
     site: int
     weight: str = ""
 
 
-def units_of(number: int, row: Operator, module: nn.Module | None) -> list[Unit]:
-    """Return a site's units: its weights where each may have a scheme of its own. module: None for a call."""
+Unit = tuple[Place, ...]
+"""What is decided by itself: a place, or all those that one weight stands in."""
+
+Ladder = dict[str, QConfig | None]
+"""The schemes that a place may have, smallest first, and what it gets under each."""
+
+
+def places_of(number: int, row: Operator, module: nn.Module | None) -> list[Place]:
+    """Return a site's places: its weights where each may have a scheme of its own. module: None for a call."""
     names = row.parts(module) if module is not None else ()
-    return [Unit(number, name) for name in names] if len(names) > 1 else [Unit(number)]
+    return [Place(number, name) for name in names] if len(names) > 1 else [Place(number)]
+
+
+def tie(ladders: Mapping[Place, Ladder], weights: Mapping[Place, Hashable]) -> dict[Unit, tuple[str, ...]]:
+    """Return the units, and the schemes of each: places of one weight are one, under the schemes that all of them take.
+
+    Two schemes for one weight would be two tables; the finer of them for both is one, and does less harm. weights: what
+    tells a place's weights from others. Places of one weight that take no scheme in common stay units of their own.
+    """
+    groups: dict[Hashable, list[Place]] = {}
+    for place in ladders:
+        groups.setdefault(weights[place], []).append(place)
+    units: dict[Unit, tuple[str, ...]] = {}
+    for places in groups.values():
+        common = tuple(name for name in ladders[places[0]] if all(name in ladders[place] for place in places))
+        units.update({tuple(places): common} if common else {(place,): tuple(ladders[place]) for place in places})
+    return units
 
 
 class Option(NamedTuple):

@@ -25,6 +25,9 @@ from fxquant.graph.module import Record, record_of
 from fxquant.ops import kernel_info
 from fxquant.ops.native import takes
 
+_BUSY = 0.2
+"""The share of a call by which its parts' medians add up to something else, from which the figures are not to trust."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRow:
@@ -74,13 +77,20 @@ class Profile(Report):
     threads: int
     kernels: str
 
+    title: ClassVar[str] = "Profile: milliseconds and bytes of each site"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("site", "path", 24, site_name, is_number=False, is_name=True),
         Column("was", "kind", 14, lambda row: row.kind, is_number=False, is_name=True),
-        Column("kernel", "kernel", 12, lambda row: row.kernel, is_number=False),
+        Column(
+            "kernel",
+            "kernel",
+            12,
+            lambda row: row.kernel if row.calls or not row.kind else "never called",
+            is_number=False,
+        ),
         Column("calls", "calls", 5, lambda row: str(row.calls or "")),
-        Column("ms", "ms", 9, lambda row: _ms(row.ms)),
-        Column("float ms", "float_ms", 9, lambda row: _ms(row.float_ms)),
+        Column("ms", "ms", 9, lambda row: _ms(row.ms) if row.ms else ""),
+        Column("float ms", "float_ms", 9, lambda row: _ms(row.float_ms) if row.float_ms else ""),
         Column("speed", "speedup", 6, lambda row: _times(row.speedup)),
         Column("size", "bytes", 9, lambda row: megabytes(row.bytes) if row.bytes else ""),
         Column("float size", "float_bytes", 9, lambda row: megabytes(row.float_bytes) if row.float_bytes else ""),
@@ -92,8 +102,17 @@ class Profile(Report):
         is_alone = math.isnan(self.float_ms)
         beside = "" if is_alone else f", float {_ms(self.float_ms)} ms, {_times(self.float_ms / self.ms)} as fast"
         sizes = megabytes(self.bytes) if is_alone else f"{megabytes(self.float_bytes)} → {megabytes(self.bytes)}"
+        sums = [sum(row.ms for row in self.rows), sum(row.float_ms for row in self.rows)]
+        calls = [self.ms, self.float_ms]
+        is_busy = any(abs(total - call) > _BUSY * call for total, call in zip(sums, calls, strict=True))
+        told = " and ".join(f"{_ms(total)}" for total in sums if not math.isnan(total))
         return (
             f"a call: {_ms(self.ms)} ms{beside}; {sizes}",
+            *(
+                [f"the rows add up to {told} ms: the machine was busy with other work; measure again"]
+                if is_busy
+                else []
+            ),
             f"medians of {self.rounds} rounds; {self.threads} thread{'s' if self.threads != 1 else ''}, {self.kernels}",
         )
 

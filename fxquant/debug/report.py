@@ -36,6 +36,7 @@ class Column:
 class Report:
     """Rows that print as a table, in a terminal and in a notebook. A dataclass of `rows`, and what its footer says."""
 
+    title: ClassVar[str] = ""
     columns: ClassVar[tuple[Column, ...]]
     rows: tuple[Any, ...]
 
@@ -98,7 +99,7 @@ class Report:
         values = [[_sort_value(getattr(row, column.field)) for column in columns] for row in self.rows]
         rows = [list(zip(texts, keys, strict=True)) for texts, keys in zip(cells, values, strict=True)]
         headers = [(column.header, column.is_number) for column in columns]
-        return write(path, table_page(type(self).__name__, headers, rows, self.footer, self.figure()))
+        return write(path, table_page(self.title or type(self).__name__, headers, rows, self.footer, self.figure()))
 
     def to_dataframe(self) -> Any:
         """Return the rows as a pandas.DataFrame. Raises MissingPackageError where pandas is not installed."""

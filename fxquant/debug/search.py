@@ -1,7 +1,7 @@
 """The search behind suggest_mapping: what each scheme does alone, which mixtures that promises, what those really do.
 
-1. Each unit (a site, or a weight of one) is measured alone under its schemes, from the cheapest up to the first whose
-   harm is a small part of the budget.
+1. Each unit (a site, or a weight of one, or all places of one weight) is measured alone under its schemes, from the
+   cheapest up to the first whose harm is a small part of the budget.
 2. A knapsack over these gives the mixtures that no other beats in cost and promised harm (see `ladder`).
 3. Along those, the cheapest whose real metric is within the budget is found by bisection.
 4. From there, single units are made cheaper, the greatest saving first, as long as the budget allows.
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fxquant.debug.ladder import Mixture, Option, Unit, best_mixtures, ladder_of, units_of
+from fxquant.debug.ladder import Mixture, Option, Place, Unit, best_mixtures, ladder_of, places_of, tie
 from fxquant.debug.profile import profile
 from fxquant.debug.table import site_name
 from fxquant.debug.trial import Forms, Progress, Trial, Variant
@@ -73,30 +73,31 @@ class Search:
         rows = [find_row(trial.record.operators, site.operator) for site in self.sites]
         assert None not in rows
         self.ladders = {
-            unit: ladder_of(site, row, schemes, unit.weight)
+            place: ladder_of(site, row, schemes, place.weight)
             for i, (site, row) in enumerate(zip(self.sites, rows, strict=True))
             if row
-            for unit in (units_of(i, row, trial.float_site(i)) if not self.is_fast else [Unit(i)])
+            for place in (places_of(i, row, trial.float_site(i)) if not self.is_fast else [Place(i)])
         }
-        self.units = list(self.ladders)
-        empty = next((unit for unit, ladder in self.ladders.items() if not ladder), None)
+        empty = next((place for place, ladder in self.ladders.items() if not ladder), None)
         if empty is not None:
-            told = f"{self.name(empty)} ({self.sites[empty.site].kind})"
+            told = f"{self.name((empty,))} ({self.sites[empty.site].kind})"
             raise QConfigError(f"schemes {tuple(schemes)} has none that {told} takes; add 'float'")
+        held = {p: frozenset(weight.data_ptr() for weight in trial.weights(*p)) for p in self.ladders}
+        self.schemes = tie(self.ladders, {p: p if self.is_fast else held[p] or p for p in self.ladders})
+        self.units = list(self.schemes)
         self.points: list[Point] = []
         self.alone: dict[tuple[Unit, str], float] = {}
         self._forms: dict[tuple[int, QConfig], nn.Module] = {}
         if error_feedback:
             trial.watch(
-                [(unit.site, q) for unit, ladder in self.ladders.items() for q in ladder.values() if q is not None]
+                [(place.site, q) for place, ladder in self.ladders.items() for q in ladder.values() if q is not None]
             )
         self._ms = self._measure_ms(model) if self.is_fast else {}
         self._make_forms()
 
     def name(self, unit: Unit) -> str:
-        """Return what a unit is called."""
-        name = site_name(self.sites[unit.site])
-        return f"{name}.{unit.weight}" if unit.weight else name
+        """Return what a unit is called: "encoder+decoder" where these share a weight."""
+        return "+".join(f"{site_name(self.sites[i])}.{weight}".removesuffix(".") for i, weight in unit)
 
     def is_within(self, value: float) -> bool:
         """Return whether a metric is within the budget."""
@@ -108,9 +109,10 @@ class Search:
 
     def qconfigs(self, chosen: Mapping[Unit, str]) -> dict[int, QConfig]:
         """Return what each site gets; units that are not named stay float, and sites that do are missing."""
+        names = {place: name for unit, name in chosen.items() for place in unit}
         own: dict[int, dict[str, QConfig | None]] = collections.defaultdict(dict)
-        for unit, ladder in self.ladders.items():
-            own[unit.site][unit.weight] = ladder.get(chosen.get(unit, "float"))
+        for place, ladder in self.ladders.items():
+            own[place.site][place.weight] = ladder.get(names.get(place, "float"))
         wanted = {i: mixed(weights) for i, weights in own.items()}
         return {i: qconfig for i, qconfig in wanted.items() if qconfig is not None}
 
@@ -163,12 +165,12 @@ class Search:
     def _by_cost(self, unit: Unit) -> list[tuple[float, str]]:
         """Return what a unit adds to the float model under each scheme, the cheapest first."""
         if self.is_fast:
-            costs = [(self._ms[unit.site, scheme], scheme) for scheme in self.ladders[unit]]
+            costs = [(self._ms[unit[0].site, scheme], scheme) for scheme in self.schemes[unit]]
         else:
             floats = self.trial.bytes_with({})
             costs = [
                 (float(self.trial.bytes_with(self._forms_of({unit: scheme})) - floats), scheme)
-                for scheme in self.ladders[unit]
+                for scheme in self.schemes[unit]
             ]
         return sorted(costs, key=lambda pair: pair[0])
 
@@ -210,8 +212,8 @@ class Search:
 
     def _measure_reference(self) -> None:
         """Measure what int8 alone comes to, where it may be used: one would want to know."""
-        ladders = self.ladders.values()
-        plain = tuple("int8" if len(ladder) > 1 else next(iter(ladder)) for ladder in ladders)
+        ladders = self.schemes.values()
+        plain = tuple("int8" if len(ladder) > 1 else ladder[0] for ladder in ladders)
         if all(scheme in ladder for scheme, ladder in zip(plain, ladders, strict=True)):
             self.measure(plain)
 
@@ -224,7 +226,7 @@ class Search:
         value = self.trial.measure(forms)
         ms = math.nan
         if self.is_fast:
-            ms = self._ms[-1, ""] + sum(self._ms[u.site, s] for u, s in zip(self.units, schemes, strict=True))
+            ms = self._ms[-1, ""] + sum(self._ms[u[0].site, s] for u, s in zip(self.units, schemes, strict=True))
         point = Point(schemes, value, self.harm(value), self.trial.bytes_with(forms), ms)
         self.points.append(point)
         return point
@@ -235,14 +237,14 @@ class Search:
 
     def _form(self, i: int, qconfig: QConfig) -> nn.Module:
         if (i, qconfig) not in self._forms:
-            self._forms[i, qconfig] = self.trial.convert_sites({i: qconfig})[1][i]
+            self._forms[i, qconfig] = self.trial.make_forms({i: qconfig})[i]
         return self._forms[i, qconfig]
 
     def _make_forms(self) -> None:
-        """Make all sites' forms under each scheme at once, so that tied weights stay one tensor."""
-        for scheme in dict.fromkeys(name for ladder in self.ladders.values() for name in ladder if name != "float"):
+        """Make all sites' forms under each scheme at once: one conversion each would take far longer."""
+        for scheme in dict.fromkeys(name for names in self.schemes.values() for name in names if name != "float"):
             chosen = self._chosen(scheme)
-            for i, form in self.trial.convert_sites(chosen)[1].items():
+            for i, form in self.trial.make_forms(chosen).items():
                 self._forms[i, chosen[i]] = form
 
     def _measure_ms(self, model: nn.Module) -> dict[tuple[int, str], float]:
@@ -252,15 +254,15 @@ class Search:
         places = [(site.path, site.call or "") for site in self.sites]
         found = {(i, "float"): whole[place].float_ms for i, place in enumerate(places)}
         found[-1, ""] = whole["elsewhere", ""].ms
-        for scheme in dict.fromkeys(name for ladder in self.ladders.values() for name in ladder if name != "float"):
+        for scheme in dict.fromkeys(name for names in self.schemes.values() for name in names if name != "float"):
             chosen = self._chosen(scheme)
-            rows = {(r.path, r.call): r.ms for r in profile(trial.convert_sites(chosen)[0], trial.first_batch).rows}
+            rows = {(r.path, r.call): r.ms for r in profile(trial.convert_sites(chosen), trial.first_batch).rows}
             found.update({(i, scheme): rows[places[i]] for i in chosen})
         return found
 
     def _chosen(self, scheme: str) -> dict[int, QConfig]:
         """Return the sites that take a scheme, and their qconfigs."""
-        return self.qconfigs({unit: scheme for unit, ladder in self.ladders.items() if scheme in ladder})
+        return self.qconfigs({unit: scheme for unit, names in self.schemes.items() if scheme in names})
 
 
 def mixed(weights: Mapping[str, QConfig | None]) -> QConfig | None:

@@ -51,6 +51,7 @@ class Sensitivity(Report):
     quantized_metric: float
     higher_is_better: bool
 
+    title: ClassVar[str] = "Sensitivity: what each site alone does to the metric"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("site", "path", 28, lambda row: shorten(site_name(row), 28), is_number=False),
         Column("was", "kind", 14, lambda row: shorten(row.kind, 14), is_number=False),
@@ -63,9 +64,11 @@ class Sensitivity(Report):
 
     @property
     def footer(self) -> tuple[str, ...]:
-        """The lines under the table: the metric of both ends."""
+        """The lines under the table: what the columns are, and the metric of both ends."""
         better = "higher" if self.higher_is_better else "lower"
         return (
+            "alone: the metric with only this site quantized; damage: how much worse than float that is",
+            "without: the metric with all but this site quantized; gain: how much better than with all that is",
             f"metric ({better} is better): float {_value(self.float_metric)}, all sites quantized "
             f"{_value(self.quantized_metric)}",
         )
@@ -86,7 +89,8 @@ def sensitivity(
     data: an iterable of batches, as `compare` takes them; it is kept, and its first batch is the example inputs.
     metric: a function of a model that gives a number, which may be anything: a task's loss, the cosine of embeddings;
     the relative RMS error of the outputs when None. higher_is_better: what the metric means. resume: a file that keeps
-    what was measured, to go on after an interruption. progress: what to wrap the work in, `tqdm` for a bar.
+    what was measured, to go on after an interruption; by a pass of the float model, or the metric of it and of the
+    quantized one, it is told whether the file is this run's. progress: what to wrap the work in, `tqdm` for a bar.
 
     The default metric of a model that traces needs one float pass a batch, and one of all that is quantized, whose
     values are kept for as long; a site then costs twice what follows it in the graph. Any other metric is run twice a

@@ -61,7 +61,7 @@ class SiteCall(nn.Module):
 
 def open_quantized(model: nn.Module, record: Record) -> OpenModel:
     """Return a quantized (or prepared) model laid open."""
-    return _open(edit.mirror(model), record)
+    return open_in_place(edit.mirror(model), record)
 
 
 def open_float(model: Any, record: Record) -> OpenModel:
@@ -75,17 +75,17 @@ def open_float(model: Any, record: Record) -> OpenModel:
         told = "a quantized one" if own is not None else type(model).__name__
         raise ModelStateError(f"the float model, from which the quantized one was made, is needed here, got {told}")
     if own is not None and own.stage == "prepared":
-        return _open(edit.mirror(model), record)
+        return open_in_place(edit.mirror(model), record)
     if not record.is_traced:
-        return _open(plain_mirror(model), record)
+        return open_in_place(plain_mirror(model), record)
     operators = record.operators or OPERATORS
     traced = trace(model, operators, constants=record.constants, untraced=record.untraced)
     fuse(traced.module, traced.hooked, only=record.fusions)
-    return _open(finish(traced.module, model, Record(stage="fused")), record)
+    return open_in_place(finish(traced.module, model, Record(stage="fused")), record)
 
 
-def _open(root: nn.Module, record: Record) -> OpenModel:
-    """Turn the functional sites of a mirror into modules."""
+def open_in_place(root: nn.Module, record: Record) -> OpenModel:
+    """Return a model laid open, its functional sites turned into modules: in place, so a mirror or one of our own."""
     for part in root.modules():
         avoid_fast_path(part)  # which would read the sites' weights and never call them
     sites: list[nn.Module] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import numbers
 import os
@@ -79,6 +80,7 @@ class Suggestion(Report):
     minimize: str
     higher_is_better: bool
 
+    title: ClassVar[str] = "Suggestion: size or time against the metric"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("measured", "what", 56, lambda row: row.what, is_number=False),
         Column("metric", "metric", 10, lambda row: f"{row.metric:.5g}"),
@@ -181,8 +183,8 @@ def suggest_mapping(
     error_feedback: whether int4 weights are those of `convert_fx(prepared, data=data)`: a pass over data, and seconds
     for a large weight.
 
-    Each site is tried alone under its schemes, from the smallest up to the first that does little harm; then some 10 to
-    40 whole models are measured, with the default metric by passes over all data (see `search`).
+    Each site (for bytes, those of one tied weight together) is tried alone under its schemes, from the smallest up to
+    the first that does little harm; then some 10 to 40 whole models are measured by passes over all data: `search`.
 
     The same arguments give the same mapping; of "ms" only what was timed varies, and equal timings give equal results.
     What is stated is measured on the model that the mapping really gives. A result outside the budget is warned of.
@@ -244,9 +246,15 @@ def _realize(
 
 def _rows(search: Search, chosen: Point) -> tuple[SuggestionStep, ...]:
     """Return the curve."""
+    counts = collections.Counter(_told(search, point, chosen) for point in search.points)
+
+    def tell(point: Point) -> str:
+        told = _told(search, point, chosen)
+        return told if counts[told] == 1 or point == chosen else _told(search, point, chosen, len(search.units))
+
     return tuple(
         SuggestionStep(
-            what=_told(search, point, chosen),
+            what=tell(point),
             metric=point.metric,
             bytes=point.bytes,
             ms=point.ms,
@@ -257,15 +265,18 @@ def _rows(search: Search, chosen: Point) -> tuple[SuggestionStep, ...]:
     )
 
 
-def _told(search: Search, point: Point, chosen: Point) -> str:
-    """Return a mixture in words: "all int8", "encoder int4, rnn int8", "int4 ×12, int8 ×3", "suggested, but b int8"."""
+def _told(search: Search, point: Point, chosen: Point, most: int = 2) -> str:
+    """Return a mixture in words: "all int8", "encoder int4, rnn int8", "int4 ×12, int8 ×3", "suggested, but b int8".
+
+    most: how many units may differ from the suggested mixture for the last form.
+    """
     if len(set(point.schemes)) == 1:
         return f"all {point.schemes[0]}"
     told = [f"{search.name(u)} {s}" for u, s in zip(search.units, point.schemes, strict=True)]
     if len(told) <= 3:
         return ", ".join(told)
     other = [name for name, s, own in zip(told, point.schemes, chosen.schemes, strict=True) if s != own]
-    if 0 < len(other) <= 2:
+    if 0 < len(other) <= most:
         return f"suggested, but {', '.join(other)}"
     return ", ".join(f"{name} ×{point.schemes.count(name)}" for name in LADDER if name in point.schemes)
 
@@ -279,12 +290,13 @@ def _sites(search: Search, point: Point) -> tuple[SuggestionSite, ...]:
     """Return the units that are finer or coarser than where the search began, and the reasons."""
     order, found = list(LADDER), []
     for unit, scheme in zip(search.units, point.schemes, strict=True):
-        began = scheme_name(search.sites[unit.site].qconfig.of(unit.weight))
-        if scheme == began:
-            continue
-        is_finer = order.index(scheme) > order.index(began)
         alone = {name: search.alone[unit, name] for name in order[:-1] if (unit, name) in search.alone}
-        costs = ", ".join(f"{name} {search.harm(value):.3g}" for name, value in alone.items())
-        why = f"the metric's loss by it alone: {costs}" if costs else "not needed coarser"
-        found.append(SuggestionSite(name=search.name(unit), scheme=scheme, is_finer=is_finer, why=why))
+        costs = ", ".join(f"{search.harm(value):.3g} as {name}" for name, value in alone.items())
+        who = "alone it" if len(unit) == 1 else f"{search.name(unit)} alone"
+        why = f"{who} worsens the metric by {costs}" if costs else "not needed coarser"
+        for place in unit:
+            began = scheme_name(search.sites[place.site].qconfig.of(place.weight))
+            if scheme != began:
+                is_finer = order.index(scheme) > order.index(began)
+                found.append(SuggestionSite(name=search.name((place,)), scheme=scheme, is_finer=is_finer, why=why))
     return tuple(found)

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.debug.replay import Replay, callers
-from fxquant.debug.sites import first_tensor, open_float, open_quantized
+from fxquant.debug.sites import first_tensor, open_float, open_in_place, open_quantized
 from fxquant.debug.table import site_name
 from fxquant.errors import ArgumentError, CheckpointError, ExampleInputsError, ModelStateError
 from fxquant.graph import edit
@@ -92,8 +92,12 @@ class Trial:
         self._float = open_float(model, self.record)
         opened = open_quantized(self.quantized, self.record)
         self.forms = dict(enumerate(opened.sites))
-        sites_sizes = _sizes(opened.sites)
-        self._other_sizes = {key: size for key, size in _sizes([opened.model]).items() if key not in sites_sizes}
+        own = {edit.identity(tensor) for site in opened.sites for tensor in _tensors(site).values()}
+        others = {name: tensor for name, tensor in _tensors(opened.model).items() if edit.identity(tensor) not in own}
+        self._other_sizes = _sizes(
+            tensor if (shared := edit.get_tensor(self._float.model, name)) is None else shared  # by some site, maybe
+            for name, tensor in others.items()
+        )
         self._metric = metric
         is_pure = metric is None and not self.record.untraced  # such a module's own code may keep state
         self._callers = callers(self._float.model, self._float.sites) if is_pure else None
@@ -107,6 +111,16 @@ class Trial:
     def float_site(self, number: int) -> nn.Module | None:
         """Return a site's float module, None for a call."""
         return None if self.record.sites[number].call is not None else self._float.sites[number]
+
+    def weights(self, number: int, name: str = "") -> tuple[torch.Tensor, ...]:
+        """Return a site's float weights, or the one of a name: its parameters of two or more dimensions."""
+        site = self.record.sites[number]
+        if site.call is not None:
+            held = {"": edit.get_tensor(self._float.model, site.path)}
+        else:
+            held = dict(self._float.sites[number].named_parameters(remove_duplicate=False))
+        given = held.values() if not name else [held.get(name)]
+        return tuple(tensor for tensor in given if tensor is not None and tensor.dim() > 1)
 
     @property
     def is_partial(self) -> bool:
@@ -126,19 +140,31 @@ class Trial:
         if any(profits(own) for site in sites for own in (site.qconfig, *dict(site.qconfig.parts).values()) if own):
             self._moments = gather(self.prepared, sites, self._given)
 
-    def convert_sites(self, qconfigs: Mapping[int, QConfig]) -> tuple[nn.Module, dict[int, nn.Module]]:
-        """Return the model with some sites quantized, by number, as these qconfigs say, and those sites' forms."""
+    def convert_sites(self, qconfigs: Mapping[int, QConfig]) -> nn.Module:
+        """Return the model with some sites quantized, by number, as these qconfigs say."""
         record = need_stage(self.prepared, "prepared", "convert_sites", "prepare_fx")
-        numbers = sorted(qconfigs)
-        sites = tuple(replace(record.sites[i], qconfig=qconfigs[i]) for i in numbers)
-        model = convert_with(keep_record(edit.mirror(self.prepared), record.advance(sites=sites)), self._moments)
-        converted = need_stage(model, "quantized", "convert_sites", "convert_fx")
-        return model, dict(zip(numbers, open_quantized(model, converted).sites, strict=True))
+        sites = tuple(replace(record.sites[i], qconfig=qconfigs[i]) for i in sorted(qconfigs))
+        return convert_with(keep_record(edit.mirror(self.prepared), record.advance(sites=sites)), self._moments)
+
+    def make_forms(self, qconfigs: Mapping[int, QConfig]) -> dict[int, nn.Module]:
+        """Return some sites' forms, by number, under these qconfigs; of a tied weight they hold one."""
+        model = self.convert_sites(qconfigs)
+        opened = open_in_place(model, need_stage(model, "quantized", "make_forms", "convert_fx"))
+        forms = dict(zip(sorted(qconfigs), opened.sites, strict=True))
+        for i, form in forms.items():
+            for weight in (name for name, own in qconfigs[i].parts if own is None):
+                for tensor in self.weights(i, weight):
+                    if tensor.dtype == torch.float32:  # convert made a copy, which would be tied to nothing
+                        form._buffers[weight] = tensor.detach()
+        return forms
 
     def bytes_with(self, forms: Forms) -> int:
         """Return what the model takes with these forms: each tensor once, and none that no site reads any more."""
-        sites = [forms.get(i, site) for i, site in enumerate(self._float.sites)]
-        return sum({**self._other_sizes, **_sizes(sites)}.values())
+        sizes = dict(self._other_sizes)
+        for i, site in enumerate(self._float.sites):
+            call = () if i in forms else self.weights(i)  # those of a call may stand outside of it, transposed
+            sizes.update(_sizes((*_tensors(forms.get(i, site)).values(), *call)))
+        return sum(sizes.values())
 
     def _prepare(self, model: nn.Module, mapping: QConfigMapping) -> nn.Module:
         args, kwargs = self.batches[0]
@@ -160,6 +186,17 @@ class Trial:
                 _error(run(model, batch, seed), wanted)
                 for seed, (batch, wanted) in enumerate(zip(self.batches, self._float_outputs, strict=True))
             )
+
+    def ends(self) -> list[float]:
+        """Return what tells this model, metric and data from others: the metric of the float and the quantized model.
+
+        The default metric needs more than float's, which is always 0: Σ y² of the float output of each batch instead.
+        """
+        if self._metric is not None:
+            return [self.measure({}), self.measure(self.forms)]
+        with torch.no_grad():
+            outputs = (first_tensor(run(self._float.model, batch, seed)) for seed, batch in enumerate(self.batches))
+            return [_error(output, output)[1] for output in outputs]
 
     def measure_all(
         self, variants: Mapping[str, Variant], notes: Notes | None = None, progress: Progress = iter
@@ -242,9 +279,16 @@ def _swap(root: nn.Module, forms: Mapping[int, nn.Module]) -> nn.Module:
     return forms.get(id(root), root)
 
 
-def _sizes(modules: Iterable[nn.Module]) -> dict[tuple[Any, ...], int]:
-    """Return the bytes of all tensors in some modules, tied ones once."""
-    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return all parameters and buffers, by name, tied ones under each."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _sizes(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, ...], int]:
+    """Return the bytes of some tensors, tied ones once."""
     return {edit.identity(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
 
 
@@ -269,11 +313,21 @@ def _relative(errors: Iterable[tuple[float, ...]]) -> float:
     return math.sqrt(noise / signal) if signal else math.sqrt(noise)
 
 
+def _is_same(end: float, other: float) -> bool:
+    """Return whether two measured values are one but for float rounding, as by another number of threads."""
+    return math.isclose(end, other, rel_tol=1e-4, abs_tol=1e-9) or (math.isnan(end) and math.isnan(other))
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values[:3]) + (", …" if len(values) > 3 else "")
+
+
 class Notes:
     """Measured values, kept in a file as they come, so that an interrupted run goes on where it stopped.
 
-    The file's first line names the sites and their qconfigs; each further line is one value's name and numbers, so that
-    a line is all that a crash can cost.
+    The file's first line names the sites and their qconfigs, and says what the model's ends come to (`Trial.ends`), by
+    which a run is known again; each further line is one value's name and numbers, so that a line is all that a crash
+    can cost.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, trial: Trial) -> None:
@@ -281,8 +335,11 @@ class Notes:
         self._values: dict[str, tuple[float, ...]] = {}
         if self._path is None:
             return
-        sites = [f"{site_name(site)}: {site.qconfig}" for site in trial.record.sites]
-        about = {"sites": sites, "batches": len(trial.batches)}
+        sites = [f"{site_name(site)}, {site.float_bytes} bytes: {site.qconfig}" for site in trial.record.sites]
+        ends = trial.ends()
+        about = {"sites": sites, "batches": len(trial.batches), "ends": ends}
+        if not trial.is_default:
+            self._values = {"float": (ends[0],), "quantized": (ends[1],)}
         try:
             if not self._path.exists():
                 self._path.write_text(json.dumps(about) + "\n", encoding="utf-8")
@@ -293,14 +350,21 @@ class Notes:
         whole, _, torn = self._path.read_text(encoding="utf-8").rpartition("\n")
         try:
             kept, *values = map(json.loads, whole.split("\n"))
-            self._values = {str(key): tuple(map(float, numbers)) for key, numbers in values}
+            self._values.update((str(key), tuple(map(float, numbers))) for key, numbers in values)
             is_ours = set(kept) == set(about)
+            known = [float(end) for end in kept["ends"]] if is_ours else []
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{self._path} is no file of sensitivity's; remove it to begin anew") from error
         if not is_ours:
             raise CheckpointError(f"{self._path} is no file of sensitivity's; remove it to begin anew")
-        if kept != about:
+        if {**kept, "ends": 0} != {**about, "ends": 0}:
             raise CheckpointError(f"{self._path} was kept for another model, mapping or data; remove it to begin anew")
+        if len(known) != len(ends) or not all(map(_is_same, known, ends)):
+            what = "Σ y² of each batch's float output" if trial.is_default else "the metric, float and quantized,"
+            raise CheckpointError(
+                f"{self._path} was kept for another metric, data or weights: {what} was {_listed(known)}, now it is "
+                f"{_listed(ends)}; remove it to begin anew"
+            )
         if torn:
             self._path.write_text(whole + "\n", encoding="utf-8")
 

@@ -209,6 +209,7 @@ def _trace_error(model: nn.Module, error: Exception) -> TraceError:
         "  torch.fx runs forward once with stand-ins for tensors, so Python cannot branch on, loop over or convert "
         "their values there; without a graph only its modules could be quantized, and none can. Try one of:\n"
         "  - write the choice with tensors (torch.where) or base it on a module attribute;\n"
+        "  - make tensors of an input's size from that: x.new_zeros(x.shape[0], 8), not torch.zeros(x.shape[0], 8);\n"
         "  - move that part into a function and mark it with torch.fx.wrap;\n"
         "  - hold the weights in modules (nn.Linear for F.linear), which are swapped where they stand."
     )

@@ -379,6 +379,20 @@ def test_a_model_that_does_not_trace_says_so_in_every_view():
         assert "module by module: the model does not trace" in text
 
 
+def test_float_models_that_do_not_trace_are_told_module_by_module():
+    model, other = Branching().eval(), Branching().eval()
+    other.b = nn.LayerNorm(4)
+    diff = graph_diff(model, other)
+    assert signs(diff) == {"a": " ", "b": "~"}
+    assert "module by module: the model does not trace" in str(diff)
+
+
+def test_rows_left_out_are_counted():
+    model, x = nn.Sequential(nn.Tanh(), nn.Tanh(), nn.Linear(4, 4), nn.Tanh()).eval(), torch.randn(2, 4)
+    lines = str(graph_diff(model, quantize(model, x), only_changed=True)).splitlines()
+    assert [line.split() for line in lines if "⋮" in line] == [["⋮", "3", "unchanged"], ["⋮", "2", "unchanged"]]
+
+
 def test_side_by_side_has_both_graphs():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh()).eval(), torch.randn(2, 4)
     lines = str(graph_diff(model, quantize(model, x), layout="side_by_side")).splitlines()

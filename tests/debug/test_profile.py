@@ -92,6 +92,31 @@ def test_a_user_s_hooks_count_as_elsewhere(clock):
     assert (rows["0"].ms, rows["elsewhere"].ms) == pytest.approx((2, 16))
 
 
+def test_a_site_that_is_never_called_says_so():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(x)
+
+    quantized = quantize_dynamic(Idle().eval(), {nn.Linear})
+    found = profile(quantized, torch.randn(2, 4), rounds=1)
+    (line,) = [line for line in str(found).splitlines() if line.startswith("b ")]
+    assert re.split(r"\s{2,}", line) == ["b", "nn.Linear", "never called", "48 B"]  # int8 weight, float scale and bias
+
+
+def test_figures_of_a_busy_machine_are_called_so(clock):
+    model, x = nn.Sequential(nn.Linear(8, 4), nn.Dropout()).eval(), torch.randn(2, 8)
+    quantized = quantize(model, x)
+    clock(DynamicQuantizedLinear, 1, 1, 1, 9)
+    clock(nn.Dropout, 1, 9, 1, 1)
+    assert "the rows add up to 2.000 ms: the machine was busy with other work; measure again" in str(
+        profile(quantized, x, rounds=3)
+    )  # medians of 1, 1, 9 and of 9, 1, 1, but of 10, 2, 10 in all
+
+
 def test_calls_of_a_shared_module_add_up(clock):
     shared, x = nn.Linear(4, 4), torch.randn(2, 4)
     quantized = quantize(nn.Sequential(shared, nn.Tanh(), shared), x)

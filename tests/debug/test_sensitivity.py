@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -165,11 +166,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model, data, tmp_path):
         sensitivity(model, EVERYTHING, data, metric, resume=tmp_path / "notes.json")
     limit = 100
     found = sensitivity(model, EVERYTHING, data, metric, resume=tmp_path / "notes.json")
-    assert len(calls) == 2 + 2 * 3
+    assert len(calls) == 2 + 2 * 3 + 2  # float and quantized once more, to know the run again
     assert found == sensitivity(model, EVERYTHING, data, metric)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"values": 3}\n', '{"sites": [], "batches": 4}\n["float"]\n'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]\n", '{"values": 3}\n', '{"sites": [], "batches": 4, "ends": []}\n["float"]\n']
+)
 def test_a_damaged_file_is_an_error(model, data, tmp_path, text):
     (tmp_path / "notes.json").write_text(text)
     with pytest.raises(CheckpointError, match="remove it to begin anew"):
@@ -177,7 +180,7 @@ def test_a_damaged_file_is_an_error(model, data, tmp_path, text):
 
 
 def test_a_file_of_another_run_is_an_error(model, data, tmp_path):
-    (tmp_path / "notes.json").write_text(json.dumps({"sites": ["other"], "batches": 4}) + "\n")
+    (tmp_path / "notes.json").write_text(json.dumps({"sites": ["other"], "batches": 4, "ends": [0.0]}) + "\n")
     with pytest.raises(CheckpointError, match="another model, mapping or data"):
         sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
 
@@ -187,6 +190,46 @@ def test_a_file_of_another_mapping_for_the_same_sites_is_an_error(model, data, t
     coarser = QConfigMapping().set_global(int4_dynamic_qconfig)
     with pytest.raises(CheckpointError, match="another model, mapping or data"):
         sensitivity(model, coarser, data, resume=tmp_path / "notes.json")
+
+
+@pytest.mark.parametrize("is_traced", [True, False])
+def test_a_file_of_other_data_is_an_error(data, tmp_path, is_traced):
+    torch.manual_seed(0)
+    model = Model().eval() if is_traced else Branching().eval()
+    others = [*data[:-1], (data[-1][0] * 1.01,)]
+    with nullcontext() if is_traced else pytest.warns(UserWarning, match="the model's own code runs on"):
+        whole = sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
+        with pytest.raises(CheckpointError, match="another metric, data or weights: Σ y² of each batch's float output"):
+            sensitivity(model, EVERYTHING, others, resume=tmp_path / "notes.json")
+        assert sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json") == whole
+
+
+def test_a_file_of_other_weights_is_an_error(model, data, tmp_path):
+    sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
+    with torch.no_grad():
+        model.second.weight.mul_(1.01)
+    with pytest.raises(CheckpointError, match=r"another metric, data or weights: .*; remove it to begin anew"):
+        sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
+
+
+def test_a_file_of_another_metric_is_an_error(model, data, tmp_path):
+    resume = tmp_path / "notes.json"
+    sensitivity(model, EVERYTHING, data, lambda candidate: relative_rms(model, candidate, data), resume=resume)
+    with pytest.raises(
+        CheckpointError, match=r"another metric.* float and quantized, was 0, 0\.\d+, now it is 1, 1\.0"
+    ):
+        sensitivity(model, EVERYTHING, data, lambda m: 1 + relative_rms(model, m, data), resume=resume)
+    with pytest.raises(CheckpointError, match=r"another metric.*, now it is 0, "):  # 0 of the float model as well
+        sensitivity(model, EVERYTHING, data, lambda m: relative_rms(model, m, data[:1]), resume=resume)
+    with pytest.raises(CheckpointError, match="another metric"):
+        sensitivity(model, EVERYTHING, data, resume=resume)
+
+
+def test_the_number_of_threads_makes_no_other_run(model, data, tmp_path):
+    values = iter([1.0, 2.0, 0, 0, 0, 0, 0, 0, 1.0 + 1e-7, 2.0 - 1e-7])
+    for _ in range(2):
+        found = sensitivity(model, EVERYTHING, data, lambda m: next(values), resume=tmp_path / "notes.json")
+        assert (found.float_metric, found.quantized_metric) == pytest.approx((1.0, 2.0), rel=1e-6)
 
 
 @pytest.mark.parametrize(

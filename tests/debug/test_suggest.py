@@ -16,6 +16,7 @@ from fxquant import (
     QConfigMapping,
     convert_fx,
     default_dynamic_qconfig,
+    default_dynamic_qconfig_mapping,
     float16_dynamic_qconfig,
     int4_dynamic_qconfig,
     per_channel_dynamic_qconfig,
@@ -26,6 +27,7 @@ from fxquant import (
 )
 from fxquant.debug import search, trial
 from fxquant.debug.ladder import scheme_name
+from fxquant.debug.suggest import _rows
 from fxquant.errors import ArgumentError, ModelStateError
 from fxquant.graph import moments
 from fxquant.graph.edit import byte_count
@@ -301,7 +303,7 @@ def test_a_float_model_whose_metric_is_nan_is_an_error(model, data):
 def test_it_prints_and_gives_plain_values(model, data):
     found = suggest_mapping(model, data, budget=0.0)
     assert "within the budget of 0" in str(found)
-    assert "finer: first float; the metric's loss by it alone: int4 0." in str(found)
+    assert "finer: first float; alone it worsens the metric by 0." in str(found)
     assert "← suggested" in str(found)
     told = json.loads(json.dumps(found.to_dict()))
     assert told["model"] is None
@@ -323,23 +325,110 @@ def test_the_curve_is_a_file_of_its_own(model, data, tmp_path, minimize):
     assert "http" not in found.figure().replace("http://www.w3.org/2000/svg", "")
 
 
-def test_tied_weights_count_once():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding, self.decoder = nn.Embedding(20, 32), nn.Linear(32, 20, bias=False)
-            self.decoder.weight = self.embedding.weight
+class Tied(nn.Module):
+    """One weight stands in an embedding and at the end, as a module or a call; a layer lies between."""
 
-        def forward(self, x):
-            return self.decoder(self.embedding(x))
+    def __init__(self, end="module"):
+        super().__init__()
+        self.e, self.middle, self.d = nn.Embedding(40, 32), nn.Linear(32, 32), nn.Linear(32, 40, bias=False)
+        self.d.weight, self.end = self.e.weight, end
 
+    def forward(self, x):
+        x = torch.tanh(self.middle(self.e(x)))
+        if self.end == "module":
+            return self.d(x)
+        return F.linear(x, self.e.weight) if self.end == "linear" else x @ self.e.weight.t()
+
+
+ENDS = {"module": "d", "linear": "e.weight (linear)", "matmul": "e.weight (matmul)"}
+
+
+def tied(end):
     torch.manual_seed(0)
-    model = Tied().eval()
-    found = suggest_mapping(model, [torch.randint(20, (2, 3))], budget=0.01)
-    bytes_by_schemes = {row.what: row.bytes for row in found.rows}
-    assert bytes_by_schemes["all int8"] == byte_count(quantize(model, EVERYTHING, [(torch.tensor([[1]]),)]))
-    assert bytes_by_schemes["all int8"] < 20 * 32 * 1.5
-    assert found.bytes == next(row.bytes for row in found.rows if row.is_chosen)
+    return Tied(end).eval(), [torch.randint(40, (4, 6)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("share", [20.0, 1.0, 0.5, 0.05])
+def test_tied_weights_are_as_small_as_the_best_of_all_mixtures(end, share):
+    model, data = tied(end)
+    pairs = [(batch,) for batch in data]
+    budget = relative_rms(model, quantize(model, EVERYTHING, data), pairs) * share
+    finer = [default_dynamic_qconfig, float16_dynamic_qconfig, None]
+    best = byte_count(model)
+    for rows, middle, last in itertools.product(finer, [int4_dynamic_qconfig, *finer], finer):
+        if (rows, middle, last) == (None, None, None):
+            continue
+        mapping = QConfigMapping().set_global(last).set_module_name("middle", middle).set_module_name("e", rows)
+        quantized = quantize(model, mapping, data)
+        if relative_rms(model, quantized, pairs) <= budget:
+            best = min(best, byte_count(quantized))
+    found = suggest_mapping(model, data, budget=budget)
+    assert found.bytes == best
+    assert found.is_within_budget
+    assert [row.bytes for row in found.rows if row.is_chosen] == [best]  # and so are those that were not chosen:
+    assert {row.bytes for row in found.rows if row.what == "all int8"} == {
+        byte_count(quantize(model, EVERYTHING, data))
+    }
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_tied_weights_are_decided_together(end):
+    model, data = tied(end)
+    found = suggest_mapping(model, data, budget=0.005)
+    schemes = {f"{site.path} {site.call}": scheme_name(site.qconfig) for site in record_of(found.model).sites}
+    assert len(schemes) == 3
+    assert set(dict(found.kept).items()) >= {("e", "float16"), (ENDS[end], "float16")}
+    assert any(row.what.startswith(f"e+{ENDS[end]} float16, middle ") for row in found.rows)
+    assert f"e float16; e+{ENDS[end]} alone worsens the metric by 0." in str(found)
+
+
+def test_where_time_is_minimized_tied_weights_are_decided_apart(monkeypatch):
+    model, data = tied("module")
+
+    def timed(quantized, inputs, float_model=None):
+        rows = [
+            SimpleNamespace(path=s.path, call="", float_ms=1.0, ms=2.0 if s.path == "e" else 0.5)
+            for s in record_of(quantized).sites
+        ]
+        return SimpleNamespace(rows=[*rows, SimpleNamespace(path="elsewhere", call="", ms=0.5, float_ms=0.5)])
+
+    monkeypatch.setattr(search, "profile", timed)
+    found = suggest_mapping(model, data, budget=1.0, minimize="ms", schemes=("int8", "float"))
+    assert found.kept == (("e", "float"),)
+
+
+class Twins(nn.Module):
+    """Two LSTMs of one recurrent matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.LSTM(32, 32), nn.LSTM(32, 32)
+        self.b.weight_hh_l0 = self.a.weight_hh_l0
+
+    def forward(self, x):
+        return self.b(self.a(x)[0])[0]
+
+
+def twins():
+    torch.manual_seed(0)
+    return Twins().eval(), [(torch.randn(5, 2, 32),)]
+
+
+def test_tied_matrices_of_recurrent_layers_count_once_in_a_mixture_too():
+    model, data = twins()
+    found = suggest_mapping(model, data, budget=0.01)
+    (chosen,) = [row for row in found.rows if row.is_chosen]
+    assert chosen.what == "a.weight_ih_l0 int8, a.weight_hh_l0+b.weight_hh_l0 int4, b.weight_ih_l0 int4"
+    assert chosen.bytes == found.bytes == byte_count(quantize(model, found.mapping, data))
+
+
+def test_tied_weights_that_take_no_scheme_in_common_are_decided_apart():
+    model, data = twins()
+    mapping = default_dynamic_qconfig_mapping().set_module_name("a.weight_hh_l0", None)
+    found = suggest_mapping(model, data, budget=1.0, schemes=("int8",), qconfig_mapping=mapping)
+    assert found.mapping == mapping
+    assert found.bytes == byte_count(quantize(model, mapping, data))
 
 
 class Speech(nn.Module):
@@ -440,3 +529,21 @@ def test_another_scheme_is_an_error(model, data, schemes):
 def test_no_scheme_is_an_error(model, data):
     with pytest.raises(QConfigError, match="schemes is empty"):
         suggest_mapping(model, data, budget=1.0, schemes=())
+
+
+def test_no_two_models_of_the_curve_are_called_the_same():
+    def point(schemes, size):
+        return search.Point(tuple({"4": "int4", "8": "int8"}[letter] for letter in schemes), 0.0, 0.0, size, math.nan)
+
+    points = [point("44484", 1), point("88844", 2), point("84888", 3), point("88888", 4)]
+    found = SimpleNamespace(
+        units="abcde", name=str, points=points, is_within=lambda metric: True, cost=lambda point: point.bytes
+    )
+    assert [row.what for row in _rows(found, points[0])][1:3] == ["int4 ×2, int8 ×3", "int4 ×1, int8 ×4"]
+    points[2] = point("48848", 3)
+    assert [row.what for row in _rows(found, points[0])] == [
+        "int4 ×4, int8 ×1",
+        "suggested, but a int8, b int8, c int8, d int4",
+        "suggested, but b int8, c int8, d int4, e int8",
+        "all int8",
+    ]

@@ -7,8 +7,11 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fxquant import default_dynamic_qconfig_mapping, float16_dynamic_qconfig, sensitivity
+from fxquant.debug.entries import by_name
 from fxquant.debug.sensitivity import variants_of
 from fxquant.debug.trial import Trial
+from fxquant.graph.edit import byte_count
+from fxquant.graph.module import record_of
 from tests.debug.test_sensitivity import EVERYTHING, Model, data, model
 from tests.random_graphs import Draft
 
@@ -138,6 +141,41 @@ def test_partial_passes_of_random_graphs_give_the_bits_of_whole_ones(seed):
     model, args = Draft(seed).model()
     _, parts, whole = measured(model, [args])
     assert parts == pytest.approx(whole, abs=0, rel=0, nan_ok=True)
+
+
+def converted_bytes(trial, model, chosen):
+    """Return what the model takes that a mapping gives in which only these sites are quantized."""
+    return byte_count(trial.convert(model, by_name(trial.prepared, record_of(trial.prepared), chosen)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_are_those_of_models_so_converted(seed):
+    torch.manual_seed(seed)
+    model, args = Draft(seed).model()
+    trial = Trial(model, EVERYTHING, [args], None)
+    for numbers in (list(trial.forms), list(trial.forms)[:1], list(trial.forms)[1:]):
+        chosen = {i: trial.record.sites[i].qconfig for i in numbers}
+        forms = {i: trial.forms[i] for i in numbers}
+        assert trial.bytes_with(forms) == converted_bytes(trial, model, chosen)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_bytes_of_tied_and_shared_sites_are_those_of_models_so_converted(name):
+    build, batches = EXACT[name]
+    model = make(build)
+    trial = Trial(model, EVERYTHING, batches, None)
+    for left in range(len(trial.forms) + 1):
+        chosen = {i: trial.record.sites[i].qconfig for i in trial.forms if i != left}
+        forms = {i: trial.forms[i] for i in chosen}
+        assert trial.bytes_with(forms) == converted_bytes(trial, model, chosen)
+
+
+def test_a_float_weight_that_a_site_shares_with_what_stays_float_counts_once():
+    model, batches = make(Tied), EXACT["tied"][1]
+    mapping = default_dynamic_qconfig_mapping().set_object_type(F.linear, None)
+    trial = Trial(model, mapping, batches, None)
+    assert trial.bytes_with({}) == byte_count(model)
+    assert trial.bytes_with(trial.forms) == byte_count(trial.quantized)
 
 
 @pytest.mark.parametrize("name", INEXACT)

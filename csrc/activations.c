@@ -55,7 +55,7 @@ static void copy_floats(const struct fxq_activations *x, int64_t first, int coun
     const size_t columns = (size_t)x->columns, padding = (size_t)(x->depth - x->columns);
     for (int i = 0; i < count; i++) {
         float *to = (float *)x->packed + (first + i) * x->depth;
-        memcpy(to, rows[i], columns * sizeof *to);
+        if (columns) memcpy(to, rows[i], columns * sizeof *to); /* else there may be no row */
         memset(to + columns, 0, padding * sizeof *to);
     }
 }

@@ -10,6 +10,7 @@ FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-wi
 #endif
 
 #define DOT_FORM_ROWS 6 /* beyond, 16 activations in the lanes beat adding up lanes, even if not all 16 are used */
+#define MOST_NIBBLE_ROWS 16
 #include "avx512.h"
 #include "avx512_blocks.h"
 #include "avx512_lstm.h"

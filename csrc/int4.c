@@ -35,14 +35,14 @@ int64_t fxq_grouped_bytes(int64_t rows, int64_t columns, int64_t group) {
     const int64_t nibbles = few * (fxq_nibble_depth(columns) + groups * (int64_t)sizeof(int32_t));
     if (rows <= few) return nibbles;
     if (fxq_active->matmul_groups) return most(nibbles, (rows + 15) / 16 * 16 * fxq_depth(columns) * (int64_t)sizeof(uint16_t));
-    return most(nibbles, groups * aligned(fxq_packed_bytes(rows, group)));
+    return most(nibbles, groups * aligned(fxq_activation_bytes(FXQ_BYTES, rows, group)));
 }
 
 void fxq_begin_grouped(struct fxq_grouped *x, int64_t group) {
     x->group = group;
     x->groups = groups_of(x->x.columns, group);
     x->form = form_of(x->x.rows);
-    x->group_bytes = aligned(fxq_packed_bytes(x->x.rows, group));
+    x->group_bytes = aligned(fxq_activation_bytes(FXQ_BYTES, x->x.rows, group));
     x->less = (int32_t *)((char *)x->x.packed + x->x.rows * fxq_nibble_depth(x->x.columns));
 }
 

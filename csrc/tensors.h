@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 enum { MOST_DIMENSIONS = 8 };
-enum kind { FLOAT32, INT8, UINT8, INT32, INT64, BFLOAT16, INT16, KINDS };
+enum kind { FLOAT32, INT8, UINT8, INT32, INT64, BFLOAT16, INT16, FLOAT16, KINDS };
 
 /* A dense row-major tensor in main memory. */
 struct tensor {

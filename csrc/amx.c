@@ -4,18 +4,23 @@
 #ifdef FXQ_HAS_VNNI_AND_AMX
 #include <immintrin.h>
 #ifdef __clang__
-FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,prfchw")
+FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,amx-bf16,prfchw")
 #else
-FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,prfchw,prefer-vector-width=512")
+FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,amx-bf16,prfchw,prefer-vector-width=512")
 #endif
 
 #define DOT_FORM_ROWS 2 /* beyond, a tile product is faster even with most of its columns empty */
+#define MOST_NIBBLE_ROWS 6 /* beyond, unpacking them for the tiles is repaid */
+#define GROUP_VALUE_BYTES 2 /* bfloat16: see amx_groups.h */
 #include "avx512.h"
 #include "avx512_blocks.h"
+#include "avx512_stream.h"
 #include "avx512_packed.h"
 #include "avx512_lstm.h"
 #include "avx512_nibbles.h"
 #include "avx512_int16.h"
+#include "avx512_groups.h"
+#include "amx_groups.h"
 #include "avx512_floats.h"
 
 /* All eight tiles are 16 rows of 64 bytes; a thread sets them once a job. Constant data, not a local variable: gcc 12
@@ -251,6 +256,6 @@ static void lstm_step(const struct fxq_lstm_step *s) {
 
 const struct fxq_kernels fxq_amx = {.name = "amx", .value_bytes = 1, .begin = begin, .end = end, .quantize = quantize,
                                     .row_sums = row_sums, .matmul = matmul, .packs_weight = packs_weight, .pack_lstm = pack_lstm,
-                                    .lstm_step = lstm_step, FXQ_LSTM_INT4, FXQ_NIBBLES, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
+                                    .lstm_step = lstm_step, FXQ_LSTM_INT4, FXQ_NIBBLES, FXQ_GROUPS, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

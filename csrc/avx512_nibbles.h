@@ -202,4 +202,4 @@ static void matmul_nibbles(const struct fxq_int4_product *job, int64_t n0, int64
         m += rows;
     }
 }
-#define FXQ_NIBBLES .most_nibble_rows = 16, .quantize_nibbles = quantize_nibbles, .matmul_nibbles = matmul_nibbles
+#define FXQ_NIBBLES .most_nibble_rows = MOST_NIBBLE_ROWS, .quantize_nibbles = quantize_nibbles, .matmul_nibbles = matmul_nibbles

@@ -8,23 +8,14 @@
  *
  * So many rows repay a copy of the weights that has four columns of 64 outputs in 256 bytes, [depth / 4][64][4]: then
  * lanes are outputs, a finished row leaves without being transposed, and the weights' sums come with the packing. The
- * copy is made for some outputs at a time, which stay in the L2 cache while many rows pass.
- *
- * Large outputs leave by non-temporal stores, which write whole lines without reading them first: 20 GB/s instead of 8. A
- * row need not begin at a line (33278 floats are no whole number of lines), so that the end of each row's last
- * outputs is carried on to the next. */
+ * copy is made for some outputs at a time, which stay in the L2 cache while many rows pass. Large outputs are streamed:
+ * see avx512_stream.h. */
 
 enum {
     PACKED_OUTPUTS = 64,
-    PACKED_ROWS = 512,        /* at a time: what is carried takes 64 bytes a row */
-    STREAMED_BYTES = 8 << 20, /* of all outputs: fewer are better left in the caches */
-    STREAMED_ROWS = 48,       /* repay the packing where outputs are streamed, */
-    UNSTREAMED_ROWS = 256     /* and where they are not */
+    STREAMED_ROWS = 48,    /* repay the packing where outputs are streamed, */
+    UNSTREAMED_ROWS = 256 /* and where they are not */
 };
-
-static bool is_streamed(int64_t rows, int64_t outputs) {
-    return rows * outputs * (int64_t)sizeof(float) >= STREAMED_BYTES;
-}
 
 static bool packs_weight(int64_t rows, int64_t columns, int64_t outputs) {
     return rows >= (is_streamed(rows, outputs) ? STREAMED_ROWS : UNSTREAMED_ROWS) && columns > 0 &&
@@ -42,30 +33,8 @@ struct finished_rows {
     const float *addend;
     int64_t out_stride, addend_stride;
     float (*carried)[16]; /* each row's last 16 outputs, or NULL: no streaming */
-    bool is_first, is_last, is_whole; /* of a row's blocks; whether it has 64 outputs */
+    struct streamed_block block;
 };
-
-/* 64 outputs y that belong at `out`, in whole lines: the first begins with what is carried. */
-FXQ_INLINE void stream_row(const struct finished_rows *e, const __m512 y[4], float *out, float *carried) {
-    const int before = (int)((uintptr_t)out % 64 / 4); /* how many floats of out's line are before it */
-    const __mmask16 in_line = (__mmask16)(0xffff << before), left_over = (__mmask16)~(0xffff >> before);
-    if (!e->is_whole) {
-        if (!e->is_first) _mm512_mask_storeu_ps(out - 16, left_over, _mm512_load_ps(carried));
-        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) _mm512_mask_storeu_ps(out + 16 * i, e->outputs[i].lanes, y[i]);
-        return;
-    }
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i from = _mm512_add_epi32(lanes, _mm512_set1_epi32(16 - before)); /* of two registers in a row */
-    const __m512 first = _mm512_permutex2var_ps(_mm512_load_ps(carried), from, y[0]);
-    float *line = out - before;
-    if (e->is_first) _mm512_mask_store_ps(line, in_line, first);
-    else _mm512_stream_ps(line, first);
-    FXQ_UNROLL(3) for (int i = 1; i < 4; i++) {
-        _mm512_stream_ps(line + 16 * i, _mm512_permutex2var_ps(y[i - 1], from, y[i]));
-    }
-    if (e->is_last) _mm512_mask_storeu_ps(out + 48, left_over, y[3]);
-    else _mm512_store_ps(carried, y[3]);
-}
 
 FXQ_INLINE void finish_rows(struct finished_rows *e, int count) {
     for (; count > 0 && e->next < e->count; count--, e->next++) {
@@ -79,7 +48,7 @@ FXQ_INLINE void finish_rows(struct finished_rows *e, int count) {
             y[i] = dequantize_outputs(&e->outputs[i], sums, row.scale, addend ? addend + 16 * i : NULL);
         }
         if (e->carried) {
-            stream_row(e, y, out, e->carried[e->next]);
+            stream_row(&e->block, y, out, e->carried[e->next]);
             continue;
         }
         FXQ_UNROLL(4) for (int i = 0; i < 4; i++) _mm512_mask_storeu_ps(out + 16 * i, e->outputs[i].lanes, y[i]);
@@ -108,7 +77,7 @@ FXQ_INLINE struct finished_rows begin_finish(const struct packed_chunk *p, int64
         .addend = to->addend ? to->addend + m * to->addend_stride + n - p->n0 : NULL,
         .out_stride = to->out_stride, .addend_stride = to->addend_stride,
         .carried = p->carried ? p->carried + (m - p->m0) : NULL,
-        .is_first = n == p->n0, .is_last = n + PACKED_OUTPUTS >= p->n1, .is_whole = n + PACKED_OUTPUTS <= p->n1};
+        .block = streamed_block_at(n, p->n0, p->n1)};
     FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
         e.outputs[i] = begin_outputs(p->job, n + 16 * i, p->n1);
         e.pairs[i] = _mm512_load_si512(p->pairs + n - p->first + 16 * i);
@@ -149,10 +118,10 @@ static void matmul_packed_form(const struct fxq_matmul *job, int64_t n0, int64_t
     const int64_t fits = FXQ_PACKED_BYTES / depth / PACKED_OUTPUTS * PACKED_OUTPUTS;
     const int64_t chunk = fits < PACKED_OUTPUTS ? PACKED_OUTPUTS : fits > MOST_CHUNK_ROWS ? MOST_CHUNK_ROWS : fits;
     _Alignas(64) int32_t pairs[MOST_CHUNK_ROWS];
-    _Alignas(64) float carried[PACKED_ROWS][16];
+    _Alignas(64) float carried[STREAM_ROWS][16];
     const bool streams = !to->addend && is_streamed(rows, job->outputs);
-    for (int64_t m = 0; m < rows; m += PACKED_ROWS) {
-        const int64_t m1 = rows - m < PACKED_ROWS ? rows : m + PACKED_ROWS;
+    for (int64_t m = 0; m < rows; m += STREAM_ROWS) {
+        const int64_t m1 = rows - m < STREAM_ROWS ? rows : m + STREAM_ROWS;
         for (int64_t first = n0; first < n1; first += chunk) {
             const int64_t end = n1 - first < chunk ? n1 : first + chunk;
             for (int64_t n = first; n < end; n += PACKED_OUTPUTS) {

@@ -10,11 +10,16 @@ FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-wi
 #endif
 
 #define DOT_FORM_ROWS 6 /* beyond, 16 activations in the lanes beat adding up lanes, even if not all 16 are used */
+#define MOST_NIBBLE_ROWS 6 /* beyond, unpacking them is repaid */
+#define GROUP_VALUE_BYTES 1
 #include "avx512.h"
 #include "avx512_blocks.h"
 #include "avx512_lstm.h"
 #include "avx512_nibbles.h"
 #include "avx512_int16.h"
+#include "avx512_stream.h"
+#include "avx512_groups.h"
+#include "avx512_vnni_groups.h"
 #include "avx512_floats.h"
 
 FXQ_INLINE __m512i broadcast_4(const int8_t *w) {
@@ -76,6 +81,6 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
 
 const struct fxq_kernels fxq_avx512_vnni = {.name = "avx512_vnni", .value_bytes = 1, .quantize = quantize,
                                             .row_sums = row_sums, .matmul = matmul, .pack_lstm = pack_lstm,
-                                            .lstm_step = lstm_step_by_rows, FXQ_LSTM_INT4, FXQ_NIBBLES, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
+                                            .lstm_step = lstm_step_by_rows, FXQ_LSTM_INT4, FXQ_NIBBLES, FXQ_GROUPS, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

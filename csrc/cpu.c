@@ -18,8 +18,8 @@ const struct fxq_kernels *fxq_active = &fxq_portable;
 #if defined(__x86_64__)
 
 struct x86 {
-    bool avx2, fma_f16c, avx_vnni, avx512_vnni, amx_int8; /* the processor's word */
-    bool ymm, zmm, tiles;                       /* the operating system saves these registers */
+    bool avx2, fma_f16c, avx_vnni, avx512_vnni, amx; /* the processor's word */
+    bool ymm, zmm, tiles;                            /* the operating system saves these registers */
 };
 
 static struct x86 read_x86(void) {
@@ -36,7 +36,7 @@ static struct x86 read_x86(void) {
     cpu.avx2 = b >> 5 & 1;
     const bool avx512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1); /* F, DQ, BW, VL */
     cpu.avx512_vnni = avx512 && (c >> 11 & 1);
-    cpu.amx_int8 = (d >> 24 & 1) && (d >> 25 & 1);
+    cpu.amx = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1); /* bfloat16, tiles, int8 */
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.avx_vnni = a >> 4 & 1;
     return cpu;
 }
@@ -69,7 +69,7 @@ static const char *avx512_obstacle(void) {
 
 static const char *amx_obstacle(void) {
     const struct x86 cpu = read_x86();
-    if (!cpu.amx_int8) return "the processor has no AMX int8";
+    if (!cpu.amx) return "the processor has no AMX for int8 and bfloat16";
     if (*avx512_obstacle()) return avx512_obstacle();
     if (!cpu.tiles) return "the operating system does not save AMX tiles";
     return ask_for_tiles() ? "" : "the operating system refuses this process the AMX tiles";

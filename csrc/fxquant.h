@@ -96,12 +96,13 @@ struct fxq_linear_int4 {
 };
 
 /* Activations for products with 4-bit weights: see int4.c. Few rows may have a form that nibbles are multiplied with as they
- * lie: (rows, fxq_nibble_depth(columns)) int8 and `less`; else each group of columns is quantized for a product of its own. */
+ * lie: (rows, fxq_nibble_depth(columns)) int8 and `less`; more a form for all groups in one pass; else each group of columns
+ * is quantized for a product of its own. */
 struct fxq_grouped {
     struct fxq_activations x; /* packed: fxq_grouped_bytes() */
     int64_t group, groups; /* 0: not grouped, for int8 weights */
-    bool is_nibbles;
-    int64_t group_bytes; /* from a group's activations to the next one's */
+    enum fxq_int4_form { FXQ_NIBBLES_FORM, FXQ_GROUPS_FORM, FXQ_SEPARATE_FORM } form;
+    int64_t group_bytes; /* separate: from a group's activations to the next one's */
     int32_t *less;       /* nibbles: (rows, groups), 8 * sum(q - zero_point) */
 };
 
@@ -154,6 +155,9 @@ struct fxq_kernels {
     int64_t most_nibble_rows; /* so many rows go through the next two; 0: none */
     void (*quantize_nibbles)(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows);
     void (*matmul_nibbles)(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to);
+    /* More rows, all groups in one pass; scratch: fxq_int4_scratch_bytes. NULL: a product a group. */
+    void (*quantize_groups)(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows);
+    void (*matmul_groups)(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
     void (*put_row)(const struct fxq_table *table, int64_t row, float *out);
     /* out += the rows, one after another, each times its weight; weights NULL: all 1 */
     void (*add_rows)(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count, float *out);
@@ -197,7 +201,7 @@ int64_t fxq_grouped_bytes(int64_t rows, int64_t columns, int64_t group); /* enou
 void fxq_begin_grouped(struct fxq_grouped *x, int64_t group);
 void fxq_quantize_grouped(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows);
 int64_t fxq_int4_chunk(int64_t rows);
-int64_t fxq_int4_scratch_bytes(int64_t chunk);
+int64_t fxq_int4_scratch_bytes(int64_t chunk, int64_t columns);
 void fxq_multiply_int4(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
 /* Rows [n0, n1) to int8, a group's (outputs, its width) after another's, and to (groups, outputs) scales. */
 void fxq_unpack_groups(const struct fxq_linear_int4 *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1,

@@ -1,8 +1,8 @@
 /* Products with 4-bit weights, in groups of columns: y = ((start + p_0) + p_1) + ..., where p_g is the product of group g's
  * columns, with the rows' scales and the group's, and start is the bias or an addend.
  *
- * So each group is a product of its own, with an addend. Where an instruction set has no better way, its weights are
- * unpacked to int8, some outputs at a time, and the int8 kernels do the rest. */
+ * Where an instruction set has no form of its own for all groups in one pass (fxq_kernels), each group is a product of its
+ * own, with an addend: its weights are unpacked to int8, some outputs at a time, and the int8 kernels do the rest. */
 #include <string.h>
 
 #include "fxquant.h"
@@ -16,6 +16,8 @@ enum {
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 static int64_t groups_of(int64_t columns, int64_t group) { return (columns + group - 1) / group; }
 
 static int64_t width_of(int64_t columns, int64_t group, int64_t index) {
@@ -23,17 +25,23 @@ static int64_t width_of(int64_t columns, int64_t group, int64_t index) {
     return left < group ? left : group;
 }
 
+static enum fxq_int4_form form_of(int64_t rows) {
+    if (rows <= fxq_active->most_nibble_rows) return FXQ_NIBBLES_FORM;
+    return fxq_active->matmul_groups ? FXQ_GROUPS_FORM : FXQ_SEPARATE_FORM;
+}
+
 int64_t fxq_grouped_bytes(int64_t rows, int64_t columns, int64_t group) {
     const int64_t groups = groups_of(columns, group), few = rows < fxq_active->most_nibble_rows ? rows : fxq_active->most_nibble_rows;
     const int64_t nibbles = few * (fxq_nibble_depth(columns) + groups * (int64_t)sizeof(int32_t));
-    const int64_t separate = rows > few ? groups * aligned(fxq_activation_bytes(FXQ_KIND_UINT8, rows, group)) : 0;
-    return nibbles > separate ? nibbles : separate;
+    if (rows <= few) return nibbles;
+    if (fxq_active->matmul_groups) return most(nibbles, (rows + 15) / 16 * 16 * fxq_depth(columns) * (int64_t)sizeof(uint16_t));
+    return most(nibbles, groups * aligned(fxq_activation_bytes(FXQ_KIND_UINT8, rows, group)));
 }
 
 void fxq_begin_grouped(struct fxq_grouped *x, int64_t group) {
     x->group = group;
     x->groups = groups_of(x->x.columns, group);
-    x->is_nibbles = x->x.rows <= fxq_active->most_nibble_rows;
+    x->form = form_of(x->x.rows);
     x->group_bytes = aligned(fxq_activation_bytes(FXQ_KIND_UINT8, x->x.rows, group));
     x->less = (int32_t *)((char *)x->x.packed + x->x.rows * fxq_nibble_depth(x->x.columns));
 }
@@ -54,8 +62,8 @@ void fxq_quantize_grouped(const struct fxq_grouped *x, int64_t first, int count,
         fxq_active->measure(rows[i], x->x.columns, &range);
         fxq_set_row(&x->x.row[first + i], &range, x->x.qmax);
     }
-    if (x->is_nibbles) {
-        fxq_active->quantize_nibbles(x, first, count, rows);
+    if (x->form != FXQ_SEPARATE_FORM) {
+        (x->form == FXQ_NIBBLES_FORM ? fxq_active->quantize_nibbles : fxq_active->quantize_groups)(x, first, count, rows);
         return;
     }
     for (int64_t group = 0; group < x->groups; group++) {
@@ -95,7 +103,10 @@ int64_t fxq_int4_chunk(int64_t rows) {
     return fits < LEAST_CHUNK ? LEAST_CHUNK : fits > MOST_CHUNK ? MOST_CHUNK : fits;
 }
 
-int64_t fxq_int4_scratch_bytes(int64_t chunk) {
+int64_t fxq_int4_scratch_bytes(int64_t chunk, int64_t columns) {
+    if (fxq_active->matmul_groups) { /* 64 outputs' unpacked weights, at most 2 bytes each, and their scales */
+        return most(FXQ_PACKED_BYTES, 64 * fxq_depth(columns) * 2 * 17 / 16);
+    }
     return chunk * (MOST_GROUP + (int64_t)sizeof(float)) + aligned(fxq_matmul_scratch_bytes(MOST_GROUP));
 }
 
@@ -114,8 +125,12 @@ static void multiply_group(const struct fxq_int4_product *job, int64_t group, co
 void fxq_multiply_int4(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to,
                        void *scratch) {
     const struct fxq_grouped *x = job->x;
-    if (x->is_nibbles) {
+    if (x->form == FXQ_NIBBLES_FORM) {
         fxq_active->matmul_nibbles(job, n0, n1, to);
+        return;
+    }
+    if (x->form == FXQ_GROUPS_FORM) {
+        fxq_active->matmul_groups(job, n0, n1, to, scratch);
         return;
     }
     int8_t *values = scratch;

@@ -40,7 +40,7 @@ int fxq_linear_int4(const struct fxq_linear *call, int threads) {
     const int64_t packed = aligned(fxq_grouped_bytes(call->rows, call->columns, call->int4.group));
     const int64_t rows = aligned(call->rows * (int64_t)sizeof(struct fxq_row));
     const int64_t ranges = aligned(threads * (int64_t)sizeof(struct fxq_range));
-    job.own_bytes = call->rows <= fxq_active->most_nibble_rows ? 0 : fxq_int4_scratch_bytes(chunk);
+    job.own_bytes = call->rows <= fxq_active->most_nibble_rows ? 0 : aligned(fxq_int4_scratch_bytes(chunk, call->columns));
     char *memory = fxq_scratch(packed + rows + ranges + threads * job.own_bytes);
     if (memory == NULL) return FXQ_NO_MEMORY;
     job.x.x = (struct fxq_activations){.rows = call->rows, .columns = call->columns, .qmax = call->qmax,

@@ -56,7 +56,7 @@ static struct fxq_grouped take_activations(struct supply *memory, const struct s
 static struct unpacked take_unpacked(struct supply *memory, const struct stack *s, int64_t outputs, int64_t columns) {
     const int64_t groups = (columns + LEAST_GROUP - 1) / LEAST_GROUP, values = aligned(outputs * columns);
     const int64_t scales = outputs * groups * (int64_t)sizeof(float);
-    if (!s->has_int4 || s->call->steps == 1 || s->call->batch <= fxq_active->most_nibble_rows ||
+    if (!s->has_int4 || fxq_active->matmul_groups || s->call->steps == 1 || s->call->batch <= fxq_active->most_nibble_rows ||
         values + scales > PACKED_BYTES) {
         return (struct unpacked){NULL, NULL};
     }
@@ -74,7 +74,7 @@ static void lay_out_cell(struct cell *cell, const struct fxq_recurrent *call, st
     cell->units = most(GATES_TOGETHER / call->batch / 64, 1) * 64;
     if (cell->units > call->hidden) cell->units = call->hidden;
     cell->pre = take(memory, call->batch * cell->stack->gates * cell->units * (int64_t)sizeof(float));
-    const int64_t int4_bytes = cell->stack->has_int4 ? fxq_int4_scratch_bytes(cell->stack->int4_chunk) : 0;
+    const int64_t int4_bytes = cell->stack->has_int4 ? fxq_int4_scratch_bytes(cell->stack->int4_chunk, columns) : 0;
     cell->scratch = take(memory, most(fxq_matmul_scratch_bytes(columns), int4_bytes));
 }
 

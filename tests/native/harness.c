@@ -34,6 +34,13 @@ static int16_t *int16_weights(int64_t count) {
     return w;
 }
 
+/* float16 of both signs, subnormal ones too, no infinity, no NaN. */
+static uint16_t *halves(int64_t count) {
+    uint16_t *w = take(count * 2);
+    for (int64_t i = 0; i < count; i++) w[i] = (uint16_t)(below(2) << 15 | below(0x4800));
+    return w;
+}
+
 static float *floats(int64_t count, float scale, bool is_signed) {
     float *x = take(count * 4);
     for (int64_t i = 0; i < count; i++) x[i] = (float)(below(20001) - (is_signed ? 10000 : 0)) * scale;
@@ -53,19 +60,21 @@ static void linear_case(int threads) {
     const int64_t rows = below(40), columns = below(200), outputs = below(150);
     float *x = floats(rows * columns, 1e-3f, true), *scale = floats(outputs, 1e-6f, false), *bias = floats(outputs, 1e-4f, true);
     float *out = take(rows * outputs * 4);
-    int8_t *w = weights(outputs * columns);
-    int16_t *w16 = below(3) ? NULL : int16_weights(outputs * columns);
+    const enum fxq_kind kind = (enum fxq_kind)below(3);
+    void *w = kind == FXQ_KIND_UINT8 ? (void *)weights(outputs * columns)
+            : kind == FXQ_KIND_INT16 ? (void *)int16_weights(outputs * columns) : (void *)halves(outputs * columns);
     if (below(10) == 0 && rows * columns > 0) x[below(rows * columns)] = NAN;
     if (below(10) == 0 && rows * columns > 0) x[below(rows * columns)] = -INFINITY;
-    const struct fxq_linear call = {.x = x, .rows = rows, .columns = columns, .weight = w, .int16 = w16, .outputs = outputs, .scale = scale,
-        .bias = below(3) ? bias : NULL, .out = out, .relu = below(3) == 0, .per_row = below(3) > 0, .qmax = below(3) ? 255 : 127};
+    const struct fxq_linear call = {.x = x, .rows = rows, .columns = columns, .kind = kind, .weight = w,
+        .outputs = outputs, .scale = scale, .bias = below(3) ? bias : NULL, .out = out, .relu = below(3) == 0, .per_row = below(3) > 0, .qmax = below(3) ? 255 : 127};
     if (fxq_linear(&call, threads) != FXQ_OK) abort();
     mix(out, rows * outputs);
-    free(x), free(scale), free(bias), free(out), free(w), free(w16);
+    free(x), free(scale), free(bias), free(out), free(w);
 }
 
-/* int8 or 4 bits: any bytes, and any finite scales of little size. */
+/* int8, float16 or 4 bits: any bytes, and any finite scales of little size. */
 static struct fxq_matrix matrix(int64_t rows, int64_t columns) {
+    if (below(4) == 0) return (struct fxq_matrix){.halves = halves(rows * columns)};
     if (below(2)) return (struct fxq_matrix){.values = weights(rows * columns), .scale = floats(rows, 1e-6f, false)};
     const int64_t group = 32 << below(3), groups = (columns + group - 1) / group;
     uint16_t *scale = take(rows * groups * 2);
@@ -74,7 +83,7 @@ static struct fxq_matrix matrix(int64_t rows, int64_t columns) {
 }
 
 static void release(const struct fxq_matrix *m) {
-    free((void *)m->values), free((void *)m->scale), free((void *)m->int4.nibbles), free((void *)m->int4.scale);
+    free((void *)m->values), free((void *)m->halves), free((void *)m->scale), free((void *)m->int4.nibbles), free((void *)m->int4.scale);
 }
 
 static void recurrent_case(int threads) {

@@ -47,16 +47,6 @@ void fxq_set_int16_row(struct fxq_row *row, const struct fxq_range *range) {
     *row = (struct fxq_row){.scale = scale, .inverse = 1.0f / scale};
 }
 
-void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int64_t stride, int64_t first,
-                       int64_t last) {
-    for (int64_t row = first; row < last; row += 16) {
-        const float *rows[16];
-        const int count = last - row < 16 ? (int)(last - row) : 16;
-        for (int i = 0; i < count; i++) rows[i] = source + (row + i) * stride;
-        (x->is_int16 ? fxq_active->quantize_int16 : fxq_active->quantize)(x, row, count, rows);
-    }
-}
-
 /* The copy of a weight's last rows (row_major.h), 64 of them in the block form; or a packed part of it. */
 int64_t fxq_matmul_scratch_bytes(int64_t columns) {
     const int64_t bytes = 64 * fxq_depth(columns);

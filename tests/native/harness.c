@@ -50,14 +50,16 @@ static void mix(const float *x, int64_t count) {
 }
 
 static void linear_case(int threads) {
-    const int64_t rows = below(40), columns = below(200), outputs = below(150);
-    float *x = floats(rows * columns, 1e-3f, true), *scale = floats(outputs, 1e-6f, false), *bias = floats(outputs, 1e-4f, true);
+    const int64_t columns = below(200), outputs = below(150), inner = 1 + below(9), outer = below(9), rows = inner * outer;
+    const int64_t stride = below(2) ? columns : below(columns + 3), outer_stride = below(2) ? inner * stride : below(300);
+    const int64_t count = rows ? (inner - 1) * stride + (outer - 1) * outer_stride + columns : 0;
+    float *x = floats(count, 1e-3f, true), *scale = floats(outputs, 1e-6f, false), *bias = floats(outputs, 1e-4f, true);
     float *out = take(rows * outputs * 4);
     int8_t *w = weights(outputs * columns);
     int16_t *w16 = below(3) ? NULL : int16_weights(outputs * columns);
-    if (below(10) == 0 && rows * columns > 0) x[below(rows * columns)] = NAN;
-    if (below(10) == 0 && rows * columns > 0) x[below(rows * columns)] = -INFINITY;
-    const struct fxq_linear call = {.x = x, .rows = rows, .columns = columns, .weight = w, .int16 = w16, .outputs = outputs, .scale = scale,
+    if (below(10) == 0 && count > 0) x[below(count)] = NAN;
+    if (below(10) == 0 && count > 0) x[below(count)] = -INFINITY;
+    const struct fxq_linear call = {.x = {.data = x, .dimensions = 2, .sizes = {outer, inner}, .strides = {outer_stride, stride}}, .rows = rows, .columns = columns, .weight = w, .int16 = w16, .outputs = outputs, .scale = scale,
         .bias = below(3) ? bias : NULL, .out = out, .relu = below(3) == 0, .per_row = below(3) > 0, .qmax = below(3) ? 255 : 127};
     if (fxq_linear(&call, threads) != FXQ_OK) abort();
     mix(out, rows * outputs);

@@ -228,6 +228,9 @@ struct fxq_linear {
 int fxq_linear(const struct fxq_linear *call, int threads);
 int fxq_linear_int4(const struct fxq_linear *call, int threads);
 
+/* transpose.c: (matrices, rows, columns) to (matrices, columns, rows) */
+void fxq_transpose(const float *x, int64_t matrices, int64_t rows, int64_t columns, float *out, int threads);
+
 /* linear.c: where one of `parts` shares of `count` things begins, in whole units. */
 int64_t fxq_share(int64_t count, int64_t unit, int index, int parts);
 /* linear.c: set rows [first, last), this thread's share of all, to the range of all. ranges: one a thread. */

@@ -100,6 +100,23 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count)
     return finish(status, made);
 }
 
+/* transpose(asks, x): x (B, M, N) as (B, N, M); None too where M or N is so small that torch's loop does as well */
+static PyObject *transpose(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    struct tensor x, out;
+    if (count != 2 || !may_run(args[0], args[1]) || !read_kind(args[1], FLOAT32, 3, &x) || x.shape[1] < 16 || x.shape[2] < 16) {
+        return nothing();
+    }
+    const int threads = thread_count();
+    if (PyErr_Occurred()) return NULL;
+    PyObject *made = new_tensor((int64_t[]){x.shape[0], x.shape[2], x.shape[1]}, 3, &out);
+    if (made == NULL) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    fxq_transpose(x.data, x.shape[0], x.shape[1], x.shape[2], out.data, threads);
+    Py_END_ALLOW_THREADS
+    return made;
+}
+
 /* One item of a sequence of tensors: its owner keeps it alive. */
 static PyObject *item(PyObject *sequence, Py_ssize_t i) {
     PyObject *tensor = PySequence_GetItem(sequence, i);
@@ -441,7 +458,8 @@ static PyObject *set_least_share(PyObject *self, PyObject *least) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 static PyMethodDef methods[] = {
-    FAST(set_torch), FAST(linear), FAST(lstm), FAST(rnn), FAST(embedding), FAST(embedding_bag), FAST(use_huge_pages),
+    FAST(set_torch), FAST(linear), FAST(transpose), FAST(lstm), FAST(rnn), FAST(embedding), FAST(embedding_bag),
+    FAST(use_huge_pages),
     {"isas", isas, METH_NOARGS, NULL},
     {"active_isa", active_isa, METH_NOARGS, NULL},
     {"select_isa", select_isa, METH_O, NULL},

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fxquant import ops
 from fxquant.errors import ShapeError
 from fxquant.nn.base import Quantize, quantize_alone
 from fxquant.nn.linear import DynamicQuantizedLinear
@@ -55,19 +56,18 @@ class DynamicQuantizedConv(DynamicQuantizedLinear):
         if input.dim() == rank:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         rows = super().forward(self._windows(input))
-        is_last = rank == 3 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
         # As a convolution's output lies in memory, of which one may take a .view.
-        return rows.movedim(-1, 1).contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+        if rank == 3 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+            return rows.movedim(-1, 1)
+        return ops.transpose(rows.flatten(1, -2)).view(len(rows), self.out_features, *rows.shape[1:-1])
 
     def _windows(self, input: torch.Tensor) -> torch.Tensor:
         """Return each position's window, (B, ..., window): along the width a view, where windows overlap in memory."""
-        if not any(self.padding):
-            x = input.movedim(1, -1)
-        elif self.padding_mode == "zeros":  # where torch pads any dimensions, so that one copy does
-            x = F.pad(input.movedim(1, -1), (0, 0, *self.padding))
-        else:
-            x = F.pad(input, self.padding, self.padding_mode).movedim(1, -1)
-        x = x.contiguous()
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        padded = F.pad(input, self.padding, mode) if any(self.padding) else input
+        x = padded.movedim(1, -1)
+        if not x.is_contiguous():
+            x = ops.transpose(padded.flatten(2)).view(len(input), *padded.shape[2:], self.in_channels)
         spans = [(size - 1) * step + 1 for size, step in zip(self.kernel_size, self.dilation, strict=True)]
         if any(size < span for size, span in zip(x.shape[1:], spans, strict=False)):
             raise ShapeError(

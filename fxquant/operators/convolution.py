@@ -13,23 +13,29 @@ from fxquant.nn.base import Quantize
 from fxquant.operators.base import INT8_DYNAMIC, Operator, refuse_parameters, refuse_weight
 from fxquant.qconfig import QConfig
 
-LEAST_WEIGHTS = 256 * 256
 LEAST_OUTPUTS = 64
-"""The weights and output channels from which convolutions gained, or came out level, in each measurement."""
+LEAST_WEIGHTS, LEAST_OF_OTHERS = 256 * 256, 512 * 512
+"""The output channels and weights from which convolutions gained, or came out level, in each measurement. The others:
+those of kernel 1, at which float is best, and those dilated along the width, whose windows must be copied.
+"""
 
-_TAKEN = f"they have {LEAST_OUTPUTS} or more output channels, {LEAST_WEIGHTS:,} or more weights and no groups"
+_TAKEN = (
+    f"they have {LEAST_OUTPUTS} or more output channels, no groups, and {LEAST_WEIGHTS:,} or more weights, or "
+    f"{LEAST_OF_OTHERS:,} where they are pointwise or dilated"
+)
 
 
 def _refuse(module: nn.Conv1d | nn.Conv2d) -> str | None:
     if "weight" not in module._parameters:
         return "its weight is recomputed at each call (weight_norm or the like); remove that first"
-    if module.groups == 1 and module.out_channels >= LEAST_OUTPUTS and module.weight.numel() >= LEAST_WEIGHTS:
+    is_pointwise, is_dilated = module.kernel_size.count(1) == len(module.kernel_size), module.dilation[-1] > 1
+    least = LEAST_OF_OTHERS if is_pointwise or is_dilated else LEAST_WEIGHTS
+    if module.groups == 1 and module.out_channels >= LEAST_OUTPUTS and module.weight.numel() >= least:
         return refuse_weight(module.weight.flatten(1)) or refuse_parameters(module)
-    kernel = "×".join(map(str, module.kernel_size))
-    return (
-        f"convolutions stay float under a dynamic qconfig unless {_TAKEN}: this is {module.in_channels} → "
-        f"{module.out_channels} channels, kernel {kernel}" + (f", {module.groups} groups" * (module.groups > 1))
-    )
+    told = f"{module.in_channels} → {module.out_channels} channels, kernel {'×'.join(map(str, module.kernel_size))}"
+    told += f", dilation {module.dilation[-1]}" if is_dilated else ""
+    told += f", {module.groups} groups" if module.groups > 1 else ""
+    return f"convolutions stay float under a dynamic qconfig unless {_TAKEN}: this is {told}"
 
 
 def _convert(module: nn.Module, qconfig: QConfig, quantize: Quantize) -> nn.Module:

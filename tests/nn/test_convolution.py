@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import DTypeError, ShapeError, per_tensor_dynamic_qconfig
+from fxquant import DTypeError, ShapeError, ops, per_tensor_dynamic_qconfig
 from fxquant.nn import ConvReLU1d, ConvReLU2d, DynamicQuantizedConv
 from fxquant.nn import DynamicQuantizedConvReLU as WithReLU
 from fxquant.ops import native
+from tests.native.cases import kernels
 
 CONV2D = [
     {"kernel_size": 1},
@@ -221,3 +222,32 @@ def test_it_prints_what_it_is():
         "DynamicQuantizedConv(24, 12, kernel_size=(3, 5), stride=(1, 1), padding=(2, 2, 1, 1), dilation=(1, 1), "
         "padding_mode=zeros, bias=True, int8 symmetric per channel, activation uint8 affine per row)"
     )
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library")
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 40, 70), (2, 33, 31), (1, 100, 64), (0, 20, 20), (1, 257, 16)])
+def test_the_library_swaps_rows_and_columns(shape):
+    x = torch.randn(shape)
+    for threads in (1, 3):
+        with kernels(native.kernel_info().isa, threads):
+            got = native.at_once.transpose(True, x)
+        assert torch.equal(got, x.transpose(1, 2))
+        assert got.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[:, :15],
+        lambda x: x.double(),
+        lambda x: x[0],
+        lambda x: x.transpose(1, 2),
+        lambda x: x.requires_grad_(),
+    ],
+)
+def test_what_the_library_does_not_swap_torch_does(change):
+    x = change(torch.randn(2, 20, 30))
+    assert native.at_once.transpose(True, x) is None
+    if x.dim() == 3:
+        assert torch.equal(ops.transpose(x), x.transpose(1, 2))
+        assert ops.transpose(x).is_contiguous()

@@ -50,23 +50,26 @@ def test_a_weight_that_is_no_parameter_stays_float():
     ("convolution", "told"),
     [
         (nn.Conv1d(3, 4, 2), "3 → 4 channels, kernel 2"),
-        (nn.Conv1d(256, 255, 1), "256 → 255 channels, kernel 1"),
+        (nn.Conv1d(512, 511, 1), "512 → 511 channels, kernel 1"),
+        (nn.Conv1d(64, 127, 8), "64 → 127 channels, kernel 8"),
+        (nn.Conv1d(128, 128, 3, dilation=2), "128 → 128 channels, kernel 3, dilation 2"),
         (nn.Conv2d(512, 63, 3), "512 → 63 channels, kernel 3×3"),
         (nn.Conv2d(512, 1024, (1, 3), groups=2), "512 → 1024 channels, kernel 1×3, 2 groups"),
     ],
     ids=str,
 )
 def test_a_convolution_says_why_it_stays_float(convolution, told):
-    inputs = torch.randn(1, convolution.in_channels, *[3] * len(convolution.kernel_size))
+    inputs = torch.randn(1, convolution.in_channels, *[9] * len(convolution.kernel_size))
     (reason,) = reasons(nn.Sequential(convolution), inputs)
     assert reason == (
-        "convolutions stay float under a dynamic qconfig unless they have 64 or more output channels, 65,536 or more "
-        f"weights and no groups: this is {told}"
+        "convolutions stay float under a dynamic qconfig unless they have 64 or more output channels, no groups, and "
+        f"65,536 or more weights, or 262,144 where they are pointwise or dilated: this is {told}"
     )
 
 
 @pytest.mark.parametrize(
-    "convolution", [nn.Conv1d(256, 256, 1), nn.Conv2d(16, 64, 8, 2, 3, 2), nn.Conv1d(1024, 64, 1, bias=False)], ids=str
+    "convolution",
+    [nn.Conv1d(512, 512, 1), nn.Conv2d(16, 64, 8, 2, 3), nn.Conv2d(64, 512, (2, 4), dilation=(1, 2), bias=False)],
 )
 def test_a_large_convolution_is_quantized(convolution):
     model, x = nn.Sequential(convolution), torch.randn(2, convolution.in_channels, *[20] * len(convolution.kernel_size))

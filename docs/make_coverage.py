@@ -27,8 +27,9 @@ and `convert_fx` and by `quantize_dynamic`:
 quantized inside them, or none: then the model's own code runs on. *quantized*: the share of the bytes of all matrices
 (parameters of two or more dimensions) that became int8; what stays float are small convolutions, and what is
 only added: positions and the like. *eager*: the same of `quantize_dynamic`, which does not reach functional calls.
-*kB*: parameters and buffers. *SQNR*: the power of the float model's answers over the power of the difference from them; with random
-weights it tells that nothing is lost on the way, and what a trained model loses is in [results](results.md).
+*kB*: parameters and buffers. *SQNR*: the power of the float model's answers over the power of the difference from
+them; with random weights it tells that nothing is lost on the way, and what a trained model loses is in
+[results](results.md).
 
 | architecture | paper | traced | sites | quantized, % | eager, % | kB, float → int8 | SQNR, dB |
 |---|---|---|---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""Measure what `fxquant.explain` looks up: float beside fxquant, by operator, rows and size.
+"""Measure what `fxquant.explain` looks up: float beside fxquant, by operator, weights, rows and size.
 
     python -m benchmarks.speed_table [--threads 1] [--rounds 5] [--json fxquant/debug/speed.json]
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from torch import nn
 
 from benchmarks.machine import describe_machine
 from benchmarks.operators import Call, measure, report
-from fxquant import quantize_dynamic
+from fxquant import OPERATORS, quantize_dynamic
+from fxquant.debug.losses import MEASURED
 
 SHAPES = [(rows, size) for size in (16, 32, 64, 128, 256, 1024, 4096) for rows in (1, 16, 256)]
 LARGEST = {"linear": 4096, "embedding": 4096, "embedding_bag": 4096}
@@ -42,14 +44,16 @@ def case(operator: str, rows: int, size: int) -> tuple[nn.Module, tuple[torch.Te
 
 
 def cases() -> Iterator[tuple[str, dict[str, Call]]]:
-    """Yield "operator rowsxsize", and what float and fxquant call."""
+    """Yield "operator dtype rowsxsize", and what float and fxquant call."""
     for operator in ("linear", "embedding", "embedding_bag", "lstm", "rnn", "cell", "attention"):
-        for rows, size in SHAPES:
+        schemes = next(row.schemes for row in OPERATORS if row.name == operator)
+        dtypes = [dtype for dtype, qconfig in MEASURED.items() if any(scheme.accepts(qconfig) for scheme in schemes)]
+        for dtype, (rows, size) in itertools.product(dtypes, SHAPES):
             if size <= LARGEST.get(operator, 1024):
                 module, inputs = case(operator, rows, size)
-                own = quantize_dynamic(module.eval())
+                own = quantize_dynamic(module.eval(), {type(module): MEASURED[dtype]})
                 calls = {"fxquant": functools.partial(own, *inputs), "float": functools.partial(module, *inputs)}
-                yield f"{operator} {rows}x{size}", calls
+                yield f"{operator} {dtype} {rows}x{size}", calls
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 /* The quantization of activation rows: fxquant.numerics.quantize_rows, to the bit. */
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 #include "fxquant.h"
 
@@ -16,12 +17,14 @@ int64_t fxq_depth(int64_t columns) { return (columns + FXQ_DEPTH - 1) / FXQ_DEPT
 int64_t fxq_nibble_depth(int64_t columns) { return (columns + 127) / 128 * 128; }
 
 /* 16 more rows: a block of 16 may be partly filled, and the dot form keeps a row of its own (see avx512.h). */
-int64_t fxq_packed_bytes(int64_t rows, int64_t columns) {
+static int64_t packed_bytes(int64_t rows, int64_t columns) {
     return (rows + 16) * fxq_depth(columns) * fxq_active->value_bytes;
 }
 
-/* Low and high bytes, an int16 each: see int16.h. */
-int64_t fxq_int16_bytes(int64_t rows, int64_t columns) { return rows * fxq_depth(columns) * 2 * (int64_t)sizeof(int16_t); }
+int64_t fxq_activation_bytes(enum fxq_kind kind, int64_t rows, int64_t columns) {
+    if (kind == FXQ_BYTES) return packed_bytes(rows, columns);
+    return rows * fxq_depth(columns) * 4; /* two int16 or a float */
+}
 
 void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax) {
     const float low = range->low < -FLT_MAX ? -FLT_MAX : range->low;
@@ -47,7 +50,42 @@ void fxq_set_int16_row(struct fxq_row *row, const struct fxq_range *range) {
     *row = (struct fxq_row){.scale = scale, .inverse = 1.0f / scale};
 }
 
-/* The copy of a weight's last rows (row_major.h), 64 of them in the block form; or a packed part of it. */
+/* Floats stay as they are. */
+static void copy_floats(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
+    const size_t columns = (size_t)x->columns, padding = (size_t)(x->depth - x->columns);
+    for (int i = 0; i < count; i++) {
+        float *to = (float *)x->packed + (first + i) * x->depth;
+        memcpy(to, rows[i], columns * sizeof *to);
+        memset(to + columns, 0, padding * sizeof *to);
+    }
+}
+
+void fxq_quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
+    switch (x->kind) {
+        case FXQ_BYTES: fxq_active->quantize(x, first, count, rows); break;
+        case FXQ_INT16: fxq_active->quantize_int16(x, first, count, rows); break;
+        case FXQ_FLOATS: copy_floats(x, first, count, rows); break;
+    }
+}
+
+void fxq_multiply(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+    switch (job->x->kind) {
+        case FXQ_BYTES: fxq_active->matmul(job, n0, n1, to, scratch); break;
+        case FXQ_INT16: fxq_active->matmul_int16(job, n0, n1, to); break;
+        case FXQ_FLOATS: fxq_active->matmul_floats(job, n0, n1, to, scratch); break;
+    }
+}
+
+void fxq_quantize_rows(const struct fxq_activations *x, const struct fxq_rows *source, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row += 16) {
+        const float *rows[16];
+        const int count = last - row < 16 ? (int)(last - row) : 16;
+        for (int i = 0; i < count; i++) rows[i] = fxq_find_row(source, row + i);
+        fxq_quantize(x, row, count, rows);
+    }
+}
+
+/* The copy of a weight's last rows (row_major.h), 64 of them in the block form; or a packed part of it; or 4 rows of floats. */
 int64_t fxq_matmul_scratch_bytes(int64_t columns) {
     const int64_t bytes = 64 * fxq_depth(columns);
     return bytes < FXQ_PACKED_BYTES ? FXQ_PACKED_BYTES : bytes;

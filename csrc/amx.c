@@ -16,6 +16,7 @@ FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int
 #include "avx512_lstm.h"
 #include "avx512_nibbles.h"
 #include "avx512_int16.h"
+#include "avx512_floats.h"
 
 /* All eight tiles are 16 rows of 64 bytes; a thread sets them once a job. Constant data, not a local variable: gcc 12
  * thinks that _tile_loadconfig reads 8 bytes, and would leave the others unwritten. */
@@ -250,6 +251,6 @@ static void lstm_step(const struct fxq_lstm_step *s) {
 
 const struct fxq_kernels fxq_amx = {.name = "amx", .value_bytes = 1, .begin = begin, .end = end, .quantize = quantize,
                                     .row_sums = row_sums, .matmul = matmul, .packs_weight = packs_weight, .pack_lstm = pack_lstm,
-                                    .lstm_step = lstm_step, FXQ_LSTM_INT4, FXQ_NIBBLES, FXQ_INT16, FXQ_ELEMENTWISE};
+                                    .lstm_step = lstm_step, FXQ_LSTM_INT4, FXQ_NIBBLES, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -3,7 +3,7 @@
 
 #ifdef FXQ_HAS_AVX2
 #include <immintrin.h>
-FXQ_TARGET_BEGIN("avx2")
+FXQ_TARGET_BEGIN("avx2,fma,f16c")
 
 #define FXQ_VALUE int16_t
 #include "unpack_x86.h"
@@ -61,8 +61,9 @@ static void dot_4x2(const struct group *g, int first, const int16_t *a, const in
 FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) { return add_product(sum, a, w); }
 
 #include "ymm_int16.h"
+#include "ymm_floats.h"
 
 const struct fxq_kernels fxq_avx2 = {.name = "avx2", .value_bytes = 2, .quantize = quantize, .matmul = matmul,
-                                     FXQ_INT16, FXQ_ELEMENTWISE};
+                                     FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -3,7 +3,7 @@
  * a bag stay in registers until all its rows are added. */
 
 /* How a table's values are stored: a constant where it is used, so that each format has loops of its own. */
-enum format { INT8, UINT8, UINT4 };
+enum format { INT8, UINT8, UINT4, HALF };
 
 struct table_row {
     const uint8_t *values;
@@ -11,7 +11,8 @@ struct table_row {
 };
 
 FXQ_INLINE struct table_row row_at(const struct fxq_table *table, int64_t row, enum format format) {
-    const int64_t bytes = format == UINT4 ? (table->columns + 1) / 2 : table->columns;
+    const int64_t bytes = format == UINT4 ? (table->columns + 1) / 2 : format == HALF ? 2 * table->columns : table->columns;
+    if (format == HALF) return (struct table_row){.values = (const uint8_t *)table->values + row * bytes};
     const float zero = table->zero_point ? table->zero_point[row] : 0.0f;
     return (struct table_row){(const uint8_t *)table->values + row * bytes, _mm512_set1_ps(zero),
                               _mm512_set1_ps(table->scale[row])};
@@ -20,7 +21,9 @@ FXQ_INLINE struct table_row row_at(const struct fxq_table *table, int64_t row, e
 /* 16 columns from k on, or as many as `lanes` has. */
 FXQ_INLINE __m512 reals_at(struct table_row row, int64_t k, __mmask16 lanes, enum format format) {
     __m512i values;
-    if (format == UINT4) {
+    if (format == HALF) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, row.values + 2 * k));
+    } else if (format == UINT4) {
         const __mmask16 pairs = first_lanes((__builtin_popcount(lanes) + 1) / 2);
         const __m128i bytes = _mm_cvtepu8_epi16(_mm_maskz_loadu_epi8(pairs, row.values + k / 2));
         const __m128i nibbles = _mm_and_si128(_mm_or_si128(bytes, _mm_slli_epi16(bytes, 4)), _mm_set1_epi8(15));
@@ -42,6 +45,7 @@ FXQ_INLINE void put_row_of(const struct fxq_table *table, int64_t index, float *
 
 static void put_row(const struct fxq_table *table, int64_t row, float *out) {
     if (table->bits == 4) put_row_of(table, row, out, UINT4);
+    else if (table->bits == 16) put_row_of(table, row, out, HALF);
     else if (table->is_signed) put_row_of(table, row, out, INT8);
     else put_row_of(table, row, out, UINT8);
 }
@@ -72,6 +76,7 @@ FXQ_INLINE void add_rows_of(const struct fxq_table *table, const int64_t *rows, 
 
 static void add_rows(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count, float *out) {
     if (table->bits == 4) add_rows_of(table, rows, weights, count, out, UINT4);
+    else if (table->bits == 16) add_rows_of(table, rows, weights, count, out, HALF);
     else if (table->is_signed) add_rows_of(table, rows, weights, count, out, INT8);
     else add_rows_of(table, rows, weights, count, out, UINT8);
 }

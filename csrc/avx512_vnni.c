@@ -15,6 +15,7 @@ FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-wi
 #include "avx512_lstm.h"
 #include "avx512_nibbles.h"
 #include "avx512_int16.h"
+#include "avx512_floats.h"
 
 FXQ_INLINE __m512i broadcast_4(const int8_t *w) {
     int32_t four;
@@ -75,6 +76,6 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
 
 const struct fxq_kernels fxq_avx512_vnni = {.name = "avx512_vnni", .value_bytes = 1, .quantize = quantize,
                                             .row_sums = row_sums, .matmul = matmul, .pack_lstm = pack_lstm,
-                                            .lstm_step = lstm_step_by_rows, FXQ_LSTM_INT4, FXQ_NIBBLES, FXQ_INT16, FXQ_ELEMENTWISE};
+                                            .lstm_step = lstm_step_by_rows, FXQ_LSTM_INT4, FXQ_NIBBLES, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

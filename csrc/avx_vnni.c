@@ -3,7 +3,7 @@
 
 #ifdef FXQ_HAS_VNNI_AND_AMX
 #include <immintrin.h>
-FXQ_TARGET_BEGIN("avx2,avxvnni")
+FXQ_TARGET_BEGIN("avx2,avxvnni,fma,f16c")
 
 #define FXQ_VALUE uint8_t
 #include "unpack_x86.h"
@@ -68,8 +68,9 @@ static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int
 FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) { return _mm256_dpwssd_avx_epi32(sum, a, w); }
 
 #include "ymm_int16.h"
+#include "ymm_floats.h"
 
 const struct fxq_kernels fxq_avx_vnni = {.name = "avx_vnni", .value_bytes = 1, .quantize = quantize,
-                                         .row_sums = row_sums, .matmul = matmul, FXQ_INT16, FXQ_ELEMENTWISE};
+                                         .row_sums = row_sums, .matmul = matmul, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -18,7 +18,7 @@ const struct fxq_kernels *fxq_active = &fxq_portable;
 #if defined(__x86_64__)
 
 struct x86 {
-    bool avx2, avx_vnni, avx512_vnni, amx_int8; /* the processor's word */
+    bool avx2, fma_f16c, avx_vnni, avx512_vnni, amx_int8; /* the processor's word */
     bool ymm, zmm, tiles;                       /* the operating system saves these registers */
 };
 
@@ -26,6 +26,7 @@ static struct x86 read_x86(void) {
     struct x86 cpu = {0};
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return cpu; /* no XGETBV */
+    cpu.fma_f16c = (c >> 12 & 1) && (c >> 29 & 1);
     unsigned low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     cpu.ymm = (low & 0x6) == 0x6;
@@ -51,7 +52,7 @@ static bool ask_for_tiles(void) {
 
 static const char *avx2_obstacle(void) {
     const struct x86 cpu = read_x86();
-    if (!cpu.avx2) return "the processor has no AVX2";
+    if (!cpu.avx2 || !cpu.fma_f16c) return "the processor has no AVX2, FMA and F16C";
     return cpu.ymm ? "" : "the operating system does not save AVX registers";
 }
 

@@ -148,10 +148,18 @@ static void unpack(const uint8_t *restrict nibbles, int64_t stride, int64_t rows
 }
 #endif
 
+static void widen(const uint16_t *halves, int64_t count, float *out); /* floats.h */
+
 #ifndef FXQ_OWN_TABLES
+static void widen(const uint16_t *halves, int64_t count, float *out); /* floats.h */
+
 /* Columns [first, first + count) of a table's row. first is even. */
 static void put_columns(const struct fxq_table *table, int64_t row, int64_t first, int64_t count, float *restrict out) {
     const int64_t columns = table->columns;
+    if (table->bits == 16) {
+        widen((const uint16_t *)table->values + row * columns + first, count, out);
+        return;
+    }
     const float scale = table->scale[row], zero = table->zero_point ? table->zero_point[row] : 0.0f;
     if (table->bits == 4) {
         const uint8_t *packed = (const uint8_t *)table->values + row * ((columns + 1) / 2) + first / 2;

@@ -3,7 +3,7 @@
  * Words: M rows of activations, K columns (the depth of a product), N outputs. A product is
  *   y[m][n] = float(sum_k (q[m][k] - zero_point[m]) * weight[n][k]) * (row_scale[m] * scale[n])
  * with every float operation single and in this order: fxquant/ops/reference.py is the specification, to the bit. So
- * this code is compiled with -ffp-contract=off and uses no fused multiply-add. */
+ * this code is compiled with -ffp-contract=off and uses no fused multiply-add, but for float weights: see floats.h. */
 #ifndef FXQUANT_H
 #define FXQUANT_H
 
@@ -44,24 +44,30 @@ struct fxq_range {
     bool is_nan;
 };
 
-/* Quantized activations. `packed` is laid out as the instruction set's matmul wants it. */
+/* What activations become, by the weight: uint8 for int8 and 4 bits, laid out as the instruction set's matmul wants them;
+ * -32767 … 32767 without a zero point for int16, as int16.h says; themselves for floats, as floats.h says. */
+enum fxq_kind { FXQ_BYTES, FXQ_INT16, FXQ_FLOATS };
+
+/* Quantized activations. */
 struct fxq_activations {
     int64_t rows, columns, depth; /* depth: columns rounded up to FXQ_DEPTH */
     int qmax;
     bool per_row; /* false: row[] was filled from one range for all rows */
     bool is_row_major; /* packed row by row, `depth` bytes each: for packed weights */
-    bool is_int16;     /* -32767 … 32767 without a zero point, for int16 weights; packed as int16.h says, not as matmul wants */
+    enum fxq_kind kind;
     struct fxq_row *row;
-    void *packed; /* fxq_packed_bytes(), fxq_int16_bytes() */
+    void *packed; /* fxq_activation_bytes() */
 };
 
 /* One quantized product, shared by the threads that each compute some outputs of it. */
 struct fxq_matmul {
     const struct fxq_activations *x;
     const int8_t *weight; /* (outputs, x->columns) */
-    const int16_t *int16; /* instead of weight where x->is_int16 */
+    const int16_t *int16; /* instead of weight, by x->kind; */
+    const uint16_t *halves; /* or these, */
+    const float *floats;    /* or these */
     int64_t outputs;
-    const float *scale; /* (outputs,) */
+    const float *scale; /* (outputs,); floats have none */
     const float *bias;  /* (outputs,) or NULL */
     const int32_t *sums; /* sums of the weight's rows, or NULL: computed on the way */
     bool relu;
@@ -89,13 +95,13 @@ struct fxq_lstm_step {
     int64_t out_stride;
 };
 
-/* A quantized embedding table: real = (value - zero_point) * scale. */
+/* A quantized embedding table: real = (value - zero_point) * scale, or the value itself where it is float16. */
 struct fxq_table {
-    const void *values; /* (rows, columns) int8 or uint8; 4 bits: (rows, (columns + 1) / 2), low nibble first */
+    const void *values; /* (rows, columns) int8 or uint8 or float16; 4 bits: (rows, (columns + 1) / 2), low nibble first */
     int64_t rows, columns;
-    int bits;
+    int bits; /* 4, 8 or 16 */
     bool is_signed;
-    const float *scale, *zero_point; /* (rows,); zero_point may be NULL */
+    const float *scale, *zero_point; /* (rows,); zero_point may be NULL, of float16 both are */
 };
 
 /* y = x W^T + bias with 4-bit weights: a product a group of columns, each with scales of its own, added up in their order.
@@ -144,6 +150,7 @@ struct fxq_kernels {
     /* The same with int16 weights and activations, without packing or scratch. */
     void (*quantize_int16)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
     void (*matmul_int16)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to);
+    void (*matmul_floats)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
     /* gates: 4 runs of `units` floats, gate_stride apart; h may be any buffer of `units`. */
     void (*lstm_cell)(const float *gates, int64_t gate_stride, int64_t units, float *c, float *h);
     /* gates: r, z and the hidden part of n; x_n: the input's part of n; before: the last h. */
@@ -192,11 +199,14 @@ void fxq_trim_scratch(void); /* gives back an unusually large block */
 /* activations.c */
 int64_t fxq_depth(int64_t columns);
 int64_t fxq_nibble_depth(int64_t columns); /* whole steps of 128 columns */
-int64_t fxq_packed_bytes(int64_t rows, int64_t columns);
-int64_t fxq_int16_bytes(int64_t rows, int64_t columns);
-int64_t fxq_matmul_scratch_bytes(int64_t columns); /* one thread's scratch in matmul and row_sums */
+int64_t fxq_activation_bytes(enum fxq_kind kind, int64_t rows, int64_t columns);
+int64_t fxq_matmul_scratch_bytes(int64_t columns); /* one thread's scratch in a product and in row_sums */
 void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax);
 void fxq_set_int16_row(struct fxq_row *row, const struct fxq_range *range);
+/* fxq_kernels.quantize and matmul, of each kind. */
+void fxq_quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
+void fxq_multiply(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
+void fxq_quantize_rows(const struct fxq_activations *x, const struct fxq_rows *source, int64_t first, int64_t last);
 
 /* int4.c */
 int64_t fxq_grouped_bytes(int64_t rows, int64_t columns, int64_t group); /* enough for fewer rows or larger groups too */
@@ -216,8 +226,8 @@ enum { FXQ_OK = 0, FXQ_NO_MEMORY = -1, FXQ_BAD_INDEX = -2, FXQ_BAD_OFFSETS = -3 
 struct fxq_linear {
     struct fxq_rows x;
     int64_t rows, columns;
-    const int8_t *weight; /* and scale: NULL with int4 */
-    const int16_t *int16; /* instead of weight, or NULL */
+    enum fxq_kind kind;
+    const void *weight; /* int8, int16 or float16, by the kind; NULL with int4, and its scale too */
     int64_t outputs;
     const float *scale, *bias;
     float *out;
@@ -239,10 +249,12 @@ void fxq_set_common_rows(const struct fxq_linear *call, struct fxq_row *row, int
 
 /* G gates a hidden unit, rows of the weights by gate: LSTM i f g o, GRU r z n, plain RNN one. */
 enum fxq_mode { FXQ_LSTM, FXQ_GRU, FXQ_RNN_TANH, FXQ_RNN_RELU };
-/* int8 `values` or `int16` with a scale a row, or 4 bits, or with neither none. */
+/* int8 `values` or `int16` with a scale a row, or 4 bits, or `halves` or `floats` without one; or none. */
 struct fxq_matrix {
     const int8_t *values;
     const int16_t *int16;
+    const uint16_t *halves;
+    const float *floats;
     const float *scale;
     struct fxq_linear_int4 int4; /* nibbles: NULL where it is not 4 bits */
 };
@@ -253,9 +265,7 @@ struct fxq_recurrent_weights {
 };
 struct fxq_recurrent {
     enum fxq_mode mode;
-    /* (rows, inputs), steps one after another; where the first layer's ih are none, its gates' parts of the input, with the
-     * bias: (rows, directions * G * H) */
-    const float *x;
+    const float *x; /* (rows, inputs), steps one after another */
     int64_t steps, batch, inputs, hidden, outputs; /* outputs: P, which is H without a projection */
     const int64_t *sizes; /* (steps,) rows a step, or NULL: batch in each */
     int layers, directions;

@@ -31,7 +31,7 @@ void fxq_set_common_rows(const struct fxq_linear *call, struct fxq_row *row, int
         range.is_nan |= other->is_nan;
     }
     for (int64_t m = first; m < last; m++) {
-        if (call->int16) fxq_set_int16_row(&row[m], &range);
+        if (call->kind == FXQ_INT16) fxq_set_int16_row(&row[m], &range);
         else fxq_set_row(&row[m], &range, call->qmax);
     }
 }
@@ -41,18 +41,12 @@ static void work(void *arg, int thread, int threads) {
     const struct fxq_linear *call = job->call;
     if (fxq_active->begin) fxq_active->begin();
     const int64_t m0 = fxq_share(call->rows, 16, thread, threads), m1 = fxq_share(call->rows, 16, thread + 1, threads);
-    if (!call->per_row) fxq_set_common_rows(call, job->x.row, m0, m1, job->ranges, thread, threads);
-    for (int64_t m = m0; m < m1; m += 16) {
-        const float *rows[16];
-        const int count = m1 - m < 16 ? (int)(m1 - m) : 16;
-        for (int i = 0; i < count; i++) rows[i] = fxq_find_row(&call->x, m + i);
-        (call->int16 ? fxq_active->quantize_int16 : fxq_active->quantize)(&job->x, m, count, rows);
-    }
+    if (!call->per_row && call->kind != FXQ_FLOATS) fxq_set_common_rows(call, job->x.row, m0, m1, job->ranges, thread, threads);
+    fxq_quantize_rows(&job->x, &call->x, m0, m1);
     fxq_barrier(threads);
     const int64_t n0 = fxq_share(call->outputs, 64, thread, threads), n1 = fxq_share(call->outputs, 64, thread + 1, threads);
     const struct fxq_target to = {call->out + n0, call->outputs, NULL, 0};
-    if (n0 < n1 && call->int16) fxq_active->matmul_int16(&job->matmul, n0, n1, &to);
-    else if (n0 < n1) fxq_active->matmul(&job->matmul, n0, n1, &to, job->scratch + thread * job->scratch_bytes);
+    if (n0 < n1) fxq_multiply(&job->matmul, n0, n1, &to, job->scratch + thread * job->scratch_bytes);
     if (fxq_active->end) fxq_active->end();
 }
 
@@ -62,21 +56,20 @@ int fxq_linear(const struct fxq_linear *call, int threads) {
     if (call->rows == 0 || call->outputs == 0) return FXQ_OK;
     threads = fxq_worthwhile(call->rows * call->outputs * call->columns, (call->outputs + 63) / 64, threads);
 
-    const bool is_int16 = call->int16 != NULL;
-    struct job job = {.call = call, .scratch_bytes = is_int16 ? 0 : aligned(fxq_matmul_scratch_bytes(call->columns))};
-    const int64_t packed = aligned((is_int16 ? fxq_int16_bytes : fxq_packed_bytes)(call->rows, call->columns));
+    struct job job = {.call = call, .scratch_bytes = aligned(fxq_matmul_scratch_bytes(call->columns))};
+    const int64_t packed = aligned(fxq_activation_bytes(call->kind, call->rows, call->columns));
     const int64_t rows = aligned(call->rows * (int64_t)sizeof(struct fxq_row));
     const int64_t ranges = aligned(threads * (int64_t)sizeof(struct fxq_range));
     char *memory = fxq_scratch(packed + rows + ranges + threads * job.scratch_bytes);
     if (memory == NULL) return FXQ_NO_MEMORY;
     const bool packs_weight =
-        !is_int16 && fxq_active->packs_weight && fxq_active->packs_weight(call->rows, call->columns, call->outputs);
+        call->kind == FXQ_BYTES && fxq_active->packs_weight && fxq_active->packs_weight(call->rows, call->columns, call->outputs);
     job.x = (struct fxq_activations){.rows = call->rows, .columns = call->columns, .depth = fxq_depth(call->columns),
-        .qmax = call->qmax, .per_row = call->per_row, .is_int16 = is_int16, .is_row_major = packs_weight,
+        .qmax = call->qmax, .per_row = call->per_row, .kind = call->kind, .is_row_major = packs_weight,
         .row = (struct fxq_row *)(memory + packed), .packed = memory};
     job.ranges = (struct fxq_range *)(memory + packed + rows);
     job.scratch = memory + packed + rows + ranges;
-    job.matmul = (struct fxq_matmul){.x = &job.x, .weight = call->weight, .int16 = call->int16, .outputs = call->outputs,
+    job.matmul = (struct fxq_matmul){.x = &job.x, .weight = call->weight, .int16 = call->weight, .halves = call->weight, .outputs = call->outputs,
         .scale = call->scale, .bias = call->bias, .relu = call->relu};
     fxq_run(work, &job, threads);
     fxq_trim_scratch();

@@ -36,17 +36,17 @@ static PyObject *finish(int status, PyObject *outputs) {
     return status == FXQ_NO_MEMORY ? PyErr_NoMemory() : nothing();
 }
 
-/* The weight and scale of a linear of so many columns, int8, int16 or, with a group size, int4. */
+/* The weight and scale of a linear of so many columns: int8, int16, float16 without a scale or, with a group size, int4. */
 static bool read_weight(PyObject *weight, PyObject *scale, int64_t columns, int64_t group, struct fxq_linear *call) {
     struct tensor matrix, scales;
     if (!read_tensor(weight, &matrix) || matrix.dimensions != 2) return false;
-    if (group ? matrix.kind != UINT8 : matrix.kind != INT8 && matrix.kind != INT16) return false;
+    if (group ? matrix.kind != UINT8 : matrix.kind != INT8 && matrix.kind != INT16 && matrix.kind != FLOAT16) return false;
     call->outputs = matrix.shape[0];
     call->columns = columns;
     if (group == 0) {
-        if (matrix.kind == INT16) call->int16 = matrix.data;
-        else call->weight = matrix.data;
-        return matrix.shape[1] == columns && read_vector(scale, call->outputs, &call->scale);
+        call->kind = matrix.kind == INT16 ? FXQ_INT16 : matrix.kind == FLOAT16 ? FXQ_FLOATS : FXQ_BYTES;
+        call->weight = matrix.data;
+        return matrix.shape[1] == columns && (call->kind == FXQ_FLOATS || read_vector(scale, call->outputs, &call->scale));
     }
     if ((group != 32 && group != 64 && group != 128) || columns == 0) return false;
     call->int4 = (struct fxq_linear_int4){matrix.data, NULL, group, (columns + group - 1) / group};
@@ -83,7 +83,7 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count)
     if (!may_run(args[0], args[1]) || !read_rows(args[1], &x, &call) ||
         !read_weight(args[2], args[3], x.shape[x.dimensions - 1], group, &call) ||
         (group && INTEGER(args[9]) != call.columns) || !read_optional_vector(args[4], call.outputs, &call.bias) ||
-        (!call.int16 && !read_qmax(args[7], &call.qmax))) {
+        (call.kind == FXQ_BYTES && !read_qmax(args[7], &call.qmax))) {
         return nothing();
     }
     x.shape[x.dimensions - 1] = call.outputs;
@@ -132,12 +132,17 @@ static int64_t group_size_of(int64_t columns, int64_t groups) {
     return 0;
 }
 
-/* Item i of the weights with item i of the scales. */
+/* Item i of the weights with item i of the scales; floats have none, or one of any kind. */
 static bool read_matrix(PyObject *weights, PyObject *scales, Py_ssize_t i, int64_t rows, int64_t columns,
                         struct fxq_matrix *matrix) {
     struct tensor values, scale;
-    PyObject *weight = item(weights, i), *of_weight = item(scales, i);
+    PyObject *weight = item(weights, i), *of_weight = PySequence_Size(scales) ? item(scales, i) : Py_None;
     if (!weight || !of_weight || !read_tensor(weight, &values) || values.dimensions != 2 || values.shape[0] != rows) return false;
+    if (values.kind == FLOAT16 || values.kind == FLOAT32) {
+        if (values.kind == FLOAT16) matrix->halves = values.data;
+        else matrix->floats = values.data;
+        return values.shape[1] == columns;
+    }
     if (values.kind == INT8 || values.kind == INT16) {
         if (values.kind == INT8) matrix->values = values.data;
         else matrix->int16 = values.data;
@@ -162,17 +167,11 @@ static bool read_cells(PyObject *const *parts, const struct fxq_recurrent *call,
     const Py_ssize_t cells = (Py_ssize_t)call->layers * call->directions, each = PySequence_Size(parts[WEIGHTS]) / cells;
     const bool has_bias = PySequence_Size(parts[BIASES]) > 0, has_own = PySequence_Size(parts[HIDDEN_BIASES]) > 0;
     const int64_t rows = gates * call->hidden;
-    const bool has_gates = item(parts[WEIGHTS], 0) == Py_None;
     for (Py_ssize_t i = 0, at = 0; i < cells; i++, at += each) {
         struct fxq_recurrent_weights *w = &weights[i];
         const int64_t columns = i < call->directions ? call->inputs : call->directions * call->outputs;
-        if (has_gates && i < call->directions ? columns != call->directions * rows
-                                              : !read_matrix(parts[WEIGHTS], parts[SCALES], at, rows, columns, &w->ih)) {
-            return false;
-        }
-        const bool is_step = has_gates && item(parts[WEIGHTS], at + 1) == Py_None;
-        if ((is_step ? cells != 1 || each != 2 || call->steps != 1 || call->mode == FXQ_GRU
-                     : !read_matrix(parts[WEIGHTS], parts[SCALES], at + 1, rows, call->outputs, &w->hh)) ||
+        if (!read_matrix(parts[WEIGHTS], parts[SCALES], at, rows, columns, &w->ih) ||
+            !read_matrix(parts[WEIGHTS], parts[SCALES], at + 1, rows, call->outputs, &w->hh) ||
             (has_bias && !read_item(parts[BIASES], i, rows, &w->bias)) ||
             (has_own && !read_item(parts[HIDDEN_BIASES], i, call->hidden, &w->hidden_bias))) {
             return false;
@@ -186,7 +185,8 @@ static bool read_cells(PyObject *const *parts, const struct fxq_recurrent *call,
 static bool are_complete(PyObject *const *parts, int64_t cells, bool is_projected) {
     const Py_ssize_t biases = PySequence_Size(parts[BIASES]), own = PySequence_Size(parts[HIDDEN_BIASES]);
     const Py_ssize_t weights = (Py_ssize_t)cells * (is_projected ? 3 : 2);
-    return PySequence_Size(parts[WEIGHTS]) == weights && PySequence_Size(parts[SCALES]) == weights &&
+    const Py_ssize_t scales = PySequence_Size(parts[SCALES]);
+    return PySequence_Size(parts[WEIGHTS]) == weights && (scales == 0 || scales == weights) &&
            (biases == 0 || biases == cells) && (own == 0 || own == cells);
 }
 
@@ -256,9 +256,7 @@ static PyObject *new_outputs(struct fxq_recurrent *call, PyObject *x, const stru
     return outputs;
 }
 
-/* The first layer's weight_ih may be None: then x has its gates' parts of the input already, those of all directions. If
- * its weight_hh is None too, the gates are whole, and what is left of one step of one cell is done (not a GRU's).
- * args: asks, x, batch_sizes, h0; parts: weights, scales, biases, hidden_biases; options: bidirectional, per_row, qmax */
+/* args: asks, x, batch_sizes, h0; parts: weights, scales, biases, hidden_biases; options: bidirectional, per_row, qmax */
 static PyObject *recurrent(struct fxq_recurrent call, int gates, PyObject *const *args, PyObject *c0,
                            PyObject *const *parts, PyObject *const *options) {
     struct tensor h, c;
@@ -323,12 +321,15 @@ static bool read_table(PyObject *const *args, int bits, PyObject *dtype, struct 
     const int64_t columns = INTEGER(args[4]), width = bits == 4 ? (columns + 1) / 2 : columns;
     if (!is_float32(dtype) || !read_tensor(args[0], index) || (index->kind != INT32 && index->kind != INT64) ||
         index->dimensions == MOST_DIMENSIONS || !read_tensor(args[1], &weight) || weight.dimensions != 2 ||
-        (weight.kind != INT8 && weight.kind != UINT8) || weight.shape[1] != width) {
+        (weight.kind != INT8 && weight.kind != UINT8 && weight.kind != FLOAT16) || weight.shape[1] != width) {
         return false;
     }
-    *table = (struct fxq_table){.values = weight.data, .rows = weight.shape[0], .columns = columns, .bits = bits,
+    const bool is_half = weight.kind == FLOAT16;
+    *table = (struct fxq_table){.values = weight.data, .rows = weight.shape[0], .columns = columns, .bits = is_half ? 16 : bits,
                                 .is_signed = weight.kind == INT8};
     *indices = (struct fxq_indices){index->data, index->count, index->kind == INT64};
+    if (is_half) return bits != 4 && args[2] == Py_None && args[3] == Py_None;
+    if (bits != 4 && bits != 8) return false;
     return read_vector(args[2], table->rows, &table->scale) && read_optional_vector(args[3], table->rows, &table->zero_point);
 }
 
@@ -472,6 +473,6 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__native(void) {
     fxq_select_isa(-1);
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "interface", 7) != 0) Py_CLEAR(module); /* of native.py's _INTERFACE */
+    if (module && PyModule_AddIntConstant(module, "interface", 8) != 0) Py_CLEAR(module); /* of native.py's _INTERFACE */
     return module;
 }

@@ -12,6 +12,7 @@ FXQ_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 #define FXQ_VALUE uint8_t
 #include "row_major.h"
 #include "int16.h"
+#include "neon_floats.h"
 
 /* SDOT takes signed values: rows hold q - 128, 0 in the padding, so that
  * sum((q - zero_point) w) = sum((q - 128) w) + (128 - zero_point) sum(w). After the last row comes one of ones. */
@@ -83,6 +84,6 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
 }
 
 const struct fxq_kernels fxq_neon_dot = {.name = "neon_dot", .value_bytes = 1, .quantize = quantize,
-                                         .row_sums = row_sums, .matmul = matmul, FXQ_INT16, FXQ_ELEMENTWISE};
+                                         .row_sums = row_sums, .matmul = matmul, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -2,6 +2,7 @@
 #define FXQ_VALUE int16_t
 #include "row_major.h"
 #include "int16.h"
+#include "floats.h"
 
 static void quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
     set_own_rows(x, first, count, rows);
@@ -31,4 +32,4 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
 }
 
 const struct fxq_kernels fxq_portable = {
-    .name = "portable", .value_bytes = 2, .quantize = quantize, .matmul = matmul, FXQ_INT16, FXQ_ELEMENTWISE};
+    .name = "portable", .value_bytes = 2, .quantize = quantize, .matmul = matmul, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};

@@ -46,8 +46,8 @@ static struct fxq_grouped take_activations(struct supply *memory, const struct s
     struct fxq_activations x = {
         .columns = columns, .depth = fxq_depth(columns), .qmax = s->call->qmax, .per_row = s->call->per_row};
     const int64_t grouped = s->has_int4 ? fxq_grouped_bytes(rows, columns, LEAST_GROUP) : 0;
-    const int64_t wide = s->has_int16 ? fxq_int16_bytes(rows, columns) : 0;
-    x.packed = take(memory, most(fxq_packed_bytes(rows, columns), most(grouped, wide)));
+    const int64_t wide = s->has_wide ? fxq_activation_bytes(FXQ_FLOATS, rows, columns) : 0; /* or FXQ_INT16 */
+    x.packed = take(memory, most(fxq_activation_bytes(FXQ_BYTES, rows, columns), most(grouped, wide)));
     x.row = take(memory, rows * (int64_t)sizeof *x.row);
     return (struct fxq_grouped){.x = x};
 }
@@ -66,11 +66,8 @@ static struct unpacked take_unpacked(struct supply *memory, const struct stack *
 
 static bool is_projected(const struct fxq_recurrent *call) { return !is_none(&call->cells->hr); }
 
-/* The columns of the first layer's input, if it is to be multiplied. */
-static int64_t multiplied_inputs(const struct fxq_recurrent *call) { return is_none(&call->cells->ih) ? 0 : call->inputs; }
-
 static void lay_out_cell(struct cell *cell, const struct fxq_recurrent *call, struct supply *memory) {
-    const int64_t columns = most(most(multiplied_inputs(call), call->hidden), call->directions * call->outputs);
+    const int64_t columns = most(most(call->inputs, call->hidden), call->directions * call->outputs);
     cell->h = take_activations(memory, cell->stack, call->batch, call->outputs);
     cell->h.x.is_row_major = cell->stack->packs;
     cell->raw = take_activations(memory, cell->stack, is_projected(call) ? call->batch : 0, call->hidden);
@@ -84,7 +81,7 @@ static void lay_out_cell(struct cell *cell, const struct fxq_recurrent *call, st
 static void lay_out_stack(struct stack *s, const struct fxq_recurrent *call, int threads, struct supply *memory) {
     const int64_t floats = sizeof(float), width = call->directions * call->outputs;
     const bool needs_sums = call->steps > 1 && fxq_active->row_sums;
-    s->x = take_activations(memory, s, s->chunk_rows, most(multiplied_inputs(call), width));
+    s->x = take_activations(memory, s, s->chunk_rows, most(call->inputs, width));
     s->ranges = take(memory, threads * (int64_t)sizeof *s->ranges);
     s->input_stride = s->gates * call->hidden + 16;
     s->input_part = take(memory, s->chunk_rows * s->input_stride * floats);
@@ -142,7 +139,7 @@ static void find_schemes(struct stack *s) {
     for (int i = 0; i < s->call->layers * s->call->directions; i++) {
         const struct fxq_recurrent_weights *w = &s->call->cells[i];
         s->has_int4 |= is_int4(&w->ih) || is_int4(&w->hh) || is_int4(&w->hr);
-        s->has_int16 |= w->ih.int16 || w->hh.int16 || w->hr.int16;
+        s->has_wide |= is_wide(&w->ih) || is_wide(&w->hh) || is_wide(&w->hr);
     }
 }
 

@@ -31,7 +31,7 @@ struct stack {
     bool packs; /* an LSTM's weight_hh is packed for its steps: see packs(); then hh_sums and packed_scale are written by that */
     void *packed;
     float *packed_scale; /* of 4 bits */
-    bool has_int4, has_int16;
+    bool has_int4, has_wide;
     int64_t int4_chunk;
     struct unpacked hh_unpacked, hr_unpacked;
     char *own; /* each thread's memory */
@@ -51,8 +51,6 @@ struct cell {
     int64_t u0, u1;          /* own hidden units */
     struct fxq_grouped h;    /* the last step's outputs */
     struct fxq_grouped raw;  /* hidden before the projection */
-    const float *input_part; /* a chunk's: the stack's, or in the call's input */
-    int64_t input_stride;
     int64_t units;           /* hidden units at a time */
     float *pre;                 /* (batch, G, units) gates before their nonlinearities */
     void *scratch;
@@ -66,12 +64,19 @@ static inline int64_t share(int64_t count, int index, int parts) {
 
 static inline bool is_int4(const struct fxq_matrix *matrix) { return matrix->int4.nibbles != NULL; }
 
-static inline bool is_none(const struct fxq_matrix *matrix) {
-    return matrix->values == NULL && matrix->int16 == NULL && !is_int4(matrix);
+static inline enum fxq_kind kind_of(const struct fxq_matrix *matrix) {
+    return matrix->int16 ? FXQ_INT16 : matrix->halves || matrix->floats ? FXQ_FLOATS : FXQ_BYTES;
 }
 
-/* Whether each step takes the weight packed: int16 weights are multiplied as they lie. */
-static inline bool packs(const struct stack *s, const struct fxq_matrix *hh) { return s->packs && hh->int16 == NULL; }
+/* Whether its activations take more than bytes. */
+static inline bool is_wide(const struct fxq_matrix *matrix) { return kind_of(matrix) != FXQ_BYTES; }
+
+static inline bool is_none(const struct fxq_matrix *matrix) {
+    return matrix->values == NULL && !is_wide(matrix) && !is_int4(matrix);
+}
+
+/* Whether each step takes the weight packed: wide ones are multiplied as they lie. */
+static inline bool packs(const struct stack *s, const struct fxq_matrix *hh) { return s->packs && !is_wide(hh); }
 
 static inline int64_t live_rows(const struct stack *s, int64_t step) { return s->starts[step + 1] - s->starts[step]; }
 

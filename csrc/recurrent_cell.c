@@ -8,8 +8,8 @@ static void widen(struct fxq_range *range, const struct fxq_range *other) {
 }
 
 static void set_all_rows(const struct fxq_activations *x, const struct fxq_range *range) {
-    for (int64_t m = 0; m < x->rows; m++) {
-        if (x->is_int16) fxq_set_int16_row(&x->row[m], range);
+    for (int64_t m = 0; m < x->rows && x->kind != FXQ_FLOATS; m++) {
+        if (x->kind == FXQ_INT16) fxq_set_int16_row(&x->row[m], range);
         else fxq_set_row(&x->row[m], range, x->qmax);
     }
 }
@@ -35,14 +35,14 @@ struct weight {
 
 static void begin_rows(struct fxq_grouped *x, int64_t rows, const struct fxq_matrix *by) {
     x->x.rows = rows;
-    x->x.is_int16 = by->int16 != NULL;
+    x->x.kind = kind_of(by);
     x->group = 0;
     if (is_int4(by) && !x->x.is_row_major) fxq_begin_grouped(x, by->int4.group); /* a packed weight takes whole rows */
 }
 
 static void quantize_16(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows) {
     if (x->group) fxq_quantize_grouped(x, first, count, rows);
-    else (x->x.is_int16 ? fxq_active->quantize_int16 : fxq_active->quantize)(&x->x, first, count, rows);
+    else fxq_quantize(&x->x, first, count, rows);
 }
 
 /* Rows by rows [n0, n1) of the weight they were quantized for. */
@@ -50,10 +50,9 @@ static void multiply(const struct cell *cell, const struct fxq_grouped *x, const
                      const struct fxq_target *to) {
     if (x->group == 0) {
         const struct fxq_matmul product = {.x = &x->x, .weight = w->matrix->values, .int16 = w->matrix->int16,
-                                           .outputs = w->outputs, .scale = w->matrix->scale, .bias = w->bias,
+                                           .halves = w->matrix->halves, .floats = w->matrix->floats, .outputs = w->outputs, .scale = w->matrix->scale, .bias = w->bias,
                                            .sums = w->sums};
-        if (x->x.is_int16) fxq_active->matmul_int16(&product, n0, n1, to);
-        else fxq_active->matmul(&product, n0, n1, to, cell->scratch);
+        fxq_multiply(&product, n0, n1, to, cell->scratch);
         return;
     }
     const struct fxq_int4_product product = {.x = x, .weight = &w->matrix->int4, .outputs = w->outputs, .bias = w->bias,
@@ -96,13 +95,6 @@ static void project_input(struct cell *cell, int64_t first_row, int64_t rows, co
     struct stack *s = cell->stack;
     const struct fxq_matrix *ih = &cell->weights->ih;
     const int64_t hidden = s->call->hidden, outputs = s->gates * hidden;
-    if (is_none(ih)) {
-        cell->input_stride = cell->inputs;
-        cell->input_part = cell->input + first_row * cell->inputs + (cell->is_backward ? outputs : 0);
-        return;
-    }
-    cell->input_stride = s->input_stride;
-    cell->input_part = s->input_part;
     if (cell->thread == 0) {
         s->x.x.columns = cell->inputs;
         s->x.x.depth = fxq_depth(cell->inputs);
@@ -134,7 +126,7 @@ static void project_input(struct cell *cell, int64_t first_row, int64_t rows, co
 static void multiply_hidden(struct cell *cell, const struct weight *hh, int64_t n, int64_t count, int64_t first_gate,
                             int64_t units, const float *input_part) {
     const struct fxq_target to = {cell->pre + first_gate * units, cell->stack->gates * units, input_part,
-                                  cell->input_stride};
+                                  cell->stack->input_stride};
     multiply(cell, &cell->h, hh, n, n + count, &to);
 }
 
@@ -169,20 +161,13 @@ static void advance(struct cell *cell, int64_t live, const struct previous *prev
         const struct fxq_lstm_step whole = {.h = &cell->h.x, .packed = s->packed, .pairs = s->hh_sums,
             .scale = is_int4(hh) ? s->packed_scale : hh->scale, .group = hh->int4.group, .groups = hh->int4.groups,
             .hidden = s->call->hidden, .u0 = cell->u0, .u1 = cell->u1,
-            .input_part = input_part, .input_stride = cell->input_stride, .c = cell->c, .out = out,
+            .input_part = input_part, .input_stride = s->input_stride, .c = cell->c, .out = out,
             .out_stride = out_stride};
         if (cell->u0 < cell->u1) (is_int4(hh) ? fxq_active->lstm_step_int4 : fxq_active->lstm_step)(&whole);
         return;
     }
     const int64_t hidden = s->call->hidden, added_gates = s->call->mode == FXQ_GRU ? 2 : s->gates;
     const struct weight hh = hh_of(cell);
-    if (is_none(hh.matrix)) { /* the gates are whole */
-        for (int64_t m = 0, u = cell->u0; m < live && u < cell->u1; m++) {
-            const float *row = input_part + m * cell->input_stride;
-            finish_row(cell, m, u, cell->u1 - u, row + u, hidden, row, NULL, out + m * out_stride + u);
-        }
-        return;
-    }
     for (int64_t u = cell->u0; u < cell->u1; u += cell->units) {
         const int64_t units = cell->u1 - u < cell->units ? cell->u1 - u : cell->units;
         if (units == hidden) { /* then the gates' rows are one run */
@@ -194,7 +179,7 @@ static void advance(struct cell *cell, int64_t live, const struct previous *prev
         }
         if (s->call->mode == FXQ_GRU) multiply_hidden_n(cell, &hh, u, units);
         for (int64_t m = 0; m < live; m++) {
-            finish_row(cell, m, u, units, cell->pre + m * s->gates * units, units, input_part + m * cell->input_stride,
+            finish_row(cell, m, u, units, cell->pre + m * s->gates * units, units, input_part + m * s->input_stride,
                        previous_row(previous, m), out + m * out_stride + u);
         }
     }
@@ -225,8 +210,8 @@ static void run_steps(struct cell *cell, int64_t first, int64_t last, int64_t fi
             previous.known = live_rows(s, before);
         }
         float *out = cell->out + s->starts[step] * cell->out_stride;
-        const float *input_part = cell->input_part + (s->starts[step] - first_row) * cell->input_stride;
-        if (!is_none(&cell->weights->hh)) quantize_state(&cell->h, live, &cell->weights->hh, &previous);
+        const float *input_part = s->input_part + (s->starts[step] - first_row) * s->input_stride;
+        quantize_state(&cell->h, live, &cell->weights->hh, &previous);
         if (!is_none(&cell->weights->hr)) {
             advance(cell, live, &previous, input_part, s->hidden, call->hidden);
             project_hidden(cell, live, out);
@@ -270,7 +255,7 @@ static void prepare_weights(const struct cell *cell) {
 static struct fxq_range measure_input(const struct cell *cell) {
     struct stack *s = cell->stack;
     struct fxq_range range = {0.0f, 0.0f, false};
-    if (s->x.x.per_row || is_none(&cell->weights->ih)) return range;
+    if (s->x.x.per_row) return range;
     const int64_t first = share(s->rows, cell->thread, cell->threads);
     const int64_t last = share(s->rows, cell->thread + 1, cell->threads);
     fxq_active->measure(cell->input + first * cell->inputs, (last - first) * cell->inputs, &range);

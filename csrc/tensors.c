@@ -28,7 +28,7 @@ struct dl_exchange {
 enum { DL_CPU = 1, DL_MAJOR = 1 };
 static const struct dl_type dl_types[KINDS] = {
     [FLOAT32] = {2, 32, 1}, [INT8] = {0, 8, 1}, [UINT8] = {1, 8, 1}, [INT32] = {0, 32, 1}, [INT64] = {0, 64, 1},
-    [BFLOAT16] = {4, 16, 1}, [INT16] = {0, 16, 1}};
+    [BFLOAT16] = {4, 16, 1}, [INT16] = {0, 16, 1}, [FLOAT16] = {2, 16, 1}};
 
 enum { WATCHERS = 4 };
 
@@ -58,14 +58,14 @@ static bool make_names(void) {
            (name.data_ptr = PyUnicode_InternFromString("data_ptr"));
 }
 
-/* set_torch((Tensor, Parameter), (float32, int8, uint8, int32, int64, bfloat16, int16), (empty, its keywords), (new_large, get_num_threads,
+/* set_torch((Tensor, Parameter), (float32, int8, uint8, int32, int64, bfloat16, int16, float16), (empty, its keywords), (new_large, get_num_threads,
  *           is_grad_enabled), watchers, the exchange interface's capsule or None) */
 PyObject *set_torch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     PyObject **targets[5][KINDS] = {
         {&torch.tensor, &torch.parameter},
         {&torch.dtypes[0], &torch.dtypes[1], &torch.dtypes[2], &torch.dtypes[3], &torch.dtypes[4],
-         &torch.dtypes[5], &torch.dtypes[6]},
+         &torch.dtypes[5], &torch.dtypes[6], &torch.dtypes[7]},
         {&torch.empty, &torch.float32_on_cpu},
         {&torch.new_large, &torch.get_num_threads, &torch.is_grad_enabled},
         {&torch.watchers[0], &torch.watchers[1], &torch.watchers[2], &torch.watchers[3]}};

@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 enum { MOST_DIMENSIONS = 8 };
-enum kind { FLOAT32, INT8, UINT8, INT32, INT64, BFLOAT16, INT16, KINDS };
+enum kind { FLOAT32, INT8, UINT8, INT32, INT64, BFLOAT16, INT16, FLOAT16, KINDS };
 
 /* A tensor in main memory: dense and row-major, but for read_strided's. */
 struct tensor {

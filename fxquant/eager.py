@@ -22,6 +22,7 @@ from fxquant.qconfig import (
     default_dynamic_qconfig,
     float16_dynamic_qconfig,
     float_qparams_weight_only_qconfig,
+    float_qparams_weight_only_qconfig_4bit,
     int16_dynamic_qconfig,
 )
 from fxquant.qconfig_mapping import QConfigMapping, type_name
@@ -35,6 +36,8 @@ _BY_DTYPE = {
     "float16": float16_dynamic_qconfig,
     "uint8": float_qparams_weight_only_qconfig,
     "quint8": float_qparams_weight_only_qconfig,
+    "uint4": float_qparams_weight_only_qconfig_4bit,
+    "quint4x2": float_qparams_weight_only_qconfig_4bit,
 }
 
 
@@ -52,7 +55,7 @@ def quantize_dynamic(
 
     qconfig_spec: module types and names to quantize; a dict of them to qconfigs (None: float); a QConfigMapping; or
     None for every module that the operator table knows. dtype: what types and names without a qconfig of their own
-    get: torch.int8 (default_dynamic_qconfig), torch.int16, torch.float16, torch.uint8 (embeddings).
+    get: torch.int8 (default_dynamic_qconfig), torch.int16, torch.float16; for embeddings torch.uint8, torch.uint4.
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
     data: batches, with which int4 weights are rounded with error feedback, as in `convert_fx`.
 
@@ -80,12 +83,18 @@ def _as_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:
     name = str(dtype).removeprefix("torch.")
     if name not in _BY_DTYPE:
         raise QConfigError(
-            f"quantize_dynamic: dtype {dtype} is not one of torch.int8, torch.int16, torch.float16, torch.uint8"
+            f"quantize_dynamic: dtype {dtype} is not one of torch.int8, torch.int16, torch.float16, torch.uint8, "
+            "torch.uint4"
         )
     if spec is None:
         return QConfigMapping().set_global(_BY_DTYPE[name])
     if isinstance(spec, (str, type)):
         raise QConfigError(f"quantize_dynamic: qconfig_spec is a set or dict of types and names, {{{type_name(spec)}}}")
+    if not isinstance(spec, Iterable):
+        raise QConfigError(
+            "quantize_dynamic: qconfig_spec is a set or dict of types and names, or fxquant's QConfigMapping, "
+            f"got {type(spec).__module__}.{type(spec).__name__}"
+        )
     mapping = QConfigMapping()
     for what in spec:
         qconfig = spec[what] if isinstance(spec, Mapping) else _BY_DTYPE[name]

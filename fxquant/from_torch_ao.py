@@ -61,6 +61,8 @@ def from_torch_ao(
     Raises TorchAoError for static quantization, a state_dict of another model, or what this torch cannot unpack;
     ModelStateError or TraceError for a model that is needed as a graph and gives none.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TorchAoError(f"from_torch_ao takes the float model as an nn.Module, got {type(model).__name__}")
     for given in (quantized, model):
         if record_of(given) is not None:
             raise ModelStateError("from_torch_ao takes torch.ao's model and the float one; this went through fxquant")

@@ -196,6 +196,8 @@ def type_name(kind: ObjectType) -> str:
         return f"nn.{name}"
     if module in ("torch.nn.functional", "torch._C._nn"):
         return f"F.{name}"
+    if module == "torch._C._linalg":
+        return f"torch.linalg.{name.removeprefix('linalg_')}"
     if module == "fxquant.ops":
         return f"fxquant.{name}"
     if module in ("torch", "torch.functional", "_operator"):

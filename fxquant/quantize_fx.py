@@ -94,6 +94,9 @@ def _prepare_whole(
 ) -> nn.Module:
     """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
     check_runs(model, inputs, cause)
+    if isinstance(cause, ExampleInputsError):  # the model does run on them
+        told = str(cause).splitlines()[0].replace("the model fails on example_inputs", "its graph fails")
+        cause = TraceError(f"{type(model).__name__} runs, but not as it was traced (it may ask for a type): {told}")
     check_mapping(mapping, names_of(plain_mirror(model)))
     why = " ".join(line.strip() for line in str(cause).splitlines()[:2])
     prepared = prepare_tree(model, mapping, operators, {"": why})

@@ -109,6 +109,7 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "matmul": (
         Sample(operator.matmul, lambda: Call(operator.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
         Sample(torch.matmul, lambda: Call(torch.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
+        Sample(torch.linalg.matmul, lambda: Call(torch.linalg.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
         Sample("matmul", lambda: Call(lambda x, w: x.matmul(w), 24, 12), lambda: (torch.randn(5, 24),)),
     ),
     "mm": (

@@ -47,6 +47,22 @@ def on_meta(make):
         return make()
 
 
+class Positions(nn.Module):
+    """Makes tensors on the device of a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+        self.register_buffer("table", torch.randn(9, 4))
+
+    def forward(self, x):
+        return self.net(x) + F.embedding(torch.arange(x.shape[0], device=self.table.device), self.table)
+
+
+def test_a_device_that_forward_asks_for_is_not_the_skeletons(path):
+    round_trip(Positions(), on_meta(Positions), path, torch.randn(3, 4))
+
+
 @pytest.mark.parametrize("skeleton", [WordLM, lambda: on_meta(WordLM)], ids=["cpu", "meta"])
 def test_round_trip(skeleton, path):
     model = WordLM()

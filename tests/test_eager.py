@@ -1,6 +1,7 @@
 """quantize_dynamic: the same table and numbers as prepare_fx and convert_fx, by module swap."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -128,6 +129,35 @@ def test_torch_aos_dtype_is_understood():
     assert kinds(quantized)["rnn"] == "DynamicQuantizedLSTM"
 
 
+def test_torch_aos_4_bit_dtype_is_that_of_embeddings():
+    quantized = quantize_dynamic(WordLM().eval(), {nn.Embedding}, dtype=torch.quint4x2)
+    assert quantized.encoder.qconfig.weight.dtype == "uint4"
+
+
+@pytest.mark.parametrize("spec", [default_dynamic_qconfig, 8])
+def test_a_spec_that_holds_no_names_is_an_error(spec):
+    with pytest.raises(QConfigError, match=r"qconfig_spec is a set or dict of types and names, .*, got "):
+        quantize_dynamic(WordLM().eval(), spec)
+
+
+class Delegates(nn.Module):
+    """Looks names that it does not have up among its parts, as a user's __getattr__ may, with whatever error."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({"net": nn.Linear(8, 8)})
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "parts" else self.parts[name]
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_getattr_of_the_users_is_not_asked_for_names_that_nobody_has():
+    assert type(quantize_dynamic(Delegates().eval()).net) is DynamicQuantizedLinear
+
+
 def test_int16_is_a_dtype():
     quantized = quantize_dynamic(WordLM().eval(), {"decoder"}, dtype=torch.int16)
     assert quantized.decoder.weight.dtype == torch.int16
@@ -178,6 +208,61 @@ def test_a_part_compiled_in_place_is_quantized_and_not_the_original(is_root):
 def test_an_averaged_model_is_quantized_inside():
     quantized = quantize_dynamic(AveragedModel(nn.Linear(4, 4)))
     assert [site.path for site in record_of(quantized).sites] == ["module"]
+
+
+class Refers(nn.Module):
+    """Calls its layers by other ways than their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.partial, self.several = functools.partial(self.net), {"last": [self.last]}
+
+    def forward(self, x):
+        return self.several["last"][0](self.partial(x))
+
+
+def test_a_layer_that_is_referred_to_elsewhere_is_quantized_there_too():
+    quantized = quantize_dynamic(Refers().eval())
+    twins = (quantized.net, quantized.partial.func), (quantized.last, quantized.several["last"][0])
+    for one, other in (*twins, *copy.deepcopy(twins)):
+        assert type(one) is type(other) is DynamicQuantizedLinear
+        assert one.weight is other.weight
+    assert record_of(quantized).left == ()
+
+
+def test_a_layer_whose_forward_an_attribute_holds_stays_float():
+    model, x = Refers().eval(), torch.randn(2, 8)
+    model.partial = model.net.forward
+    quantized = quantize_dynamic(model)
+    (left,) = record_of(quantized).left
+    assert (left.path, left.reason) == (
+        "net",
+        "self.partial of tests.test_eager.Refers holds its forward; let it hold the module",
+    )
+    assert torch.equal(quantized.partial(x), model.net(x))
+
+
+class Hides(nn.Module):
+    """Has layers in containers that are no modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(8, 8)
+        self.steps, self.heads = [nn.Linear(8, 8), nn.ReLU()], {"out": nn.Sequential(nn.Linear(8, 4))}
+
+    def forward(self, x):
+        return self.heads["out"](self.steps[0](self.net(x)))
+
+
+def test_layers_in_plain_containers_are_told_and_count():
+    record = record_of(quantize_dynamic(Hides().eval()))
+    assert {left.path: left.reason.partition(",")[0] for left in record.left} == {
+        "steps[0]": "it is in a plain list",
+        "heads[0]": "it is in a plain dict",
+    }
+    assert record.coverage.quantized_bytes == 8 * 8 * 4
+    assert record.coverage.total_bytes == (8 * 8 + 8 * 8 + 8 * 4) * 4
 
 
 def test_a_table_module_by_itself():

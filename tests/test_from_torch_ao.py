@@ -581,6 +581,11 @@ def test_a_file_of_something_else(tmp_path):
         load_torch_ao(tmp_path / "m.pt")
 
 
+def test_the_float_model_is_a_module():
+    with pytest.raises(TorchAoError, match=r"takes the float model as an nn\.Module, got int"):
+        from_torch_ao({}, 3)
+
+
 def test_a_state_dict_needs_the_model():
     with pytest.raises(TorchAoError, match=r"from_torch_ao\(state_dict, model\); got a state_dict alone"):
         from_torch_ao({})

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fxquant import QConfigMapping, convert_fx, explain, fuse_fx, int4_dynamic_qconfig, int16_dynamic_qconfig
+from fxquant import (
+    QConfigMapping,
+    convert_fx,
+    explain,
+    fuse_fx,
+    int4_dynamic_qconfig,
+    int16_dynamic_qconfig,
+    quantize_dynamic,
+)
 from tests.samples import WordLM, everything, leaves, lm_inputs, prepare, quantize, same_bits
 
 
@@ -149,6 +157,16 @@ def test_law_2_the_prepared_model_is_not_changed_by_convert():
     assert same_snapshot(snapshot(prepared), before)
     assert prepared.code == code
     assert torch.equal(prepared(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_law_2_a_table_that_rescales_its_rows_when_called_is_not_the_models(kind):
+    model, x = nn.Sequential(kind(9, 4, max_norm=0.1), nn.Linear(4, 4)).eval(), torch.randint(9, (3, 4))
+    before = model[0].weight.detach().clone()
+    prepared = prepare(model, x)
+    for module in (prepared, convert_fx(prepared), quantize_dynamic(model)):
+        module(x)
+    assert torch.equal(model[0].weight, before)
 
 
 def test_law_2_the_example_inputs_are_not_changed():

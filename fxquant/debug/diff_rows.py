@@ -25,12 +25,12 @@ class _Side:
     """
 
     def __init__(self, model: nn.Module, records: list[Record]) -> None:
-        self.graph = _as_graph(model, records)
-        self.nodes = {node.name: node for node in self.graph.graph.nodes}
+        graph, self.root = _as_graph(model, records)
+        self.nodes = {node.name: node for node in graph.nodes}
         self.schemes, self.reasons, candidates = _notes(record_of(model))
-        self._modules = dict(self.graph.named_modules())
+        self._modules = dict(self.root.named_modules())
         callers: dict[str, str] = {}
-        for node in self.graph.graph.find_nodes(op="call_module", sort=True):
+        for node in graph.find_nodes(op="call_module", sort=True):
             callers.setdefault(str(node.target), node.name)
         self.inside: dict[str, list[str]] = {}
         for path in candidates:
@@ -57,7 +57,7 @@ class _Side:
         node, path = self.nodes.get(name), self.path(name)
         if path:
             return _module(self._modules[path], [self._modules[part] for part in apart if part in self._modules])
-        return ("", "", 0) if node is None else _call(node, self.graph)
+        return ("", "", 0) if node is None else _call(node, self.root)
 
     def scheme(self, name: str, path: str) -> str:
         """Return the qconfig of a site's node, else ""."""
@@ -113,25 +113,25 @@ def _unlike(old: str, new: str) -> tuple[str, str]:
     return ", ".join(part for part in a if part not in b), ", ".join(part for part in b if part not in a)
 
 
-def _as_graph(model: nn.Module, records: list[Record]) -> fx.GraphModule:
-    """Return a model's graph, traced if need be as the other one was."""
-    if isinstance(model, fx.GraphModule):
-        return model
-    if any(not record.is_traced for record in records):
-        return _as_list(model)
-    if not records:
-        return trace(model, OPERATORS).module
-    constants, untraced = records[0].constants, records[0].untraced
-    return trace(model, records[0].operators or OPERATORS, constants=constants, untraced=untraced).module
+def _as_graph(model: nn.Module, records: list[Record]) -> tuple[fx.Graph, nn.Module]:
+    """Return a model's graph, traced if need be as the other one was, and what holds the modules that it calls."""
+    if any(not record.is_traced for record in records) and not isinstance(model, fx.GraphModule):
+        return _as_list(model), model
+    module = model
+    if not isinstance(module, fx.GraphModule):
+        record = records[0] if records else Record(stage="prepared", operators=OPERATORS)
+        constants, untraced = record.constants, record.untraced
+        module = trace(model, record.operators or OPERATORS, constants=constants, untraced=untraced).module
+    return module.graph, module
 
 
-def _as_list(model: nn.Module) -> fx.GraphModule:
+def _as_list(model: nn.Module) -> fx.Graph:
     """Return a graph that holds each module of a model that has tensors of its own, and no wiring."""
     graph = fx.Graph()
     for path, module in model.named_modules():
         if path and any(True for _ in (*module.parameters(False), *module.buffers(False))):
             graph.call_module(path).name = path
-    return fx.GraphModule(model, graph)
+    return graph
 
 
 def _merged(old: list[str], new: list[str]) -> list[str]:
@@ -152,7 +152,7 @@ def _module(module: nn.Module, apart: list[nn.Module]) -> tuple[str, str, int]:
     return type_name(type(module)), details, sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
-def _call(node: fx.Node, module: fx.GraphModule) -> tuple[str, str, int]:
+def _call(node: fx.Node, module: nn.Module) -> tuple[str, str, int]:
     """Return the same of a node that calls no module; its details are its constant arguments."""
     if node.op == "get_attr":
         tensor = edit.get_tensor(module, str(node.target))

@@ -14,7 +14,28 @@ from importlib import resources
 
 from fxquant.debug.table import megabytes, shorten
 from fxquant.graph.module import Site
-from fxquant.qconfig import default_dynamic_qconfig
+from fxquant.qconfig import (
+    QConfig,
+    default_dynamic_qconfig,
+    float16_dynamic_qconfig,
+    float_qparams_weight_only_qconfig,
+    int4_dynamic_qconfig,
+    int16_dynamic_qconfig,
+    uint4_weight_only_qconfig,
+)
+
+MEASURED = {
+    qconfig.weight.dtype: qconfig
+    for qconfig in (
+        default_dynamic_qconfig,
+        int4_dynamic_qconfig,
+        int16_dynamic_qconfig,
+        float16_dynamic_qconfig,
+        float_qparams_weight_only_qconfig,
+        uint4_weight_only_qconfig,
+    )
+}
+"""By the weights' dtype, what was measured for all qconfigs of that dtype: the kernel is the same."""
 
 _SLOWER_BELOW = 0.95
 """The ratio of float's time to ours under which a site is called slower; nearer to 1 is the noise of measuring."""
@@ -67,17 +88,18 @@ class Speed:
 
 @dataclass(frozen=True)
 class SpeedTable:
-    """Measured speeds by the operator's name. source: the machine, kernels and date that they hold for."""
+    """Measured speeds by the operator's name and the weights' dtype. source: the machine, kernels and date of them."""
 
     source: str
-    speeds: dict[str, tuple[Speed, ...]]
+    speeds: dict[tuple[str, str], tuple[Speed, ...]]
 
-    def find(self, operator: str, shape: tuple[int, ...]) -> Speed | None:
-        """Return what was measured at the nearest lower rows and size, or at the least; None for other operators.
+    def find(self, operator: str, qconfig: QConfig, shape: tuple[int, ...]) -> Speed | None:
+        """Return what was measured at the nearest lower rows and size, or at the least; None where nothing was.
 
         shape: rows, inputs, outputs. The size is their geometric mean, which a square layer of as many weights has.
         """
-        measured = self.speeds.get("linear" if operator in _LIKE_LINEAR else operator, ())
+        name = "linear" if operator in _LIKE_LINEAR else operator
+        measured = () if qconfig.parts else self.speeds.get((name, qconfig.weight.dtype), ())
         if not measured or not shape:
             return None
         rows, inputs, outputs = shape
@@ -90,13 +112,14 @@ class SpeedTable:
 
 @functools.cache
 def speed_table() -> SpeedTable:
-    """Return the measurements that come with the package, all with default_dynamic_qconfig."""
+    """Return the measurements that come with the package."""
     plain = json.loads(resources.files("fxquant.debug").joinpath("speed.json").read_text(encoding="utf-8"))
-    speeds: dict[str, tuple[Speed, ...]] = {}
+    speeds: dict[tuple[str, str], tuple[Speed, ...]] = {}
     for name, sides in plain["rows"].items():
-        operator, rows, size = name.replace("x", " ").split()
+        operator, dtype, shape = name.split()
+        rows, size = shape.split("x")
         speed = Speed(int(rows), int(size), sides["fxquant"], sides["float"])
-        speeds[operator] = (*speeds.get(operator, ()), speed)
+        speeds[operator, dtype] = (*speeds.get((operator, dtype), ()), speed)
     machine = plain["machine"]
     source = f"{machine['cpu']}, {machine['date'][:10]}, where {machine['kernel']}"
     return SpeedTable(source, speeds)
@@ -108,7 +131,7 @@ def losses_of(site: Site) -> tuple[Loss, ...]:
     if site.int_bytes > site.float_bytes:
         losses.append(Loss(site.path, "larger", site.int_bytes, site.float_bytes, "its tensors", site.opt_out))
     table = speed_table()
-    speed = table.find(site.operator, site.shape) if site.qconfig == default_dynamic_qconfig else None
+    speed = table.find(site.operator, site.qconfig, site.shape)
     if speed is not None and speed.is_slower:
         what = f"{speed.rows} rows of {speed.size} → {speed.size}"
         losses.append(Loss(site.path, "slower", speed.quantized_us, speed.float_us, what, site.opt_out, table.source))

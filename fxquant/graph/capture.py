@@ -134,6 +134,8 @@ def tensors_meta(value: Any) -> Any:
     Objects that are no plain values (a cache, a torch.finfo) are None: a graph must stay fit for copies and pickles.
     """
     if isinstance(value, torch.Tensor):
+        if value.is_nested:  # it has no shape
+            return None
         return _extract_tensor_metadata(value)._replace(memory_format=None)  # which torch.save cannot pickle
     if isinstance(value, rnn.PackedSequence):
         return tuple(tensors_meta(part) for part in value)
@@ -167,24 +169,24 @@ def verify(model: nn.Module, module: fx.GraphModule, inputs: Inputs) -> None:
     for part in (*twin.modules(), *graph.modules()):
         avoid_fast_path(part)
     for call in ("first", "second"):
-        if not _same_bits(_run(twin, inputs), _run(graph, inputs)):
+        if not _is_same(_run(twin, inputs), _run(graph, inputs)):
             raise TraceError(
                 f"{type(model).__name__} traces, but the graph's {call} call does not give what the model's does.\n"
                 "  A graph holds tensor operations on inputs and parameters. It cannot hold random numbers that"
                 " forward draws without an input (torch.rand(4): draw it outside, or use torch.rand_like(x)), nor "
                 "state that forward keeps in Python attributes from call to call (self.hidden: pass it in and out, or "
-                "make it a buffer).\n"
+                "make it a buffer), nor make a container of any type (a collections.defaultdict: return a dict).\n"
                 "  Without a graph only its modules could be quantized, and none can."
             )
 
 
-def _run(module: nn.Module, inputs: Inputs) -> list[Any]:
-    """Return the leaves of what a module gives for copies of the inputs, under a seed of its own."""
+def _run(module: nn.Module, inputs: Inputs) -> Any:
+    """Return what a module gives for copies of the inputs, under a seed of its own."""
     copies = _copies(inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        return list(_leaves(module(*copies.args, **copies.kwargs)))
+        return module(*copies.args, **copies.kwargs)
 
 
 def _copies(inputs: Inputs) -> Inputs:
@@ -205,13 +207,19 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield leaf
 
 
-def _same_bits(ours: list[Any], theirs: list[Any]) -> bool:
-    """Return whether two lists of leaves hold the same tensors, a NaN equal to a NaN; other leaves do not count.
+def _is_same(ours: Any, theirs: Any) -> bool:
+    """Return whether two values are the same tensors, a NaN equal to a NaN, in containers of the same types."""
+    a, b = list(_leaves(ours)), list(_leaves(theirs))
+    is_alike = len(a) == len(b) and pytree.tree_structure(ours) == pytree.tree_structure(theirs)
+    return is_alike and all(map(_same_leaf, a, b))
 
-    Of meta tensors, which hold no bits, the shapes and dtypes are compared.
-    """
-    pairs = [pair for pair in zip(ours, theirs, strict=False) if all(isinstance(leaf, torch.Tensor) for leaf in pair)]
-    return len(ours) == len(theirs) and all(
-        a.shape == b.shape and a.dtype == b.dtype and (a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()))
-        for a, b in pairs
-    )
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    """Return whether two leaves are the same tensor; of others, and tensors without bits to compare, of one kind."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return type(a) is type(b)
+    if a.dtype != b.dtype or a.layout != b.layout or a.is_nested != b.is_nested:
+        return False
+    if a.is_nested or a.layout is not torch.strided:
+        return True
+    return a.shape == b.shape and (a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()))

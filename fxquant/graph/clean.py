@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.graph import edit
+from fxquant.graph.constants import asks_kind
+
 
 def clean(module: fx.GraphModule, source: nn.Module) -> fx.GraphModule:
     """Return the module rebuilt around its graph, with copies of the float tensors that were still the source's.
@@ -14,9 +17,19 @@ def clean(module: fx.GraphModule, source: nn.Module) -> fx.GraphModule:
     Unused submodules and tensors stay behind. The user's nodes are not touched: convert erased its own dead ones.
     """
     module.graph.lint()
+    _empty_kinds(module)
     rebuilt = fx.GraphModule(module, module.graph)
     own_tensors(rebuilt, source)
     return rebuilt
+
+
+def _empty_kinds(module: fx.GraphModule) -> None:
+    """Let nodes that ask a matrix for its dtype and device alone ask an empty tensor, so that it need not be kept."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        tensor = edit.get_tensor(module, str(node.target))
+        if tensor is not None and tensor.dim() > 1 and node.users and all(asks_kind(user, node) for user in node.users):
+            node.target = edit.free_name(module, f"{str(node.target).replace('.', '_')}_kind")
+            edit.set_tensor(module, node.target, tensor.detach().new_empty(0))
 
 
 def own_tensors(module: nn.Module, source: nn.Module) -> None:

@@ -57,6 +57,13 @@ class WeightCache:
         self._notes.append(note)
         return module
 
+    def settle(self, root: nn.Module) -> None:
+        """Let what still refers to a float module that a tree has no more (a functools.partial) meet its new form."""
+        standing = set(map(id, root.modules()))
+        for float_module, module, _ in self._modules.values():
+            if id(float_module) not in standing:
+                float_module.__class__, float_module.__dict__ = type(module), module.__dict__
+
     def give(self, weight: torch.Tensor, qconfig: QConfig, quantized: QuantizedTensor) -> None:
         """Let a weight have these integers, found elsewhere, under a qconfig."""
         self._done[self._key(weight, qconfig)] = (weight, quantized, "")
@@ -78,6 +85,7 @@ def convert(
             done.append(_convert_module(module, site, operators, cache))
         else:
             done.append(_convert_call(module, site, operators, cache))
+    cache.settle(module)
     _keep_swapped_called(module)
     module.recompile()
     return tuple(done)
@@ -90,6 +98,7 @@ def convert_modules(
     cache = cache or WeightCache()
     if [site.path for site in sites] != [""]:
         done = tuple(_convert_module(root, site, operators, cache) for site in sites)
+        cache.settle(root)
         _keep_swapped_called(root)
         return root, done
     holder = nn.ModuleDict({"root": root})

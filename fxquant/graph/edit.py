@@ -40,6 +40,7 @@ _LIBRARIES = (str(pathlib.Path(torch.__file__).parent), str(pathlib.Path(__file_
 def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn.Module:
     """Return a copy of a module tree that shares the parameters' storage and nothing else.
 
+    A table with a max_norm, which writes into its parameter at each call, is copied too.
     Tied tensors stay tied. What the copy's Python code assigns or appends, and what `.to` does to it, never reaches the
     original. device: "meta" for a copy without data. hooks: whether the modules keep their hooks;
     those that compute a weight they always keep.
@@ -47,6 +48,9 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
     memo: dict[int, Any] = {}
     for tensor in _tensors(root):
         memo[id(tensor)] = _alias(tensor, device)
+    for module in root.modules() if device is None else ():
+        if vars(module).get("max_norm") is not None:
+            memo.update((id(t), nn.Parameter(t.detach().clone(), t.requires_grad)) for t in module.parameters(False))
     for module in root.modules():
         memo.update((id(t), _alias(t, None)) for t in vars(module).values() if isinstance(t, torch.Tensor))
     modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
@@ -149,7 +153,7 @@ def free_name(root: nn.Module, path: str, tensor: torch.Tensor | None = None) ->
 def erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     """Erase those constants, observers and transpositions that nothing uses any more, and what fed only them."""
     for node in nodes:
-        if not node.users and (node.op in ("get_attr", "call_module") or is_transposition(node)):
+        if not node.users and (node.op in ("get_attr", "call_module") or is_transposition(node) is not None):
             feeders = node.all_input_nodes
             graph.erase_node(node)
             erase_dead(graph, feeders)

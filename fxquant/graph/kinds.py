@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,13 +35,22 @@ def make_plain(root: nn.Module) -> None:
                     for suffix in edit.RECOMPUTED_FROM:
                         module._parameters.pop(name + suffix, None)
                         module._buffers.pop(name + suffix, None)
-            if parametrize.is_parametrized(module):
+            if "parametrizations" in module._modules and parametrize.is_parametrized(module):
                 names = dict(module.get_submodule("parametrizations").named_children())
                 computed.update({name: getattr(module, name) for name in names})
                 module.__class__ = type(module).__bases__[0]
                 del module._modules["parametrizations"]
             for name, tensor in computed.items():
                 setattr(module, name, nn.Parameter(tensor.detach(), requires_grad=False))
+            for hooks in (module._load_state_dict_pre_hooks, module._state_dict_hooks) if computed else ():
+                for key in [key for key, hook in hooks.items() if _is_of_torchs_utils(hook)]:
+                    del hooks[key]  # which reads the tensors that are gone, and may not be pickled
+
+
+def _is_of_torchs_utils(hook: Any) -> bool:
+    """Return whether a hook comes from torch.nn.utils; torch wraps those that are called before loading."""
+    own = getattr(hook, "hook", hook)
+    return (getattr(own, "__module__", None) or "").startswith("torch.nn.utils.")
 
 
 def base_of(module: nn.Module, operators: Sequence[Operator]) -> type[nn.Module] | None:

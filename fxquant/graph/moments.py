@@ -96,6 +96,11 @@ def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> M
     """
     twin = edit.mirror(prepared)
     weights = _weights(twin, sites)
+    if any(tensor.is_meta for tensor in twin.parameters()):
+        warn(
+            "data was given to round weights with error feedback, but the model is on the meta device and has no values"
+        )
+        return Moments({})
     if not weights:
         warn(
             "data was given to round weights with error feedback, but no weight becomes int4: others are rounded to "

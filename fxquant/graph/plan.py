@@ -7,16 +7,18 @@ reason. Nothing is changed here, and nothing later decides again.
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import types
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import MappingNameError, QConfigError
 from fxquant.graph import edit
-from fxquant.graph.constants import constant_of, is_transposition
+from fxquant.graph.constants import asks_kind, constant_of, is_transposition
 from fxquant.graph.kinds import base_of, redefined
 from fxquant.graph.module import NOTHING, Coverage, Left, Site
 from fxquant.graph.reads import weights_read
@@ -49,6 +51,8 @@ class _Planner:
         self.plan = Plan([], [], [])
         self.counts: collections.Counter[tuple[str, Any]] = collections.Counter()
         self.weights: dict[tuple[Any, ...], tuple[int, bool]] = {}  # each one's bytes, and whether all take it as int8
+        self.tree = set(map(id, module.modules()))
+        self.kept_forwards = dict(_kept_forwards(module))
         self.entered: set[int] = set()  # the containers that were visited, which may stand at several paths
 
     def run(self, graph: fx.Graph) -> Plan:
@@ -91,7 +95,7 @@ class _Planner:
             found = self.rules(path, path.rpartition(".")[0], kind, known, is_whole, weights)
             rules = {name: found[weight] for weight, name in weights.items()}
             rule = main_rule(found[""], rules.values())
-            shut = inside or why_hidden(module)
+            shut = inside or why_hidden(module) or self.kept_forwards.get(id(module), "")
             reason = shut or (row.refuse_module(module) if row else why_unknown(kind, self.operators))
             seen = shape if row is None or row.has_rows else ()
             if row is not None and reason is None and len(set(rules.values())) > 1:
@@ -106,12 +110,28 @@ class _Planner:
             shut = inside or why_hidden(module)
             if not shut and not calls_children(module):
                 shut = f"{type_name(kind)} reads its children's weights itself"
+            self.visit_strays(path, module)
             read = weights_read(module)
             for name, child in module._modules.items():  # named_children skips the second name of a module
                 if child is None:
                     continue
                 itself = f"the code of {type_name(kind)} reads self.{name}'s weight itself" if name in read else ""
                 self.visit_module(_join(path, name), child, shut or itself)
+
+    def visit_strays(self, path: str, module: nn.Module) -> None:
+        """Report the modules that a module has in a plain list, tuple or dict: they are no part of the model's tree."""
+        own = vars(nn.Module())
+        for name, held in vars(module).items():
+            parts = pytree.tree_leaves(held) if isinstance(held, (list, tuple, dict)) and name not in own else []
+            strays = [part for part in parts if isinstance(part, nn.Module) and id(part) not in self.tree]
+            for number, stray in enumerate(strays):
+                weights = [weight for weight in stray.parameters() if weight.dim() > 1]
+                if weights:
+                    rule = self.rules("", path, type(stray))[""]
+                    reason = (
+                        f"it is in a plain {type(held).__name__}, self.{name}; put it into an nn.ModuleList or -Dict"
+                    )
+                    self.decide(f"{_join(path, name)}[{number}]", type(stray), None, rule, reason, weights)
 
     def check_parts(self, path: str, module: nn.Module, rule: Rule, apart: Collection[str]) -> None:
         """Raise QConfigError for an entry by name that wants a part of a module that is one Site otherwise.
@@ -154,7 +174,8 @@ class _Planner:
 
     def visit_other_call(self, node: fx.Node, row: Operator | None) -> None:
         """Report a call that reads a weight where no row takes it: what it computes with stays float."""
-        if is_transposition(node) and all(user.op in ("call_function", "call_method") for user in node.users):
+        is_matrix = is_transposition(node) is not None
+        if is_matrix and all(user.op in ("call_function", "call_method") for user in node.users):
             return  # which is reported itself
         scope, name = node.meta.get(SCOPE, ""), call_name(node.target)
         reason = (
@@ -166,8 +187,8 @@ class _Planner:
                 self.decide(path, name, None, rule, reason, (tensor,), call=node.name)
 
     def matrices(self, node: fx.Node) -> dict[str, torch.Tensor]:
-        """Return the constants of two or more dimensions that a call takes, by their paths."""
-        constants = [constant_of(operand) for operand in node.all_input_nodes]
+        """Return the constants of two or more dimensions whose values a call takes, by their paths."""
+        constants = [constant_of(operand) for operand in node.all_input_nodes if not asks_kind(node, operand)]
         paths = [str(constant.source.target) for constant in constants if constant is not None]
         tensors = {path: edit.get_tensor(self.module, path) for path in paths}
         return {path: tensor for path, tensor in tensors.items() if tensor is not None and tensor.dim() > 1}
@@ -287,6 +308,15 @@ class _Planner:
                     f"set_module_name_object_type_order({name!r}, {type_name(kind)}, {index}): "
                     f"{name!r} has {count} quantizable {type_name(kind)}, numbered from 0"
                 )
+
+
+def _kept_forwards(root: nn.Module) -> Iterator[tuple[int, str]]:
+    """Yield each module whose own forward an attribute holds, which would run on with quantized weights, and say so."""
+    for module in root.modules():
+        for name, value in vars(module).items():
+            owner = getattr(value, "__self__", None)
+            if isinstance(value, types.MethodType) and isinstance(owner, nn.Module) and value == owner.forward:
+                yield id(owner), f"self.{name} of {type_name(type(module))} holds its forward; let it hold the module"
 
 
 def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator]) -> Plan:

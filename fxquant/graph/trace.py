@@ -134,8 +134,20 @@ def _graph(
             failures.append(_UntraceableError(tracer.failed, error, len(tracer.graph.nodes)))
             continue
         if buffers_are_nodes or _is_as_it_was(buffers, _buffers(root)):
+            if device is not None:
+                _move_constants(graph, torch.device(device))
             return root, graph, _doubtful(root, graph, attributes)
     raise max(failures, key=lambda failure: failure.nodes)  # what stopped the one that got further
+
+
+def _move_constants(graph: fx.Graph, device: torch.device) -> None:
+    """Put the CPU, where a checkpoint's tensors come, in the place of a device that forward read off the mirror."""
+
+    def moved(value: Any) -> Any:
+        return torch.device("cpu") if value == device else value
+
+    for node in graph.nodes:
+        node.args, node.kwargs = (fx.node.map_aggregate(part, moved) for part in (node.args, node.kwargs))
 
 
 def _buffers(root: nn.Module) -> list[tuple[torch.Tensor, int]]:
@@ -151,7 +163,7 @@ def _is_as_it_was(before: list[tuple[torch.Tensor, int]], after: list[tuple[torc
 def wrapped_in(module: nn.Module) -> str:
     """Return the attribute that holds what a wrapper is around, "" for a module that is no wrapper."""
     inner = _WRAPPERS.get(type(module).__name__, "")
-    return inner if hasattr(module, inner) else ""
+    return inner if inner and hasattr(module, inner) else ""
 
 
 def check_kind(model: Any) -> None:

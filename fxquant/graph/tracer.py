@@ -98,7 +98,7 @@ class Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Return a value as an operand; the transpose of a buffer, which forward meets as it is, keeps its name.
 
-        A dict of a type of its own keeps that.
+        A dict, list or tuple of a type of its own keeps that.
         """
         base = a._base if isinstance(a, torch.Tensor) and not a.is_inference() else None
         if base is not None and base.dim() == 2 and (a.shape, a.stride()) == (base.T.shape, base.T.stride()):
@@ -108,8 +108,9 @@ class Tracer(fx.Tracer):
         if isinstance(a, dict) and dataclasses.is_dataclass(a):  # Hugging Face's outputs; torch.fx forgets their type
             fields = {field.name: self.create_arg(getattr(a, field.name)) for field in dataclasses.fields(a)}
             return self.create_node("call_function", type(a), (), fields)
-        if type(a) is collections.OrderedDict:
-            return self.create_node("call_function", type(a), (super().create_arg(a),), {})
+        plain = next((kind for kind in (dict, list, tuple) if isinstance(a, kind)), None)
+        if plain is not None and _is_own_kind(type(a)):
+            return self.create_node("call_function", type(a), (super().create_arg(plain(a)),), {})
         return super().create_arg(a)
 
     def create_node(self, kind: str, target: Any, args: tuple[Any, ...], *rest: Any, **named: Any) -> fx.Node:
@@ -185,6 +186,12 @@ class _Retracer(Tracer):
         """Return what the code gets for an attribute: for a buffer always a node."""
         cache = parameter_proxy_cache if isinstance(attr_val, nn.Parameter) else {}
         return super().getattr(attr, attr_val, cache)
+
+
+def _is_own_kind(kind: type) -> bool:
+    """Return whether a type of container is a user's, or an OrderedDict, that is made of a plain one's content."""
+    is_known = kind.__module__ in ("builtins", "collections") or kind.__module__.startswith("torch.")
+    return kind is collections.OrderedDict or not (is_known or hasattr(kind, "_fields"))
 
 
 def _autocast() -> tuple[torch.dtype | None, ...]:

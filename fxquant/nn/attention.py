@@ -13,12 +13,14 @@ from fxquant.errors import ShapeError
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.nn.linear import DynamicQuantizedLinear
 from fxquant.nn.transformer import additive_mask
+from fxquant.ops.schema import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 _NAME = "a quantized MultiheadAttention"
 
 
 def _check_shape(name: str, mask: torch.Tensor, *wanted: tuple[int, ...]) -> None:
+    check_dense(mask, f"MultiheadAttention's {name}")
     if tuple(mask.shape) not in wanted:
         raise ShapeError(f"{_NAME} takes {name} of shape {' or '.join(map(str, wanted))}, got {tuple(mask.shape)}")
 
@@ -82,8 +84,9 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
         query: (L, B, E), with batch_first (B, L, E), without a batch (L, E); key, value: the same forms of (S, B, kdim)
         and (S, B, vdim) -> output in query's form and dtype, weights (B, L, S), or (B, H, L, S) if not averaged over
         the H heads. attn_mask: (L, S) or (B·H, L, S); key_padding_mask: (B, S); True, or -inf, keeps a key out, another
-        float is added to its score. is_causal: says that attn_mask, which must be given, is the causal one; it changes
-        nothing. Raises ShapeError or DTypeError for anything else.
+        float is added to its score. is_causal: says that attn_mask, which must be given, is the causal one. As in torch
+        it stands for the mask where there is no padding and no weights are asked for: rows added to the keys, by
+        add_bias_kv and add_zero_attn, then count as later ones. Raises ShapeError or DTypeError for anything else.
         """
         if is_causal and attn_mask is None:
             raise ShapeError(
@@ -94,11 +97,13 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
         is_batched = query.dim() == 3
         q, k, v = map(self._split_heads, self._project(query, key, value))
         mask = self._join_masks(q, k.shape[2], attn_mask, key_padding_mask, is_batched)
+        is_hinted = is_causal and key_padding_mask is None and not need_weights
         k, v = self._extend(k, self.bias_k), self._extend(v, self.bias_v)
         if mask is not None:
-            mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
+            mask = None if is_hinted else F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
         if not need_weights:
-            return self.out_proj(self._join_heads(F.scaled_dot_product_attention(q, k, v, mask), is_batched)), None
+            attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_hinted)
+            return self.out_proj(self._join_heads(attended, is_batched)), None
         scores = q * math.sqrt(1 / q.shape[-1]) @ k.transpose(-2, -1)
         weights = (scores if mask is None else scores + mask).softmax(-1)
         output = self.out_proj(self._join_heads(weights @ v, is_batched))
@@ -107,6 +112,9 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
 
     def _check_rows(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Raise ShapeError unless the three go together."""
+        for x in (query, key, value):
+            if not isinstance(x, torch.Tensor):
+                check_dense(x, "MultiheadAttention")
         shapes = [tuple(x.shape) if not x.is_nested else "nested" for x in (query, key, value)]
         told = f"got query, key, value of {shapes[0]}, {shapes[1]}, {shapes[2]}"
         if "nested" in shapes:

@@ -86,6 +86,9 @@ class QuantizedEmbeddingBag(_QuantizedTable):
         input: (B, N), or (N,) with offsets (B,); per_sample_weights: like input, for mode "sum" -> (B, D) in the float
         table's dtype. Raises ShapeError, DTypeError or IndexRangeError for anything else.
         """
+        for name, tensor in (("offsets", offsets), ("per_sample_weights", per_sample_weights)):
+            if tensor is not None:
+                check_dense(tensor, f"EmbeddingBag's {name}")
         if not isinstance(input, torch.Tensor) or input.dim() not in (1, 2) or (input.dim() == 1) == (offsets is None):
             check_dense(input, "EmbeddingBag")
             given = "with" if offsets is not None else "without"

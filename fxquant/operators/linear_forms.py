@@ -38,9 +38,17 @@ def _convert_addmm(call: Call) -> NewCall:
     return convert_linear(call, x="mat1", bias="input")
 
 
+def _explicit(equation: str) -> str:
+    """Return an equation with its output: where none is written, the letters that occur once, in alphabetical order."""
+    if "->" in equation:
+        return equation
+    letters = sorted(letter for letter in set(equation) - set(",.") if equation.count(letter) == 1)
+    return f"{equation}->{'...' if '...' in equation else ''}{''.join(letters)}"
+
+
 def _layout(equation: Any) -> str:
     """Return how an einsum's weight lies, "io" or "oi", or "" for what is no linear form of its last operand."""
-    form = _FORM.fullmatch(equation.replace(" ", "")) if isinstance(equation, str) else None
+    form = _FORM.fullmatch(_explicit(equation.replace(" ", ""))) if isinstance(equation, str) else None
     if form is None:
         return ""
     letters = [*form["rows"].replace(".", ""), form["i"], form["o"]]
@@ -90,7 +98,7 @@ def _row(
 MATMUL = _row(
     "matmul",
     "x @ weight with a constant weight (I, O), which may be a transpose: x @ w.t()",
-    (operator.matmul, torch.matmul, "matmul"),
+    (operator.matmul, torch.matmul, torch.linalg.matmul, "matmul"),
     ("input", "other"),
     "other",
 )

@@ -44,7 +44,7 @@ def linear(
     check_linear(x, weight, in_features, qmax)
     if group_size:
         check_groups(weight, scale, group_size, in_features)
-    run = native.linear if native.takes(x, weight) else reference.linear
+    run = native.linear if native.takes(x, [weight]) else reference.linear
     return _run(run, [weight], x, weight, scale, bias, relu, per_row, qmax, group_size, in_features)
 
 
@@ -62,7 +62,7 @@ def lstm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run `reference_recurrent.lstm` or its native kernels."""
     check_recurrent("LSTM", x, batch_sizes, (h0, c0), weights, scales, biases, (), bidirectional, qmax)
-    run = native.lstm if native.takes_some(x, weights) else reference_recurrent.lstm
+    run = native.lstm if native.takes(x, weights) else reference_recurrent.lstm
     return _run(run, weights, x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax)
 
 
@@ -82,19 +82,19 @@ def rnn(
     """Run `reference_recurrent.rnn` or its native kernels."""
     parts = (weights, scales, biases, hidden_biases)
     check_recurrent(rnn_kind(mode), x, batch_sizes, (h0,), *parts, bidirectional, qmax)
-    run = native.rnn if native.takes_some(x, weights) else reference_recurrent.rnn
+    run = native.rnn if native.takes(x, weights) else reference_recurrent.rnn
     return _run(run, weights, x, batch_sizes, h0, *parts, mode, bidirectional, per_row, qmax)
 
 
 def embedding(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Run `reference.embedding` or its native kernel."""
     check_indices(indices, "embedding")
-    run = native.embedding if native.takes(indices, weight) else reference.embedding
+    run = native.embedding if native.takes(indices, [weight]) else reference.embedding
     return _run(run, [weight], indices, weight, *rest)
 
 
 def embedding_bag(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Run `reference.embedding_bag` or its native kernel."""
     check_indices(indices, "embedding bag")
-    run = native.embedding_bag if native.takes(indices, weight) else reference.embedding_bag
+    run = native.embedding_bag if native.takes(indices, [weight]) else reference.embedding_bag
     return _run(run, [weight], indices, weight, *rest)

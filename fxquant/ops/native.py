@@ -1,4 +1,5 @@
-"""The operators on the native CPU kernels (csrc/), with the signatures and, to the bit, the results of `reference`.
+"""The operators on the native CPU kernels (csrc/), with the signatures and, to the bit, the results of `reference`,
+of products with float weights to float rounding.
 
 The library keeps nothing: every call passes plain tensors. So there is nothing to pack, cache or save, and calls from
 several threads are independent. Its functions give None for what they do not take as it is: tensors that are not dense
@@ -15,16 +16,17 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 
 from fxquant.errors import DTypeError, ShapeError
 from fxquant.ops import reference, reference_recurrent
-from fxquant.ops.native_stack import Tensors, run_stack
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
 
-_INTERFACE = 7  # what module.c says it is: a library left from another version is not called
+Tensors: TypeAlias = Sequence[torch.Tensor]
+
+_INTERFACE = 8  # what module.c says it is: a library left from another version is not called
 _MOST_DIMENSIONS = 8  # of tensors.h
 
 
@@ -84,7 +86,7 @@ def _introduce_torch(library: Any, exchange: object) -> None:
     """Tell the library what it needs of torch; exchange: the capsule of DLPack's exchange interface, or None."""
     library.set_torch(
         (torch.Tensor, torch.nn.Parameter),
-        (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.int16),
+        (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.int16, torch.float16),
         (torch.empty, {"dtype": torch.float32, "device": torch.device("cpu")}),
         (output_pool.empty, torch.get_num_threads, torch.is_grad_enabled),
         (
@@ -126,19 +128,8 @@ def kernel_info() -> KernelInfo:
     return KernelInfo(_library.__file__, _library.active_isa(), threads, _why)
 
 
-def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether the library computes with these tensors: strided ones on the CPU, and weights of integers."""
-    return (
-        _library is not None
-        and x.is_cpu
-        and weight.is_cpu
-        and not weight.is_floating_point()
-        and x.layout is torch.strided
-    )
-
-
-def takes_some(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
-    """Return whether the library can do a part of a recurrent layer of these weights: steps of float ones too."""
+def takes(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
+    """Return whether the library computes with these tensors: strided ones on the CPU."""
     is_here = _library is not None and x.is_cpu and x.layout is torch.strided
     return is_here and all(weight.is_cpu for weight in weights)
 
@@ -182,7 +173,8 @@ def linear(
     outputs = weight.shape[0]
     rows = _rows(x, in_features if group_size else weight.shape[1])
     bias = None if bias is None else _vector("bias", bias, outputs)
-    scale = _plain(scale) if group_size and scale is not None else _vector("scale", scale, outputs)
+    if weight.dtype is not torch.float16:
+        scale = _plain(scale) if group_size and scale is not None else _vector("scale", scale, outputs)
     how = (relu, per_row, qmax, group_size, in_features)
     out = _library.linear(False, rows, _plain(weight), scale, bias, *how)
     if out is None and group_size:
@@ -209,22 +201,9 @@ def lstm(
         return reference_recurrent.lstm(x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax)
     sizes, how = _sizes(batch_sizes, x.shape[0], h0.shape[1]), (bidirectional, per_row, qmax)
 
-    def run(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
-        return _given(_library.lstm(False, rows, sizes, *states, *parts, *how))
-
-    def expect(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
-        (h, c), (weights, scales, biases) = states, parts
-        return reference_recurrent.lstm_by(advance, rows, sizes, h, c, weights, scales, biases, *how)
-
-    def advance(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cells, none = c.unsqueeze(0), (None, None)  # h0 is c0: no weight is multiplied with it
-        whole = _library.lstm(False, gates.unsqueeze(0), None, cells, cells, none, none, (), False, True, 255)
-        output, _, state = _given(whole)
-        return state[0], output[0]
-
     states, parts = (_floats(h0), _floats(c0)), _dense_parts(weights, scales, biases)
-    output, h, c = (part.to(x.dtype) for part in run_stack(run, expect, linear, _floats(x), states, parts, *how))
-    return output, h, c
+    output, h, c = _library.lstm(False, _floats(x), sizes, *states, *parts, *how)
+    return output.to(x.dtype), h.to(x.dtype), c.to(x.dtype)
 
 
 def rnn(
@@ -246,21 +225,9 @@ def rnn(
         return reference_recurrent.rnn(x, batch_sizes, h0, *operands, mode, bidirectional, per_row, qmax)
     sizes, how = _sizes(batch_sizes, x.shape[0], h0.shape[1]), (bidirectional, per_row, qmax)
 
-    def run(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
-        return _given(_library.rnn(False, rows, sizes, *states, *parts, mode, *how))
-
-    def expect(rows: torch.Tensor, states: Tensors, *parts: Tensors) -> Tensors:
-        weights, scales, biases, hidden_biases = parts
-        return reference_recurrent.rnn(rows, sizes, states[0], weights, scales, biases, hidden_biases, mode, *how)
-
     parts = _dense_parts(weights, scales, biases, hidden_biases)
-    output, h = (part.to(x.dtype) for part in run_stack(run, expect, linear, _floats(x), (_floats(h0),), parts, *how))
-    return output, h
-
-
-def _given(outputs: Tensors | None) -> Tensors:
-    assert outputs is not None  # check_recurrent refuses what the library does, but for memory that was given back
-    return outputs
+    output, h = _library.rnn(False, _floats(x), sizes, _floats(h0), *parts, mode, *how)
+    return output.to(x.dtype), h.to(x.dtype)
 
 
 def _dense_parts(weights: Tensors, scales: Tensors, *vectors: Tensors) -> list[list[torch.Tensor]]:
@@ -284,13 +251,15 @@ def _sizes(batch_sizes: torch.Tensor | None, rows: int, batch: int) -> torch.Ten
 
 def _table(
     weight: torch.Tensor, scale: torch.Tensor | None, zero_point: torch.Tensor | None, columns: int, bits: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return a table's tensors as the library takes them, or raise DTypeError or ShapeError."""
     rows = weight.shape[0]
-    if weight.dtype not in (torch.int8, torch.uint8):
+    if weight.dtype not in (torch.int8, torch.uint8, torch.float16):
         raise DTypeError(f"a quantized table holds torch.int8, torch.uint8 or float16, got {weight.dtype}")
     if weight.shape != (rows, (columns + 1) // 2 if bits == 4 else columns):
         raise ShapeError(f"a quantized table of {columns} columns at {bits} bits cannot be {tuple(weight.shape)}")
+    if weight.dtype is torch.float16:
+        return _plain(weight), None, None
     zero_points = None if zero_point is None else _vector("zero_point", zero_point, rows)
     return _plain(weight), _vector("scale", scale, rows), zero_points
 

@@ -10,7 +10,6 @@ import torch
 from fxquant.ops.reference import expm1_, multiply
 
 Matrix: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
-Advance: TypeAlias = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Multiply: TypeAlias = Callable[[torch.Tensor, Matrix, torch.Tensor | None], torch.Tensor]
 
 
@@ -34,30 +33,12 @@ def lstm(
     scales: as many, empty ones for float weights, or none at all; biases: L of (4H,), or none
     -> output (T, B, D·P) or (N, D·P), h (L, B, P), c (L, B, H), in x's dtype.
     """
-    how = (bidirectional, per_row, qmax)
-    return lstm_by(lstm_cell, x, batch_sizes, h0, c0, weights, scales, biases, *how)
-
-
-def lstm_by(
-    advance: Advance,
-    x: torch.Tensor,
-    batch_sizes: torch.Tensor | None,
-    h0: torch.Tensor,
-    c0: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
-    bidirectional: bool,
-    per_row: bool,
-    qmax: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what `lstm` does, with a `lstm_cell` that may be faster."""
     h, c = h0.to(torch.float32, copy=True), c0.to(torch.float32, copy=True)
     matmul = _multiplier(per_row, qmax)
 
     def step(cell: int, matrices: Sequence[Matrix], gates: torch.Tensor) -> torch.Tensor:
         live = gates.shape[0]
-        c[cell, :live], hidden = advance(matmul(h[cell, :live], matrices[1], gates), c[cell, :live])
+        c[cell, :live], hidden = lstm_cell(matmul(h[cell, :live], matrices[1], gates), c[cell, :live])
         for matrix in matrices[2:]:
             hidden = matmul(hidden, matrix, None)
         return hidden

@@ -11,15 +11,24 @@ from fxquant import (
     convert_fx,
     default_dynamic_qconfig,
     explain,
+    int4_dynamic_qconfig,
+    int16_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
     prepare_fx,
     quantize_dynamic,
 )
 from fxquant.debug import losses
-from fxquant.debug.losses import Speed, SpeedTable, speed_table
+from fxquant.debug.losses import MEASURED, Speed, SpeedTable, speed_table
 from tests.samples import everything, prepare, quantize
 
-TABLE = SpeedTable("a machine, 2026", {"linear": (Speed(1, 16, 5, 20), Speed(1, 64, 9, 6), Speed(16, 64, 8.5, 8))})
+TABLE = SpeedTable(
+    "a machine, 2026",
+    {
+        ("linear", "int8"): (Speed(1, 16, 5, 20), Speed(1, 64, 9, 6), Speed(16, 64, 8.5, 8)),
+        ("linear", "int16"): (Speed(1, 16, 7, 5),),
+        ("lstm", "int8"): (Speed(1, 16, 9, 6),),
+    },
+)
 
 
 @pytest.fixture
@@ -82,9 +91,26 @@ def test_every_spelling_of_a_linear_is_looked_up_as_one(measured):
 
 def test_what_was_not_measured_is_not_told(measured):
     model, x = nn.Sequential(nn.Linear(64, 64)).eval(), torch.randn(3, 64)
-    other = QConfigMapping().set_global(per_tensor_dynamic_qconfig)
+    other = QConfigMapping().set_global(int4_dynamic_qconfig)
     assert told(convert_fx(prepare_fx(model, other, x))) == {"0": []}
     assert told(quantize_dynamic(model)) == {"0": []}  # no example inputs, so no rows
+
+
+@pytest.mark.parametrize(
+    ("qconfig", "figures"), [(per_tensor_dynamic_qconfig, (9, 6)), (int16_dynamic_qconfig, (7, 5))]
+)
+def test_a_qconfig_is_looked_up_by_its_weights_dtype(measured, qconfig, figures):
+    model, x = nn.Sequential(nn.Linear(64, 64)).eval(), torch.randn(3, 64)
+    mapping = QConfigMapping().set_global(qconfig)
+    assert told(convert_fx(prepare_fx(model, mapping, x))) == {"0": [("slower", *figures)]}
+
+
+@pytest.mark.parametrize(("part", "losses"), [({}, ["slower"]), ({"weight_ih_l0": int16_dynamic_qconfig}, [])])
+def test_a_layer_of_mixed_weights_is_as_fast_as_nothing_that_was_measured(measured, part, losses):
+    model, mapping = nn.Sequential(nn.LSTM(64, 64)).eval(), everything()
+    for name, qconfig in part.items():
+        mapping.set_module_name(f"0.{name}", qconfig)
+    assert [loss[0] for loss in told(prepare(model, torch.randn(3, 64), mapping=mapping))["0"]] == losses
 
 
 def test_the_opt_out_leaves_the_site_float(measured):
@@ -108,13 +134,13 @@ def test_the_opt_out_leaves_the_site_float(measured):
     ],
 )
 def test_the_nearest_lower_shape_is_found(shape, found):
-    speed = TABLE.find("linear", shape)
+    speed = TABLE.find("linear", default_dynamic_qconfig, shape)
     assert (speed.rows, speed.size) == found
 
 
 def test_no_shape_or_no_such_operator_finds_nothing():
-    assert TABLE.find("linear", ()) is None
-    assert TABLE.find("lstm", (1, 16, 16)) is None
+    assert TABLE.find("linear", default_dynamic_qconfig, ()) is None
+    assert TABLE.find("cell", default_dynamic_qconfig, (1, 16, 16)) is None
 
 
 @pytest.mark.parametrize(
@@ -127,8 +153,10 @@ def test_slower_is_more_than_noise_and_a_call(quantized, unquantized, is_slower)
 
 def test_the_package_has_measurements_of_operators_in_the_table():
     table = speed_table()
-    assert table.speeds.keys() <= {row.name for row in OPERATORS}
-    for operator, speeds in table.speeds.items():
+    rows = {row.name: row for row in OPERATORS}
+    assert {"int8", "int4", "int16", "float16", "uint8", "uint4"} == {dtype for _, dtype in table.speeds}
+    for (operator, dtype), speeds in table.speeds.items():
+        assert any(scheme.accepts(MEASURED[dtype]) for scheme in rows[operator].schemes)
         shapes = {(speed.rows, speed.size) for speed in speeds}
         assert {(rows, size) for rows in (1, 16, 256) for size in (16, 64, 256, 1024)} <= shapes, operator
         assert all(min(speed.quantized_us, speed.float_us) > 0 for speed in speeds)

@@ -1,5 +1,6 @@
 """How a model is called: keywords, *args, **kwargs, fixed arguments, containers; the signature stays."""
 
+import collections
 import copy
 import dataclasses
 import functools
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxquant
-from fxquant import ArgumentError, ExampleInputsError, convert_fx, explain, graph_diff, prepare_fx
+from fxquant import ArgumentError, ExampleInputsError, convert_fx, explain, graph_diff, prepare_fx, quantize_dynamic
 from fxquant.graph.module import FxModule
+from fxquant.nn import DynamicQuantizedLinear
 from tests.samples import everything, same_bits
 
 
@@ -240,6 +242,62 @@ def test_containers_in_and_out():
     assert torch.equal(got.extra["list"][1][1], expected.hidden)
 
 
+class Fields(dict):
+    """A dict whose keys are attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Rows(list):
+    """A list of a type of its own."""
+
+
+class Returns(Net):
+    """Gives what a function makes of its output."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.net(x))
+
+
+@pytest.mark.parametrize("twin_of", [copy.copy, lambda module: pickle.loads(pickle.dumps(module))])
+@pytest.mark.parametrize("kind", [Fields, Rows])
+def test_a_container_of_a_users_type_keeps_it(kind, twin_of):
+    model = Returns((lambda y: Fields(y=y)) if kind is Fields else (lambda y: Rows([y]))).eval()
+    prepared = prepare_fx(model, everything(), x_())
+    for module in (prepared, twin_of(convert_fx(prepared))):
+        got = module(x_())
+        assert type(got) is kind
+        assert (got.y if kind is Fields else got[0]).shape == (2, 8)
+
+
+def test_a_container_that_no_graph_makes_is_still_what_comes_out():
+    model = Returns(lambda y: collections.defaultdict(list, y=y)).eval()
+    with pytest.warns(UserWarning, match=r"nor make a container of any type \(a collections.defaultdict"):
+        prepared = prepare_fx(model, everything(), x_())
+    quantized = convert_fx(prepared)
+    assert type(quantized(x_())) is collections.defaultdict
+    assert type(quantized.net) is DynamicQuantizedLinear
+
+
+def test_a_model_whose_graph_fails_is_not_said_to_fail():
+    model = Returns(lambda y: y.relu() if isinstance(y, torch.Tensor) else y.absent()).eval()
+    with pytest.warns(UserWarning, match=r"Returns runs, but not as it was traced.*its graph fails at 'absent'"):
+        prepared = prepare_fx(model, everything(), x_())
+    assert len(prepared._fxquant_record.sites) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_example_inputs_are_prepared_and_refused_by_the_layer():
+    nested = torch.nested.nested_tensor([torch.zeros(3, 8), torch.zeros(2, 8)])
+    quantized = convert_fx(prepare_fx(Returns(torch.relu).eval(), everything(), nested))
+    with pytest.raises(fxquant.DTypeError, match="takes a dense tensor, got a nested one"):
+        quantized(nested)
+
+
 class Sampler(Net):
     """Its graph gives other values than it does, inside of a dataclass."""
 
@@ -350,6 +408,12 @@ def test_a_submodule_with_the_name_of_a_keyword(name):
     assert f"'0.parts.{name}' has the Python keyword '{name}' in it" in quantized.record.untraced["0"]
     assert [site.path for site in quantized.record.sites] == [f"0.parts.{name}", "0.out", "1"]
     assert (quantized(x) - outer(x)).norm() <= 0.05 * outer(x).norm()
+
+
+def test_a_diff_of_submodules_with_the_names_of_keywords():
+    model = nn.Sequential(nn.ModuleDict({"for": nn.Linear(8, 8)})).eval()
+    rows = graph_diff(model, quantize_dynamic(model)).rows
+    assert [(row.name, row.sign) for row in rows] == [("0.for", "~")]
 
 
 def test_a_parameter_with_the_name_of_a_keyword():

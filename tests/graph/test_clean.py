@@ -77,3 +77,32 @@ def test_the_code_of_the_graph_is_printable_and_linted():
     quantized = quantize(Careful(), torch.randn(2, 4))
     quantized.graph.lint()
     assert "def forward" in quantized.code
+
+
+class Asks(nn.Module):
+    """Asks the weight of its layer for nothing but its dtype and device, in one of the ways of doing so."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.net, self.asks = nn.Linear(4, 4), asks
+
+    def forward(self, x):
+        return self.asks(self.net(x), self.net.weight)
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [lambda y, w: y.to(w.dtype), lambda y, w: y + torch.zeros(4, device=w.device), lambda y, w: y + w.new_zeros(4),
+     lambda y, w: y.type_as(w), lambda y, w: y.to(w), lambda y, w: y + w.new_full((4,), 2)],
+)  # fmt: skip
+def test_of_a_weight_that_is_asked_for_its_dtype_nothing_is_kept(asks):
+    model, x = Asks(asks).eval(), torch.randn(2, 4)
+    quantized, bare = quantize(model, x), quantize(model.net, x)
+    assert quantized.record.left == ()
+    assert torch.equal(quantized(x), asks(bare(x), model.net.weight))
+    assert [t.numel() for name, t in quantized.state_dict().items() if "net." not in name] == [0]
+
+
+def test_a_weight_whose_values_are_read_too_is_kept():
+    quantized = quantize(Asks(lambda y, w: y.to(w.dtype) * w.sum()), torch.randn(2, 4))
+    assert quantized.net_weight.shape == (4, 4)

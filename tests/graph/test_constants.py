@@ -41,10 +41,17 @@ TRANSPOSITIONS = [
     lambda w: w.permute((-1, -2)),
     lambda w: torch.permute(w, (1, 0)),
     lambda w: w.t().T.transpose(0, 1),
+    lambda w: w.H,
+    lambda w: w.mH,
+    lambda w: w.adjoint(),
+    lambda w: torch.adjoint(w),
+    lambda w: torch.movedim(w, 0, -1),
+    lambda w: w.moveaxis(1, 0),
 ]
+VALUES = [lambda w: w.t().contiguous(), lambda w: w.data.t(), lambda w: w.detach().permute(0, 1).T]
 
 
-@pytest.mark.parametrize("view", TRANSPOSITIONS)
+@pytest.mark.parametrize("view", [*TRANSPOSITIONS, *VALUES])
 def test_a_transpose_of_a_parameter_is_constant_however_it_is_written(view):
     (source, is_transposed), _ = constants(view)
     assert (source.target, is_transposed) == ("weight", True)
@@ -52,7 +59,11 @@ def test_a_transpose_of_a_parameter_is_constant_however_it_is_written(view):
     assert torch.equal(view(matrix), matrix.t())
 
 
-@pytest.mark.parametrize("view", [lambda w: w, lambda w: w.t().t(), lambda w: w.T.permute(1, 0)])
+@pytest.mark.parametrize(
+    "view",
+    [lambda w: w, lambda w: w.t().t(), lambda w: w.T.permute(1, 0), lambda w: w.permute(0, 1), lambda w: w.detach(),
+     lambda w: w.transpose(0, 0), lambda w: w.movedim(-1, 1), lambda w: w.contiguous(), lambda w: w.data],
+)  # fmt: skip
 def test_two_transpositions_are_none(view):
     (source, is_transposed), _ = constants(view)
     assert (source.target, is_transposed) == ("weight", False)
@@ -60,8 +71,8 @@ def test_two_transpositions_are_none(view):
 
 @pytest.mark.parametrize(
     "view",
-    [lambda w: w * 1, lambda w: w.permute(0, 1), lambda w: w.transpose(0, 0), lambda w: w.t().contiguous(),
-     lambda w: w.view(4, 5), lambda w: w[0], lambda w: w.data.t() + 0],
+    [lambda w: w * 1, lambda w: w.view(4, 5), lambda w: w[0], lambda w: w.data.t() + 0, lambda w: w.real,
+     lambda w: w.movedim((0, 1), (1, 0))],
 )  # fmt: skip
 def test_anything_else_is_no_constant(view):
     assert constants(view)[0] is None

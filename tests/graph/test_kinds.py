@@ -232,6 +232,17 @@ def test_a_convolution_with_weight_norm_is_reported_by_its_own_name():
     assert (left.path, left.kind) == ("0", "nn.Conv1d")
 
 
+@pytest.mark.parametrize("way", [quantize, lambda model, x: quantize_dynamic(model)])
+def test_a_convolution_with_weight_norm_is_pickled(way):
+    model, x = (
+        nn.Sequential(parametrizations.weight_norm(nn.Conv1d(4, 8, 3)), nn.Linear(6, 2)).eval(),
+        torch.randn(2, 4, 8),
+    )
+    quantized = way(model, x)
+    quantized.load_state_dict(quantized.state_dict())
+    assert torch.equal(pickle.loads(pickle.dumps(quantized))(x), quantized(x))
+
+
 class LoRA(nn.Module):
     """A wrapper of a base layer with two small ones, as peft has it."""
 

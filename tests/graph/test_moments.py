@@ -249,6 +249,13 @@ def test_data_that_cannot_be_run(data, message):
         quantize_dynamic(model, INT4, data=data)
 
 
+def test_data_for_a_model_on_the_meta_device_is_said_to_be_of_no_use():
+    prepared = prepare(two_layers().to("meta"), torch.empty(4, 24, device="meta"), mapping=INT4)
+    with pytest.warns(UserWarning, match="the model is on the meta device and has no values"):
+        quantized = convert_fx(prepared, data=[torch.randn(4, 24)])
+    assert len(notes(quantized)) == 2
+
+
 def test_data_for_a_model_without_int4_weights_is_said_to_be_of_no_use():
     prepared = prepare(two_layers(), torch.randn(4, 24))
     with pytest.warns(UserWarning, match="no weight becomes int4"):

@@ -129,6 +129,7 @@ def test_an_unusual_input_is_not_taken_at_once(change):
     [
         {"weight": int8(3, 5)},
         {"weight": int8(3, 4).int()},
+        {"weight": int8(3, 4).float()},
         {"weight": int8(4, 3).t()},
         {"weight": int8(12)},
         {"scale": torch.rand(2)},
@@ -224,7 +225,7 @@ def recurrent_operands():
         (3, torch.randn(2, 2, 4)),
         (4, [int8(20, 4), int8(20, 2), int8(2, 5)]),
         (4, [int8(20, 4), int8(20, 2), int8(2, 5), int8(20, 4), int8(20, 3), int8(2, 5)]),
-        (4, [int8(20, 4), int8(20, 2), int8(2, 5).float()] * 2),
+        (4, [int8(20, 4), int8(20, 2), int8(2, 5).double()] * 2),
         (5, [torch.rand(20)] * 6),
         (6, [torch.rand(20)]),
         (6, [torch.rand(5)] * 2),

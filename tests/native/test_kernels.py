@@ -16,6 +16,7 @@ COUNTS = {
     "linear": 1200,
     "linear_int4": 1200,
     "linear_int16": 1200,
+    "linear_float16": 600,
     "lstm": 120,
     "rnn": 120,
     "lstm_mixed": 120,

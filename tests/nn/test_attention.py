@@ -131,12 +131,17 @@ def test_weights_of_each_head_or_their_mean():
     assert torch.equal(each.mean(1), mean)
 
 
-def test_a_causal_hint_changes_nothing():
-    module, quantized = attention()
+@pytest.mark.parametrize("padding", [None, torch.zeros(B, L)])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_a_causal_hint_counts_as_in_torch(options, need_weights, padding):
+    torch.manual_seed(7)
+    module, quantized = attention(**options)
     query, *_ = given(module)
-    mask = nn.Transformer.generate_square_subsequent_mask(L)
-    hinted = quantized(query, query, query, attn_mask=mask, is_causal=True)
-    assert same_bits(hinted, quantized(query, query, query, attn_mask=mask))
+    hinted = {"attn_mask": nn.Transformer.generate_square_subsequent_mask(L), "is_causal": True}
+    hinted.update(need_weights=need_weights, key_padding_mask=padding)
+    output, _, bound = by_hand(module, default_dynamic_qconfig, query, query, query, **hinted)
+    assert ((quantized(query, query, query, **hinted)[0] - output).abs() <= bound).all()
 
 
 def test_it_agrees_with_float_as_attention_written_with_linears_does():
@@ -207,6 +212,9 @@ ROWS, KEYS = torch.zeros(L, B, E), torch.zeros(S, B, E)
         ((ROWS, KEYS, KEYS), {"is_causal": True}, ShapeError, "is_causal=True, a hint on attn_mask, without one"),
         ((ROWS, KEYS, KEYS), {"attn_mask": torch.zeros(L, S).int()}, DTypeError, "bool or floating point, got"),
         ((ROWS.int(), KEYS, KEYS), {}, DTypeError, "takes a float tensor"),
+        ((None, KEYS, KEYS), {}, DTypeError, "a quantized MultiheadAttention takes a tensor, got NoneType"),
+        ((ROWS, KEYS, [1.0]), {}, DTypeError, "a quantized MultiheadAttention takes a tensor, got list"),
+        ((ROWS, KEYS, KEYS), {"attn_mask": [[0.0]]}, DTypeError, "attn_mask takes a tensor, got list"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_an_error(inputs, masked, error, message):

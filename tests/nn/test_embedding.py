@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fxquant import (
+    DTypeError,
     IndexRangeError,
     ShapeError,
     float16_dynamic_qconfig,
@@ -133,6 +134,13 @@ def test_sample_weights_that_do_not_fit_are_refused(mode, shape):
     module = QuantizedEmbeddingBag.from_float(nn.EmbeddingBag(20, 7, mode=mode))
     with pytest.raises(ShapeError, match=r"per_sample_weights must have the input's shape \(2, 4\) and mode 'sum'"):
         module(torch.zeros(2, 4, dtype=torch.int64), None, torch.ones(shape))
+
+
+@pytest.mark.parametrize("given", [{"offsets": [0, 1]}, {"offsets": torch.tensor([0]), "per_sample_weights": [1.0]}])
+def test_offsets_and_sample_weights_are_tensors(given):
+    module = QuantizedEmbeddingBag.from_float(nn.EmbeddingBag(20, 7, mode="sum"))
+    with pytest.raises(DTypeError, match=f"EmbeddingBag's {list(given)[-1]} takes a tensor, got list"):
+        module(torch.zeros(4, dtype=torch.int64), **given)
 
 
 def test_repr_shows_sizes_and_scheme():

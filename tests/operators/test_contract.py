@@ -26,6 +26,7 @@ BECOMES = dict.fromkeys(("matmul", "mm", "addmm", "einsum"), "linear")
 DOCUMENTED = {
     torch.nn.functional.linear: "linear(input, weight, bias=None)",
     torch.matmul: "matmul(input, other,",
+    torch.linalg.matmul: "linalg.matmul(input, other,",
     torch.mm: "mm(input, mat2,",
     torch.addmm: "addmm(input, mat1, mat2, *, beta=1, alpha=1",
     torch.einsum: "einsum(equation,",

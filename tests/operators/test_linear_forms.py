@@ -38,6 +38,9 @@ SPELLINGS = {
     "torch.matmul": lambda m, x: torch.matmul(x, m.io),
     "torch.matmul by name": lambda m, x: torch.matmul(other=m.oi.t(), input=x),
     ".matmul": lambda m, x: x.matmul(m.io),
+    "torch.linalg.matmul": lambda m, x: torch.linalg.matmul(x, m.io),
+    "x @ w.t().contiguous()": lambda m, x: x @ m.oi.t().contiguous(),
+    "x @ w.data.mH": lambda m, x: x @ m.oi.data.mH,
     "torch.mm": lambda m, x: torch.mm(x, m.io),
     "torch.mm by name": lambda m, x: torch.mm(x, mat2=m.io),
     ".mm": lambda m, x: x.mm(m.oi.t()),
@@ -45,10 +48,13 @@ SPELLINGS = {
     "torch.addmm by name": lambda m, x: torch.addmm(mat2=m.oi.T, mat1=x, input=m.bias, beta=1, alpha=1),
     ".addmm": lambda m, x: m.bias.addmm(x, m.io),
     "F.linear": lambda m, x: F.linear(x, weight=m.oi, bias=m.bias),
+    "F.linear of w.detach()": lambda m, x: F.linear(x, m.oi.detach()),
     "F.linear of w.t()": lambda m, x: F.linear(x, m.io.t()),
     "F.linear of buffer.t()": lambda m, x: F.linear(x, m.buffer.t(), m.bias),
     "einsum bi,oi->bo": lambda m, x: torch.einsum("bi,oi->bo", x, m.oi),
     "einsum bi,io->bo": lambda m, x: torch.einsum("bi, io -> bo", x, m.io),
+    "einsum bi,io": lambda m, x: torch.einsum("bi,io", x, m.io),
+    "einsum ...i,oi": lambda m, x: torch.einsum("...i,oi", x, m.oi),
     "einsum ...i,io->...o": lambda m, x: torch.einsum("...i,io->...o", x, m.io),
     "einsum ...i,oi->...o": lambda m, x: torch.einsum("...i,oi->...o", [x, m.io.t()]),
 }
@@ -134,8 +140,8 @@ LEFT = {
         ("net.io", lambda m, x: torch.addmm(x[:, :5], x, m.io)),
         ("net.oi", lambda m, x: F.linear(x, m.oi, x[:, :5])),
     ],
-    "its equation 'bi,io' is none like '...i,oi->...o' or '...i,io->...o'": [
-        ("net.io", lambda m, x: torch.einsum("bi,io", x, m.io)),
+    "its equation 'zi,io' is none like '...i,oi->...o' or '...i,io->...o'": [
+        ("net.io", lambda m, x: torch.einsum("zi,io", x, m.io)),  # which gives "oz"
     ],
     "its equation 'bi,io->ob' is none like '...i,oi->...o' or '...i,io->...o'": [
         ("net.io", lambda m, x: torch.einsum("bi,io->ob", x, m.io)),
@@ -165,7 +171,7 @@ LEFT = {
     "there is no quantized form of torch.baddbmm": [
         ("net.cube", lambda m, x: torch.baddbmm(x[0, 0], x.expand(2, 3, 6), m.cube)),
     ],
-    "there is no quantized form of .contiguous()": [("net.oi", lambda m, x: x @ m.oi.t().contiguous())],
+    "there is no quantized form of .double()": [("net.oi", lambda m, x: (x.double() @ m.oi.t().double()).float())],
     "torch.bilinear multiplies two inputs with each other; only forms of one input are quantized": [
         ("net.pairs", lambda m, x: F.bilinear(x, x, m.pairs)),
     ],

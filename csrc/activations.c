@@ -22,7 +22,7 @@ static int64_t packed_bytes(int64_t rows, int64_t columns) {
 }
 
 int64_t fxq_activation_bytes(enum fxq_kind kind, int64_t rows, int64_t columns) {
-    if (kind == FXQ_BYTES) return packed_bytes(rows, columns);
+    if (kind == FXQ_KIND_UINT8) return packed_bytes(rows, columns);
     return rows * fxq_depth(columns) * 4; /* two int16 or a float */
 }
 
@@ -62,17 +62,17 @@ static void copy_floats(const struct fxq_activations *x, int64_t first, int coun
 
 void fxq_quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
     switch (x->kind) {
-        case FXQ_BYTES: fxq_active->quantize(x, first, count, rows); break;
-        case FXQ_INT16: fxq_active->quantize_int16(x, first, count, rows); break;
-        case FXQ_FLOATS: copy_floats(x, first, count, rows); break;
+        case FXQ_KIND_UINT8: fxq_active->quantize(x, first, count, rows); break;
+        case FXQ_KIND_INT16: fxq_active->quantize_int16(x, first, count, rows); break;
+        case FXQ_KIND_FLOAT: copy_floats(x, first, count, rows); break;
     }
 }
 
 void fxq_multiply(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
     switch (job->x->kind) {
-        case FXQ_BYTES: fxq_active->matmul(job, n0, n1, to, scratch); break;
-        case FXQ_INT16: fxq_active->matmul_int16(job, n0, n1, to); break;
-        case FXQ_FLOATS: fxq_active->matmul_floats(job, n0, n1, to, scratch); break;
+        case FXQ_KIND_UINT8: fxq_active->matmul(job, n0, n1, to, scratch); break;
+        case FXQ_KIND_INT16: fxq_active->matmul_int16(job, n0, n1, to); break;
+        case FXQ_KIND_FLOAT: fxq_active->matmul_floats(job, n0, n1, to, scratch); break;
     }
 }
 

@@ -1,8 +1,9 @@
 /* Products of float weights, float16 or float32, with float activations: the one form of product that is not exact.
  *
- * A dot product is sixteen sums side by side, of the columns k, k + 16, k + 32, …, each by fused multiply-adds; then of each
- * four lanes those 2 apart are added, and then the two; then the four sums in the same order. Every instruction set keeps this order, so that all give the same bits, and a row's
- * bits do not depend on other rows. Activations lie row by row as floats, 0 beyond the last column.
+ * A dot product is sixteen sums side by side, of the columns k, k + 16, k + 32, …, each by fused multiply-adds; then of
+ * each four lanes those 2 apart are added, and then the two; then the four sums in the same order. Every
+ * instruction set keeps this order, so that all give the same bits, and a row's bits do not depend on other rows.
+ * Activations lie row by row as floats, 0 beyond the last column.
  *
  * A tile of some rows by some outputs stays in registers while the columns go by, DEPTH_BLOCK at a time: so much of the
  * rows stays in the L1 cache while all outputs of a block pass. Halves are widened once for all rows, but for a single row
@@ -12,7 +13,7 @@
  *
  * FXQ_REALS                                           sixteen floats
  * FXQ_REAL_ROWS, FXQ_REAL_OUTPUTS                     the tile
- * FXQ_ROW_OUTPUTS                                     the outputs of a tile of one row: enough sums to hide a product's latency
+ * FXQ_ROW_OUTPUTS                                     outputs of a tile of one row: enough sums to hide the latency
  * static FXQ_REALS no_reals(void);                    0 in each lane
  * static FXQ_REALS load_reals(const float *p);
  * static FXQ_REALS load_halves(const uint16_t *p);    float16
@@ -121,7 +122,7 @@ FXQ_INLINE FXQ_REALS weights_at(struct float_rows w, int64_t row, int64_t k, boo
 /* Its first `rows` rows and `outputs` columns are in use, so that the rest takes no registers. */
 typedef FXQ_REALS float_tile[FXQ_REAL_ROWS][FXQ_ROW_OUTPUTS];
 
-/* Columns [k, end) of a tile whose sums so far are in `lanes`; `rows` and `outputs` are constants wherever this is inlined. */
+/* Columns [k, end) of a tile; `rows` and `outputs` are constants wherever this is inlined. */
 FXQ_INLINE void add_float_columns(const float *x, int64_t depth, struct float_rows w, int64_t n, int64_t k, int64_t end,
                                   int rows, int outputs, float_tile sums) {
     for (; k + REALS <= end; k += REALS) {

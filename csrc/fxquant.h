@@ -46,7 +46,7 @@ struct fxq_range {
 
 /* What activations become, by the weight: uint8 for int8 and 4 bits, laid out as the instruction set's matmul wants them;
  * -32767 … 32767 without a zero point for int16, as int16.h says; themselves for floats, as floats.h says. */
-enum fxq_kind { FXQ_BYTES, FXQ_INT16, FXQ_FLOATS };
+enum fxq_kind { FXQ_KIND_UINT8, FXQ_KIND_INT16, FXQ_KIND_FLOAT };
 
 /* Quantized activations. */
 struct fxq_activations {

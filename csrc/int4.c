@@ -26,7 +26,7 @@ static int64_t width_of(int64_t columns, int64_t group, int64_t index) {
 int64_t fxq_grouped_bytes(int64_t rows, int64_t columns, int64_t group) {
     const int64_t groups = groups_of(columns, group), few = rows < fxq_active->most_nibble_rows ? rows : fxq_active->most_nibble_rows;
     const int64_t nibbles = few * (fxq_nibble_depth(columns) + groups * (int64_t)sizeof(int32_t));
-    const int64_t separate = rows > few ? groups * aligned(fxq_activation_bytes(FXQ_BYTES, rows, group)) : 0;
+    const int64_t separate = rows > few ? groups * aligned(fxq_activation_bytes(FXQ_KIND_UINT8, rows, group)) : 0;
     return nibbles > separate ? nibbles : separate;
 }
 
@@ -34,7 +34,7 @@ void fxq_begin_grouped(struct fxq_grouped *x, int64_t group) {
     x->group = group;
     x->groups = groups_of(x->x.columns, group);
     x->is_nibbles = x->x.rows <= fxq_active->most_nibble_rows;
-    x->group_bytes = aligned(fxq_activation_bytes(FXQ_BYTES, x->x.rows, group));
+    x->group_bytes = aligned(fxq_activation_bytes(FXQ_KIND_UINT8, x->x.rows, group));
     x->less = (int32_t *)((char *)x->x.packed + x->x.rows * fxq_nibble_depth(x->x.columns));
 }
 

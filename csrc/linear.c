@@ -31,7 +31,7 @@ void fxq_set_common_rows(const struct fxq_linear *call, struct fxq_row *row, int
         range.is_nan |= other->is_nan;
     }
     for (int64_t m = first; m < last; m++) {
-        if (call->kind == FXQ_INT16) fxq_set_int16_row(&row[m], &range);
+        if (call->kind == FXQ_KIND_INT16) fxq_set_int16_row(&row[m], &range);
         else fxq_set_row(&row[m], &range, call->qmax);
     }
 }
@@ -41,7 +41,7 @@ static void work(void *arg, int thread, int threads) {
     const struct fxq_linear *call = job->call;
     if (fxq_active->begin) fxq_active->begin();
     const int64_t m0 = fxq_share(call->rows, 16, thread, threads), m1 = fxq_share(call->rows, 16, thread + 1, threads);
-    if (!call->per_row && call->kind != FXQ_FLOATS) fxq_set_common_rows(call, job->x.row, m0, m1, job->ranges, thread, threads);
+    if (!call->per_row && call->kind != FXQ_KIND_FLOAT) fxq_set_common_rows(call, job->x.row, m0, m1, job->ranges, thread, threads);
     fxq_quantize_rows(&job->x, &call->x, m0, m1);
     fxq_barrier(threads);
     const int64_t n0 = fxq_share(call->outputs, 64, thread, threads), n1 = fxq_share(call->outputs, 64, thread + 1, threads);
@@ -63,7 +63,7 @@ int fxq_linear(const struct fxq_linear *call, int threads) {
     char *memory = fxq_scratch(packed + rows + ranges + threads * job.scratch_bytes);
     if (memory == NULL) return FXQ_NO_MEMORY;
     const bool packs_weight =
-        call->kind == FXQ_BYTES && fxq_active->packs_weight && fxq_active->packs_weight(call->rows, call->columns, call->outputs);
+        call->kind == FXQ_KIND_UINT8 && fxq_active->packs_weight && fxq_active->packs_weight(call->rows, call->columns, call->outputs);
     job.x = (struct fxq_activations){.rows = call->rows, .columns = call->columns, .depth = fxq_depth(call->columns),
         .qmax = call->qmax, .per_row = call->per_row, .kind = call->kind, .is_row_major = packs_weight,
         .row = (struct fxq_row *)(memory + packed), .packed = memory};

@@ -44,9 +44,9 @@ static bool read_weight(PyObject *weight, PyObject *scale, int64_t columns, int6
     call->outputs = matrix.shape[0];
     call->columns = columns;
     if (group == 0) {
-        call->kind = matrix.kind == INT16 ? FXQ_INT16 : matrix.kind == FLOAT16 ? FXQ_FLOATS : FXQ_BYTES;
+        call->kind = matrix.kind == INT16 ? FXQ_KIND_INT16 : matrix.kind == FLOAT16 ? FXQ_KIND_FLOAT : FXQ_KIND_UINT8;
         call->weight = matrix.data;
-        return matrix.shape[1] == columns && (call->kind == FXQ_FLOATS || read_vector(scale, call->outputs, &call->scale));
+        return matrix.shape[1] == columns && (call->kind == FXQ_KIND_FLOAT || read_vector(scale, call->outputs, &call->scale));
     }
     if ((group != 32 && group != 64 && group != 128) || columns == 0) return false;
     call->int4 = (struct fxq_linear_int4){matrix.data, NULL, group, (columns + group - 1) / group};
@@ -83,7 +83,7 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count)
     if (!may_run(args[0], args[1]) || !read_rows(args[1], &x, &call) ||
         !read_weight(args[2], args[3], x.shape[x.dimensions - 1], group, &call) ||
         (group && INTEGER(args[9]) != call.columns) || !read_optional_vector(args[4], call.outputs, &call.bias) ||
-        (call.kind == FXQ_BYTES && !read_qmax(args[7], &call.qmax))) {
+        (call.kind == FXQ_KIND_UINT8 && !read_qmax(args[7], &call.qmax))) {
         return nothing();
     }
     x.shape[x.dimensions - 1] = call.outputs;

@@ -46,8 +46,8 @@ static struct fxq_grouped take_activations(struct supply *memory, const struct s
     struct fxq_activations x = {
         .columns = columns, .depth = fxq_depth(columns), .qmax = s->call->qmax, .per_row = s->call->per_row};
     const int64_t grouped = s->has_int4 ? fxq_grouped_bytes(rows, columns, LEAST_GROUP) : 0;
-    const int64_t wide = s->has_wide ? fxq_activation_bytes(FXQ_FLOATS, rows, columns) : 0; /* or FXQ_INT16 */
-    x.packed = take(memory, most(fxq_activation_bytes(FXQ_BYTES, rows, columns), most(grouped, wide)));
+    const int64_t wide = s->has_wide ? fxq_activation_bytes(FXQ_KIND_FLOAT, rows, columns) : 0; /* or FXQ_KIND_INT16 */
+    x.packed = take(memory, most(fxq_activation_bytes(FXQ_KIND_UINT8, rows, columns), most(grouped, wide)));
     x.row = take(memory, rows * (int64_t)sizeof *x.row);
     return (struct fxq_grouped){.x = x};
 }

@@ -65,11 +65,11 @@ static inline int64_t share(int64_t count, int index, int parts) {
 static inline bool is_int4(const struct fxq_matrix *matrix) { return matrix->int4.nibbles != NULL; }
 
 static inline enum fxq_kind kind_of(const struct fxq_matrix *matrix) {
-    return matrix->int16 ? FXQ_INT16 : matrix->halves || matrix->floats ? FXQ_FLOATS : FXQ_BYTES;
+    return matrix->int16 ? FXQ_KIND_INT16 : matrix->halves || matrix->floats ? FXQ_KIND_FLOAT : FXQ_KIND_UINT8;
 }
 
 /* Whether its activations take more than bytes. */
-static inline bool is_wide(const struct fxq_matrix *matrix) { return kind_of(matrix) != FXQ_BYTES; }
+static inline bool is_wide(const struct fxq_matrix *matrix) { return kind_of(matrix) != FXQ_KIND_UINT8; }
 
 static inline bool is_none(const struct fxq_matrix *matrix) {
     return matrix->values == NULL && !is_wide(matrix) && !is_int4(matrix);

@@ -8,8 +8,8 @@ static void widen(struct fxq_range *range, const struct fxq_range *other) {
 }
 
 static void set_all_rows(const struct fxq_activations *x, const struct fxq_range *range) {
-    for (int64_t m = 0; m < x->rows && x->kind != FXQ_FLOATS; m++) {
-        if (x->kind == FXQ_INT16) fxq_set_int16_row(&x->row[m], range);
+    for (int64_t m = 0; m < x->rows && x->kind != FXQ_KIND_FLOAT; m++) {
+        if (x->kind == FXQ_KIND_INT16) fxq_set_int16_row(&x->row[m], range);
         else fxq_set_row(&x->row[m], range, x->qmax);
     }
 }

@@ -59,7 +59,7 @@ static void linear_case(int threads) {
     int16_t *w16 = below(3) ? NULL : int16_weights(outputs * columns);
     if (below(10) == 0 && count > 0) x[below(count)] = NAN;
     if (below(10) == 0 && count > 0) x[below(count)] = -INFINITY;
-    const struct fxq_linear call = {.x = {.data = x, .dimensions = 2, .sizes = {outer, inner}, .strides = {outer_stride, stride}}, .rows = rows, .columns = columns, .kind = w16 ? FXQ_INT16 : FXQ_BYTES,
+    const struct fxq_linear call = {.x = {.data = x, .dimensions = 2, .sizes = {outer, inner}, .strides = {outer_stride, stride}}, .rows = rows, .columns = columns, .kind = w16 ? FXQ_KIND_INT16 : FXQ_KIND_UINT8,
         .weight = w16 ? (const void *)w16 : w, .outputs = outputs, .scale = scale,
         .bias = below(3) ? bias : NULL, .out = out, .relu = below(3) == 0, .per_row = below(3) > 0, .qmax = below(3) ? 255 : 127};
     if (fxq_linear(&call, threads) != FXQ_OK) abort();

@@ -76,12 +76,11 @@ void fxq_multiply(const struct fxq_matmul *job, int64_t n0, int64_t n1, const st
     }
 }
 
-void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int64_t stride, int64_t first,
-                       int64_t last) {
+void fxq_quantize_rows(const struct fxq_activations *x, const struct fxq_rows *source, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row += 16) {
         const float *rows[16];
         const int count = last - row < 16 ? (int)(last - row) : 16;
-        for (int i = 0; i < count; i++) rows[i] = source + (row + i) * stride;
+        for (int i = 0; i < count; i++) rows[i] = fxq_find_row(source, row + i);
         fxq_quantize(x, row, count, rows);
     }
 }

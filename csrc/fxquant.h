@@ -14,6 +14,23 @@
 #define FXQ_DEPTH 64 /* activations are padded with zeros to whole steps of 64 columns */
 #define FXQ_PACKED_BYTES (256 << 10) /* of a weight that a thread packs at a time: see avx512_packed.h */
 
+/* Rows of floats, each of them dense, that may lie anywhere, one over another too: those of a tensor of `dimensions` and
+ * one dimension more. There are as few dimensions as the strides allow: 1 where rows lie evenly. */
+enum { FXQ_DIMENSIONS = 8 };
+struct fxq_rows {
+    const float *data;
+    int dimensions;
+    int64_t sizes[FXQ_DIMENSIONS], strides[FXQ_DIMENSIONS];
+};
+static inline const float *fxq_find_row(const struct fxq_rows *rows, int64_t row) {
+    const float *found = rows->data;
+    for (int i = rows->dimensions - 1; i > 0; i--) {
+        found += row % rows->sizes[i] * rows->strides[i];
+        row /= rows->sizes[i];
+    }
+    return found + row * rows->strides[0];
+}
+
 /* How the values of one row of activations were quantized. */
 struct fxq_row {
     float scale, inverse;
@@ -193,7 +210,7 @@ void fxq_set_int16_row(struct fxq_row *row, const struct fxq_range *range);
 /* fxq_kernels.quantize and matmul, of each kind. */
 void fxq_quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
 void fxq_multiply(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
-void fxq_quantize_rows(const struct fxq_activations *x, const float *source, int64_t stride, int64_t first, int64_t last);
+void fxq_quantize_rows(const struct fxq_activations *x, const struct fxq_rows *source, int64_t first, int64_t last);
 
 /* int4.c */
 int64_t fxq_grouped_bytes(int64_t rows, int64_t columns, int64_t group); /* enough for fewer rows or larger groups too */
@@ -211,7 +228,7 @@ void fxq_unpack_groups(const struct fxq_linear_int4 *weight, int64_t outputs, in
 enum { FXQ_OK = 0, FXQ_NO_MEMORY = -1, FXQ_BAD_INDEX = -2, FXQ_BAD_OFFSETS = -3 };
 
 struct fxq_linear {
-    const float *x;
+    struct fxq_rows x;
     int64_t rows, columns;
     enum fxq_kind kind;
     const void *weight; /* int8, int16 or float16, by the kind; NULL with int4, and its scale too */
@@ -224,6 +241,9 @@ struct fxq_linear {
 };
 int fxq_linear(const struct fxq_linear *call, int threads);
 int fxq_linear_int4(const struct fxq_linear *call, int threads);
+
+/* transpose.c: (matrices, rows, columns) to (matrices, columns, rows) */
+void fxq_transpose(const float *x, int64_t matrices, int64_t rows, int64_t columns, float *out, int threads);
 
 /* linear.c: where one of `parts` shares of `count` things begins, in whole units. */
 int64_t fxq_share(int64_t count, int64_t unit, int index, int parts);

@@ -19,7 +19,9 @@ int64_t fxq_share(int64_t count, int64_t unit, int index, int parts) {
 void fxq_set_common_rows(const struct fxq_linear *call, struct fxq_row *row, int64_t first, int64_t last,
                          struct fxq_range *ranges, int thread, int threads) {
     struct fxq_range range = {0.0f, 0.0f, false};
-    fxq_active->measure(call->x + first * call->columns, (last - first) * call->columns, &range);
+    const bool is_dense = call->x.dimensions == 1 && call->x.strides[0] == call->columns;
+    const int64_t run = is_dense ? last - first : 1;
+    for (int64_t m = first; m < last; m += run) fxq_active->measure(fxq_find_row(&call->x, m), run * call->columns, &range);
     ranges[thread] = range;
     fxq_barrier(threads);
     for (int i = 0; i < threads; i++) {
@@ -40,7 +42,7 @@ static void work(void *arg, int thread, int threads) {
     if (fxq_active->begin) fxq_active->begin();
     const int64_t m0 = fxq_share(call->rows, 16, thread, threads), m1 = fxq_share(call->rows, 16, thread + 1, threads);
     if (!call->per_row && call->kind != FXQ_KIND_FLOAT) fxq_set_common_rows(call, job->x.row, m0, m1, job->ranges, thread, threads);
-    fxq_quantize_rows(&job->x, call->x, call->columns, m0, m1);
+    fxq_quantize_rows(&job->x, &call->x, m0, m1);
     fxq_barrier(threads);
     const int64_t n0 = fxq_share(call->outputs, 64, thread, threads), n1 = fxq_share(call->outputs, 64, thread + 1, threads);
     const struct fxq_target to = {call->out + n0, call->outputs, NULL, 0};

@@ -21,7 +21,7 @@ static void work(void *arg, int thread, int threads) {
     for (int64_t m = m0; m < m1; m += 16) {
         const float *rows[16];
         const int count = m1 - m < 16 ? (int)(m1 - m) : 16;
-        for (int i = 0; i < count; i++) rows[i] = call->x + (m + i) * call->columns;
+        for (int i = 0; i < count; i++) rows[i] = fxq_find_row(&call->x, m + i);
         fxq_quantize_grouped(&job->x, m, count, rows);
     }
     fxq_barrier(threads);

@@ -2,8 +2,8 @@
  *
  * Each operator takes what its schema (fxquant/ops/schema.py) says, after `asks`: whether it is to look first if anybody
  * watches. It gives None, having done nothing, where somebody does, where arguments are left out, or where a tensor is not
- * dense, not of the dtype or shape that the kernels want, or a number is out of range: its caller, fxquant/ops, then makes
- * dense copies, or lets the reference say what is wrong. */
+ * dense (the input of a linear: in its last dimension), not of the dtype or shape that the kernels want, or a number is out
+ * of range: its caller, fxquant/ops, then makes dense copies, or lets the reference say what is wrong. */
 #include "tensors.h"
 
 #include <stdlib.h>
@@ -55,21 +55,37 @@ static bool read_weight(PyObject *weight, PyObject *scale, int64_t columns, int6
     return scales.shape[0] == call->outputs && scales.shape[1] == call->int4.groups;
 }
 
+/* The rows of a call's input of any strides, if each of them is dense; dimensions are joined where one goes on as the other. */
+static bool read_rows(PyObject *object, struct tensor *x, struct fxq_linear *call) {
+    if (!read_strided(object, x) || x->kind != FLOAT32 || x->dimensions < 1 || x->count > INT64_MAX >> 10) return false;
+    const int last = x->dimensions - 1;
+    struct fxq_rows *rows = &call->x;
+    rows->data = x->data;
+    call->rows = 1;
+    for (int i = 0; i < last; i++) {
+        call->rows *= x->shape[i];
+        if (x->shape[i] == 1) continue;
+        const int outer = rows->dimensions - 1;
+        if (outer < 0 || rows->strides[outer] != x->shape[i] * x->strides[i]) rows->sizes[rows->dimensions++] = 1;
+        rows->sizes[rows->dimensions - 1] *= x->shape[i];
+        rows->strides[rows->dimensions - 1] = x->strides[i];
+    }
+    return x->strides[last] == 1 || x->shape[last] <= 1 || x->count == 0;
+}
+
 /* linear(asks, x, weight, scale, bias, relu, per_row, qmax, group_size, in_features) */
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     struct tensor x, out;
-    struct fxq_linear call = {.rows = 1};
+    struct fxq_linear call = {0};
     if (count != 10) return nothing();
     const int64_t group = INTEGER(args[8]);
-    if (!may_run(args[0], args[1]) || !read_tensor(args[1], &x) || x.kind != FLOAT32 || x.dimensions < 1 ||
+    if (!may_run(args[0], args[1]) || !read_rows(args[1], &x, &call) ||
         !read_weight(args[2], args[3], x.shape[x.dimensions - 1], group, &call) ||
         (group && INTEGER(args[9]) != call.columns) || !read_optional_vector(args[4], call.outputs, &call.bias) ||
         (call.kind == FXQ_KIND_UINT8 && !read_qmax(args[7], &call.qmax))) {
         return nothing();
     }
-    for (int i = 0; i < x.dimensions - 1; i++) call.rows *= x.shape[i];
-    call.x = x.data;
     x.shape[x.dimensions - 1] = call.outputs;
     call.relu = INTEGER(args[5]) != 0;
     call.per_row = INTEGER(args[6]) != 0;
@@ -82,6 +98,23 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count)
     status = (group ? fxq_linear_int4 : fxq_linear)(&call, threads);
     Py_END_ALLOW_THREADS
     return finish(status, made);
+}
+
+/* transpose(asks, x): x (B, M, N) as (B, N, M); None too where M or N is so small that torch's loop does as well */
+static PyObject *transpose(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    struct tensor x, out;
+    if (count != 2 || !may_run(args[0], args[1]) || !read_kind(args[1], FLOAT32, 3, &x) || x.shape[1] < 16 || x.shape[2] < 16) {
+        return nothing();
+    }
+    const int threads = thread_count();
+    if (PyErr_Occurred()) return NULL;
+    PyObject *made = new_tensor((int64_t[]){x.shape[0], x.shape[2], x.shape[1]}, 3, &out);
+    if (made == NULL) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    fxq_transpose(x.data, x.shape[0], x.shape[1], x.shape[2], out.data, threads);
+    Py_END_ALLOW_THREADS
+    return made;
 }
 
 /* One item of a sequence of tensors: its owner keeps it alive. */
@@ -426,7 +459,8 @@ static PyObject *set_least_share(PyObject *self, PyObject *least) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 static PyMethodDef methods[] = {
-    FAST(set_torch), FAST(linear), FAST(lstm), FAST(rnn), FAST(embedding), FAST(embedding_bag), FAST(use_huge_pages),
+    FAST(set_torch), FAST(linear), FAST(transpose), FAST(lstm), FAST(rnn), FAST(embedding), FAST(embedding_bag),
+    FAST(use_huge_pages),
     {"isas", isas, METH_NOARGS, NULL},
     {"active_isa", active_isa, METH_NOARGS, NULL},
     {"select_isa", select_isa, METH_O, NULL},
@@ -439,6 +473,6 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__native(void) {
     fxq_select_isa(-1);
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "interface", 7) != 0) Py_CLEAR(module); /* of native.py's _INTERFACE */
+    if (module && PyModule_AddIntConstant(module, "interface", 8) != 0) Py_CLEAR(module); /* of native.py's _INTERFACE */
     return module;
 }

@@ -46,7 +46,7 @@ enum { LARGE_BYTES = 4 << 20 }; /* outputs from here on come from the pool of la
 
 /* The names of what is asked of a tensor. */
 static struct {
-    PyObject *requires_grad, *is_neg, *is_cpu, *dtype, *shape, *is_contiguous, *data_ptr;
+    PyObject *requires_grad, *is_neg, *is_cpu, *dtype, *shape, *stride, *data_ptr;
 } name;
 
 static bool make_names(void) {
@@ -54,7 +54,7 @@ static bool make_names(void) {
            (name.is_neg = PyUnicode_InternFromString("is_neg")) &&
            (name.is_cpu = PyUnicode_InternFromString("is_cpu")) && (name.dtype = PyUnicode_InternFromString("dtype")) &&
            (name.shape = PyUnicode_InternFromString("shape")) &&
-           (name.is_contiguous = PyUnicode_InternFromString("is_contiguous")) &&
+           (name.stride = PyUnicode_InternFromString("stride")) &&
            (name.data_ptr = PyUnicode_InternFromString("data_ptr"));
 }
 
@@ -109,13 +109,12 @@ static bool read_exchanged(PyObject *object, struct tensor *tensor) {
     tensor->data = (char *)seen.data + seen.byte_offset;
     tensor->dimensions = seen.dimensions;
     tensor->count = 1;
-    bool is_dense = true;
     for (int i = seen.dimensions - 1; i >= 0; i--) {
         tensor->shape[i] = seen.shape[i];
-        if (seen.strides && seen.shape[i] != 1 && seen.strides[i] != tensor->count) is_dense = false;
+        tensor->strides[i] = seen.strides ? seen.strides[i] : tensor->count;
         tensor->count *= seen.shape[i];
     }
-    return is_dense || tensor->count == 0;
+    return true;
 }
 
 static long long integer_from(PyObject *value) {
@@ -137,18 +136,18 @@ static bool has_known_dtype(PyObject *object, enum kind *kind) {
 }
 
 static bool read_by_methods(PyObject *object, struct tensor *tensor) {
-    if (!has_known_dtype(object, &tensor->kind) || integer_from(PyObject_GetAttr(object, name.is_cpu)) != 1 ||
-        integer_from(PyObject_CallMethodObjArgs(object, name.is_contiguous, NULL)) != 1) {
-        return false;
-    }
+    if (!has_known_dtype(object, &tensor->kind) || integer_from(PyObject_GetAttr(object, name.is_cpu)) != 1) return false;
     PyObject *shape = PyObject_GetAttr(object, name.shape);
-    tensor->dimensions = shape ? (int)PyTuple_Size(shape) : MOST_DIMENSIONS + 1;
+    PyObject *strides = shape ? PyObject_CallMethodObjArgs(object, name.stride, NULL) : NULL;
+    tensor->dimensions = strides ? (int)PyTuple_Size(strides) : MOST_DIMENSIONS + 1;
     tensor->count = 1;
     for (int i = 0; i < tensor->dimensions && tensor->dimensions <= MOST_DIMENSIONS; i++) {
         tensor->shape[i] = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
+        tensor->strides[i] = PyLong_AsLongLong(PyTuple_GetItem(strides, i));
         tensor->count *= tensor->shape[i];
     }
     Py_XDECREF(shape);
+    Py_XDECREF(strides);
     if (tensor->dimensions > MOST_DIMENSIONS) return false;
     PyObject *address = PyObject_CallMethodObjArgs(object, name.data_ptr, NULL);
     tensor->data = address ? PyLong_AsVoidPtr(address) : NULL;
@@ -162,13 +161,23 @@ static bool is_plain(PyObject *object) {
     return type == torch.tensor || type == torch.parameter;
 }
 
-bool read_tensor(PyObject *object, struct tensor *tensor) {
+bool read_strided(PyObject *object, struct tensor *tensor) {
     if (!is_plain(object)) return false;
     if (torch.exchange ? read_exchanged(object, tensor) : read_by_methods(object, tensor)) {
         return tensor->data != NULL || tensor->count == 0; /* a storage may be freed, or never have been there */
     }
     PyErr_Clear(); /* torch has its reasons: a tensor of a function transform, say, has no memory to show */
     return false;
+}
+
+bool read_tensor(PyObject *object, struct tensor *tensor) {
+    if (!read_strided(object, tensor)) return false;
+    bool is_dense = true;
+    int64_t dense = 1; /* stride */
+    for (int i = tensor->dimensions - 1; i >= 0; dense *= tensor->shape[i--]) {
+        is_dense = is_dense && (tensor->shape[i] == 1 || tensor->strides[i] == dense);
+    }
+    return is_dense || tensor->count == 0;
 }
 
 bool read_kind(PyObject *object, enum kind kind, int dimensions, struct tensor *tensor) {

@@ -10,12 +10,12 @@
 enum { MOST_DIMENSIONS = 8 };
 enum kind { FLOAT32, INT8, UINT8, INT32, INT64, BFLOAT16, INT16, FLOAT16, KINDS };
 
-/* A dense row-major tensor in main memory. */
+/* A tensor in main memory: dense and row-major, but for read_strided's. */
 struct tensor {
     void *data;
     enum kind kind;
     int dimensions;
-    int64_t shape[MOST_DIMENSIONS], count;
+    int64_t shape[MOST_DIMENSIONS], strides[MOST_DIMENSIONS], count;
 };
 
 /* set_torch: see tensors.c. Before it, no tensor can be read. */
@@ -25,6 +25,7 @@ bool is_float32(PyObject *dtype);
 
 /* Whether this is a tensor as above; if not, no exception is set. Its memory lives while the object does. */
 bool read_tensor(PyObject *object, struct tensor *tensor);
+bool read_strided(PyObject *object, struct tensor *tensor);
 bool read_kind(PyObject *object, enum kind kind, int dimensions, struct tensor *tensor);
 bool read_vector(PyObject *object, int64_t count, const float **data); /* float32, (count,) */
 bool read_optional_vector(PyObject *object, int64_t count, const float **data); /* None: NULL */

@@ -21,14 +21,15 @@ and `convert_fx` and by `quantize_dynamic`:
   equations of [numerics](numerics.md): the same bits, or, where recurrent layers, attention or folded normalizations
   round in an order of their own, nearer than the simulation is to the float model;
 - a row gives the same bits whatever its neighbours in the batch are; and the same bits alone, unless torch multiplies
-  matrices in float on the way (convolutions, a part left float).
+  matrices in float on the way (small convolutions, a part left float).
 
 *traced*: what `prepare_fx` makes of the model: one graph, or a graph that calls the parts named as they are and is
 quantized inside them, or none: then the model's own code runs on. *quantized*: the share of the bytes of all matrices
-(parameters of two or more dimensions) that became int8; what stays float are convolutions, and positions and the like
-that are only added. *eager*: the same of `quantize_dynamic`, which does not reach functional calls. *kB*: parameters
-and buffers. *SQNR*: the power of the float model's answers over the power of the difference from them; with random
-weights it tells that nothing is lost on the way, and what a trained model loses is in [results](results.md).
+(parameters of two or more dimensions) that became int8; what stays float are small convolutions, and what is
+only added: positions and the like. *eager*: the same of `quantize_dynamic`, which does not reach functional calls.
+*kB*: parameters and buffers. *SQNR*: the power of the float model's answers over the power of the difference from
+them; with random weights it tells that nothing is lost on the way, and what a trained model loses is in
+[results](results.md).
 
 | architecture | paper | traced | sites | quantized, % | eager, % | kB, float → int8 | SQNR, dB |
 |---|---|---|---|---|---|---|---|

@@ -137,11 +137,13 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     ),
     "transposed_linear": (Sample(Conv1D, lambda: nn.Sequential(Conv1D(12, 24)), lambda: (torch.randn(5, 24),)),),
     "convolution": (
-        Sample(nn.Conv1d, lambda: nn.Sequential(nn.Conv1d(512, 512, 1)), lambda: (torch.randn(3, 512, 4),)),
-        Sample(nn.Conv2d, lambda: nn.Sequential(nn.Conv2d(256, 1024, 1)), lambda: (torch.randn(3, 256, 2, 3),)),
+        Sample(nn.Conv1d, lambda: nn.Sequential(nn.Conv1d(128, 256, 3)), lambda: (torch.randn(3, 128, 7),)),
+        Sample(nn.Conv2d, lambda: nn.Sequential(nn.Conv2d(64, 128, 3, 2, 1)), lambda: (torch.randn(3, 64, 5, 6),)),
         Sample(ConvReLU1d, lambda: nn.Sequential(nn.Conv1d(512, 512, 1), nn.ReLU()), lambda: (torch.randn(3, 512, 4),)),
         Sample(
-            ConvReLU2d, lambda: nn.Sequential(nn.Conv2d(1024, 256, 1), nn.ReLU()), lambda: (torch.randn(3, 1024, 2, 3),)
+            ConvReLU2d,
+            lambda: nn.Sequential(nn.Conv2d(128, 64, (3, 4), padding="same"), nn.ReLU()),
+            lambda: (torch.randn(3, 128, 4, 3),),
         ),
     ),
     "embedding_bag": (

@@ -69,7 +69,7 @@ def why_no_form(name: str) -> str:
     """Return why a module or call that no row knows stays float."""
     library, _, kind = name.lower().partition(".")
     if library in ("nn", "torch") and "conv" in kind:
-        return f"{name} has no dynamic form: convolutions stay float under a dynamic qconfig"
+        return f"{name} has no dynamic form: of convolutions, the modules nn.Conv1d and nn.Conv2d have one"
     if library in ("nn", "torch") and kind == "bilinear":
         return f"{name} multiplies two inputs with each other; only forms of one input are quantized"
     return f"there is no quantized form of {name}"

@@ -3,7 +3,7 @@
 from fxquant.nn.attention import DynamicQuantizedMultiheadAttention
 from fxquant.nn.base import QuantizedModule
 from fxquant.nn.cells import DynamicQuantizedGRUCell, DynamicQuantizedLSTMCell, DynamicQuantizedRNNCell
-from fxquant.nn.convolution import DynamicQuantizedPointwiseConv, DynamicQuantizedPointwiseConvReLU
+from fxquant.nn.convolution import DynamicQuantizedConv, DynamicQuantizedConvReLU
 from fxquant.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from fxquant.nn.fused import ConvReLU1d, ConvReLU2d, ConvReLU3d, LinearReLU, linear_relu
 from fxquant.nn.linear import DynamicQuantizedLinear, DynamicQuantizedLinearReLU
@@ -13,6 +13,8 @@ __all__ = [
     "ConvReLU1d",
     "ConvReLU2d",
     "ConvReLU3d",
+    "DynamicQuantizedConv",
+    "DynamicQuantizedConvReLU",
     "DynamicQuantizedGRU",
     "DynamicQuantizedGRUCell",
     "DynamicQuantizedLSTM",
@@ -20,8 +22,6 @@ __all__ = [
     "DynamicQuantizedLinear",
     "DynamicQuantizedLinearReLU",
     "DynamicQuantizedMultiheadAttention",
-    "DynamicQuantizedPointwiseConv",
-    "DynamicQuantizedPointwiseConvReLU",
     "DynamicQuantizedRNN",
     "DynamicQuantizedRNNCell",
     "LinearReLU",

@@ -1,57 +1,104 @@
-"""The dynamically quantized pointwise convolution, with and without a ReLU."""
+"""The dynamically quantized Conv1d and Conv2d, with and without a ReLU."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from fxquant import ops
 from fxquant.errors import ShapeError
 from fxquant.nn.base import Quantize, quantize_alone
 from fxquant.nn.linear import DynamicQuantizedLinear
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
+_SHOWN = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
-class DynamicQuantizedPointwiseConv(DynamicQuantizedLinear):
-    """A Conv1d or Conv2d of kernel 1 with int8 weights: a Linear over the channels, a position being a row.
 
-    dimensions: 1 or 2. weight: (O, I) int8; weight_scale: (O,) float32; bias: (O,) or None. input: (B, I, L), of a
-    Conv2d (B, I, H, W), or without B -> the same with O channels, contiguous, in its dtype. Raises ShapeError or
-    DTypeError for another input. docs/numerics.md, eq. 7–8.
+class DynamicQuantizedConv(DynamicQuantizedLinear):
+    """A Conv1d or Conv2d without groups, with int8 weights: a Linear of windows, each of them a row with its own scale.
+
+    weight: (O, k · I) int8, of a Conv2d (O, kw · kh · I): the window from left to right, a column from top to bottom,
+    a position's channels; weight_scale: (O,) float32; bias: (O,) or None. input: (B, I, L), of a Conv2d
+    (B, I, H, W), or without B -> what the convolution gives, in the input's dtype, contiguous or channels last as the
+    input. Raises ShapeError or DTypeError for another input. docs/numerics.md, eq. 7–8 and 30.
     """
 
-    dimensions: int
+    in_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
 
     @classmethod
     def from_float(
         cls, module: Any, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
-    ) -> DynamicQuantizedPointwiseConv:
+    ) -> DynamicQuantizedConv:
         """Return the quantized form of a float Conv1d or Conv2d (or ConvReLU), which is left as it is."""
-        quantized = cls(quantize(module.weight.flatten(1), qconfig), module.bias, qconfig, module.in_channels)
-        quantized.dimensions = len(module.kernel_size)
+        weight = quantize(module.weight.transpose(1, -1), qconfig)
+        flat = weight._replace(values=weight.values.flatten(1))
+        quantized = cls(flat, module.bias, qconfig, flat.values.shape[1])
+        for name in ("in_channels", *_SHOWN):
+            setattr(quantized, name, getattr(module, name))
+        quantized.padding = paddings(module)
         return quantized
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the convolution of the input."""
-        channels = -1 - self.dimensions
-        ranks = (1 + self.dimensions, 2 + self.dimensions)
-        if input.dim() not in ranks or input.shape[channels] != self.in_features:
+        rank = 1 + len(self.kernel_size)
+        if input.dim() not in (rank, rank + 1) or input.shape[-rank] != self.in_channels:
             raise ShapeError(
-                f"a quantized Conv{self.dimensions}d of {self.in_features} channels takes {ranks[0]}-D or {ranks[1]}-D "
-                f"input with {self.in_features} in dimension {channels}, got {tuple(input.shape)}"
+                f"a quantized Conv{rank - 1}d of {self.in_channels} channels takes {rank}-D or {rank + 1}-D input with "
+                f"{self.in_channels} in dimension {-rank}, got {tuple(input.shape)}"
             )
-        rows = super().forward(input.movedim(channels, -1))
-        is_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
-        like_input = torch.channels_last if is_last and not input.is_contiguous() else torch.contiguous_format
+        if input.dim() == rank:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        rows = super().forward(self._windows(input))
         # As a convolution's output lies in memory, of which one may take a .view.
-        return rows.movedim(-1, channels).contiguous(memory_format=like_input)
+        if rank == 3 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+            return rows.movedim(-1, 1)
+        return ops.transpose(rows.flatten(1, -2)).view(len(rows), self.out_features, *rows.shape[1:-1])
+
+    def _windows(self, input: torch.Tensor) -> torch.Tensor:
+        """Return each position's window, (B, ..., window): along the width a view, where windows overlap in memory."""
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        padded = F.pad(input, self.padding, mode) if any(self.padding) else input
+        x = padded.movedim(1, -1)
+        if not x.is_contiguous():
+            x = ops.transpose(padded.flatten(2)).view(len(input), *padded.shape[2:], self.in_channels)
+        spans = [(size - 1) * step + 1 for size, step in zip(self.kernel_size, self.dilation, strict=True)]
+        if any(size < span for size, span in zip(x.shape[1:], spans, strict=False)):
+            raise ShapeError(
+                f"a quantized Conv{len(spans)}d whose kernel spans {tuple(spans)} takes at least as many positions, "
+                f"got {tuple(input.shape)}, padded to {tuple(x.shape[1:-1])}"
+            )
+        for dim, (span, stride, step) in enumerate(zip(spans, self.stride, self.dilation, strict=True), start=1):
+            if dim == x.dim() - 2 and step == 1:  # of what follows, one after another, windows are one stretch each
+                width = x.shape[-1]
+                return x.flatten(-2).unfold(-1, span * width, stride * width)
+            x = x.unfold(dim, span, stride)[..., ::step].transpose(-1, -2).flatten(-2)
+        return x
 
     def extra_repr(self) -> str:
         """Return what print shows: the sizes and the scheme."""
-        return f"{super().extra_repr()}, dimensions={self.dimensions}"
+        shown = ", ".join(f"{name}={getattr(self, name)}" for name in _SHOWN)
+        bias = self.bias is not None
+        return f"{self.in_channels}, {self.out_features}, {shown}, bias={bias}, {self.qconfig}"
 
 
-class DynamicQuantizedPointwiseConvReLU(DynamicQuantizedPointwiseConv):
-    """A DynamicQuantizedPointwiseConv followed by a ReLU, in one kernel."""
+class DynamicQuantizedConvReLU(DynamicQuantizedConv):
+    """A DynamicQuantizedConv followed by a ReLU, in one kernel."""
 
     relu = True
+
+
+def paddings(module: Any) -> tuple[int, ...]:
+    """Return a convolution's padding as F.pad takes it: before and after in each dimension, the last one first."""
+    kernel, dilation, given = module.kernel_size, module.dilation, module.padding
+    if given == "same":
+        whole = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+    else:
+        whole = [0] * len(kernel) if given == "valid" else [2 * part for part in given]
+    return tuple(part for total in reversed(whole) for part in (total // 2, total - total // 2))

@@ -1,66 +1,54 @@
-"""Pointwise Conv1d and Conv2d: a Linear over the channels. Other convolutions stay float.
+"""Conv1d and Conv2d without groups, large enough: a Linear of windows. Other convolutions stay float.
 
-As integers, a wider kernel is a product with the unfolded input, of which some shapes gain and many lose;
-docs/performance.md has what was measured of both.
+A window is quantized anew at each of its positions, and the output laid out as a convolution's: what that takes is won
+back where the product is large. docs/performance.md has what was measured.
 """
 
 from __future__ import annotations
 
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from fxquant.nn import (
-    ConvReLU1d,
-    ConvReLU2d,
-    DynamicQuantizedPointwiseConv,
-    DynamicQuantizedPointwiseConvReLU,
-)
+from fxquant.nn import ConvReLU1d, ConvReLU2d, DynamicQuantizedConv, DynamicQuantizedConvReLU
 from fxquant.nn.base import Quantize
 from fxquant.operators.base import INT8_DYNAMIC, Operator, refuse_parameters, refuse_weight
 from fxquant.qconfig import QConfig
 
-LEAST_WEIGHTS = 512 * 512
-"""The weights from which a pointwise convolution gained in each measurement; below, transposing takes what it gains."""
+LEAST_OUTPUTS = 64
+LEAST_WEIGHTS, LEAST_OF_OTHERS = 256 * 256, 512 * 512
+"""The output channels and weights from which convolutions gained, or came out level, in each measurement. The others:
+those of kernel 1, at which float is best, and those dilated along the width, whose windows must be copied.
+"""
 
-_OTHERWISE = {"stride": 1, "padding": 0, "groups": 1}
-"""What a pointwise convolution has beside its kernel; a dilation of kernel 1 does nothing."""
+_TAKEN = (
+    f"they have {LEAST_OUTPUTS} or more output channels, no groups, and {LEAST_WEIGHTS:,} or more weights, or "
+    f"{LEAST_OF_OTHERS:,} where they are pointwise or dilated"
+)
 
 
 def _refuse(module: nn.Conv1d | nn.Conv2d) -> str | None:
     if "weight" not in module._parameters:
         return "its weight is recomputed at each call (weight_norm or the like); remove that first"
-    if _is_pointwise(module) and module.weight.numel() >= LEAST_WEIGHTS:
+    is_pointwise, is_dilated = module.kernel_size.count(1) == len(module.kernel_size), module.dilation[-1] > 1
+    least = LEAST_OF_OTHERS if is_pointwise or is_dilated else LEAST_WEIGHTS
+    if module.groups == 1 and module.out_channels >= LEAST_OUTPUTS and module.weight.numel() >= least:
         return refuse_weight(module.weight.flatten(1)) or refuse_parameters(module)
-    kernel = "×".join(map(str, module.kernel_size))
-    return (
-        f"convolutions stay float under a dynamic qconfig unless they are pointwise, of {LEAST_WEIGHTS:,} weights or "
-        f"more: this is {module.in_channels} → {module.out_channels} channels, kernel {kernel}"
-        + "".join(f", {name} {getattr(module, name)}" for name in _OTHERWISE if not _is_plain(module, name))
-    )
-
-
-def _is_pointwise(module: nn.Conv1d | nn.Conv2d) -> bool:
-    """Return whether each output position is a product of one input position alone."""
-    return all(size == 1 for size in module.kernel_size) and all(_is_plain(module, name) for name in _OTHERWISE)
-
-
-def _is_plain(module: nn.Conv1d | nn.Conv2d, name: str) -> bool:
-    """Return whether a convolution has an option as a pointwise one has it; kernel 1 is not padded to the "same"."""
-    given = getattr(module, name)
-    return given in ("valid", "same") or all(part == _OTHERWISE[name] for part in pytree.tree_leaves(given))
+    told = f"{module.in_channels} → {module.out_channels} channels, kernel {'×'.join(map(str, module.kernel_size))}"
+    told += f", dilation {module.dilation[-1]}" if is_dilated else ""
+    told += f", {module.groups} groups" if module.groups > 1 else ""
+    return f"convolutions stay float under a dynamic qconfig unless {_TAKEN}: this is {told}"
 
 
 def _convert(module: nn.Module, qconfig: QConfig, quantize: Quantize) -> nn.Module:
     is_fused = isinstance(module, (ConvReLU1d, ConvReLU2d))
-    kind = DynamicQuantizedPointwiseConvReLU if is_fused else DynamicQuantizedPointwiseConv
+    kind = DynamicQuantizedConvReLU if is_fused else DynamicQuantizedConv
     return kind.from_float(module, qconfig, quantize)
 
 
 CONVOLUTION = Operator(
     name="convolution",
     summary=(
-        f"pointwise nn.Conv1d and nn.Conv2d (kernel 1) of {LEAST_WEIGHTS:,} weights and more, and the same followed by "
-        "a ReLU: a position is a row; smaller ones, wider kernels, strides and groups stay float, where they are faster"
+        "nn.Conv1d and nn.Conv2d of any kernel, stride, padding and dilation, and the same followed by a ReLU, where "
+        f"{_TAKEN}; others are faster in float"
     ),
     modules=(nn.Conv1d, nn.Conv2d, ConvReLU1d, ConvReLU2d),
     has_rows=False,

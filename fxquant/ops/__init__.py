@@ -63,6 +63,12 @@ def linear(
     return _dispatched("linear", *args) if out is None else out
 
 
+def transpose(x: torch.Tensor) -> torch.Tensor:
+    """Return x.transpose(1, 2) of (B, M, N), contiguous: by the native library in a fraction of torch's time."""
+    out: torch.Tensor | None = None if is_compiling() else at_once.transpose(True, x)
+    return x.transpose(1, 2).contiguous() if out is None else out
+
+
 def lstm(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Call `torch.ops.fxquant.lstm`."""
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None if is_compiling() else at_once.lstm(True, *args)
@@ -111,4 +117,4 @@ def embedding_bag(
     return _dispatched("embedding_bag", *table, *bags) if out is None else out
 
 
-__all__ = ["OVERLOADS", "KernelInfo", "embedding", "embedding_bag", "kernel_info", "linear", "lstm", "rnn"]
+__all__ = ["OVERLOADS", "KernelInfo", "embedding", "embedding_bag", "kernel_info", "linear", "lstm", "rnn", "transpose"]

@@ -2,9 +2,10 @@
 of products with float weights to float rounding.
 
 The library keeps nothing: every call passes plain tensors. So there is nothing to pack, cache or save, and calls from
-several threads are independent. Its functions give None for what they do not take as it is: tensors that are not dense,
-not of their dtypes, or that somebody watches. FXQUANT_NATIVE=0 switches it off; FXQUANT_ISA=amx, avx512_vnni, avx_vnni,
-avx2, neon_dot or portable forces an instruction set. Both are read once, at import.
+several threads are independent. Its functions give None for what they do not take as it is: tensors that are not dense
+(of a linear's input only each row must be), not of their dtypes, or that somebody watches. FXQUANT_NATIVE=0 switches it
+off; FXQUANT_ISA=amx, avx512_vnni, avx_vnni, avx2, neon_dot or portable forces an instruction set. Both are read once,
+at import.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from fxquant.ops.output_pool import OutputPool, limit_from_environment
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
 
-_INTERFACE = 7  # what module.c says it is: a library left from another version is not called
+_INTERFACE = 8  # what module.c says it is: a library left from another version is not called
+_MOST_DIMENSIONS = 8  # of tensors.h
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,13 @@ def _floats(tensor: torch.Tensor) -> torch.Tensor:
     return _plain(tensor).to(torch.float32)
 
 
+def _rows(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return x as plain floats whose rows are dense: where it can be read as it lies, uncopied."""
+    x = x.as_subclass(torch.Tensor).resolve_neg().to(torch.float32)
+    is_read = x.dim() <= _MOST_DIMENSIONS and (x.shape[-1] <= 1 or x.stride(-1) == 1)
+    return x if is_read else x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
+
+
 def _vector(name: str, vector: torch.Tensor | None, count: int) -> torch.Tensor:
     """Return a scale or bias as dense floats, or raise ShapeError: the kernels read `count` of them."""
     if vector is None or vector.numel() != count:
@@ -162,7 +171,7 @@ def linear(
 ) -> torch.Tensor:
     """Return x @ dequantize(weight).T + bias, with x quantized row by row: `reference.linear`."""
     outputs = weight.shape[0]
-    rows = _floats(x).reshape(math.prod(x.shape[:-1]), in_features if group_size else weight.shape[1])
+    rows = _rows(x, in_features if group_size else weight.shape[1])
     bias = None if bias is None else _vector("bias", bias, outputs)
     if weight.dtype is not torch.float16:
         scale = _plain(scale) if group_size and scale is not None else _vector("scale", scale, outputs)

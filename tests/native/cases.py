@@ -87,6 +87,14 @@ def strided(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return tensor
 
 
+def overlapping(x: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Return as many rows, which lie one over another in the values of x: windows of them."""
+    rows, columns = x.shape[-2:]
+    if not x.numel():
+        return x
+    return x.reshape(-1).unfold(0, columns, rng.randint(1, columns))[:rows].expand(x.shape)
+
+
 def make_extreme(x: torch.Tensor, rng: random.Random) -> None:
     """Overwrite x with values at the ends of what a float can hold."""
     kind, largest = rng.choice(EXTREMES), torch.finfo(torch.float32).max
@@ -132,7 +140,7 @@ def linear_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tupl
     if rng.random() < 0.2 and rows:
         x = x.unsqueeze(0)
     args = (
-        strided(x, rng),
+        overlapping(x, rng) if rng.random() < 0.1 else strided(x, rng),
         strided(weight, rng),
         strided(scale, rng),
         bias,

@@ -57,16 +57,19 @@ static void mix(const float *x, int64_t count) {
 }
 
 static void linear_case(int threads) {
-    const int64_t rows = below(40), columns = below(200), outputs = below(150);
-    float *x = floats(rows * columns, 1e-3f, true), *scale = floats(outputs, 1e-6f, false), *bias = floats(outputs, 1e-4f, true);
+    const int64_t columns = below(200), outputs = below(150), inner = 1 + below(9), outer = below(9), rows = inner * outer;
+    const int64_t stride = below(2) ? columns : below(columns + 3), outer_stride = below(2) ? inner * stride : below(300);
+    const int64_t count = rows ? (inner - 1) * stride + (outer - 1) * outer_stride + columns : 0;
+    float *x = floats(count, 1e-3f, true), *scale = floats(outputs, 1e-6f, false), *bias = floats(outputs, 1e-4f, true);
     float *out = take(rows * outputs * 4);
     const enum fxq_kind kind = (enum fxq_kind)below(3);
     void *w = kind == FXQ_KIND_UINT8 ? (void *)weights(outputs * columns)
             : kind == FXQ_KIND_INT16 ? (void *)int16_weights(outputs * columns) : (void *)halves(outputs * columns);
-    if (below(10) == 0 && rows * columns > 0) x[below(rows * columns)] = NAN;
-    if (below(10) == 0 && rows * columns > 0) x[below(rows * columns)] = -INFINITY;
-    const struct fxq_linear call = {.x = x, .rows = rows, .columns = columns, .kind = kind, .weight = w,
-        .outputs = outputs, .scale = scale, .bias = below(3) ? bias : NULL, .out = out, .relu = below(3) == 0, .per_row = below(3) > 0, .qmax = below(3) ? 255 : 127};
+    if (below(10) == 0 && count > 0) x[below(count)] = NAN;
+    if (below(10) == 0 && count > 0) x[below(count)] = -INFINITY;
+    const struct fxq_linear call = {.x = {.data = x, .dimensions = 2, .sizes = {outer, inner}, .strides = {outer_stride, stride}},
+        .rows = rows, .columns = columns, .kind = kind, .weight = w, .outputs = outputs, .scale = scale,
+        .bias = below(3) ? bias : NULL, .out = out, .relu = below(3) == 0, .per_row = below(3) > 0, .qmax = below(3) ? 255 : 127};
     if (fxq_linear(&call, threads) != FXQ_OK) abort();
     mix(out, rows * outputs);
     free(x), free(scale), free(bias), free(out), free(w);

@@ -115,6 +115,7 @@ def freed(x):
         lambda x: x[:, :3],
         lambda x: x.as_subclass(type("Marked", (torch.Tensor,), {})),
         lambda x: x.view(1, 1, 1, 1, 1, 1, 1, 2, 4),
+        lambda x: x[0, 0].expand(2**52, 4),
         lambda x: x.tolist(),
         lambda x: None,
     ],

@@ -61,6 +61,47 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch(isa):
             assert same_bits(native.linear(x[5 : 5 + rows], weight, scale), together[5 : 5 + rows]), rows
 
 
+ROWS = {
+    "permuted": torch.randn(3, 4, 5, 70).permute(1, 2, 0, 3),
+    "every second": torch.randn(4, 6, 70)[:, ::2],
+    "the last": torch.randn(7, 4, 70)[:, -1],
+    "one again and again": torch.randn(1, 70).expand(2, 40, 70),
+    "parts": torch.randn(3, 20, 90)[..., 7:77],
+    "windows": torch.randn(2, 3, 200).unfold(-1, 70, 9),
+    "six dimensions": torch.randn(2, 3, 2, 2, 3, 71)[..., 1:].permute(4, 2, 0, 3, 1, 5),
+    "backward and one wide": torch.randn(40, 3)[:, 1:2].expand(40, 1).flip(0),
+    "columns apart": torch.randn(20, 140)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_may_lie_anywhere(isa, name, per_row):
+    x = ROWS[name]
+    columns, groups = x.shape[-1], -(-x.shape[-1] // 32)
+    int4 = int8(30, (columns + 1) // 2).view(torch.uint8), torch.randn(30, groups).bfloat16()
+    for weight, scale, how in (
+        (int8(30, columns), torch.rand(30), (0, 0)),
+        (int16(30, columns), torch.rand(30), (0, 0)),
+        (*int4, (32, columns)),
+    ):
+        args = (weight, scale, torch.randn(30), False, per_row, 255, *how)
+        expected = reference.linear(x.contiguous(), *args)
+        for threads in (1, 2):
+            with kernels(isa, threads):
+                assert same_bits(native.linear(x, *args), expected), (weight.dtype, threads)
+
+
+def test_rows_that_lie_anywhere_are_taken_at_once():
+    weight, scale = int8(30, 70), torch.rand(30)
+    takes = {name: run_at_once(x, weight, scale) is not None for name, x in ROWS.items() if x.shape[-1] == 70}
+    assert takes == {name: name != "columns apart" for name in takes}
+
+
+def run_at_once(x, weight, scale):
+    return native.at_once.linear(True, x, weight, scale, None, False, True, 255, 0, 0)
+
+
 def test_step_by_step_equals_the_whole_sequence(isa):
     weights = [int8(4 * 50, 30), int8(4 * 50, 50)]
     scales, biases = [torch.rand(200) * 0.01 for _ in weights], [torch.randn(200)]

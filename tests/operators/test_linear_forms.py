@@ -175,7 +175,7 @@ LEFT = {
     "torch.bilinear multiplies two inputs with each other; only forms of one input are quantized": [
         ("net.pairs", lambda m, x: F.bilinear(x, x, m.pairs)),
     ],
-    "torch.conv1d has no dynamic form: convolutions stay float under a dynamic qconfig": [
+    "torch.conv1d has no dynamic form: of convolutions, the modules nn.Conv1d and nn.Conv2d have one": [
         ("net.kernel", lambda m, x: F.conv1d(x, m.kernel)),
     ],
 }  # fmt: skip
@@ -215,7 +215,7 @@ def test_products_of_activations_and_vectors_are_no_candidates():
     ("kind", "reason"),
     [
         (nn.Bilinear(6, 6, 2), "nn.Bilinear multiplies two inputs with each other"),
-        (nn.ConvTranspose1d(6, 6, 2), "nn.ConvTranspose1d has no dynamic form: convolutions stay float"),
+        (nn.ConvTranspose1d(6, 6, 2), "nn.ConvTranspose1d has no dynamic form: of convolutions, the modules"),
     ],
 )
 def test_modules_that_are_no_linear_form_say_why(kind, reason):

@@ -1,0 +1,48 @@
+/* Matrices with rows and columns swapped: what a convolution's input and output take, to be rows and back.
+ *
+ * A plain loop reads or writes one value of each cache line, and where a row is a power of two long, always the same few
+ * sets of the cache. So squares go through a buffer. 32 wide: 16 would be a line, but lines that a row's length leaves
+ * unaligned are written in two parts, and cost several times as much where the part is half of it. */
+#include "fxquant.h"
+
+enum { SIDE = 32 };
+
+struct job {
+    const float *x;
+    float *out;
+    int64_t matrices, rows, columns;
+};
+
+static inline void turn(const float *x, int64_t columns, int m, int n, float *out, int64_t rows) {
+    float square[SIDE][SIDE];
+    for (int i = 0; i < m; i++) {
+        for (int j = 0; j < n; j++) square[j][i] = x[i * columns + j];
+    }
+    for (int j = 0; j < n; j++) {
+        for (int i = 0; i < m; i++) out[j * rows + i] = square[j][i];
+    }
+}
+
+static void work(void *arg, int thread, int threads) {
+    const struct job *job = arg;
+    const int64_t rows = job->rows, columns = job->columns, stripes = (rows + SIDE - 1) / SIDE;
+    const int64_t all = job->matrices * stripes, last = all * (thread + 1) / threads;
+    for (int64_t i = all * thread / threads; i < last; i++) { /* a stripe: some rows of a matrix */
+        const int64_t row = i % stripes * SIDE, at = i / stripes * rows * columns;
+        const float *x = job->x + at + row * columns;
+        float *out = job->out + at + row;
+        const int m = rows - row < SIDE ? (int)(rows - row) : SIDE;
+        for (int64_t column = 0; column < columns; column += SIDE) {
+            const int n = columns - column < SIDE ? (int)(columns - column) : SIDE;
+            /* The length of the loops is known but at the edges. */
+            if (m == SIDE && n == SIDE) turn(x + column, columns, SIDE, SIDE, out + column * rows, rows);
+            else turn(x + column, columns, m, n, out + column * rows, rows);
+        }
+    }
+}
+
+void fxq_transpose(const float *x, int64_t matrices, int64_t rows, int64_t columns, float *out, int threads) {
+    struct job job = {x, out, matrices, rows, columns};
+    const int64_t stripes = matrices * ((rows + SIDE - 1) / SIDE);
+    fxq_run(work, &job, fxq_worthwhile(8 * matrices * rows * columns, stripes, threads));
+}

@@ -167,8 +167,7 @@ def _kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> str:
         return f"{operator.namespace}.{name}"
     values = {argument.name: value for argument, value in zip(operator._schema.arguments, args, strict=False)}
     weights = [values["weight"]] if "weight" in values else values["weights"]
-    is_native = any(takes(args[0], weight) for weight in weights)
-    return f"{name} ({kernel_info().isa if is_native else 'plain torch'})"
+    return f"{name} ({kernel_info().isa if takes(args[0], weights) else 'plain torch'})"
 
 
 class _Side:

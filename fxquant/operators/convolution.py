@@ -15,27 +15,43 @@ from fxquant.qconfig import QConfig
 
 LEAST_OUTPUTS = 64
 LEAST_WEIGHTS, LEAST_OF_OTHERS = 256 * 256, 512 * 512
+LEAST_POINTWISE = 256
 """The output channels and weights from which convolutions gained, or came out level, in each measurement. The others:
-those of kernel 1, at which float is best, and those dilated along the width, whose windows must be copied.
+those of kernel 1, at which float is best, and which need many channels on both sides; and those dilated along the
+width, whose windows must be copied.
 """
 
 _TAKEN = (
     f"they have {LEAST_OUTPUTS} or more output channels, no groups, and {LEAST_WEIGHTS:,} or more weights, or "
-    f"{LEAST_OF_OTHERS:,} where they are pointwise or dilated"
+    f"{LEAST_OF_OTHERS:,} where they are dilated or pointwise, these with {LEAST_POINTWISE} or more channels in and out"
 )
+
+
+def _which_stay(module: nn.Conv1d | nn.Conv2d) -> str | None:
+    """Return which convolutions stay float, this one among them; None where it gains."""
+    kind, least = "convolutions", LEAST_WEIGHTS
+    if module.groups > 1:
+        return f"{kind} in groups"
+    if module.kernel_size.count(1) == len(module.kernel_size):
+        kind, least = "pointwise convolutions", LEAST_OF_OTHERS
+        if min(module.in_channels, module.out_channels) < LEAST_POINTWISE:
+            return f"{kind} of fewer than {LEAST_POINTWISE} channels in or out"
+    elif module.dilation[-1] > 1:
+        kind, least = "dilated convolutions", LEAST_OF_OTHERS
+    if module.out_channels < LEAST_OUTPUTS:
+        return f"{kind} of fewer than {LEAST_OUTPUTS} output channels"
+    return f"{kind} of fewer than {least:,} weights" if module.weight.numel() < least else None
 
 
 def _refuse(module: nn.Conv1d | nn.Conv2d) -> str | None:
     if "weight" not in module._parameters:
         return "its weight is recomputed at each call (weight_norm or the like); remove that first"
-    is_pointwise, is_dilated = module.kernel_size.count(1) == len(module.kernel_size), module.dilation[-1] > 1
-    least = LEAST_OF_OTHERS if is_pointwise or is_dilated else LEAST_WEIGHTS
-    if module.groups == 1 and module.out_channels >= LEAST_OUTPUTS and module.weight.numel() >= least:
+    which = _which_stay(module)
+    if which is None:
         return refuse_weight(module.weight.flatten(1)) or refuse_parameters(module)
-    told = f"{module.in_channels} → {module.out_channels} channels, kernel {'×'.join(map(str, module.kernel_size))}"
-    told += f", dilation {module.dilation[-1]}" if is_dilated else ""
-    told += f", {module.groups} groups" if module.groups > 1 else ""
-    return f"convolutions stay float under a dynamic qconfig unless {_TAKEN}: this is {told}"
+    kernel = "×".join(map(str, module.kernel_size))
+    told = f"{module.in_channels} → {module.out_channels} channels, kernel {kernel}"
+    return f"{which} stay float, where they are faster: this is {told}"
 
 
 def _convert(module: nn.Module, qconfig: QConfig, quantize: Quantize) -> nn.Module:
@@ -48,7 +64,7 @@ CONVOLUTION = Operator(
     name="convolution",
     summary=(
         "nn.Conv1d and nn.Conv2d of any kernel, stride, padding and dilation, and the same followed by a ReLU, where "
-        f"{_TAKEN}; others are faster in float"
+        f"{_TAKEN}; others stay float, where they are faster"
     ),
     modules=(nn.Conv1d, nn.Conv2d, ConvReLU1d, ConvReLU2d),
     has_rows=False,

@@ -11,9 +11,7 @@ from torch import nn
 from fxquant import (
     ExampleInputsError,
     ModelStateError,
-    QConfigMapping,
     ShapeError,
-    float16_dynamic_qconfig,
     fuse_fx,
     kernel_info,
     profile,
@@ -229,7 +227,7 @@ def test_kernels_are_those_that_ran():
     }  # fmt: skip
 
 
-def test_what_the_library_does_not_take_runs_in_plain_torch():
+def test_what_the_library_does_not_take_runs_in_plain_torch(monkeypatch):
     model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2, 8)
     quantized = quantize(model, x).to("meta")
     assert by_path(profile(quantized, x.to("meta"), rounds=1))["0"].kernel == "linear (plain torch)"

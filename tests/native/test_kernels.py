@@ -128,7 +128,8 @@ def test_products_of_many_rows_give_the_references_bits(isa, rows, outputs):
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize(
-    ("rows", "outputs"), [(1, 2100), (4, 33), (15, 100), (17, 700), (40, 1100), (300, 130), (2100, 70), (70, 30_001), (20, 105_000)]
+    ("rows", "outputs"),
+    [(1, 2100), (4, 33), (15, 100), (17, 700), (40, 1100), (300, 130), (2100, 70), (70, 30_001), (20, 105_000)],
 )
 def test_int4_products_of_each_form_give_the_references_bits(isa, rows, outputs, group_size):
     x, weight = torch.randn(rows, 203), int8(outputs, 102).view(torch.uint8)

@@ -47,24 +47,39 @@ def test_a_weight_that_is_no_parameter_stays_float():
 
 
 @pytest.mark.parametrize(
-    ("convolution", "told"),
+    ("convolution", "which", "told"),
     [
-        (nn.Conv1d(3, 4, 2), "3 → 4 channels, kernel 2"),
-        (nn.Conv1d(512, 511, 1), "512 → 511 channels, kernel 1"),
-        (nn.Conv1d(64, 127, 8), "64 → 127 channels, kernel 8"),
-        (nn.Conv1d(128, 128, 3, dilation=2), "128 → 128 channels, kernel 3, dilation 2"),
-        (nn.Conv2d(512, 63, 3), "512 → 63 channels, kernel 3×3"),
-        (nn.Conv2d(512, 1024, (1, 3), groups=2), "512 → 1024 channels, kernel 1×3, 2 groups"),
+        (nn.Conv1d(3, 4, 2), "convolutions of fewer than 64 output channels", "3 → 4 channels, kernel 2"),
+        (
+            nn.Conv1d(512, 511, 1),
+            "pointwise convolutions of fewer than 262,144 weights",
+            "512 → 511 channels, kernel 1",
+        ),
+        (
+            nn.Conv1d(4096, 255, 1),
+            "pointwise convolutions of fewer than 256 channels in or out",
+            "4096 → 255 channels, kernel 1",
+        ),
+        (
+            nn.Conv1d(255, 4096, 1),
+            "pointwise convolutions of fewer than 256 channels in or out",
+            "255 → 4096 channels, kernel 1",
+        ),
+        (nn.Conv1d(64, 127, 8), "convolutions of fewer than 65,536 weights", "64 → 127 channels, kernel 8"),
+        (
+            nn.Conv1d(128, 128, 3, dilation=2),
+            "dilated convolutions of fewer than 262,144 weights",
+            "128 → 128 channels, kernel 3",
+        ),
+        (nn.Conv2d(512, 63, 3), "convolutions of fewer than 64 output channels", "512 → 63 channels, kernel 3×3"),
+        (nn.Conv2d(512, 1024, (1, 3), groups=2), "convolutions in groups", "512 → 1024 channels, kernel 1×3"),
     ],
     ids=str,
 )
-def test_a_convolution_says_why_it_stays_float(convolution, told):
+def test_a_convolution_says_why_it_stays_float(convolution, which, told):
     inputs = torch.randn(1, convolution.in_channels, *[9] * len(convolution.kernel_size))
     (reason,) = reasons(nn.Sequential(convolution), inputs)
-    assert reason == (
-        "convolutions stay float under a dynamic qconfig unless they have 64 or more output channels, no groups, and "
-        f"65,536 or more weights, or 262,144 where they are pointwise or dilated: this is {told}"
-    )
+    assert reason == f"{which} stay float, where they are faster: this is {told}"
 
 
 @pytest.mark.parametrize(

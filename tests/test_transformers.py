@@ -83,7 +83,7 @@ def test_every_large_matrix_is_quantized(case):
     lefts = {left.path: left.reason for left in record_of(quantized).left}
     matrices = {path for path, p in quantized.named_parameters() if p.dim() > 1 and p.numel() > 64 * 64}
     assert {path.rpartition(".")[0] for path in matrices} <= lefts.keys()
-    assert all("convolutions stay float" in why or "out of reach" in why for why in lefts.values())
+    assert all("convolutions" in why or "out of reach" in why for why in lefts.values())
 
 
 def test_both_ways_give_the_same_bits_and_the_models_own_outputs(case):

@@ -27,10 +27,18 @@ OVERLOADS: dict[str, Callable[..., Any]] = {name: getattr(torch.ops.fxquant, nam
 
 
 def _dispatched(name: str, *args: Any) -> Any:
-    """Call the registered operator; a gradient that reaches its outputs is a ModelStateError, and never lost."""
+    """Call the registered operator; a gradient that reaches its outputs is a ModelStateError, and never lost.
+
+    If only the first operand is not dense, the native library gets a dense copy of that.
+    """
     if is_compiling():
         return OVERLOADS[name](*args)
     check_dense(args[0], name.replace("_", " "))
+    if (
+        not args[0].is_contiguous()
+        and (out := getattr(at_once, name)(True, args[0].contiguous(), *args[1:])) is not None
+    ):
+        return out
     out = OVERLOADS[name](*args)
     for part in out if isinstance(out, tuple) else (out,):
         if isinstance(part, torch.Tensor) and part.requires_grad:

@@ -43,7 +43,7 @@ def model_and_input():
 IN_VAIN = [
     (
         lambda m: m.set_module_name("conv", Q),
-        r"module_name 'conv' quantizes nothing: conv \(nn.Conv1d\) stays float: convolutions stay float",
+        r"module_name 'conv' quantizes nothing: conv \(nn.Conv1d\) stays float: pointwise convolutions of fewer",
     ),
     (lambda m: m.set_module_name("norm", Q), "module_name 'norm' quantizes nothing: nothing there has a weight"),
     (lambda m: m.set_module_name_regex("co.*", Q), r"module_name_regex 'co\.\*' quantizes nothing: conv"),
@@ -89,7 +89,7 @@ def test_an_entry_that_is_obeyed_is_not(way, ask):
 def test_a_model_in_which_nothing_is_quantized_says_why_once(way):
     model, x = nn.Sequential(*[nn.Conv1d(1, 1, 1) for _ in range(5)]).eval(), torch.randn(2, 1, 8)
     mapping = everything().set_object_type(nn.Conv1d, Q)
-    told = r"nothing in this Sequential is to be quantized: 0 \(nn.Conv1d\): convolutions stay float.*; and 2 more"
+    told = r"nothing in this Sequential is to be quantized: 0 \(nn.Conv1d\): pointwise convolutions of .*; and 2 more"
     with pytest.warns(UserWarning, match=told) as caught:
         way(model, mapping, x)
     assert len(caught) == 1
@@ -122,7 +122,7 @@ def test_strict_lists_all_that_stays_float_unasked(way):
     with pytest.raises(QConfigError, match=r"strict: 2 of Model's candidates would stay float") as caught:
         way(model, everything(), x, strict=True)
     lines = str(caught.value).splitlines()[1:]
-    assert any("conv (nn.Conv1d): convolutions stay float under " in line for line in lines)
+    assert any("conv (nn.Conv1d): pointwise convolutions of fewer than 256 channels" in line for line in lines)
     assert any(line.endswith("; set_module_name('conv', None)") for line in lines)
     assert len(lines) == 2
 

@@ -331,3 +331,21 @@ def test_a_module_under_two_names_is_quantized_under_both():
 def test_a_graph_module_inside_is_quantized():
     model = nn.Sequential(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8)))).eval()
     assert kinds(quantize_dynamic(model))["0.0"] == "DynamicQuantizedLinear"
+
+
+@pytest.mark.parametrize(
+    "hold", [lambda f: [f], lambda f: {"a": f}, functools.partial], ids=["a list", "a dict", "a partial"]
+)
+def test_a_layer_whose_forward_a_container_holds_stays_float_too(hold):
+    model = Refers().eval()
+    model.held = hold(model.net.forward)
+    (left,) = record_of(quantize_dynamic(model)).left
+    assert left.reason == "self.held of tests.test_eager.Refers holds its forward; let it hold the module"
+
+
+def test_a_layer_of_slots_is_quantized():
+    class Slotted(nn.Linear):
+        __slots__ = ("extra",)
+
+    quantized = quantize_dynamic(nn.Sequential(Slotted(8, 4)).eval())
+    assert type(quantized[0]) is DynamicQuantizedLinear

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.graph import edit
-from fxquant.graph.constants import asks_kind
+from fxquant.graph.constants import asks_kind, is_transposition
 
 
 def clean(module: fx.GraphModule, source: nn.Module) -> fx.GraphModule:
@@ -27,9 +27,16 @@ def _empty_kinds(module: fx.GraphModule) -> None:
     """Let nodes that ask a matrix for its dtype and device alone ask an empty tensor, so that it need not be kept."""
     for node in module.graph.find_nodes(op="get_attr"):
         tensor = edit.get_tensor(module, str(node.target))
-        if tensor is not None and tensor.dim() > 1 and node.users and all(asks_kind(user, node) for user in node.users):
+        if tensor is not None and tensor.dim() > 1 and _is_asked_kind(node):
             node.target = edit.free_name(module, f"{str(node.target).replace('.', '_')}_kind")
-            edit.set_tensor(module, node.target, tensor.detach().new_empty(0))
+            edit.set_tensor(module, node.target, tensor.detach().new_empty(0, 0))
+
+
+def _is_asked_kind(node: fx.Node) -> bool:
+    """Return whether a constant, or its transpose, is read, and asked for its dtype and device alone."""
+    return bool(node.users) and all(
+        asks_kind(user, node) or (is_transposition(user) is not None and _is_asked_kind(user)) for user in node.users
+    )
 
 
 def own_tensors(module: nn.Module, source: nn.Module) -> None:

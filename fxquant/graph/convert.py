@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +63,9 @@ class WeightCache:
         standing = set(map(id, root.modules()))
         for float_module, module, _ in self._modules.values():
             if id(float_module) not in standing:
-                float_module.__class__, float_module.__dict__ = type(module), module.__dict__
+                with contextlib.suppress(TypeError):  # a type with __slots__ can become no other
+                    float_module.__class__ = type(module)
+                    float_module.__dict__ = module.__dict__
 
     def give(self, weight: torch.Tensor, qconfig: QConfig, quantized: QuantizedTensor) -> None:
         """Let a weight have these integers, found elsewhere, under a qconfig."""

@@ -7,6 +7,7 @@ reason. Nothing is changed here, and nothing later decides again.
 from __future__ import annotations
 
 import collections
+import functools
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -313,10 +314,14 @@ class _Planner:
 def _kept_forwards(root: nn.Module) -> Iterator[tuple[int, str]]:
     """Yield each module whose own forward an attribute holds, which would run on with quantized weights, and say so."""
     for module in root.modules():
-        for name, value in vars(module).items():
-            owner = getattr(value, "__self__", None)
-            if isinstance(value, types.MethodType) and isinstance(owner, nn.Module) and value == owner.forward:
-                yield id(owner), f"self.{name} of {type_name(type(module))} holds its forward; let it hold the module"
+        for name, held in vars(module).items():
+            for value in pytree.tree_leaves(held):
+                while isinstance(value, functools.partial):
+                    value = value.func
+                owner = getattr(value, "__self__", None)
+                if isinstance(value, types.MethodType) and isinstance(owner, nn.Module) and value == owner.forward:
+                    told = f"self.{name} of {type_name(type(module))} holds its forward; let it hold the module"
+                    yield id(owner), told
 
 
 def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator]) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from fxquant import ops
 from fxquant.errors import ShapeError
 from fxquant.nn.base import Quantize, quantize_alone
 from fxquant.nn.linear import DynamicQuantizedLinear
+from fxquant.ops.schema import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 _SHOWN = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
@@ -48,6 +50,7 @@ class DynamicQuantizedConv(DynamicQuantizedLinear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the convolution of the input."""
         rank = 1 + len(self.kernel_size)
+        check_dense(input, f"Conv{rank - 1}d")
         if input.dim() not in (rank, rank + 1) or input.shape[-rank] != self.in_channels:
             raise ShapeError(
                 f"a quantized Conv{rank - 1}d of {self.in_channels} channels takes {rank}-D or {rank + 1}-D input with "
@@ -57,9 +60,10 @@ class DynamicQuantizedConv(DynamicQuantizedLinear):
             return self.forward(input.unsqueeze(0)).squeeze(0)
         rows = super().forward(self._windows(input))
         # As a convolution's output lies in memory, of which one may take a .view.
-        if rank == 3 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+        channels, *size = input.shape[1:]
+        if rank == 3 and input.stride() == (math.prod(size) * channels, 1, size[1] * channels, channels):
             return rows.movedim(-1, 1)
-        return ops.transpose(rows.flatten(1, -2)).view(len(rows), self.out_features, *rows.shape[1:-1])
+        return ops.transpose(rows.flatten(1, -2)).view(rows.shape[0], self.out_features, *rows.shape[1:-1])
 
     def _windows(self, input: torch.Tensor) -> torch.Tensor:
         """Return each position's window, (B, ..., window): along the width a view, where windows overlap in memory."""
@@ -67,7 +71,7 @@ class DynamicQuantizedConv(DynamicQuantizedLinear):
         padded = F.pad(input, self.padding, mode) if any(self.padding) else input
         x = padded.movedim(1, -1)
         if not x.is_contiguous():
-            x = ops.transpose(padded.flatten(2)).view(len(input), *padded.shape[2:], self.in_channels)
+            x = ops.transpose(padded.flatten(2)).view(input.shape[0], *padded.shape[2:], self.in_channels)
         spans = [(size - 1) * step + 1 for size, step in zip(self.kernel_size, self.dilation, strict=True)]
         if any(size < span for size, span in zip(x.shape[1:], spans, strict=False)):
             raise ShapeError(

@@ -26,6 +26,9 @@ OVERLOADS: dict[str, Callable[..., Any]] = {name: getattr(torch.ops.fxquant, nam
 """The registered operators: what torch.compile and torch.export hold."""
 
 
+_COPIED = (torch.float32, torch.int32, torch.int64)  # of the dtypes that the library takes
+
+
 def _dispatched(name: str, *args: Any) -> Any:
     """Call the registered operator; a gradient that reaches its outputs is a ModelStateError, and never lost.
 
@@ -34,11 +37,11 @@ def _dispatched(name: str, *args: Any) -> Any:
     if is_compiling():
         return OVERLOADS[name](*args)
     check_dense(args[0], name.replace("_", " "))
-    if (
-        not args[0].is_contiguous()
-        and (out := getattr(at_once, name)(True, args[0].contiguous(), *args[1:])) is not None
-    ):
-        return out
+    first = args[0]
+    if isinstance(first, torch.Tensor) and first.dtype in _COPIED and not first.is_contiguous():
+        out = getattr(at_once, name)(True, first.contiguous(), *args[1:])
+        if out is not None:
+            return out
     out = OVERLOADS[name](*args)
     for part in out if isinstance(out, tuple) else (out,):
         if isinstance(part, torch.Tensor) and part.requires_grad:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fxquant import ops
+from fxquant.nn import DynamicQuantizedLinear, QuantizedEmbedding
 from fxquant.ops import native
 from tests.native import cases
 from tests.native.cases import int8, int16, same_bits
@@ -86,6 +87,19 @@ def test_a_plain_call_passes_the_dispatcher_by():
     assert run_linear(torch.nn.Parameter(x)) is None
     with torch.no_grad():
         assert run_linear(torch.nn.Parameter(x)) is not None
+
+
+def test_a_strided_look_up_passes_the_dispatcher_by_too(monkeypatch):
+    module = QuantizedEmbedding.from_float(torch.nn.Embedding(9, 4))
+    words = torch.randint(9, (5, 3))
+    expected = module(words[:, 1].contiguous())
+    monkeypatch.setitem(ops.OVERLOADS, "embedding", None)
+    assert torch.equal(module(words[:, 1]), expected)
+
+
+def test_a_quantized_model_can_be_traced():
+    traced = torch.fx.symbolic_trace(DynamicQuantizedLinear.from_float(torch.nn.Linear(4, 3)))
+    assert traced(torch.randn(2, 4)).shape == (2, 3)
 
 
 def strided(x):

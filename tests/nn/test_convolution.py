@@ -251,3 +251,25 @@ def test_what_the_library_does_not_swap_torch_does(change):
     if x.dim() == 3:
         assert torch.equal(ops.transpose(x), x.transpose(1, 2))
         assert ops.transpose(x).is_contiguous()
+
+
+@pytest.mark.parametrize(("kind", "size"), [(nn.Conv1d, (9,)), (nn.Conv2d, (8, 9))])
+def test_it_exports_with_a_dynamic_batch(kind, size):
+    quantized = DynamicQuantizedConv.from_float(kind(4, 6, 3, padding=1))
+    x = torch.randn(2, 4, *size)
+    exported = torch.export.export(quantized, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    x = torch.randn(5, 4, *size)
+    assert torch.equal(exported(x), quantized(x))
+
+
+def test_the_output_of_a_permuted_image_can_be_viewed_as_floats():
+    module = nn.Conv2d(3, 6, 3)
+    image = torch.randn(8, 9, 3).permute(2, 0, 1).unsqueeze(0)
+    quantized = DynamicQuantizedConv.from_float(module)(image)
+    assert quantized.is_contiguous() == module(image).is_contiguous()
+
+
+@pytest.mark.parametrize(("change", "told"), [(torch.Tensor.to_sparse, "sparse"), (torch.Tensor.tolist, "list")])
+def test_it_refuses_what_is_no_dense_tensor(change, told):
+    with pytest.raises(DTypeError, match=f"a quantized Conv1d takes a .*{told}"):
+        DynamicQuantizedConv.from_float(nn.Conv1d(4, 6, 3))(change(torch.randn(2, 4, 9)))

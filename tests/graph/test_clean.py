@@ -93,8 +93,8 @@ class Asks(nn.Module):
 @pytest.mark.parametrize(
     "asks",
     [lambda y, w: y.to(w.dtype), lambda y, w: y + torch.zeros(4, device=w.device), lambda y, w: y + w.new_zeros(4),
-     lambda y, w: y.type_as(w), lambda y, w: y.to(w), lambda y, w: y + w.new_full((4,), 2), lambda y, w: y.to(w.data.dtype),
-     lambda y, w: y.to(w.t().device), lambda y, w: y + w.detach().new_zeros(1)],
+     lambda y, w: y.type_as(w), lambda y, w: y.to(w), lambda y, w: y + w.new_full((4,), 2),
+     lambda y, w: y.to(w.data.dtype), lambda y, w: y.to(w.t().device), lambda y, w: y + w.detach().new_zeros(1)],
 )  # fmt: skip
 def test_of_a_weight_that_is_asked_for_its_dtype_nothing_is_kept(asks):
     model, x = Asks(asks).eval(), torch.randn(2, 4)

@@ -7,12 +7,13 @@ come out of all builds. What this machine's tools cannot build is skipped with t
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PYTHON = {"module.c", "tensors.c"}  # what is written for Python
+PYTHON = {"module.c", "tensors.c", "call_linear.c", "call_recurrent.c", "call_embedding.c"}  # written for Python
 SOURCES = [ROOT / "tests/native/harness.c", *(path for path in (ROOT / "csrc").glob("*.c") if path.name not in PYTHON)]
 FLAGS = "-std=c11 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -pthread -D_GNU_SOURCE -Wall -Wextra"
 
@@ -20,11 +21,17 @@ FLAGS = "-std=c11 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -pthr
 def build(folder, compiler, *flags):
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
-    program = folder / "harness"
-    command = [compiler, *FLAGS.split(), *flags, *SOURCES, "-o", program, "-lm"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return str(program)
+
+    def run(*arguments):
+        command = [compiler, *FLAGS.split(), *flags, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+
+    objects = [folder / f"{source.stem}.o" for source in SOURCES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda source, made: run("-c", source, "-o", made), SOURCES, objects))
+    run(*objects, "-o", folder / "harness", "-lm")
+    return str(folder / "harness")
 
 
 def hashes(*command):

@@ -41,6 +41,7 @@ class DynamicQuantizedLinear(QuantizedModule):
         self.in_features = width if in_features is None else in_features  # of int4 the width is half that
         self.set_weight("weight", weight)
         self.set_bias("bias", bias)
+        self._how = (qconfig.per_row, qconfig.qmax, *qconfig.groups(self.in_features))  # once, not at each call
 
     @classmethod
     def from_float(
@@ -52,8 +53,7 @@ class DynamicQuantizedLinear(QuantizedModule):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ weight.T + bias."""
         weight, scale, bias = self.own(_TENSORS)
-        how = (self.qconfig.per_row, self.qconfig.qmax, *self.qconfig.groups(self.in_features))
-        return ops.linear(input, weight, scale, bias, self.relu, *how)
+        return ops.linear(input, weight, scale, bias, self.relu, *self._how)
 
     def extra_repr(self) -> str:
         """Return what print shows: the sizes and the scheme."""

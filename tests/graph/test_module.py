@@ -227,3 +227,23 @@ def test_the_twin_of_a_module_compiled_in_place_runs_itself(twin):
     copied.get_submodule("0").weight.zero_()
     assert not copied(x).any()
     assert quantized(x).all()
+
+
+class Viewed(nn.Module):
+    """Its view has a size that only some inputs can take."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x).view(8, -1)
+
+
+@pytest.mark.parametrize("twin_of", [lambda q: q, *TWINS.values()], ids=["itself", *TWINS])
+def test_an_error_in_the_graph_keeps_its_traceback_and_prints_nothing(capsys, twin_of):
+    twin = twin_of(quantize(Viewed(), torch.randn(2, 4)))
+    with pytest.raises(RuntimeError) as caught:
+        twin(torch.randn(3, 4))
+    assert "view" in str(caught.traceback[-1].statement)
+    assert capsys.readouterr().err == ""

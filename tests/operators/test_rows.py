@@ -84,7 +84,13 @@ def test_a_convolution_says_why_it_stays_float(convolution, which, told):
 
 @pytest.mark.parametrize(
     "convolution",
-    [nn.Conv1d(512, 512, 1), nn.Conv2d(16, 64, 8, 2, 3), nn.Conv2d(64, 512, (2, 4), dilation=(1, 2), bias=False)],
+    [
+        nn.Conv1d(256, 1024, 1),
+        nn.Conv2d(16, 64, 8, 2, 3),
+        nn.Conv2d(64, 512, (2, 4), dilation=(1, 2), bias=False),
+        nn.Conv2d(64, 64, 4, dilation=(2, 1)),
+    ],
+    ids=str,
 )
 def test_a_large_convolution_is_quantized(convolution):
     model, x = nn.Sequential(convolution), torch.randn(2, convolution.in_channels, *[20] * len(convolution.kernel_size))

@@ -148,8 +148,6 @@ static void unpack(const uint8_t *restrict nibbles, int64_t stride, int64_t rows
 }
 #endif
 
-static void widen(const uint16_t *halves, int64_t count, float *out); /* floats.h */
-
 #ifndef FXQ_OWN_TABLES
 static void widen(const uint16_t *halves, int64_t count, float *out); /* floats.h */
 

@@ -26,6 +26,7 @@ class _QuantizedTable(QuantizedModule):
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
         self.padding_idx, self.dtype = module.padding_idx, module.weight.dtype
         self.set_weight("weight", quantize(module.weight, qconfig))
+        self._bits = qconfig.weight.bits  # found once, not at each call
 
     def extra_repr(self) -> str:
         """Return what print shows: the sizes, the options and the scheme."""
@@ -55,8 +56,7 @@ class QuantizedEmbedding(_QuantizedTable):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the rows that the indices name."""
         weight, scale, zero_point = self.own(_TENSORS)
-        bits = self.qconfig.weight.bits
-        return ops.embedding(input, weight, scale, zero_point, self.embedding_dim, bits, self.dtype)
+        return ops.embedding(input, weight, scale, zero_point, self.embedding_dim, self._bits, self.dtype)
 
 
 class QuantizedEmbeddingBag(_QuantizedTable):
@@ -113,7 +113,7 @@ class QuantizedEmbeddingBag(_QuantizedTable):
             per_sample_weights,
             self.include_last_offset,
             self.padding_idx,
-            self.qconfig.weight.bits,
+            self._bits,
             self.dtype,
         )
 

@@ -62,14 +62,16 @@ def test_every_half_is_widened_as_torch_does_it(isa):
     assert same_bits(rows, halves.float())
 
 
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_so_in_its_row_and_nowhere_else(isa, value):
+def test_what_is_not_finite_stays_so_in_its_row_and_nowhere_else(isa, value, relu):
     x, weight = torch.ones(3, 70), torch.ones(5, 70, dtype=torch.half)
     x[1, 3] = value
     with kernels(isa, 1):
-        y = native.linear(x, weight, None)
+        y = native.linear(x, weight, None, None, relu)
+    expected = torch.full((5,), value)
     assert torch.equal(y[[0, 2]], torch.full((2, 5), 70.0))
-    assert torch.equal(y[1].nan_to_num(7), torch.full((5,), value).nan_to_num(7))
+    assert same_bits(y[1], expected.relu() if relu else expected)
 
 
 @pytest.mark.parametrize("batch", [1, 5, 17])

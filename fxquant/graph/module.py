@@ -173,6 +173,10 @@ class FxModule(fx.GraphModule):
         return code
 
     def __getattr__(self, name: str) -> Any:
+        for kind in ("_buffers", "_modules"):  # what a graph asks for at each call: nn.Module takes longer to find it
+            found = self.__dict__.get(kind, {}).get(name)
+            if found is not None:
+                return found
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -166,7 +166,7 @@ FXQ_INLINE void step_rows_int4(const struct fxq_lstm_step *s, int64_t u, int64_t
     }
 }
 
-/* A single row: two blocks of units together, as in step_one_row. */
+/* A single row: two blocks of units together, so that there are 8 exponentials side by side. */
 static void step_one_row_int4(const struct fxq_lstm_step *s, int64_t m) {
     int64_t u = s->u0;
     for (; u + UNIT_BLOCK < s->u1; u += 2 * UNIT_BLOCK) {

@@ -10,6 +10,7 @@ struct job {
     const struct fxq_bags *bags;
     float *out;
     float *scratch; /* a row a thread */
+    int64_t pieces;
     atomic_int status;
 };
 
@@ -19,11 +20,12 @@ static int64_t index_at(const struct fxq_indices *indices, int64_t i) {
 
 static bool is_row(const struct fxq_table *table, int64_t index) { return index >= 0 && index < table->rows; }
 
-static void take_rows(void *arg, int thread, int threads) {
+static void take_rows(void *arg, int thread, int64_t first, int64_t last) {
     struct job *job = arg;
     const struct fxq_table *table = job->table;
-    const int64_t count = job->indices->count, last = count * (thread + 1) / threads;
-    for (int64_t i = count * thread / threads; i < last; i++) {
+    const int64_t count = job->indices->count, end = fxq_share(count, 1, last, job->pieces);
+    (void)thread;
+    for (int64_t i = fxq_share(count, 1, first, job->pieces); i < end; i++) {
         const int64_t index = index_at(job->indices, i);
         if (!is_row(table, index)) {
             atomic_store(&job->status, FXQ_BAD_INDEX);
@@ -34,8 +36,11 @@ static void take_rows(void *arg, int thread, int threads) {
 }
 
 int fxq_embedding(const struct fxq_table *table, const struct fxq_indices *indices, float *out, int threads) {
-    struct job job = {.table = table, .indices = indices, .out = out, .status = FXQ_OK};
-    fxq_run(take_rows, &job, fxq_worthwhile(indices->count * table->columns, indices->count, threads));
+    const int64_t work = indices->count * table->columns;
+    threads = fxq_worthwhile(work, indices->count, threads);
+    struct job job = {.table = table, .indices = indices, .out = out, .status = FXQ_OK,
+        .pieces = fxq_piece_count(indices->count, threads)};
+    fxq_split(take_rows, &job, job.pieces, threads, work);
     return atomic_load(&job.status);
 }
 
@@ -76,11 +81,11 @@ static int reduce_bag(const struct job *job, int64_t first, int64_t last, float 
     return FXQ_OK;
 }
 
-static void reduce_bags(void *arg, int thread, int threads) {
+static void reduce_bags(void *arg, int thread, int64_t first, int64_t last) {
     struct job *job = arg;
     const struct fxq_bags *bags = job->bags;
-    const int64_t columns = job->table->columns, last = bags->count * (thread + 1) / threads;
-    for (int64_t bag = bags->count * thread / threads; bag < last; bag++) {
+    const int64_t columns = job->table->columns, end = fxq_share(bags->count, 1, last, job->pieces);
+    for (int64_t bag = fxq_share(bags->count, 1, first, job->pieces); bag < end; bag++) {
         int64_t from = bag * bags->width, to = from + bags->width;
         if (bags->offsets) {
             from = bags->offsets[bag];
@@ -108,10 +113,12 @@ int fxq_embedding_bag(const struct fxq_table *table, const struct fxq_indices *i
                       float *out, int threads) {
     if (!are_offsets_sound(bags, indices->count)) return FXQ_BAD_OFFSETS;
     struct job job = {.table = table, .indices = indices, .bags = bags, .out = out, .status = FXQ_OK};
-    threads = fxq_worthwhile(indices->count * table->columns, bags->count, threads);
+    const int64_t work = indices->count * table->columns;
+    threads = fxq_worthwhile(work, bags->count, threads);
+    job.pieces = fxq_piece_count(bags->count, threads);
     job.scratch = fxq_scratch(threads * table->columns * (int64_t)sizeof(float) + 64);
     if (job.scratch == NULL) return FXQ_NO_MEMORY;
-    fxq_run(reduce_bags, &job, threads);
+    fxq_split(reduce_bags, &job, job.pieces, threads, work);
     fxq_trim_scratch();
     return atomic_load(&job.status);
 }

@@ -11,6 +11,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "pool.h"
+
 #define FXQ_DEPTH 64 /* activations are padded with zeros to whole steps of 64 columns */
 #define FXQ_PACKED_BYTES (256 << 10) /* of a weight that a thread packs at a time: see avx512_packed.h */
 
@@ -189,13 +191,6 @@ const char *fxq_isa_name(int index); /* best first */
 const char *fxq_isa_obstacle(int index);
 bool fxq_select_isa(int index); /* -1: the best one */
 
-/* pool.c: run fn(arg, thread, threads) on `threads` threads, this one included. fn may find fewer threads than asked. */
-typedef void (*fxq_job)(void *arg, int thread, int threads);
-void fxq_run(fxq_job fn, void *arg, int threads);
-void fxq_barrier(int threads); /* inside fn only */
-extern int64_t fxq_least_share; /* multiplications that a thread must have to be worth waking; tests make it 1 */
-int fxq_worthwhile(int64_t work, int64_t parts, int threads); /* how many of `threads` to use */
-
 /* scratch.c: this thread's reusable memory, at least `bytes`, aligned to 64, or NULL. One block: a later call moves it. */
 void *fxq_scratch(int64_t bytes);
 void fxq_trim_scratch(void); /* gives back an unusually large block */
@@ -245,11 +240,16 @@ int fxq_linear_int4(const struct fxq_linear *call, int threads);
 /* transpose.c: (matrices, rows, columns) to (matrices, columns, rows) */
 void fxq_transpose(const float *x, int64_t matrices, int64_t rows, int64_t columns, float *out, int threads);
 
-/* linear.c: where one of `parts` shares of `count` things begins, in whole units. */
-int64_t fxq_share(int64_t count, int64_t unit, int index, int parts);
-/* linear.c: set rows [first, last), this thread's share of all, to the range of all. ranges: one a thread. */
-void fxq_set_common_rows(const struct fxq_linear *call, struct fxq_row *row, int64_t first, int64_t last,
-                         struct fxq_range *ranges, int thread, int threads);
+/* Where the index-th of `parts` shares of `count` things begins, in whole units. */
+static inline int64_t fxq_share(int64_t count, int64_t unit, int64_t index, int64_t parts) {
+    const int64_t units = (count + unit - 1) / unit, at = units * index / parts * unit;
+    return at < count ? at : count;
+}
+/* linear.c: the ranges of a call's rows, by rows [first, last), and then one for all of them. */
+void fxq_measure_rows(const struct fxq_linear *call, int64_t first, int64_t last, struct fxq_range *range);
+void fxq_set_rows(const struct fxq_linear *call, struct fxq_row *row, int64_t first, int64_t last,
+                  const struct fxq_range *ranges, int64_t count);
+struct fxq_range fxq_join_ranges(const struct fxq_range *ranges, int64_t count);
 
 /* G gates a hidden unit, rows of the weights by gate: LSTM i f g o, GRU r z n, plain RNN one. */
 enum fxq_mode { FXQ_LSTM, FXQ_GRU, FXQ_RNN_TANH, FXQ_RNN_RELU };

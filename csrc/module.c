@@ -51,6 +51,21 @@ static PyObject *set_least_share(PyObject *self, PyObject *least) {
     Py_RETURN_NONE;
 }
 
+/* hold_workers(whether): tests see to it that nobody comes */
+static PyObject *hold_workers(PyObject *self, PyObject *holds) {
+    (void)self;
+    fxq_hold_workers(holds == Py_True);
+    Py_RETURN_NONE;
+}
+
+/* pool_counts() -> jobs offered to other threads, times that a worker joined one, workers woken, waits that ended in sleep */
+static PyObject *pool_counts(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    const struct fxq_pool_counts counts = fxq_count_pool();
+    return Py_BuildValue("{sKsKsKsK}", "jobs", (unsigned long long)counts.jobs, "joined", (unsigned long long)counts.joined,
+                         "wakes", (unsigned long long)counts.wakes, "sleeps", (unsigned long long)counts.sleeps);
+}
+
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 static PyMethodDef methods[] = {
     FAST(set_torch), FAST(linear), FAST(transpose), FAST(lstm), FAST(rnn), FAST(embedding), FAST(embedding_bag),
@@ -59,6 +74,8 @@ static PyMethodDef methods[] = {
     {"active_isa", active_isa, METH_NOARGS, NULL},
     {"select_isa", select_isa, METH_O, NULL},
     {"set_least_share", set_least_share, METH_O, NULL},
+    {"hold_workers", hold_workers, METH_O, NULL},
+    {"pool_counts", pool_counts, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef definition = {

@@ -14,18 +14,6 @@ enum {
     PACKED_COLUMNS = 32768   /* row sums must fit make_pairs() */
 };
 
-/* Each row's last output: of step 0 when time runs backward, else of the last step that the row lives to. */
-static void keep_last_rows(const struct cell *cell, float *h) {
-    const struct stack *s = cell->stack;
-    const int64_t batch = s->call->batch, outputs = s->call->outputs;
-    for (int64_t b = 0, step; b < batch; b++) {
-        for (step = cell->is_backward ? 0 : s->call->steps - 1; step > 0 && live_rows(s, step) <= b; step--) {}
-        const bool has_lived = live_rows(s, step) > b;
-        const float *row = has_lived ? cell->out + (s->starts[step] + b) * cell->out_stride : cell->h0 + b * outputs;
-        memcpy(h + b * outputs, row, (size_t)outputs * sizeof *h);
-    }
-}
-
 static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
 /* Memory handed out piece by piece; without a base only the sum counts. */
@@ -100,16 +88,13 @@ static void lay_out_stack(struct stack *s, const struct fxq_recurrent *call, int
     s->own = take(memory, threads * s->own_bytes);
 }
 
-static void work(void *arg, int thread, int threads) {
+static void run(void *arg, struct fxq_team *team) {
     struct stack *s = arg;
     const struct fxq_recurrent *call = s->call;
     const int64_t width = call->directions * call->outputs, states = call->batch * call->outputs;
-    struct cell cell = {.stack = s, .thread = thread, .threads = threads};
-    struct supply own = {s->own + thread * s->own_bytes, 0};
+    struct cell cell = {.stack = s, .team = team, .shares = team->threads, .out_stride = width};
+    struct supply own = {s->own + team->thread * s->own_bytes, 0};
     lay_out_cell(&cell, call, &own);
-    cell.u0 = share(call->hidden, thread, threads);
-    cell.u1 = share(call->hidden, thread + 1, threads);
-    cell.out_stride = width;
     if (fxq_active->begin) fxq_active->begin();
     for (int layer = 0; layer < call->layers; layer++) {
         float *out = layer + 1 < call->layers ? s->layer[layer % 2] : call->out;
@@ -121,9 +106,9 @@ static void work(void *arg, int thread, int threads) {
             cell.h0 = call->h0 + index * states;
             cell.c = call->c ? call->c + index * call->batch * call->hidden : NULL;
             cell.out = out + direction * call->outputs;
+            cell.last = call->h + index * states;
             cell.is_backward = direction == 1;
             fxq_run_cell(&cell);
-            if (thread == 0) keep_last_rows(&cell, call->h + index * states);
         }
     }
     if (fxq_active->end) fxq_active->end();
@@ -168,7 +153,9 @@ int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
     for (int64_t t = 0; t < call->steps; t++) starts[t + 1] = starts[t] + (call->sizes ? call->sizes[t] : call->batch);
     s.starts = starts;
     lay_out_stack(&s, call, threads, &memory);
-    fxq_run(work, &s, threads);
+    const int64_t states = (int64_t)call->layers * call->directions * call->batch * call->outputs;
+    memcpy(call->h, call->h0, (size_t)states * sizeof *call->h); /* which rows that no step reaches keep */
+    fxq_run(run, &s, threads, (step_work * call->steps + s.rows * s.gates * call->hidden * call->inputs) * call->layers * call->directions);
     fxq_trim_scratch();
     return FXQ_OK;
 }

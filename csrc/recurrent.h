@@ -1,9 +1,10 @@
 /* What the two files of the recurrent layers share: recurrent_cell.c runs one cell through time, recurrent.c a stack.
  *
  * A cell (one direction of one layer) takes its input in chunks of steps: quantize the chunk's rows, multiply them with
- * weight_ih all at once, then step through time. Each thread owns some hidden units, with their gates and states; a step
- * needs other threads' units only as the quantized h of the step before, which every thread makes for itself. That h is
- * read from the output rows: they are never written twice, so that one barrier a step is enough. */
+ * weight_ih all at once, then step through time. Hidden units are shared out, with their gates and states: a round of the
+ * threads' team for each step, in which every thread keeps to its own units as long as all of them come along. A share needs the others'
+ * units only as the quantized h of the step before, which each thread makes for itself from the output rows: they are
+ * never written twice, so one round a step is enough. */
 #ifndef FXQUANT_RECURRENT_H
 #define FXQUANT_RECURRENT_H
 
@@ -22,7 +23,7 @@ struct stack {
     int64_t rows, chunk_rows;
     const int64_t *starts;    /* (steps + 1,) first row of each step */
     struct fxq_grouped x;     /* of a chunk */
-    struct fxq_range *ranges; /* a thread */
+    struct fxq_range *ranges; /* a share */
     float *input_part;        /* (chunk_rows, input_stride >= G * H): the input's part of the gates, with the bias */
     int64_t input_stride;     /* 16 more: rows a power of two apart would share few sets of the L1 cache */
     float *layer[2];          /* outputs of the layers between */
@@ -38,29 +39,50 @@ struct stack {
     int64_t own_bytes;
 };
 
+/* Rows of a cell's input whose part of the gates is made at once. */
+struct chunk {
+    int64_t first_row, rows;
+};
+
+/* The rows of the step before: in a packed batch some come from its outputs, and those that begin now from h0. */
+struct previous {
+    const float *outputs, *h0;
+    int64_t outputs_stride, h0_stride, known;
+};
+
+struct step {
+    int64_t index, live;       /* rows that take part */
+    struct previous previous;
+    bool has_state, has_raw;   /* whether this thread has quantized what it multiplies */
+    const float *input_part;   /* of its rows */
+    float *hidden, *out;       /* where hidden rows go, which are the outputs where there is no projection */
+    int64_t hidden_stride;
+};
+
 /* One cell, as one thread sees it. */
 struct cell {
     struct stack *stack;
     const struct fxq_recurrent_weights *weights;
     const float *input, *h0;
     int64_t inputs;
-    float *out, *c; /* out: (rows, out_stride), its first column this direction's */
+    float *out, *c, *last; /* out: (rows, out_stride), its first column this direction's; last: (batch, outputs) */
     int64_t out_stride;
     bool is_backward;
-    int thread, threads;
-    int64_t u0, u1;          /* own hidden units */
+    struct fxq_team *team;
+    int64_t shares; /* of the hidden units and of whatever else is shared out */
+    struct chunk chunk;
+    struct step step;
+    struct fxq_range range;  /* of all input rows, where they have one scale */
+    struct fxq_grouped x;    /* the chunk's rows */
     struct fxq_grouped h;    /* the last step's outputs */
     struct fxq_grouped raw;  /* hidden before the projection */
     int64_t units;           /* hidden units at a time */
-    float *pre;                 /* (batch, G, units) gates before their nonlinearities */
+    float *pre;              /* (batch, G, units) gates before their nonlinearities */
     void *scratch;
 };
 
-/* Where a thread's share of `count` things begins: shares are whole blocks of 16. */
-static inline int64_t share(int64_t count, int index, int parts) {
-    const int64_t at = (count + 15) / 16 * index / parts * 16;
-    return at < count ? at : count;
-}
+/* Where a share of `count` things begins: shares are whole blocks of 16. */
+static inline int64_t share(int64_t count, int64_t index, int64_t parts) { return fxq_share(count, 16, index, parts); }
 
 static inline bool is_int4(const struct fxq_matrix *matrix) { return matrix->int4.nibbles != NULL; }
 

@@ -1,24 +1,14 @@
 /* One cell of a recurrent layer through time: see recurrent.h. */
+#include <string.h>
+
 #include "recurrent.h"
 
-static void widen(struct fxq_range *range, const struct fxq_range *other) {
-    range->low = other->low < range->low ? other->low : range->low;
-    range->high = other->high > range->high ? other->high : range->high;
-    range->is_nan |= other->is_nan;
-}
-
-static void set_all_rows(const struct fxq_activations *x, const struct fxq_range *range) {
-    for (int64_t m = 0; m < x->rows && x->kind != FXQ_KIND_FLOAT; m++) {
+static void set_rows(const struct fxq_activations *x, int64_t first, int64_t last, const struct fxq_range *range) {
+    for (int64_t m = first; m < last && x->kind != FXQ_KIND_FLOAT; m++) {
         if (x->kind == FXQ_KIND_INT16) fxq_set_int16_row(&x->row[m], range);
         else fxq_set_row(&x->row[m], range, x->qmax);
     }
 }
-
-/* The rows of the step before: in a packed batch some come from its outputs, and those that begin now from h0. */
-struct previous {
-    const float *outputs, *h0;
-    int64_t outputs_stride, h0_stride, known;
-};
 
 static const float *previous_row(const struct previous *p, int64_t m) {
     return m < p->known ? p->outputs + m * p->outputs_stride : p->h0 + m * p->h0_stride;
@@ -80,7 +70,7 @@ static void quantize_state(struct fxq_grouped *x, int64_t rows, const struct fxq
     if (!x->x.per_row) {
         struct fxq_range range = {0.0f, 0.0f, false};
         for (int64_t m = 0; m < rows; m++) fxq_active->measure(previous_row(from, m), x->x.columns, &range);
-        set_all_rows(&x->x, &range);
+        set_rows(&x->x, 0, rows, &range);
     }
     for (int64_t m = 0; m < rows; m += 16) {
         const float *pointers[16];
@@ -90,36 +80,42 @@ static void quantize_state(struct fxq_grouped *x, int64_t rows, const struct fxq
     }
 }
 
-/* The products of a chunk's input rows with the thread's own rows of weight_ih, plus the bias. */
-static void project_input(struct cell *cell, int64_t first_row, int64_t rows, const struct fxq_range *range) {
-    struct stack *s = cell->stack;
-    const struct fxq_matrix *ih = &cell->weights->ih;
-    const int64_t hidden = s->call->hidden, outputs = s->gates * hidden;
-    if (cell->thread == 0) {
-        s->x.x.columns = cell->inputs;
-        s->x.x.depth = fxq_depth(cell->inputs);
-        begin_rows(&s->x, rows, ih);
-        if (!s->x.x.per_row) set_all_rows(&s->x.x, range);
-    }
-    fxq_barrier(cell->threads);
-    const int64_t last = share(rows, cell->thread + 1, cell->threads);
-    for (int64_t m = share(rows, cell->thread, cell->threads); m < last; m += 16) {
+static void quantize_input(void *arg, int thread, int64_t first, int64_t last) {
+    struct cell *cell = arg;
+    const struct chunk *chunk = &cell->chunk;
+    const int64_t begin = share(chunk->rows, first, cell->shares), end = share(chunk->rows, last, cell->shares);
+    (void)thread;
+    if (!cell->x.x.per_row) set_rows(&cell->x.x, begin, end, &cell->range);
+    for (int64_t m = begin; m < end; m += 16) {
         const float *pointers[16];
-        const int count = last - m < 16 ? (int)(last - m) : 16;
-        for (int i = 0; i < count; i++) pointers[i] = cell->input + (first_row + m + i) * cell->inputs;
-        quantize_16(&s->x, m, count, pointers);
+        const int count = end - m < 16 ? (int)(end - m) : 16;
+        for (int i = 0; i < count; i++) pointers[i] = cell->input + (chunk->first_row + m + i) * cell->inputs;
+        quantize_16(&cell->x, m, count, pointers);
     }
-    fxq_barrier(cell->threads);
-    const struct weight weight = {.matrix = ih, .outputs = outputs, .columns = cell->inputs, .bias = cell->weights->bias};
-    if (cell->threads == 1) {
-        const struct fxq_target all = {s->input_part, s->input_stride, NULL, 0};
-        multiply(cell, &s->x, &weight, 0, outputs, &all);
-        return;
+}
+
+static void multiply_input(void *arg, int thread, int64_t first, int64_t last) {
+    struct cell *cell = arg;
+    struct stack *s = cell->stack;
+    const int64_t hidden = s->call->hidden, outputs = s->gates * hidden;
+    const int64_t u0 = share(hidden, first, cell->shares), u1 = share(hidden, last, cell->shares);
+    const struct weight weight = {.matrix = &cell->weights->ih, .outputs = outputs, .columns = cell->inputs, .bias = cell->weights->bias};
+    const bool takes_all = u1 - u0 == hidden; /* then the gates' rows are one run */
+    (void)thread;
+    for (int64_t n = 0; n < outputs && u0 < u1; n += takes_all ? outputs : hidden) {
+        const struct fxq_target to = {s->input_part + n + u0, s->input_stride, NULL, 0};
+        multiply(cell, &cell->x, &weight, n + u0, takes_all ? outputs : n + u1, &to);
     }
-    for (int64_t n = 0; n < outputs && cell->u0 < cell->u1; n += hidden) {
-        const struct fxq_target to = {s->input_part + n + cell->u0, s->input_stride, NULL, 0};
-        multiply(cell, &s->x, &weight, n + cell->u0, n + cell->u1, &to);
-    }
+}
+
+/* The products of a chunk's input rows with weight_ih, plus the bias. */
+static void project_input(struct cell *cell) {
+    cell->x = cell->stack->x;
+    cell->x.x.columns = cell->inputs;
+    cell->x.x.depth = fxq_depth(cell->inputs);
+    begin_rows(&cell->x, cell->chunk.rows, &cell->weights->ih);
+    fxq_round(cell->team, cell->shares, quantize_input, cell);
+    fxq_round(cell->team, cell->shares, multiply_input, cell);
 }
 
 /* A run of gates: rows n .. n + count - 1 of weight_hh by the last h, plus the input's part of them. */
@@ -152,74 +148,94 @@ static void finish_row(const struct cell *cell, int64_t m, int64_t u, int64_t un
     }
 }
 
-/* One step: `input_part` is that of its rows, `out` where its hidden rows go (out_stride apart). */
-static void advance(struct cell *cell, int64_t live, const struct previous *previous, const float *input_part, float *out,
-                    int64_t out_stride) {
+/* The gates of units [u0, u1), and what comes of them. */
+static void advance(struct cell *cell, int64_t u0, int64_t u1) {
     const struct stack *s = cell->stack;
-    if (packs(s, &cell->weights->hh)) {
-        const struct fxq_matrix *hh = &cell->weights->hh;
-        const struct fxq_lstm_step whole = {.h = &cell->h.x, .packed = s->packed, .pairs = s->hh_sums,
-            .scale = is_int4(hh) ? s->packed_scale : hh->scale, .group = hh->int4.group, .groups = hh->int4.groups,
-            .hidden = s->call->hidden, .u0 = cell->u0, .u1 = cell->u1,
-            .input_part = input_part, .input_stride = s->input_stride, .c = cell->c, .out = out,
-            .out_stride = out_stride};
-        if (cell->u0 < cell->u1) (is_int4(hh) ? fxq_active->lstm_step_int4 : fxq_active->lstm_step)(&whole);
-        return;
-    }
+    const struct step *step = &cell->step;
     const int64_t hidden = s->call->hidden, added_gates = s->call->mode == FXQ_GRU ? 2 : s->gates;
     const struct weight hh = hh_of(cell);
-    for (int64_t u = cell->u0; u < cell->u1; u += cell->units) {
-        const int64_t units = cell->u1 - u < cell->units ? cell->u1 - u : cell->units;
+    for (int64_t u = u0; u < u1; u += cell->units) {
+        const int64_t units = u1 - u < cell->units ? u1 - u : cell->units;
         if (units == hidden) { /* then the gates' rows are one run */
-            multiply_hidden(cell, &hh, 0, added_gates * hidden, 0, units, input_part);
+            multiply_hidden(cell, &hh, 0, added_gates * hidden, 0, units, step->input_part);
         } else {
             for (int64_t gate = 0; gate < added_gates; gate++) {
-                multiply_hidden(cell, &hh, gate * hidden + u, units, gate, units, input_part + gate * hidden + u);
+                multiply_hidden(cell, &hh, gate * hidden + u, units, gate, units, step->input_part + gate * hidden + u);
             }
         }
         if (s->call->mode == FXQ_GRU) multiply_hidden_n(cell, &hh, u, units);
-        for (int64_t m = 0; m < live; m++) {
-            finish_row(cell, m, u, units, cell->pre + m * s->gates * units, units, input_part + m * s->input_stride,
-                       previous_row(previous, m), out + m * out_stride + u);
+        for (int64_t m = 0; m < step->live; m++) {
+            finish_row(cell, m, u, units, cell->pre + m * s->gates * units, units, step->input_part + m * s->input_stride,
+                       previous_row(&step->previous, m), step->hidden + m * step->hidden_stride + u);
         }
     }
 }
 
-static void project_hidden(struct cell *cell, int64_t live, float *out) {
+static void advance_packed(struct cell *cell, int64_t u0, int64_t u1) {
+    const struct stack *s = cell->stack;
+    const struct step *step = &cell->step;
+    const struct fxq_matrix *hh = &cell->weights->hh;
+    const struct fxq_lstm_step whole = {.h = &cell->h.x, .packed = s->packed, .pairs = s->hh_sums,
+        .scale = is_int4(hh) ? s->packed_scale : hh->scale, .group = hh->int4.group, .groups = hh->int4.groups,
+        .hidden = s->call->hidden, .u0 = u0, .u1 = u1, .input_part = step->input_part, .input_stride = s->input_stride,
+        .c = cell->c, .out = step->hidden, .out_stride = step->hidden_stride};
+    (is_int4(hh) ? fxq_active->lstm_step_int4 : fxq_active->lstm_step)(&whole);
+}
+
+/* Outputs [n0, n1) of the rows whose last step this is are their last ones. Time may run backward. */
+static void keep_last(const struct cell *cell, int64_t n0, int64_t n1) {
+    const struct stack *s = cell->stack;
+    const int64_t next = cell->is_backward ? cell->step.index - 1 : cell->step.index + 1;
+    const bool has_next = next >= 0 && next < s->call->steps;
+    const int64_t first = !has_next ? 0 : cell->is_backward ? cell->step.live : live_rows(s, next);
+    for (int64_t m = first; m < cell->step.live; m++) {
+        const float *row = cell->step.out + m * cell->out_stride;
+        memcpy(cell->last + m * s->call->outputs + n0, row + n0, (size_t)(n1 - n0) * sizeof *row);
+    }
+}
+
+static void advance_shares(void *arg, int thread, int64_t first, int64_t last) {
+    struct cell *cell = arg;
+    const int64_t hidden = cell->stack->call->hidden;
+    const int64_t u0 = share(hidden, first, cell->shares), u1 = share(hidden, last, cell->shares);
+    (void)thread;
+    if (!cell->step.has_state) quantize_state(&cell->h, cell->step.live, &cell->weights->hh, &cell->step.previous);
+    cell->step.has_state = true;
+    if (u0 == u1) return;
+    (packs(cell->stack, &cell->weights->hh) ? advance_packed : advance)(cell, u0, u1);
+    if (is_none(&cell->weights->hr)) keep_last(cell, u0, u1);
+}
+
+static void project_shares(void *arg, int thread, int64_t first, int64_t last) {
+    struct cell *cell = arg;
     const struct fxq_recurrent *call = cell->stack->call;
-    fxq_barrier(cell->threads); /* all units of `hidden` are there */
-    const struct previous hidden = {cell->stack->hidden, NULL, call->hidden, 0, live};
-    quantize_state(&cell->raw, live, &cell->weights->hr, &hidden);
+    const struct previous hidden = {cell->step.hidden, NULL, call->hidden, 0, cell->step.live};
     const struct weight hr = hr_of(cell);
-    const int64_t n0 = share(call->outputs, cell->thread, cell->threads);
-    const int64_t n1 = share(call->outputs, cell->thread + 1, cell->threads);
-    const struct fxq_target to = {out + n0, cell->out_stride, NULL, 0};
-    if (n0 < n1) multiply(cell, &cell->raw, &hr, n0, n1, &to);
+    const int64_t n0 = share(call->outputs, first, cell->shares), n1 = share(call->outputs, last, cell->shares);
+    const struct fxq_target to = {cell->step.out + n0, cell->out_stride, NULL, 0};
+    (void)thread;
+    if (!cell->step.has_raw) quantize_state(&cell->raw, cell->step.live, &cell->weights->hr, &hidden);
+    cell->step.has_raw = true;
+    if (n0 == n1) return;
+    multiply(cell, &cell->raw, &hr, n0, n1, &to);
+    keep_last(cell, n0, n1);
 }
 
-static void run_steps(struct cell *cell, int64_t first, int64_t last, int64_t first_row) {
-    struct stack *s = cell->stack;
-    const struct fxq_recurrent *call = s->call;
-    for (int64_t i = first; i < last; i++) {
-        const int64_t step = cell->is_backward ? call->steps - 1 - i : i;
-        const int64_t before = cell->is_backward ? step + 1 : step - 1;
-        const int64_t live = live_rows(s, step);
-        struct previous previous = {NULL, cell->h0, cell->out_stride, call->outputs, 0};
-        if (i > 0) {
-            previous.outputs = cell->out + s->starts[before] * cell->out_stride;
-            previous.known = live_rows(s, before);
-        }
-        float *out = cell->out + s->starts[step] * cell->out_stride;
-        const float *input_part = s->input_part + (s->starts[step] - first_row) * s->input_stride;
-        quantize_state(&cell->h, live, &cell->weights->hh, &previous);
-        if (!is_none(&cell->weights->hr)) {
-            advance(cell, live, &previous, input_part, s->hidden, call->hidden);
-            project_hidden(cell, live, out);
-        } else {
-            advance(cell, live, &previous, input_part, out, cell->out_stride);
-        }
-        fxq_barrier(cell->threads);
+static void run_step(struct cell *cell, int64_t index, bool is_first) {
+    const struct stack *s = cell->stack;
+    const int64_t before = cell->is_backward ? index + 1 : index - 1;
+    const bool is_projected = !is_none(&cell->weights->hr);
+    float *out = cell->out + s->starts[index] * cell->out_stride;
+    cell->step = (struct step){.index = index, .live = live_rows(s, index), .out = out,
+        .previous = {NULL, cell->h0, cell->out_stride, s->call->outputs, 0},
+        .input_part = s->input_part + (s->starts[index] - cell->chunk.first_row) * s->input_stride,
+        .hidden = is_projected ? s->hidden : out, .hidden_stride = is_projected ? s->call->hidden : cell->out_stride};
+    if (!is_first) {
+        cell->step.previous.outputs = cell->out + s->starts[before] * cell->out_stride;
+        cell->step.previous.known = live_rows(s, before);
     }
+    fxq_round(cell->team, cell->shares, advance_shares, cell);
+    if (is_projected) fxq_round(cell->team, cell->shares, project_shares, cell);
 }
 
 /* What every step needs again of rows [n0, n1) of a weight: their sums, or of 4 bits the integers. */
@@ -234,42 +250,44 @@ static void prepare_rows(const struct cell *cell, const struct weight *w, int64_
     }
 }
 
-static void prepare_weights(const struct cell *cell) {
+static void prepare_shares(void *arg, int thread, int64_t first, int64_t last) {
+    const struct cell *cell = arg;
     const struct stack *s = cell->stack;
     const int64_t hidden = s->call->hidden, outputs = s->call->outputs;
+    const int64_t u0 = share(hidden, first, cell->shares), u1 = share(hidden, last, cell->shares);
     const struct weight hh = hh_of(cell), hr = hr_of(cell);
     const bool is_packed = packs(s, hh.matrix);
+    (void)thread;
     if (is_packed && is_int4(hh.matrix)) {
-        fxq_active->pack_lstm_int4(&hh.matrix->int4, hidden, outputs, cell->u0, cell->u1, s->packed, s->hh_sums,
-                                   s->packed_scale, cell->scratch);
+        fxq_active->pack_lstm_int4(&hh.matrix->int4, hidden, outputs, u0, u1, s->packed, s->hh_sums, s->packed_scale,
+                                   cell->scratch);
     } else if (is_packed) {
-        fxq_active->pack_lstm(hh.matrix->values, hidden, outputs, cell->u0, cell->u1, s->packed, s->hh_sums);
+        fxq_active->pack_lstm(hh.matrix->values, hidden, outputs, u0, u1, s->packed, s->hh_sums);
     }
-    for (int64_t n = 0; !is_packed && n < hh.outputs && cell->u0 < cell->u1; n += hidden) {
-        prepare_rows(cell, &hh, n + cell->u0, n + cell->u1);
-    }
+    for (int64_t n = 0; !is_packed && n < hh.outputs && u0 < u1; n += hidden) prepare_rows(cell, &hh, n + u0, n + u1);
     if (is_none(hr.matrix)) return;
-    prepare_rows(cell, &hr, share(outputs, cell->thread, cell->threads), share(outputs, cell->thread + 1, cell->threads));
+    prepare_rows(cell, &hr, share(outputs, first, cell->shares), share(outputs, last, cell->shares));
 }
 
-static struct fxq_range measure_input(const struct cell *cell) {
+static void measure_shares(void *arg, int thread, int64_t first, int64_t last) {
+    const struct cell *cell = arg;
     struct stack *s = cell->stack;
-    struct fxq_range range = {0.0f, 0.0f, false};
-    if (s->x.x.per_row) return range;
-    const int64_t first = share(s->rows, cell->thread, cell->threads);
-    const int64_t last = share(s->rows, cell->thread + 1, cell->threads);
-    fxq_active->measure(cell->input + first * cell->inputs, (last - first) * cell->inputs, &range);
-    s->ranges[cell->thread] = range;
-    fxq_barrier(cell->threads);
-    for (int i = 0; i < cell->threads; i++) widen(&range, &s->ranges[i]);
-    return range;
+    (void)thread;
+    for (int64_t i = first; i < last; i++) {
+        const int64_t begin = share(s->rows, i, cell->shares), end = share(s->rows, i + 1, cell->shares);
+        s->ranges[i] = (struct fxq_range){0.0f, 0.0f, false};
+        fxq_active->measure(cell->input + begin * cell->inputs, (end - begin) * cell->inputs, &s->ranges[i]);
+    }
 }
 
 void fxq_run_cell(struct cell *cell) {
     const struct stack *s = cell->stack;
     const int64_t steps = s->call->steps;
-    const struct fxq_range range = measure_input(cell);
-    prepare_weights(cell);
+    if (!s->x.x.per_row) {
+        fxq_round(cell->team, cell->shares, measure_shares, cell);
+        cell->range = fxq_join_ranges(s->ranges, cell->shares);
+    }
+    fxq_round(cell->team, cell->shares, prepare_shares, cell);
     for (int64_t first = 0, last; first < steps; first = last) {
         int64_t rows = 0;
         for (last = first; last < steps; last++) {
@@ -277,8 +295,8 @@ void fxq_run_cell(struct cell *cell) {
             if (last > first && rows + more > s->chunk_rows) break;
             rows += more;
         }
-        const int64_t first_row = s->starts[cell->is_backward ? steps - last : first];
-        project_input(cell, first_row, rows, &range);
-        run_steps(cell, first, last, first_row);
+        cell->chunk = (struct chunk){s->starts[cell->is_backward ? steps - last : first], rows};
+        project_input(cell);
+        for (int64_t i = first; i < last; i++) run_step(cell, cell->is_backward ? steps - 1 - i : i, i == 0);
     }
 }

@@ -10,7 +10,7 @@ enum { SIDE = 32 };
 struct job {
     const float *x;
     float *out;
-    int64_t matrices, rows, columns;
+    int64_t matrices, rows, columns, pieces;
 };
 
 static inline void turn(const float *x, int64_t columns, int m, int n, float *out, int64_t rows) {
@@ -23,11 +23,12 @@ static inline void turn(const float *x, int64_t columns, int m, int n, float *ou
     }
 }
 
-static void work(void *arg, int thread, int threads) {
+static void work(void *arg, int thread, int64_t first, int64_t last) {
     const struct job *job = arg;
     const int64_t rows = job->rows, columns = job->columns, stripes = (rows + SIDE - 1) / SIDE;
-    const int64_t all = job->matrices * stripes, last = all * (thread + 1) / threads;
-    for (int64_t i = all * thread / threads; i < last; i++) { /* a stripe: some rows of a matrix */
+    const int64_t all = job->matrices * stripes, end = fxq_share(all, 1, last, job->pieces);
+    (void)thread;
+    for (int64_t i = fxq_share(all, 1, first, job->pieces); i < end; i++) { /* a stripe: some rows of a matrix */
         const int64_t row = i % stripes * SIDE, at = i / stripes * rows * columns;
         const float *x = job->x + at + row * columns;
         float *out = job->out + at + row;
@@ -42,7 +43,8 @@ static void work(void *arg, int thread, int threads) {
 }
 
 void fxq_transpose(const float *x, int64_t matrices, int64_t rows, int64_t columns, float *out, int threads) {
-    struct job job = {x, out, matrices, rows, columns};
-    const int64_t stripes = matrices * ((rows + SIDE - 1) / SIDE);
-    fxq_run(work, &job, fxq_worthwhile(8 * matrices * rows * columns, stripes, threads));
+    const int64_t stripes = matrices * ((rows + SIDE - 1) / SIDE), values = matrices * rows * columns;
+    threads = fxq_worthwhile(8 * values, stripes, threads);
+    struct job job = {x, out, matrices, rows, columns, fxq_piece_count(stripes, threads)};
+    fxq_split(work, &job, job.pieces, threads, 8 * values);
 }

@@ -52,7 +52,7 @@ setup(
             SOURCES,
             depends=[str(path) for path in Path("csrc").glob("*.h")],
             extra_compile_args=FLAGS + EXTRA,
-            extra_link_args=["-pthread", "-lm", *EXTRA],
+            extra_link_args=["-pthread", "-lm", *(["-ldl"] if sys.platform == "linux" else []), *EXTRA],
             py_limited_api=True,
             optional=True,
         )

@@ -37,10 +37,10 @@ static void take_rows(void *arg, int thread, int64_t first, int64_t last) {
 
 int fxq_embedding(const struct fxq_table *table, const struct fxq_indices *indices, float *out, int threads) {
     const int64_t work = indices->count * table->columns;
-    threads = fxq_worthwhile(work, indices->count, threads);
+    const struct fxq_hands hands = fxq_worthwhile(work, indices->count, threads);
     struct job job = {.table = table, .indices = indices, .out = out, .status = FXQ_OK,
-        .pieces = fxq_piece_count(indices->count, threads)};
-    fxq_split(take_rows, &job, job.pieces, threads, work);
+        .pieces = fxq_piece_count(indices->count, hands)};
+    fxq_split(take_rows, &job, job.pieces, hands, work);
     return atomic_load(&job.status);
 }
 
@@ -114,11 +114,11 @@ int fxq_embedding_bag(const struct fxq_table *table, const struct fxq_indices *i
     if (!are_offsets_sound(bags, indices->count)) return FXQ_BAD_OFFSETS;
     struct job job = {.table = table, .indices = indices, .bags = bags, .out = out, .status = FXQ_OK};
     const int64_t work = indices->count * table->columns;
-    threads = fxq_worthwhile(work, bags->count, threads);
-    job.pieces = fxq_piece_count(bags->count, threads);
-    job.scratch = fxq_scratch(threads * table->columns * (int64_t)sizeof(float) + 64);
+    const struct fxq_hands hands = fxq_worthwhile(work, bags->count, threads);
+    job.pieces = fxq_piece_count(bags->count, hands);
+    job.scratch = fxq_scratch(hands.threads * table->columns * (int64_t)sizeof(float) + 64);
     if (job.scratch == NULL) return FXQ_NO_MEMORY;
-    fxq_split(reduce_bags, &job, job.pieces, threads, work);
+    fxq_split(reduce_bags, &job, job.pieces, hands, work);
     fxq_trim_scratch();
     return atomic_load(&job.status);
 }

@@ -75,14 +75,14 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 int fxq_linear(const struct fxq_linear *call, int threads) {
     if (call->rows == 0 || call->outputs == 0) return FXQ_OK;
     const int64_t work = call->rows * call->outputs * call->columns, strips = (call->outputs + 63) / 64;
-    threads = fxq_worthwhile(work, strips, threads);
+    const struct fxq_hands hands = fxq_worthwhile(work, strips, threads);
 
     struct job job = {.call = call, .scratch_bytes = aligned(fxq_matmul_scratch_bytes(call->columns)),
-        .row_pieces = fxq_piece_count((call->rows + 15) / 16, threads), .output_pieces = fxq_piece_count(strips, threads)};
+        .row_pieces = fxq_piece_count((call->rows + 15) / 16, hands), .output_pieces = fxq_piece_count(strips, hands)};
     const int64_t packed = aligned(fxq_activation_bytes(call->kind, call->rows, call->columns));
     const int64_t rows = aligned(call->rows * (int64_t)sizeof(struct fxq_row));
     const int64_t ranges = aligned(job.row_pieces * (int64_t)sizeof(struct fxq_range));
-    char *memory = fxq_scratch(packed + rows + ranges + threads * job.scratch_bytes);
+    char *memory = fxq_scratch(packed + rows + ranges + hands.threads * job.scratch_bytes);
     if (memory == NULL) return FXQ_NO_MEMORY;
     const bool packs_weight =
         call->kind == FXQ_KIND_UINT8 && fxq_active->packs_weight && fxq_active->packs_weight(call->rows, call->columns, call->outputs);
@@ -94,7 +94,7 @@ int fxq_linear(const struct fxq_linear *call, int threads) {
     job.scratch = memory + packed + rows + ranges;
     job.matmul = (struct fxq_matmul){.x = &job.x, .weight = call->weight, .int16 = call->weight, .halves = call->weight, .outputs = call->outputs,
         .scale = call->scale, .bias = call->bias, .relu = call->relu};
-    fxq_run(run, &job, threads, work);
+    fxq_run(run, &job, hands, work);
     fxq_trim_scratch();
     return FXQ_OK;
 }

@@ -54,16 +54,16 @@ static void run(void *arg, struct fxq_team *team) {
 int fxq_linear_int4(const struct fxq_linear *call, int threads) {
     if (call->rows == 0 || call->outputs == 0) return FXQ_OK;
     const int64_t work = call->rows * call->outputs * call->columns, strips = (call->outputs + 63) / 64;
-    threads = fxq_worthwhile(work, strips, threads);
+    const struct fxq_hands hands = fxq_worthwhile(work, strips, threads);
 
-    struct job job = {.call = call, .row_pieces = fxq_piece_count((call->rows + 15) / 16, threads),
-        .output_pieces = fxq_piece_count(strips, threads)};
+    struct job job = {.call = call, .row_pieces = fxq_piece_count((call->rows + 15) / 16, hands),
+        .output_pieces = fxq_piece_count(strips, hands)};
     const int64_t chunk = fxq_int4_chunk(call->rows);
     const int64_t packed = aligned(fxq_grouped_bytes(call->rows, call->columns, call->int4.group));
     const int64_t rows = aligned(call->rows * (int64_t)sizeof(struct fxq_row));
     const int64_t ranges = aligned(job.row_pieces * (int64_t)sizeof(struct fxq_range));
     job.own_bytes = call->rows <= fxq_active->most_nibble_rows ? 0 : aligned(fxq_int4_scratch_bytes(chunk, call->columns));
-    char *memory = fxq_scratch(packed + rows + ranges + threads * job.own_bytes);
+    char *memory = fxq_scratch(packed + rows + ranges + hands.threads * job.own_bytes);
     if (memory == NULL) return FXQ_NO_MEMORY;
     job.x.x = (struct fxq_activations){.rows = call->rows, .columns = call->columns, .qmax = call->qmax,
         .per_row = call->per_row, .row = (struct fxq_row *)(memory + packed), .packed = memory};
@@ -72,7 +72,7 @@ int fxq_linear_int4(const struct fxq_linear *call, int threads) {
         .bias = call->bias, .relu = call->relu, .chunk = chunk};
     job.ranges = call->per_row ? NULL : (struct fxq_range *)(memory + packed + rows);
     job.own = memory + packed + rows + ranges;
-    fxq_run(run, &job, threads, work);
+    fxq_run(run, &job, hands, work);
     fxq_trim_scratch();
     return FXQ_OK;
 }

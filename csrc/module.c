@@ -51,19 +51,44 @@ static PyObject *set_least_share(PyObject *self, PyObject *least) {
     Py_RETURN_NONE;
 }
 
-/* hold_workers(whether): tests see to it that nobody comes */
-static PyObject *hold_workers(PyObject *self, PyObject *holds) {
+/* hold_helpers(whether): tests see to it that nobody joins */
+static PyObject *hold_helpers(PyObject *self, PyObject *holds) {
     (void)self;
-    fxq_hold_workers(holds == Py_True);
+    fxq_hold_helpers(holds == Py_True);
     Py_RETURN_NONE;
 }
 
-/* pool_counts() -> jobs offered to other threads, times that a worker joined one, workers woken, waits that ended in sleep */
+static const char *const ways[] = {"ready", "waking", "openmp", "alone"};
+
+/* use_way(name or None): tests choose how jobs get help; returns whether it can be had */
+static PyObject *use_way(PyObject *self, PyObject *name) {
+    (void)self;
+    fxq_only_way = FXQ_WAYS;
+    if (name == Py_None) Py_RETURN_TRUE;
+    for (int way = 0; way < FXQ_WAYS; way++) {
+        PyObject *own = PyUnicode_FromString(ways[way]);
+        const int is_it = own ? PyObject_RichCompareBool(own, name, Py_EQ) : -1;
+        Py_XDECREF(own);
+        if (is_it < 0) return NULL;
+        if (is_it && (way != FXQ_OPENMP || fxq_has_openmp())) fxq_only_way = (enum fxq_way)way;
+    }
+    return PyBool_FromLong(fxq_only_way != FXQ_WAYS);
+}
+
+/* pool_counts() -> how many jobs went each way, times that a thread joined one, workers woken, waits that ended in sleep */
 static PyObject *pool_counts(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
     const struct fxq_pool_counts counts = fxq_count_pool();
-    return Py_BuildValue("{sKsKsKsK}", "jobs", (unsigned long long)counts.jobs, "joined", (unsigned long long)counts.joined,
-                         "wakes", (unsigned long long)counts.wakes, "sleeps", (unsigned long long)counts.sleeps);
+    PyObject *all = PyDict_New();
+    for (int i = 0; all && i < FXQ_WAYS + 4; i++) {
+        static const char *const others[] = {"joined", "wakes", "sleeps"};
+        const uint64_t values[] = {counts.joined, counts.wakes, counts.sleeps};
+        const char *name = i <= FXQ_WAYS ? ways[i] : others[i - FXQ_WAYS - 1];
+        PyObject *value = PyLong_FromUnsignedLongLong(i <= FXQ_WAYS ? counts.jobs[i] : values[i - FXQ_WAYS - 1]);
+        if (value == NULL || PyDict_SetItemString(all, name, value) != 0) Py_CLEAR(all);
+        Py_XDECREF(value);
+    }
+    return all;
 }
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
@@ -74,7 +99,8 @@ static PyMethodDef methods[] = {
     {"active_isa", active_isa, METH_NOARGS, NULL},
     {"select_isa", select_isa, METH_O, NULL},
     {"set_least_share", set_least_share, METH_O, NULL},
-    {"hold_workers", hold_workers, METH_O, NULL},
+    {"hold_helpers", hold_helpers, METH_O, NULL},
+    {"use_way", use_way, METH_O, NULL},
     {"pool_counts", pool_counts, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};
 

@@ -3,15 +3,18 @@
  * A job is a sequence of rounds. A round is some pieces of work: none needs another piece of its round, and any may need all
  * pieces of the rounds before. Each thread of the job's team runs the job's function, which walks through the same rounds in
  * the same order; in a round a thread does the pieces of its own share, then those that others have not begun. So nobody
- * waits for a thread that has not shown up: whoever comes late finds the rounds done and passes through them. A thread waits only for
- * pieces that another one is at. */
+ * waits for a thread that has not shown up: whoever comes late finds the rounds done and passes through them. A thread waits
+ * only for pieces that another one is at.
+ *
+ * Who includes whom: pool.c decides who helps with a job, workers.c has threads of our own, openmp.c borrows torch's, rounds.c
+ * shares out the pieces; crew.h is what these four share, and this file what everybody else needs. */
 #ifndef FXQUANT_POOL_H
 #define FXQUANT_POOL_H
 
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { FXQ_MOST_THREADS = 256, FXQ_MOST_PIECES = 1 << 16 };
+enum { FXQ_MOST_THREADS = 256, FXQ_MOST_PIECES = (1 << 16) - 1 };
 
 /* A job as one of its threads sees it. */
 struct fxq_team {
@@ -23,38 +26,41 @@ struct fxq_team {
 typedef void (*fxq_job)(void *arg, struct fxq_team *team);
 typedef void (*fxq_pieces)(void *arg, int thread, int64_t first, int64_t last);
 
-/* How many of `threads` have enough to do: `work` multiplications between two rounds, in so many parts. */
-int fxq_worthwhile(int64_t work, int64_t parts, int threads);
+/* How many threads a job is cut for, of those that there may be. */
+struct fxq_hands {
+    int threads, available;
+};
+
+/* How many of the available threads have enough to do: `work` multiplications between two rounds, in so many parts. */
+struct fxq_hands fxq_worthwhile(int64_t work, int64_t parts, int available);
 /* Into how many pieces to cut a round's `parts`: several a thread, since one may come late. */
-int64_t fxq_piece_count(int64_t parts, int threads);
-/* Run the job on this thread and up to threads - 1 more. work: multiplications in all, by which it is decided whether
- * sleeping threads are worth waking. One job runs at a time: whoever finds another one running does its own job alone. */
-void fxq_run(fxq_job job, void *arg, int threads, int64_t work);
+int64_t fxq_piece_count(int64_t parts, struct fxq_hands hands);
+/* Run the job on this thread and up to hands.threads - 1 more. work: multiplications in all, by which it is decided whether
+ * others are worth calling. One job runs at a time: whoever finds another one running does its own job alone. */
+void fxq_run(fxq_job job, void *arg, struct fxq_hands hands, int64_t work);
 /* A job of one round. */
-void fxq_split(fxq_pieces fn, void *arg, int64_t pieces, int threads, int64_t work);
-/* Inside a job: see that each of the pieces [0, pieces) is done, pieces <= FXQ_MOST_PIECES. A thread alone does all of them in
- * one call of fn. */
+void fxq_split(fxq_pieces fn, void *arg, int64_t pieces, struct fxq_hands hands, int64_t work);
+/* Inside a job: see that each of the pieces [0, pieces) is done, pieces <= FXQ_MOST_PIECES. A thread alone does all of them
+ * in one call of fn. */
 void fxq_round(struct fxq_team *team, int64_t pieces, fxq_pieces fn, void *arg);
 
-extern int64_t fxq_least_share; /* multiplications that repay a round; tests make it 1, and then wake at every job */
-void fxq_hold_workers(bool holds); /* for tests: workers wake, but join no job */
+/* Who helps with a job: workers that spin, workers that must be woken first, or the team of torch's OpenMP. */
+enum fxq_way { FXQ_READY, FXQ_WAKING, FXQ_OPENMP, FXQ_WAYS, FXQ_ALONE = FXQ_WAYS };
+
+/* For tests: multiplications that a thread must have to repay a round, 1 for the smallest jobs too; one way for all jobs
+ * (FXQ_WAYS: the cheapest); and workers and OpenMP's threads that come, but join no job. */
+extern int64_t fxq_least_share;
+extern enum fxq_way fxq_only_way;
+void fxq_hold_helpers(bool holds);
+bool fxq_has_openmp(void);
 
 /* What the pool has done so far. */
 struct fxq_pool_counts {
-    uint64_t jobs;      /* that were offered to other threads */
-    uint64_t joined;    /* times that a worker joined one */
-    uint64_t wakes;     /* workers woken */
-    uint64_t sleeps;    /* waits that ended in sleep, of callers and workers */
+    uint64_t jobs[FXQ_WAYS + 1]; /* by the way they went, jobs alone that could have been shared last */
+    uint64_t joined;             /* times that a thread joined another one's job */
+    uint64_t wakes;              /* workers woken */
+    uint64_t sleeps;             /* waits that ended in sleep, of callers and workers */
 };
 struct fxq_pool_counts fxq_count_pool(void);
-
-/* Between pool.c and rounds.c. */
-struct fxq_waiters; /* threads that wait for the same thing */
-extern struct fxq_waiters *const fxq_round_waiters;
-void fxq_await(struct fxq_waiters *waiters, bool (*has_come)(uint64_t goal), uint64_t goal);
-void fxq_notify(struct fxq_waiters *waiters);
-void fxq_begin_rounds(struct fxq_team *team);
-void fxq_end_rounds(const struct fxq_team *team);
-void fxq_reset_rounds(void);
 
 #endif

@@ -131,7 +131,7 @@ static void find_schemes(struct stack *s) {
 int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
     struct stack s = {.call = call, .gates = call->mode == FXQ_LSTM ? 4 : call->mode == FXQ_GRU ? 3 : 1};
     const int64_t step_work = s.gates * call->hidden * call->outputs * call->batch; /* worth a barrier at each step? */
-    threads = fxq_worthwhile(step_work, (call->hidden + 15) / 16, threads);
+    const struct fxq_hands hands = fxq_worthwhile(step_work, (call->hidden + 15) / 16, threads);
     for (int64_t t = 0; t < call->steps; t++) s.rows += call->sizes ? call->sizes[t] : call->batch;
     s.chunk_rows = most(most(CHUNK_ROWS, call->batch), GATES_BYTES / (4 * s.gates * call->hidden));
     if (s.chunk_rows > s.rows) s.chunk_rows = s.rows;
@@ -145,17 +145,17 @@ int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
     s.own_bytes = measure_cell.used;
     const int64_t starts_bytes = (call->steps + 1) * (int64_t)sizeof *s.starts;
     take(&measure_all, starts_bytes);
-    lay_out_stack(&s, call, threads, &measure_all);
+    lay_out_stack(&s, call, hands.threads, &measure_all);
     struct supply memory = {fxq_scratch(measure_all.used), 0};
     if (memory.base == NULL) return FXQ_NO_MEMORY;
     int64_t *starts = take(&memory, starts_bytes);
     starts[0] = 0;
     for (int64_t t = 0; t < call->steps; t++) starts[t + 1] = starts[t] + (call->sizes ? call->sizes[t] : call->batch);
     s.starts = starts;
-    lay_out_stack(&s, call, threads, &memory);
+    lay_out_stack(&s, call, hands.threads, &memory);
     const int64_t states = (int64_t)call->layers * call->directions * call->batch * call->outputs;
     memcpy(call->h, call->h0, (size_t)states * sizeof *call->h); /* which rows that no step reaches keep */
-    fxq_run(run, &s, threads, (step_work * call->steps + s.rows * s.gates * call->hidden * call->inputs) * call->layers * call->directions);
+    fxq_run(run, &s, hands, (step_work * call->steps + s.rows * s.gates * call->hidden * call->inputs) * call->layers * call->directions);
     fxq_trim_scratch();
     return FXQ_OK;
 }

@@ -4,9 +4,7 @@
  * the back, each by one compare-and-swap. The word of an earlier round stands for a share that nobody has touched yet, so nobody
  * has to set up a round; the word of a later round says that this one is over. Rounds and done pieces are counted on from
  * job to job, so nothing has to be reset either. */
-#include <stdatomic.h>
-
-#include "pool.h"
+#include "crew.h"
 
 static struct {
     _Alignas(64) _Atomic uint64_t word;

@@ -44,7 +44,7 @@ static void work(void *arg, int thread, int64_t first, int64_t last) {
 
 void fxq_transpose(const float *x, int64_t matrices, int64_t rows, int64_t columns, float *out, int threads) {
     const int64_t stripes = matrices * ((rows + SIDE - 1) / SIDE), values = matrices * rows * columns;
-    threads = fxq_worthwhile(8 * values, stripes, threads);
-    struct job job = {x, out, matrices, rows, columns, fxq_piece_count(stripes, threads)};
-    fxq_split(work, &job, job.pieces, threads, 8 * values);
+    const struct fxq_hands hands = fxq_worthwhile(8 * values, stripes, threads);
+    struct job job = {x, out, matrices, rows, columns, fxq_piece_count(stripes, hands)};
+    fxq_split(work, &job, job.pieces, hands, 8 * values);
 }

@@ -14,6 +14,9 @@
 enum {
     CLOSE_NS = 100000,        /* jobs so close follow each other: a worker would have stayed awake (workers.c) */
     MOST_PRICE_NS = 20000000,
+    SIZES = 64,               /* of jobs that are remembered */
+    STALE_NS = 100000000,     /* after this time, or this many times its length, what is known of a job is looked at anew */
+    STALE_TIMES = 200,
     BAD = 16,                 /* times the usual price */
     SURE = 2                  /* a job must save so many prices */
 };
@@ -28,6 +31,14 @@ static struct {
     int64_t missed_ns, ended;
     double ns_a_multiplication;
 } habit = {.ns_a_multiplication = 0.01};
+
+/* How long a job of this size took, alone and shared, and when that was seen last; 0: never. */
+enum { ALONE, SHARED };
+static struct experience {
+    int64_t work;
+    int threads;
+    int64_t took[2], seen[2];
+} experiences[SIZES];
 
 _Atomic int64_t fxq_first_arrival, fxq_waited_ns;
 atomic_bool fxq_holds_helpers;
@@ -75,9 +86,36 @@ static void note_price(enum fxq_way way, int64_t paid, int64_t now) {
     habit.was_bad[way] = is_bad;
 }
 
-static enum fxq_way choose_way(struct fxq_hands hands, int64_t work, int ready, int64_t now) {
-    if (fxq_only_way != FXQ_WAYS) return fxq_only_way;
-    const double alone_ns = (double)work * habit.ns_a_multiplication, others = hands.threads - 1;
+static struct experience *recall(int64_t work, int threads) {
+    struct experience *found = &experiences[(uint64_t)work * 0x9e3779b97f4a7c15u >> 58];
+    if (found->work != work || found->threads != threads) *found = (struct experience){.work = work, .threads = threads};
+    return found;
+}
+
+static bool is_stale(const struct experience *of, int how, int64_t now) {
+    const int64_t by_length = STALE_TIMES * of->took[how];
+    return now - of->seen[how] > (by_length > STALE_NS ? by_length : STALE_NS);
+}
+
+static void remember(struct experience *of, int how, int64_t took, int64_t now) {
+    const int64_t usual = of->took[how];
+    if (took > 2 * usual && !is_stale(of, how, now)) took = 2 * usual; /* bad luck */
+    of->took[how] = is_stale(of, how, now) ? took : (7 * usual + took) / 8;
+    of->seen[how] = now;
+}
+
+/* Whether the job is faster alone, or nobody knows how long it takes alone. */
+static bool is_better_alone(const struct experience *of, int64_t now) {
+    if (!of->seen[SHARED]) return false;
+    if (is_stale(of, ALONE, now)) return true;
+    return !is_stale(of, SHARED, now) && of->took[ALONE] < of->took[SHARED];
+}
+
+static enum fxq_way choose_way(struct fxq_hands hands, const struct experience *of, int ready, int64_t now) {
+    if (fxq_only_way != FXQ_WAYS) return fxq_only_way == FXQ_OPENMP && !fxq_has_openmp() ? FXQ_WAKING : fxq_only_way;
+    if (is_better_alone(of, now)) return FXQ_ALONE;
+    const double others = hands.threads - 1;
+    const double alone_ns = of->seen[ALONE] ? (double)of->took[ALONE] : (double)of->work * habit.ns_a_multiplication;
     double most = 0.0;
     enum fxq_way best = FXQ_ALONE;
     for (int way = 0; way < FXQ_WAYS; way++) {
@@ -93,12 +131,13 @@ static enum fxq_way choose_way(struct fxq_hands hands, int64_t work, int ready, 
     return best;
 }
 
-/* What the job tells about the next: how long a multiplication takes, what the way cost, what sleepers would have saved. */
-static void learn(enum fxq_way way, struct fxq_hands hands, int64_t work, int ready, int64_t began) {
+/* What the job tells about the next: how long it takes, what the way cost, what sleepers would have saved. */
+static void learn(enum fxq_way way, struct fxq_hands hands, struct experience *of, int ready, int64_t began) {
     const int64_t now = fxq_now_ns(), took = now - began, came = atomic_load(&fxq_first_arrival);
     const int threads = way == FXQ_ALONE || !came ? 1 : way == FXQ_READY ? ready + 1 : hands.threads;
-    const double ns = (double)took * threads / (double)(work > 0 ? work : 1);
+    const double ns = (double)took * threads / (double)(of->work > 0 ? of->work : 1);
     habit.ns_a_multiplication += (ns - habit.ns_a_multiplication) / 8;
+    remember(of, way == FXQ_ALONE ? ALONE : SHARED, took, now);
     if (way != FXQ_ALONE) note_price(way, (came ? came - began : took) + atomic_load(&fxq_waited_ns), now);
     habit.missed_ns = way == FXQ_WAKING || way == FXQ_OPENMP ? 0 : habit.missed_ns + took * (hands.threads - threads) / hands.threads;
     habit.ended = now;
@@ -129,13 +168,14 @@ void fxq_run(fxq_job fn, void *arg, struct fxq_hands hands, int64_t work) {
     const int others = hands.threads - 1, awake = fxq_ready_workers(), ready = awake < others ? awake : others;
     const int64_t began = fxq_now_ns();
     if (began - habit.ended > CLOSE_NS) habit.missed_ns = 0;
-    const enum fxq_way way = choose_way(hands, work, ready, began);
+    struct experience *of = recall(work, hands.threads);
+    const enum fxq_way way = choose_way(hands, of, ready, began);
     atomic_store(&fxq_first_arrival, 0);
     atomic_store(&fxq_waited_ns, 0);
     if (way == FXQ_ALONE) run_alone(&offer);
     else if (way == FXQ_OPENMP) fxq_run_with_openmp(&offer);
     else fxq_run_with_workers(&offer, way == FXQ_WAKING);
-    learn(way, hands, work, ready, began);
+    learn(way, hands, of, ready, began);
     atomic_fetch_add_explicit(&jobs[way], 1, memory_order_relaxed);
     pthread_mutex_unlock(&busy);
 }

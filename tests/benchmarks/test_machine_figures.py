@@ -1,11 +1,11 @@
-"""Memory, roofline and tail: their arithmetic, and that what they promise of fxquant's memory holds."""
+"""Memory, roofline, tail and threads: their arithmetic, and that what they promise of fxquant's memory holds."""
 
 import json
 import sys
 
 import pytest
 
-from benchmarks import memory, roofline, tail
+from benchmarks import memory, roofline, tail, threads
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident sets are read from /proc")
@@ -57,3 +57,14 @@ def test_the_tail_is_measured_alone_and_in_company(tmp_path, capsys):
     assert {("softmax", "alone"), ("softmax", "fxquant"), ("softmax", "float linear"), ("fxquant", "alone")} <= company
     assert all(0 < row["p50"] <= row["p99"] for row in rows)
     assert "softmax" in capsys.readouterr().out
+
+
+def test_threads_are_measured_alone_and_beside_a_busy_process(tmp_path, capsys):
+    options = ["--only", "linear 1x64", "--rounds", "1", "--seconds", "0.01", "--json", str(tmp_path / "figures.json")]
+    threads.main(["--threads", "1,2", *options])
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    found = [(row["beside"], row["threads"]) for row in rows]
+    assert found == [(beside, count) for beside in ("nothing", "a busy process") for count in (1, 2)]
+    assert all(0 < row["p50"] <= row["p99"] for row in rows)
+    assert [row["ratio"] for row in rows if row["threads"] == 1] == [1, 1]
+    assert "linear 1x64 to 64" in capsys.readouterr().out

@@ -37,16 +37,21 @@ EXTREMES = (
 
 
 @contextlib.contextmanager
-def kernels(isa: str, threads: int) -> Iterator[None]:
-    """Run on this instruction set and so many threads, which share even the smallest work."""
+def kernels(isa: str, threads: int, way: str = "waking") -> Iterator[None]:
+    """Run on this instruction set and so many threads, which share even the smallest work.
+
+    way: who helps, whatever it costs: "waking" for workers, woken where they sleep, or "openmp".
+    """
     before, threads_before = LIBRARY.active_isa(), torch.get_num_threads()
     names = list(ISAS)
     assert LIBRARY.select_isa(names.index(isa)), ISAS[isa]
     torch.set_num_threads(threads)
     LIBRARY.set_least_share(1)
+    assert LIBRARY.use_way(way), way
     try:
         yield
     finally:
+        LIBRARY.use_way(None)
         LIBRARY.set_least_share(USUAL_SHARE)
         torch.set_num_threads(threads_before)
         LIBRARY.select_isa(names.index(before))

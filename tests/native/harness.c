@@ -116,6 +116,7 @@ static void recurrent_case(int threads) {
 int main(int count, char **arguments) {
     const int cases = count > 1 ? atoi(arguments[1]) : 300, threads = count > 2 ? atoi(arguments[2]) : 2;
     fxq_least_share = 1;
+    fxq_only_way = FXQ_WAKING;
     for (int isa = 0; isa < fxq_isa_count(); isa++) {
         if (!fxq_select_isa(isa)) {
             printf("%s: %s\n", fxq_isa_name(isa), fxq_isa_obstacle(isa));

@@ -1,5 +1,6 @@
-"""The worker threads: forks, callers at once, and no more threads than asked for."""
+"""The threads that share a call's work: the same bits however they come, no waiting for absent ones, few wake-ups."""
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -9,13 +10,96 @@ import pytest
 import torch
 
 from fxquant.ops import native
-from tests.native.cases import int8, kernels, same_bits, usable
+from tests.native.cases import LIBRARY, int8, kernels, same_bits, usable
 
 
 @pytest.fixture
 def product():
     x, weight, scale = torch.randn(9, 200), int8(500, 200), torch.rand(500)
     return x, weight, scale
+
+
+@pytest.fixture(params=["waking", "openmp"])
+def way(request):
+    if request.param == "openmp" and not (native.available() and LIBRARY.use_way("openmp")):
+        pytest.skip("torch has no OpenMP library that could be used here")
+    if native.available():
+        LIBRARY.use_way(None)
+    return request.param
+
+
+@pytest.fixture
+def stack():
+    """Return an LSTM's operands: two layers of 40 units, 20 steps, 3 rows."""
+    weights = [int8(160, 30), int8(160, 40), int8(160, 40), int8(160, 40)]
+    scales, biases = [torch.rand(160) / 1000 for _ in weights], [torch.randn(160) for _ in range(2)]
+    return torch.randn(20, 3, 30), None, torch.randn(2, 3, 40), torch.randn(2, 3, 40), weights, scales, biases
+
+
+@contextlib.contextmanager
+def held():
+    """Let helpers come, but join nothing."""
+    LIBRARY.hold_helpers(True)
+    try:
+        yield
+    finally:
+        LIBRARY.hold_helpers(False)
+
+
+def counted(call):
+    """Return what the pool's counts grew by."""
+    before = LIBRARY.pool_counts()
+    call()
+    return {name: count - before[name] for name, count in LIBRARY.pool_counts().items()}
+
+
+def test_nobody_waits_for_a_helper_that_does_not_join(product, stack, isa, way):
+    with kernels(isa, 1):
+        expected = native.linear(*product), *native.lstm(*stack)
+    with kernels(isa, 4, way), held():
+        found = []
+        counts = counted(lambda: found.extend((native.linear(*product), *native.lstm(*stack))))
+    assert counts[way] == 2
+    assert counts["joined"] == 0
+    assert all(map(same_bits, found, expected))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 32])
+def test_helpers_give_the_same_bits_whenever_they_come(product, stack, isa, way, threads):
+    with kernels(isa, 1):
+        expected = native.linear(*product), *native.lstm(*stack)
+    with kernels(isa, threads, way):
+        for _ in range(5):
+            assert all(map(same_bits, (native.linear(*product), *native.lstm(*stack)), expected))
+
+
+def test_helpers_do_join(product, way):
+    with kernels(usable()[0], 2, way):
+        joined = (counted(lambda: native.linear(*product))["joined"] for _ in range(2000))
+        assert next(filter(None, joined), 0) == 1
+
+
+def test_small_calls_wake_nobody_and_are_offered_to_nobody(product):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        counts = counted(lambda: [native.linear(x, *product[1:]) for x in product[0].split(1) for _ in range(50)])
+    finally:
+        torch.set_num_threads(threads)
+    assert not any(counts.values()), counts
+
+
+def test_calls_that_follow_each_other_wake_a_helper_once_in_a_while(product):
+    """However each job gets help: a wake-up a call would cost more than it brings."""
+    x, weight, scale = torch.randn(64, 512), int8(1024, 512), torch.rand(1024)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        counts = counted(lambda: [native.linear(x, weight, scale) for _ in range(200)])
+    finally:
+        torch.set_num_threads(threads)
+    assert sum(counts[name] for name in ("ready", "waking", "openmp", "alone")) == 200
+    assert counts["wakes"] <= counts["waking"] <= 200
 
 
 def _child(product, expected, queue):
@@ -25,9 +109,9 @@ def _child(product, expected, queue):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_child_processes_compute_the_same(product, method):
-    with kernels(usable()[0], 2):
-        expected = native.linear(*product)  # starts the workers, which a forked child does not have
+def test_child_processes_compute_the_same(product, method, way):
+    with kernels(usable()[0], 2, way):
+        expected = native.linear(*product)  # starts the helpers, which a forked child does not have
         context = multiprocessing.get_context(method)
         queue = context.Queue()
         child = context.Process(target=_child, args=(product, expected, queue))
@@ -77,20 +161,24 @@ def test_nothing_spins_while_idle(product):
 
 
 def test_the_gil_is_released():
-    x, weight, scale = torch.randn(512, 2048), int8(4096, 2048), torch.rand(4096)
-    ticks = 0
+    x, weight, scale = torch.randn(16, 2048), int8(4096, 2048), torch.rand(4096)
+    ticks, during = 0, []
     done = threading.Event()
 
     def count():
         nonlocal ticks
         while not done.is_set():
             ticks += 1
-            time.sleep(0.0005)
 
     counter = threading.Thread(target=count)
     with kernels("portable", 1):  # slow enough to be watched
         counter.start()
-        native.linear(x[:8], weight, scale)
-        done.set()
-        counter.join()
-    assert ticks > 3
+        try:
+            for _ in range(5):
+                before = ticks
+                native.linear(x, weight, scale)
+                during.append(ticks - before)
+        finally:
+            done.set()
+            counter.join()
+    assert max(during) > 1000

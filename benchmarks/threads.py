@@ -2,9 +2,9 @@
 
     python -m benchmarks.threads [--threads 1,2] [--rounds 5] [--seconds 0.3] [--only lstm] [--json out.json]
 
-More threads should never make a call slower than one thread does, beyond noise. For each case the thread counts take turns,
-several rounds, and each call is timed by itself: p50 and p99 of all of them, in milliseconds, and p50 as a ratio to the first
-thread count's. Between the encoder's quantized operators are torch's own, which have threads of their own.
+More threads should never make a call slower than one thread does, beyond noise. For each case the thread counts take
+turns, several rounds, and each call is timed by itself: p50 and p99 of all of them, in milliseconds, and p50 as a ratio
+to the first thread count's. Between the encoder's quantized operators are torch's own, which have threads of their own.
 """
 
 import argparse

@@ -13,6 +13,8 @@ from torch import fx, nn
 
 from fxquant.errors import AttributeNameError, ModelStateError, nearest
 from fxquant.graph import edit
+from fxquant.graph.architecture import Architecture
+from fxquant.graph.call import Example
 from fxquant.graph.reads import names_in
 from fxquant.graph.tracer import TRACING
 from fxquant.nn.base import dtype_errors, refuse_script
@@ -101,7 +103,9 @@ class Fusion:
 class Record:
     """All that a model of ours remembers beside its graph. stage: "fused", "prepared" or "quantized".
 
-    is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead.
+    is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead. example: of a prepared
+    one, the arguments that it is checked on once it is quantized. architecture: of the float model, for checkpoints.
+    unchecked: why that check was not possible.
     """
 
     stage: str
@@ -116,6 +120,9 @@ class Record:
     untraced: Mapping[str, str] = field(default_factory=dict)
     float_bytes: int = 0
     coverage: Coverage = NOTHING
+    example: Example | None = field(default=None, compare=False)
+    architecture: Architecture | None = None
+    unchecked: str = ""
 
     @property
     def outcome(self) -> str:

@@ -38,14 +38,15 @@ from fxquant.graph.module import (
     Left,
     Record,
     Site,
+    Unfused,
     finish,
     keep_record,
     need_stage,
-    preserve,
     refuse_ours,
 )
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import replay
+from fxquant.graph.preserve import preserve
 from fxquant.graph.trace import check_model, trace
 from fxquant.graph.tree import plain_mirror
 from fxquant.nn.base import dtype_errors
@@ -113,6 +114,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[
     result = _rebuild(model, record, path)
     _check_tensors(result, tensors, path)
     result.load_state_dict(tensors, assign=True)
+    _set_live(result, plan.get("live", {}))
     _fill_unsaved(result, model, path)
     return result
 
@@ -162,12 +164,29 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict
             for key, value in mapping.items()
         },
         "aliases": aliases,
-        "preserved": list(record.preserved),
+        "preserved": list(record.preserved.names),
+        "live": {path: _live(model, path) for path in record.live},
+        "unfused": [asdict(chain) for chain in record.unfused],
         "constants": dict(record.constants),
         "untraced": dict(record.untraced),
         "float_bytes": record.float_bytes,
         "coverage": asdict(record.coverage),
     }
+
+
+def _live(model: nn.Module, path: str) -> list[Any]:
+    """Return the value of an attribute in a list, empty where JSON has no such value: the skeleton's is taken then."""
+    owner, _, name = path.rpartition(".")
+    value = getattr(model.get_submodule(owner), name)
+    return [value] if isinstance(value, (bool, int, float, str, type(None))) else []
+
+
+def _set_live(result: nn.Module, values: dict[str, list[Any]]) -> None:
+    """Set the attributes that a graph reads at each call to what they were when it was saved."""
+    for path, value in values.items():
+        owner, _, name = path.rpartition(".")
+        if value:
+            setattr(result.get_submodule(owner), name, value[0])
 
 
 def _plain(part: Any) -> Any:
@@ -255,7 +274,9 @@ def _record(
         fusions=tuple(Fusion(path=f["path"], chain=tuple(f["chain"])) for f in plan["fusions"]),
         mapping=_mapping(plan["mapping"], model, operators),
         operators=tuple(operators),
+        unfused=tuple(Unfused(chain=tuple(u["chain"]), used=u["used"]) for u in plan.get("unfused", ())),
         preserved=preserve(model, tuple(plan["preserved"])),
+        live=tuple(plan.get("live", ())),
         constants=plan["constants"],
         untraced=plan["untraced"],
         float_bytes=plan["float_bytes"],
@@ -304,12 +325,14 @@ def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> 
 
 
 def _rebuild_graph(model: nn.Module, record: Record) -> nn.Module:
-    traced = trace(model, record.operators, device="meta", constants=record.constants, untraced=record.untraced)
+    options = {"constants": record.constants, "untraced": record.untraced}
+    options |= {"preserved": record.preserved, "live": record.live}
+    traced = trace(model, record.operators, device="meta", **options)
     fuse(traced.module, traced.hooked, only=record.fusions)
     sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module
     convert(module, sites, record.operators)
-    return finish(clean(module, model), model, record)
+    return finish(clean(module, model, record.preserved), model, record.advance(**traced.kept))
 
 
 def _rebuild_tree(model: nn.Module, record: Record) -> nn.Module:

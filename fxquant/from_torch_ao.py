@@ -133,7 +133,7 @@ def _as_graph(architecture: nn.Module, found: Found) -> nn.Module:
     """Return the architecture as a graph, as prepare_fx and convert_fx give; a BatchNorm that was not folded stays."""
     traced = trace(architecture, OPERATORS, keep_whole=True)
     norms = {name.rpartition(".")[0] for name in found.floats if name.endswith(".running_mean")}
-    fusions = fuse(traced.module, traced.hooked | norms)
+    fusions, _ = fuse(traced.module, traced.hooked | norms)
     _place_calls(traced, found)
     cache = _fill(traced.module, found, architecture)
     decided = plan(traced, found.mapping, OPERATORS)

@@ -15,11 +15,12 @@ from fxquant.graph.capture import capture, check_runs
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import WeightCache, convert
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, refuse_ours
+from fxquant.graph.module import FxModule, Record, finish, need_stage, refuse_ours
 from fxquant.graph.moments import Moments, gather
 from fxquant.graph.observe import observe
 from fxquant.graph.outcome import judge
 from fxquant.graph.plan import plan
+from fxquant.graph.preserve import preserve
 from fxquant.graph.rules import check_mapping
 from fxquant.graph.trace import check_model, names_of, trace
 from fxquant.graph.tree import convert_tree, plain_mirror, prepare_tree
@@ -47,7 +48,8 @@ def prepare_fx(
     qconfig_mapping: which qconfig each part gets, as a QConfigMapping or in its dict form.
     example_inputs: a tuple of one call's positional arguments, a dict of its keyword arguments, or one tensor; really
     run. example_kwargs: keyword arguments that go with positional ones.
-    preserved_attributes: names of attributes, methods and properties of the model that shall stay reachable.
+    preserved_attributes: names of attributes, methods and properties of the model that shall stay: they may be read,
+    set and called. What their code uses comes along; modules that it calls are quantized, and fused with nothing.
     operators: the operator table; rows of your own go beside ours: (*OPERATORS, MY_ROW).
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
 
@@ -60,21 +62,22 @@ def prepare_fx(
     preserved = preserve(model, preserved_attributes)
     inputs = bind_inputs(model, example_inputs, example_kwargs)
     try:
-        traced = capture(model, operators, inputs)
+        traced = capture(model, operators, inputs, preserved)
     except (TraceError, ExampleInputsError) as error:
         return _prepare_whole(model, mapping, operators, inputs, error, strict)
     functions = [node.target for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
-    fusions = fuse(traced.module, traced.hooked)
+    fusions, unfused = fuse(traced.module, traced.hooked, preserved)
     decided = plan(traced, mapping, operators)
     record = Record(
         stage="prepared",
         sites=observe(traced.module, decided),
         left=tuple(decided.left),
         fusions=fusions,
+        unfused=unfused,
         mapping=mapping,
         operators=tuple(operators),
-        preserved=preserved,
+        **traced.kept,
         constants=traced.constants,
         untraced=traced.untraced,
         float_bytes=edit.byte_count(model),
@@ -137,7 +140,7 @@ def convert_with(prepared: nn.Module, moments: Moments | None) -> nn.Module:
     assert isinstance(module, fx.GraphModule)
     cache = WeightCache(moments.rounding(module) if moments is not None else None)
     sites = convert(module, record.sites, record.operators, cache)
-    return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites))
+    return finish(clean(module, prepared, record.preserved), prepared, record.advance(stage="quantized", sites=sites))
 
 
 @entry
@@ -157,12 +160,14 @@ def fuse_fx(
     check_model(model)
     preserved = preserve(model, preserved_attributes)
     if example_inputs is None and example_kwargs is None:
-        traced = trace(model, OPERATORS)
+        traced = trace(model, OPERATORS, preserved=preserved)
     else:
         given = () if example_inputs is None else example_inputs
-        traced = capture(model, OPERATORS, bind_inputs(model, given, example_kwargs))
-    fusions = fuse(traced.module, traced.hooked)
-    record = Record(stage="fused", fusions=fusions, preserved=preserved, float_bytes=edit.byte_count(model))
+        traced = capture(model, OPERATORS, bind_inputs(model, given, example_kwargs), preserved)
+    fusions, unfused = fuse(traced.module, traced.hooked, preserved)
+    record = Record(
+        stage="fused", fusions=fusions, unfused=unfused, float_bytes=edit.byte_count(model), **traced.kept
+    )
     return finish(traced.module, model, record)
 
 

@@ -79,9 +79,10 @@ def open_float(model: Any, record: Record) -> OpenModel:
     if not record.is_traced:
         return open_in_place(plain_mirror(model), record)
     operators = record.operators or OPERATORS
-    traced = trace(model, operators, constants=record.constants, untraced=record.untraced)
+    options = {"constants": record.constants, "untraced": record.untraced}
+    traced = trace(model, operators, **options, preserved=record.preserved, live=record.live)
     fuse(traced.module, traced.hooked, only=record.fusions)
-    return open_in_place(finish(traced.module, model, Record(stage="fused")), record)
+    return open_in_place(finish(traced.module, model, Record(stage="fused", **traced.kept)), record)
 
 
 def open_in_place(root: nn.Module, record: Record) -> OpenModel:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import ExampleInputsError, TraceError, warn
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, describe, fixable
+from fxquant.graph.preserve import NOTHING_PRESERVED, Preserved
 from fxquant.graph.trace import Traced, first_line, trace
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.operators import Operator
@@ -28,7 +29,9 @@ from fxquant.operators import Operator
 _PLAIN = (bool, int, float, complex, str, torch.Size, torch.dtype, torch.device)
 
 
-def capture(model: nn.Module, operators: Sequence[Operator], inputs: Inputs) -> Traced:
+def capture(
+    model: nn.Module, operators: Sequence[Operator], inputs: Inputs, preserved: Preserved = NOTHING_PRESERVED
+) -> Traced:
     """Return a model's graph, run once on the example inputs, so that every node's shapes and dtypes are recorded.
 
     What is tried, in this order: the graph as it is; where plain arguments (None, bool, int, float, str; given or left
@@ -41,7 +44,7 @@ def capture(model: nn.Module, operators: Sequence[Operator], inputs: Inputs) -> 
     cause: Exception | None = None
     for fixed, keep_whole in (({}, False), (constants, False), ({}, True)) if constants else (({}, False), ({}, True)):
         try:
-            traced = _faithful(model, operators, inputs, fixed, keep_whole)
+            traced = _faithful(model, operators, inputs, fixed, keep_whole, preserved)
         except (TraceError, ExampleInputsError) as error:
             cause = cause if keep_whole else error  # what stands in the way even so
             continue
@@ -53,16 +56,29 @@ def capture(model: nn.Module, operators: Sequence[Operator], inputs: Inputs) -> 
 
 
 def _faithful(
-    model: nn.Module, operators: Sequence[Operator], inputs: Inputs, fixed: dict[str, Any], keep_whole: bool
+    model: nn.Module,
+    operators: Sequence[Operator],
+    inputs: Inputs,
+    fixed: dict[str, Any],
+    keep_whole: bool,
+    preserved: Preserved,
 ) -> Traced:
     """Return a graph that was run and gives what the model gives, or raise TraceError or ExampleInputsError."""
     kept: dict[str, str] = {}
+    live: tuple[str, ...] | None = None
     while True:
-        traced = trace(model, operators, constants=fixed, untraced=kept, keep_whole=keep_whole)
-        propagate(traced.module, inputs)
+        traced = trace(
+            model, operators, constants=fixed, untraced=kept, keep_whole=keep_whole, preserved=preserved, live=live
+        )
         try:
+            propagate(traced.module, inputs)
             verify(model, traced.module, inputs)
-        except TraceError:
+        except (TraceError, ExampleInputsError) as error:
+            if live is None and traced.attributes.live:  # which forward may have asked for their types
+                live = ()
+                continue
+            if isinstance(error, ExampleInputsError):
+                raise
             doubtful = traced.doubtful - kept.keys() if keep_whole else frozenset()
             if not doubtful:
                 raise

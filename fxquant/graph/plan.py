@@ -22,8 +22,9 @@ from fxquant.graph import edit
 from fxquant.graph.constants import asks_kind, constant_of, is_transposition
 from fxquant.graph.kinds import base_of, redefined
 from fxquant.graph.module import NOTHING, Coverage, Left, Site
+from fxquant.graph.preserve import Preserved
 from fxquant.graph.reads import weights_read
-from fxquant.graph.reasons import calls_children, refuse_call, why_hidden, why_no_form, why_unknown
+from fxquant.graph.reasons import WHY_KEPT, calls_children, refuse_call, why_hidden, why_no_form, why_unknown
 from fxquant.graph.rules import join, main_rule, rank, refusal
 from fxquant.graph.target import Target, call_name, example_shape, find_target
 from fxquant.graph.trace import Names, Traced, names_of
@@ -55,9 +56,11 @@ class _Planner:
         self.tree = set(map(id, module.modules()))
         self.kept_forwards = dict(_kept_forwards(module))
         self.entered: set[int] = set()  # the containers that were visited, which may stand at several paths
+        self.called: set[int] = set()  # the modules that the graph calls, and those inside them
+        self.is_kept = False  # whether what is visited is there for preserved code, beside the graph
 
-    def run(self, graph: fx.Graph) -> Plan:
-        """Return the plan for every candidate of the graph."""
+    def run(self, graph: fx.Graph, preserved: Preserved) -> Plan:
+        """Return the plan for every candidate of the graph, and those that preserved code alone uses."""
         seen: set[str] = set()
         for node in graph.nodes:
             if node.op == "call_module":
@@ -67,7 +70,20 @@ class _Planner:
                     self.visit_module(node.target, self.module.get_submodule(node.target), shape=shape)
             elif node.op in ("call_function", "call_method"):
                 self.visit_call(node)
+        self.called = {id(part) for path in seen for part in self.module.get_submodule(path).modules()}
+        self.is_kept = True
+        for name in preserved.kept:
+            self.visit_kept(name)
         return self.finish()
+
+    def visit_kept(self, name: str) -> None:
+        """Decide for what preserved code uses under a name of the root: a module and those inside it, or a tensor."""
+        module, weight = self.module._modules.get(name), self.module._parameters.get(name)
+        if module is not None:
+            self.visit_module(name, module)
+        elif weight is not None and weight.dim() > 1:
+            rule = self.rules("", "", nn.Parameter, weights=(name,))[name]
+            self.decide(name, nn.Parameter, None, rule, WHY_KEPT, [weight])
 
     def run_tree(self) -> Plan:
         """Return the plan for every module, whatever calls it."""
@@ -83,8 +99,10 @@ class _Planner:
 
     def visit_module(self, path: str, module: nn.Module, inside: str = "", shape: tuple[int, ...] = ()) -> None:
         """Decide for a leaf module and for what lies inside it. inside: why children cannot be swapped, if so."""
-        if isinstance(module, QuantizedModule):
+        if isinstance(module, QuantizedModule) or id(module) in self.called:
             return
+        if self.is_kept:
+            self.called.add(id(module))  # and is swapped wherever it stands
         kind = FLOAT_TYPES.get(type(module), type(module))
         base = base_of(module, self.operators)
         row = None if base is None or redefined(type(module), base) else find_module_row(self.operators, base)
@@ -97,7 +115,7 @@ class _Planner:
             rules = {name: found[weight] for weight, name in weights.items()}
             rule = main_rule(found[""], rules.values())
             shut = inside or why_hidden(module) or self.kept_forwards.get(id(module), "")
-            reason = shut or (row.refuse_module(module) if row else why_unknown(kind, self.operators))
+            reason = shut or (row.refuse_module(module) if row else self.why_float(kind, base))
             seen = shape if row is None or row.has_rows else ()
             if row is not None and reason is None and len(set(rules.values())) > 1:
                 self.decide_weights(path, kind, row, rule, rules, module, seen)
@@ -118,6 +136,10 @@ class _Planner:
                     continue
                 itself = f"the code of {type_name(kind)} reads self.{name}'s weight itself" if name in read else ""
                 self.visit_module(_join(path, name), child, shut or itself)
+
+    def why_float(self, kind: type[nn.Module], base: type[nn.Module] | None) -> str:
+        """Return why a module without a row stays float."""
+        return WHY_KEPT if self.is_kept and base is None else why_unknown(kind, self.operators)
 
     def visit_strays(self, path: str, module: nn.Module) -> None:
         """Report the modules that a module has in a plain list, tuple or dict: they are no part of the model's tree."""
@@ -329,7 +351,7 @@ def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator])
 
     Raises QConfigError where an entry that names a candidate directly gives it a qconfig that its operator cannot take.
     """
-    return _Planner(traced.module, traced.names, mapping, operators).run(traced.module.graph)
+    return _Planner(traced.module, traced.names, mapping, operators).run(traced.module.graph, traced.preserved)
 
 
 def plan_modules(module: nn.Module, mapping: QConfigMapping, operators: Sequence[Operator]) -> Plan:

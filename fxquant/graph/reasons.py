@@ -18,6 +18,10 @@ from fxquant.operators.base import refuse_weight
 from fxquant.qconfig_mapping import type_name
 
 
+WHY_KEPT = "preserved code uses it as it is, beside the graph"
+"""The reason of weights that are no module's and that preserved methods may read."""
+
+
 def refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> str | None:
     """Return why a call of a row stays float, or None."""
     operands = name_operands(row, target.node)

@@ -12,7 +12,7 @@ def cast_dtype(x: torch.Tensor, promotes: bool = False) -> torch.dtype | None:
     dtype: torch's GRU and its LSTM and GRU cells on the CPU.
     """
     kind = "cpu" if x.is_cpu else x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return None
     dtype: torch.dtype = torch.get_autocast_dtype(kind)
     return torch.promote_types(dtype, x.dtype) if promotes and kind == "cpu" else dtype

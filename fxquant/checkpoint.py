@@ -166,6 +166,7 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict
         "aliases": aliases,
         "preserved": list(record.preserved.names),
         "live": {path: _live(model, path) for path in record.live},
+        "written": sorted(record.written),
         "unfused": [asdict(chain) for chain in record.unfused],
         "constants": dict(record.constants),
         "untraced": dict(record.untraced),
@@ -277,6 +278,7 @@ def _record(
         unfused=tuple(Unfused(chain=tuple(u["chain"]), used=u["used"]) for u in plan.get("unfused", ())),
         preserved=preserve(model, tuple(plan["preserved"])),
         live=tuple(plan.get("live", ())),
+        written=frozenset(plan.get("written", ())),
         constants=plan["constants"],
         untraced=plan["untraced"],
         float_bytes=plan["float_bytes"],
@@ -325,9 +327,7 @@ def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> 
 
 
 def _rebuild_graph(model: nn.Module, record: Record) -> nn.Module:
-    options = {"constants": record.constants, "untraced": record.untraced}
-    options |= {"preserved": record.preserved, "live": record.live}
-    traced = trace(model, record.operators, device="meta", **options)
+    traced = trace(model, record.operators, "meta", record.constants, record.untraced, keep=record.keep)
     fuse(traced.module, traced.hooked, only=record.fusions)
     sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module

@@ -20,7 +20,7 @@ from fxquant.graph.moments import Moments, gather
 from fxquant.graph.observe import observe
 from fxquant.graph.outcome import judge
 from fxquant.graph.plan import plan
-from fxquant.graph.preserve import preserve
+from fxquant.graph.preserve import Keep, preserve
 from fxquant.graph.rules import check_mapping
 from fxquant.graph.trace import check_model, names_of, trace
 from fxquant.graph.tree import convert_tree, plain_mirror, prepare_tree
@@ -96,13 +96,13 @@ def _prepare_whole(
     strict: bool,
 ) -> nn.Module:
     """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
-    check_runs(model, inputs, cause)
+    written = check_runs(model, inputs, cause)
     if isinstance(cause, ExampleInputsError):  # the model does run on them
         told = str(cause).splitlines()[0].replace("the model fails on example_inputs", "its graph fails")
         cause = TraceError(f"{type(model).__name__} runs, but not as it was traced (it may ask for a type): {told}")
     check_mapping(mapping, names_of(plain_mirror(model)))
     why = " ".join(line.strip() for line in str(cause).splitlines()[:2])
-    prepared = prepare_tree(model, mapping, operators, {"": why})
+    prepared = prepare_tree(model, mapping, operators, {"": why}, written)
     record = need_stage(prepared, "prepared", "prepare_fx", "prepare_tree")
     if not record.sites:
         raise cause
@@ -160,14 +160,12 @@ def fuse_fx(
     check_model(model)
     preserved = preserve(model, preserved_attributes)
     if example_inputs is None and example_kwargs is None:
-        traced = trace(model, OPERATORS, preserved=preserved)
+        traced = trace(model, OPERATORS, keep=Keep(preserved))
     else:
         given = () if example_inputs is None else example_inputs
         traced = capture(model, OPERATORS, bind_inputs(model, given, example_kwargs), preserved)
     fusions, unfused = fuse(traced.module, traced.hooked, preserved)
-    record = Record(
-        stage="fused", fusions=fusions, unfused=unfused, float_bytes=edit.byte_count(model), **traced.kept
-    )
+    record = Record(stage="fused", fusions=fusions, unfused=unfused, float_bytes=edit.byte_count(model), **traced.kept)
     return finish(traced.module, model, record)
 
 

@@ -123,7 +123,7 @@ def watched(
     try:
         for owner, reads in by_module.items():
             module = root.get_submodule(owner)
-            kind = type(module)
+            kind: Any = type(module)
             classes.append((module, kind))
             body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **reads}
             module.__class__ = type(kind)(kind.__name__, (kind,), body)

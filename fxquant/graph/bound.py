@@ -103,7 +103,8 @@ def _view_class(owner: Any) -> type[nn.Module]:
         "__setattr__": set_,
         "__reduce_ex__": reduce,
     }
-    return type(owner)(owner.__name__, (owner,), body)
+    view: type[nn.Module] = type(owner)(owner.__name__, (owner,), body)
+    return view
 
 
 def install(model: nn.Module, preserved: Preserved) -> None:

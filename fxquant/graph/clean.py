@@ -14,12 +14,11 @@ from fxquant.graph.constants import asks_kind, is_transposition
 from fxquant.graph.preserve import NOTHING_PRESERVED, Preserved
 
 
-def clean(
-    module: fx.GraphModule, source: nn.Module, preserved: Preserved = NOTHING_PRESERVED
-) -> fx.GraphModule:
+def clean(module: fx.GraphModule, source: nn.Module, preserved: Preserved = NOTHING_PRESERVED) -> fx.GraphModule:
     """Return the module rebuilt around its graph, with copies of the float tensors that were still the source's.
 
-    Unused submodules and tensors stay behind, but for those that are preserved. The user's nodes are not touched: convert erased its own dead ones.
+    Unused submodules and tensors stay behind, but for those that are preserved. The user's nodes are not touched:
+    convert erased its own dead ones.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not reference an nn.Module, nn.Parameter, or buffer")  # an attribute

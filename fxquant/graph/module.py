@@ -14,7 +14,7 @@ from fxquant.errors import ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.attributes import fixed_error, is_same
 from fxquant.graph.bound import carry, install
-from fxquant.graph.preserve import NOTHING_PRESERVED, Preserved
+from fxquant.graph.preserve import NOTHING_PRESERVED, Keep, Preserved
 from fxquant.graph.tracer import TRACING
 from fxquant.nn.base import dtype_errors, refuse_script
 from fxquant.operators import Operator
@@ -110,9 +110,9 @@ class Unfused:
 class Record:
     """All that a model of ours remembers beside its graph. stage: "fused", "prepared" or "quantized".
 
-    is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead. live: the paths of the
-    attributes that its graph reads at each call; checked: of those that it compares with what they were; fixed: of those
-    that forward read when it was traced.
+    is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead. live, checked: the paths
+    of the attributes that its graph reads at each call, to use and to compare; fixed: of those that forward read when
+    it was traced. written: the parameters that forward writes into.
     """
 
     stage: str
@@ -127,6 +127,7 @@ class Record:
     live: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()
     fixed: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = field(default_factory=dict)
     untraced: Mapping[str, str] = field(default_factory=dict)
     float_bytes: int = 0
@@ -140,6 +141,11 @@ class Record:
             f"{done} of {done + len(self.left)} candidates, {self.coverage.quantized_bytes:,} of "
             f"{self.coverage.total_bytes:,} weight bytes {tense} ({100 * self.coverage.share:.1f} %)"
         )
+
+    @property
+    def keep(self) -> Keep:
+        """What another trace of the same model has to take care of."""
+        return Keep(self.preserved, self.live, self.written)
 
     def __repr__(self) -> str:
         return f"<fused: {len(self.fusions)} chains>" if self.stage == "fused" else f"<{self.stage}: {self.outcome}>"

@@ -24,7 +24,15 @@ from fxquant.graph.kinds import base_of, redefined
 from fxquant.graph.module import NOTHING, Coverage, Left, Site
 from fxquant.graph.preserve import Preserved
 from fxquant.graph.reads import weights_read
-from fxquant.graph.reasons import WHY_KEPT, calls_children, refuse_call, why_hidden, why_no_form, why_unknown
+from fxquant.graph.reasons import (
+    WHY_KEPT,
+    WHY_WRITTEN,
+    calls_children,
+    refuse_call,
+    why_hidden,
+    why_no_form,
+    why_unknown,
+)
 from fxquant.graph.rules import join, main_rule, rank, refusal
 from fxquant.graph.target import Target, call_name, example_shape, find_target
 from fxquant.graph.trace import Names, Traced, names_of
@@ -48,7 +56,14 @@ class Plan:
 class _Planner:
     """Walks a graph, or a module tree, once and collects the decisions."""
 
-    def __init__(self, module: nn.Module, names: Names, mapping: QConfigMapping, operators: Sequence[Operator]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Names,
+        mapping: QConfigMapping,
+        operators: Sequence[Operator],
+        written: frozenset[str],
+    ) -> None:
         self.module, self.names, self.mapping, self.operators = module, names, mapping, operators
         self.plan = Plan([], [], [])
         self.counts: collections.Counter[tuple[str, Any]] = collections.Counter()
@@ -57,6 +72,8 @@ class _Planner:
         self.kept_forwards = dict(_kept_forwards(module))
         self.entered: set[int] = set()  # the containers that were visited, which may stand at several paths
         self.called: set[int] = set()  # the modules that the graph calls, and those inside them
+        changed = (edit.get_tensor(module, name) for name in written)
+        self.written = {edit.identity(tensor)[0] for tensor in changed if tensor is not None}
         self.is_kept = False  # whether what is visited is there for preserved code, beside the graph
 
     def run(self, graph: fx.Graph, preserved: Preserved) -> Plan:
@@ -255,11 +272,13 @@ class _Planner:
         part_rules: tuple[str, ...] = (),
     ) -> Site | None:
         """Record a Site and return it, or record why there is none. tensors: what the candidate holds."""
-        told = kind if isinstance(kind, str) else type_name(kind)
+        told, held = kind if isinstance(kind, str) else type_name(kind), list(tensors)
+        if reason is None and any(edit.identity(tensor)[0] in self.written for tensor in held):
+            reason = WHY_WRITTEN
         reason = refusal(path, told, row, rule, reason)
         site = None
         if row is None or rule.qconfig is None or reason is not None:
-            size = self.count(tensors, False)
+            size = self.count(held, False)
             self.plan.left.append(
                 Left(
                     path=path,
@@ -279,7 +298,7 @@ class _Planner:
                 qconfig=rule.qconfig,
                 rule=rule.text,
                 call=call,
-                float_bytes=self.count(tensors, True),
+                float_bytes=self.count(held, True),
                 opt_out=rule.opt_out,
                 shape=shape,
                 part_rules=part_rules,
@@ -351,12 +370,19 @@ def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator])
 
     Raises QConfigError where an entry that names a candidate directly gives it a qconfig that its operator cannot take.
     """
-    return _Planner(traced.module, traced.names, mapping, operators).run(traced.module.graph, traced.preserved)
+    return _Planner(traced.module, traced.names, mapping, operators, traced.keep.written).run(
+        traced.module.graph, traced.keep.preserved
+    )
 
 
-def plan_modules(module: nn.Module, mapping: QConfigMapping, operators: Sequence[Operator]) -> Plan:
-    """Return what each module of a tree becomes and why; functional calls are out of reach. Raises as `plan` does."""
-    return _Planner(module, names_of(module), mapping, operators).run_tree()
+def plan_modules(
+    module: nn.Module, mapping: QConfigMapping, operators: Sequence[Operator], written: frozenset[str] = frozenset()
+) -> Plan:
+    """Return what each module of a tree becomes and why; functional calls are out of reach. Raises as `plan` does.
+
+    written: the parameters that forward writes into.
+    """
+    return _Planner(module, names_of(module), mapping, operators, written).run_tree()
 
 
 def replay(module: fx.GraphModule, sites: Sequence[Site], operators: Sequence[Operator]) -> Plan:

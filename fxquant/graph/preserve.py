@@ -13,7 +13,7 @@ import inspect
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -72,6 +72,17 @@ def preserve(model: nn.Module, names: Sequence[str]) -> Preserved:
                 f"preserved_attributes names {name!r}, which {type(model).__name__} does not have{nearest(name, known)}"
             )
     return _Closure(model).of(names)
+
+
+class Keep(NamedTuple):
+    """What a trace has to take care of. preserved: what the graph keeps beside forward. live: the attributes that it
+    reads at each call; None: as many of those that may be set as do not steer forward. written: the parameters that
+    forward writes into, of which the graph gets copies.
+    """
+
+    preserved: Preserved = NOTHING_PRESERVED
+    live: tuple[str, ...] | None = None
+    written: frozenset[str] = frozenset()
 
 
 @dataclass

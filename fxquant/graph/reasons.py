@@ -17,9 +17,12 @@ from fxquant.operators import Operator
 from fxquant.operators.base import refuse_weight
 from fxquant.qconfig_mapping import type_name
 
-
 WHY_KEPT = "preserved code uses it as it is, beside the graph"
 """The reason of weights that are no module's and that preserved methods may read."""
+
+
+WHY_WRITTEN = "forward writes into its weight or bias as it runs"
+"""The reason of weights that are no constants."""
 
 
 def refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> str | None:

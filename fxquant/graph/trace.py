@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -17,7 +17,7 @@ from fxquant.graph import edit
 from fxquant.graph.attributes import Attributes, settable, watched
 from fxquant.graph.bound import carry, give_class_values
 from fxquant.graph.kinds import make_plain
-from fxquant.graph.preserve import NOTHING_PRESERVED, Preserved
+from fxquant.graph.preserve import Keep, Preserved
 from fxquant.graph.tracer import SCOPE, TRACING, Tracer, is_fresh
 from fxquant.operators import Operator
 
@@ -58,7 +58,7 @@ class Traced:
     constants: dict[str, Any]  # the arguments that the graph is made for
     untraced: dict[str, str]  # the paths of modules that do not trace and are called as they are, and why
     doubtful: frozenset[str]  # the paths of modules that hold state, or make tensors of their own, in forward
-    preserved: Preserved = NOTHING_PRESERVED
+    keep: Keep = Keep()  # noqa: RUF009
     attributes: Attributes = field(default_factory=Attributes)  # what became of those that forward reads
 
     @property
@@ -67,10 +67,11 @@ class Traced:
         nodes = self.module.graph.find_nodes(op="get_attr")
         live = self.attributes.live & {str(node.target) for node in nodes}
         return {
-            "preserved": self.preserved,
+            "preserved": self.keep.preserved,
             "live": tuple(sorted(live)),
             "checked": tuple(self.attributes.checked),
             "fixed": frozenset(self.attributes.read),
+            "written": self.keep.written,
         }
 
 
@@ -114,15 +115,13 @@ def trace(
     constants: Mapping[str, Any] | None = None,
     untraced: Mapping[str, str] | None = None,
     keep_whole: bool = False,
-    preserved: Preserved = NOTHING_PRESERVED,
-    live: Collection[str] | None = None,
+    keep: Keep = Keep(),  # noqa: B008
 ) -> Traced:
     """Return a model's graph over a mirror of its modules and tensors, whose hooks are left off meanwhile.
 
     constants: arguments that are fixed, and asserted. untraced: submodules known not to trace. keep_whole: whether one
-    that turns out not to trace is called as it is, the innermost first, rather than an error. preserved: what the graph
-    keeps beside forward. live: the attributes that it reads at each call; None: as many of those that may be set as do
-    not steer forward.
+    that turns out not to trace is called as it is, the innermost first, rather than an error. keep: what the graph
+    keeps beside forward, and what forward writes into.
 
     Raises ModelStateError for a model in training mode or with lazy parameters, TraceError for one that torch.fx cannot
     trace, naming the user's file and line.
@@ -133,7 +132,7 @@ def trace(
     while True:
         tracer = functools.partial(Tracer, operators, hooked | kept.keys())  # inlining a module would lose its hooks
         try:
-            root, graph, doubtful, attributes = _graph_of(model, tracer, device, constants, preserved, live)
+            root, graph, doubtful, attributes = _graph_of(_Source(model, device, keep), tracer, constants)
             break
         except _UntraceableError as failure:
             error = failure.error
@@ -141,24 +140,27 @@ def trace(
                 raise _trace_error(model, error) from error
             kept[failure.path] = f"{first_line(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
     module = fx.GraphModule(root, graph, model.__class__.__name__)
-    carry(root, module, preserved)
+    carry(root, module, keep.preserved)
     fixed = dict(constants or {})
-    return Traced(module, names_of(root), hooked, fixed, kept, doubtful, preserved, attributes)
+    return Traced(module, names_of(root), hooked, fixed, kept, doubtful, keep, attributes)
+
+
+class _Source(NamedTuple):
+    """What mirrors to trace are made of."""
+
+    model: nn.Module
+    device: str | None
+    keep: Keep
 
 
 def _graph_of(
-    model: nn.Module,
-    make_tracer: Callable[[], Tracer],
-    device: str | None,
-    constants: Mapping[str, Any] | None,
-    preserved: Preserved,
-    live: Collection[str] | None,
+    source: _Source, make_tracer: Callable[[], Tracer], constants: Mapping[str, Any] | None
 ) -> tuple[nn.Module, fx.Graph, frozenset[str], Attributes]:
     """Return what `_graph` does; where live is None, with all the attributes as nodes with which forward traces."""
-    may_be_set = settable(model, preserved)
+    may_be_set, live = settable(source.model, source.keep.preserved), source.keep.live
 
     def attempt(live: Collection[str]) -> tuple[nn.Module, fx.Graph, frozenset[str], Attributes]:
-        return _graph(model, make_tracer, device, constants, preserved, Attributes(may_be_set, frozenset(live)))
+        return _graph(source, make_tracer, constants, Attributes(may_be_set, frozenset(live)))
 
     if live is not None or not may_be_set:
         return attempt(live or ())
@@ -175,12 +177,7 @@ def _graph_of(
 
 
 def _graph(
-    model: nn.Module,
-    make_tracer: Callable[[], Tracer],
-    device: str | None,
-    constants: Mapping[str, Any] | None,
-    preserved: Preserved,
-    wanted: Attributes,
+    source: _Source, make_tracer: Callable[[], Tracer], constants: Mapping[str, Any] | None, wanted: Attributes
 ) -> tuple[nn.Module, fx.Graph, frozenset[str], Attributes]:
     """Return a mirror of a model, its graph, the paths of modules that are not sure to be what their graph says, and
     what became of the attributes.
@@ -189,9 +186,10 @@ def _graph(
     input's size, or kept code may write into one: then buffers must be nodes.
     """
     failures = []
+    model, device, (preserved, _, written) = source
     nodes_first = _keeps_buffers(model, preserved)
     for buffers_are_nodes in (nodes_first, not nodes_first):
-        root, tracer = edit.mirror(model, device, hooks=False), make_tracer()
+        root, tracer = edit.mirror(model, device, hooks=False, written=written), make_tracer()
         make_plain(root)
         give_class_values(root, preserved)
         states = Attributes(wanted.settable, wanted.live)

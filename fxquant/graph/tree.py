@@ -18,14 +18,19 @@ from fxquant.qconfig_mapping import QConfigMapping
 
 
 def prepare_tree(
-    model: nn.Module, mapping: QConfigMapping, operators: Sequence[Operator], untraced: Mapping[str, str] | None = None
+    model: nn.Module,
+    mapping: QConfigMapping,
+    operators: Sequence[Operator],
+    untraced: Mapping[str, str] | None = None,
+    written: frozenset[str] = frozenset(),
 ) -> nn.Module:
     """Return a mirror of the model, in eval mode, that carries every decision about its modules.
 
-    untraced: why there is no graph, under the root's path "". Raises QConfigError as `plan` does.
+    untraced: why there is no graph, under the root's path "". written: the parameters that forward writes into. Raises
+    QConfigError as `plan` does.
     """
-    root = plain_mirror(model)
-    decided = plan_modules(root, mapping, operators)
+    root = plain_mirror(model, written=written)
+    decided = plan_modules(root, mapping, operators, written)
     record = Record(
         stage="prepared",
         is_traced=False,
@@ -34,15 +39,16 @@ def prepare_tree(
         mapping=mapping,
         operators=tuple(operators),
         untraced=dict(untraced or {}),
+        written=written,
         float_bytes=edit.byte_count(model),
         coverage=decided.coverage,
     )
     return keep_record(root, record)
 
 
-def plain_mirror(model: nn.Module, device: str | None = None) -> nn.Module:
+def plain_mirror(model: nn.Module, device: str | None = None, written: frozenset[str] = frozenset()) -> nn.Module:
     """Return a mirror of the model in eval mode, no weight of which is computed at each call."""
-    root = edit.mirror(model, device).eval()
+    root = edit.mirror(model, device, written=written).eval()
     make_plain(root)
     return root
 

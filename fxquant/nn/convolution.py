@@ -95,8 +95,8 @@ class DynamicQuantizedConv(DynamicQuantizedLinear):
         needed = [1 if spare is None or not any(side) else max(side) + spare for side in sides]
         if any(size < least for size, least in zip(sizes, needed, strict=True)):
             raise ShapeError(
-                f"a quantized Conv{len(sizes)}d with padding_mode={self.padding_mode!r} and a padding of {sides} (before "
-                f"and after, a dimension) takes at least {tuple(needed)} positions, got {tuple(sizes)}"
+                f"a quantized Conv{len(sizes)}d with padding_mode={self.padding_mode!r} and a padding of {sides} "
+                f"(before and after, a dimension) takes at least {tuple(needed)} positions, got {tuple(sizes)}"
             )
 
     def extra_repr(self) -> str:

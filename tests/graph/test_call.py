@@ -485,7 +485,8 @@ def test_a_strict_and_a_dynamic_export_take_keywords_by_name():
     kwargs, batch = {"ids": IDS, "kinds": KINDS, "mask": MASK}, torch.export.Dim("batch")
     quantized = convert_fx(prepare_fx(Tokens().eval(), everything(), kwargs))
     more = {name: torch.cat([tensor, tensor]) for name, tensor in kwargs.items()}
-    exported = torch.export.export(quantized, (), kwargs, dynamic_shapes=dict.fromkeys(kwargs, {0: batch})).module()
+    shapes = {name: {0: batch} for name in kwargs}
+    exported = torch.export.export(quantized, (), kwargs, dynamic_shapes=shapes).module()
     assert same_bits(exported(**more), quantized(**more))
     exported = torch.export.export(quantized, (), kwargs, strict=True).module()
     assert same_bits(exported(**kwargs), quantized(**kwargs))

@@ -276,9 +276,7 @@ def test_it_refuses_what_is_no_dense_tensor(change, told):
         DynamicQuantizedConv.from_float(nn.Conv1d(4, 6, 3))(change(torch.randn(2, 4, 9)))
 
 
-@pytest.mark.parametrize(
-    ("mode", "least"), [("reflect", "(3, 4)"), ("circular", "(2, 3)"), ("replicate", "(1, 1)")]
-)
+@pytest.mark.parametrize(("mode", "least"), [("reflect", "(3, 4)"), ("circular", "(2, 3)"), ("replicate", "(1, 1)")])
 def test_padding_wider_than_the_input_is_an_error_in_the_layers_words(mode, least):
     conv = nn.Conv2d(4, 8, 3, padding=(2, 3), padding_mode=mode)
     quantized = DynamicQuantizedConv.from_float(conv)

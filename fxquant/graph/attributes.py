@@ -21,21 +21,26 @@ _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 class Attributes:
     """What becomes of a mirror's plain attributes, by path ("temperature", "head.temperature").
 
-    settable: those that kept code, or the user by name, may set. live: those of them that the graph reads at each call.
-    read: those that forward read as constants; checked: those of them that the graph compares at each call.
+    settable: those that kept code, or the user by name, may set; within_reach: others, of kept modules. live: those of
+    the settable that the graph reads at each call. read: those that forward read as constants; checked: those of them
+    that the graph compares at each call.
     """
 
     settable: tuple[str, ...] = ()
+    within_reach: tuple[str, ...] = ()
     live: frozenset[str] = frozenset()
     read: dict[str, None] = field(default_factory=dict)
     checked: dict[str, None] = field(default_factory=dict)
 
 
-def settable(root: nn.Module, preserved: Preserved) -> tuple[str, ...]:
-    """Return the paths of the plain attributes that may be set later: those named, those in named modules, and those of
-    a name that kept code sets.
+def attributes_of(root: nn.Module, preserved: Preserved) -> Attributes:
+    """Return the plain attributes of a model and its kept modules that may be set later.
+
+    Settable are those named, those in named modules, and those of a name that kept code sets.
     """
-    named, paths = set(preserved.names), []
+    named = set(preserved.names)
+    paths: list[str] = []
+    others: list[str] = []
     reachable = {id(module) for module in preserved.modules(root)}
     for path, module in root.named_modules():
         if path and (id(module) not in reachable or type(module).__module__.startswith("torch.nn.")):
@@ -43,10 +48,10 @@ def settable(root: nn.Module, preserved: Preserved) -> tuple[str, ...]:
         whole = path.split(".")[0] in named
         held = vars(module) if path else {**dict.fromkeys(_class_values(root, preserved)), **vars(root)}
         for name, value in held.items():
-            is_wanted = name in preserved.sets or whole or (not path and name in named)
-            if is_wanted and name not in _NOT_OURS and not callable(value):
-                paths.append(f"{path}.{name}" if path else name)
-    return tuple(paths)
+            is_wanted = name in preserved.sets or preserved.sets_any or whole or (not path and name in named)
+            if name not in _NOT_OURS and not callable(value):
+                (paths if is_wanted else others).append(f"{path}.{name}" if path else name)
+    return Attributes(tuple(paths), tuple(others))
 
 
 def _class_values(root: nn.Module, preserved: Preserved) -> list[str]:
@@ -93,7 +98,8 @@ class _Watch:
         if path in attributes.live:
             return self.node(path)
         attributes.read[path] = None
-        if path in attributes.settable and path not in attributes.checked and _is_plain(value):
+        is_reached = path in attributes.settable or ("." in path and path in attributes.within_reach)
+        if is_reached and path not in attributes.checked and _is_plain(value):
             attributes.checked[path] = None
             self.tracer.create_proxy("call_function", check_attribute, (self.node(path), path, value), {})
         return value
@@ -115,7 +121,7 @@ def watched(
     """
     watch, classes = _Watch(tracer, attributes), []
     own = [name for name in vars(root) if name not in _NOT_OURS and not name.startswith("_fxquant")]
-    paths = dict.fromkeys((*attributes.settable, *own)) if only is None else only
+    paths = dict.fromkeys((*attributes.settable, *attributes.within_reach, *own)) if only is None else only
     by_module: dict[str, dict[str, Any]] = {}
     for path in paths:
         owner, _, name = path.rpartition(".")

@@ -26,6 +26,7 @@ _BY_ANY_NAME = {
 }
 """Names of what finds an attribute by a name that need not stand in the code."""
 
+_SETTERS = {"setattr", "__setattr__", "__dict__", "vars"}
 _NOT_FOLLOWED = {"forward", "__init__", "__class__", "__call__"}
 
 
@@ -35,7 +36,7 @@ class Preserved:
 
     names: what the user named. owner: the user's class, whose methods and properties run on, None if none is kept.
     bound: the names of those. kept: the names of the instance's attributes, tensors and modules that come along.
-    sets: the names that kept code sets, on any module.
+    sets: the names that kept code sets, on any module; sets_any: whether it may set any (setattr).
     """
 
     names: tuple[str, ...] = ()
@@ -43,6 +44,7 @@ class Preserved:
     bound: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     sets: frozenset[str] = frozenset()
+    sets_any: bool = False
 
     def modules_of(self, root: nn.Module) -> list[str]:
         """Return the names of those modules of a root that are kept."""
@@ -100,7 +102,8 @@ class _Closure:
         for name in names:
             self.add(name, is_named=True)
         owner = type(self.model) if self.bound else None
-        return Preserved(tuple(names), owner, tuple(self.bound), tuple(self.kept), frozenset(self.sets))
+        sets_any = bool(self.sets & _SETTERS)
+        return Preserved(tuple(names), owner, tuple(self.bound), tuple(self.kept), frozenset(self.sets), sets_any)
 
     def add(self, name: str, is_named: bool = False) -> None:
         """Keep a name of the model, and what its code needs."""
@@ -122,20 +125,27 @@ class _Closure:
             self.follow_modules(name)
         else:
             self.bound[name] = None
+            if any(_is_torchs(function) for function in _functions(static)):  # a container's: it walks self._modules
+                self.add_all()
         self.follow(static)
+
+    def add_all(self) -> None:
+        """Keep everything that the instance holds, for code that finds it by any name."""
+        for name in _held(self.model):
+            if name not in _graphs_names():
+                self.add(name)
 
     def follow(self, thing: Any) -> None:
         """Keep what a method, property or function mentions."""
         for function in _functions(thing):
             code = function.__code__
-            if id(code) in self.read or function.__module__.partition(".")[0] == "torch":
+            if id(code) in self.read or _is_torchs(function):
                 continue
             self.read.add(id(code))
             mentions, sets = _names(code)
-            self.sets |= sets
+            self.sets |= sets | mentions & _SETTERS
             if mentions & _BY_ANY_NAME:
-                mentions |= {name for name in _held(self.model) if name not in _graphs_names()}
-                self.sets |= _texts(code) if "setattr" in mentions else set()
+                self.add_all()
             for name in sorted(mentions):
                 self.add(name)
                 for kind in {type(module) for module in Preserved(kept=tuple(self.kept)).modules(self.model)}:
@@ -164,6 +174,10 @@ def _functions(thing: Any) -> Iterator[types.FunctionType]:
             yield function
 
 
+def _is_torchs(function: types.FunctionType) -> bool:
+    return (function.__module__ or "").partition(".")[0] == "torch"
+
+
 def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
     """Return every name that code mentions, those in functions inside it too, and the attributes that it sets."""
     mentions = set(code.co_names)
@@ -174,10 +188,6 @@ def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
             mentions |= more
             sets |= also
     return mentions, sets
-
-
-def _texts(code: types.CodeType) -> set[str]:
-    return {part for part in code.co_consts if isinstance(part, str)}
 
 
 def _content(cell: Any) -> Any:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import ModelStateError, TraceError
 from fxquant.graph import edit
-from fxquant.graph.attributes import Attributes, settable, watched
+from fxquant.graph.attributes import Attributes, attributes_of, watched
 from fxquant.graph.bound import carry, give_class_values
 from fxquant.graph.kinds import make_plain
 from fxquant.graph.preserve import Keep, Preserved
@@ -85,7 +86,8 @@ def _restore(root: nn.Module, before: dict[str, dict[str, Any]]) -> None:
     for path, held in before.items():
         now = vars(root.get_submodule(path))
         for name in now.keys() - held.keys():
-            del now[name]
+            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(now[name])):
+                del now[name]
         now.update(held)
 
 
@@ -157,10 +159,11 @@ def _graph_of(
     source: _Source, make_tracer: Callable[[], Tracer], constants: Mapping[str, Any] | None
 ) -> tuple[nn.Module, fx.Graph, frozenset[str], Attributes]:
     """Return what `_graph` does; where live is None, with all the attributes as nodes with which forward traces."""
-    may_be_set, live = settable(source.model, source.keep.preserved), source.keep.live
+    found, live = attributes_of(source.model, source.keep.preserved), source.keep.live
+    may_be_set = found.settable
 
     def attempt(live: Collection[str]) -> tuple[nn.Module, fx.Graph, frozenset[str], Attributes]:
-        return _graph(source, make_tracer, constants, Attributes(may_be_set, frozenset(live)))
+        return _graph(source, make_tracer, constants, replace(found, live=frozenset(live)))
 
     if live is not None or not may_be_set:
         return attempt(live or ())
@@ -192,7 +195,7 @@ def _graph(
         root, tracer = edit.mirror(model, device, hooks=False, written=written), make_tracer()
         make_plain(root)
         give_class_values(root, preserved)
-        states = Attributes(wanted.settable, wanted.live)
+        states = replace(wanted, read={}, checked={})
         tracer.proxy_buffer_attributes = buffers_are_nodes
         buffers, attributes = _buffers(root), _attributes(root)
         try:

@@ -22,10 +22,11 @@ from fxquant.graph import edit
 from fxquant.graph.constants import asks_kind, constant_of, is_transposition
 from fxquant.graph.kinds import base_of, redefined
 from fxquant.graph.module import NOTHING, Coverage, Left, Site
-from fxquant.graph.preserve import Preserved
+from fxquant.graph.preserve import Keep
 from fxquant.graph.reads import weights_read
 from fxquant.graph.reasons import (
     WHY_KEPT,
+    WHY_SET,
     WHY_WRITTEN,
     calls_children,
     refuse_call,
@@ -62,7 +63,7 @@ class _Planner:
         names: Names,
         mapping: QConfigMapping,
         operators: Sequence[Operator],
-        written: frozenset[str],
+        keep: Keep,
     ) -> None:
         self.module, self.names, self.mapping, self.operators = module, names, mapping, operators
         self.plan = Plan([], [], [])
@@ -72,11 +73,12 @@ class _Planner:
         self.kept_forwards = dict(_kept_forwards(module))
         self.entered: set[int] = set()  # the containers that were visited, which may stand at several paths
         self.called: set[int] = set()  # the modules that the graph calls, and those inside them
-        changed = (edit.get_tensor(module, name) for name in written)
+        changed = (edit.get_tensor(module, name) for name in keep.written)
         self.written = {edit.identity(tensor)[0] for tensor in changed if tensor is not None}
+        self.preserved = keep.preserved
         self.is_kept = False  # whether what is visited is there for preserved code, beside the graph
 
-    def run(self, graph: fx.Graph, preserved: Preserved) -> Plan:
+    def run(self, graph: fx.Graph) -> Plan:
         """Return the plan for every candidate of the graph, and those that preserved code alone uses."""
         seen: set[str] = set()
         for node in graph.nodes:
@@ -89,7 +91,7 @@ class _Planner:
                 self.visit_call(node)
         self.called = {id(part) for path in seen for part in self.module.get_submodule(path).modules()}
         self.is_kept = True
-        for name in preserved.kept:
+        for name in self.preserved.kept:
             self.visit_kept(name)
         return self.finish()
 
@@ -133,6 +135,8 @@ class _Planner:
             rule = main_rule(found[""], rules.values())
             shut = inside or why_hidden(module) or self.kept_forwards.get(id(module), "")
             reason = shut or (row.refuse_module(module) if row else self.why_float(kind, base))
+            if row is not None and reason is None and self.may_be_written(path, module):
+                reason = WHY_SET
             seen = shape if row is None or row.has_rows else ()
             if row is not None and reason is None and len(set(rules.values())) > 1:
                 self.decide_weights(path, kind, row, rule, rules, module, seen)
@@ -153,6 +157,10 @@ class _Planner:
                     continue
                 itself = f"the code of {type_name(kind)} reads self.{name}'s weight itself" if name in read else ""
                 self.visit_module(_join(path, name), child, shut or itself)
+
+    def may_be_written(self, path: str, module: nn.Module) -> bool:
+        """Return whether preserved code may write into a parameter of a module, which then is no constant."""
+        return any(self.preserved.may_write(_join(path, name)) for name, _ in module.named_parameters())
 
     def why_float(self, kind: type[nn.Module], base: type[nn.Module] | None) -> str:
         """Return why a module without a row stays float."""
@@ -208,6 +216,8 @@ class _Planner:
         if tensor is None:
             raise AssertionError(f"{path} was traced but is not in the graph module")
         reason = refuse_call(row, target, tensor) if rule.qconfig is not None else None
+        if reason is None and self.preserved.may_write(path):
+            reason = WHY_SET
         site = self.decide(path, name, row, rule, reason, (tensor,), example_shape(node), call=node.name)
         if site is not None:
             self.plan.calls.append((site, target))
@@ -370,9 +380,7 @@ def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator])
 
     Raises QConfigError where an entry that names a candidate directly gives it a qconfig that its operator cannot take.
     """
-    return _Planner(traced.module, traced.names, mapping, operators, traced.keep.written).run(
-        traced.module.graph, traced.keep.preserved
-    )
+    return _Planner(traced.module, traced.names, mapping, operators, traced.keep).run(traced.module.graph)
 
 
 def plan_modules(
@@ -382,7 +390,7 @@ def plan_modules(
 
     written: the parameters that forward writes into.
     """
-    return _Planner(module, names_of(module), mapping, operators, written).run_tree()
+    return _Planner(module, names_of(module), mapping, operators, Keep(written=written)).run_tree()
 
 
 def replay(module: fx.GraphModule, sites: Sequence[Site], operators: Sequence[Operator]) -> Plan:

@@ -37,6 +37,7 @@ class Preserved:
     names: what the user named. owner: the user's class, whose methods and properties run on, None if none is kept.
     bound: the names of those. kept: the names of the instance's attributes, tensors and modules that come along.
     sets: the names that kept code sets, on any module; sets_any: whether it may set any (setattr).
+    writes: the names in those of its functions that write in place (`.copy_()`), into whatever tensor.
     """
 
     names: tuple[str, ...] = ()
@@ -45,6 +46,12 @@ class Preserved:
     kept: tuple[str, ...] = ()
     sets: frozenset[str] = frozenset()
     sets_any: bool = False
+    writes: frozenset[str] = frozenset()
+
+    def may_write(self, path: str) -> bool:
+        """Return whether kept code may change the parameter at a path: one of the root's own, or of a kept module."""
+        first, last = path.partition(".")[0], path.rpartition(".")[2]
+        return first in self.kept and (last in self.writes or last in self.sets)
 
     def modules_of(self, root: nn.Module) -> list[str]:
         """Return the names of those modules of a root that are kept."""
@@ -96,6 +103,7 @@ class _Closure:
     kept: dict[str, None] = field(default_factory=dict)
     sets: set[str] = field(default_factory=set)
     read: set[int] = field(default_factory=set)
+    writes: set[str] = field(default_factory=set)
 
     def of(self, names: Sequence[str]) -> Preserved:
         """Return what these names need."""
@@ -103,7 +111,9 @@ class _Closure:
             self.add(name, is_named=True)
         owner = type(self.model) if self.bound else None
         sets_any = bool(self.sets & _SETTERS)
-        return Preserved(tuple(names), owner, tuple(self.bound), tuple(self.kept), frozenset(self.sets), sets_any)
+        kept = tuple(self.kept)
+        sets, writes = frozenset(self.sets), frozenset(self.writes)
+        return Preserved(tuple(names), owner, tuple(self.bound), kept, sets, sets_any, writes)
 
     def add(self, name: str, is_named: bool = False) -> None:
         """Keep a name of the model, and what its code needs."""
@@ -144,6 +154,8 @@ class _Closure:
             self.read.add(id(code))
             mentions, sets = _names(code)
             self.sets |= sets | mentions & _SETTERS
+            if any(name.endswith("_") and not name.endswith("__") for name in mentions):
+                self.writes |= mentions
             if mentions & _BY_ANY_NAME:
                 self.add_all()
             for name in sorted(mentions):

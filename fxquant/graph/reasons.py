@@ -21,6 +21,9 @@ WHY_KEPT = "preserved code uses it as it is, beside the graph"
 """The reason of weights that are no module's and that preserved methods may read."""
 
 
+WHY_SET = "preserved code may write into it"
+"""The reason of weights that methods change, and that the graph must share with them."""
+
 WHY_WRITTEN = "forward writes into its weight or bias as it runs"
 """The reason of weights that are no constants."""
 

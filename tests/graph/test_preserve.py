@@ -340,6 +340,55 @@ def test_an_attribute_that_no_kept_code_sets_is_checked(x):
         quantized(x)
 
 
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64))
+
+    def rows(self, ids):
+        return F.embedding(ids, self.weight)
+
+    def scale(self, by):
+        self.weight.data.mul_(by)
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+def test_a_calls_weight_that_a_method_reads_is_quantized_and_kept(x):
+    model, ids = Table().eval(), torch.arange(3)
+    quantized = quantize(model, x, preserved_attributes=("rows",))
+    assert same_bits(quantized.rows(ids), model.rows(ids))
+    assert [site.path for site in quantized.record.sites] == ["weight"]
+
+
+def test_a_calls_weight_that_a_method_writes_into_stays_float_and_counts(x):
+    model = Table().eval()
+    with pytest.warns(UserWarning, match="nothing in this Table .*: preserved code may write into it"):
+        quantized = quantize(model, x, preserved_attributes=("scale",))
+    with torch.no_grad():
+        quantized.scale(2.0)
+    assert sqnr(model(2 * x), quantized(x)) > 100
+
+
+def test_a_modules_weight_that_a_method_writes_into_stays_float_and_counts(x):
+    class Model(Ranker):
+        def scale(self, by):
+            self.score.weight.data.mul_(by)
+
+        def scores(self, x):
+            return self.score(x).relu_()
+
+    model = Model().eval()
+    with pytest.warns(UserWarning, match="nothing in this Model .*: preserved code may write into it"):
+        quantized = quantize(model, x, preserved_attributes=("scale",))
+    before = quantized(x)
+    quantized.scale(2.0)
+    assert not same_bits(quantized(x), before)
+    quantized = quantize(model, x, preserved_attributes=("scores",))  # writes, and into no weight
+    assert type(quantized.score) is DynamicQuantizedLinear
+
+
 # Names.
 
 

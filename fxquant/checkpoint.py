@@ -40,14 +40,15 @@ from fxquant.graph.module import (
     Left,
     Record,
     Site,
+    Unfused,
     finish,
     keep_record,
     need_stage,
-    preserve,
     refuse_ours,
 )
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import replay
+from fxquant.graph.preserve import preserve
 from fxquant.graph.trace import check_model, trace
 from fxquant.graph.tree import plain_mirror
 from fxquant.nn.base import dtype_errors
@@ -129,6 +130,7 @@ def load(
     result = _rebuild(model, record, path, check)
     _check_tensors(result, tensors, path)
     result.load_state_dict(tensors, assign=True)
+    _set_live(result, plan.get("live", {}))
     _fill_unsaved(result, model, path)
     return result
 
@@ -178,13 +180,31 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict
             for key, value in mapping.items()
         },
         "aliases": aliases,
-        "preserved": list(record.preserved),
+        "preserved": list(record.preserved.names),
+        "live": {path: _live(model, path) for path in record.live},
+        "written": sorted(record.written),
+        "unfused": [asdict(chain) for chain in record.unfused],
         "constants": dict(record.constants),
         "untraced": dict(record.untraced),
         "float_bytes": record.float_bytes,
         "coverage": asdict(record.coverage),
         "architecture": None if record.architecture is None else record.architecture.to_plain(),
     }
+
+
+def _live(model: nn.Module, path: str) -> list[Any]:
+    """Return the value of an attribute in a list, empty where JSON has no such value: the skeleton's is taken then."""
+    owner, _, name = path.rpartition(".")
+    value = getattr(model.get_submodule(owner), name)
+    return [value] if isinstance(value, (bool, int, float, str, type(None))) else []
+
+
+def _set_live(result: nn.Module, values: dict[str, list[Any]]) -> None:
+    """Set the attributes that a graph reads at each call to what they were when it was saved."""
+    for path, value in values.items():
+        owner, _, name = path.rpartition(".")
+        if value:
+            setattr(result.get_submodule(owner), name, value[0])
 
 
 def _plain(part: Any) -> Any:
@@ -272,7 +292,10 @@ def _record(
         fusions=tuple(Fusion(path=f["path"], chain=tuple(f["chain"])) for f in plan["fusions"]),
         mapping=_mapping(plan["mapping"], model, operators),
         operators=tuple(operators),
+        unfused=tuple(Unfused(chain=tuple(u["chain"]), used=u["used"]) for u in plan.get("unfused", ())),
         preserved=preserve(model, tuple(plan["preserved"])),
+        live=tuple(plan.get("live", ())),
+        written=frozenset(plan.get("written", ())),
         constants=plan["constants"],
         untraced=plan["untraced"],
         float_bytes=plan["float_bytes"],
@@ -335,13 +358,13 @@ class _OtherArchitectureError(Exception):
 
 
 def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
-    traced = trace(model, record.operators, device="meta", constants=record.constants, untraced=record.untraced)
+    traced = trace(model, record.operators, "meta", record.constants, record.untraced, keep=record.keep)
     _match(saved, traced.module)
     fuse(traced.module, traced.hooked, only=record.fusions)
     sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module
     convert(module, sites, record.operators)
-    return finish(clean(module, model), model, record)
+    return finish(clean(module, model, record.preserved), model, record.advance(**traced.kept))
 
 
 def _rebuild_tree(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:

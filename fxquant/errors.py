@@ -44,6 +44,10 @@ class CheckError(FxQuantError):
     """The quantized model fails on the example inputs, on which the float one runs."""
 
 
+class FixedAttributeError(FxQuantError, AttributeError):
+    """An attribute was set that forward read as a constant when it was traced, so that a graph cannot obey."""
+
+
 class ShapeError(FxQuantError, ValueError):
     """A tensor's shape does not fit a quantized module."""
 

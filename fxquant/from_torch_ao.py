@@ -137,7 +137,7 @@ def _as_graph(architecture: nn.Module, found: Found) -> nn.Module:
     traced = trace(architecture, OPERATORS, keep_whole=True)
     described = describe(traced.module)
     norms = {name.rpartition(".")[0] for name in found.floats if name.endswith(".running_mean")}
-    fusions = fuse(traced.module, traced.hooked | norms)
+    fusions, _ = fuse(traced.module, traced.hooked | norms)
     _place_calls(traced, found)
     cache = _fill(traced.module, found, architecture)
     decided = plan(traced, found.mapping, OPERATORS)

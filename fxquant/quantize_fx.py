@@ -18,11 +18,12 @@ from fxquant.graph.check import checked
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import WeightCache, convert
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, refuse_ours
+from fxquant.graph.module import FxModule, Record, finish, need_stage, refuse_ours
 from fxquant.graph.moments import Moments, gather
 from fxquant.graph.observe import observe
 from fxquant.graph.outcome import judge
 from fxquant.graph.plan import plan
+from fxquant.graph.preserve import Keep, preserve
 from fxquant.graph.rules import check_mapping
 from fxquant.graph.trace import check_model, names_of, trace
 from fxquant.graph.tree import convert_tree, plain_mirror, prepare_tree
@@ -50,7 +51,8 @@ def prepare_fx(
     qconfig_mapping: which qconfig each part gets, as a QConfigMapping or in its dict form.
     example_inputs: a tuple of one call's positional arguments, a dict of its keyword arguments, or one tensor; really
     run, and kept, copied, for convert_fx's check. example_kwargs: keyword arguments that go with positional ones.
-    preserved_attributes: names of attributes, methods and properties of the model that shall stay reachable.
+    preserved_attributes: names of attributes, methods and properties of the model that shall stay: they may be read,
+    set and called. What their code uses comes along; modules that it calls are quantized, and fused with nothing.
     operators: the operator table; rows of your own go beside ours: (*OPERATORS, MY_ROW).
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
 
@@ -63,22 +65,23 @@ def prepare_fx(
     preserved = preserve(model, preserved_attributes)
     inputs = bind_inputs(model, example_inputs, example_kwargs)
     try:
-        traced = capture(model, operators, inputs)
+        traced = capture(model, operators, inputs, preserved)
     except (TraceError, ExampleInputsError) as error:
         return _prepare_whole(model, mapping, operators, inputs, error, strict)
     functions = [node.target for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
     architecture = describe(traced.module)
-    fusions = fuse(traced.module, traced.hooked)
+    fusions, unfused = fuse(traced.module, traced.hooked, preserved)
     decided = plan(traced, mapping, operators)
     record = Record(
         stage="prepared",
         sites=observe(traced.module, decided),
         left=tuple(decided.left),
         fusions=fusions,
+        unfused=unfused,
         mapping=mapping,
         operators=tuple(operators),
-        preserved=preserved,
+        **traced.kept,
         constants=traced.constants,
         untraced=traced.untraced,
         float_bytes=edit.byte_count(model),
@@ -99,13 +102,13 @@ def _prepare_whole(
     strict: bool,
 ) -> nn.Module:
     """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
-    check_runs(model, inputs, cause)
+    written = check_runs(model, inputs, cause)
     if isinstance(cause, ExampleInputsError):  # the model does run on them
         told = str(cause).splitlines()[0].replace("the model fails on example_inputs", "its graph fails")
         cause = TraceError(f"{type(model).__name__} runs, but not as it was traced (it may ask for a type): {told}")
     check_mapping(mapping, names_of(plain_mirror(model)))
     why = " ".join(line.strip() for line in str(cause).splitlines()[:2])
-    prepared = prepare_tree(model, mapping, operators, {"": why}, inputs)
+    prepared = prepare_tree(model, mapping, operators, {"": why}, inputs, written)
     record = need_stage(prepared, "prepared", "prepare_fx", "prepare_tree")
     if not record.sites:
         raise cause
@@ -150,7 +153,8 @@ def convert_with(prepared: nn.Module, moments: Moments | None) -> nn.Module:
     assert isinstance(module, fx.GraphModule)
     cache = WeightCache(moments.rounding(module) if moments is not None else None)
     sites = convert(module, record.sites, record.operators, cache)
-    return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites, example=None))
+    quantized = clean(module, prepared, record.preserved)
+    return finish(quantized, prepared, record.advance(stage="quantized", sites=sites, example=None))
 
 
 @entry
@@ -170,12 +174,12 @@ def fuse_fx(
     check_model(model)
     preserved = preserve(model, preserved_attributes)
     if example_inputs is None and example_kwargs is None:
-        traced = trace(model, OPERATORS)
+        traced = trace(model, OPERATORS, keep=Keep(preserved))
     else:
         given = () if example_inputs is None else example_inputs
-        traced = capture(model, OPERATORS, bind_inputs(model, given, example_kwargs))
-    fusions = fuse(traced.module, traced.hooked)
-    record = Record(stage="fused", fusions=fusions, preserved=preserved, float_bytes=edit.byte_count(model))
+        traced = capture(model, OPERATORS, bind_inputs(model, given, example_kwargs), preserved)
+    fusions, unfused = fuse(traced.module, traced.hooked, preserved)
+    record = Record(stage="fused", fusions=fusions, unfused=unfused, float_bytes=edit.byte_count(model), **traced.kept)
     return finish(traced.module, model, record)
 
 

@@ -246,3 +246,40 @@ class SignatureCodeGen(fx.graph.CodeGen):
             arguments.insert(kinds.count(inspect.Parameter.POSITIONAL_ONLY), "/")
         rest = [text for text in free_vars if names[text] not in self.kinds]
         return super().gen_fn_def([*rest, *arguments], maybe_return_annotation, **options)
+
+    def process_inputs(self, *args: Any) -> Any:
+        """Return what torch.fx's Interpreter hands out to the placeholders, one after another.
+
+        torch.export (strict=False) runs a graph so, with keyword arguments in the caller's order and their names gone;
+        the names are in the frame that called, and each value goes where its own is.
+        """
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_name == "process_inputs":  # the graph's own
+            frame = frame.f_back
+        interpreter, caller = frame.f_locals.get("self"), frame.f_back
+        kwargs = caller.f_locals.get("kwargs") if caller is not None else None
+        if not isinstance(interpreter, fx.Interpreter) or not isinstance(kwargs, dict) or not kwargs:
+            return args
+        given = args[len(args) - len(kwargs) :]
+        if len(given) != len(kwargs) or any(a is not b for a, b in zip(given, kwargs.values(), strict=True)):
+            return args  # another caller's keywords
+        nodes = interpreter.graph.find_nodes(op="placeholder")
+        interpreter.env.update(self._by_name(nodes, args[: len(args) - len(kwargs)], kwargs))
+        return ()
+
+    def _by_name(self, nodes: Iterable[fx.Node], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[fx.Node, Any]:
+        """Return each placeholder's value; one that is not among them has its default."""
+        values: dict[fx.Node, Any] = {}
+        waiting, named = list(args), dict(kwargs)
+        for node in sorted(nodes, key=lambda node: self.kinds[str(node.target).lstrip("*")]):
+            name = str(node.target).lstrip("*")
+            kind = self.kinds[name]
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                values[node], waiting = tuple(waiting), []
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                values[node] = named
+            elif waiting and kind is not inspect.Parameter.KEYWORD_ONLY:
+                values[node] = waiting.pop(0)
+            elif name in named:
+                values[node] = named.pop(name)
+        return values

@@ -59,6 +59,14 @@ class WeightCache:
         self._notes.append(note)
         return module
 
+    def stand_in(self, root: nn.Module) -> None:
+        """Put the quantized form of each module in its place where it stands under a second name too."""
+        forms = {id(float_module): module for float_module, module, _ in self._modules.values()}
+        for parent in list(root.modules()):
+            for name, child in parent._modules.items():
+                if id(child) in forms:
+                    parent._modules[name] = forms[id(child)]
+
     def settle(self, root: nn.Module) -> None:
         """Turn stale references to a converted module (in a functools.partial, a closure) into its quantized form."""
         standing = set(map(id, root.modules()))
@@ -91,6 +99,7 @@ def convert(
             done.append(_convert_module(module, site, operators, cache))
         else:
             done.append(_convert_call(module, site, operators, cache))
+    cache.stand_in(module)  # preserved code may use the other names
     cache.settle(module)
     _keep_swapped_called(module)
     module.recompile()

@@ -6,7 +6,7 @@ import copy
 import pathlib
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -38,10 +38,11 @@ RECOMPUTED_FROM = ("_g", "_v", "_orig", "_u", "_mask")
 _LIBRARIES = (str(pathlib.Path(torch.__file__).parent), str(pathlib.Path(__file__).parents[1]), "<")
 
 
-def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn.Module:
+def mirror(root: nn.Module, device: str | None = None, hooks: bool = True, written: Collection[str] = ()) -> nn.Module:
     """Return a copy of a module tree that shares the parameters' storage and nothing else.
 
-    A table with a max_norm, which writes into its parameter at each call, is copied too.
+    A table with a max_norm, which writes into its parameter at each call, is copied too, and so are the parameters that
+    are named as written: those that forward writes into, and that its record, if it has one, names.
     Tied tensors stay tied; a lambda, closure or weak reference that leads to a module of the tree leads to its copy.
     What the copy's Python code assigns or appends, and what `.to` does to it, never reaches the original.
     device: "meta" for a copy without data. hooks: whether the modules keep their hooks; they always keep those that
@@ -53,6 +54,11 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
     for module in root.modules() if device is None else ():
         if vars(module).get("max_norm") is not None:
             memo.update((id(t), nn.Parameter(t.detach().clone(), t.requires_grad)) for t in module.parameters(False))
+    record = vars(root).get("_fxquant_record")
+    names = {*written, *getattr(record, "written", ())} if device is None else set()
+    for name, tensor in root.named_parameters(remove_duplicate=False) if names else ():
+        if name in names:  # written under torch.no_grad(), which a graph does not hold
+            memo[id(tensor)] = nn.Parameter(tensor.detach().clone(), requires_grad=False)
     for module in root.modules():
         memo.update((id(t), _alias(t, None)) for t in vars(module).values() if isinstance(t, torch.Tensor))
     modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]

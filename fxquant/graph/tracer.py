@@ -18,6 +18,7 @@ from torch.nn.utils import rnn
 
 from fxquant import ops
 from fxquant.graph import call
+from fxquant.graph.attributes import Attributes, watched
 from fxquant.graph.kinds import base_of
 from fxquant.nn import QuantizedModule
 from fxquant.nn.transformer import PLAIN_FORWARDS
@@ -185,6 +186,15 @@ class _Retracer(Tracer):
     """Traces the code of one of our graphs once more, as torch.fx does to unpickle it: a node for each line."""
 
     proxy_buffer_attributes = True
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph of such code, whose reads of attributes are nodes too."""
+        record = vars(root).get("_fxquant_record")
+        if record is None:
+            return super().trace(root, concrete_args)
+        paths = (*record.live, *record.checked)
+        with watched(root, self, Attributes(live=frozenset(paths)), only=paths):
+            return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Return what the code gets for an attribute: for a buffer always a node."""

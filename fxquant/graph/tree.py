@@ -25,14 +25,15 @@ def prepare_tree(
     operators: Sequence[Operator],
     untraced: Mapping[str, str] | None = None,
     inputs: Inputs | None = None,
+    written: frozenset[str] = frozenset(),
 ) -> nn.Module:
     """Return a mirror of the model, in eval mode, that carries every decision about its modules.
 
     untraced: why there is no graph, under the root's path "". inputs: what the model is checked on once it is
-    quantized. Raises QConfigError as `plan` does.
+    quantized. written: the parameters that forward writes into. Raises QConfigError as `plan` does.
     """
-    root = plain_mirror(model)
-    decided = plan_modules(root, mapping, operators)
+    root = plain_mirror(model, written=written)
+    decided = plan_modules(root, mapping, operators, written)
     record = Record(
         stage="prepared",
         is_traced=False,
@@ -41,6 +42,7 @@ def prepare_tree(
         mapping=mapping,
         operators=tuple(operators),
         untraced=dict(untraced or {}),
+        written=written,
         float_bytes=edit.byte_count(model),
         coverage=decided.coverage,
         example=None if inputs is None else Example(inputs),
@@ -49,9 +51,9 @@ def prepare_tree(
     return keep_record(root, record)
 
 
-def plain_mirror(model: nn.Module, device: str | None = None) -> nn.Module:
+def plain_mirror(model: nn.Module, device: str | None = None, written: frozenset[str] = frozenset()) -> nn.Module:
     """Return a mirror of the model in eval mode, no weight of which is computed at each call."""
-    root = edit.mirror(model, device).eval()
+    root = edit.mirror(model, device, written=written).eval()
     make_plain(root)
     return root
 

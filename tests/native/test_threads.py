@@ -182,25 +182,36 @@ def test_nothing_spins_while_idle(product):
         assert time.process_time() - before < 0.05
 
 
-def test_the_gil_is_released():
-    x, weight, scale = torch.randn(16, 2048), int8(4096, 2048), torch.rand(4096)
-    ticks, during = 0, []
-    done = threading.Event()
+@pytest.fixture
+def no_time_slices():
+    """Let a Python thread run on until it gives the interpreter lock away itself."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_the_gil_is_released(no_time_slices):
+    x, weight, scale = torch.randn(64, 2048), int8(4096, 2048), torch.rand(4096)
+    ticks, done = 0, threading.Event()
 
     def count():
         nonlocal ticks
         while not done.is_set():
             ticks += 1
 
+    def ticks_in_a_call():
+        before = ticks
+        native.linear(x, weight, scale)
+        return ticks - before
+
     counter = threading.Thread(target=count)
-    with kernels("portable", 1):  # slow enough to be watched
-        counter.start()
-        try:
-            for _ in range(5):
-                before = ticks
-                native.linear(x, weight, scale)
-                during.append(ticks - before)
-        finally:
-            done.set()
-            counter.join()
-    assert max(during) > 1000
+    counter.start()
+    try:
+        with kernels("portable", 1):  # slow enough to be watched: 30 ms
+            # torch gives the lock away for an instant where it makes a tensor: a few ticks at most. Where other work
+            # has the cores, the counter may miss a call, not all of them.
+            assert any(ticks_in_a_call() > 10 for _ in range(20))
+    finally:
+        done.set()
+        counter.join()

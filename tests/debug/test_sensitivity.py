@@ -53,16 +53,24 @@ class Branching(nn.Module):
 EVERYTHING = QConfigMapping().set_global(default_dynamic_qconfig)
 
 
-@pytest.fixture
-def model():
+def make_model():
     torch.manual_seed(0)
     return Model().eval()
 
 
-@pytest.fixture
-def data():
+def make_data():
     torch.manual_seed(1)
     return [(torch.randn(3, 6),) for _ in range(4)]
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def data():
+    return make_data()
 
 
 def relative_rms(model, quantized, data):

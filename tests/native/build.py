@@ -16,7 +16,10 @@ import pytest
 from tests.native import cases
 
 ROOT = Path(__file__).parents[2]
-FLAGS = "-std=c11 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -pthread -D_GNU_SOURCE -Wall -Wextra".split()
+FLAGS = (
+    *("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-pthread", "-D_GNU_SOURCE", "-Wall", "-Wextra"),
+)
 
 
 def build(

@@ -14,7 +14,7 @@ from tests.native.build import ROOT, build
 FLAGS = (
     *("-fsanitize=address,undefined", "-fno-sanitize=null,object-size", "-fno-sanitize-recover=undefined"),
     *("-fno-omit-frame-pointer", "-g1", "-O1", "-fwrapv", "-fvisibility=hidden"),
-    *("--param", "asan-instrumentation-with-call-threshold=0"),  # calls, which compile in half the time of inline checks
+    *("--param", "asan-instrumentation-with-call-threshold=0"),  # calls compile in half the time of inline checks
 )
 RUN = """
 import importlib.machinery, importlib.util, sys

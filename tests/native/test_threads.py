@@ -199,6 +199,7 @@ def test_the_gil_is_released(no_time_slices):
         nonlocal ticks
         while not done.is_set():
             ticks += 1
+            time.sleep(0.0005)
 
     def ticks_in_a_call():
         before = ticks

@@ -45,5 +45,5 @@ def build(
     by_size = sorted(sources, key=lambda source: source.stem not in ("avx512_vnni", "amx"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, by_size))
-    run(*flags, *objects, *linking, "-o", target, "-lm")
+    run(*flags, *objects, *linking, "-o", target, "-lm", "-ldl")
     return target

@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fxquant.graph.constants import is_transposition
 from fxquant.graph.references import copy_references, twin_of
+from fxquant.nn.base import QuantizedModule
 
 HOOKS = (
     "_forward_hooks",
@@ -39,7 +40,7 @@ _LIBRARIES = (str(pathlib.Path(torch.__file__).parent), str(pathlib.Path(__file_
 
 
 def mirror(root: nn.Module, device: str | None = None, hooks: bool = True, written: Collection[str] = ()) -> nn.Module:
-    """Return a copy of a module tree that shares the parameters' storage and nothing else.
+    """Return a copy of a module tree that shares the storage of parameters and quantized weights, and nothing else.
 
     A table with a max_norm, which writes into its parameter at each call, is copied too, and so are the parameters that
     are named as written: those that forward writes into, and that its record, if it has one, names.
@@ -49,8 +50,8 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True, writt
     compute a weight.
     """
     memo: dict[int, Any] = {}
-    for tensor in _tensors(root):
-        memo[id(tensor)] = _alias(tensor, device)
+    for module, tensor in _tensors(root):
+        memo[id(tensor)] = _alias(tensor, device, isinstance(module, QuantizedModule))
     for module in root.modules() if device is None else ():
         if vars(module).get("max_norm") is not None:
             memo.update((id(t), nn.Parameter(t.detach().clone(), t.requires_grad)) for t in module.parameters(False))
@@ -60,7 +61,7 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True, writt
         if name in names:  # written under torch.no_grad(), which a graph does not hold
             memo[id(tensor)] = nn.Parameter(tensor.detach().clone(), requires_grad=False)
     for module in root.modules():
-        memo.update((id(t), _alias(t, None)) for t in vars(module).values() if isinstance(t, torch.Tensor))
+        memo.update((id(t), _alias(t, None, False)) for t in vars(module).values() if isinstance(t, torch.Tensor))
     modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
     for module in modules:
         if not isinstance(module, fx.GraphModule):
@@ -83,17 +84,18 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True, writt
     return result
 
 
-def _tensors(root: nn.Module) -> Iterator[torch.Tensor]:
+def _tensors(root: nn.Module) -> Iterator[tuple[nn.Module, torch.Tensor]]:
     for module in root.modules():
-        yield from (t for t in module._parameters.values() if t is not None)
-        yield from (t for t in module._buffers.values() if t is not None)
+        yield from ((module, t) for t in module._parameters.values() if t is not None)
+        yield from ((module, t) for t in module._buffers.values() if t is not None)
 
 
-def _alias(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
+def _alias(tensor: torch.Tensor, device: str | None, is_constant: bool) -> torch.Tensor:
+    """Return the same tensor, or a copy of one that forward may write into: a counter, a cache."""
     shared = tensor.detach() if device is None else torch.empty_like(tensor, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(shared, tensor.requires_grad and not tensor.is_inference())
-    return shared if device is not None else shared.clone()  # forward may write into a buffer (a counter, a cache)
+    return shared if device is not None or is_constant else shared.clone()
 
 
 def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:

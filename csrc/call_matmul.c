@@ -50,38 +50,42 @@ PyObject *matmul(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     return finish(status, made);
 }
 
-/* A (batch, heads, m, n) operand whose batch and heads are those of the call, or shared by all of them. */
-static bool read_heads(PyObject *object, int operand, int64_t m, int64_t n, struct fxq_batches *batches, struct fxq_operand *to) {
-    struct tensor x;
-    if (!read_operand(object, 4, &x) || x.dimensions != 4 || x.shape[2] != m || x.shape[3] != n) return false;
-    for (int i = 0; i < 2; i++) {
-        if (x.shape[i] != batches->sizes[i] && x.shape[i] != 1) return false;
-        batches->strides[operand][i] = x.shape[i] == 1 ? 0 : x.strides[i];
+/* Whether a tensor expands to (batch, heads, m, n) with the call's batch and heads; how it does. */
+static bool read_heads(const struct tensor *x, int operand, int64_t m, int64_t n, struct fxq_batches *batches, struct fxq_operand *to) {
+    const int64_t sizes[4] = {batches->sizes[0], batches->sizes[1], m, n};
+    int64_t strides[4];
+    for (int i = 0; i < 4; i++) {
+        const int at = x->dimensions - 4 + i;
+        if (at >= 0 && x->shape[at] != sizes[i] && x->shape[at] != 1) return false;
+        strides[i] = at < 0 || x->shape[at] != sizes[i] ? 0 : x->strides[at];
     }
-    *to = (struct fxq_operand){x.data, x.strides[2], x.strides[3]};
+    batches->strides[operand][0] = strides[0];
+    batches->strides[operand][1] = strides[1];
+    *to = (struct fxq_operand){x->data, strides[2], strides[3]};
     return true;
 }
 
-/* attention(asks, q, k, v, mask, is_causal, scale): q (B, H, L, E), k (B, H, S, E), v (B, H, S, O), mask a float one that
- * expands to (B, H, L, S), expanded in its last two dimensions, or None -> (B, L, H, O) */
+/* attention(asks, q, k, v, mask, is_causal, scale): q (B, H, L, E), k (B, H, S, E), v (B, H, S, O), mask float and such
+ * that it expands to (B, H, L, S), or None -> (B, L, H, O) */
 PyObject *attention(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    struct tensor q, k, v, out;
+    struct tensor q, k, v, mask, out;
     if (count != 7) return nothing();
     for (int i = 1; i < 5; i++) {
         if (args[i] != Py_None && !may_run(args[0], args[i])) return nothing();
     }
     if (!read_operand(args[1], 4, &q) || q.dimensions != 4 || !read_operand(args[2], 4, &k) || k.dimensions != 4 ||
-        !read_operand(args[3], 4, &v) || v.dimensions != 4) {
+        !read_operand(args[3], 4, &v) || v.dimensions != 4 || k.shape[3] != q.shape[3] || v.shape[2] != k.shape[2] ||
+        (args[4] != Py_None && (!read_strided(args[4], &mask) || mask.kind != FLOAT32 || mask.dimensions > 4))) {
         return nothing();
     }
     struct fxq_attention call = {.rows = q.shape[2], .keys = k.shape[2], .depth = q.shape[3], .outputs = v.shape[3],
         .is_causal = PyObject_IsTrue(args[5]) == 1, .scale = (float)PyFloat_AsDouble(args[6])};
     call.batches = (struct fxq_batches){.dimensions = 2, .count = q.shape[0] * q.shape[1], .sizes = {q.shape[0], q.shape[1]}};
-    if (!read_heads(args[1], 0, call.rows, call.depth, &call.batches, &call.q) ||
-        !read_heads(args[2], 1, call.keys, call.depth, &call.batches, &call.k) ||
-        !read_heads(args[3], 2, call.keys, call.outputs, &call.batches, &call.v) ||
-        (args[4] != Py_None && !read_heads(args[4], 3, call.rows, call.keys, &call.batches, &call.mask))) {
+    if (!read_heads(&q, 0, call.rows, call.depth, &call.batches, &call.q) ||
+        !read_heads(&k, 1, call.keys, call.depth, &call.batches, &call.k) ||
+        !read_heads(&v, 2, call.keys, call.outputs, &call.batches, &call.v) ||
+        (args[4] != Py_None && !read_heads(&mask, 3, call.rows, call.keys, &call.batches, &call.mask))) {
         return nothing();
     }
     const int threads = thread_count();

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.compiler import is_compiling
 
 from fxquant.errors import ModelStateError
-from fxquant.ops import dispatch
+from fxquant.ops import dispatch, products
 from fxquant.ops.autocast import cast_dtype
 from fxquant.ops.native import KernelInfo, at_once, kernel_info
 from fxquant.ops.schema import LIBRARY, SCHEMAS, check_dense
@@ -131,4 +132,66 @@ def embedding_bag(
     return _dispatched("embedding_bag", *table, *bags) if out is None else out
 
 
-__all__ = ["OVERLOADS", "KernelInfo", "embedding", "embedding_bag", "kernel_info", "linear", "lstm", "rnn", "transpose"]
+def matmul(a: torch.Tensor, b: torch.Tensor, anywhere: bool = True) -> torch.Tensor:
+    """Return torch.matmul(a, b), each element of which depends on its row of a and its column of b alone.
+
+    So it has the same bits whatever else is in the batch, and wherever the operands lie in memory. anywhere: also where
+    no native kernel does it, by the reference, much slower; False: by torch.matmul there.
+    """
+    if not is_compiling():
+        out: torch.Tensor | None = at_once.matmul(True, a, b)
+        if out is not None:
+            return out
+    if products.is_exact(a, b) or not (anywhere or products.has_kernel(a)):
+        return torch.matmul(a, b)
+    product: torch.Tensor = OVERLOADS["matmul"](a, b)
+    return product
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    anywhere: bool = True,
+) -> torch.Tensor:
+    """Return what F.scaled_dot_product_attention does; each row depends on its query, the keys and values alone.
+
+    Keys at the end that the mask keeps out change nothing, not a bit. anywhere: as for `matmul`.
+    """
+    if not is_compiling() and isinstance(query, torch.Tensor) and query.dim() == 4:
+        factor = products.scale_of(query, scale)
+        out: torch.Tensor | None = at_once.attention(True, query, key, value, mask, is_causal, factor)
+        if out is not None:
+            return out.transpose(1, 2)
+    if not (anywhere or products.has_kernel(query)):
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
+    attended: torch.Tensor = OVERLOADS["attention"](query, key, value, mask, is_causal, scale)
+    return attended
+
+
+def einsum(equation: str, a: torch.Tensor, b: torch.Tensor, anywhere: bool = True) -> torch.Tensor:
+    """Return torch.einsum(equation, a, b) by `matmul`, for the equations that `products.pair_product` knows."""
+    plan = products.pair_product(equation)
+    if plan is None or products.is_exact(a, b):
+        return torch.einsum(equation, a, b)
+    rows, columns, shape, order = products.as_matrices(plan, a, b)
+    return matmul(rows, columns, anywhere).view(shape).permute(order)
+
+
+__all__ = [
+    "OVERLOADS",
+    "KernelInfo",
+    "attention",
+    "einsum",
+    "embedding",
+    "embedding_bag",
+    "kernel_info",
+    "linear",
+    "lstm",
+    "matmul",
+    "rnn",
+    "transpose",
+]

@@ -41,6 +41,7 @@ def prepare_fx(
     preserved_attributes: Sequence[str] = (),
     operators: Sequence[Operator] = OPERATORS,
     strict: bool = False,
+    batch_invariant: bool | None = None,
 ) -> nn.Module:
     """Return the model as a graph that computes exactly what it does, with every quantization decision taken.
 
@@ -55,6 +56,10 @@ def prepare_fx(
     set and called. What their code uses comes along; modules that it calls are quantized, and fused with nothing.
     operators: the operator table; rows of your own go beside ours: (*OPERATORS, MY_ROW).
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
+    batch_invariant: whether the quantized model's float products (attention, x @ y) are summed in an order that the
+    batch does not change. None: those of two activations, where native kernels do it, at no cost; True: on every
+    device, of float linear layers too, and `explain` names what else torch computes otherwise in another batch; False:
+    all by torch.
 
     Dynamic quantization needs no calibration: convert_fx may follow at once. Raises ModelStateError, TraceError,
     ExampleInputsError, QConfigError, MappingNameError or AttributeNameError; then nothing was changed.
@@ -67,7 +72,7 @@ def prepare_fx(
     try:
         traced = capture(model, operators, inputs, preserved)
     except (TraceError, ExampleInputsError) as error:
-        return _prepare_whole(model, mapping, operators, inputs, error, strict)
+        return _prepare_whole(model, mapping, operators, inputs, error, strict, batch_invariant)
     functions = [node.target for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
     architecture = describe(traced.module)
@@ -88,6 +93,7 @@ def prepare_fx(
         coverage=decided.coverage,
         example=Example(inputs),
         architecture=architecture,
+        batch_invariant=batch_invariant,
     )
     judge(type(model).__name__, record, traced.names, functions, strict=strict)
     return finish(traced.module, model, record)
@@ -100,6 +106,7 @@ def _prepare_whole(
     inputs: Inputs,
     cause: FxQuantError,
     strict: bool,
+    batch_invariant: bool | None,
 ) -> nn.Module:
     """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
     written = check_runs(model, inputs, cause)
@@ -108,7 +115,7 @@ def _prepare_whole(
         cause = TraceError(f"{type(model).__name__} runs, but not as it was traced (it may ask for a type): {told}")
     check_mapping(mapping, names_of(plain_mirror(model)))
     why = " ".join(line.strip() for line in str(cause).splitlines()[:2])
-    prepared = prepare_tree(model, mapping, operators, {"": why}, inputs, written)
+    prepared = prepare_tree(model, mapping, operators, {"": why}, inputs, written, batch_invariant=batch_invariant)
     record = need_stage(prepared, "prepared", "prepare_fx", "prepare_tree")
     if not record.sites:
         raise cause
@@ -155,6 +162,9 @@ def convert_with(prepared: nn.Module, moments: Moments | None) -> nn.Module:
     sites = convert(module, record.sites, record.operators, cache)
     quantized = clean(module, prepared, record.preserved)
     return finish(quantized, prepared, record.advance(stage="quantized", sites=sites, example=None))
+    return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites, example=None))
+    sites = convert(module, record.sites, record.operators, cache, record.batch_invariant)
+    return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites))
 
 
 @entry

@@ -128,9 +128,9 @@ def _foreseen(model: nn.Module, record: Record) -> tuple[nn.Module, tuple[Site, 
     """Return what a prepared model would be once converted, and its sites: done on the meta device, without data."""
     twin = edit.mirror(model, "meta")
     if isinstance(twin, fx.GraphModule) and record.is_traced:
-        sites = convert(twin, record.sites, record.operators)
+        sites = convert(twin, record.sites, record.operators, batch_invariant=record.batch_invariant)
         return clean(twin, model, record.preserved), sites
-    return convert_modules(twin, record.sites, record.operators)
+    return convert_modules(twin, record.sites, record.operators, batch_invariant=record.batch_invariant)
 
 
 def _sources(model: nn.Module) -> dict[tuple[str, str], str]:

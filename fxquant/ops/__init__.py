@@ -181,13 +181,32 @@ def einsum(equation: str, a: torch.Tensor, b: torch.Tensor, anywhere: bool = Tru
     return matmul(rows, columns, anywhere).view(shape).permute(order)
 
 
+def add_product(
+    start: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1, anywhere: bool = True
+) -> torch.Tensor:
+    """Return beta start + alpha (a @ b) by `matmul`, as torch.addmm and torch.baddbmm do."""
+    product = matmul(a, b, anywhere)
+    product = product if alpha == 1 else alpha * product
+    return product if beta == 0 else product + (start if beta == 1 else beta * start)
+
+
+def float_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, anywhere: bool = True
+) -> torch.Tensor:
+    """Return F.linear(x, weight, bias) by `matmul`: of a float weight, or of an activation in its place."""
+    product = matmul(x, weight.t() if weight.dim() > 1 else weight, anywhere)
+    return product if bias is None else product + bias
+
+
 __all__ = [
     "OVERLOADS",
     "KernelInfo",
+    "add_product",
     "attention",
     "einsum",
     "embedding",
     "embedding_bag",
+    "float_linear",
     "kernel_info",
     "linear",
     "lstm",

@@ -159,12 +159,9 @@ def convert_with(prepared: nn.Module, moments: Moments | None) -> nn.Module:
     module = edit.mirror(prepared)
     assert isinstance(module, fx.GraphModule)
     cache = WeightCache(moments.rounding(module) if moments is not None else None)
-    sites = convert(module, record.sites, record.operators, cache)
+    sites = convert(module, record.sites, record.operators, cache, record.batch_invariant)
     quantized = clean(module, prepared, record.preserved)
     return finish(quantized, prepared, record.advance(stage="quantized", sites=sites, example=None))
-    return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites, example=None))
-    sites = convert(module, record.sites, record.operators, cache, record.batch_invariant)
-    return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites))
 
 
 @entry

@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxquant import ops
 from fxquant.graph import edit
 from fxquant.graph.constants import constant_of
-from fxquant.nn import DynamicQuantizedMultiheadAttention, QuantizedModule
+from fxquant.nn import DynamicQuantizedMultiheadAttention
 from fxquant.ops.products import pair_product
 from fxquant.qconfig_mapping import type_name
 
@@ -128,7 +128,6 @@ DEPENDENT = (
     Dependent("scaled_dot_product_attention", (F.scaled_dot_product_attention,), (nn.MultiheadAttention,)),
     Dependent("linear", (F.linear,), (nn.Linear,)),
     Dependent("bilinear", (F.bilinear,), (nn.Bilinear,)),
-    Dependent("cdist", (torch.cdist,)),
     Dependent(
         "convolution",
         (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
@@ -154,17 +153,10 @@ def find_dependent(root: nn.Module) -> Iterator[tuple[str, str]]:
     for node in nodes:
         if node.op in ("call_function", "call_method") and node.target in by_function and _is_dependent(node):
             yield node.name, by_function[node.target]
-    called = {str(node.target) for node in nodes if node.op == "call_module"}
     for path, module in root.named_modules():
-        if nodes and not any(path == other or path.startswith(f"{other}.") for other in called):
-            continue
-        above = (path.rpartition(".")[0] for _ in range(1))
-        if any(above_path and isinstance(root.get_submodule(above_path), QuantizedModule) for above_path in above):
-            continue
-        for row in DEPENDENT:
-            if row.modules and isinstance(module, row.modules) and _is_dependent_module(module):
-                yield path or type_name(type(module)), row.name
-                break
+        found = (row.name for row in DEPENDENT if isinstance(module, row.modules) and _is_dependent_module(module))
+        if (name := next(found, None)) is not None:
+            yield path or type_name(type(module)), name
 
 
 def _is_dependent(node: fx.Node) -> bool:

@@ -22,10 +22,12 @@ def has_kernel(x: Any) -> bool:
     return not isinstance(x, torch.Tensor) or (native.available() and x.is_cpu)
 
 
+_OPERANDS = 4  # of matmul and attention come first: tensors, and a mask, which may be None
+
+
 def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    tensors = [x for x in inputs if x is None or isinstance(x, torch.Tensor)]
-    ctx.save_for_backward(*tensors)
-    ctx.rest = inputs[len(tensors) :]
+    ctx.save_for_backward(*inputs[:_OPERANDS])
+    ctx.rest = inputs[_OPERANDS:]
 
 
 def _product_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

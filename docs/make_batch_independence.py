@@ -1,7 +1,8 @@
 """Measure which float operators give a row other bits in another batch: python -m docs.make_batch_independence.
 
-Each operator is called with a batch and with parts of it, which lie elsewhere in memory, at several sizes, on one thread
-and on two. What comes out is kept for each machine in batch_independence.json, and written into docs/numerics.md.
+Each operator is called with a batch and with parts of it, which lie elsewhere in memory, at several sizes, on one
+thread and on two. What comes out is kept for each machine in batch_independence.json, and written into
+docs/numerics.md.
 """
 
 import json
@@ -36,7 +37,8 @@ OFFSETS = (0, 1, 4, 8)
 """How many floats behind a multiple of 64 bytes a part begins."""
 THREADS = (1, 2)
 
-Make = Callable[[int, int, int, int], tuple[torch.Tensor, ...]]
+Sizes = tuple[int, int, int, int]
+Make = Callable[[Sizes], tuple[torch.Tensor, ...]]
 
 
 class Probe(NamedTuple):
@@ -47,44 +49,47 @@ class Probe(NamedTuple):
     calls: tuple[Callable[..., torch.Tensor], ...]
 
 
-def rows(b: int, t: int, d: int, h: int) -> tuple[torch.Tensor, ...]:
+def rows(sizes: Sizes) -> tuple[torch.Tensor, ...]:
     """Return (B, T, D)."""
-    return (torch.randn(b, t, d),)
+    return (torch.randn(*sizes[:3]),)
 
 
-def odd(b: int, t: int, d: int, h: int) -> tuple[torch.Tensor, ...]:
+def odd(sizes: Sizes) -> tuple[torch.Tensor, ...]:
     """Return (B, 7): most of them are in another place of the processor's registers than alone."""
-    return (torch.randn(b, 7),)
+    return (torch.randn(sizes[0], 7),)
 
 
-def heads(b: int, t: int, d: int, h: int) -> tuple[torch.Tensor, ...]:
+def heads(sizes: Sizes) -> tuple[torch.Tensor, ...]:
     """Return q, k and v, (B, H, T, D / H)."""
+    b, t, d, h = sizes
     return tuple(torch.randn(b, h, t, d // h) for _ in range(3))
 
 
-def heads_and_mask(b: int, t: int, d: int, h: int) -> tuple[torch.Tensor, ...]:
+def heads_and_mask(sizes: Sizes) -> tuple[torch.Tensor, ...]:
     """Return q, k, v and what is added to the scores, (B, 1, 1, T)."""
-    return (*heads(b, t, d, h), torch.randn(b, 1, 1, t))
+    return (*heads(sizes), torch.randn(sizes[0], 1, 1, sizes[1]))
 
 
-def scores(b: int, t: int, d: int, h: int) -> tuple[torch.Tensor, ...]:
+def scores(sizes: Sizes) -> tuple[torch.Tensor, ...]:
     """Return (B, H, T, T)."""
+    b, t, _, h = sizes
     return (torch.randn(b, h, t, t),)
 
 
-def pairs(b: int, t: int, d: int, h: int) -> tuple[torch.Tensor, ...]:
+def pairs(sizes: Sizes) -> tuple[torch.Tensor, ...]:
     """Return (B, T, D) twice."""
-    return torch.randn(b, t, d), torch.randn(b, t, d)
+    return torch.randn(*sizes[:3]), torch.randn(*sizes[:3])
 
 
-def images(b: int, t: int, d: int, h: int) -> tuple[torch.Tensor, ...]:
+def images(sizes: Sizes) -> tuple[torch.Tensor, ...]:
     """Return (B, 8, T + 2, T + 2), no more than 20 wide."""
-    return (torch.randn(b, 8, min(t + 2, 20), min(t + 2, 20)),)
+    side = min(sizes[1] + 2, 20)
+    return (torch.randn(sizes[0], 8, side, side),)
 
 
-def words(b: int, t: int, d: int, h: int) -> tuple[torch.Tensor, ...]:
+def words(sizes: Sizes) -> tuple[torch.Tensor, ...]:
     """Return indices (B, T)."""
-    return (torch.randint(50, (b, t)),)
+    return (torch.randint(50, sizes[:2]),)
 
 
 def fixed(*shape: int) -> torch.Tensor:
@@ -132,7 +137,7 @@ def on_rows(name: str, *calls: Callable[..., torch.Tensor]) -> Probe:
 
 
 PROBES = (
-    Probe("matmul", heads, (lambda q, k, v: q @ k.transpose(-2, -1), lambda q, k, v: q.transpose(-2, -1) @ v)),
+    Probe("matmul", heads, (lambda q, k, _: q @ k.transpose(-2, -1), lambda q, _, v: q.transpose(-2, -1) @ v)),
     Probe("matmul", pairs, (
         lambda a, b: torch.bmm(a, b.transpose(1, 2)), lambda a, b: torch.bmm(a.transpose(1, 2).contiguous(), b),
         lambda a, b: torch.einsum("btd,bsd->bts", a, b))),
@@ -168,8 +173,8 @@ PROBES = (
             lambda x: F.interpolate(x, scale_factor=2, mode="linear")),
     Probe("embedding, embedding_bag", words, (
         lambda i: F.embedding(i, fixed(50, 24)), lambda i: F.embedding_bag(i, fixed(50, 24)))),
-    Probe("fxquant.ops.matmul", heads, (lambda q, k, v: ops.matmul(q, k.transpose(-2, -1)),
-        lambda q, k, v: ops.matmul(q.transpose(-2, -1), v))),
+    Probe("fxquant.ops.matmul", heads, (lambda q, k, _: ops.matmul(q, k.transpose(-2, -1)),
+        lambda q, _, v: ops.matmul(q.transpose(-2, -1), v))),
     Probe("fxquant.ops.attention", heads_and_mask, (ops.attention,)),
 )  # fmt: skip
 NAMES = tuple(dict.fromkeys(probe.name for probe in PROBES))
@@ -182,9 +187,9 @@ def moved(x: torch.Tensor, offset: int) -> torch.Tensor:
     return memory[first : first + x.numel()].view(x.shape).copy_(x)
 
 
-def worst(probe: Probe, sizes: tuple[int, int, int, int]) -> float:
+def worst(probe: Probe, sizes: Sizes) -> float:
     """Return by how much a row differs in a batch and in parts of it, over the batch's greatest value."""
-    inputs, found = probe.make(*sizes), 0.0
+    inputs, found = probe.make(sizes), 0.0
     batch = sizes[0]
     parts = {(row, row + 1) for row in range(min(batch, 5))} | {(batch - 1, batch), (0, batch // 2), (1, batch)}
     for call in probe.calls:

@@ -52,7 +52,7 @@ def bring_products(root: nn.Module, batch_invariant: bool | None) -> None:
             module.batch_invariant = batch_invariant
     if batch_invariant is False or not isinstance(root, fx.GraphModule):
         return
-    keywords = {} if batch_invariant else {"anywhere": False}
+    keywords = {"anywhere": bool(batch_invariant)}
     for node in list(root.graph.nodes):
         form = _form_of(node, root if batch_invariant else None)
         if form is not None and (batch_invariant or not any(map(constant_of, form.factors))):
@@ -67,7 +67,8 @@ def _form_of(node: fx.Node, root: fx.GraphModule | None) -> _Form | None:
         return None
     if node.target in _PAIRS:
         operands = _named(node, _PAIRS[node.target])
-        return operands and _Form(ops.matmul, tuple(operands.values()), tuple(operands.values()))
+        factors = None if operands is None else tuple(operands[name] for name in _PAIRS[node.target])
+        return None if factors is None else _Form(ops.matmul, factors, factors)
     if node.target in _SUMS:
         operands = _named(node, _SUMS[node.target])
         if operands is None:
@@ -161,14 +162,14 @@ def find_dependent(root: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _is_dependent(node: fx.Node) -> bool:
     """Return whether a call is one of the dependent cases of its function."""
-    operands = {**dict(enumerate(node.args)), **node.kwargs}
+    operands: dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
     if node.target is F.gelu:
         return bool(operands.get("approximate", operands.get(1, "none")) == "tanh")
     dim = operands.get("dim", operands.get(1))
     if node.target in (F.softmax, torch.softmax, "softmax"):
         return dim != -1
     if node.target in (torch.sum, torch.mean, "sum", "mean"):
-        return dim is None or isinstance(dim, (tuple, list)) and len(dim) > 1
+        return dim is None or (isinstance(dim, (tuple, list)) and len(dim) > 1)
     if node.target in (torch.pow, operator.pow, "pow", "__pow__"):
         return operands.get("exponent", operands.get(1)) not in (1, 2, 3, -1, -2, 0.5, -0.5)
     return True

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fxquant.errors import ModelStateError
 from fxquant.ops import dispatch, products
@@ -142,6 +143,8 @@ def matmul(a: torch.Tensor, b: torch.Tensor, anywhere: bool = True) -> torch.Ten
         out: torch.Tensor | None = at_once.matmul(True, a, b)
         if out is not None:
             return out
+    if has_torch_function((a, b)):  # what traces sees the call, and not what is in it
+        return handle_torch_function(matmul, (a, b), a, b, anywhere=anywhere)
     if products.is_exact(a, b) or not (anywhere or products.has_kernel(a)):
         return torch.matmul(a, b)
     product: torch.Tensor = OVERLOADS["matmul"](a, b)
@@ -166,6 +169,9 @@ def attention(
         out: torch.Tensor | None = at_once.attention(True, query, key, value, mask, is_causal, factor)
         if out is not None:
             return out.transpose(1, 2)
+    if has_torch_function((query, key, value)):
+        args = (query, key, value, mask, is_causal, scale, anywhere)
+        return handle_torch_function(attention, (query, key, value), *args)
     if not (anywhere or products.has_kernel(query)):
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
     attended: torch.Tensor = OVERLOADS["attention"](query, key, value, mask, is_causal, scale)
@@ -174,6 +180,8 @@ def attention(
 
 def einsum(equation: str, a: torch.Tensor, b: torch.Tensor, anywhere: bool = True) -> torch.Tensor:
     """Return torch.einsum(equation, a, b) by `matmul`, for the equations that `products.pair_product` knows."""
+    if has_torch_function((a, b)):
+        return handle_torch_function(einsum, (a, b), equation, a, b, anywhere=anywhere)
     plan = products.pair_product(equation)
     if plan is None or products.is_exact(a, b):
         return torch.einsum(equation, a, b)
@@ -185,6 +193,9 @@ def add_product(
     start: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1, anywhere: bool = True
 ) -> torch.Tensor:
     """Return beta start + alpha (a @ b) by `matmul`, as torch.addmm and torch.baddbmm do."""
+    if has_torch_function((a, b)):
+        args = (start, a, b, beta, alpha, anywhere)
+        return handle_torch_function(add_product, (a, b), *args)
     product = matmul(a, b, anywhere)
     product = product if alpha == 1 else alpha * product
     return product if beta == 0 else product + (start if beta == 1 else beta * start)
@@ -194,6 +205,8 @@ def float_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, anywhere: bool = True
 ) -> torch.Tensor:
     """Return F.linear(x, weight, bias) by `matmul`: of a float weight, or of an activation in its place."""
+    if has_torch_function((x, weight)):
+        return handle_torch_function(float_linear, (x, weight), x, weight, bias, anywhere)
     product = matmul(x, weight.t() if weight.dim() > 1 else weight, anywhere)
     return product if bias is None else product + bias
 

@@ -25,7 +25,7 @@ def has_kernel(x: Any) -> bool:
 _OPERANDS = 4  # of matmul and attention come first: tensors, and a mask, which may be None
 
 
-def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001 - torch's names
     ctx.save_for_backward(*inputs[:_OPERANDS])
     ctx.rest = inputs[_OPERANDS:]
 

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from fxquant.ops.schema import empty_heads
+from fxquant.ops.schema import broadcast, empty_heads
 
 _LANES = 16
 _LEAST = -87.0  # below it exp is 0 here: above it the result is a normal float32
@@ -25,7 +25,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     rows, columns = (a.unsqueeze(0) if a.dim() == 1 else a).to(dtype), (b.unsqueeze(1) if b.dim() == 1 else b).to(dtype)
-    outer = torch.broadcast_shapes(rows.shape[:-2], columns.shape[:-2])
+    outer = broadcast("product", rows.shape[:-2], columns.shape[:-2])
     sums = rows.new_zeros(*outer, rows.shape[-2], columns.shape[-1])
     for k in range(rows.shape[-1]):
         sums += rows[..., k : k + 1] * columns[..., k : k + 1, :]
@@ -48,7 +48,9 @@ def attention(
     -> (..., L, O) in query's dtype. A query that sees no key gets zeros. The arithmetic is float32.
     """
     (q, k, v, added), outer = spread_heads(query, key, value, mask)
-    assert q is not None and k is not None and v is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
     scores = matmul(q, k.transpose(-2, -1)) * scale_of(query, scale)
     if added is not None:
         scores = scores + added
@@ -73,7 +75,7 @@ def spread_heads(
 
     And the dimensions before the last two, of which B and H are made.
     """
-    outer = tuple(torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value))))
+    outer = broadcast("attention", *(x.shape[:-2] for x in (query, key, value)))
     heads = (math.prod(outer[:-1]), outer[-1] if outer else 1)
     parts: list[torch.Tensor | None] = [
         x.expand(*outer, *x.shape[-2:]).reshape(*heads, *x.shape[-2:]).to(torch.float32) for x in (query, key, value)
@@ -100,11 +102,12 @@ def _exponentials(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     known = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     most = known.amax(-1, keepdim=True)
     values = _exp_of_negative(scores - torch.where(most == -torch.inf, 0.0, most))
-    padded = torch.nn.functional.pad(values, (0, -keys % _LANES)).unflatten(-1, (-1, _LANES))
+    padded = torch.nn.functional.pad(values, (0, -keys % _LANES))
+    padded = padded.view(*scores.shape[:-1], -(-keys // _LANES), _LANES)
     lanes = torch.zeros_like(padded[..., 0, :])
     for k in range(padded.shape[-2]):
         lanes += padded[..., k, :]
-    fours = _sum_four(lanes.unflatten(-1, (4, 4)))
+    fours = _sum_four(lanes.view(*lanes.shape[:-1], 4, 4))
     return values, _sum_four(fours).unsqueeze(-1)
 
 

@@ -213,7 +213,7 @@ def product_shape(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
     if not a.dim() or not b.dim() or a.shape[-1] != b.shape[-2 if b.dim() > 1 else 0]:
         raise ShapeError(f"no product of shapes {tuple(a.shape)} and {tuple(b.shape)}: (..., M, K) and (..., K, N)")
     rows, columns = a.shape[-2:-1], b.shape[-1:] if b.dim() > 1 else ()
-    return (*_broadcast("product", a.shape[:-2], b.shape[:-2]), *rows, *columns)
+    return (*broadcast("product", a.shape[:-2], b.shape[:-2]), *rows, *columns)
 
 
 def attention_shape(
@@ -229,19 +229,20 @@ def attention_shape(
             "attention takes query (..., L, E), key (..., S, E) and value (..., S, O), "
             f"got {', '.join(map(str, shapes))}"
         )
-    outer = _broadcast("attention", *(x.shape[:-2] for x in operands))
+    outer = broadcast("attention", *(x.shape[:-2] for x in operands))
     if mask is not None:
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise DTypeError(f"an attention mask is bool or floating point, got {mask.dtype}; call mask.bool()")
         scores = (*outer, query.shape[-2], key.shape[-2])
-        if _broadcast("attention and its mask", scores, mask.shape) != scores:
+        if broadcast("attention and its mask", scores, mask.shape) != scores:
             raise ShapeError(f"attention's mask must expand to {scores}, got {tuple(mask.shape)}")
     return (*outer, query.shape[-2], value.shape[-1])
 
 
-def _broadcast(told: str, *shapes: Sequence[int]) -> tuple[int, ...]:
+def broadcast(told: str, *shapes: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that shapes broadcast to, or raise ShapeError."""
     try:
-        return tuple(torch.broadcast_shapes(*shapes))
+        return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise ShapeError(f"no {told} of {' and '.join(str(tuple(shape)) for shape in shapes)}: {error}") from None
 

@@ -152,7 +152,8 @@ def test_attention_is_torchs_but_for_rounding(isa, shape, is_causal):
             got = native.attention(q, k, v, mask, is_causal)
         plain = reference_products.attention(q, k, v, mask, is_causal)
         assert got.shape == plain.shape == exact.shape
-        assert got.transpose(1, 2).is_contiguous() and plain.transpose(1, 2).is_contiguous()
+        assert got.transpose(1, 2).is_contiguous()
+        assert plain.transpose(1, 2).is_contiguous()
         if got.numel():
             bound = v.abs().amax() if v.numel() else torch.tensor(0.0)
             exact = exact.nan_to_num(0.0)

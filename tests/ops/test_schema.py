@@ -288,7 +288,7 @@ def test_attention_refuses_shapes_that_do_not_fit(shapes, match):
 
 def test_attention_refuses_other_dtypes():
     x = torch.zeros(1, 1, 2, 2)
-    with pytest.raises(DTypeError, match="floats of one dtype, got torch.float32, torch.float64, torch.float32"):
+    with pytest.raises(DTypeError, match=r"floats of one dtype, got torch\.float32, torch\.float64, torch\.float32"):
         ops.attention(x, x.double(), x)
     with pytest.raises(DTypeError, match=r"bool or floating point, got torch.int64; call mask.bool\(\)"):
         ops.attention(x, x, x, torch.zeros(2, 2, dtype=torch.long))

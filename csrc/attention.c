@@ -15,6 +15,7 @@ struct job {
     char *memory;
     int64_t thread_bytes, block, blocks; /* rows of a block, blocks of a head */
     int64_t width;                       /* keys in whole panels: a row of scores */
+    int64_t pieces;                      /* into which all blocks are cut */
     bool packs_values;
 };
 
@@ -69,14 +70,14 @@ static void attend(const struct job *job, int64_t head, int64_t m0, int64_t m1, 
     weigh(job, scores, sums, rows, keys, v, out);
 }
 
-static void work(void *arg, int thread, int threads) {
+static void work(void *arg, int thread, int64_t first, int64_t last) {
     const struct job *job = arg;
     const struct fxq_attention *call = job->call;
-    const int64_t all = call->batches.count * job->blocks;
+    const int64_t all = call->batches.count * job->blocks, end = fxq_share(all, 1, last, job->pieces);
     float *panels = (float *)(job->memory + thread * job->thread_bytes), *scores = panels + call->depth * job->width;
     float *values = scores + job->block * job->width;
     int64_t packed = -1;
-    for (int64_t i = all * thread / threads, last = all * (thread + 1) / threads; i < last; i++) {
+    for (int64_t i = fxq_share(all, 1, first, job->pieces); i < end; i++) {
         const int64_t head = i / job->blocks, block = i % job->blocks;
         const float *v = find(call, &call->v, 2, head);
         if (head != packed) {
@@ -100,12 +101,14 @@ int fxq_attention(const struct fxq_attention *call, int threads) {
     /* Few rows read values where they lie, if whole registers may be read there. */
     job.packs_values = call->v.column != 1 || call->outputs % 16 != 0 || call->rows >= 12;
     const int64_t products = call->batches.count * call->rows * call->keys * (call->depth + call->outputs + 16);
-    threads = fxq_worthwhile(4 * products, call->batches.count * job.blocks, threads); /* floats: a quarter as many at once */
+    /* An instruction multiplies a quarter as many floats as bytes. */
+    const struct fxq_hands hands = fxq_worthwhile(4 * products, call->batches.count * job.blocks, threads);
+    job.pieces = fxq_piece_count(call->batches.count * job.blocks, hands);
     const int64_t values = job.packs_values ? call->keys * fxq_panel_columns(call->outputs) : 0;
     job.thread_bytes = aligned((call->depth * job.width + job.block * job.width + values) * (int64_t)sizeof(float)) + 64;
-    job.memory = fxq_scratch(threads * job.thread_bytes);
+    job.memory = fxq_scratch(hands.threads * job.thread_bytes);
     if (job.memory == NULL) return FXQ_NO_MEMORY;
-    fxq_run(work, &job, threads);
+    fxq_split(work, &job, job.pieces, hands, 4 * products);
     fxq_trim_scratch();
     return FXQ_OK;
 }

@@ -9,7 +9,7 @@ enum {
 struct job {
     const struct fxq_product *call;
     float *panels; /* one a thread */
-    int64_t row_blocks, column_blocks;
+    int64_t row_blocks, column_blocks, blocks, pieces; /* of a batch; of all; into how many pieces those are cut */
 };
 
 /* Rows [m0, m1) of a batch by the columns of a panel. */
@@ -28,12 +28,12 @@ static void multiply_block(const struct fxq_product *call, int64_t batch, int64_
     fxq_active->multiply_tiles(&tiles);
 }
 
-static void work(void *arg, int thread, int threads) {
+static void work(void *arg, int thread, int64_t first, int64_t last) {
     const struct job *job = arg;
     const struct fxq_product *call = job->call;
-    const int64_t all = call->batches.count * job->column_blocks * job->row_blocks;
     float *panel = job->panels + thread * call->depth * FXQ_PANEL;
-    for (int64_t i = all * thread / threads, last = all * (thread + 1) / threads; i < last; i++) {
+    const int64_t end = fxq_share(job->blocks, 1, last, job->pieces);
+    for (int64_t i = fxq_share(job->blocks, 1, first, job->pieces); i < end; i++) {
         const int64_t block = i % job->row_blocks, column = i / job->row_blocks % job->column_blocks;
         const int64_t m0 = call->rows * block / job->row_blocks, m1 = call->rows * (block + 1) / job->row_blocks;
         multiply_block(call, i / job->row_blocks / job->column_blocks, m0, m1, column * FXQ_PANEL, panel);
@@ -59,14 +59,16 @@ int fxq_product(const struct fxq_product *given, int threads) {
     const struct fxq_product call = join_rows(*given);
     struct job job = {.call = &call, .row_blocks = 1, .column_blocks = (call.columns + FXQ_PANEL - 1) / FXQ_PANEL};
     const int64_t blocks = call.batches.count * job.column_blocks, most = (call.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const int64_t work_each = call.rows * (call.depth + 1) * (call.columns < 16 ? 16 : call.columns);
-    threads = fxq_worthwhile(4 * call.batches.count * work_each, blocks * most, threads); /* floats: a quarter as many at once */
-    if (blocks < 4 * threads) job.row_blocks = (4 * threads + blocks - 1) / blocks;
+    const int64_t each = call.rows * (call.depth + 1) * (call.columns < 16 ? 16 : call.columns);
+    const int64_t products = 4 * call.batches.count * each; /* an instruction multiplies a quarter as many floats as bytes */
+    const struct fxq_hands hands = fxq_worthwhile(products, blocks * most, threads);
+    if (hands.threads > 1 && blocks < 4 * hands.threads) job.row_blocks = (4 * hands.threads + blocks - 1) / blocks;
     if (job.row_blocks > most) job.row_blocks = most;
-    if (threads == 1) job.row_blocks = 1;
-    job.panels = fxq_scratch(threads * call.depth * FXQ_PANEL * (int64_t)sizeof(float) + 1);
+    job.blocks = blocks * job.row_blocks;
+    job.pieces = fxq_piece_count(job.blocks, hands);
+    job.panels = fxq_scratch(hands.threads * call.depth * FXQ_PANEL * (int64_t)sizeof(float) + 1);
     if (job.panels == NULL) return FXQ_NO_MEMORY;
-    fxq_run(work, &job, threads);
+    fxq_split(work, &job, job.pieces, hands, products);
     fxq_trim_scratch();
     return FXQ_OK;
 }

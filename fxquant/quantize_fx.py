@@ -56,10 +56,7 @@ def prepare_fx(
     set and called. What their code uses comes along; modules that it calls are quantized, and fused with nothing.
     operators: the operator table; rows of your own go beside ours: (*OPERATORS, MY_ROW).
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
-    batch_invariant: whether the quantized model's float products (attention, x @ y) are summed in an order that the
-    batch does not change. None: those of two activations, where native kernels do it, at no cost; True: on every
-    device, of float linear layers too, and `explain` names what else torch computes otherwise in another batch; False:
-    all by torch.
+    batch_invariant: whether float products are summed in an order of ours, as docs/numerics.md says: None, True, False.
 
     Dynamic quantization needs no calibration: convert_fx may follow at once. Raises ModelStateError, TraceError,
     ExampleInputsError, QConfigError, MappingNameError or AttributeNameError; then nothing was changed.

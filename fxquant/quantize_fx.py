@@ -45,8 +45,7 @@ def prepare_fx(
 ) -> nn.Module:
     """Return the model as a graph that computes exactly what it does, with every quantization decision taken.
 
-    Where its forward does not trace, the result is a model of its own class instead, with the decisions about its
-    modules, and a warning.
+    Where forward does not trace: a model of its own class, with the decisions about its modules, and a warning.
 
     model: in eval mode; it is not changed, and its weights are shared, not copied, until convert_fx.
     qconfig_mapping: which qconfig each part gets, as a QConfigMapping or in its dict form.
@@ -70,9 +69,8 @@ def prepare_fx(
         traced = capture(model, operators, inputs, preserved)
     except (TraceError, ExampleInputsError) as error:
         return _prepare_whole(model, mapping, operators, inputs, error, strict, batch_invariant)
-    functions = [node.target for node in traced.module.graph.nodes]
-    check_mapping(mapping, traced.names, functions)
-    architecture = describe(traced.module)
+    check_mapping(mapping, traced.names, functions := [node.target for node in traced.module.graph.nodes])
+    architecture = describe(traced.module)  # before it is fused
     fusions, unfused = fuse(traced.module, traced.hooked, preserved)
     decided = plan(traced, mapping, operators)
     record = Record(

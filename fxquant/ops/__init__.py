@@ -147,6 +147,8 @@ def matmul(a: torch.Tensor, b: torch.Tensor, anywhere: bool = True) -> torch.Ten
         return handle_torch_function(matmul, (a, b), a, b, anywhere=anywhere)
     if products.is_exact(a, b) or not (anywhere or products.has_kernel(a)):
         return torch.matmul(a, b)
+    if (dtype := cast_dtype(a)) is not None:
+        a, b = a.to(dtype), b.to(dtype)
     product: torch.Tensor = OVERLOADS["matmul"](a, b)
     return product
 
@@ -174,6 +176,8 @@ def attention(
         return handle_torch_function(attention, (query, key, value), *args)
     if not (anywhere or products.has_kernel(query)):
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
+    if (dtype := cast_dtype(query)) is not None:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     attended: torch.Tensor = OVERLOADS["attention"](query, key, value, mask, is_causal, scale)
     return attended
 

@@ -262,3 +262,13 @@ def test_what_was_asked_is_remembered(batch_invariant, tmp_path):
 def test_every_dependent_operator_is_named_once():
     functions = [function for row in DEPENDENT for function in row.functions]
     assert len(functions) == len(set(functions))
+
+
+@each
+def test_autocast_mixes_dtypes_as_for_torch(name):
+    model, x = Attention(ATTENTIONS[name][0]), torch.randn(3, 5, 8)
+    quantized = quantize(model, x, batch_invariant=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(quantized(x).float(), quantized(x.clone()).float())
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        assert quantized(x).dtype == torch.float32

@@ -17,7 +17,7 @@ import os
 import pathlib
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
@@ -31,6 +31,7 @@ from fxquant.errors import CheckpointError, FxQuantError, TraceError, nearest
 from fxquant.graph import edit
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
+from fxquant.graph.dtypes import set_table_dtypes, table_dtypes
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import (
     Coverage,
@@ -110,7 +111,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise _senseless(path, error) from error
-    result = _rebuild(model, record, path)
+    result = _rebuild(model, record, plan.get("dtypes", {}), path)
     _check_tensors(result, tensors, path)
     result.load_state_dict(tensors, assign=True)
     _fill_unsaved(result, model, path)
@@ -167,6 +168,7 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict
         "untraced": dict(record.untraced),
         "float_bytes": record.float_bytes,
         "coverage": asdict(record.coverage),
+        "dtypes": table_dtypes(model),
     }
 
 
@@ -293,10 +295,14 @@ def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operat
     )
 
 
-def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> nn.Module:
+def _rebuild(
+    model: nn.Module, record: Record, dtypes: Mapping[str, Mapping[str, str]], path: str | os.PathLike[str]
+) -> nn.Module:
     """Return the quantized model without data: the recorded decisions applied to a mirror on the meta device."""
     try:
-        return (_rebuild_graph if record.is_traced else _rebuild_tree)(model, record)
+        result = (_rebuild_graph if record.is_traced else _rebuild_tree)(model, record)
+        set_table_dtypes(result, dtypes)
+        return result
     except (LookupError, AttributeError, TypeError, ValueError, AssertionError, TraceError) as error:
         raise CheckpointError(
             f"{path}: was made for another model than this {type(model).__name__}: {error}"

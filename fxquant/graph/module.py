@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.errors import AttributeNameError, ModelStateError, nearest
-from fxquant.graph import edit
+from fxquant.graph import dtypes, edit
 from fxquant.graph.reads import names_in
 from fxquant.graph.tracer import TRACING
 from fxquant.nn.base import dtype_errors, refuse_script
@@ -220,10 +220,14 @@ class FxModule(fx.GraphModule):
         return _restore, (reduced, self.__class__.__name__, nodes, hooks)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FxModule:
-        """Move as nn.Module does; what a quantized call reads as buffers, its integers and scales, keeps its dtype."""
+        """Move as nn.Module does; what a quantized call reads as buffers, its integers and scales, keeps its dtype.
+
+        The calls of tables give the new one.
+        """
         record = record_of(self)
         calls = {site.call for site in record.sites} if record is not None and record.stage == "quantized" else set()
-        read = [part for node in self.graph.nodes if node.name in calls for part in node.all_input_nodes]
+        ours = [node for node in self.graph.nodes if node.name in calls or node.target in dtypes.OURS]
+        read = [part for node in ours for part in node.all_input_nodes]
         kept = {str(part.target): edit.get_tensor(self, str(part.target)) for part in read if part.op == "get_attr"}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for path, tensor in kept.items():
@@ -231,6 +235,7 @@ class FxModule(fx.GraphModule):
             if tensor is None or moved is None or isinstance(moved, nn.Parameter) or moved.dtype == tensor.dtype:
                 continue
             edit.set_tensor(self, path, tensor.to(moved.device))
+        dtypes.follow(self, fn)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -23,8 +23,8 @@ def quantize_alone(weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
 class QuantizedModule(nn.Module):
     """A module whose weights are plain buffers: `name`, `name_scale` and, where affine, `name_zero_point`.
 
-    Biases stay frozen float parameters. Moving the module to another dtype leaves the weights and scales as they are;
-    loading a state_dict of another kind (a float one, say) is an error and never a silent cast.
+    Biases stay frozen float parameters. Moving the module to another dtype leaves the weights and scales as they are,
+    and its outputs follow: a table's rows, the others through their input; loading a state_dict of another kind (a float one, say) is an error and never a silent cast.
     """
 
     def __init__(self, qconfig: QConfig) -> None:
@@ -67,6 +67,11 @@ class QuantizedModule(nn.Module):
         errors.extend(mismatched)
         if not mismatched:  # else copying would cast before the error is raised
             super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def moved_dtype(move: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.dtype:
+    """Return what a move (nn.Module._apply's function: .half(), .to(dtype), .cuda(), …) makes of tensors of a dtype."""
+    return move(torch.zeros(1, dtype=dtype)).dtype
 
 
 def refuse_script() -> nn.Module:

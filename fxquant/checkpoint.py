@@ -1,7 +1,7 @@
 """save and load: one safetensors file that holds a quantized model's tensors and the plan that made it.
 
 Nothing is ever unpickled. The metadata entry "fxquant" is JSON: format, version, sites, left, fusions, mapping, aliases
-of tied tensors, preserved attributes; the entry "sha256" is a digest of the whole file with this entry zeroed.
+of tied tensors, preserved attributes, the dtypes that tables give; the entry "sha256" is a digest (`tensor_file`).
 
 FORMAT grows by one with the first change after a release that another version would read wrongly or not at all: a field
 more or less in the plan, other names, layouts or meanings of a module's tensors. That change decides whether `load`
@@ -11,21 +11,20 @@ as it stands until then.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pathlib
-import struct
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import fx, nn
 
+from fxquant import tensor_file
 from fxquant._version import __version__
 from fxquant.errors import CheckpointError, FxQuantError, TraceError, nearest
 from fxquant.graph import edit
@@ -55,8 +54,6 @@ from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import ObjectType, QConfigMapping, type_name
 
 FORMAT = 1
-_BLANK = "0" * 64
-_CHUNK_BYTES = 1 << 20
 
 
 def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -76,9 +73,11 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         name.touch()
         mode = name.stat().st_mode  # what the user's umask gives; save_file would give it to the owner alone
-        save_file(tensors, name, {"fxquant": json.dumps(_describe(quantized, record, aliases)), "sha256": _BLANK})
+        save_file(
+            tensors, name, {"fxquant": json.dumps(_describe(quantized, record, aliases)), "sha256": tensor_file.BLANK}
+        )
         name.chmod(mode)
-        _sign(name)
+        tensor_file.sign(name)
         name.replace(target)
     except BaseException as error:
         name.unlink(missing_ok=True)
@@ -88,25 +87,30 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 @torch.inference_mode(False)
-def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[Operator] = OPERATORS) -> nn.Module:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    operators: Sequence[Operator] = OPERATORS,
+    mmap: bool = False,
+) -> nn.Module:
     """Return the quantized model that `save` wrote.
 
     model: the float architecture, in eval mode; it may live on the meta device, for no float weight is read or made.
     It is not changed. operators: the table that the model was prepared with, if rows of your own were in it.
+    mmap: leave the tensors in the file, mapped, and read them at their first use: processes that load the same file
+    share that memory, but the file may never be changed in place (docs/checkpoints.md). By default they are read.
 
     Raises CheckpointError for a file that is damaged, altered, foreign, of another format than this version's,
     or another model's.
     """
     refuse_ours(model, "load")
     check_model(model)
-    plan = _read_plan(path)
+    plan, tensors = _read(path, mmap)
     try:
-        tensors = load_file(path)
         for name, first in plan["aliases"].items():
             tensors[name] = tensors[first]
         record = _record(model, plan, operators, path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     except FxQuantError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -179,51 +183,16 @@ def _plain(part: Any) -> Any:
     return type_name(part) if callable(part) else part
 
 
-def _sign(name: pathlib.Path) -> None:
-    """Write a file's digest into its header, in the place kept for it, and flush the file to the disk."""
-    with open(name, "r+b") as file:
-        header, digest = _digest(file)
-        place = header.index(f'"{_BLANK}"'.encode())
-        file.seek(8 + place + 1)
-        file.write(digest.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _digest(file: BinaryIO) -> tuple[bytes, str]:
-    """Return a file's header as it stands, and the digest of the file with the digest in it zeroed."""
-    file.seek(0)
-    start = file.read(8)
-    if len(start) < 8:
-        raise CheckpointError("is empty or cut short")
-    (length,) = struct.unpack("<Q", start)
-    header = file.read(length) if length <= os.fstat(file.fileno()).st_size else b""
-    if len(header) < length or not header.startswith(b"{"):
-        raise CheckpointError("is cut short, or no safetensors file")
+def _read(path: str | os.PathLike[str], mmap: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return a checkpoint's plan and tensors once the file is known to be whole, ours, and of a format that we read."""
     try:
-        claimed = json.loads(header).get("__metadata__", {}).get("sha256", "").encode()
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"has a damaged header ({error})") from error
-    digest = hashlib.sha256(start + (header.replace(claimed, _BLANK.encode(), 1) if claimed else header))
-    while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-    return header, digest.hexdigest()
-
-
-def _read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return a checkpoint's plan once the file is known to be whole, ours, and of a format that this version reads."""
-    try:
-        with open(path, "rb") as file:
-            header, digest = _digest(file)
+        metadata, tensors = tensor_file.read(path, mmap)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}; write it anew with fxquant.save") from error
-    metadata = json.loads(header).get("__metadata__", {})
-    if "fxquant" not in metadata:
-        raise CheckpointError(f"{path}: is a safetensors file, but not one that fxquant.save wrote")
-    if metadata.get("sha256") != digest:
-        raise CheckpointError(f"{path}: is damaged or was altered: its content does not give its own digest")
+        raise CheckpointError(f"{path}: {error}") from error
     try:
         plan: dict[str, Any] = json.loads(metadata["fxquant"])
         is_newer, is_other = plan["format"] > FORMAT, plan["format"] != FORMAT
@@ -235,7 +204,7 @@ def _read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: was written by fxquant {plan.get('version')} in format {plan['format']}; this is fxquant "
             f"{__version__}, which reads format {FORMAT}: {cure}"
         )
-    return plan
+    return plan, tensors
 
 
 def _record(

@@ -18,8 +18,9 @@ OURS = (ops.linear, ops.embedding, ops.embedding_bag)
 
 def follow(module: fx.GraphModule, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Let a graph's calls of tables give the dtype to which a move takes tensors of their present one."""
-    moved = {node: moved_dtype(move, node.kwargs["dtype"]) for node in _calls(module)}
-    if any(node.kwargs["dtype"] != dtype for node, dtype in moved.items()):
+    given: dict[fx.Node, Any] = {node: node.kwargs["dtype"] for node in _calls(module)}
+    moved = {node: moved_dtype(move, dtype) for node, dtype in given.items()}
+    if moved != given:
         _set(module, moved)
 
 

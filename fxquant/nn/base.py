@@ -24,7 +24,8 @@ class QuantizedModule(nn.Module):
     """A module whose weights are plain buffers: `name`, `name_scale` and, where affine, `name_zero_point`.
 
     Biases stay frozen float parameters. Moving the module to another dtype leaves the weights and scales as they are,
-    and its outputs follow: a table's rows, the others through their input; loading a state_dict of another kind (a float one, say) is an error and never a silent cast.
+    and its outputs follow: a table's rows, the others through their input. Loading a state_dict of another kind (a
+    float one, say) is an error and never a silent cast.
     """
 
     def __init__(self, qconfig: QConfig) -> None:

@@ -96,7 +96,8 @@ def test_the_dtype_is_saved_copied_and_pickled(kind, way, words, tmp_path):
         pickle.loads(pickle.dumps(quantized)),
     )
     for twin in twins:
-        assert torch.equal(twin(words), expected) and twin(words).dtype == torch.float16
+        assert twin(words).dtype == torch.float16
+        assert torch.equal(twin(words), expected)
     assert twins[0].float()(words).dtype == torch.float32
 
 

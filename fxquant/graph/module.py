@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -250,6 +251,13 @@ class FxModule(fx.GraphModule):
         if errors:
             raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {self.__class__.__name__}:", *errors]))
         return super().load_state_dict(state_dict, strict, assign)
+
+
+@functools.cache
+def taken_names() -> frozenset[str]:
+    """Return the names of a traced model's own attributes (code, graph, meta, recompile, …), which no part can have."""
+    empty = FxModule.build(nn.Module(), fx.Graph(), "Empty", Record(stage="fused"))
+    return frozenset(dir(empty))
 
 
 def _restore(

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from fxquant.errors import ModelStateError, TraceError
 from fxquant.graph import edit
 from fxquant.graph.kinds import make_plain
+from fxquant.graph.module import taken_names
 from fxquant.graph.tracer import SCOPE, TRACING, Tracer, is_fresh
 from fxquant.operators import Operator
 
@@ -110,6 +111,7 @@ def trace(
                 raise _trace_error(model, error) from error
             kept[failure.path] = f"{first_line(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
     name = model.__class__.__name__
+    _refuse_taken(name, graph)
     return Traced(fx.GraphModule(root, graph, name), names_of(root), hooked, dict(constants or {}), kept, doubtful)
 
 
@@ -138,6 +140,17 @@ def _graph(
                 _move_constants(graph, torch.device(device))
             return root, graph, _doubtful(root, graph, attributes)
     raise max(failures, key=lambda failure: failure.nodes)  # what stopped the one that got further
+
+
+def _refuse_taken(model: str, graph: fx.Graph) -> None:
+    """Raise TraceError for a part whose name a graph module has for itself: it would be asked for in vain there."""
+    for node in graph.nodes:
+        name = str(node.target).partition(".")[0]
+        if node.op in ("call_module", "get_attr") and name in taken_names():
+            raise TraceError(
+                f"{model} has a part self.{name}, but in a torch.fx.GraphModule, which a traced model becomes, "
+                f"{name!r} is something else; give the part another name"
+            )
 
 
 def _move_constants(graph: fx.Graph, device: torch.device) -> None:

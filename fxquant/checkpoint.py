@@ -1,7 +1,7 @@
 """save and load: one safetensors file that holds a quantized model's tensors and the plan that made it.
 
 Nothing is ever unpickled. The metadata entry "fxquant" is JSON: format, version, sites, left, fusions, mapping, aliases
-of tied tensors, preserved attributes, the dtypes that tables give; the entry "sha256" is a digest (`tensor_file`).
+of tied tensors, preserved attributes, the dtypes that tables give, extra states; the entry "sha256" is a digest.
 
 FORMAT grows by one with the first change after a release that another version would read wrongly or not at all: a field
 more or less in the plan, other names, layouts or meanings of a module's tensors. That change decides whether `load`
@@ -31,6 +31,7 @@ from fxquant.graph import edit
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
 from fxquant.graph.dtypes import set_table_dtypes, table_dtypes
+from fxquant.graph.extra_state import SUFFIX
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import (
     Coverage,
@@ -50,6 +51,7 @@ from fxquant.graph.trace import check_model, trace
 from fxquant.graph.tree import plain_mirror
 from fxquant.nn.base import dtype_errors
 from fxquant.operators import OPERATORS, Operator, find_row
+from fxquant.plain_values import decode, encode
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import ObjectType, QConfigMapping, type_name
 
@@ -59,11 +61,16 @@ FORMAT = 1
 def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized model to one safetensors file, atomically: the file is complete or not there.
 
-    Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a folder that
-    is missing, may not be written to, or is in the file's place.
+    What get_extra_state gives is stored where it is made of plain values and tensors.
+
+    Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a folder that is
+    missing, may not be written to, or is in the file's place, and for other extra state.
     """
     record = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
-    tensors, aliases = _distinct(quantized.state_dict())
+    state = quantized.state_dict()
+    held: dict[str, torch.Tensor] = {}  # the tensors of extra states
+    states = {key: encode(state.pop(key), key, held) for key in [*state] if key.endswith(SUFFIX)}
+    tensors, aliases = _distinct({**state, **held})
     target = pathlib.Path(path)
     if not target.parent.is_dir():
         raise CheckpointError(f"{path}: cannot be written: there is no folder {str(target.parent)!r}; make it first")
@@ -74,7 +81,9 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
         name.touch()
         mode = name.stat().st_mode  # what the user's umask gives; save_file would give it to the owner alone
         save_file(
-            tensors, name, {"fxquant": json.dumps(_describe(quantized, record, aliases)), "sha256": tensor_file.BLANK}
+            tensors,
+            name,
+            {"fxquant": json.dumps(_describe(quantized, record, aliases, states)), "sha256": tensor_file.BLANK},
         )
         name.chmod(mode)
         tensor_file.sign(name)
@@ -110,6 +119,7 @@ def load(
     try:
         for name, first in plan["aliases"].items():
             tensors[name] = tensors[first]
+        states = {key: decode(state, tensors) for key, state in plan.get("extra_states", {}).items()}
         record = _record(model, plan, operators, path)
     except FxQuantError:
         raise
@@ -117,7 +127,7 @@ def load(
         raise _senseless(path, error) from error
     result = _rebuild(model, record, plan.get("dtypes", {}), path)
     _check_tensors(result, tensors, path)
-    result.load_state_dict(tensors, assign=True)
+    result.load_state_dict({**tensors, **states}, assign=True)
     _fill_unsaved(result, model, path)
     return result
 
@@ -151,7 +161,7 @@ def _distinct(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
     return tensors, aliases
 
 
-def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict[str, Any]:
+def _describe(model: nn.Module, record: Record, aliases: dict[str, str], states: dict[str, Any]) -> dict[str, Any]:
     """Return the plan as JSON values."""
     mapping = record.mapping.to_dict()
     return {
@@ -173,6 +183,7 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict
         "float_bytes": record.float_bytes,
         "coverage": asdict(record.coverage),
         "dtypes": table_dtypes(model),
+        "extra_states": states,
     }
 
 
@@ -296,6 +307,8 @@ def _check_tensors(result: nn.Module, tensors: dict[str, torch.Tensor], path: st
     """Raise CheckpointError unless the file's tensors are just those that the model needs."""
     own = result.state_dict()
     for name, tensor in own.items():
+        if name.endswith(SUFFIX):
+            continue
         if name not in tensors:
             raise CheckpointError(f"{path}: has no tensor {name!r}, which this model needs{nearest(name, tensors)}")
         found = tensors[name]

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from fxquant.errors import AttributeNameError, ModelStateError, nearest
 from fxquant.graph import dtypes, edit
+from fxquant.graph.extra_state import key_of, lost_states, methods_to_keep
 from fxquant.graph.reads import names_in
 from fxquant.graph.tracer import TRACING
 from fxquant.nn.base import dtype_errors, refuse_script
@@ -102,7 +103,8 @@ class Fusion:
 class Record:
     """All that a model of ours remembers beside its graph. stage: "fused", "prepared" or "quantized".
 
-    is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead.
+    is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead. extra_states: what
+    get_extra_state gave, by the paths of modules that were traced through.
     """
 
     stage: str
@@ -117,6 +119,7 @@ class Record:
     untraced: Mapping[str, str] = field(default_factory=dict)
     float_bytes: int = 0
     coverage: Coverage = NOTHING
+    extra_states: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def outcome(self) -> str:
@@ -239,7 +242,31 @@ class FxModule(fx.GraphModule):
         dtypes.follow(self, fn)
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        record = self._fxquant_record
+        if "get_extra_state" in record.preserved:
+            destination[key_of(prefix, "")] = record.preserved["get_extra_state"].bind(self)()
+        destination.update({key_of(prefix, path): state for path, state in record.extra_states.items()})
+
+    def _take_extra_states(self, state_dict: dict[str, Any], prefix: str, strict: bool, missing: list[str]) -> None:
+        """Take out of a state_dict the extra states that torch's loading has no module for, and keep them."""
+        record, found = self._fxquant_record, {}
+        for path in record.extra_states:
+            found[path] = state_dict.pop(key_of(prefix, path), missing)
+        if "set_extra_state" in record.preserved:
+            found[""] = state_dict.pop(key_of(prefix, ""), missing)
+        absent = [path for path, state in found.items() if state is missing]
+        missing += [key_of(prefix, path) for path in absent] if strict else []
+        states = {path: state for path, state in found.items() if path not in absent}
+        if "" in states:
+            record.preserved["set_extra_state"].bind(self)(states.pop(""))
+        if states:
+            keep_record(self, record.advance(extra_states={**record.extra_states, **states}))
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _, strict, missing, *_ = args
+        self._take_extra_states(state_dict, prefix, strict, missing)
         own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
         errors: list[str] = args[-1]
         errors.extend(dtype_errors(own, state_dict))  # as a part of a larger model, whose load_state_dict is not ours
@@ -277,6 +304,8 @@ def _restore(
 
 def finish(module: fx.GraphModule, source: nn.Module, record: Record) -> FxModule:
     """Return the result of a pass as an FxModule, with the hooks that its source has."""
+    if not isinstance(source, FxModule):
+        record = record.advance(extra_states=lost_states(module, source))
     result = FxModule.build(module, module.graph, type(source).__name__, record)
     places = dict(result.named_modules())
     for path, original in source.named_modules():
@@ -299,7 +328,7 @@ def preserve(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
                 f"preserved_attributes names {name!r}, which {type(model).__name__} does not have{nearest(name, known)}"
             )
     kept: dict[str, Any] = {}
-    waiting = list(names)
+    waiting = [*names, *methods_to_keep(model)]
     while waiting:
         name = waiting.pop()
         own = inspect.getattr_static(type(model), name, None)

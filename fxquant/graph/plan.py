@@ -23,7 +23,7 @@ from fxquant.graph.constants import asks_kind, constant_of, is_transposition
 from fxquant.graph.kinds import base_of, redefined
 from fxquant.graph.module import NOTHING, Coverage, Left, Site
 from fxquant.graph.reads import weights_read
-from fxquant.graph.reasons import calls_children, refuse_call, why_hidden, why_no_form, why_unknown
+from fxquant.graph.reasons import calls_children, refuse_call, refuse_module, why_hidden, why_no_form, why_unknown
 from fxquant.graph.rules import join, main_rule, rank, refusal
 from fxquant.graph.target import Target, call_name, example_shape, find_target
 from fxquant.graph.trace import Names, Traced, names_of
@@ -97,7 +97,7 @@ class _Planner:
             rules = {name: found[weight] for weight, name in weights.items()}
             rule = main_rule(found[""], rules.values())
             shut = inside or why_hidden(module) or self.kept_forwards.get(id(module), "")
-            reason = shut or (row.refuse_module(module) if row else why_unknown(kind, self.operators))
+            reason = shut or (refuse_module(row, module) if row else why_unknown(kind, self.operators))
             seen = shape if row is None or row.has_rows else ()
             if row is not None and reason is None and len(set(rules.values())) > 1:
                 self.decide_weights(path, kind, row, rule, rules, module, seen)

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 from torch.optim.swa_utils import AveragedModel
 
+from fxquant.graph.extra_state import has_extra_state
 from fxquant.graph.kinds import known_base, redefined
 from fxquant.graph.target import Target, name_operands
 from fxquant.graph.trace import wrapped_in
@@ -29,6 +30,13 @@ def refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> str | No
         return "its weight is its input too"
     examples = fx.node.map_arg(operands, lambda node: node.meta.get("tensor_meta"))
     return row.refuse_call(examples) or refuse_weight(tensor.t() if target.is_stored_transposed else tensor)
+
+
+def refuse_module(row: Operator, module: nn.Module) -> str | None:
+    """Return why a module of a row stays float, or None."""
+    if has_extra_state(type(module)):
+        return "it keeps extra state (get_extra_state), for which its quantized form has no place"
+    return row.refuse_module(module)
 
 
 def calls_children(module: nn.Module) -> bool:

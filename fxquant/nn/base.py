@@ -29,7 +29,7 @@ class QuantizedModule(nn.Module):
     """
 
     def __init__(self, qconfig: QConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not the next in line, which may be the float type that it stands for
         self.qconfig = qconfig
         self.training = False
 
@@ -83,13 +83,14 @@ def refuse_script() -> nn.Module:
     )
 
 
-def dtype_errors(own: Mapping[str, torch.Tensor], incoming: Mapping[str, Any]) -> list[str]:
+def dtype_errors(own: Mapping[str, Any], incoming: Mapping[str, Any]) -> list[str]:
     """Return a line for each incoming tensor whose values would be cast to another kind of number."""
     return [
         f"{name} holds {tensor.dtype}, the state_dict has {incoming[name].dtype}: it belongs to a model that was "
         "quantized differently, or not at all"
         for name, tensor in own.items()
         if isinstance(incoming.get(name), torch.Tensor)
+        and isinstance(tensor, torch.Tensor)
         and incoming[name].dtype != tensor.dtype
         and not (incoming[name].is_floating_point() and tensor.dtype == torch.float32)
     ]

@@ -31,6 +31,7 @@ from fxquant.graph import edit
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
 from fxquant.graph.dtypes import set_table_dtypes, table_dtypes
+from fxquant.graph.exported import adopt
 from fxquant.graph.extra_state import SUFFIX
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import (
@@ -114,6 +115,7 @@ def load(
     or another model's.
     """
     refuse_ours(model, "load")
+    model = adopt(model)
     check_model(model)
     plan, tensors = _read(path, mmap)
     try:

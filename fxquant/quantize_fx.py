@@ -11,9 +11,10 @@ from fxquant.entry import entry
 from fxquant.errors import ExampleInputsError, FxQuantError, QConfigError, TraceError, warn
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, bind_inputs
-from fxquant.graph.capture import capture, check_runs
+from fxquant.graph.capture import capture, check_runs, verify
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import WeightCache, convert
+from fxquant.graph.exported import adopt
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, refuse_ours
 from fxquant.graph.moments import Moments, gather
@@ -56,11 +57,14 @@ def prepare_fx(
     """
     mapping = _as_mapping(qconfig_mapping)
     refuse_ours(model, "prepare_fx", ("prepared", "quantized"))
+    given, model = model, adopt(model)
     check_model(model)
     preserved = preserve(model, preserved_attributes)
     inputs = bind_inputs(model, example_inputs, example_kwargs)
     try:
         traced = capture(model, operators, inputs)
+        if given is not model:
+            verify(given, traced.module, inputs)
     except (TraceError, ExampleInputsError) as error:
         return _prepare_whole(model, mapping, operators, inputs, error, strict)
     functions = [node.target for node in traced.module.graph.nodes]
@@ -154,6 +158,7 @@ def fuse_fx(
     BatchNorm1d is guarded by an assertion in the graph.
     """
     refuse_ours(model, "fuse_fx", ("prepared", "quantized"))
+    model = adopt(model)
     check_model(model)
     preserved = preserve(model, preserved_attributes)
     if example_inputs is None and example_kwargs is None:

@@ -29,7 +29,7 @@ from fxquant.graph.target import Target, call_name, example_shape, find_target
 from fxquant.graph.trace import Names, Traced, names_of
 from fxquant.graph.tracer import SCOPE
 from fxquant.nn import QuantizedModule
-from fxquant.nn.fused import FLOAT_TYPES, linear_relu
+from fxquant.nn.fused import FLOAT_TYPES, SPELT
 from fxquant.operators import Operator, find_function_row, find_module_row, find_row
 from fxquant.qconfig_mapping import QConfigMapping, Rule, name_text, opt_out, opt_out_one, type_name
 
@@ -156,7 +156,7 @@ class _Planner:
         if row is None or (row.may_lack_weight and not is_alone):
             self.visit_other_call(node, row)
             return
-        function = torch.nn.functional.linear if node.target is linear_relu else node.target
+        function = SPELT.get(node.target, node.target)
         scope, name = node.meta.get(SCOPE, ""), call_name(function)
         is_known = target is not None and target.weight.target in self.names.tensors
         path = str(target.weight.target) if target is not None and is_known else ""

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from fxquant.errors import ModelStateError, TraceError
 from fxquant.graph import edit
+from fxquant.graph.exported import give_scopes, raise_calls
 from fxquant.graph.kinds import make_plain
 from fxquant.graph.module import taken_names
 from fxquant.graph.tracer import SCOPE, TRACING, Tracer, is_fresh
@@ -110,6 +111,9 @@ def trace(
             if not keep_whole or not failure.path or failure.path in kept:
                 raise _trace_error(model, error) from error
             kept[failure.path] = f"{first_line(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
+    raise_calls(root, graph)
+    if isinstance(model, fx.GraphModule):
+        give_scopes(graph)
     name = model.__class__.__name__
     _refuse_taken(name, graph)
     return Traced(fx.GraphModule(root, graph, name), names_of(root), hooked, dict(constants or {}), kept, doubtful)
@@ -182,7 +186,8 @@ def wrapped_in(module: nn.Module) -> str:
 def check_kind(model: Any) -> None:
     """Raise ModelStateError unless this is a module whose parameters have shapes, and neither wrapped nor compiled."""
     if not isinstance(model, nn.Module):
-        raise ModelStateError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        cure = "; pass its module: program.module()" if isinstance(model, torch.export.ExportedProgram) else ""
+        raise ModelStateError(f"expected a torch.nn.Module, got {type(model).__name__}{cure}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelStateError("TorchScript models cannot be quantized; pass the nn.Module that it was made from")
     if wrapped_in(model):

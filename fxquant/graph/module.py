@@ -162,6 +162,11 @@ class FxModule(fx.GraphModule):
     def build(cls, root: nn.Module, graph: fx.Graph, name: str, record: Record) -> FxModule:
         """Return the module for a graph over a root's submodules and tensors."""
         module = cls(root, graph, name)
+        for part in module.modules():
+            if (
+                part is module or type(part) is nn.Module
+            ):  # made to hold tensors; of what they hold nothing else is left
+                part._non_persistent_buffers_set.clear()  # torch 2.13 forgets them by itself, 2.14 does not
         keep_record(module, record)
         module.train(False)
         return module

@@ -40,8 +40,8 @@ def refuse_module(row: Operator, module: nn.Module) -> str | None:
 
 
 def calls_children(module: nn.Module) -> bool:
-    """Return whether a module calls its children, so that they may be swapped: a user's forward, a container's, or one
-    of torch's transformers', which `avoid_fast_path` keeps from reading their weights.
+    """Return whether a module calls its children, so that they may be swapped: a user's forward, a container's, the
+    adaptive softmax's, or one of torch's transformers', which `avoid_fast_path` keeps from reading their weights.
     """
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, AveragedModel)):
         return True
@@ -49,6 +49,8 @@ def calls_children(module: nn.Module) -> bool:
         return False
     forward = forward_of(module)
     module_name = getattr(forward, "__module__", None) or ""  # the forward of a GraphModule has none
+    if forward is nn.AdaptiveLogSoftmaxWithLoss.forward:
+        return True
     return forward in PLAIN_FORWARDS or not module_name.startswith("torch.")
 
 

@@ -28,7 +28,7 @@ class Names:
     """What a model's parts are called. aliases: each module's path, and all the paths that the same module has."""
 
     aliases: dict[str, tuple[str, ...]]
-    tensors: frozenset[str]  # the paths of its parameters and buffers
+    tensors: frozenset[str]  # the paths of its parameters, buffers and plain tensors, which a graph has as buffers
     weights: frozenset[str]  # of those with two or more dimensions
     kinds: frozenset[type]  # the types of its modules, and those that they derive from
 
@@ -37,6 +37,9 @@ def names_of(model: nn.Module) -> Names:
     """Return what a model's parts are called."""
     named = (model.named_parameters, model.named_buffers)
     tensors = {name: tensor for each in named for name, tensor in each(remove_duplicate=False)}
+    for path, module in model.named_modules():
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        tensors.update({f"{path}.{name}" if path else name: value for name, value in plain.items()})
     weights = frozenset(name for name, tensor in tensors.items() if not is_lazy(tensor) and tensor.dim() > 1)
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):

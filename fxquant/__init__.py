@@ -12,6 +12,7 @@ from fxquant.eager import quantize_dynamic
 from fxquant.errors import (
     ArgumentError,
     AttributeNameError,
+    CheckError,
     CheckpointError,
     ColumnError,
     DTypeError,
@@ -60,6 +61,7 @@ __all__ = [
     "OPERATORS",
     "ArgumentError",
     "AttributeNameError",
+    "CheckError",
     "CheckpointError",
     "ColumnError",
     "DTypeError",

@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,8 +26,10 @@ from torch import fx, nn
 
 from fxquant import tensor_file
 from fxquant._version import __version__
-from fxquant.errors import CheckpointError, FxQuantError, TraceError, nearest
+from fxquant.errors import CheckpointError, FxQuantError, TraceError, nearest, warn
 from fxquant.graph import edit
+from fxquant.graph.architecture import Architecture, describe, differences
+from fxquant.graph.check import PASSED_BY
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
 from fxquant.graph.dtypes import set_table_dtypes, table_dtypes
@@ -65,9 +67,17 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     What get_extra_state gives is stored where it is made of plain values and tensors.
 
     Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a folder that is
-    missing, may not be written to, or is in the file's place, and for other extra state.
+    missing, may not be written to, or is in the file's place, for a model that calls layers outside of it, and for
+    other extra state.
     """
     record = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
+    astray = [left.path for left in record.left if left.reason == PASSED_BY]
+    if astray:
+        raise CheckpointError(
+            f"{path}: not written: forward calls {', '.join(map(repr, astray))} by a reference from outside of the "
+            "model's modules, so that what load makes would call the skeleton's layers, without the saved weights; let "
+            "forward call them by attributes of the model"
+        )
     state = quantized.state_dict()
     held: dict[str, torch.Tensor] = {}  # the tensors of extra states
     states = {key: encode(state.pop(key), key, held) for key in [*state] if key.endswith(SUFFIX)}
@@ -103,16 +113,18 @@ def load(
     *,
     operators: Sequence[Operator] = OPERATORS,
     mmap: bool = False,
+    check: bool = True,
 ) -> nn.Module:
     """Return the quantized model that `save` wrote.
 
     model: the float architecture, in eval mode; it may live on the meta device, for no float weight is read or made.
-    It is not changed. operators: the table that the model was prepared with, if rows of your own were in it.
+    It is not changed. operators: the table that the model was prepared with, if rows of your own were in it. check:
+    whether a model that computes something else than the saved one (other heads, another activation) is refused.
     mmap: leave the tensors in the file, mapped, and read them at their first use: processes that load the same file
     share that memory, but the file may never be changed in place (docs/checkpoints.md). By default they are read.
 
     Raises CheckpointError for a file that is damaged, altered, foreign, of another format than this version's,
-    or another model's.
+    or another model's. Warns where code that is not traced comes from another release of its package.
     """
     refuse_ours(model, "load")
     model = adopt(model)
@@ -127,7 +139,7 @@ def load(
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise _senseless(path, error) from error
-    result = _rebuild(model, record, plan.get("dtypes", {}), path)
+    result = _rebuild(model, record, plan, path, check)
     _check_tensors(result, tensors, path)
     result.load_state_dict({**tensors, **states}, assign=True)
     _fill_unsaved(result, model, path)
@@ -186,6 +198,7 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str], states:
         "coverage": asdict(record.coverage),
         "dtypes": table_dtypes(model),
         "extra_states": states,
+        "architecture": None if record.architecture is None else record.architecture.to_plain(),
     }
 
 
@@ -244,6 +257,7 @@ def _record(
         untraced=plan["untraced"],
         float_bytes=plan["float_bytes"],
         coverage=Coverage(**plan["coverage"]),
+        architecture=Architecture.from_plain(plan["architecture"]) if plan.get("architecture") else None,
     )
 
 
@@ -278,21 +292,35 @@ def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operat
 
 
 def _rebuild(
-    model: nn.Module, record: Record, dtypes: Mapping[str, Mapping[str, str]], path: str | os.PathLike[str]
+    model: nn.Module, record: Record, plan: dict[str, Any], path: str | os.PathLike[str], check: bool
 ) -> nn.Module:
-    """Return the quantized model without data: the recorded decisions applied to a mirror on the meta device."""
+    """Return the quantized model without data: the recorded decisions applied to a mirror on the meta device.
+
+    check: whether another architecture than the recorded one is a CheckpointError.
+    """
+    saved = record.architecture if check else None
     try:
-        result = (_rebuild_graph if record.is_traced else _rebuild_tree)(model, record)
-        set_table_dtypes(result, dtypes)
+        result = (_rebuild_graph if record.is_traced else _rebuild_tree)(model, record, saved)
+        set_table_dtypes(result, plan.get("dtypes", {}))
         return result
+    except _OtherArchitectureError as error:
+        raise CheckpointError(
+            f"{path}: was made for another model than this {type(model).__name__}: {error}. Build the model as it was "
+            "built when it was quantized; where it computes the same all the same: load(..., check=False)"
+        ) from error
     except (LookupError, AttributeError, TypeError, ValueError, AssertionError, TraceError) as error:
         raise CheckpointError(
             f"{path}: was made for another model than this {type(model).__name__}: {error}"
         ) from error
 
 
-def _rebuild_graph(model: nn.Module, record: Record) -> nn.Module:
+class _OtherArchitectureError(Exception):
+    """The float model is not the one that a file is of; says in what."""
+
+
+def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
     traced = trace(model, record.operators, device="meta", constants=record.constants, untraced=record.untraced)
+    _match(saved, traced.module)
     fuse(traced.module, traced.hooked, only=record.fusions)
     sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module
@@ -300,9 +328,24 @@ def _rebuild_graph(model: nn.Module, record: Record) -> nn.Module:
     return finish(clean(module, model), model, record)
 
 
-def _rebuild_tree(model: nn.Module, record: Record) -> nn.Module:
-    root, _ = convert_modules(plain_mirror(model, "meta"), record.sites, record.operators)
+def _rebuild_tree(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
+    root = plain_mirror(model, "meta")
+    _match(saved, root)
+    root, _ = convert_modules(root, record.sites, record.operators)
     return keep_record(root, record)
+
+
+def _match(saved: Architecture | None, root: nn.Module) -> None:
+    """Raise _OtherArchitectureError unless a model is the saved one; warn where its untraced code may be another."""
+    certain, possible = differences(saved, describe(root)) if saved is not None else ([], [])
+    if certain:
+        more = f" (and {len(certain) - 1} more)" if len(certain) > 1 else ""
+        raise _OtherArchitectureError(certain[0] + more)
+    if possible:
+        warn(
+            f"this {type(root).__name__} is not traced, and was quantized with another release of its package: "
+            f"{possible[0]}; compare its answers with known ones"
+        )
 
 
 def _check_tensors(result: nn.Module, tensors: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:

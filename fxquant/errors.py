@@ -42,6 +42,10 @@ class AttributeNameError(FxQuantError, AttributeError):
     """preserved_attributes names something that the model does not have."""
 
 
+class CheckError(FxQuantError):
+    """The quantized model fails on the example inputs, on which the float one runs."""
+
+
 class ShapeError(FxQuantError, ValueError):
     """A tensor's shape does not fit a quantized module."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import fx, nn
 from fxquant.entry import entry
 from fxquant.errors import ExampleInputsError, FxQuantError, QConfigError, TraceError, warn
 from fxquant.graph import edit
-from fxquant.graph.call import Inputs, bind_inputs
+from fxquant.graph.architecture import describe
+from fxquant.graph.call import Example, Inputs, bind_inputs
 from fxquant.graph.capture import capture, check_runs, verify
+from fxquant.graph.check import checked
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import WeightCache, convert
 from fxquant.graph.exported import adopt
@@ -47,7 +50,7 @@ def prepare_fx(
     model: in eval mode; it is not changed, and its weights are shared, not copied, until convert_fx.
     qconfig_mapping: which qconfig each part gets, as a QConfigMapping or in its dict form.
     example_inputs: a tuple of one call's positional arguments, a dict of its keyword arguments, or one tensor; really
-    run. example_kwargs: keyword arguments that go with positional ones.
+    run, and kept, copied, for convert_fx's check. example_kwargs: keyword arguments that go with positional ones.
     preserved_attributes: names of attributes, methods and properties of the model that shall stay reachable.
     operators: the operator table; rows of your own go beside ours: (*OPERATORS, MY_ROW).
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
@@ -69,6 +72,7 @@ def prepare_fx(
         return _prepare_whole(model, mapping, operators, inputs, error, strict)
     functions = [node.target for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
+    architecture = describe(traced.module)
     fusions = fuse(traced.module, traced.hooked)
     decided = plan(traced, mapping, operators)
     record = Record(
@@ -83,6 +87,8 @@ def prepare_fx(
         untraced=traced.untraced,
         float_bytes=edit.byte_count(model),
         coverage=decided.coverage,
+        example=Example(inputs),
+        architecture=architecture,
     )
     judge(type(model).__name__, record, traced.names, functions, strict=strict)
     return finish(traced.module, model, record)
@@ -103,7 +109,7 @@ def _prepare_whole(
         cause = TraceError(f"{type(model).__name__} runs, but not as it was traced (it may ask for a type): {told}")
     check_mapping(mapping, names_of(plain_mirror(model)))
     why = " ".join(line.strip() for line in str(cause).splitlines()[:2])
-    prepared = prepare_tree(model, mapping, operators, {"": why})
+    prepared = prepare_tree(model, mapping, operators, {"": why}, inputs)
     record = need_stage(prepared, "prepared", "prepare_fx", "prepare_tree")
     if not record.sites:
         raise cause
@@ -116,7 +122,7 @@ def _prepare_whole(
 
 
 @entry
-def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None) -> nn.Module:
+def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None, check: bool = True) -> nn.Module:
     """Return the quantized model that prepare_fx decided on. The prepared model is left as it was.
 
     data: an iterable of batches like those that the model will see, each a tuple of one call's positional arguments, a
@@ -124,11 +130,18 @@ def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None) -> nn.
     25–29): the float model runs over it once, and each site says in its `rounding` what came of it. Without it, and for
     other weights, rounding is to nearest.
 
+    check: whether the quantized model is run once on prepare_fx's example inputs, beside the float one. A layer that
+    is run in float and no longer once it is quantized stays float, and its reason says so; other shapes or dtypes, NaN
+    where float has none, and an SQNR below 10 dB, with the worst sites, are told in one warning.
+
     Raises ModelStateError for anything but a result of prepare_fx; ExampleInputsError for data that holds no batch, or
-    one that does not fit forward.
+    one that does not fit forward; CheckError where the quantized model fails on the example inputs.
     """
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
-    return convert_with(prepared, gather(prepared, record.sites, data) if data is not None else None)
+    moments = gather(prepared, record.sites, data) if data is not None else None
+    if not check:
+        return convert_with(prepared, moments)
+    return checked(prepared, functools.partial(convert_with, moments=moments))
 
 
 @entry
@@ -141,7 +154,7 @@ def convert_with(prepared: nn.Module, moments: Moments | None) -> nn.Module:
     assert isinstance(module, fx.GraphModule)
     cache = WeightCache(moments.rounding(module) if moments is not None else None)
     sites = convert(module, record.sites, record.operators, cache)
-    return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites))
+    return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites, example=None))
 
 
 @entry

@@ -62,6 +62,7 @@ class Explanation(Report):
     coverage: Coverage
     outcome: str
     saved_bytes: int
+    unchecked: str = ""
 
     @property
     def total(self) -> str:
@@ -70,12 +71,13 @@ class Explanation(Report):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The lines between the table and the last: fusions, what is not traced, and losses."""
+        """The lines between the table and the last: fusions, what is not traced or checked, and losses."""
         losses = [loss for row in self.rows for loss in row.losses]
         sources = dict.fromkeys(loss.source for loss in losses if loss.source)
         return (
             *(f"fused: {fusion}" for fusion in self.fusions),
             *(f"not traced: {path}" for path in self.untraced),
+            *([f"not checked on example inputs: {self.unchecked}"] if self.unchecked else []),
             *map(str, losses),
             *(f"such times were measured on {source}; yours may differ" for source in sources),
         )
@@ -115,7 +117,7 @@ def explain(model: nn.Module) -> Explanation:
     quantized, sites = (model, record.sites) if record.stage == "quantized" else _foreseen(model, record)
     saved = record.float_bytes - edit.byte_count(quantized)
     rows = _rows(record.advance(sites=sites), _sources(model))
-    return Explanation(rows, fusions, untraced, record.stage, record.coverage, record.outcome, saved)
+    return Explanation(rows, fusions, untraced, record.stage, record.coverage, record.outcome, saved, record.unchecked)
 
 
 def _foreseen(model: nn.Module, record: Record) -> tuple[nn.Module, tuple[Site, ...]]:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import ExampleInputsError, TraceError, warn
 from fxquant.graph import edit
-from fxquant.graph.call import Inputs, describe, fixable
+from fxquant.graph.call import Inputs, copies, describe, fixable
 from fxquant.graph.trace import Traced, first_line, trace
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.operators import Operator
@@ -95,7 +95,7 @@ def check_runs(model: nn.Module, inputs: Inputs, cause: Exception) -> None:
         ) from error
 
 
-class _Shapes(fx.Interpreter):
+class Shapes(fx.Interpreter):
     """Runs a graph once and records what each node gave. given: the call's arguments by name."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, given: dict[str, Any]) -> None:
@@ -152,12 +152,12 @@ def propagate(module: fx.GraphModule, inputs: Inputs) -> None:
 
     Raises ExampleInputsError where a node fails, naming the user's line.
     """
-    copies = _copies(inputs)
-    given = inspect.signature(module.forward).bind(*copies.args, **copies.kwargs).arguments
+    own = copies(inputs)
+    given = inspect.signature(module.forward).bind(*own.args, **own.kwargs).arguments
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user meets the float model's own warnings when running it
         twin = edit.mirror(module)  # this run shall not count: forward may write into buffers and attributes
-        _Shapes(twin, module.graph, given).run()
+        Shapes(twin, module.graph, given).run()
 
 
 def verify(model: nn.Module, module: fx.GraphModule, inputs: Inputs) -> None:
@@ -182,20 +182,11 @@ def verify(model: nn.Module, module: fx.GraphModule, inputs: Inputs) -> None:
 
 def _run(module: nn.Module, inputs: Inputs) -> Any:
     """Return what a module gives for copies of the inputs, under a seed of its own."""
-    copies = _copies(inputs)
+    own = copies(inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        return module(*copies.args, **copies.kwargs)
-
-
-def _copies(inputs: Inputs) -> Inputs:
-    """Return the inputs copied, a cache object that forward writes into as well."""
-
-    def twin(leaf: Any) -> Any:
-        return leaf.clone() if isinstance(leaf, torch.Tensor) else edit.copied(leaf)
-
-    return Inputs(pytree.tree_map(twin, inputs.args), pytree.tree_map(twin, inputs.kwargs))
+        return module(*own.args, **own.kwargs)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

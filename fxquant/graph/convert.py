@@ -13,6 +13,7 @@ from fxquant.graph import edit
 from fxquant.graph.constants import constant_of
 from fxquant.graph.module import Site
 from fxquant.graph.moments import Rounding
+from fxquant.graph.references import repoint_weak
 from fxquant.graph.target import name_operands
 from fxquant.nn import QuantizedModule
 from fxquant.nn.base import quantize_alone
@@ -59,8 +60,10 @@ class WeightCache:
         return module
 
     def settle(self, root: nn.Module) -> None:
-        """Let what still refers to a float module that a tree has no more (a functools.partial) meet its new form."""
+        """Turn stale references to a converted module (in a functools.partial, a closure) into its quantized form."""
         standing = set(map(id, root.modules()))
+        swapped = {id(old): new for old, new, _ in self._modules.values() if id(old) not in standing}
+        repoint_weak(root.modules(), swapped)  # first, as nothing else may hold the float module
         for float_module, module, _ in self._modules.values():
             if id(float_module) not in standing:
                 with contextlib.suppress(TypeError):  # a type with __slots__ can become no other

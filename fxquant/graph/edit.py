@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fxquant.graph.constants import is_transposition
+from fxquant.graph.references import copy_references, twin_of
 
 HOOKS = (
     "_forward_hooks",
@@ -41,9 +42,10 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
     """Return a copy of a module tree that shares the parameters' storage and nothing else.
 
     A table with a max_norm, which writes into its parameter at each call, is copied too.
-    Tied tensors stay tied. What the copy's Python code assigns or appends, and what `.to` does to it, never reaches the
-    original. device: "meta" for a copy without data. hooks: whether the modules keep their hooks;
-    those that compute a weight they always keep.
+    Tied tensors stay tied; a lambda, closure or weak reference that leads to a module of the tree leads to its copy.
+    What the copy's Python code assigns or appends, and what `.to` does to it, never reaches the original.
+    device: "meta" for a copy without data. hooks: whether the modules keep their hooks; they always keep those that
+    compute a weight.
     """
     memo: dict[int, Any] = {}
     for tensor in _tensors(root):
@@ -57,12 +59,13 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
     for module in modules:
         if not isinstance(module, fx.GraphModule):
             memo[id(module)] = object.__new__(type(module))
+    copy_references([module for module in modules if not isinstance(module, fx.GraphModule)], memo)
     for module in reversed(modules):  # children first: a GraphModule's own deepcopy reads them
         if isinstance(module, fx.GraphModule):
             copy.deepcopy(module, memo)
         else:
             twin = memo[id(module)]
-            twin.__dict__.update({name: copied(value, memo) for name, value in module.__dict__.items()})
+            twin.__dict__.update({name: twin_of(value, memo) for name, value in module.__dict__.items()})
             twin.__dict__.pop("_compiled_call_impl", None)  # of module.compile(): it would run the original
     result: nn.Module = memo.get(id(root), root)
     if not hooks:

@@ -14,6 +14,8 @@ from torch import fx, nn
 
 from fxquant.errors import AttributeNameError, ModelStateError, nearest
 from fxquant.graph import dtypes, edit
+from fxquant.graph.architecture import Architecture
+from fxquant.graph.call import Example
 from fxquant.graph.extra_state import key_of, lost_states, methods_to_keep
 from fxquant.graph.reads import names_in
 from fxquant.graph.tracer import TRACING
@@ -103,8 +105,10 @@ class Fusion:
 class Record:
     """All that a model of ours remembers beside its graph. stage: "fused", "prepared" or "quantized".
 
-    is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead. extra_states: what
-    get_extra_state gave, by the paths of modules that were traced through.
+    is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead. example: of a prepared
+    one, the arguments that it is checked on once it is quantized. architecture: of the float model, for checkpoints.
+    unchecked: why that check was not possible. extra_states: what get_extra_state gave, by the paths of modules that
+    were traced through.
     """
 
     stage: str
@@ -120,6 +124,9 @@ class Record:
     float_bytes: int = 0
     coverage: Coverage = NOTHING
     extra_states: Mapping[str, Any] = field(default_factory=dict)
+    example: Example | None = field(default=None, compare=False)
+    architecture: Architecture | None = None
+    unchecked: str = ""
 
     @property
     def outcome(self) -> str:

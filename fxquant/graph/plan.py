@@ -124,7 +124,8 @@ class _Planner:
         own = vars(nn.Module())
         for name, held in vars(module).items():
             parts = pytree.tree_leaves(held) if isinstance(held, (list, tuple, dict)) and name not in own else []
-            strays = [part for part in parts if isinstance(part, nn.Module) and id(part) not in self.tree]
+            held_here = [part for part in parts if issubclass(type(part), nn.Module)]  # a weak proxy only looks so
+            strays = [part for part in held_here if id(part) not in self.tree]
             for number, stray in enumerate(strays):
                 weights = [weight for weight in stray.parameters() if weight.dim() > 1]
                 if weights:

@@ -43,6 +43,9 @@ TRACING = threading.RLock()
 SCOPE = "fxquant_scope"
 """The key in node.meta of the path of the module whose forward made the node."""
 
+BUFFERS_ARE_NODES = "fxquant_buffers_are_nodes"
+"""The key in the output node's meta of whether forward met buffers as nodes, rather than as they are."""
+
 
 class Tracer(fx.Tracer):
     """torch.fx's tracer, with leaves of ours, stack traces, and each node's scope."""
@@ -167,6 +170,7 @@ class Tracer(fx.Tracer):
             graph = super().trace(root, concrete_args)
         graph._tracer_cls = _Retracer  # what torch.fx unpickles with
         graph.set_codegen(call.SignatureCodeGen(root))
+        graph.output_node().meta[BUFFERS_ARE_NODES] = self.proxy_buffer_attributes
         graph.output_node().type = inspect.unwrap(type(root).forward).__annotations__.get("return")
         for node in graph.nodes:
             if node.target in _LEAF_FUNCTIONS:

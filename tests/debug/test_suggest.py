@@ -44,7 +44,7 @@ def quantize(model, mapping, data):
     """Return the model quantized, int4 weights with error feedback from the data."""
     prepared = prepare_fx(model, mapping, data[0])
     has_int4 = any(site.qconfig.weight.dtype == "int4" for site in record_of(prepared).sites)
-    return convert_fx(prepared, data=data if has_int4 else None)
+    return convert_fx(prepared, data=data if has_int4 else None, check=False)  # coarse on purpose, some
 
 
 def test_a_wide_budget_makes_everything_as_small_as_can_be(model, data):

@@ -293,7 +293,10 @@ def test_a_model_whose_graph_fails_is_not_said_to_fail():
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_nested_example_inputs_are_prepared_and_refused_by_the_layer():
     nested = torch.nested.nested_tensor([torch.zeros(3, 8), torch.zeros(2, 8)])
-    quantized = convert_fx(prepare_fx(Returns(torch.relu).eval(), everything(), nested))
+    prepared = prepare_fx(Returns(torch.relu).eval(), everything(), nested)
+    with pytest.raises(fxquant.CheckError, match="takes a dense tensor, got a nested one"):
+        convert_fx(prepared)
+    quantized = convert_fx(prepared, check=False)
     with pytest.raises(fxquant.DTypeError, match="takes a dense tensor, got a nested one"):
         quantized(nested)
 

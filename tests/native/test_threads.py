@@ -3,6 +3,8 @@
 import contextlib
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -121,6 +123,26 @@ def test_child_processes_compute_the_same(product, method, way):
         finally:
             child.join(10)
     assert child.exitcode == 0
+
+
+FORK_AFTER_TORCH = """
+import os, torch
+from fxquant.ops import native
+torch.set_num_threads(2)
+x, weight, scale = torch.randn(64, 2048), torch.ones(2048, 2048, dtype=torch.int8), torch.ones(2048)
+torch.randn(2000, 2000).exp()  # torch's own threads come to be, and no job of ours has run yet
+child = os.fork()
+native.linear(x, weight, scale)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_does_not_wait_for_the_threads_of_torch_that_its_parent_had():
+    command = [sys.executable, "-W", "ignore", "-c", FORK_AFTER_TORCH]
+    subprocess.run(command, check=True, timeout=100)
 
 
 def test_callers_at_once_get_the_same_bits(product, isa):

@@ -27,6 +27,7 @@ from fxquant.graph.plan import plan
 from fxquant.graph.rules import check_mapping
 from fxquant.graph.trace import check_model, names_of, trace
 from fxquant.graph.tree import convert_tree, plain_mirror, prepare_tree
+from fxquant.nn.fused import SPELT
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig_mapping import QConfigMapping
 
@@ -70,7 +71,7 @@ def prepare_fx(
             verify(given, traced.module, inputs)
     except (TraceError, ExampleInputsError) as error:
         return _prepare_whole(model, mapping, operators, inputs, error, strict)
-    functions = [node.target for node in traced.module.graph.nodes]
+    functions = [SPELT.get(node.target, node.target) for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
     architecture = describe(traced.module)
     fusions = fuse(traced.module, traced.hooked)

@@ -45,7 +45,8 @@ PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     struct fxq_linear call = {0};
     if (count != 10) return nothing();
     const int64_t group = INTEGER(args[8]);
-    if (!may_run(args[0], args[1]) || !read_rows(args[1], &x, &call) ||
+    const bool trains_bias = args[0] == Py_True && args[4] != Py_None && is_trained(args[4]);
+    if (!may_run(args[0], args[1]) || trains_bias || !read_rows(args[1], &x, &call) ||
         !read_weight(args[2], args[3], x.shape[x.dimensions - 1], group, &call) ||
         (group && INTEGER(args[9]) != call.columns) || !read_optional_vector(args[4], call.outputs, &call.bias) ||
         (call.kind == FXQ_KIND_UINT8 && !read_qmax(args[7], &call.qmax))) {

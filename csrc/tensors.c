@@ -202,15 +202,16 @@ static bool is_true(PyObject *value) {
     return truth != 0;
 }
 
+bool is_trained(PyObject *object) {
+    return is_true(PyObject_GetAttr(object, name.requires_grad)) && is_true(PyObject_CallObject(torch.is_grad_enabled, NULL));
+}
+
 bool is_watched(PyObject *object) {
     if (!is_plain(object)) return true;
     for (int i = 0; i < WATCHERS; i++) {
         if (is_true(PyObject_CallObject(torch.watchers[i], NULL))) return true;
     }
-    if (is_true(PyObject_GetAttr(object, name.requires_grad)) && is_true(PyObject_CallObject(torch.is_grad_enabled, NULL))) {
-        return true;
-    }
-    return is_true(PyObject_CallMethodObjArgs(object, name.is_neg, NULL));
+    return is_trained(object) || is_true(PyObject_CallMethodObjArgs(object, name.is_neg, NULL));
 }
 
 PyObject *new_tensor(const int64_t *shape, int dimensions, struct tensor *tensor) {

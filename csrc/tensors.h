@@ -34,6 +34,9 @@ bool read_optional_vector(PyObject *object, int64_t count, const float **data); 
  * it must go through torch's dispatcher. Also true, with an exception set, when torch cannot be asked. */
 bool is_watched(PyObject *object);
 
+/* Whether a gradient of a tensor is wanted. */
+bool is_trained(PyObject *object);
+
 /* A new float32 tensor, not initialized. NULL: an exception is set. */
 PyObject *new_tensor(const int64_t *shape, int dimensions, struct tensor *tensor);
 int thread_count(void); /* torch's; -1: an exception is set, perhaps before the call */

@@ -1,7 +1,7 @@
 """save and load: one safetensors file that holds a quantized model's tensors and the plan that made it.
 
 Nothing is ever unpickled. The metadata entry "fxquant" is JSON: format, version, sites, left, fusions, mapping, aliases
-of tied tensors, preserved attributes; the entry "sha256" is a digest of the whole file with this entry zeroed.
+of tied tensors, preserved attributes, the dtypes that tables give, extra states; the entry "sha256" is a digest.
 
 FORMAT grows by one with the first change after a release that another version would read wrongly or not at all: a field
 more or less in the plan, other names, layouts or meanings of a module's tensors. That change decides whether `load`
@@ -11,21 +11,20 @@ as it stands until then.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pathlib
-import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import fx, nn
 
+from fxquant import tensor_file
 from fxquant._version import __version__
 from fxquant.errors import CheckpointError, FxQuantError, TraceError, nearest, warn
 from fxquant.graph import edit
@@ -33,6 +32,9 @@ from fxquant.graph.architecture import Architecture, describe, differences
 from fxquant.graph.check import PASSED_BY
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
+from fxquant.graph.dtypes import set_table_dtypes, table_dtypes
+from fxquant.graph.exported import adopt
+from fxquant.graph.extra_state import SUFFIX
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import (
     Coverage,
@@ -53,19 +55,21 @@ from fxquant.graph.trace import check_model, trace
 from fxquant.graph.tree import plain_mirror
 from fxquant.nn.base import dtype_errors
 from fxquant.operators import OPERATORS, Operator, find_row
+from fxquant.plain_values import decode, encode
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import ObjectType, QConfigMapping, type_name
 
 FORMAT = 1
-_BLANK = "0" * 64
-_CHUNK_BYTES = 1 << 20
 
 
 def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized model to one safetensors file, atomically: the file is complete or not there.
 
-    Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a folder that
-    is missing, may not be written to, or is in the file's place, and for a model that calls layers outside of it.
+    What get_extra_state gives is stored where it is made of plain values and tensors.
+
+    Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a folder that is
+    missing, may not be written to, or is in the file's place, for a model that calls layers outside of it, and for
+    other extra state.
     """
     record = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
     astray = [left.path for left in record.left if left.reason == PASSED_BY]
@@ -75,7 +79,10 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
             "model's modules, so that what load makes would call the skeleton's layers, without the saved weights; let "
             "forward call them by attributes of the model"
         )
-    tensors, aliases = _distinct(quantized.state_dict())
+    state = quantized.state_dict()
+    held: dict[str, torch.Tensor] = {}  # the tensors of extra states
+    states = {key: encode(state.pop(key), key, held) for key in [*state] if key.endswith(SUFFIX)}
+    tensors, aliases = _distinct({**state, **held})
     target = pathlib.Path(path)
     if not target.parent.is_dir():
         raise CheckpointError(f"{path}: cannot be written: there is no folder {str(target.parent)!r}; make it first")
@@ -85,9 +92,13 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         name.touch()
         mode = name.stat().st_mode  # what the user's umask gives; save_file would give it to the owner alone
-        save_file(tensors, name, {"fxquant": json.dumps(_describe(quantized, record, aliases)), "sha256": _BLANK})
+        save_file(
+            tensors,
+            name,
+            {"fxquant": json.dumps(_describe(quantized, record, aliases, states)), "sha256": tensor_file.BLANK},
+        )
         name.chmod(mode)
-        _sign(name)
+        tensor_file.sign(name)
         name.replace(target)
     except BaseException as error:
         name.unlink(missing_ok=True)
@@ -102,6 +113,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     operators: Sequence[Operator] = OPERATORS,
+    mmap: bool = False,
     check: bool = True,
 ) -> nn.Module:
     """Return the quantized model that `save` wrote.
@@ -109,27 +121,28 @@ def load(
     model: the float architecture, in eval mode; it may live on the meta device, for no float weight is read or made.
     It is not changed. operators: the table that the model was prepared with, if rows of your own were in it. check:
     whether a model that computes something else than the saved one (other heads, another activation) is refused.
+    mmap: leave the tensors in the file, mapped, and read them at their first use: processes that load the same file
+    share that memory, but the file may never be changed in place (docs/checkpoints.md). By default they are read.
 
     Raises CheckpointError for a file that is damaged, altered, foreign, of another format than this version's,
     or another model's. Warns where code that is not traced comes from another release of its package.
     """
     refuse_ours(model, "load")
+    model = adopt(model)
     check_model(model)
-    plan = _read_plan(path)
+    plan, tensors = _read(path, mmap)
     try:
-        tensors = load_file(path)
         for name, first in plan["aliases"].items():
             tensors[name] = tensors[first]
+        states = {key: decode(state, tensors) for key, state in plan.get("extra_states", {}).items()}
         record = _record(model, plan, operators, path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     except FxQuantError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise _senseless(path, error) from error
-    result = _rebuild(model, record, path, check)
+    result = _rebuild(model, record, plan, path, check)
     _check_tensors(result, tensors, path)
-    result.load_state_dict(tensors, assign=True)
+    result.load_state_dict({**tensors, **states}, assign=True)
     _set_live(result, plan.get("live", {}))
     _fill_unsaved(result, model, path)
     return result
@@ -164,7 +177,7 @@ def _distinct(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
     return tensors, aliases
 
 
-def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict[str, Any]:
+def _describe(model: nn.Module, record: Record, aliases: dict[str, str], states: dict[str, Any]) -> dict[str, Any]:
     """Return the plan as JSON values."""
     mapping = record.mapping.to_dict()
     return {
@@ -188,6 +201,8 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict
         "untraced": dict(record.untraced),
         "float_bytes": record.float_bytes,
         "coverage": asdict(record.coverage),
+        "dtypes": table_dtypes(model),
+        "extra_states": states,
         "architecture": None if record.architecture is None else record.architecture.to_plain(),
         "batch_invariant": record.batch_invariant,
     }
@@ -215,51 +230,16 @@ def _plain(part: Any) -> Any:
     return type_name(part) if callable(part) else part
 
 
-def _sign(name: pathlib.Path) -> None:
-    """Write a file's digest into its header, in the place kept for it, and flush the file to the disk."""
-    with open(name, "r+b") as file:
-        header, digest = _digest(file)
-        place = header.index(f'"{_BLANK}"'.encode())
-        file.seek(8 + place + 1)
-        file.write(digest.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _digest(file: BinaryIO) -> tuple[bytes, str]:
-    """Return a file's header as it stands, and the digest of the file with the digest in it zeroed."""
-    file.seek(0)
-    start = file.read(8)
-    if len(start) < 8:
-        raise CheckpointError("is empty or cut short")
-    (length,) = struct.unpack("<Q", start)
-    header = file.read(length) if length <= os.fstat(file.fileno()).st_size else b""
-    if len(header) < length or not header.startswith(b"{"):
-        raise CheckpointError("is cut short, or no safetensors file")
+def _read(path: str | os.PathLike[str], mmap: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return a checkpoint's plan and tensors once the file is known to be whole, ours, and of a format that we read."""
     try:
-        claimed = json.loads(header).get("__metadata__", {}).get("sha256", "").encode()
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"has a damaged header ({error})") from error
-    digest = hashlib.sha256(start + (header.replace(claimed, _BLANK.encode(), 1) if claimed else header))
-    while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-    return header, digest.hexdigest()
-
-
-def _read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return a checkpoint's plan once the file is known to be whole, ours, and of a format that this version reads."""
-    try:
-        with open(path, "rb") as file:
-            header, digest = _digest(file)
+        metadata, tensors = tensor_file.read(path, mmap)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}; write it anew with fxquant.save") from error
-    metadata = json.loads(header).get("__metadata__", {})
-    if "fxquant" not in metadata:
-        raise CheckpointError(f"{path}: is a safetensors file, but not one that fxquant.save wrote")
-    if metadata.get("sha256") != digest:
-        raise CheckpointError(f"{path}: is damaged or was altered: its content does not give its own digest")
+        raise CheckpointError(f"{path}: {error}") from error
     try:
         plan: dict[str, Any] = json.loads(metadata["fxquant"])
         is_newer, is_other = plan["format"] > FORMAT, plan["format"] != FORMAT
@@ -271,7 +251,7 @@ def _read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: was written by fxquant {plan.get('version')} in format {plan['format']}; this is fxquant "
             f"{__version__}, which reads format {FORMAT}: {cure}"
         )
-    return plan
+    return plan, tensors
 
 
 def _record(
@@ -336,14 +316,18 @@ def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operat
     )
 
 
-def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str], check: bool) -> nn.Module:
+def _rebuild(
+    model: nn.Module, record: Record, plan: dict[str, Any], path: str | os.PathLike[str], check: bool
+) -> nn.Module:
     """Return the quantized model without data: the recorded decisions applied to a mirror on the meta device.
 
     check: whether another architecture than the recorded one is a CheckpointError.
     """
     saved = record.architecture if check else None
     try:
-        return (_rebuild_graph if record.is_traced else _rebuild_tree)(model, record, saved)
+        result = (_rebuild_graph if record.is_traced else _rebuild_tree)(model, record, saved)
+        set_table_dtypes(result, plan.get("dtypes", {}))
+        return result
     except _OtherArchitectureError as error:
         raise CheckpointError(
             f"{path}: was made for another model than this {type(model).__name__}: {error}. Build the model as it was "
@@ -393,6 +377,8 @@ def _check_tensors(result: nn.Module, tensors: dict[str, torch.Tensor], path: st
     """Raise CheckpointError unless the file's tensors are just those that the model needs."""
     own = result.state_dict()
     for name, tensor in own.items():
+        if name.endswith(SUFFIX):
+            continue
         if name not in tensors:
             raise CheckpointError(f"{path}: has no tensor {name!r}, which this model needs{nearest(name, tensors)}")
         found = tensors[name]

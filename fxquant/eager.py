@@ -13,6 +13,7 @@ from fxquant.entry import entry
 from fxquant.errors import QConfigError
 from fxquant.graph.call import bind_inputs
 from fxquant.graph.check import checked
+from fxquant.graph.exported import adopt
 from fxquant.graph.module import need_stage, refuse_ours
 from fxquant.graph.moments import gather
 from fxquant.graph.outcome import judge
@@ -76,6 +77,7 @@ def quantize_dynamic(
     """
     table = tuple(operators)
     refuse_ours(model, "quantize_dynamic")
+    model = adopt(model)
     check_kind(model)
     mapping = _as_mapping(qconfig_spec, dtype)
     known = names_of(plain_mirror(model))

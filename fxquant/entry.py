@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from fxquant.errors import ArgumentError
+from fxquant.errors import ArgumentError, each_warning_once
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,7 +51,7 @@ def entry(function: Callable[P, R]) -> Callable[P, R]:
         for name in kwargs:
             if name not in own and name in SUCCESSORS:
                 raise ArgumentError(f"{function.__name__} takes no {name!r}, as torch.ao's does: {SUCCESSORS[name]}")
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), each_warning_once():
             return function(*args, **kwargs)
 
     return call

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class FxQuantError(Exception):
@@ -84,10 +86,32 @@ class MovedImportError(FxQuantError, ImportError):
     """The same, for `from fxquant import name`: Python would hide the message of an AttributeError there."""
 
 
+_SAID: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("fxquant_said", default=None)
+
+
+@contextlib.contextmanager
+def each_warning_once() -> Iterator[None]:
+    """Let what one call of the user's warns of be said once, however often it prepares the model inside."""
+    if _SAID.get() is not None:
+        yield
+        return
+    token = _SAID.set(set())
+    try:
+        yield
+    finally:
+        _SAID.reset(token)
+
+
 def warn(message: str) -> None:
     """Warn at the user's line: the first that is not fxquant's."""
+    said = _SAID.get()
+    if said is not None:
+        if message in said:
+            return
+        said.add(message)
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fxquant"):
+    ours = ("fxquant", "contextlib")  # which stands between where each_warning_once decorates
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(ours):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -13,10 +13,11 @@ from fxquant.errors import ExampleInputsError, FxQuantError, QConfigError, Trace
 from fxquant.graph import edit
 from fxquant.graph.architecture import describe
 from fxquant.graph.call import Example, Inputs, bind_inputs
-from fxquant.graph.capture import capture, check_runs
+from fxquant.graph.capture import capture, check_runs, verify
 from fxquant.graph.check import checked
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import WeightCache, convert
+from fxquant.graph.exported import adopt
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import FxModule, Record, finish, need_stage, refuse_ours
 from fxquant.graph.moments import Moments, gather
@@ -27,6 +28,7 @@ from fxquant.graph.preserve import Keep, preserve
 from fxquant.graph.rules import check_mapping
 from fxquant.graph.trace import check_model, names_of, trace
 from fxquant.graph.tree import convert_tree, plain_mirror, prepare_tree
+from fxquant.nn.fused import SPELT
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig_mapping import QConfigMapping
 
@@ -62,14 +64,18 @@ def prepare_fx(
     """
     mapping = _as_mapping(qconfig_mapping)
     refuse_ours(model, "prepare_fx", ("prepared", "quantized"))
+    given, model = model, adopt(model)
     check_model(model)
     preserved = preserve(model, preserved_attributes)
     inputs = bind_inputs(model, example_inputs, example_kwargs)
     try:
         traced = capture(model, operators, inputs, preserved)
+        if given is not model:
+            verify(given, traced.module, inputs)
     except (TraceError, ExampleInputsError) as error:
         return _prepare_whole(model, mapping, operators, inputs, error, strict, batch_invariant)
-    check_mapping(mapping, traced.names, functions := [node.target for node in traced.module.graph.nodes])
+    functions = [SPELT.get(node.target, node.target) for node in traced.module.graph.nodes]
+    check_mapping(mapping, traced.names, functions)
     architecture = describe(traced.module)  # before it is fused
     fusions, unfused = fuse(traced.module, traced.hooked, preserved)
     decided = plan(traced, mapping, operators)
@@ -173,6 +179,7 @@ def fuse_fx(
     BatchNorm1d is guarded by an assertion in the graph.
     """
     refuse_ours(model, "fuse_fx", ("prepared", "quantized"))
+    model = adopt(model)
     check_model(model)
     preserved = preserve(model, preserved_attributes)
     if example_inputs is None and example_kwargs is None:

@@ -17,6 +17,7 @@ from torch import nn
 import fxquant
 from fxquant import QConfig, QConfigMapping, TensorSpec, convert_fx, prepare_fx
 from fxquant.nn import ConvReLU1d, ConvReLU2d, LinearReLU, linear_relu
+from fxquant.nn.fused import expanded_bmm
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         Sample(torch.matmul, lambda: Call(torch.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
         Sample(torch.linalg.matmul, lambda: Call(torch.linalg.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
         Sample("matmul", lambda: Call(lambda x, w: x.matmul(w), 24, 12), lambda: (torch.randn(5, 24),)),
+        Sample(expanded_bmm, lambda: Call(expanded_bmm, 24, 12), lambda: (torch.randn(2, 5, 24),)),
     ),
     "mm": (
         Sample(torch.mm, lambda: Call(torch.mm, 24, 12), lambda: (torch.randn(5, 24),)),

@@ -22,9 +22,11 @@ from fxquant import (
     ModelStateError,
     QConfig,
     QConfigMapping,
+    checkpoint,
     convert_fx,
     graph_diff,
     quantize_dynamic,
+    tensor_file,
 )
 from fxquant.checkpoint import FORMAT
 from fxquant.graph.architecture import ModuleKind
@@ -293,10 +295,8 @@ def test_only_quantized_models_are_saved(stage, path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("breaks", ["save_file", "_sign", "replace"])
+@pytest.mark.parametrize("breaks", ["save_file", "sign", "replace"])
 def test_a_save_that_fails_leaves_the_old_file_and_no_litter(breaks, path, monkeypatch):
-    from fxquant import checkpoint
-
     model = WordLM()
     quantized = quantize(model, *lm_inputs(model))
     fxquant.save(quantized, path)
@@ -305,7 +305,8 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_litter(breaks, path, monke
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(*((checkpoint.os, "replace", fail) if breaks == "replace" else (checkpoint, breaks, fail)))
+    home = {"replace": checkpoint.os, "sign": tensor_file, "save_file": checkpoint}[breaks]
+    monkeypatch.setattr(home, breaks, fail)
     with pytest.raises(CheckpointError, match="cannot be written: disk full"):
         fxquant.save(quantized, path)
     assert path.read_bytes() == before
@@ -337,8 +338,8 @@ def saved(path):
     return path
 
 
-def load_small(path):
-    return fxquant.load(Call(F.linear, 6, 5).eval(), path)
+def load_small(path, **options):
+    return fxquant.load(Call(F.linear, 6, 5).eval(), path, **options)
 
 
 def test_every_truncation_is_refused(saved):
@@ -369,15 +370,13 @@ def test_bytes_added_at_the_end_are_refused(saved):
 
 def rewrite(path, change):
     """Save the file anew with an altered plan or tensors and a digest that is right for them."""
-    from fxquant import checkpoint
-
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = safetensors.torch.load_file(path)
     plan = json.loads(metadata["fxquant"])
     change(plan, tensors)
     safetensors.torch.save_file(tensors, path, {"fxquant": json.dumps(plan), "sha256": "0" * 64})
-    checkpoint._sign(path)
+    tensor_file.sign(path)
 
 
 @pytest.mark.parametrize(
@@ -628,6 +627,62 @@ def test_int16_weights_round_trip(path):
     assert loaded.record.sites == quantized.record.sites
     assert {t.dtype for t in loaded.buffers()} == {torch.int16, torch.float32}
     assert same_bits(list(copy.deepcopy(loaded).buffers()), list(quantized.buffers()))
+
+
+@pytest.mark.parametrize("change", ["truncate", "rewrite"])
+def test_what_becomes_of_the_file_is_nothing_to_a_loaded_model(saved, change):
+    loaded = load_small(saved)
+    kept = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    with open(saved, "r+b") as file:  # in place, as cp does it
+        file.truncate(0) if change == "truncate" else file.write(b"\1" * saved.stat().st_size)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_file_is_mapped_only_when_asked(saved, monkeypatch):
+    read, mapped = load_small(saved), []
+    monkeypatch.setattr(tensor_file, "load_file", lambda path: mapped.append(path) or safetensors.torch.load_file(path))
+    assert not mapped
+    loaded = load_small(saved, mmap=True)
+    assert mapped == [saved]
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_mapped_file_is_checked_first(saved):
+    whole = bytearray(saved.read_bytes())
+    whole[-1] ^= 1
+    saved.write_bytes(whole)
+    with pytest.raises(CheckpointError, match="is damaged or was altered"):
+        load_small(saved, mmap=True)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(path, monkeypatch):
+    model, places = nn.Linear(1024, 1024).eval(), tensor_file._places  # larger than what Python reads ahead
+    fxquant.save(quantize_dynamic(model), path)
+
+    def shrink(*header):
+        os.truncate(path, path.stat().st_size - 1)
+        return places(*header)
+
+    monkeypatch.setattr(tensor_file, "_places", shrink)
+    with pytest.raises(CheckpointError, match="was cut short while it was read; write it anew"):
+        fxquant.load(model, path)
+
+
+@pytest.mark.parametrize("dtype", tensor_file._DTYPES.values(), ids=str)
+def test_tensors_of_every_dtype_are_read_as_safetensors_reads_them(dtype, path):
+    tensors = {
+        "flat": torch.arange(7).to(dtype),
+        "none": torch.zeros(0, 3, dtype=dtype),
+        "one": torch.ones((), dtype=dtype),
+    }
+    safetensors.torch.save_file(tensors, path, {"fxquant": "{}", "sha256": tensor_file.BLANK})
+    tensor_file.sign(path)
+    metadata, found = tensor_file.read(path)
+    assert metadata["fxquant"] == "{}"
+    assert found.keys() == tensors.keys()
+    for name, tensor in safetensors.torch.load_file(path).items():
+        assert (found[name].dtype, found[name].shape) == (dtype, tensor.shape)
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
 class Scaled(nn.Module):

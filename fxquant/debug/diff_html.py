@@ -22,8 +22,9 @@ _STYLE = """
 .controls{position:sticky;top:0;z-index:1;display:flex;flex-wrap:wrap;gap:.5rem 1.2rem;align-items:center}
 .controls{padding:.5rem 0}
 input[type=search]{font:inherit;padding:.3rem .5rem;flex:1 1 12rem;min-width:0}
-.key{padding:0 .4rem;white-space:nowrap}td:first-child{width:1.5rem;font-weight:bold;text-align:center}
-td.cell{width:33%;cursor:pointer}td.cell:empty{cursor:default}.cell b{font-weight:600}.cell div{font-size:.92em}
+.key{padding:0 .4rem;white-space:nowrap}td:first-child{font-weight:bold;text-align:center}
+th:first-child{width:1.5rem}table{table-layout:fixed}
+td.cell{cursor:pointer}td.cell:empty{cursor:default}.cell b{font-weight:600}.cell div{font-size:.92em}
 .bar{display:block;height:5px;margin-top:4px;min-width:1px}td button{font:inherit;padding:.2rem .6rem}
 tr.lit td.cell:not(:empty),tr:target td{outline:2px solid;outline-offset:-2px}
 @media(max-width:44rem){thead{display:none}table,tbody,tr,td{display:block}tr{padding:.5rem 0;border-bottom:1px solid}
@@ -87,19 +88,21 @@ def diff_page(rows: Sequence[DiffRow], stages: tuple[str, str], footer: Sequence
     places = {row.name: f"n{i}" for i, row in enumerate(rows)}
     modules = {row.path: places[row.name] for row in rows if row.path}
     largest = max((size for row in rows for size in (row.bytes_before, row.bytes_after)), default=0)
+    is_bare = not any(map(_details, rows))  # no column for what was not measured
     parts = []
     for number, (row, hidden) in enumerate(unfolded(rows)):
         if not hidden:
             parts.append(_row(row, places, modules, largest, stages))
             continue
         parts.append(
-            f'<tr class="run" id="run{number}" data-decision="{row.decision}"><td>×</td><td colspan="3">'
+            f'<tr class="run" id="run{number}" data-decision="{row.decision}"><td>×</td>'
+            f'<td colspan="{2 if is_bare else 3}">'
             f"{html.escape(f'{row.name} {row.before} {row.after}')}"
             f"{_details(row)} <button>show</button></td></tr>\n"
         )
         parts += [_row(part, places, modules, largest, stages, f"run{number}") for part in hidden]
     heads = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *stages, "kernel and measurements"))
-    css = "" if any(map(_details, rows)) else ' class="bare"'  # no column for what was not measured
+    css = ' class="bare"' if is_bare else ""
     keys = " ".join(
         f'<span class="key {name}">{sign} {"stays float" if name == "float" else name}</span>'
         for name, sign in DECISIONS.items()

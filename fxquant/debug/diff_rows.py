@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -14,10 +14,13 @@ from fxquant.debug.diff_view import DiffRow
 from fxquant.errors import TraceError
 from fxquant.graph import edit
 from fxquant.graph.invariant import PRODUCTS
-from fxquant.graph.module import Record, record_of
+from fxquant.graph.module import Left, Record, Site, record_of
 from fxquant.graph.trace import trace
 from fxquant.operators import OPERATORS
 from fxquant.qconfig_mapping import qconfig_name, type_name
+
+_Key: TypeAlias = tuple[str, str]
+"""A node's name and "", or "" and a module's path: a call may have the name that a module has as its path."""
 
 
 class _Side:
@@ -63,13 +66,20 @@ class _Side:
 
     def scheme(self, name: str, path: str) -> str:
         """Return the qconfig of a site's node, else ""."""
-        return self.schemes.get(name) or self.schemes.get(path, "")
+        return self._of(self.schemes, name, path)
 
     def note(self, name: str, path: str) -> str:
         """Return the qconfig of a node, why it stays float or changed, or what it was fused into."""
         node = self.nodes.get(name)
         told = "the same bits in any batch" if node is not None and node.target in PRODUCTS else ""
-        return self.scheme(name, path) or self.reasons.get(name) or self.reasons.get(path, "") or told
+        return self.scheme(name, path) or self._of(self.reasons, name, path) or told
+
+    def _of(self, told: dict[_Key, str], name: str, path: str) -> str:
+        """Return what is told of a call by its name, or of the module that it calls; inputs may be named as either."""
+        node = self.nodes.get(name)
+        if node is not None and node.op == "placeholder":
+            return ""
+        return told.get((name, ""), "") or (told.get(("", path), "") if path else "")
 
 
 def diff_rows(before: nn.Module, after: nn.Module) -> tuple[tuple[DiffRow, ...], str]:
@@ -187,14 +197,19 @@ def _constants(node: fx.Node) -> Iterator[str]:
             yield f"{name}={value!r}" if not name.isdigit() else f"argument {name} {value!r}"
 
 
-def _notes(record: Record | None) -> tuple[dict[str, str], dict[str, str], list[str]]:
+def _key(part: Site | Left) -> _Key:
+    return (part.call, "") if part.call else ("", part.path)
+
+
+def _notes(record: Record | None) -> tuple[dict[_Key, str], dict[_Key, str], list[str]]:
     """Return, by node name or module path, qconfigs and the reasons of what has none; and the paths of candidates."""
     if record is None:
         return {}, {}, []
-    schemes = {site.call or site.path: qconfig_name(site.qconfig) for site in record.sites}
-    reasons = {left.call or left.path: f"float: {left.reason}" for left in record.left}
+    schemes = {_key(site): qconfig_name(site.qconfig) for site in record.sites}
+    reasons = {_key(left): f"float: {left.reason}" for left in record.left}
     for fusion in record.fusions:
-        reasons.update(dict.fromkeys(fusion.chain[1:], f"fused into {fusion.path}"))
+        for part in fusion.chain[1:]:
+            reasons.update(dict.fromkeys([(part, ""), ("", part)], f"fused into {fusion.path}"))
     candidates = [site.path for site in record.sites if site.call is None]
     candidates += [left.path for left in record.left if left.call is None]
     return schemes, reasons, candidates

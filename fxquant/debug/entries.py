@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from fxquant.graph.module import Left, Record, Site
 from fxquant.graph.tracer import SCOPE
-from fxquant.nn.fused import FLOAT_TYPES, linear_relu
+from fxquant.nn.fused import FLOAT_TYPES, SPELT
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
 
@@ -89,4 +89,4 @@ def _place(prepared: nn.Module, record: Record, site: Site) -> tuple[str, Any, i
 
 
 def _scope_and_function(node: fx.Node) -> tuple[str, Any]:
-    return node.meta.get(SCOPE, ""), nn.functional.linear if node.target is linear_relu else node.target
+    return node.meta.get(SCOPE, ""), SPELT.get(node.target, node.target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from fxquant.graph.module import Record, record_of
 from fxquant.ops import kernel_info
 from fxquant.ops.native import takes
 
+_PLAIN = "plain torch"
 _BUSY = 0.2
 """The share of a call by which its parts' medians add up to something else, from which the figures are not to trust."""
 
@@ -34,7 +35,8 @@ class ProfileRow:
     """One site, or all that is in none: "elsewhere". ms: of a call of the model; float_ms: NaN without a float model.
 
     calls: how often a call of the model calls the site. kernel: the operators that it calls beside torch's own, and
-    what runs them: "linear (amx)", "lstm (plain torch)".
+    what runs them: "linear (amx)", "lstm (plain torch)". told: the same, as the table says it: what runs nearly all of
+    them stands under it.
     """
 
     path: str
@@ -46,6 +48,7 @@ class ProfileRow:
     bytes: int
     float_bytes: int
     kernel: str = ""
+    told: str = ""
 
     @property
     def speedup(self) -> float:
@@ -85,7 +88,7 @@ class Profile(Report):
             "kernel",
             "kernel",
             12,
-            lambda row: row.kernel if row.calls or not row.kind else "never called",
+            lambda row: row.told if row.calls or not row.kind else "never called",
             is_number=False,
         ),
         Column("calls", "calls", 5, lambda row: str(row.calls or "")),
@@ -138,7 +141,7 @@ class _Kernels(TorchDispatchMode):
 
     def __init__(self, sites: Sequence[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[dict[str, None]] = [{} for _ in sites]
+        self.names: list[dict[tuple[str, str], None]] = [{} for _ in sites]
         self._open: list[int] = []
         self._hooks = [hook for i, site in enumerate(sites) for hook in self._watch(i, site)]
 
@@ -160,14 +163,24 @@ class _Kernels(TorchDispatchMode):
             hook.remove()
 
 
-def _kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> str:
-    """Return an operator's name and what runs it with these arguments."""
+def _kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> tuple[str, str]:
+    """Return an operator's name and what runs it with these arguments, "" where that is not known."""
     name = operator._schema.name.partition("::")[2]
     if operator.namespace != "fxquant":
-        return f"{operator.namespace}.{name}"
+        return f"{operator.namespace}.{name}", ""
     values = {argument.name: value for argument, value in zip(operator._schema.arguments, args, strict=False)}
     weights = [values["weight"]] if "weight" in values else values["weights"]
-    return f"{name} ({kernel_info().isa if takes(args[0], weights) else 'plain torch'})"
+    return name, _usual() if takes(args[0], weights) else _PLAIN
+
+
+def _usual() -> str:
+    """Return what runs the operators here where nothing stands against it."""
+    return kernel_info().isa or _PLAIN
+
+
+def _join(operators: Iterable[tuple[str, str]], but: str = "") -> str:
+    """Return operators and what runs each in brackets, but for one of these."""
+    return ", ".join(f"{name} ({where})" if where not in ("", but) else name for name, where in operators)
 
 
 class _Side:
@@ -233,7 +246,7 @@ def profile(model: nn.Module, inputs: Any, *, float_model: nn.Module | None = No
                 side.run(arguments)
     ours, theirs = sides[0], sides[1] if len(sides) > 1 else None
     found = Profile(
-        rows=_rows(record, ours, theirs, [*map(", ".join, seen.names), ""]),
+        rows=_rows(record, ours, theirs, [*seen.names, {}]),
         ms=ours.ms,
         float_ms=theirs.ms if theirs else math.nan,
         bytes=ours.bytes,
@@ -260,7 +273,9 @@ def _checked(model: nn.Module, rounds: int) -> Record:
     return record
 
 
-def _rows(record: Record, ours: _Side, theirs: _Side | None, kernels: Sequence[str]) -> tuple[ProfileRow, ...]:
+def _rows(
+    record: Record, ours: _Side, theirs: _Side | None, kernels: Sequence[Iterable[tuple[str, str]]]
+) -> tuple[ProfileRow, ...]:
     """Return a row a site, and one for the rest."""
     places = [(site.path, site.call or "", site.kind) for site in record.sites]
     places_ms, float_ms = ours.sites_ms, theirs.sites_ms if theirs else []
@@ -274,7 +289,8 @@ def _rows(record: Record, ours: _Side, theirs: _Side | None, kernels: Sequence[s
             float_ms=float_ms[i] if theirs else math.nan,
             bytes=ours.sites_bytes[i],
             float_bytes=theirs.sites_bytes[i] if theirs else 0,
-            kernel=kernels[i],
+            kernel=_join(kernels[i]),
+            told=_join(kernels[i], but=_usual()),
         )
         for i, (path, call, kind) in enumerate([*places, ("elsewhere", "", "")])
     )

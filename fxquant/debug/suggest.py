@@ -20,7 +20,7 @@ from fxquant.debug.report import Column, Report
 from fxquant.debug.search import Point, Search
 from fxquant.debug.table import megabytes
 from fxquant.debug.trial import Metric, Progress, Trial
-from fxquant.errors import ArgumentError, QConfigError, warn
+from fxquant.errors import ArgumentError, QConfigError, each_warning_once, warn
 from fxquant.graph import edit
 from fxquant.graph.module import record_of
 from fxquant.graph.moments import FEEDBACK
@@ -160,6 +160,7 @@ def _check_aims(budget: Any, minimize: str) -> None:
         raise ArgumentError(f"budget is how much worse than float's the metric may be, a number, got {budget!r}")
 
 
+@each_warning_once()
 def suggest_mapping(
     model: nn.Module,
     data: Iterable[Any],

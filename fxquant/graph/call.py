@@ -15,7 +15,7 @@ from torch.nn.utils import rnn
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils import _pytree as pytree
 
-from fxquant.errors import ArgumentError, ExampleInputsError
+from fxquant.errors import ArgumentError, ExampleInputsError, ShapeError
 from fxquant.graph import edit
 from fxquant.graph.outputs import drained
 
@@ -216,6 +216,22 @@ def check_argument(value: Any, name: str, fixed: Any) -> None:
             raise _other_argument(name, len(value), fixed)
     elif value is not fixed and not (isinstance(value, _PLAIN) and value == fixed):
         raise _other_argument(name, value, fixed)
+
+
+@fx.node.has_side_effect
+def check_sizes(value: Any, name: str, sizes: tuple[tuple[int, int | None], ...]) -> None:
+    """Raise ShapeError unless an input has sizes that its graph was exported for. sizes: least and greatest ones."""
+    if has_torch_function((value,)):
+        handle_torch_function(check_sizes, (value,), value, name, sizes)
+        return
+    shape = tuple(value.shape)
+    fits = (low <= size and (high is None or size <= high) for size, (low, high) in zip(shape, sizes, strict=False))
+    if len(shape) != len(sizes) or not all(fits):
+        told = [str(low) if low == high else f"{low} to {high or 'any'}" for low, high in sizes]
+        raise ShapeError(
+            f"{name!r}: this program was exported for ({', '.join(told)}), got {shape}; export the model once more "
+            "with dynamic_shapes for what varies"
+        )
 
 
 def _other_argument(name: str, got: Any, fixed: Any) -> ArgumentError:

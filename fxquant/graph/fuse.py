@@ -57,6 +57,8 @@ def fuse(
         for can_fuse, step in ((_is_normed, _fold_norm), (_is_rectified, _absorb_relu)):
             if allowed is None or len(allowed.get(path, ())) > len(chain):
                 follower = _single_follower(module, node, hooked)
+                if follower is None and step is _absorb_relu:
+                    chain += _absorb_relus(module, node, hooked, kept)
                 if follower is None or not can_fuse(module, node, follower):
                     continue
                 link = str(follower.target) if follower.op == "call_module" else follower.name
@@ -113,8 +115,7 @@ def _is_called_once(module: fx.GraphModule, node: fx.Node) -> bool:
     if type(module.get_submodule(target)) is nn.ReLU:
         return True
     uses = [n for n in module.graph.nodes if n.op == "call_module" and n.target == target]
-    reads = [n for n in module.graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{target}.")]
-    return len(uses) == 1 and not reads
+    return len(uses) == 1 and not _reads(module, target)
 
 
 def _is_normed(module: fx.GraphModule, node: fx.Node, follower: fx.Node) -> bool:
@@ -189,6 +190,33 @@ def _absorb_relu(module: fx.GraphModule, node: fx.Node, _follower: fx.Node, _may
     fused = edit.mirror(float_module)
     fused.__class__ = WITH_RELU[type(float_module)]
     edit.swap_module(module, str(node.target), fused)
+
+
+def _absorb_relus(module: fx.GraphModule, node: fx.Node, hooked: frozenset[str], kept: set[int]) -> list[str]:
+    """Let a module that is called several times, each time followed by a ReLU, do those; return what they were."""
+    target = str(node.target)
+    if node.op != "call_module" or target in hooked or _reads(module, target):
+        return []
+    calls = [n for n in module.graph.nodes if n.op == "call_module" and n.target == target]
+    relus = [next(iter(call.users)) for call in calls if len(call.users) == 1]
+    if len(calls) == 1 or calls[:1] != [node] or len(calls) != len(relus):
+        return []
+    if not all(_is_rectified(module, node, relu) for relu in relus):
+        return []
+    taken = [str(relu.target) for relu in relus if relu.op == "call_module"]
+    if set(taken) & hooked or any(_used(module, node, relu, kept) for relu in relus):
+        return []
+    _absorb_relu(module, node, relus[0], False)
+    for call, relu in zip(calls, relus, strict=True):
+        relu.replace_all_uses_with(call)
+        module.graph.erase_node(relu)
+        _drop_unused(module, relu, kept)
+    return [str(relu.target) if relu.op == "call_module" else relu.name for relu in relus]
+
+
+def _reads(module: fx.GraphModule, target: str) -> list[fx.Node]:
+    """Return the nodes that read the tensors of the module at a path."""
+    return [n for n in module.graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{target}.")]
 
 
 def _is_relu(module: fx.GraphModule, node: fx.Node) -> bool:

@@ -155,6 +155,8 @@ def find_dependent(root: nn.Module) -> Iterator[tuple[str, str]]:
         if node.op in ("call_function", "call_method") and node.target in by_function and _is_dependent(node):
             yield node.name, by_function[node.target]
     for path, module in root.named_modules():
+        if isinstance(module, QuantizedModule):  # a quantized Linear is an nn.Linear too
+            continue
         found = (row.name for row in DEPENDENT if isinstance(module, row.modules) and _is_dependent_module(module))
         if (name := next(found, None)) is not None:
             yield path or type_name(type(module)), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from torch import fx, nn
 
 from fxquant.errors import ModelStateError
-from fxquant.graph import edit
+from fxquant.graph import dtypes, edit
 from fxquant.graph.architecture import Architecture
 from fxquant.graph.attributes import fixed_error, is_same
 from fxquant.graph.bound import carry, install
 from fxquant.graph.call import Example
+from fxquant.graph.extra_state import key_of, lost_states
 from fxquant.graph.preserve import NOTHING_PRESERVED, Keep, Preserved
 from fxquant.graph.tracer import TRACING
 from fxquant.nn.base import dtype_errors, refuse_script
@@ -116,8 +118,8 @@ class Record:
     one, the arguments that it is checked on once it is quantized. architecture: of the float model, for checkpoints.
     unchecked: why that check was not possible. live, checked: the paths of the attributes that its graph reads at each
     call, to use and to compare; fixed: of those that forward read when it was traced. written: the parameters that
-    forward writes into.
-    batch_invariant: what was asked of its float products: graph/invariant.py.
+    forward writes into. batch_invariant: what was asked of its float products: graph/invariant.py. extra_states: what
+    get_extra_state gave, by the paths of modules that were traced through.
     """
 
     stage: str
@@ -137,6 +139,7 @@ class Record:
     untraced: Mapping[str, str] = field(default_factory=dict)
     float_bytes: int = 0
     coverage: Coverage = NOTHING
+    extra_states: Mapping[str, Any] = field(default_factory=dict)
     example: Example | None = field(default=None, compare=False)
     architecture: Architecture | None = None
     unchecked: str = ""
@@ -176,6 +179,11 @@ class FxModule(fx.GraphModule):
     def build(cls, root: nn.Module, graph: fx.Graph, name: str, record: Record) -> FxModule:
         """Return the module for a graph over a root's submodules and tensors."""
         module = cls(root, graph, name)
+        for part in module.modules():
+            if (
+                part is module or type(part) is nn.Module
+            ):  # made to hold tensors; of what they hold nothing else is left
+                part._non_persistent_buffers_set.clear()  # torch 2.13 forgets them by itself, 2.14 does not
         carry(root, module, record.preserved)
         install(module, record.preserved)
         keep_record(module, record)
@@ -250,10 +258,14 @@ class FxModule(fx.GraphModule):
         return _restore, (reduced, self.__class__.__name__, nodes, hooks)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FxModule:
-        """Move as nn.Module does; what a quantized call reads as buffers, its integers and scales, keeps its dtype."""
+        """Move as nn.Module does; what a quantized call reads as buffers, its integers and scales, keeps its dtype.
+
+        The calls of tables give the new one.
+        """
         record = record_of(self)
         calls = {site.call for site in record.sites} if record is not None and record.stage == "quantized" else set()
-        read = [part for node in self.graph.nodes if node.name in calls for part in node.all_input_nodes]
+        ours = [node for node in self.graph.nodes if node.name in calls or node.target in dtypes.OURS]
+        read = [part for node in ours for part in node.all_input_nodes]
         kept = {str(part.target): edit.get_tensor(self, str(part.target)) for part in read if part.op == "get_attr"}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for path, tensor in kept.items():
@@ -261,9 +273,28 @@ class FxModule(fx.GraphModule):
             if tensor is None or moved is None or isinstance(moved, nn.Parameter) or moved.dtype == tensor.dtype:
                 continue
             edit.set_tensor(self, path, tensor.to(moved.device))
+        dtypes.follow(self, fn)
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        record = self._fxquant_record
+        destination.update({key_of(prefix, path): state for path, state in record.extra_states.items()})
+
+    def _take_extra_states(self, state_dict: dict[str, Any], prefix: str, strict: bool, missing: list[str]) -> None:
+        """Take out of a state_dict the extra states that torch's loading has no module for, and keep them."""
+        record, found = self._fxquant_record, {}
+        for path in record.extra_states:
+            found[path] = state_dict.pop(key_of(prefix, path), missing)
+        absent = [path for path, state in found.items() if state is missing]
+        missing += [key_of(prefix, path) for path in absent] if strict else []
+        states = {path: state for path, state in found.items() if path not in absent}
+        if states:
+            keep_record(self, record.advance(extra_states={**record.extra_states, **states}))
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _, strict, missing, *_ = args
+        self._take_extra_states(state_dict, prefix, strict, missing)
         own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
         errors: list[str] = args[-1]
         errors.extend(dtype_errors(own, state_dict))  # as a part of a larger model, whose load_state_dict is not ours
@@ -275,6 +306,13 @@ class FxModule(fx.GraphModule):
         if errors:
             raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {self.__class__.__name__}:", *errors]))
         return super().load_state_dict(state_dict, strict, assign)
+
+
+@functools.cache
+def taken_names() -> frozenset[str]:
+    """Return the names of a traced model's own attributes (code, graph, meta, recompile, …), which no part can have."""
+    empty = FxModule.build(nn.Module(), fx.Graph(), "Empty", Record(stage="fused"))
+    return frozenset(dir(empty))
 
 
 def _restore(
@@ -296,6 +334,8 @@ def _restore(
 
 def finish(module: fx.GraphModule, source: nn.Module, record: Record) -> FxModule:
     """Return the result of a pass as an FxModule, with the hooks that its source has."""
+    if not isinstance(source, FxModule):
+        record = record.advance(extra_states=lost_states(module, source))
     result = FxModule.build(module, module.graph, type(source).__name__, record)
     places = dict(result.named_modules())
     for path, original in source.named_modules():

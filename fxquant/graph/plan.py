@@ -30,6 +30,7 @@ from fxquant.graph.reasons import (
     WHY_WRITTEN,
     calls_children,
     refuse_call,
+    refuse_module,
     why_hidden,
     why_no_form,
     why_unknown,
@@ -39,7 +40,7 @@ from fxquant.graph.target import Target, call_name, example_shape, find_target
 from fxquant.graph.trace import Names, Traced, names_of
 from fxquant.graph.tracer import SCOPE
 from fxquant.nn import QuantizedModule
-from fxquant.nn.fused import FLOAT_TYPES, linear_relu
+from fxquant.nn.fused import FLOAT_TYPES, SPELT
 from fxquant.operators import Operator, find_function_row, find_module_row, find_row
 from fxquant.qconfig_mapping import QConfigMapping, Rule, name_text, opt_out, opt_out_one, type_name
 
@@ -134,7 +135,7 @@ class _Planner:
             rules = {name: found[weight] for weight, name in weights.items()}
             rule = main_rule(found[""], rules.values())
             shut = inside or why_hidden(module) or self.kept_forwards.get(id(module), "")
-            reason = shut or (row.refuse_module(module) if row else self.why_float(kind, base))
+            reason = shut or (refuse_module(row, module) if row else self.why_float(kind, base))
             if row is not None and reason is None and self.may_be_written(path, module):
                 reason = WHY_SET
             seen = shape if row is None or row.has_rows else ()
@@ -204,7 +205,7 @@ class _Planner:
         if row is None or (row.may_lack_weight and not is_alone):
             self.visit_other_call(node, row)
             return
-        function = torch.nn.functional.linear if node.target is linear_relu else node.target
+        function = SPELT.get(node.target, node.target)
         scope, name = node.meta.get(SCOPE, ""), call_name(function)
         is_known = target is not None and target.weight.target in self.names.tensors
         path = str(target.weight.target) if target is not None and is_known else ""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from fxquant.errors import AttributeNameError, nearest
+from fxquant.graph.extra_state import METHODS, methods_to_keep
 
 _PLACES = ("_modules", "_parameters", "_buffers")
 _BY_ANY_NAME = {
@@ -109,6 +110,8 @@ class _Closure:
         """Return what these names need."""
         for name in names:
             self.add(name, is_named=True)
+        for name in methods_to_keep(self.model):
+            self.add(name)
         owner = type(self.model) if self.bound else None
         sets_any = bool(self.sets & _SETTERS)
         kept = tuple(self.kept)
@@ -230,4 +233,5 @@ def _graphs_names() -> frozenset[str]:
     """Return the names that a GraphModule has a use of its own for; what every object has, it may share."""
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     classes = {name for kind in fx.GraphModule.__mro__ if kind is not object for name in vars(kind)}
-    return frozenset(classes | vars(empty).keys() | {"record"}) - {"__len__", "__iter__", "__module__", "__doc__"}
+    shared = {"__len__", "__iter__", "__module__", "__doc__", *METHODS}
+    return frozenset(classes | vars(empty).keys() | {"record"}) - shared

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 from torch.optim.swa_utils import AveragedModel
 
+from fxquant.graph.extra_state import has_extra_state
 from fxquant.graph.kinds import known_base, redefined
 from fxquant.graph.target import Target, name_operands
 from fxquant.graph.trace import wrapped_in
@@ -41,9 +42,16 @@ def refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> str | No
     return row.refuse_call(examples) or refuse_weight(tensor.t() if target.is_stored_transposed else tensor)
 
 
+def refuse_module(row: Operator, module: nn.Module) -> str | None:
+    """Return why a module of a row stays float, or None."""
+    if has_extra_state(type(module)):
+        return "it keeps extra state (get_extra_state), for which its quantized form has no place"
+    return row.refuse_module(module)
+
+
 def calls_children(module: nn.Module) -> bool:
-    """Return whether a module calls its children, so that they may be swapped: a user's forward, a container's, or one
-    of torch's transformers', which `avoid_fast_path` keeps from reading their weights.
+    """Return whether a module calls its children, so that they may be swapped: a user's forward, a container's, the
+    adaptive softmax's, or one of torch's transformers', which `avoid_fast_path` keeps from reading their weights.
     """
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, AveragedModel)):
         return True
@@ -51,6 +59,8 @@ def calls_children(module: nn.Module) -> bool:
         return False
     forward = forward_of(module)
     module_name = getattr(forward, "__module__", None) or ""  # the forward of a GraphModule has none
+    if forward is nn.AdaptiveLogSoftmaxWithLoss.forward:
+        return True
     return forward in PLAIN_FORWARDS or not module_name.startswith("torch.")
 
 

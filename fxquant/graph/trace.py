@@ -17,7 +17,9 @@ from fxquant.errors import ModelStateError, TraceError
 from fxquant.graph import edit
 from fxquant.graph.attributes import Attributes, attributes_of, watched
 from fxquant.graph.bound import carry, give_class_values
+from fxquant.graph.exported import give_scopes, raise_calls
 from fxquant.graph.kinds import make_plain
+from fxquant.graph.module import taken_names
 from fxquant.graph.preserve import Keep, Preserved
 from fxquant.graph.tracer import SCOPE, TRACING, Tracer, is_fresh
 from fxquant.operators import Operator
@@ -31,7 +33,7 @@ class Names:
     """What a model's parts are called. aliases: each module's path, and all the paths that the same module has."""
 
     aliases: dict[str, tuple[str, ...]]
-    tensors: frozenset[str]  # the paths of its parameters and buffers
+    tensors: frozenset[str]  # the paths of its parameters, buffers and plain tensors, which a graph has as buffers
     weights: frozenset[str]  # of those with two or more dimensions
     kinds: frozenset[type]  # the types of its modules, and those that they derive from
 
@@ -40,6 +42,9 @@ def names_of(model: nn.Module) -> Names:
     """Return what a model's parts are called."""
     named = (model.named_parameters, model.named_buffers)
     tensors = {name: tensor for each in named for name, tensor in each(remove_duplicate=False)}
+    for path, module in model.named_modules():
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        tensors.update({f"{path}.{name}" if path else name: value for name, value in plain.items()})
     weights = frozenset(name for name, tensor in tensors.items() if not is_lazy(tensor) and tensor.dim() > 1)
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -141,7 +146,12 @@ def trace(
             if not keep_whole or not failure.path or failure.path in kept:
                 raise _trace_error(model, error) from error
             kept[failure.path] = f"{first_line(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
-    module = fx.GraphModule(root, graph, model.__class__.__name__)
+    raise_calls(root, graph)
+    if isinstance(model, fx.GraphModule):
+        give_scopes(graph)
+    name = model.__class__.__name__
+    _refuse_taken(name, graph)
+    module = fx.GraphModule(root, graph, name)
     carry(root, module, keep.preserved)
     fixed = dict(constants or {})
     return Traced(module, names_of(root), hooked, fixed, kept, doubtful, keep, attributes)
@@ -220,6 +230,17 @@ def _keeps_buffers(model: nn.Module, preserved: Preserved) -> bool:
     return own or any(True for module in preserved.modules(model) for _ in module._buffers)
 
 
+def _refuse_taken(model: str, graph: fx.Graph) -> None:
+    """Raise TraceError for a part whose name a graph module has for itself: it would be asked for in vain there."""
+    for node in graph.nodes:
+        name = str(node.target).partition(".")[0]
+        if node.op in ("call_module", "get_attr") and name in taken_names():
+            raise TraceError(
+                f"{model} has a part self.{name}, but in a torch.fx.GraphModule, which a traced model becomes, "
+                f"{name!r} is something else; give the part another name"
+            )
+
+
 def _move_constants(graph: fx.Graph, device: torch.device) -> None:
     """Put the CPU, where a checkpoint's tensors come, in the place of a device that forward read off the mirror."""
 
@@ -249,7 +270,8 @@ def wrapped_in(module: nn.Module) -> str:
 def check_kind(model: Any) -> None:
     """Raise ModelStateError unless this is a module whose parameters have shapes, and neither wrapped nor compiled."""
     if not isinstance(model, nn.Module):
-        raise ModelStateError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        cure = "; pass its module: program.module()" if isinstance(model, torch.export.ExportedProgram) else ""
+        raise ModelStateError(f"expected a torch.nn.Module, got {type(model).__name__}{cure}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelStateError("TorchScript models cannot be quantized; pass the nn.Module that it was made from")
     if wrapped_in(model):

@@ -23,12 +23,13 @@ def quantize_alone(weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
 class QuantizedModule(nn.Module):
     """A module whose weights are plain buffers: `name`, `name_scale` and, where affine, `name_zero_point`.
 
-    Biases stay frozen float parameters. Moving the module to another dtype leaves the weights and scales as they are;
-    loading a state_dict of another kind (a float one, say) is an error and never a silent cast.
+    Biases stay frozen float parameters. Moving the module to another dtype leaves the weights and scales as they are,
+    and its outputs follow: a table's rows, the others through their input. Loading a state_dict of another kind (a
+    float one, say) is an error and never a silent cast.
     """
 
     def __init__(self, qconfig: QConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not the next in line, which may be the float type that it stands for
         self.qconfig = qconfig
         self.training = False
 
@@ -69,6 +70,11 @@ class QuantizedModule(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def moved_dtype(move: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.dtype:
+    """Return what a move (nn.Module._apply's function: .half(), .to(dtype), .cuda(), …) makes of tensors of a dtype."""
+    return move(torch.zeros(1, dtype=dtype)).dtype
+
+
 def refuse_script() -> nn.Module:
     """Raise ModelStateError where torch.jit.script takes a quantized model."""
     raise ModelStateError(
@@ -77,13 +83,14 @@ def refuse_script() -> nn.Module:
     )
 
 
-def dtype_errors(own: Mapping[str, torch.Tensor], incoming: Mapping[str, Any]) -> list[str]:
+def dtype_errors(own: Mapping[str, Any], incoming: Mapping[str, Any]) -> list[str]:
     """Return a line for each incoming tensor whose values would be cast to another kind of number."""
     return [
         f"{name} holds {tensor.dtype}, the state_dict has {incoming[name].dtype}: it belongs to a model that was "
         "quantized differently, or not at all"
         for name, tensor in own.items()
         if isinstance(incoming.get(name), torch.Tensor)
+        and isinstance(tensor, torch.Tensor)
         and incoming[name].dtype != tensor.dtype
         and not (incoming[name].is_floating_point() and tensor.dtype == torch.float32)
     ]

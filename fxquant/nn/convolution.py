@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from fxquant import ops
 from fxquant.errors import ShapeError
 from fxquant.nn.base import Quantize, quantize_alone
-from fxquant.nn.linear import DynamicQuantizedLinear
+from fxquant.nn.linear import QuantizedProduct
 from fxquant.ops.schema import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 _SHOWN = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
 
-class DynamicQuantizedConv(DynamicQuantizedLinear):
+class DynamicQuantizedConv(QuantizedProduct):
     """A Conv1d or Conv2d without groups, with int8 weights: a Linear of windows, each of them a row with its own scale.
 
     weight: (O, k · I) int8, of a Conv2d (O, kw · kh · I): the window from left to right, a column from top to bottom,

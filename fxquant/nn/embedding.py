@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from fxquant import ops
 from fxquant.errors import ShapeError
-from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
+from fxquant.nn.base import Quantize, QuantizedModule, moved_dtype, quantize_alone
 from fxquant.ops.schema import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 _TENSORS = ("weight", "weight_scale", "weight_zero_point")
 
 
-class _QuantizedTable(QuantizedModule):
-    """What the two share: a table of integers, (V, D), or (V, ceil(D / 2)) for 4-bit rows."""
+class QuantizedTable(QuantizedModule):
+    """What the two share: a table of integers, (V, D), or (V, ceil(D / 2)) for 4-bit rows.
+
+    dtype: of the rows that it gives: the float table's, and what .half(), .to(dtype) and the like make of that.
+    """
 
     weight: torch.Tensor
     weight_scale: torch.Tensor | None
@@ -28,16 +33,21 @@ class _QuantizedTable(QuantizedModule):
         self.set_weight("weight", quantize(module.weight, qconfig))
         self._bits = qconfig.weight.bits  # found once, not at each call
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedTable:
+        super()._apply(fn, recurse)
+        self.dtype = moved_dtype(fn, self.dtype)
+        return self
+
     def extra_repr(self) -> str:
         """Return what print shows: the sizes, the options and the scheme."""
         padding = f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self.qconfig.weight}"
 
 
-class QuantizedEmbedding(_QuantizedTable):
+class QuantizedEmbedding(QuantizedTable):
     """An nn.Embedding whose table is int8 rows (or affine uint8, packed 4-bit, float16); made by `from_float`.
 
-    input: any shape, int32 or int64 -> (*input.shape, D) in the float table's dtype.
+    input: any shape, int32 or int64 -> (*input.shape, D) of `dtype`.
     Raises DTypeError for other indices and IndexRangeError beyond the table. docs/numerics.md, eq. 13.
     """
 
@@ -59,7 +69,7 @@ class QuantizedEmbedding(_QuantizedTable):
         return ops.embedding(input, weight, scale, zero_point, self.embedding_dim, self._bits, self.dtype)
 
 
-class QuantizedEmbeddingBag(_QuantizedTable):
+class QuantizedEmbeddingBag(QuantizedTable):
     """An nn.EmbeddingBag with a quantized table; called as nn.EmbeddingBag is; made by `from_float`."""
 
     def __init__(
@@ -83,8 +93,8 @@ class QuantizedEmbeddingBag(_QuantizedTable):
     ) -> torch.Tensor:
         """Return one row a bag.
 
-        input: (B, N), or (N,) with offsets (B,); per_sample_weights: like input, for mode "sum" -> (B, D) in the float
-        table's dtype. Raises ShapeError, DTypeError or IndexRangeError for anything else.
+        input: (B, N), or (N,) with offsets (B,); per_sample_weights: like input, for mode "sum" -> (B, D) of
+        `dtype`. Raises ShapeError, DTypeError or IndexRangeError for anything else.
         """
         for name, tensor in (("offsets", offsets), ("per_sample_weights", per_sample_weights)):
             if tensor is not None:

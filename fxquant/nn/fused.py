@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -52,9 +55,21 @@ FLOAT_TYPES: dict[type[nn.Module], type[nn.Module]] = {fused: plain for plain, f
 """A fused type and the plain one that the user wrote, whose mapping entries decide for it."""
 
 
+def expanded_bmm(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return torch.bmm of (B, M, K) with one (K, N) for the whole batch: x @ other, as programs say it."""
+    operands = (input, other)
+    if has_torch_function(operands):
+        return handle_torch_function(expanded_bmm, operands, *operands)
+    return torch.bmm(input, other.expand(input.shape[0], *other.shape))
+
+
 def linear_relu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return relu(F.linear(input, weight, bias)): the fused functional, one node in a graph."""
     operands = (input, weight, bias)
     if has_torch_function(operands):
         return handle_torch_function(linear_relu, operands, *operands)
     return F.relu(F.linear(input, weight, bias))
+
+
+SPELT: dict[Any, Callable[..., Any]] = {linear_relu: F.linear, expanded_bmm: torch.bmm}
+"""A function of ours and the one that the user's model calls, whose mapping entries decide for it."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fxquant import ops
+from fxquant.errors import ModelStateError
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.numerics import QuantizedTensor
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
@@ -15,8 +16,8 @@ from fxquant.qconfig import QConfig, default_dynamic_qconfig
 _TENSORS = ("weight", "weight_scale", "bias")
 
 
-class DynamicQuantizedLinear(QuantizedModule):
-    """A Linear with int8 (or int16, int4, float16) weights; its input is quantized at each call, row by row.
+class QuantizedProduct(QuantizedModule):
+    """What a quantized Linear and a convolution of windows share: x @ weight.T + bias, x quantized row by row.
 
     weight: (O, I) int8 or int16; weight_scale: (O,) float32; bias: (O,) or None. input: (..., I) float -> (..., O) in
     its dtype.
@@ -46,7 +47,7 @@ class DynamicQuantizedLinear(QuantizedModule):
     @classmethod
     def from_float(
         cls, module: nn.Linear, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
-    ) -> DynamicQuantizedLinear:
+    ) -> QuantizedProduct:
         """Return the quantized form of a float Linear (or LinearReLU), which is left as it is."""
         return cls(quantize(module.weight, qconfig), module.bias, qconfig, module.weight.shape[1])
 
@@ -58,6 +59,20 @@ class DynamicQuantizedLinear(QuantizedModule):
     def extra_repr(self) -> str:
         """Return what print shows: the sizes and the scheme."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.qconfig}"
+
+
+class DynamicQuantizedLinear(QuantizedProduct, nn.Linear):  # type: ignore[misc]
+    """A Linear with int8 (or int16, int4, float16) weights; its input is quantized at each call, row by row.
+
+    It is an nn.Linear to who asks for its type, and gradients pass through it to its input, so that adapters (LoRA)
+    attach to it; its integers do not train. Its tensors: `QuantizedProduct`.
+    """
+
+    def reset_parameters(self) -> None:
+        """Raise ModelStateError: integers are not drawn anew."""
+        raise ModelStateError(
+            "a quantized Linear's weight cannot be reset; initialize the float model and quantize that"
+        )
 
 
 class DynamicQuantizedLinearReLU(DynamicQuantizedLinear):

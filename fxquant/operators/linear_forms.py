@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fxquant.nn.fused import expanded_bmm
 from fxquant.operators.base import (
     FLOAT16_WEIGHTS,
     INT4_DYNAMIC,
@@ -98,7 +99,7 @@ def _row(
 MATMUL = _row(
     "matmul",
     "x @ weight with a constant weight (I, O), which may be a transpose: x @ w.t()",
-    (operator.matmul, torch.matmul, torch.linalg.matmul, "matmul"),
+    (operator.matmul, torch.matmul, torch.linalg.matmul, "matmul", expanded_bmm),
     ("input", "other"),
     "other",
 )

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxquant.errors import ModelStateError
-from fxquant.ops import dispatch, products
+from fxquant.ops import dispatch, gradient, products
 from fxquant.ops.autocast import cast_dtype
 from fxquant.ops.native import KernelInfo, at_once, kernel_info
 from fxquant.ops.schema import LIBRARY, SCHEMAS, check_dense
@@ -27,13 +27,14 @@ for _name in SCHEMAS:
 
 OVERLOADS: dict[str, Callable[..., Any]] = {name: getattr(torch.ops.fxquant, name).default for name in SCHEMAS}
 """The registered operators: what torch.compile and torch.export hold."""
+gradient.register()
 
 
 _COPIED = (torch.float32, torch.int32, torch.int64)  # of the dtypes that the library takes
 
 
 def _dispatched(name: str, *args: Any) -> Any:
-    """Call the registered operator; a gradient that reaches its outputs is a ModelStateError, and never lost.
+    """Call the registered operator; a gradient that it cannot hand on is a ModelStateError, and never lost.
 
     If only the first operand is not dense, the native library gets a dense copy of that.
     """
@@ -46,7 +47,8 @@ def _dispatched(name: str, *args: Any) -> Any:
         if out is not None:
             return out
     out = OVERLOADS[name](*args)
-    for part in out if isinstance(out, tuple) else (out,):
+    parts = out if isinstance(out, tuple) else (out,)
+    for part in parts if name != "linear" else ():  # which has a gradient
         if isinstance(part, torch.Tensor) and part.requires_grad:
             part.register_hook(functools.partial(_refuse_gradient, name))  # type: ignore[no-untyped-call]
     return out
@@ -54,8 +56,9 @@ def _dispatched(name: str, *args: Any) -> Any:
 
 def _refuse_gradient(name: str, _: torch.Tensor) -> None:
     raise ModelStateError(
-        f"a gradient came back to torch.ops.fxquant.{name}, which has none: a quantized model neither trains nor "
-        "hands gradients on. Train the float model and quantize it afterwards; where only answers are wanted, call the "
+        f"a gradient came back to torch.ops.fxquant.{name}, which has none: quantized linears, convolutions and "
+        "attention hand gradients on to their inputs, recurrent layers and tables do not. Leave these float (a qconfig "
+        "of None), or train the float model and quantize it afterwards; where only answers are wanted, call the "
         "quantized one under torch.no_grad()"
     )
 

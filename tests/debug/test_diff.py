@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxquant
 from fxquant import (
     OPERATORS,
     ArgumentError,
@@ -495,3 +496,19 @@ def test_a_notebook_colours_what_changed():
     assert re.search(r'<span style="background:rgba\(218[^"]*">nn.Linear</span>', html)
     assert re.search(r'<span style="background:rgba\(46[^"]*">DynamicQuantizedLinear</span>', html)
     assert re.search(r'<span style="[^"]*">~</span>', html)
+
+
+def test_an_input_named_as_a_module_is_only_an_input():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.act = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+        def forward(self, words, act):
+            return self.act(self.words(words)) + act
+
+    model, inputs = Encoder().eval(), (torch.tensor([1, 2]), torch.ones(4))
+    quantized = fxquant.prepare_fx(model, {"": fxquant.default_dynamic_qconfig, "module_name": [("act", None)]}, inputs)
+    notes = {row.name: row.note for row in graph_diff(model, quantized).rows}
+    assert notes["words"] == notes["act"] == ""
+    assert notes["act_1"].startswith("float: ")

@@ -231,7 +231,16 @@ def test_what_the_library_does_not_take_runs_in_plain_torch(monkeypatch):
     model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2, 8)
     quantized = quantize(model, x)
     monkeypatch.setitem(_Kernels._watch.__globals__, "takes", lambda *_: False)
-    assert by_path(profile(quantized, x, rounds=1))["0"].kernel == "linear (plain torch)"
+    found = profile(quantized, x, rounds=1)
+    assert by_path(found)["0"].kernel == "linear (plain torch)"
+    assert by_path(found)["0"].told == ("linear" if kernel_info().isa is None else "linear (plain torch)")
+
+
+def test_what_runs_the_kernels_is_said_once():
+    model, x = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 4)).eval(), torch.randn(2, 8)
+    text = str(profile(quantize(model, x), x, rounds=1))
+    assert text.count(kernel_info().isa or "plain torch") == 1
+    assert "(" not in text
 
 
 def test_a_functional_has_a_kernel_and_a_float_site_none():
@@ -252,6 +261,6 @@ def test_a_user_s_operator_is_named_with_its_library():
     site, x = Row(3, 3).eval(), torch.randn(2, 3)
     with _Kernels([site]) as seen, torch.no_grad():
         site(x)
-    assert [list(names) for names in seen.names] == [["fxquant_test_profile.twice"]]
+    assert [list(names) for names in seen.names] == [[("fxquant_test_profile.twice", "")]]
     assert not site._forward_hooks
     assert not site._forward_pre_hooks

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import warnings
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -568,3 +569,19 @@ def test_no_two_models_of_the_curve_are_called_the_same():
         "suggested, but b int8, c int8, d int4, e int8",
         "all int8",
     ]
+
+
+def test_that_a_model_does_not_trace_is_said_once():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.linear(x) if x.sum() > 0 else x
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        suggest_mapping(Branches().eval(), [(torch.ones(2, 8),)], budget=0.5, schemes=("int8",))
+    assert [str(w.message).startswith("Branches does not trace") for w in caught] == [True]
+    assert caught[0].filename == __file__

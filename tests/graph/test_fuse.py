@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxquant
 from fxquant import convert_fx, fuse_fx
 from fxquant.nn import ConvReLU1d, ConvReLU2d, ConvReLU3d, LinearReLU, linear_relu
 from tests.samples import everything, kinds, prepare, quantize, same_bits
@@ -296,3 +297,26 @@ def test_a_fused_model_can_be_prepared():
     model, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU()).eval(), torch.randn(3, 4)
     fused = fuse_fx(model, x)
     assert torch.equal(convert_fx(prepare(fused, x, mapping=everything()))(x), quantize(model, x)(x))
+
+
+@pytest.mark.parametrize("relus", ["each", "one", "in between"])
+def test_a_layer_called_twice_takes_in_the_relus_behind_both_calls(relus, tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.relu = nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x):
+            y = F.relu(self.layer(x)) if relus != "one" else self.layer(x)
+            y = self.layer(y) if relus != "in between" else y + self.layer(y)
+            return self.relu(y)
+
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(3, 4)
+    fused = fuse_fx(model, x)
+    assert torch.equal(fused(x), model(x))
+    assert [fusion.chain for fusion in fused.record.fusions] == ([("layer", "relu", "relu")] if relus == "each" else [])
+    assert type(fused.get_submodule("layer")) is (LinearReLU if relus == "each" else nn.Linear)
+    quantized = quantize(model, x)
+    fxquant.save(quantized, tmp_path / "twice.safetensors")
+    assert torch.equal(fxquant.load(model, tmp_path / "twice.safetensors")(x), quantized(x))

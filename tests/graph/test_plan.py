@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import OPERATORS, QConfigMapping, default_dynamic_qconfig, explain, quantize_dynamic
+from fxquant import (
+    OPERATORS,
+    QConfigMapping,
+    convert_fx,
+    default_dynamic_qconfig,
+    default_dynamic_qconfig_mapping,
+    explain,
+    prepare_fx,
+    quantize_dynamic,
+)
 from fxquant.graph.plan import replay
 from fxquant.graph.trace import trace
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize
@@ -130,3 +139,30 @@ def test_a_weight_beside_submodules_counts_its_own_bytes():
     model.register_parameter("positions", nn.Parameter(torch.zeros(2, 8)))
     found = {row.path: row.float_bytes for row in explain(quantize_dynamic(model.eval())).rows}
     assert found == {"": 4 * 2 * 8, "0": 4 * (4 * 8 + 8)}
+
+
+@pytest.mark.parametrize("way", ["fx", "in a graph", "eager"])
+def test_an_adaptive_softmax_calls_its_children(way):
+    torch.manual_seed(0)
+    loss, inputs = nn.AdaptiveLogSoftmaxWithLoss(16, 20, [5, 10]).eval(), (torch.randn(6, 16), torch.arange(0, 18, 3))
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loss = loss
+
+        def forward(self, x, labels):
+            return self.loss(x, labels)
+
+    model = Holder().eval() if way == "in a graph" else loss
+    mapping = default_dynamic_qconfig_mapping()
+    if way == "eager":
+        quantized = quantize_dynamic(model)
+    elif way == "fx":
+        with pytest.warns(UserWarning, match="AdaptiveLogSoftmaxWithLoss does not trace"):
+            quantized = convert_fx(prepare_fx(model, mapping, inputs))
+    else:
+        quantized = convert_fx(prepare_fx(model, mapping, inputs))
+    assert quantized._fxquant_record.coverage.share == 1
+    got, expected = quantized(*inputs), model(*inputs)
+    assert 0 < (got.output - expected.output).abs().max() < 0.05 * expected.output.abs().max()

@@ -201,7 +201,7 @@ def test_an_unusual_int4_operand_is_not_taken_at_once(operands):
     assert run_linear(torch.randn(2, 66), **{**INT4, **operands}) is None
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning", "ignore:.torch.jit.trace:FutureWarning")
 def test_a_call_that_somebody_watches_is_not_taken_at_once():
     x, weight, scale, seen = torch.randn(2, 4), int8(3, 4), torch.rand(3), []
     with torch._subclasses.FakeTensorMode() as mode:

@@ -15,7 +15,7 @@ import torch
 import fxquant
 from fxquant import OPERATORS, QConfigError, QConfigMapping, convert_fx, graph_diff, ops
 from fxquant.nn import QuantizedModule
-from fxquant.nn.fused import FLOAT_TYPES
+from fxquant.nn.fused import FLOAT_TYPES, SPELT
 from fxquant.operators.base import sole_weight
 from fxquant.qconfig_mapping import type_name
 from tests.samples import MIXTURES, SAMPLES, SCHEMES, leaves, prepare, same_bits, scheme_mapping, weight_dtypes
@@ -206,7 +206,7 @@ def test_a_qconfig_of_no_scheme_is_refused(case):
     odd = fxquant.QConfig(
         activation=None, weight=fxquant.TensorSpec(dtype="int8", qmin=-100, qmax=100, axis="channel")
     )  # affine int8 weights: nobody takes them
-    written = {**FLOAT_TYPES, fxquant.nn.linear_relu: torch.nn.functional.linear}
+    written = {**FLOAT_TYPES, **SPELT}
     kind = written.get(sample.covers, sample.covers)
     with pytest.raises(QConfigError, match="cannot take the qconfig"):
         prepare(model, *inputs, mapping=QConfigMapping().set_object_type(kind, odd))

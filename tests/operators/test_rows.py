@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import nn
 
+import fxquant
 from fxquant import QConfigError
 from tests.samples import Call, SelfAttention, everything, indices, kinds, prepare, quantize, same_bits
 
@@ -159,11 +160,23 @@ def test_linear_on_an_input_stays_float():
     assert reasons(Model(), torch.randn(3, 4), torch.randn(2, 4)) == ["its weight is no registered parameter or buffer"]
 
 
-def test_linear_on_a_plain_tensor_stays_float():
-    model = Call(F.linear, 4, 6)
-    del model.weight
-    model.weight = torch.randn(4, 6)
-    assert reasons(model, torch.randn(3, 6)) == ["its weight is no registered parameter or buffer"]
+@pytest.mark.parametrize("where", ["root", "child"])
+def test_linear_on_a_plain_tensor_is_quantized_and_saved(where, tmp_path):
+    inner = Call(F.linear, 4, 6)
+    expected, x = quantize(inner, torch.randn(3, 6)), torch.randn(3, 6)
+    weight = inner.weight.detach()
+    del inner.weight
+    inner.weight = weight
+    model = nn.Sequential(inner).eval() if where == "child" else inner
+    quantized = quantize(model, x)
+    assert torch.equal(quantized(x), expected(x))
+    assert [name.removeprefix("0.") for name in quantized.state_dict()] == [*expected.state_dict()]
+    assert inner.weight is weight
+    fxquant.save(quantized, tmp_path / "model.safetensors")
+    assert torch.equal(fxquant.load(model, tmp_path / "model.safetensors")(x), expected(x))
+    name = "0.weight" if where == "child" else "weight"
+    (left,) = prepare(model, x, mapping=everything().set_module_name(name, None)).record.left
+    assert left.rule == f"module_name {name!r}"
 
 
 def test_linear_on_a_computed_weight_stays_float():

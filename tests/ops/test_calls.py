@@ -10,9 +10,11 @@ from torch import nn
 from fxquant import DTypeError, ModelStateError, quantize_dynamic
 from tests.samples import Call, prepare, quantize
 
-FLOATS = {
+LINEARS = {
     "linear": lambda: quantize_dynamic(nn.Sequential(nn.Linear(8, 8))),
     "function": lambda: quantize(Call(F.linear, 8, 8), torch.randn(3, 8)),
+}
+FLOATS = {
     "lstm": lambda: quantize_dynamic(nn.Sequential(nn.LSTM(8, 4))),
     "gru": lambda: quantize_dynamic(nn.Sequential(nn.GRU(8, 4))),
     "cell": lambda: quantize_dynamic(nn.Sequential(nn.LSTMCell(8, 4))),
@@ -21,7 +23,7 @@ TABLES = {
     "embedding": lambda: quantize_dynamic(nn.Sequential(nn.Embedding(9, 4))),
     "bag": lambda: quantize_dynamic(nn.Sequential(nn.EmbeddingBag(9, 4))),
 }
-KINDS = FLOATS | TABLES
+KINDS = LINEARS | FLOATS | TABLES
 
 
 @pytest.mark.parametrize("kind", FLOATS)
@@ -30,7 +32,7 @@ def test_a_gradient_is_refused_and_never_lost(kind):
     output = model(x)
     while isinstance(output, tuple):
         output = output[0]
-    told = r"a gradient came back to torch\.ops\.fxquant\.\w+, which has none: .* Train the float model"
+    told = r"a gradient came back to torch\.ops\.fxquant\.\w+, which has none: .* train the float model"
     with pytest.raises(ModelStateError, match=told):
         output.sum().backward()
     with torch.no_grad():

@@ -1,0 +1,42 @@
+"""What get_extra_state gives, torch's way to keep in a state_dict what is no tensor: carried by a graph as well.
+
+The root's methods are kept and run on the graph. A module that was traced through is no more: its state is kept as it
+was, and replaced where a state_dict has another.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+SUFFIX = "_extra_state"
+"""What the key in a state_dict is, after the module's path: torch's."""
+
+METHODS = ("get_extra_state", "set_extra_state")
+
+
+def has_extra_state(kind: type) -> bool:
+    """Return whether modules of a type keep more than tensors."""
+    return kind.get_extra_state is not nn.Module.get_extra_state  # type: ignore[attr-defined]
+
+
+def methods_to_keep(model: nn.Module) -> tuple[str, ...]:
+    """Return which of the two methods a model's own class has."""
+    return tuple(name for name in METHODS if getattr(type(model), name) is not getattr(nn.Module, name))
+
+
+def lost_states(result: nn.Module, source: nn.Module) -> dict[str, Any]:
+    """Return the extra states, by path, of those modules of a source that do not stand in a graph made of it."""
+    standing = dict(result.named_modules(remove_duplicate=False))
+    return {
+        path: copy.deepcopy(module.get_extra_state())
+        for path, module in source.named_modules(remove_duplicate=False)
+        if path and has_extra_state(type(module)) and not has_extra_state(type(standing.get(path, result)))
+    }
+
+
+def key_of(prefix: str, path: str) -> str:
+    """Return the key of a module's extra state in the state_dict of a model that is at a prefix in another."""
+    return f"{prefix}{path}.{SUFFIX}" if path else f"{prefix}{SUFFIX}"

@@ -48,6 +48,10 @@ class DTypeError(FxQuantError, TypeError):
     """A tensor's dtype cannot be taken by a quantized module."""
 
 
+class ReadOnlyError(FxQuantError, RuntimeError):
+    """The float weight of a quantized module was written to, or made a parameter."""
+
+
 class IndexRangeError(FxQuantError, IndexError):
     """An index lies outside of a quantized table."""
 

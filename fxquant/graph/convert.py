@@ -15,7 +15,7 @@ from fxquant.graph.module import Site
 from fxquant.graph.moments import Rounding
 from fxquant.graph.target import name_operands
 from fxquant.nn import QuantizedModule
-from fxquant.nn.base import quantize_alone
+from fxquant.nn.base import key_of, quantize_alone
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.numerics import QuantizedTensor
 from fxquant.operators import Call, Operator, find_row
@@ -161,7 +161,7 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     tensor = tensor.t() if shown.is_transposed else tensor
     quantized = cache.quantize(tensor, site.qconfig)
     with graph.inserting_before(node):
-        nodes = _place(module, graph, path, quantized)
+        nodes = _place(module, graph, path, quantized, key_of(path, site.qconfig.weight))
     operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
     like = torch.empty_like(tensor, device="meta")
     node.target, kwargs = row.convert_function(Call(node.target, operands, {name: like}, site.qconfig))
@@ -172,15 +172,16 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     return replace(site, int_bytes=size, rounding=cache.take_note())
 
 
-def _place(module: fx.GraphModule, graph: fx.Graph, path: str, quantized: QuantizedTensor) -> list[fx.Node | None]:
-    """Return get_attr nodes of a quantized weight's tensors, stored beside the float weight."""
+def _place(
+    module: fx.GraphModule, graph: fx.Graph, path: str, quantized: QuantizedTensor, key: str
+) -> list[fx.Node | None]:
+    """Return get_attr nodes of a quantized weight's tensors, stored beside the float weight; key: that of the values."""
     nodes: list[fx.Node | None] = []
-    kind = str(quantized.values.dtype).removeprefix("torch.")
-    for part, suffix in zip(quantized, (f"_{kind}", "_scale", "_zero_point"), strict=True):
+    for part, wanted in zip(quantized, (key, f"{path}_scale", f"{path}_zero_point"), strict=True):
         if part is None:
             nodes.append(None)
             continue
-        target = edit.free_name(module, f"{path}{suffix}", part)
+        target = edit.free_name(module, wanted, part)
         if edit.get_tensor(module, target) is None:
             edit.set_tensor(module, target, part)
         nodes.append(graph.get_attr(target))

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from fxquant.errors import AttributeNameError, ModelStateError, nearest
 from fxquant.graph import edit
-from fxquant.graph.reads import names_in
+from fxquant.graph.names import names_in
 from fxquant.graph.tracer import TRACING
 from fxquant.nn.base import dtype_errors, refuse_script
 from fxquant.operators import Operator

@@ -22,7 +22,6 @@ from fxquant.graph import edit
 from fxquant.graph.constants import asks_kind, constant_of, is_transposition
 from fxquant.graph.kinds import base_of, redefined
 from fxquant.graph.module import NOTHING, Coverage, Left, Site
-from fxquant.graph.reads import weights_read
 from fxquant.graph.reasons import calls_children, refuse_call, why_hidden, why_no_form, why_unknown
 from fxquant.graph.rules import join, main_rule, rank, refusal
 from fxquant.graph.target import Target, call_name, example_shape, find_target
@@ -112,12 +111,9 @@ class _Planner:
             if not shut and not calls_children(module):
                 shut = f"{type_name(kind)} reads its children's weights itself"
             self.visit_strays(path, module)
-            read = weights_read(module)
             for name, child in module._modules.items():  # named_children skips the second name of a module
-                if child is None:
-                    continue
-                itself = f"the code of {type_name(kind)} reads self.{name}'s weight itself" if name in read else ""
-                self.visit_module(_join(path, name), child, shut or itself)
+                if child is not None:
+                    self.visit_module(_join(path, name), child, shut)
 
     def visit_strays(self, path: str, module: nn.Module) -> None:
         """Report the modules that a module has in a plain list, tuple or dict: they are no part of the model's tree."""

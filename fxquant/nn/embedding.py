@@ -11,11 +11,9 @@ from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.ops.schema import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
-_TENSORS = ("weight", "weight_scale", "weight_zero_point")
-
 
 class _QuantizedTable(QuantizedModule):
-    """What the two share: a table of integers, (V, D), or (V, ceil(D / 2)) for 4-bit rows."""
+    """What the two share: a table of integers, (V, D), or (V, ceil(D / 2)) for 4-bit rows. weight: the float table."""
 
     weight: torch.Tensor
     weight_scale: torch.Tensor | None
@@ -25,7 +23,8 @@ class _QuantizedTable(QuantizedModule):
         super().__init__(qconfig)
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
         self.padding_idx, self.dtype = module.padding_idx, module.weight.dtype
-        self.set_weight("weight", quantize(module.weight, qconfig))
+        key = self.set_weight("weight", quantize(module.weight, qconfig), module.weight)
+        self._tensors = (key, "weight_scale", "weight_zero_point")
         self._bits = qconfig.weight.bits  # found once, not at each call
 
     def extra_repr(self) -> str:
@@ -55,7 +54,7 @@ class QuantizedEmbedding(_QuantizedTable):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the rows that the indices name."""
-        weight, scale, zero_point = self.own(_TENSORS)
+        weight, scale, zero_point = self.own(self._tensors)
         return ops.embedding(input, weight, scale, zero_point, self.embedding_dim, self._bits, self.dtype)
 
 
@@ -101,7 +100,7 @@ class QuantizedEmbeddingBag(_QuantizedTable):
                 f"per_sample_weights must have the input's shape {tuple(input.shape)} and mode 'sum', "
                 f"got {tuple(per_sample_weights.shape)} and mode {self.mode!r}"
             )
-        weight, scale, zero_point = self.own(_TENSORS)
+        weight, scale, zero_point = self.own(self._tensors)
         return ops.embedding_bag(
             input,
             weight,

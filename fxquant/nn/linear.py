@@ -12,15 +12,13 @@ from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.numerics import QuantizedTensor
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
-_TENSORS = ("weight", "weight_scale", "bias")
-
 
 class DynamicQuantizedLinear(QuantizedModule):
     """A Linear with int8 (or int16, int4, float16) weights; its input is quantized at each call, row by row.
 
-    weight: (O, I) int8 or int16; weight_scale: (O,) float32; bias: (O,) or None. input: (..., I) float -> (..., O) in
-    its dtype.
-    int4, two values a byte, in groups of G columns: weight: (O, ceil(I / 2)) uint8; weight_scale: (O, ceil(I / G))
+    weight_int8, weight_int16: (O, I); weight_scale: (O,) float32; bias: (O,) or None. input: (..., I) float -> (..., O)
+    in its dtype. weight: the float weight, dequantized when it is read.
+    int4, two values a byte, in groups of G columns: weight_int4: (O, ceil(I / 2)) uint8; weight_scale: (O, ceil(I / G))
     bfloat16. Raises ShapeError or DTypeError for another input. docs/numerics.md, eq. 7–8, 20 and 21–24.
     """
 
@@ -35,11 +33,16 @@ class DynamicQuantizedLinear(QuantizedModule):
         bias: torch.Tensor | None = None,
         qconfig: QConfig = default_dynamic_qconfig,
         in_features: int | None = None,
+        like: torch.Tensor | None = None,
+        turned: tuple[int, int] | None = None,
     ) -> None:
+        """Take quantized values. like: the float weight, (O, I), or another form of it, of which two dimensions are turned."""
         super().__init__(qconfig)
         self.out_features, width = weight.values.shape
         self.in_features = width if in_features is None else in_features  # of int4 the width is half that
-        self.set_weight("weight", weight)
+        if like is None:
+            like = torch.empty(self.out_features, self.in_features, device="meta")
+        self._tensors = (self.set_weight("weight", weight, like, turned), "weight_scale", "bias")
         self.set_bias("bias", bias)
         self._how = (qconfig.per_row, qconfig.qmax, *qconfig.groups(self.in_features))  # once, not at each call
 
@@ -48,11 +51,11 @@ class DynamicQuantizedLinear(QuantizedModule):
         cls, module: nn.Linear, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
     ) -> DynamicQuantizedLinear:
         """Return the quantized form of a float Linear (or LinearReLU), which is left as it is."""
-        return cls(quantize(module.weight, qconfig), module.bias, qconfig, module.weight.shape[1])
+        return cls(quantize(module.weight, qconfig), module.bias, qconfig, module.weight.shape[1], module.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ weight.T + bias."""
-        weight, scale, bias = self.own(_TENSORS)
+        weight, scale, bias = self.own(self._tensors)
         return ops.linear(input, weight, scale, bias, self.relu, *self._how)
 
     def extra_repr(self) -> str:

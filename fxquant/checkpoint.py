@@ -43,6 +43,7 @@ from fxquant.graph.module import (
     need_stage,
     preserve,
     refuse_ours,
+    take_old_keys,
 )
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import replay
@@ -111,6 +112,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise _senseless(path, error) from error
     result = _rebuild(model, record, path)
+    take_old_keys(result, tensors)
     _check_tensors(result, tensors, path)
     result.load_state_dict(tensors, assign=True)
     _fill_unsaved(result, model, path)

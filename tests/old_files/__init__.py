@@ -93,14 +93,12 @@ def _mixed() -> QConfigMapping:
     )
 
 
-def _of(qconfig: QConfig, table: QConfig | None = None) -> Callable[[], QConfigMapping]:
+def _of(qconfig: QConfig, table: QConfig | None = None, kind: Any = None) -> Callable[[], QConfigMapping]:
     """Return what makes a mapping: a qconfig for all, and one for tables."""
 
     def make() -> QConfigMapping:
         mapping = QConfigMapping().set_global(qconfig)
-        for kind in (nn.Embedding, nn.EmbeddingBag, F.embedding) if table else ():
-            mapping.set_object_type(kind, table)
-        return mapping
+        return mapping.set_object_type(kind, table) if table else mapping
 
     return make
 
@@ -116,9 +114,9 @@ def _bags() -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], QConfigMapping]]] = {
     "int8": (Tied, default_dynamic_qconfig_mapping),
     "int16": (_linears, _of(int16_dynamic_qconfig)),
-    "int4": (Functional, _of(int4_dynamic_qconfig, float_qparams_weight_only_qconfig_4bit)),
-    "uint8": (Functional, _of(default_dynamic_qconfig, float_qparams_weight_only_qconfig)),
-    "uint4": (_bags, _of(int4_dynamic_qconfig, float_qparams_weight_only_qconfig_4bit)),
+    "int4": (Functional, _of(int4_dynamic_qconfig, float_qparams_weight_only_qconfig_4bit, F.embedding)),
+    "uint8": (Functional, _of(default_dynamic_qconfig, float_qparams_weight_only_qconfig, F.embedding)),
+    "uint4": (_bags, _of(int4_dynamic_qconfig, float_qparams_weight_only_qconfig_4bit, nn.EmbeddingBag)),
     "float16": (Tied, _of(float16_dynamic_qconfig)),
     "recurrent": (Recurrent, _mixed),
     "attention": (Attention, default_dynamic_qconfig_mapping),
@@ -135,17 +133,20 @@ def inputs(name: str) -> tuple[torch.Tensor, ...]:
     return {"int16": rows[:1], "recurrent": rows[:1], "eager": rows[:1], "attention": rows}.get(name, (words,))
 
 
+def quantized(name: str, model: nn.Module, mapping: QConfigMapping) -> nn.Module:
+    """Return a model as it was quantized for its file."""
+    if name == "eager":
+        return quantize_dynamic(model, mapping)
+    return convert_fx(prepare_fx(model, mapping, inputs(name)))
+
+
 def write(folder: pathlib.Path) -> None:
     """Write the files."""
     outputs = {}
     for name, (make, mapping) in MODELS.items():
         torch.manual_seed(0)
-        model = make().eval()
-        if name == "eager":
-            quantized = quantize_dynamic(model, mapping())
-        else:
-            quantized = convert_fx(prepare_fx(model, mapping(), inputs(name)))
-        fxquant.save(quantized, folder / f"{name}.safetensors")
-        torch.save(quantized.state_dict(), folder / f"{name}.pt")
-        outputs[name] = quantized(*inputs(name)).detach()
+        model = quantized(name, make().eval(), mapping())
+        fxquant.save(model, folder / f"{name}.safetensors")
+        torch.save(model.state_dict(), folder / f"{name}.pt")
+        outputs[name] = model(*inputs(name)).detach()
     torch.save(outputs, folder / "outputs.pt")

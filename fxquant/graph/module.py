@@ -267,6 +267,9 @@ class FxModule(fx.GraphModule):
         state_dict = copy.copy(state_dict)  # with the versions that it carries
         take_old_keys(self, state_dict)
         errors = dtype_errors(self.state_dict(), state_dict)
+        for path, module in self.named_modules() if strict else ():
+            if isinstance(module, QuantizedModule):
+                errors += module.float_keys(state_dict, f"{path}." if path else "")
         if errors:
             raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {self.__class__.__name__}:", *errors]))
         return super().load_state_dict(state_dict, strict, assign)

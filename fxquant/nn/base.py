@@ -227,6 +227,15 @@ class QuantizedModule(nn.Module):
                 devices = [buffer.device for buffer in self._buffers.values() if buffer is not None]
                 self._parameters[LIKE] = nn.Parameter(torch.empty_like(like, device=devices[0]), requires_grad=False)
 
+    def float_keys(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        """Return a line for each float weight in a state_dict that has no values for this module's own."""
+        return [
+            f"{prefix}{name} is a weight that is not quantized, or otherwise: here it is {stored.key}. Load it into the "
+            "float model and quantize that"
+            for name, stored in self._stored.items()
+            if prefix + name in state_dict and prefix + stored.key not in state_dict
+        ]
+
     def take_old_keys(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Rename in place what a state_dict holds of this module under the keys that fxquant wrote before 0.1.0."""
         for name, stored in self._stored.items():

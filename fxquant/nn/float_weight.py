@@ -6,6 +6,7 @@ anew; nothing is kept. Writing to it, or to a view of it, is a ReadOnlyError.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,11 @@ _FOLLOWERS = {getattr(torch.Tensor, name) for name in ("to", "type_as", "expand_
 """Functions that ask tensors after the first for their shape, dtype and device alone."""
 
 _THEMSELVES = (torch.Tensor.data.__get__, torch.Tensor.detach, torch.detach, torch.Tensor.contiguous)  # type: ignore[attr-defined]
+_IN_PLACE = re.compile(
+    r"[a-z]\w*(?<!_)_|__i(add|and|div|floordiv|lshift|mod|mul|or|pow|rshift|sub|truediv|xor)__|__setitem__"
+)
+"""The names of functions that write to their first operand."""
+
 _COPY = "a trainable or writable copy of the values is .clone()"
 
 
@@ -85,6 +91,8 @@ class FloatWeight(torch.Tensor):
             return _detached(own) if func in _THEMSELVES[1:3] else own
         if func in _REFUSED:
             return _REFUSED[func](*args, **kwargs)
+        if own is not None and _IN_PLACE.fullmatch(getattr(func, "__name__", "")):
+            raise _read_only(own, func)  # others are found once they have written
         found = _look_up(func, args, kwargs)
         return _with_values(func, args, kwargs) if found is None else found
 
@@ -177,7 +185,10 @@ def _refuse_grad(weight: FloatWeight, requires_grad: Any = True) -> FloatWeight:
 
 
 def _refuse_address(weight: FloatWeight) -> int:
-    raise ReadOnlyError(f"{weight._name} has no memory of its own: it is dequantized at each read; {_COPY}")
+    raise ReadOnlyError(
+        f"{weight._name} has no memory of its own: it is dequantized at each read. Tied ones are the same object: "
+        f"compare them by `is`; {_COPY}"
+    )
 
 
 def _read_only(weight: FloatWeight, func: Any) -> ReadOnlyError:

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.graph import edit
-from fxquant.graph.constants import constant_of
+from fxquant.graph.constants import constant_of, is_cast
 from fxquant.graph.module import Site
 from fxquant.graph.moments import Rounding
 from fxquant.graph.target import name_operands
@@ -153,6 +153,7 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     row = _row(operators, site)
     name = row.weights[0]
     operands = name_operands(row, node)
+    cast = [operand for operand in operands.values() if is_cast(operand)]
     given, shown = operands[name], constant_of(observed.args[0])
     assert shown is not None, site.observer
     path = str(shown.source.target)  # not site.path: a swap of the module around it may have moved it
@@ -162,14 +163,22 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     quantized = cache.quantize(tensor, site.qconfig)
     with graph.inserting_before(node):
         nodes = _place(module, graph, path, quantized, key_of(path, site.qconfig.weight))
+    # Casts go: the operators take float32 and give what they compute in their input's dtype.
+    operands = {key: _uncast(operand) for key, operand in operands.items()}
     operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
     like = torch.empty_like(tensor, device="meta")
     node.target, kwargs = row.convert_function(Call(node.target, operands, {name: like}, site.qconfig))
     node.op, node.args, node.kwargs = "call_function", (), kwargs  # it may have been a method
-    edit.erase_dead(graph, [given])
+    edit.erase_dead(graph, [given, *(node for node in cast if not node.users)])
     module.delete_submodule(str(site.observer))  # it may stand inside a leaf, which is kept whole
     size = sum(part.numel() * part.element_size() for part in quantized if part is not None)
     return replace(site, int_bytes=size, rounding=cache.take_note())
+
+
+def _uncast(operand: Any) -> Any:
+    """Return a vector that is a constant, cast to an input's dtype, as it is stored; anything else as it is."""
+    constant = constant_of(operand) if is_cast(operand) else None
+    return operand if constant is None or constant.is_transposed else constant.source
 
 
 def _place(

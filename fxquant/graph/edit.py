@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fxquant.frames import place_of
-from fxquant.graph.constants import is_transposition
+from fxquant.graph.constants import is_cast, is_transposition
 
 HOOKS = (
     "_forward_hooks",
@@ -148,9 +148,10 @@ def free_name(root: nn.Module, path: str, tensor: torch.Tensor | None = None) ->
 
 
 def erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Erase those constants, observers and transpositions that nothing uses any more, and what fed only them."""
+    """Erase those constants, observers, transpositions and casts that nothing uses any more, and what fed only them."""
     for node in nodes:
-        if not node.users and (node.op in ("get_attr", "call_module") or is_transposition(node) is not None):
+        is_ours = node.op in ("get_attr", "call_module") or is_transposition(node) is not None or is_cast(node)
+        if not node.users and (is_ours or node.target is getattr):
             feeders = node.all_input_nodes
             graph.erase_node(node)
             erase_dead(graph, feeders)

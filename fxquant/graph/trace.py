@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from fxquant.errors import ModelStateError, TraceError
 from fxquant.graph import edit
+from fxquant.graph.fold import fold
 from fxquant.graph.kinds import make_plain
 from fxquant.graph.tracer import SCOPE, TRACING, Tracer, is_fresh
 from fxquant.operators import Operator
@@ -110,6 +111,7 @@ def trace(
                 raise _trace_error(model, error) from error
             kept[failure.path] = f"{first_line(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
     name = model.__class__.__name__
+    fold(root, graph, operators, hooked | kept.keys())
     return Traced(fx.GraphModule(root, graph, name), names_of(root), hooked, dict(constants or {}), kept, doubtful)
 
 

@@ -80,10 +80,10 @@ class MovedImportError(FxQuantError, ImportError):
     """The same, for `from fxquant import name`: Python would hide the message of an AttributeError there."""
 
 
-def warn(message: str) -> None:
-    """Warn at the user's line: the first that is not fxquant's."""
+def warn(message: str, past: tuple[str, ...] = ("fxquant",)) -> None:
+    """Warn at the user's line: the first that is not fxquant's. past: the packages whose lines are not the user's."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fxquant"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in past:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -15,6 +15,7 @@ from fxquant.graph import edit
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
 from fxquant.graph.module import Coverage, Record, Site, record_of
+from fxquant.nn import QuantizedModule
 from fxquant.qconfig_mapping import qconfig_name
 
 
@@ -51,6 +52,8 @@ def _path(row: ExplainRow) -> str:
 class Explanation(Report):
     """What became of every candidate: print it, show it in a notebook, sort it, or walk its rows.
 
+    readers: the places that have read the float weight of a quantized layer so far, past the layer.
+
     coverage: how many bytes of the weights are quantized; outcome: the same as a line. saved_bytes: by how much the
     whole model is smaller.
     """
@@ -62,6 +65,7 @@ class Explanation(Report):
     coverage: Coverage
     outcome: str
     saved_bytes: int
+    readers: tuple[str, ...] = ()
 
     @property
     def total(self) -> str:
@@ -70,12 +74,13 @@ class Explanation(Report):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The lines between the table and the last: fusions, what is not traced, and losses."""
+        """The lines between the table and the last: fusions, what is not traced, slow readers of weights, and losses."""
         losses = [loss for row in self.rows for loss in row.losses]
         sources = dict.fromkeys(loss.source for loss in losses if loss.source)
         return (
             *(f"fused: {fusion}" for fusion in self.fusions),
             *(f"not traced: {path}" for path in self.untraced),
+            *(f"slow: {reader}" for reader in self.readers),
             *map(str, losses),
             *(f"such times were measured on {source}; yours may differ" for source in sources),
         )
@@ -115,7 +120,17 @@ def explain(model: nn.Module) -> Explanation:
     quantized, sites = (model, record.sites) if record.stage == "quantized" else _foreseen(model, record)
     saved = record.float_bytes - edit.byte_count(quantized)
     rows = _rows(record.advance(sites=sites), _sources(model))
-    return Explanation(rows, fusions, untraced, record.stage, record.coverage, record.outcome, saved)
+    return Explanation(rows, fusions, untraced, record.stage, record.coverage, record.outcome, saved, _readers(model))
+
+
+def _readers(model: nn.Module) -> tuple[str, ...]:
+    """Return a line for each place that has read a quantized module's float weight, and what would make it fast."""
+    return tuple(
+        f"{path}.{reader}, which dequantizes it each time; set_module_name({path!r}, None) leaves it float"
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedModule)
+        for reader in sorted(module.readers)
+    )
 
 
 def _foreseen(model: nn.Module, record: Record) -> tuple[nn.Module, tuple[Site, ...]]:

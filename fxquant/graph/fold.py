@@ -8,6 +8,7 @@ forward writes to, a random number or a module with hooks has part in it, it sta
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ SOURCE = "fxquant_source"
 """The key in the meta of a folded weight's node: the path of the first weight that it was made of, for mappings."""
 
 _HOMES = (torch, torch.Tensor, F, torch.linalg, torch.special, operator)
-_UNSTABLE = ("rand", "normal", "bernoulli", "multinomial", "poisson", "drop", "empty", "rrelu", "gumbel")
+_UNSTABLE = re.compile(r"(new_)?empty.*|rand.*|normal|bernoulli|multinomial|poisson|binomial|.*dropout.*|rrelu|gumbel.*")
 _VIEWS = (
     *("getattr", "getitem", "t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "to"),
     *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "narrow", "type"),
@@ -153,7 +154,7 @@ def is_pure(node: fx.Node) -> bool:
         if isinstance(target, str)
         else target is getattr or any(getattr(home, name, None) is target for home in _HOMES)
     )
-    return is_known and not any(part in name for part in _UNSTABLE)
+    return is_known and not _UNSTABLE.fullmatch(name)
 
 
 def writes(node: fx.Node) -> bool:

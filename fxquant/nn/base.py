@@ -146,7 +146,8 @@ class QuantizedModule(nn.Module):
                 f"the {name} of a quantized {type(self).__name__} {self._stored[name].shape} is read by {reader}. Its "
                 "values are dequantized anew at each read, which takes longer than calling the layer. If that runs "
                 "often, leave the layer float (QConfigMapping.set_module_name(its path, None)), or keep a copy of "
-                f"your own: .{name}.clone(). fxquant.explain lists such readers"
+                f"your own: .{name}.clone(). fxquant.explain lists such readers",
+                past=("fxquant", "torch"),
             )
         with torch.inference_mode(False):
             return self.dequantize(name, rows)

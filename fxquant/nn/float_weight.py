@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
-from fxquant.errors import ReadOnlyError
+from fxquant.errors import DTypeError, ReadOnlyError
 
 _GETTERS = (
     *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad", "is_leaf", "grad", "grad_fn"),
@@ -79,6 +79,11 @@ class FloatWeight(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         own = args[0] if args and isinstance(args[0], FloatWeight) else None
+        if own is None and _is_ours(func):
+            raise DTypeError(
+                f"{func} takes a weight's integers, got the float weight that they stand for: pass the buffer beside it, "
+                "whose name QuantizedModule.set_weight returns (self.table_int8 for self.table)"
+            )
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -108,6 +113,12 @@ class FloatWeight(torch.Tensor):
                     raise _read_only(part, func)
         args, kwargs = pytree.tree_map_only(FloatWeight, lambda weight: weight._read(None), (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _is_ours(func: Any) -> bool:
+    """Return whether a function is one of torch.ops.fxquant."""
+    packet = func.overloadpacket if isinstance(func, torch._ops.OpOverload) else func
+    return isinstance(packet, torch._ops.OpOverloadPacket) and packet._qualified_op_name.startswith("fxquant::")
 
 
 def _stand_in(weight: FloatWeight) -> torch.Tensor:

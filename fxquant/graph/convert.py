@@ -153,7 +153,7 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     row = _row(operators, site)
     name = row.weights[0]
     operands = name_operands(row, node)
-    cast = [operand for operand in operands.values() if is_cast(operand)]
+    cast = [operand for key, operand in operands.items() if key != name and is_cast(operand)]
     given, shown = operands[name], constant_of(observed.args[0])
     assert shown is not None, site.observer
     path = str(shown.source.target)  # not site.path: a swap of the module around it may have moved it

@@ -162,7 +162,7 @@ def writes(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.kwargs.get("inplace") or "out" in node.kwargs:
+    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
         return True
     if getattr(operator, name, None) is node.target:
         return name in _IN_PLACE

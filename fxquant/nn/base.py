@@ -226,7 +226,7 @@ class QuantizedModule(nn.Module):
         finally:
             if like is not None:
                 devices = [buffer.device for buffer in self._buffers.values() if buffer is not None]
-                self._parameters[LIKE] = nn.Parameter(torch.empty_like(like, device=devices[0]), requires_grad=False)
+                self._parameters[LIKE] = nn.Parameter(torch.empty(0, dtype=like.dtype, device=devices[0]), False)
 
     def float_keys(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """Return a line for each float weight in a state_dict that has no values for this module's own."""

@@ -50,4 +50,5 @@ def test_an_old_state_dict_that_is_not_whole_is_reported():
     quantized, state = made("int16"), torch.load(old_files.FOLDER / "int16.pt")
     del state["0.weight_scale"]
     found = quantized.load_state_dict(state, strict=False)
-    assert found.missing_keys == ["0.weight_int16", "0.weight_scale"] and found.unexpected_keys == ["0.weight"]
+    assert found.missing_keys == ["0.weight_int16", "0.weight_scale"]
+    assert found.unexpected_keys == ["0.weight"]

@@ -210,4 +210,5 @@ def test_what_a_hooked_module_reads_itself_is_the_float_weight():
     model[0].register_forward_hook(lambda *_: None)
     for quantized in (quantize(model, i), quantize_dynamic(model)):
         assert (quantized(i) - model(i)).norm() <= 0.03 * model(i).norm()
-        assert len(explain(quantized).readers) == 1 and not record_of(quantized).left
+        assert len(explain(quantized).readers) == 1
+        assert not record_of(quantized).left

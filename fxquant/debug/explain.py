@@ -74,7 +74,7 @@ class Explanation(Report):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The lines between the table and the last: fusions, what is not traced, slow readers of weights, and losses."""
+        """The lines between the table and the last: fusions, what is not traced, slow reads of weights, and losses."""
         losses = [loss for row in self.rows for loss in row.losses]
         sources = dict.fromkeys(loss.source for loss in losses if loss.source)
         return (

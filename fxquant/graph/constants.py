@@ -41,7 +41,8 @@ def constant_of(operand: Any) -> Constant | None:
 
 def peel(operand: Any) -> tuple[Any, bool, tuple[fx.Node, ...]]:
     """Return what is transposed and cast to give an operand, whether it is transposed, and the casts."""
-    is_transposed, casts = False, []
+    is_transposed = False
+    casts: list[fx.Node] = []
     while True:
         is_turned = is_transposition(operand)
         if is_turned is None and not is_cast(operand):
@@ -95,7 +96,8 @@ def is_cast(operand: Any) -> bool:
         return len(operand.args) == 1
     if name not in (*_LIKENERS, "type") or not operand.args or not isinstance(operand.args[0], fx.Node):
         return False
-    wanted = [*operand.args[1:], *(part for key, part in operand.kwargs.items() if key in ("dtype", "device", "other"))]
+    named = (part for key, part in operand.kwargs.items() if key in ("dtype", "device", "other"))
+    wanted = [*operand.args[1:], *named]
     return bool(wanted) and all(_is_kind(part) for part in wanted)
 
 
@@ -107,7 +109,7 @@ def _is_kind(part: Any) -> bool:
 
 
 def asks_kind(node: fx.Node, operand: fx.Node) -> bool:
-    """Return whether a node asks an operand for no values: w.device, w.shape, w.new_zeros(3), zeros_like(w), x.to(w)."""
+    """Return whether a node asks an operand for no values: w.device, w.new_zeros(3), zeros_like(w), x.to(w)."""
     if node.target is getattr:
         return node.args[1] in (*_KINDS, *_SIZES)
     name = method_of(node)
@@ -116,7 +118,7 @@ def asks_kind(node: fx.Node, operand: fx.Node) -> bool:
 
 
 def free_of_size(node: fx.Node, shape: torch.Size) -> None:
-    """Have a node that `asks_kind` of a tensor of this shape ask for its dtype and device alone: sizes become constants.
+    """Have a node that `asks_kind` of a tensor of this shape ask for its dtype and device alone: sizes are put in.
 
     Then an empty tensor may take the tensor's place.
     """

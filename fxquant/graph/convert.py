@@ -184,7 +184,7 @@ def _uncast(operand: Any) -> Any:
 def _place(
     module: fx.GraphModule, graph: fx.Graph, path: str, quantized: QuantizedTensor, key: str
 ) -> list[fx.Node | None]:
-    """Return get_attr nodes of a quantized weight's tensors, stored beside the float weight; key: that of the values."""
+    """Return get_attr nodes of a quantized weight's tensors, stored beside the float weight. key: of its values."""
     nodes: list[fx.Node | None] = []
     for part, wanted in zip(quantized, (key, f"{path}_scale", f"{path}_zero_point"), strict=True):
         if part is None:

@@ -26,15 +26,67 @@ SOURCE = "fxquant_source"
 """The key in the meta of a folded weight's node: the path of the first weight that it was made of, for mappings."""
 
 _HOMES = (torch, torch.Tensor, F, torch.linalg, torch.special, operator)
-_UNSTABLE = re.compile(r"(new_)?empty.*|rand.*|normal|bernoulli|multinomial|poisson|binomial|.*dropout.*|rrelu|gumbel.*")
+_UNSTABLE = re.compile(
+    r"(new_)?empty.*|rand.*|normal|bernoulli|multinomial|poisson|binomial|.*dropout.*|rrelu|gumbel.*"
+)
 _VIEWS = (
-    *("getattr", "getitem", "t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "to"),
-    *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "narrow", "type"),
+    *(
+        "getattr",
+        "getitem",
+        "t",
+        "transpose",
+        "permute",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "adjoint",
+        "to",
+    ),
+    *(
+        "view",
+        "view_as",
+        "reshape",
+        "reshape_as",
+        "flatten",
+        "unflatten",
+        "ravel",
+        "squeeze",
+        "unsqueeze",
+        "narrow",
+        "type",
+    ),
     *("select", "split", "chunk", "unbind", "tensor_split", "expand", "expand_as", "diagonal", "as_strided", "unfold"),
-    *("detach", "contiguous", "float", "double", "half", "bfloat16", "type_as", "cpu", "cuda", "real", "positive", "alias"),
+    *(
+        "detach",
+        "contiguous",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "type_as",
+        "cpu",
+        "cuda",
+        "real",
+        "positive",
+        "alias",
+    ),
 )
 _IN_PLACE = (
-    *("setitem", "delitem", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow"),
+    *(
+        "setitem",
+        "delitem",
+        "iadd",
+        "iand",
+        "iconcat",
+        "ifloordiv",
+        "ilshift",
+        "imatmul",
+        "imod",
+        "imul",
+        "ior",
+        "ipow",
+    ),
     *("irshift", "isub", "itruediv", "ixor"),
 )
 
@@ -50,7 +102,7 @@ def fold(root: nn.Module, graph: fx.Graph, operators: Sequence[Operator], shut: 
         row = find_function_row(operators, node.target) if node.op in ("call_function", "call_method") else None
         operand = name_operands(row, node).get(row.weights[0]) if row is not None else None
         base = peel(operand)[0]
-        if not isinstance(base, fx.Node) or base.op == "get_attr":
+        if not isinstance(operand, fx.Node) or not isinstance(base, fx.Node) or base.op == "get_attr":
             continue
         if base not in done:
             tensor = values.of(base)
@@ -144,7 +196,7 @@ class _Values:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Return whether a node's call is one of torch's, or of Python's operators, that writes nothing and draws nothing."""
+    """Return whether a node calls a function of torch's, or an operator, that writes nothing and draws nothing."""
     if node.op not in ("call_function", "call_method") or writes(node):
         return False
     target: Any = node.target
@@ -171,7 +223,7 @@ def writes(node: fx.Node) -> bool:
 
 def storage_of(tensor: torch.Tensor) -> int:
     """Return what tensors that share memory have in common."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def written(root: nn.Module, graph: fx.Graph) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from fxquant.graph.tracer import TRACING, Tracer
 from fxquant.operators import Operator, find_function_row
 
 
-def is_linear(module: nn.Module, operators: tuple[Operator, ...] | Any) -> bool:
+def is_linear(module: nn.Module, operators: Sequence[Operator]) -> bool:
     """Return whether a module's forward gives F.linear(input, self.weight, self.bias) and does nothing else.
 
     Weight and bias may be cast to the input's dtype. module: one that may be traced, a mirror.
@@ -28,12 +29,12 @@ def is_linear(module: nn.Module, operators: tuple[Operator, ...] | Any) -> bool:
     except Exception:  # whatever forward does that cannot be traced: then it is not that simple
         return False
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
-    linears = [node for node in calls if node.target is F.linear]
-    if len(linears) != 1 or graph.output_node().args[0] is not linears[0]:
+    linear = graph.output_node().args[0]
+    if not isinstance(linear, fx.Node) or [node for node in calls if node.target is F.linear] != [linear]:
         return False
-    operands = name_operands(row, linears[0])
+    operands = name_operands(row, linear)
     x, weight, bias = (operands.get(name) for name in ("input", "weight", "bias"))
-    rest = (node for node in calls if node is not linears[0])
+    rest = (node for node in calls if node is not linear)
     return (
         isinstance(x, fx.Node)
         and x is next(iter(graph.nodes))

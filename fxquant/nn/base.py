@@ -27,7 +27,7 @@ from fxquant.spec import TensorSpec
 Quantize: TypeAlias = Callable[[torch.Tensor, QConfig], QuantizedTensor]
 
 LIKE = "weight_like"
-"""An empty frozen parameter of the float weights' dtype and device, for `next(module.parameters())`. In no state_dict."""
+"""An empty frozen parameter of the float weights' dtype and device, for next(module.parameters()); in no state_dict."""
 
 _SHOWN = WeakTensorKeyDictionary()
 """The float weight in use of each tensor of integers, by a weak reference: tied ones are the same object."""
@@ -90,7 +90,7 @@ class QuantizedModule(nn.Module):
         turned: two dimensions of it that are swapped in the quantized one.
         """
         own = self.qconfig.of(name)
-        key = key_of(name, own and own.weight)
+        key = key_of(name, None if own is None else own.weight)
         self.register_buffer(key, weight.values)
         self.register_buffer(f"{name}_scale", weight.scale)
         self.register_buffer(f"{name}_zero_point", weight.zero_point)
@@ -159,8 +159,9 @@ class QuantizedModule(nn.Module):
         if torch.compiler.is_compiling():
             return self.dequantize(name)
         values, like = self._buffers[stored.key], self._parameters[LIKE]
-        assert values is not None and like is not None
-        known = _SHOWN.get(values)
+        assert values is not None
+        assert like is not None
+        known = _SHOWN.get(values)  # type: ignore[no-untyped-call]
         weight = None if known is None else known()
         if weight is None or (weight.shape, weight.dtype) != (stored.shape, like.dtype):
             told = f"the {name} of a quantized {type(self).__name__}"
@@ -231,8 +232,8 @@ class QuantizedModule(nn.Module):
     def float_keys(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """Return a line for each float weight in a state_dict that has no values for this module's own."""
         return [
-            f"{prefix}{name} is a weight that is not quantized, or otherwise: here it is {stored.key}. Load it into the "
-            "float model and quantize that"
+            f"{prefix}{name} is a weight that is not quantized, or otherwise: here it is {stored.key}. Load it into "
+            "the float model and quantize that"
             for name, stored in self._stored.items()
             if prefix + name in state_dict and prefix + stored.key not in state_dict
         ]
@@ -243,9 +244,10 @@ class QuantizedModule(nn.Module):
             old, key = state_dict.get(prefix + name), prefix + stored.key
             values, scale = self.own((stored.key, f"{name}_scale"))
             has_scale = scale is None or f"{prefix}{name}_scale" in state_dict
-            if key not in state_dict and isinstance(old, torch.Tensor) and has_scale:
-                if (old.dtype, old.shape) == (values.dtype, values.shape):
-                    state_dict[key] = state_dict.pop(prefix + name)
+            if key in state_dict or not isinstance(old, torch.Tensor) or not has_scale:
+                continue
+            if (old.dtype, old.shape) == (values.dtype, values.shape):
+                state_dict[key] = state_dict.pop(prefix + name)
 
 
 def refuse_script() -> nn.Module:

@@ -22,7 +22,8 @@ class DynamicQuantizedConv(DynamicQuantizedLinear):
     """A Conv1d or Conv2d without groups, with int8 weights: a Linear of windows, each of them a row with its own scale.
 
     weight_int8: (O, k · I), of a Conv2d (O, kw · kh · I): the window from left to right, a column from top to bottom,
-    a position's channels; weight_scale: (O,) float32; bias: (O,) or None; weight: the float weight. input: (B, I, L), of a Conv2d
+    a position's channels; weight_scale: (O,) float32; weight: the float one; bias: (O,) or None. input: (B, I, L), of a
+    Conv2d
     (B, I, H, W), or without B -> what the convolution gives, in the input's dtype, contiguous or channels last as the
     input. Raises ShapeError or DTypeError for another input. docs/numerics.md, eq. 7–8 and 30.
     """

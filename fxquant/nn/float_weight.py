@@ -17,7 +17,19 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import DTypeError, ReadOnlyError
 
 _GETTERS = (
-    *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad", "is_leaf", "grad", "grad_fn"),
+    *(
+        "shape",
+        "dtype",
+        "device",
+        "layout",
+        "ndim",
+        "itemsize",
+        "nbytes",
+        "requires_grad",
+        "is_leaf",
+        "grad",
+        "grad_fn",
+    ),
     *("is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_nested", "is_quantized", "output_nr"),
 )
 _METHODS = (
@@ -71,7 +83,7 @@ class FloatWeight(torch.Tensor):
         has_rows: bool = False,
     ) -> FloatWeight:
         """Return the tensor. has_rows: whether `read` can be asked for some rows alone."""
-        made: FloatWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made: FloatWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made._read, made._name, made._has_rows = read, name, has_rows
         return made
 
@@ -81,8 +93,8 @@ class FloatWeight(torch.Tensor):
         own = args[0] if args and isinstance(args[0], FloatWeight) else None
         if own is None and _is_ours(func):
             raise DTypeError(
-                f"{func} takes a weight's integers, got the float weight that they stand for: pass the buffer beside it, "
-                "whose name QuantizedModule.set_weight returns (self.table_int8 for self.table)"
+                f"{func} takes a weight's integers, got the float weight that they stand for: pass the buffer beside "
+                "it, whose name QuantizedModule.set_weight returns (self.table_int8 for self.table)"
             )
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -102,7 +114,9 @@ class FloatWeight(torch.Tensor):
         return _with_values(func, args, kwargs) if found is None else found
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Return what an operator gives that was not met as a function: inside torch.func, say."""
         kwargs = kwargs or {}
         given = {**dict(zip((arg.name for arg in func._schema.arguments), args, strict=False)), **kwargs}

@@ -36,7 +36,7 @@ class DynamicQuantizedLinear(QuantizedModule):
         like: torch.Tensor | None = None,
         turned: tuple[int, int] | None = None,
     ) -> None:
-        """Take quantized values. like: the float weight, (O, I), or another form of it, of which two dimensions are turned."""
+        """Take a quantized weight. like: the float one, (O, I), or a form of it that has two dimensions turned."""
         super().__init__(qconfig)
         self.out_features, width = weight.values.shape
         self.in_features = width if in_features is None else in_features  # of int4 the width is half that

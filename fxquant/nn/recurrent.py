@@ -35,7 +35,8 @@ class DynamicQuantizedRecurrent(QuantizedModule):
 
     Input rows and each step's hidden rows are quantized as they come, each with a scale of its own, so that a sequence
     gives the same bits alone, in any batch, and step by step. The buffers are named as torch names the weights
-    (weight_ih_l0_int8: (G·H, I), weight_ih_l0_scale: (G·H,) float32, …; weight_ih_l0: the float weight); bias_l0 is the sum of the two float biases.
+    (weight_ih_l0_int8: (G·H, I), weight_ih_l0_scale: (G·H,) float32, …; weight_ih_l0: the float one); bias_l0 is the
+    sum of the two float biases.
     int4, two values a byte, in groups of N columns: (G·H, ceil(I / 2)) uint8, scale (G·H, ceil(I / N)) bfloat16. Each
     weight may have a scheme of its own (`QConfig.parts`); float16 and float32 ones have no scale, these no other key.
     Dropout between layers is for training only and has no part here.

@@ -95,7 +95,8 @@ class Asks(nn.Module):
     [lambda y, w: y.to(w.dtype), lambda y, w: y + torch.zeros(4, device=w.device), lambda y, w: y + w.new_zeros(4),
      lambda y, w: y.type_as(w), lambda y, w: y.to(w), lambda y, w: y + w.new_full((4,), 2),
      lambda y, w: y.to(w.data.dtype), lambda y, w: y.to(w.t().device), lambda y, w: y + w.detach().new_zeros(1),
-     lambda y, w: y + torch.zeros_like(w)[0], lambda y, w: y + torch.full_like(w.t(), 2.0)[0], lambda y, w: y + w.t().shape[0],
+     lambda y, w: y + torch.zeros_like(w)[0], lambda y, w: y + torch.full_like(w.t(), 2.0)[0],
+     lambda y, w: y + w.t().shape[0],
      lambda y, w: y.reshape(-1, w.data.size(1)),
      lambda y, w: y + torch.empty_like(w).shape[1] * w.detach().numel()],
 )  # fmt: skip
@@ -114,12 +115,15 @@ def test_of_the_first_parameter_that_states_are_made_like_nothing_is_kept():
             self.table, self.rnn = nn.Embedding(50, 8), nn.RNN(8, 8)
 
         def forward(self, words):
-            weight = next(self.parameters())  # no stand-in: forward meets the tensor, and torch.fx its method as a function
+            weight = next(
+                self.parameters()
+            )  # no stand-in: forward meets the tensor, and torch.fx its method as a function
             return self.rnn(self.table(words), weight.new_zeros(1, words.size(1), 8))[0]
 
     model, words = Model().eval(), torch.randint(50, (3, 2))
     quantized = quantize(model, words)
-    assert quantized.record.coverage.share == 1 and not quantized.record.left
+    assert quantized.record.coverage.share == 1
+    assert not quantized.record.left
     assert not any(t.is_floating_point() and t.dim() > 1 for t in quantized.state_dict().values())
     assert (quantized(words) - model(words)).norm() <= 0.05 * model(words).norm()
 

@@ -56,7 +56,8 @@ def test_what_constants_give_is_quantized(function, tmp_path):
     prepared = prepare(model, x)
     assert same_bits(prepared(x), expected)
     quantized = convert_fx(prepared)
-    assert quantized.record.coverage.share == 1 and not quantized.record.left
+    assert quantized.record.coverage.share == 1
+    assert not quantized.record.left
     assert (quantized(x) - expected).norm() <= 0.02 * expected.norm()
     assert not any(t.dim() > 1 and t.is_floating_point() for t in quantized.state_dict().values())
     fxquant.save(quantized, tmp_path / "m")
@@ -93,7 +94,8 @@ def test_what_is_not_the_same_at_each_call_stays_float(function):
     model, twin, x = Model(function).eval(), Model(function).eval(), torch.randn(5, 16)
     twin.load_state_dict(model.state_dict())
     quantized = convert_fx(prepare(model, x))
-    assert not quantized.record.sites and quantized.record.left
+    assert not quantized.record.sites
+    assert quantized.record.left
     for _ in range(3):
         assert same_bits(quantized(x), twin(x))
 
@@ -114,7 +116,11 @@ def test_a_mapping_names_a_folded_weight_by_its_source():
     model, x = Model(FOLDED["scaled"]).eval(), torch.randn(5, 16)
     mapping = QConfigMapping().set_global(default_dynamic_qconfig).set_module_name("a.weight", float16_dynamic_qconfig)
     (site,) = prepare(model, x, mapping=mapping).record.sites
-    assert (site.path, site.qconfig, site.rule) == ("a.weight_folded", float16_dynamic_qconfig, "module_name 'a.weight'")
+    assert (site.path, site.qconfig, site.rule) == (
+        "a.weight_folded",
+        float16_dynamic_qconfig,
+        "module_name 'a.weight'",
+    )
 
 
 def test_the_users_model_and_its_weights_are_left_alone():

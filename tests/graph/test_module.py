@@ -108,7 +108,9 @@ def test_a_state_dict_of_the_float_model_is_refused_and_nothing_is_changed():
     model = WordLM().eval()
     quantized = quantize(model, *lm_inputs(model))
     before = {n: t.clone() for n, t in quantized.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"encoder.weight is a weight that is not quantized.*: here it is weight_int8"):
+    with pytest.raises(
+        RuntimeError, match=r"encoder.weight is a weight that is not quantized.*: here it is weight_int8"
+    ):
         quantized.load_state_dict(model.state_dict())
     assert all(torch.equal(t, before[n]) for n, t in quantized.state_dict().items())
 

@@ -17,7 +17,9 @@ def linear(forward):
 
 SAME = {
     "plain": lambda self, x: F.linear(x, self.weight, self.bias),
-    "whisper": lambda self, x: F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)),
+    "whisper": lambda self, x: F.linear(
+        x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+    ),
     "super": lambda self, x: nn.Linear.forward(self, x),
     "keywords": lambda self, x: F.linear(bias=self.bias, input=x, weight=self.weight.type_as(x)),
 }

@@ -143,7 +143,8 @@ def test_a_row_that_is_not_there(table, index):
 def test_rows_are_looked_up_without_the_others(table, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "fxquant.nn.base.dequantize_weight", lambda weight, *_: seen.append(weight.values.shape) or weight.values.float()
+        "fxquant.nn.base.dequantize_weight",
+        lambda weight, *_: seen.append(weight.values.shape) or weight.values.float(),
     )
     for read in READS["rows of an index"], READS["embedding"], READS["index_select"], READS["row"]:
         read(table.weight, None)
@@ -185,7 +186,8 @@ def test_what_asks_for_no_values_dequantizes_nothing(layer, values, ask, monkeyp
     monkeypatch.setattr(layer, "dequantize", None)
     found, expected = ask(weight), ask(values)
     if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected) and (found.dtype, type(found)) == (expected.dtype, torch.Tensor)
+        assert torch.equal(found, expected)
+        assert (found.dtype, type(found)) == (expected.dtype, torch.Tensor)
     elif ask is not hash:
         assert found == expected
 
@@ -279,14 +281,18 @@ def test_a_method_beside_forward_computes_with_it_and_one_warning_names_it():
     codec, x = Codec().eval(), torch.randn(300, 32)
     quantized = quantize_dynamic(codec)
     assert quantized.dtype == torch.float32
-    with pytest.warns(UserWarning, match=r"weight of a quantized QuantizedEmbedding \(64, 16\) is read by .*test_float_weight.py:\d+, in encode: `return torch.cdist") as caught:
+    told = r"weight of a quantized QuantizedEmbedding \(64, 16\) is read by .*test_float_weight.py:\d+, in encode: `ret"
+    with pytest.warns(UserWarning, match=told) as caught:
         agree = (quantized.encode(x) == codec.encode(x)).float().mean()
-    assert agree > 0.9 and len(caught) == 1 and caught[0].filename == __file__
+    assert agree > 0.9
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quantized.encode(x)
     (reader,) = fxquant.explain(quantized).readers
-    assert reader.startswith("codes.weight is read by ") and "set_module_name('codes', None)" in reader
+    assert reader.startswith("codes.weight is read by ")
+    assert "set_module_name('codes', None)" in reader
     assert f"slow: {reader}" in fxquant.explain(quantized).remarks
     assert fxquant.explain(quantize_dynamic(codec)).readers == ()
 

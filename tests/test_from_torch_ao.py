@@ -287,6 +287,24 @@ class Whole(nn.Module):
         return F.linear(self.body(x.unsqueeze(-1)).squeeze(-1), self.weight)
 
 
+class Scaled(Whole):
+    """A Whole whose output goes through a matrix that is computed from others."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.scale = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return super().forward(x) @ (self.matrix * self.scale)
+
+
+def test_a_matrix_that_forward_computes_is_that_of_torch_aos_tensors(tq):
+    model, x = Scaled().eval(), torch.randn(5, 8)
+    theirs = graphed(tq, model, x)
+    ours = from_torch_ao(theirs.state_dict(), Scaled().eval(), qconfig=EXACT)  # an architecture with other weights
+    assert (ours(x) - theirs(x)).abs().max() <= 16 * ULP * theirs(x).abs().max()
+
+
 @pytest.mark.parametrize("is_folded", [False, True])
 def test_a_norm_that_torch_ao_did_not_fold_is_not(tq, is_folded):
     model, x = Whole().eval(), torch.randn(5, 8)

@@ -176,23 +176,34 @@ class _Values:
                 self.constant.add(node)
 
     def of(self, node: fx.Node) -> Any:
-        """Return the value of a node, None where it is no constant, or no matrix has part in it."""
+        """Return the value of a node, None where it is no constant, or no matrix has part in it.
+
+        None too for what depends on values so that a checkpoint's load, on the meta device, could not do it.
+        """
         if node not in self.constant or not any(_is_matrix(self.root, source) for source in _sources(node)):
             return None
         with torch.no_grad():
-            return self.value(node)
+            try:
+                _compute(node, self.root, {}, on_meta=True)
+            except Exception:  # whatever torch says of an operator that has no meta form
+                return None
+            return _compute(node, self.root, self.known)
 
-    def value(self, node: fx.Node) -> Any:
-        """Return the value of a constant node."""
-        if node not in self.known:
-            if node.op == "get_attr":
-                self.known[node] = edit.get_tensor(self.root, str(node.target))
-            else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
-                is_method = isinstance(node.target, str)
-                call: Any = getattr(args[0], str(node.target)) if is_method else node.target
-                self.known[node] = call(*args[is_method:], **kwargs)
-        return self.known[node]
+
+def _compute(node: fx.Node, root: nn.Module, known: dict[fx.Node, Any], on_meta: bool = False) -> Any:
+    """Return the value of a constant node; on_meta: without data."""
+    if node not in known:
+        if node.op == "get_attr":
+            tensor = edit.get_tensor(root, str(node.target))
+            assert tensor is not None, node.target
+            known[node] = torch.empty_like(tensor, device="meta") if on_meta else tensor
+        else:
+            values = {feeder: _compute(feeder, root, known, on_meta) for feeder in node.all_input_nodes}
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            is_method = isinstance(node.target, str)
+            call: Any = getattr(args[0], str(node.target)) if is_method else node.target
+            known[node] = call(*args[is_method:], **kwargs)
+    return known[node]
 
 
 def is_pure(node: fx.Node) -> bool:

@@ -88,11 +88,13 @@ def trace(
     constants: Mapping[str, Any] | None = None,
     untraced: Mapping[str, str] | None = None,
     keep_whole: bool = False,
+    folds: bool = True,
 ) -> Traced:
     """Return a model's graph over a mirror of its modules and tensors, whose hooks are left off meanwhile.
 
     constants: arguments that are fixed, and asserted. untraced: submodules known not to trace. keep_whole: whether one
-    that turns out not to trace is called as it is, the innermost first, rather than an error.
+    that turns out not to trace is called as it is, the innermost first, rather than an error. folds: whether weights that
+    are computed from constants are computed now.
 
     Raises ModelStateError for a model in training mode or with lazy parameters, TraceError for one that torch.fx cannot
     trace, naming the user's file and line.
@@ -111,7 +113,8 @@ def trace(
                 raise _trace_error(model, error) from error
             kept[failure.path] = f"{first_line(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
     name = model.__class__.__name__
-    fold(root, graph, operators, hooked | kept.keys())
+    if folds:
+        fold(root, graph, operators, hooked | kept.keys())
     return Traced(fx.GraphModule(root, graph, name), names_of(root), hooked, dict(constants or {}), kept, doubtful)
 
 

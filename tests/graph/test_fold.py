@@ -167,3 +167,20 @@ def test_a_table_cast_to_an_inputs_dtype_stays_float():
     model = Model(lambda m, x: F.embedding(x.argmax(-1), m.a.weight.to(x.dtype))).eval()
     (left,) = prepare(model, torch.randn(5, 16)).record.left
     assert (left.path, left.reason) == ("a.weight", "its weight is cast to another dtype at each call")
+
+
+DEPENDS_ON_VALUES = {
+    "a mask as an index": lambda m, x: F.linear(x, m.a.weight[m.mask.sum(1) > 0]),
+    "item": lambda m, x: F.linear(x, m.a.weight * m.scale.item()),
+}
+
+
+@pytest.mark.parametrize("function", DEPENDS_ON_VALUES.values(), ids=DEPENDS_ON_VALUES)
+def test_what_a_checkpoint_could_not_fold_without_values_is_not_folded(function, tmp_path):
+    model, x = Model(function).eval(), torch.randn(5, 16)
+    quantized = convert_fx(prepare(model, x))
+    fxquant.save(quantized, tmp_path / "m")
+    with torch.device("meta"):
+        skeleton = Model(function).eval()
+    assert same_bits(fxquant.load(skeleton, tmp_path / "m")(x), quantized(x))
+    assert same_bits(quantized(x), model(x))

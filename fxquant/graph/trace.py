@@ -93,8 +93,8 @@ def trace(
     """Return a model's graph over a mirror of its modules and tensors, whose hooks are left off meanwhile.
 
     constants: arguments that are fixed, and asserted. untraced: submodules known not to trace. keep_whole: whether one
-    that turns out not to trace is called as it is, the innermost first, rather than an error. folds: whether weights that
-    are computed from constants are computed now.
+    that turns out not to trace is called as it is, the innermost first, rather than an error. folds: whether weights
+    that are computed from constants are computed now.
 
     Raises ModelStateError for a model in training mode or with lazy parameters, TraceError for one that torch.fx cannot
     trace, naming the user's file and line.

@@ -33,6 +33,8 @@ OTHERS = {
     "branches": lambda self, x: F.linear(x, self.weight, self.bias) if x.sum() > 0 else x,
     "the input too": lambda self, x: (F.linear(x, self.weight, self.bias), x),
     "writes": lambda self, x: F.linear(x.mul_(2), self.weight, self.bias),
+    "writes its weight": lambda self, x: (self.weight.mul_(2), F.linear(x, self.weight, self.bias))[1],
+    "the second input": lambda self, other, x: F.linear(x, self.weight, self.bias),
 }
 
 

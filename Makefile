@@ -8,7 +8,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+# Of torch's thousands of files an import reads some; Python compiles those then, in less time than pip would take for all.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+# Tests run in a process for each core; more than four wait for memory and for each other.
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test lint types tutorials docs clean
 
@@ -16,7 +19,7 @@ demo: $(VENV)/.fxquant
 	$(BIN)/python -m tutorials.word_language_model --data "$(DATA)" --checkpoint "$(CHECKPOINT)" $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -35,15 +38,16 @@ docs: $(VENV)/.docs
 $(VENV)/.fxquant: pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) setuptools wheel
-	$(INSTALL) --no-build-isolation -e '.[tutorials]'
+	$(INSTALL) --no-build-isolation -e '.[demo]'
 	touch $@
 
+# By its name: the package as it lies here is installed already, and need not be compiled again.
 $(VENV)/.dev: $(VENV)/.fxquant
-	$(INSTALL) --no-build-isolation -e '.[dev]'
+	$(INSTALL) 'fxquant[dev]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.dev
-	$(INSTALL) --no-build-isolation -e '.[docs]'
+	$(INSTALL) 'fxquant[docs,tutorials]'
 	touch $@
 
 clean:

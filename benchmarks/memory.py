@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -47,8 +46,12 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Return the greatest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the greatest resident set of this program so far.
+
+    getrusage would not do: what it tells of a new process begins with the size of the one that started it.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="utf8").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024
 
 
 def state_bytes(model: nn.Module) -> int:

@@ -155,16 +155,19 @@ static void forget_threads(void) { /* in the child of a fork: none came along */
     fxq_reset_rounds();
 }
 
-static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
+static void ask_for_word(void) { pthread_atfork(NULL, NULL, forget_threads); }
+
+void fxq_watch_forks(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, ask_for_word);
+}
 
 void fxq_run(fxq_job fn, void *arg, struct fxq_hands hands, int64_t work) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
     const struct fxq_offer offer = {fn, arg, hands};
     if (hands.threads <= 1 || pthread_mutex_trylock(&busy) != 0) {
         run_alone(&offer);
         return;
     }
-    pthread_once(&once, watch_forks);
     const int others = hands.threads - 1, awake = fxq_ready_workers(), ready = awake < others ? awake : others;
     const int64_t began = fxq_now_ns();
     if (began - habit.ended > CLOSE_NS) habit.missed_ns = 0;

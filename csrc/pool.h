@@ -44,6 +44,9 @@ void fxq_split(fxq_pieces fn, void *arg, int64_t pieces, struct fxq_hands hands,
  * in one call of fn. */
 void fxq_round(struct fxq_team *team, int64_t pieces, fxq_pieces fn, void *arg);
 
+/* Before the first fork of a process that uses the pool: torch's threads too are gone in the child. */
+void fxq_watch_forks(void);
+
 /* Who helps with a job: workers that spin, workers that must be woken first, or the team of torch's OpenMP. */
 enum fxq_way { FXQ_READY, FXQ_WAKING, FXQ_OPENMP, FXQ_WAYS, FXQ_ALONE = FXQ_WAYS };
 

@@ -27,8 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
 from fxquant._version import __version__
-from fxquant.errors import CheckpointError, FxQuantError, TraceError, nearest
+from fxquant.errors import CheckpointError, FxQuantError, TraceError, nearest, warn
 from fxquant.graph import edit
+from fxquant.graph.architecture import Architecture, describe, differences
+from fxquant.graph.check import PASSED_BY
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
 from fxquant.graph.fuse import fuse
@@ -38,15 +40,16 @@ from fxquant.graph.module import (
     Left,
     Record,
     Site,
+    Unfused,
     finish,
     keep_record,
     need_stage,
-    preserve,
     refuse_ours,
     take_old_keys,
 )
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import replay
+from fxquant.graph.preserve import preserve
 from fxquant.graph.trace import check_model, trace
 from fxquant.graph.tree import plain_mirror
 from fxquant.nn.base import dtype_errors
@@ -63,9 +66,16 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized model to one safetensors file, atomically: the file is complete or not there.
 
     Raises ModelStateError for anything but a result of convert_fx (or load), CheckpointError for a folder that
-    is missing, may not be written to, or is in the file's place.
+    is missing, may not be written to, or is in the file's place, and for a model that calls layers outside of it.
     """
     record = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
+    astray = [left.path for left in record.left if left.reason == PASSED_BY]
+    if astray:
+        raise CheckpointError(
+            f"{path}: not written: forward calls {', '.join(map(repr, astray))} by a reference from outside of the "
+            "model's modules, so that what load makes would call the skeleton's layers, without the saved weights; let "
+            "forward call them by attributes of the model"
+        )
     tensors, aliases = _distinct(quantized.state_dict())
     target = pathlib.Path(path)
     if not target.parent.is_dir():
@@ -88,14 +98,21 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 @torch.inference_mode(False)
-def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[Operator] = OPERATORS) -> nn.Module:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    operators: Sequence[Operator] = OPERATORS,
+    check: bool = True,
+) -> nn.Module:
     """Return the quantized model that `save` wrote.
 
     model: the float architecture, in eval mode; it may live on the meta device, for no float weight is read or made.
-    It is not changed. operators: the table that the model was prepared with, if rows of your own were in it.
+    It is not changed. operators: the table that the model was prepared with, if rows of your own were in it. check:
+    whether a model that computes something else than the saved one (other heads, another activation) is refused.
 
     Raises CheckpointError for a file that is damaged, altered, foreign, of another format than this version's,
-    or another model's.
+    or another model's. Warns where code that is not traced comes from another release of its package.
     """
     refuse_ours(model, "load")
     check_model(model)
@@ -111,10 +128,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, operators: Sequence[
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise _senseless(path, error) from error
-    result = _rebuild(model, record, path)
+    result = _rebuild(model, record, path, check)
     take_old_keys(result, tensors)
     _check_tensors(result, tensors, path)
     result.load_state_dict(tensors, assign=True)
+    _set_live(result, plan.get("live", {}))
     _fill_unsaved(result, model, path)
     return result
 
@@ -164,12 +182,31 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict
             for key, value in mapping.items()
         },
         "aliases": aliases,
-        "preserved": list(record.preserved),
+        "preserved": list(record.preserved.names),
+        "live": {path: _live(model, path) for path in record.live},
+        "written": sorted(record.written),
+        "unfused": [asdict(chain) for chain in record.unfused],
         "constants": dict(record.constants),
         "untraced": dict(record.untraced),
         "float_bytes": record.float_bytes,
         "coverage": asdict(record.coverage),
+        "architecture": None if record.architecture is None else record.architecture.to_plain(),
     }
+
+
+def _live(model: nn.Module, path: str) -> list[Any]:
+    """Return the value of an attribute in a list, empty where JSON has no such value: the skeleton's is taken then."""
+    owner, _, name = path.rpartition(".")
+    value = getattr(model.get_submodule(owner), name)
+    return [value] if isinstance(value, (bool, int, float, str, type(None))) else []
+
+
+def _set_live(result: nn.Module, values: dict[str, list[Any]]) -> None:
+    """Set the attributes that a graph reads at each call to what they were when it was saved."""
+    for path, value in values.items():
+        owner, _, name = path.rpartition(".")
+        if value:
+            setattr(result.get_submodule(owner), name, value[0])
 
 
 def _plain(part: Any) -> Any:
@@ -257,11 +294,15 @@ def _record(
         fusions=tuple(Fusion(path=f["path"], chain=tuple(f["chain"])) for f in plan["fusions"]),
         mapping=_mapping(plan["mapping"], model, operators),
         operators=tuple(operators),
+        unfused=tuple(Unfused(chain=tuple(u["chain"]), used=u["used"]) for u in plan.get("unfused", ())),
         preserved=preserve(model, tuple(plan["preserved"])),
+        live=tuple(plan.get("live", ())),
+        written=frozenset(plan.get("written", ())),
         constants=plan["constants"],
         untraced=plan["untraced"],
         float_bytes=plan["float_bytes"],
         coverage=Coverage(**plan["coverage"]),
+        architecture=Architecture.from_plain(plan["architecture"]) if plan.get("architecture") else None,
     )
 
 
@@ -295,28 +336,57 @@ def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operat
     )
 
 
-def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str]) -> nn.Module:
-    """Return the quantized model without data: the recorded decisions applied to a mirror on the meta device."""
+def _rebuild(model: nn.Module, record: Record, path: str | os.PathLike[str], check: bool) -> nn.Module:
+    """Return the quantized model without data: the recorded decisions applied to a mirror on the meta device.
+
+    check: whether another architecture than the recorded one is a CheckpointError.
+    """
+    saved = record.architecture if check else None
     try:
-        return (_rebuild_graph if record.is_traced else _rebuild_tree)(model, record)
+        return (_rebuild_graph if record.is_traced else _rebuild_tree)(model, record, saved)
+    except _OtherArchitectureError as error:
+        raise CheckpointError(
+            f"{path}: was made for another model than this {type(model).__name__}: {error}. Build the model as it was "
+            "built when it was quantized; where it computes the same all the same: load(..., check=False)"
+        ) from error
     except (LookupError, AttributeError, TypeError, ValueError, AssertionError, TraceError) as error:
         raise CheckpointError(
             f"{path}: was made for another model than this {type(model).__name__}: {error}"
         ) from error
 
 
-def _rebuild_graph(model: nn.Module, record: Record) -> nn.Module:
-    traced = trace(model, record.operators, device="meta", constants=record.constants, untraced=record.untraced)
+class _OtherArchitectureError(Exception):
+    """The float model is not the one that a file is of; says in what."""
+
+
+def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
+    traced = trace(model, record.operators, "meta", record.constants, record.untraced, keep=record.keep)
+    _match(saved, traced.module)
     fuse(traced.module, traced.hooked, only=record.fusions)
     sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module
     convert(module, sites, record.operators)
-    return finish(clean(module, model), model, record)
+    return finish(clean(module, model, record.preserved), model, record.advance(**traced.kept))
 
 
-def _rebuild_tree(model: nn.Module, record: Record) -> nn.Module:
-    root, _ = convert_modules(plain_mirror(model, "meta"), record.sites, record.operators)
+def _rebuild_tree(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
+    root = plain_mirror(model, "meta")
+    _match(saved, root)
+    root, _ = convert_modules(root, record.sites, record.operators)
     return keep_record(root, record)
+
+
+def _match(saved: Architecture | None, root: nn.Module) -> None:
+    """Raise _OtherArchitectureError unless a model is the saved one; warn where its untraced code may be another."""
+    certain, possible = differences(saved, describe(root)) if saved is not None else ([], [])
+    if certain:
+        more = f" (and {len(certain) - 1} more)" if len(certain) > 1 else ""
+        raise _OtherArchitectureError(certain[0] + more)
+    if possible:
+        warn(
+            f"this {type(root).__name__} is not traced, and was quantized with another release of its package: "
+            f"{possible[0]}; compare its answers with known ones"
+        )
 
 
 def _check_tensors(result: nn.Module, tensors: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:

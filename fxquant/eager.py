@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -10,6 +11,8 @@ from torch import nn
 
 from fxquant.entry import entry
 from fxquant.errors import QConfigError
+from fxquant.graph.call import bind_inputs
+from fxquant.graph.check import checked
 from fxquant.graph.module import need_stage, refuse_ours
 from fxquant.graph.moments import gather
 from fxquant.graph.outcome import judge
@@ -50,6 +53,8 @@ def quantize_dynamic(
     operators: Iterable[Operator] = OPERATORS,
     strict: bool = False,
     data: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Return the model with its modules swapped for quantized ones, in eval mode. It is not traced and not changed.
 
@@ -58,11 +63,13 @@ def quantize_dynamic(
     get: torch.int8 (default_dynamic_qconfig), torch.int16, torch.float16; for embeddings torch.uint8, torch.uint4.
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
     data: batches, with which int4 weights are rounded with error feedback, as in `convert_fx`.
+    example_inputs, example_kwargs: one call's arguments, as for prepare_fx. On them the quantized model is checked as
+    `convert_fx` does it; without them nothing is run, and nothing is checked.
 
     For models that do not trace; calls of F.linear and the like are out of reach here. `fxquant.explain` says what
     became of each module, `fxquant.save` and `load` work as for a result of convert_fx.
 
-    Raises ModelStateError, QConfigError, MappingNameError or ExampleInputsError; then nothing was changed.
+    Raises ModelStateError, QConfigError, MappingNameError, ExampleInputsError or CheckError; then nothing was changed.
     """
     table = tuple(operators)
     refuse_ours(model, "quantize_dynamic")
@@ -70,10 +77,16 @@ def quantize_dynamic(
     mapping = _as_mapping(qconfig_spec, dtype)
     known = names_of(plain_mirror(model))
     check_mapping(mapping, known)
-    prepared = prepare_tree(model, mapping, table)
+    has_inputs = example_inputs is not None or example_kwargs is not None
+    given = () if example_inputs is None else example_inputs
+    inputs = bind_inputs(model, given, example_kwargs) if has_inputs else None
+    prepared = prepare_tree(model, mapping, table, inputs=inputs)
     record = need_stage(prepared, "prepared", "quantize_dynamic", "prepare_tree")
     judge(type(model).__name__, record, known, strict=strict)
-    return convert_tree(prepared, gather(prepared, record.sites, data) if data is not None else None)
+    moments = gather(prepared, record.sites, data) if data is not None else None
+    if inputs is None:
+        return convert_tree(prepared, moments)
+    return checked(prepared, functools.partial(convert_tree, moments=moments))
 
 
 def _as_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:

@@ -40,6 +40,14 @@ class AttributeNameError(FxQuantError, AttributeError):
     """preserved_attributes names something that the model does not have."""
 
 
+class CheckError(FxQuantError):
+    """The quantized model fails on the example inputs, on which the float one runs."""
+
+
+class FixedAttributeError(FxQuantError, AttributeError):
+    """An attribute was set that forward read as a constant when it was traced, so that a graph cannot obey."""
+
+
 class ShapeError(FxQuantError, ValueError):
     """A tensor's shape does not fit a quantized module."""
 

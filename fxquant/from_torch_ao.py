@@ -19,6 +19,7 @@ from torch import fx, nn
 from fxquant._torch_ao_state import Found, Packed, Weight, architecture_of, unpack
 from fxquant.errors import ModelStateError, TorchAoError, nearest
 from fxquant.graph import edit
+from fxquant.graph.architecture import describe
 from fxquant.graph.capture import tensors_meta
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import WeightCache, convert, convert_modules
@@ -113,6 +114,7 @@ def _needs_graph(architecture: nn.Module, found: Found) -> bool:
 def _as_tree(architecture: nn.Module, found: Found) -> nn.Module:
     """Return the architecture with its modules swapped, as quantize_dynamic does."""
     root = edit.mirror(architecture).eval()
+    described = describe(root)
     cache = _fill(root, found, architecture)
     decided = plan_modules(root, found.mapping, OPERATORS)
     root, sites = convert_modules(root, tuple(decided.sites), OPERATORS, cache)
@@ -125,6 +127,7 @@ def _as_tree(architecture: nn.Module, found: Found) -> nn.Module:
         operators=OPERATORS,
         coverage=decided.coverage,
         float_bytes=edit.byte_count(architecture),
+        architecture=described,
     )
     return keep_record(root, record)
 
@@ -132,8 +135,9 @@ def _as_tree(architecture: nn.Module, found: Found) -> nn.Module:
 def _as_graph(architecture: nn.Module, found: Found) -> nn.Module:
     """Return the architecture as a graph, as prepare_fx and convert_fx give; a BatchNorm that was not folded stays."""
     traced = trace(architecture, OPERATORS, keep_whole=True, folds=False)  # its weights are not read
+    described = describe(traced.module)
     norms = {name.rpartition(".")[0] for name in found.floats if name.endswith(".running_mean")}
-    fusions = fuse(traced.module, traced.hooked | norms)
+    fusions, _ = fuse(traced.module, traced.hooked | norms)
     _place_calls(traced, found)
     cache = _fill(traced.module, found, architecture)
     decided = plan(traced, found.mapping, OPERATORS)
@@ -148,6 +152,7 @@ def _as_graph(architecture: nn.Module, found: Found) -> nn.Module:
         untraced=traced.untraced,
         coverage=decided.coverage,
         float_bytes=edit.byte_count(architecture),
+        architecture=described,
     )
     return finish(clean(traced.module, architecture), architecture, record)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,16 +11,19 @@ from torch import fx, nn
 from fxquant.entry import entry
 from fxquant.errors import ExampleInputsError, FxQuantError, QConfigError, TraceError, warn
 from fxquant.graph import edit
-from fxquant.graph.call import Inputs, bind_inputs
+from fxquant.graph.architecture import describe
+from fxquant.graph.call import Example, Inputs, bind_inputs
 from fxquant.graph.capture import capture, check_runs
+from fxquant.graph.check import checked
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import WeightCache, convert
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import FxModule, Record, finish, need_stage, preserve, refuse_ours
+from fxquant.graph.module import FxModule, Record, finish, need_stage, refuse_ours
 from fxquant.graph.moments import Moments, gather
 from fxquant.graph.observe import observe
 from fxquant.graph.outcome import judge
 from fxquant.graph.plan import plan
+from fxquant.graph.preserve import Keep, preserve
 from fxquant.graph.rules import check_mapping
 from fxquant.graph.trace import check_model, names_of, trace
 from fxquant.graph.tree import convert_tree, plain_mirror, prepare_tree
@@ -46,8 +50,9 @@ def prepare_fx(
     model: in eval mode; it is not changed, and its weights are shared, not copied, until convert_fx.
     qconfig_mapping: which qconfig each part gets, as a QConfigMapping or in its dict form.
     example_inputs: a tuple of one call's positional arguments, a dict of its keyword arguments, or one tensor; really
-    run. example_kwargs: keyword arguments that go with positional ones.
-    preserved_attributes: names of attributes, methods and properties of the model that shall stay reachable.
+    run, and kept, copied, for convert_fx's check. example_kwargs: keyword arguments that go with positional ones.
+    preserved_attributes: names of attributes, methods and properties of the model that shall stay: they may be read,
+    set and called. What their code uses comes along; modules that it calls are quantized, and fused with nothing.
     operators: the operator table; rows of your own go beside ours: (*OPERATORS, MY_ROW).
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
 
@@ -60,25 +65,29 @@ def prepare_fx(
     preserved = preserve(model, preserved_attributes)
     inputs = bind_inputs(model, example_inputs, example_kwargs)
     try:
-        traced = capture(model, operators, inputs)
+        traced = capture(model, operators, inputs, preserved)
     except (TraceError, ExampleInputsError) as error:
         return _prepare_whole(model, mapping, operators, inputs, error, strict)
     functions = [node.target for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
-    fusions = fuse(traced.module, traced.hooked)
+    architecture = describe(traced.module)
+    fusions, unfused = fuse(traced.module, traced.hooked, preserved)
     decided = plan(traced, mapping, operators)
     record = Record(
         stage="prepared",
         sites=observe(traced.module, decided),
         left=tuple(decided.left),
         fusions=fusions,
+        unfused=unfused,
         mapping=mapping,
         operators=tuple(operators),
-        preserved=preserved,
+        **traced.kept,
         constants=traced.constants,
         untraced=traced.untraced,
         float_bytes=edit.byte_count(model),
         coverage=decided.coverage,
+        example=Example(inputs),
+        architecture=architecture,
     )
     judge(type(model).__name__, record, traced.names, functions, strict=strict)
     return finish(traced.module, model, record)
@@ -93,13 +102,13 @@ def _prepare_whole(
     strict: bool,
 ) -> nn.Module:
     """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
-    check_runs(model, inputs, cause)
+    written = check_runs(model, inputs, cause)
     if isinstance(cause, ExampleInputsError):  # the model does run on them
         told = str(cause).splitlines()[0].replace("the model fails on example_inputs", "its graph fails")
         cause = TraceError(f"{type(model).__name__} runs, but not as it was traced (it may ask for a type): {told}")
     check_mapping(mapping, names_of(plain_mirror(model)))
     why = " ".join(line.strip() for line in str(cause).splitlines()[:2])
-    prepared = prepare_tree(model, mapping, operators, {"": why})
+    prepared = prepare_tree(model, mapping, operators, {"": why}, inputs, written)
     record = need_stage(prepared, "prepared", "prepare_fx", "prepare_tree")
     if not record.sites:
         raise cause
@@ -112,7 +121,7 @@ def _prepare_whole(
 
 
 @entry
-def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None) -> nn.Module:
+def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None, check: bool = True) -> nn.Module:
     """Return the quantized model that prepare_fx decided on. The prepared model is left as it was.
 
     data: an iterable of batches like those that the model will see, each a tuple of one call's positional arguments, a
@@ -120,11 +129,18 @@ def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None) -> nn.
     25–29): the float model runs over it once, and each site says in its `rounding` what came of it. Without it, and for
     other weights, rounding is to nearest.
 
+    check: whether the quantized model is run once on prepare_fx's example inputs, beside the float one. A layer that
+    is run in float and no longer once it is quantized stays float, and its reason says so; other shapes or dtypes, NaN
+    where float has none, and an SQNR below 10 dB, with the worst sites, are told in one warning.
+
     Raises ModelStateError for anything but a result of prepare_fx; ExampleInputsError for data that holds no batch, or
-    one that does not fit forward.
+    one that does not fit forward; CheckError where the quantized model fails on the example inputs.
     """
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
-    return convert_with(prepared, gather(prepared, record.sites, data) if data is not None else None)
+    moments = gather(prepared, record.sites, data) if data is not None else None
+    if not check:
+        return convert_with(prepared, moments)
+    return checked(prepared, functools.partial(convert_with, moments=moments))
 
 
 @entry
@@ -137,7 +153,8 @@ def convert_with(prepared: nn.Module, moments: Moments | None) -> nn.Module:
     assert isinstance(module, fx.GraphModule)
     cache = WeightCache(moments.rounding(module) if moments is not None else None)
     sites = convert(module, record.sites, record.operators, cache)
-    return finish(clean(module, prepared), prepared, record.advance(stage="quantized", sites=sites))
+    quantized = clean(module, prepared, record.preserved)
+    return finish(quantized, prepared, record.advance(stage="quantized", sites=sites, example=None))
 
 
 @entry
@@ -157,12 +174,12 @@ def fuse_fx(
     check_model(model)
     preserved = preserve(model, preserved_attributes)
     if example_inputs is None and example_kwargs is None:
-        traced = trace(model, OPERATORS)
+        traced = trace(model, OPERATORS, keep=Keep(preserved))
     else:
         given = () if example_inputs is None else example_inputs
-        traced = capture(model, OPERATORS, bind_inputs(model, given, example_kwargs))
-    fusions = fuse(traced.module, traced.hooked)
-    record = Record(stage="fused", fusions=fusions, preserved=preserved, float_bytes=edit.byte_count(model))
+        traced = capture(model, OPERATORS, bind_inputs(model, given, example_kwargs), preserved)
+    fusions, unfused = fuse(traced.module, traced.hooked, preserved)
+    record = Record(stage="fused", fusions=fusions, unfused=unfused, float_bytes=edit.byte_count(model), **traced.kept)
     return finish(traced.module, model, record)
 
 

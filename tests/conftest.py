@@ -6,6 +6,11 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the tests that take long, so that no worker is left with one when the others have finished."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def _repeatable():
     threads = torch.get_num_threads()

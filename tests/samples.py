@@ -222,8 +222,10 @@ def prepare(model: nn.Module, *inputs: Any, mapping: Any = None, **options: Any)
     return prepare_fx(model.eval(), mapping or everything(), inputs, **options)
 
 
-def quantize(model: nn.Module, *inputs: Any, mapping: Any = None, **options: Any) -> fxquant.graph.module.FxModule:
-    return convert_fx(prepare(model, *inputs, mapping=mapping, **options))
+def quantize(
+    model: nn.Module, *inputs: Any, mapping: Any = None, check: bool = True, **options: Any
+) -> fxquant.graph.module.FxModule:
+    return convert_fx(prepare(model, *inputs, mapping=mapping, **options), check=check)
 
 
 def leaves(tree: Any) -> list[torch.Tensor]:

@@ -27,6 +27,8 @@ from fxquant import (
     quantize_dynamic,
 )
 from fxquant.checkpoint import FORMAT
+from fxquant.graph.architecture import ModuleKind
+from fxquant.graph.code import code_of
 from fxquant.graph.module import Coverage, Fusion, Left, Site
 from fxquant.spec import TensorSpec
 from tests.samples import SCHEMES, Call, WordLM, everything, leaves, lm_inputs, prepare, quantize, same_bits
@@ -397,6 +399,7 @@ FIELDS = {
         Fusion: "path chain",
         Coverage: "quantized_bytes total_bytes",
         QConfig: "activation weight weight_observer parts",
+        ModuleKind: "type details attributes code release",
         TensorSpec: "dtype qmin qmax symmetric axis dynamic scale_steps group_size",
     }
 }
@@ -450,6 +453,10 @@ def damaged_plans():
         "a preserved attribute it does not have": lambda plan, _: plan.update(preserved=["absent"]),
         "a site that is not there": lambda plan, _: plan["sites"][0].update(path="other"),
         "a call that is not there": lambda plan, _: plan["sites"][0].update(call="other"),
+        "an architecture of another kind": lambda plan, _: plan.update(architecture=3),
+        "an architecture without its modules": lambda plan, _: plan["architecture"].pop("modules"),
+        "a kind that is not there": lambda plan, _: plan["architecture"]["modules"].update(x=99),
+        "a kind with a field too many": lambda plan, _: plan["architecture"].update(kinds=[{"shell": "rm"}]),
         "an operator that is not there": lambda plan, _: plan["sites"][0].update(operator="other"),
     }
 
@@ -621,3 +628,66 @@ def test_int16_weights_round_trip(path):
     assert loaded.record.sites == quantized.record.sites
     assert {t.dtype for t in loaded.buffers()} == {torch.int16, torch.float32}
     assert same_bits(list(copy.deepcopy(loaded).buffers()), list(quantized.buffers()))
+
+
+class Scaled(nn.Module):
+    """Traced, or not, with what a skeleton may have other than the file."""
+
+    def __init__(self, heads=4, act=nn.GELU, factor=1.0, branches=False):
+        super().__init__()
+        self.attention, self.linear = nn.MultiheadAttention(64, heads, batch_first=True), nn.Linear(64, 64)
+        self.act, self.factor, self.branches = act(), factor, branches
+
+    def forward(self, x):
+        if self.branches and x.sum() > 1e9:
+            x = 2 * x
+        return self.act(self.linear(self.attention(x, x, x)[0])) * self.factor
+
+
+@pytest.mark.filterwarnings("ignore:.*does not trace")
+@pytest.mark.parametrize("branches", [False, True], ids=["graph", "tree"])
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"heads": 8}, "num_heads=8, head_dim=8.*in the file .*num_heads=4, head_dim=16"),
+        ({"act": nn.SiLU}, r"module 'act' is nn.SiLU\(\), in the file nn.GELU"),
+        ({"factor": 3.0}, "3.0.*in the file .*1.0"),
+    ],
+)
+def test_a_skeleton_of_another_architecture_is_refused(options, match, branches, path):
+    x = torch.randn(2, 5, 64)
+    quantized, _ = round_trip(Scaled(branches=branches), on_meta(lambda: Scaled(branches=branches)), path, x)
+    other = Scaled(**options, branches=branches).eval()
+    with pytest.raises(CheckpointError, match=f"was made for another model than this Scaled: .*{match}.*check=False"):
+        fxquant.load(other, path)
+    assert not same_bits(fxquant.load(other, path, check=False)(x), quantized(x))
+
+
+def test_a_file_without_a_fingerprint_loads_as_before(path):
+    x = torch.randn(2, 5, 64)
+    quantized = quantize(Scaled(), x)
+    quantized.__dict__["_fxquant_record"] = quantized.record.advance(architecture=None)
+    fxquant.save(quantized, path)
+    rewrite(path, lambda plan, _: plan.pop("architecture"))
+    loaded = fxquant.load(Scaled(factor=3.0).eval(), path)
+    torch.testing.assert_close(loaded(x), 3 * quantized(x))
+    fxquant.save(loaded, path)
+
+
+def test_another_release_s_untraced_code_is_warned_of(path, monkeypatch):
+    x = torch.randn(2, 5, 64)
+    with pytest.warns(UserWarning, match="does not trace"):
+        quantized = quantize(Scaled(branches=True), x)
+    fxquant.save(quantized, path)
+
+    def change(plan, _):
+        for kind in plan["architecture"]["kinds"]:
+            if kind["code"]:
+                kind.update(code="0" * 16, release=f"{__name__.partition('.')[0]} 1.0")
+
+    rewrite(path, change)
+    monkeypatch.setattr(__import__(__name__.partition(".")[0]), "__version__", "1.1", raising=False)
+    code_of.cache_clear()
+    with pytest.warns(UserWarning, match="quantized with another release of its package: .*tests 1.1.* of 1.0"):
+        fxquant.load(Scaled(branches=True).eval(), path)
+    code_of.cache_clear()

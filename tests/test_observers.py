@@ -116,7 +116,7 @@ def test_a_users_observer_decides_the_scales():
     modules = torch.nn.Sequential(torch.nn.Linear(6, 4)), Call(torch.nn.functional.linear, 4, 6)
     for model in modules:
         x = torch.randn(2, 6)
-        plain, clipped = quantize(model, x), quantize(model, x, mapping=everything(clipping))
+        plain, clipped = quantize(model, x), quantize(model, x, mapping=everything(clipping), check=False)
         scales = [next(b for n, b in m.named_buffers() if n.endswith("_scale")) for m in (plain, clipped)]
         assert torch.equal(scales[1], scales[0] / 2)
 

@@ -1,6 +1,6 @@
 """Views of what happened, graph_diff, explain, compare, profile and sensitivity, and suggest_mapping."""
 
-from fxquant.debug.compare import CompareRow, Comparison, compare
+from fxquant.debug.compare import CompareRow, Comparison, OutputRow, compare
 from fxquant.debug.diff import GraphDiff, graph_diff
 from fxquant.debug.diff_view import DiffRow
 from fxquant.debug.explain import ExplainRow, Explanation, explain
@@ -15,6 +15,7 @@ __all__ = [
     "ExplainRow",
     "Explanation",
     "GraphDiff",
+    "OutputRow",
     "Profile",
     "ProfileRow",
     "Sensitivity",

@@ -19,7 +19,7 @@ from __future__ import annotations
 import collections
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,9 +31,13 @@ from fxquant.debug.plot import Bar, bar_chart
 from fxquant.debug.report import Column, Report
 from fxquant.debug.sites import first_tensor, open_float, open_quantized
 from fxquant.debug.table import site_name
-from fxquant.debug.trial import Progress
+from fxquant.debug.trial import NO_FLOATS, Progress
+from fxquant.errors import ExampleInputsError
 from fxquant.graph.call import each_batch, run
 from fxquant.graph.module import Site, need_stage
+from fxquant.graph.outputs import Error, energy, named_floats, wide
+
+_SHOWN_OUTPUTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,20 @@ class CompareRow:
     peak: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutputRow:
+    """One floating-point output's error. name: its path in what forward gives, "" where that is one tensor.
+
+    batches: how many it was compared in: those in which both models give it, in one shape.
+    """
+
+    name: str
+    batches: int
+    sqnr_db: float
+    relative_rms: float
+    max_error: float
+
+
 def _decibels(value: float) -> str:
     return "" if math.isnan(value) else "exact" if value == math.inf else f"{value:.1f} dB"
 
@@ -77,7 +95,8 @@ def _range(row: CompareRow) -> str:
 class Comparison(Report):
     """Every site's error, worst first: print it, show it in a notebook, sort it, or walk its rows.
 
-    batches: how many were run. output_sqnr_db, output_relative_rms, output_max_error: of the whole model's output.
+    batches: how many were run. outputs: the error of each output whose values are floats; output_sqnr_db,
+    output_relative_rms, output_max_error: of the one that came off worst.
     """
 
     rows: tuple[CompareRow, ...]
@@ -85,6 +104,7 @@ class Comparison(Report):
     output_sqnr_db: float
     output_relative_rms: float
     output_max_error: float
+    outputs: tuple[OutputRow, ...] = ()
 
     title: ClassVar[str] = "Comparison: the error of each site"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -101,10 +121,14 @@ class Comparison(Report):
     @property
     def footer(self) -> tuple[str, ...]:
         """The lines under the table: the output's error, and what the columns are."""
+        what = "output" if len(self.outputs) <= 1 else f"the worst of {len(self.outputs)} outputs"
+        batches = f"{self.batches} batch{'es' if self.batches != 1 else ''}"
         output = (
-            f"output: SQNR {_decibels(self.output_sqnr_db)}, relative RMS {self.output_relative_rms:.2%}, max error "
-            f"{_number(self.output_max_error)}; {self.batches} batch{'es' if self.batches != 1 else ''}"
+            f"{what}: SQNR {_decibels(self.output_sqnr_db)}, relative RMS {self.output_relative_rms:.2%}, max error "
+            f"{_number(self.output_max_error)}; {batches}"
         )
+        if math.isnan(self.output_max_error):
+            output = f"{what}: not compared, it has other shapes in the quantized model; {batches}"
         missed = [site_name(row) for row in self.rows if not row.calls]
         apart = [f"{site_name(row)}: {row.unpaired}" for row in self.rows if row.unpaired]
         return (
@@ -112,8 +136,17 @@ class Comparison(Report):
             "input: the range of these; peak: how far a row's largest value sticks out, 1 where all are of one size",
             *([f"never called: {', '.join(missed)}"] if missed else ()),
             *([f"calls without a counterpart in the other model: {', '.join(apart)}"] if apart else ()),
+            *self._each_output(),
             output,
         )
+
+    def _each_output(self) -> list[str]:
+        """Return a line that names the outputs and their SQNR, worst first, where there are several."""
+        if len(self.outputs) <= 1:
+            return []
+        told = [f"{row.name} {_decibels(row.sqnr_db) or 'not compared'}" for row in self.outputs[:_SHOWN_OUTPUTS]]
+        more = [f"… and {len(self.outputs) - len(told)} more: .outputs"] if len(self.outputs) > len(told) else []
+        return [f"outputs, SQNR: {', '.join([*told, *more])}"]
 
     def figure(self) -> str:
         """Return the SVG drawing of plot."""
@@ -125,58 +158,6 @@ class Comparison(Report):
         return write(path, self.figure())
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.detach() if x.dtype == torch.float64 else x.detach().float()
-
-
-def _energy(x: torch.Tensor) -> float:
-    """Return Σ x², summed in float64; NaN or infinite where an element is."""
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
-
-
-def _largest(x: torch.Tensor) -> float:
-    return max(abs(float(end)) for end in x.aminmax()) if x.numel() else 0.0
-
-
-class _Error:
-    """Running sums of one tensor's error."""
-
-    def __init__(self) -> None:
-        self.calls, self.signal, self.noise, self.largest = 0, 0.0, 0.0, 0.0
-
-    def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:
-        """Count another pair. Where the float value is not finite, there is no error to speak of."""
-        expected, got = _wide(expected), _wide(got)
-        if not math.isfinite(_energy(expected)):
-            known = expected.isfinite()
-            expected, got = expected[known], got[known]
-        difference = expected - got
-        noise = _energy(difference)
-        self.calls += 1
-        self.signal += _energy(expected)
-        self.noise += noise if math.isfinite(noise) else math.inf  # a NaN where the float model has none
-        self.largest = max(self.largest, _largest(difference) if math.isfinite(noise) else math.inf)
-
-    @property
-    def sqnr_db(self) -> float:
-        if not self.calls:
-            return math.nan
-        if self.noise == 0:
-            return math.inf
-        ratio = self.signal / self.noise
-        return 10 * math.log10(ratio) if ratio else -math.inf
-
-    @property
-    def relative_rms(self) -> float:
-        if not self.calls or self.noise == 0:
-            return 0.0 if self.calls else math.nan
-        return math.sqrt(self.noise / self.signal) if self.signal else math.inf
-
-    @property
-    def max_error(self) -> float:
-        return self.largest if self.calls else math.nan
-
-
 class _Activation:
     """Running range and peak of one input."""
 
@@ -185,14 +166,14 @@ class _Activation:
 
     def add(self, x: torch.Tensor) -> None:
         """Count another tensor's rows; those with a NaN or an infinity are left out."""
-        rows = _wide(x).reshape(-1, x.shape[-1] if x.dim() else 1)
-        if not math.isfinite(_energy(rows)):
+        rows = wide(x).reshape(-1, x.shape[-1] if x.dim() else 1)
+        if not math.isfinite(energy(rows)):
             rows = rows[rows.isfinite().all(-1)]
         if rows.numel():
             low, high = rows.aminmax()
             self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
-            self.peaks += rows.shape[-1] * _energy(rows.abs().amax(-1))
-            self.energy += _energy(rows)
+            self.peaks += rows.shape[-1] * energy(rows.abs().amax(-1))
+            self.energy += energy(rows)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -208,7 +189,7 @@ class _Watch:
 
     def __init__(self, site: Site, float_site: nn.Module, quantized_site: nn.Module) -> None:
         self.site, self.quantized_site, self.unpaired = site, quantized_site, 0
-        self.accumulated, self.local, self.activation = _Error(), _Error(), _Activation()
+        self.accumulated, self.local, self.activation = Error(), Error(), _Activation()
         self.waiting: collections.deque[torch.Tensor] = collections.deque()  # float outputs of this batch
         # Before the user's own hooks, which may change what the site gave:
         float_site.register_forward_hook(self.see_float, prepend=True, with_kwargs=True)
@@ -260,6 +241,43 @@ class _Watch:
         )
 
 
+class _Outputs:
+    """What is seen of the models' outputs."""
+
+    def __init__(self) -> None:
+        self._errors: dict[str, Error] = {}
+
+    def add(self, expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> None:
+        """Count another batch's floats. One that the other model lacks, or has in another shape, is not compared."""
+        for name, tensor in expected.items():
+            found = got.get(name)
+            if tensor.numel():
+                error = self._errors.setdefault(name, Error())
+                if found is not None and found.shape == tensor.shape:
+                    error.add(tensor, found)
+
+    def rows(self) -> tuple[OutputRow, ...]:
+        """Return each output's error, worst first; raise ExampleInputsError where none holds a float."""
+        if not self._errors:
+            raise ExampleInputsError(f"compare: {NO_FLOATS}")
+        rows = [
+            OutputRow(
+                name=name,
+                batches=error.calls,
+                sqnr_db=error.sqnr_db,
+                relative_rms=error.relative_rms,
+                max_error=error.max_error,
+            )
+            for name, error in self._errors.items()
+        ]
+        return tuple(sorted(rows, key=lambda row: (row.batches == 0, row.sqnr_db)))
+
+    def worst(self) -> Error:
+        """Return the error of the output that came off worst; one that is 0 throughout says little, and comes last."""
+        compared = (error for error in self._errors.values() if error.calls)
+        return min(compared, key=lambda error: (not error.signal, error.sqnr_db), default=Error())
+
+
 def compare(
     float_model: nn.Module, quantized: nn.Module, data: Iterable[Any], *, progress: Progress = iter
 ) -> Comparison:
@@ -269,28 +287,30 @@ def compare(
     data: an iterable of batches, each a tuple of one call's positional arguments, a dict of keywords, or one tensor;
     it is gone through once, and of a batch only sums are kept. progress: what to wrap it in, `tqdm` for a bar.
 
-    Of a site that gives several tensors (an LSTM's states, attention's weights), the first is compared; a fused site is
-    compared with the fused float computation. Both models run as mirrors: neither is changed or hooked.
+    Of a site that gives several tensors (an LSTM's states, attention's weights), the first is compared; of the model's
+    outputs all whose values are floats, in tuples, dicts, dataclasses and the like. A fused site is compared with the
+    fused float computation. Both models run as mirrors: neither is changed or hooked.
 
     Raises ModelStateError for models that do not belong together, ExampleInputsError for a batch that does not fit
-    forward or for no batch at all.
+    forward, for no batch at all, or where no output is floating-point (class indices alone).
     """
     record = need_stage(quantized, "quantized", "compare", "convert_fx(prepared) or quantize_dynamic(model)")
     ours, theirs = open_quantized(quantized, record), open_float(float_model, record)
     watches = list(map(_Watch, record.sites, theirs.sites, ours.sites))
-    output, batches = _Error(), 0
+    outputs, batches = _Outputs(), 0
     for arguments in each_batch(data, ours.model, progress):
-        expected, got = (first_tensor(run(side.model, arguments, seed=batches)) for side in (theirs, ours))
+        expected, got = (run(side.model, arguments, seed=batches) for side in (theirs, ours))
         batches += 1
         for watch in watches:
             watch.end_batch()
-        if expected is not None and got is not None and expected.shape == got.shape:
-            output.add(expected, got)
+        outputs.add(named_floats(expected), named_floats(got))
+    rows, worst = outputs.rows(), outputs.worst()
     comparison = Comparison(
         rows=tuple(watch.row() for watch in watches),
         batches=batches,
-        output_sqnr_db=output.sqnr_db,
-        output_relative_rms=output.relative_rms,
-        output_max_error=output.max_error,
+        output_sqnr_db=worst.sqnr_db,
+        output_relative_rms=worst.relative_rms,
+        output_max_error=worst.max_error,
+        outputs=rows,
     )
     return comparison.sort("sqnr_db")

@@ -127,8 +127,8 @@ def _as_graph(model: nn.Module, records: list[Record]) -> tuple[fx.Graph, nn.Mod
     module = model
     if not isinstance(module, fx.GraphModule):
         record = records[0] if records else Record(stage="prepared", operators=OPERATORS)
-        constants, untraced = record.constants, record.untraced
-        module = trace(model, record.operators or OPERATORS, constants=constants, untraced=untraced).module
+        operators = record.operators or OPERATORS
+        module = trace(model, operators, None, record.constants, record.untraced, keep=record.keep).module
     return module.graph, module
 
 

@@ -65,6 +65,8 @@ class Explanation(Report):
     coverage: Coverage
     outcome: str
     saved_bytes: int
+    unchecked: str = ""
+    unfused: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
 
     @property
@@ -74,13 +76,15 @@ class Explanation(Report):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The lines between the table and the last: fusions, what is not traced, slow reads of weights, and losses."""
+        """The lines between the table and the last: fusions, what is not fused, traced or checked, slow, lossy."""
         losses = [loss for row in self.rows for loss in row.losses]
         sources = dict.fromkeys(loss.source for loss in losses if loss.source)
         return (
             *(f"fused: {fusion}" for fusion in self.fusions),
+            *(f"not fused: {chain}" for chain in self.unfused),
             *(f"not traced: {path}" for path in self.untraced),
             *(f"slow: {reader}" for reader in self.readers),
+            *([f"not checked on example inputs: {self.unchecked}"] if self.unchecked else []),
             *map(str, losses),
             *(f"such times were measured on {source}; yours may differ" for source in sources),
         )
@@ -116,11 +120,13 @@ def explain(model: nn.Module) -> Explanation:
             "the mapping given to prepare_fx is what decides"
         )
     fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
+    unfused = tuple(f"{' → '.join(chain.chain)}: preserved code uses {chain.used}" for chain in record.unfused)
     untraced = tuple(f"{path or 'the whole model'}: {why}" for path, why in record.untraced.items())
     quantized, sites = (model, record.sites) if record.stage == "quantized" else _foreseen(model, record)
     saved = record.float_bytes - edit.byte_count(quantized)
     rows = _rows(record.advance(sites=sites), _sources(model))
-    return Explanation(rows, fusions, untraced, record.stage, record.coverage, record.outcome, saved, _readers(model))
+    told = (record.outcome, saved, record.unchecked, unfused, _readers(model))
+    return Explanation(rows, fusions, untraced, record.stage, record.coverage, *told)
 
 
 def _readers(model: nn.Module) -> tuple[str, ...]:
@@ -138,7 +144,7 @@ def _foreseen(model: nn.Module, record: Record) -> tuple[nn.Module, tuple[Site, 
     twin = edit.mirror(model, "meta")
     if isinstance(twin, fx.GraphModule) and record.is_traced:
         sites = convert(twin, record.sites, record.operators)
-        return clean(twin, model), sites
+        return clean(twin, model, record.preserved), sites
     return convert_modules(twin, record.sites, record.operators)
 
 

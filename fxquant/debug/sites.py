@@ -77,11 +77,11 @@ def open_float(model: Any, record: Record) -> OpenModel:
     if own is not None and own.stage == "prepared":
         return open_in_place(edit.mirror(model), record)
     if not record.is_traced:
-        return open_in_place(plain_mirror(model), record)
+        return open_in_place(plain_mirror(model, written=record.written), record)
     operators = record.operators or OPERATORS
-    traced = trace(model, operators, constants=record.constants, untraced=record.untraced)
+    traced = trace(model, operators, constants=record.constants, untraced=record.untraced, keep=record.keep)
     fuse(traced.module, traced.hooked, only=record.fusions)
-    return open_in_place(finish(traced.module, model, Record(stage="fused")), record)
+    return open_in_place(finish(traced.module, model, Record(stage="fused", **traced.kept)), record)
 
 
 def open_in_place(root: nn.Module, record: Record) -> OpenModel:

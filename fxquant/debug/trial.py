@@ -7,6 +7,7 @@ the error of the outputs, needs no more of a traced model than the nodes that fo
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -20,13 +21,14 @@ import torch
 from torch import fx, nn
 
 from fxquant.debug.replay import Replay, callers
-from fxquant.debug.sites import first_tensor, open_float, open_in_place, open_quantized
+from fxquant.debug.sites import open_float, open_in_place, open_quantized
 from fxquant.debug.table import site_name
 from fxquant.errors import ArgumentError, CheckpointError, ExampleInputsError, ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.call import as_arguments, check_data, run
 from fxquant.graph.module import keep_record, need_stage
 from fxquant.graph.moments import Moments, gather, profits
+from fxquant.graph.outputs import named_floats
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
 from fxquant.quantize_fx import convert_fx, convert_with, prepare_fx
@@ -40,6 +42,16 @@ _CHUNK = 2**15
 """How many values are compared at once, in float64: as many as stay in a core's cache."""
 
 
+NO_FLOATS = (
+    "the model's outputs hold no tensor to compare, none whose values are floats (class indices say nothing of an "
+    "error); let forward return its scores too"
+)
+"""What is told of a model whose outputs cannot be judged."""
+
+Floats = Mapping[str, torch.Tensor]
+"""The floats of an output, by their paths."""
+
+
 class Variant(NamedTuple):
     """A model to be measured. base: one that it differs little from; many variants should share it."""
 
@@ -48,12 +60,12 @@ class Variant(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """A base's pass over one batch. wanted: what the float model's output holds."""
+    """A base's pass over one batch. wanted: the floats of the float model's output."""
 
     number: int
     base: Forms
     replay: Replay
-    wanted: torch.Tensor | None
+    wanted: Floats
 
 
 def _number(value: Any) -> float:
@@ -85,7 +97,7 @@ class Trial:
         self._given = given
         self._moments: Moments | None = None
         self.prepared = self._prepare(model, mapping)
-        self.quantized = convert_fx(self.prepared)
+        self.quantized = convert_fx(self.prepared, check=False)
         self.record = need_stage(self.quantized, "quantized", "sensitivity", "a mapping that quantizes something")
         if not self.record.sites:
             raise ModelStateError("the mapping quantizes nothing of this model: there is nothing to try")
@@ -190,13 +202,13 @@ class Trial:
     def ends(self) -> list[float]:
         """Return what tells this model, metric and data from others: the metric of the float and the quantized model.
 
-        The default metric needs more than float's, which is always 0: Σ y² of the float output of each batch instead.
+        The default metric needs more than float's, which is always 0: Σ y² of each batch's float outputs instead.
         """
         if self._metric is not None:
             return [self.measure({}), self.measure(self.forms)]
         with torch.no_grad():
-            outputs = (first_tensor(run(self._float.model, batch, seed)) for seed, batch in enumerate(self.batches))
-            return [_error(output, output)[1] for output in outputs]
+            outputs = (named_floats(run(self._float.model, batch, seed)) for seed, batch in enumerate(self.batches))
+            return [sum(_error(output, output)[1::2]) for output in outputs]
 
     def measure_all(
         self, variants: Mapping[str, Variant], notes: Notes | None = None, progress: Progress = iter
@@ -225,8 +237,8 @@ class Trial:
         self._kept = None
         return {key: _relative(found) for key, found in errors.items()}
 
-    def _part_error(self, number: int, variant: Variant) -> tuple[float, float]:
-        """Return the squared error of a variant's output on one batch, and the output's own square."""
+    def _part_error(self, number: int, variant: Variant) -> tuple[float, ...]:
+        """Return the squared error of each of a variant's outputs on one batch, and the output's own square."""
         kept = self._pass_over(number, variant.base)
         swapped = [i for i in {**variant.base, **variant.forms} if variant.base.get(i) is not variant.forms.get(i)]
         assert self._callers is not None
@@ -242,13 +254,15 @@ class Trial:
             self._kept = kept = None  # its values go before the next ones come
             batch = self.batches[number]
             if base and wanted is None:
-                wanted = first_tensor(run(self._float.model, batch, number))
+                wanted = named_floats(run(self._float.model, batch, number))
             with self._swapped(base) as root:
                 assert isinstance(root, fx.GraphModule)
                 replay = Replay(root, batch, number)
             if not replay.is_exact:
                 raise _InexactError
-            self._kept = kept = _Pass(number, base, replay, wanted if base else first_tensor(replay.output))
+            if not base or wanted is None:
+                wanted = named_floats(replay.output)
+            self._kept = kept = _Pass(number, base, replay, wanted)
         return kept
 
     @contextmanager
@@ -262,9 +276,9 @@ class Trial:
             _swap(root, {id(form): sites[i] for i, form in forms.items()})
 
     @functools.cached_property
-    def _float_outputs(self) -> list[torch.Tensor | None]:
+    def _float_outputs(self) -> list[Floats]:
         """The float outputs of all batches."""
-        return [first_tensor(run(self._float.model, batch, seed)) for seed, batch in enumerate(self.batches)]
+        return [named_floats(run(self._float.model, batch, seed)) for seed, batch in enumerate(self.batches)]
 
 
 class _InexactError(Exception):
@@ -292,25 +306,56 @@ def _sizes(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, ...], int]:
     return {edit.identity(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
 
 
-def _error(got: Any, wanted: torch.Tensor | None) -> tuple[float, float]:
-    """Return Σ (y - ŷ)² and Σ y² over an output's first tensor, or raise ExampleInputsError."""
-    found = first_tensor(got)
-    if wanted is None or found is None or found.shape != wanted.shape:
-        raise ExampleInputsError("the model's outputs hold no tensor to compare; pass a metric of your own")
+def _error(got: Any, wanted: Floats) -> tuple[float, ...]:
+    """Return Σ (y - ŷ)² and Σ y² of one output after another whose values are floats, or raise ExampleInputsError."""
+    found = named_floats(got)
+    if not wanted:
+        raise ExampleInputsError(f"{NO_FLOATS}, or pass a metric of your own")
+    if not any(tensor.numel() for tensor in wanted.values()):
+        raise ExampleInputsError(
+            "the model's outputs are empty on a batch of data: there is no error to speak of; leave that batch out, or "
+            "pass a metric of your own"
+        )
+    sums: list[float] = []
+    for name, expected in wanted.items():
+        if name not in found or found[name].shape != expected.shape:
+            shape = tuple(found[name].shape) if name in found else "missing"
+            raise ExampleInputsError(
+                f"output {name!r} is {tuple(expected.shape)} in float and {shape} with some sites quantized: it "
+                "depends on the values, so that there is no tensor to compare; pass a metric of your own"
+            )
+        sums += _square_error(found[name].reshape(-1), expected.reshape(-1))
+    return tuple(sums)
+
+
+def _square_error(got: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """Return Σ (y - ŷ)² and Σ y² over the values that are finite in float; NaN where none of them is."""
     noise = signal = 0.0
-    pairs = zip(torch.split(found.reshape(-1), _CHUNK), torch.split(wanted.reshape(-1), _CHUNK), strict=True)
-    for y, expected in ((ours.double(), theirs.double()) for ours, theirs in pairs):
-        noise += float((y - expected).square().sum())
-        signal += float(expected.square().sum())
+    for ours, theirs in zip(torch.split(got, _CHUNK), torch.split(expected, _CHUNK), strict=True):
+        y, x = ours.double(), theirs.double()
+        square = float(x.square().sum())
+        if not math.isfinite(square):  # masked logits are -inf
+            known = x.isfinite()
+            y, x = y[known], x[known]
+            square = float(x.square().sum()) if len(x) else math.nan
+        noise += float((y - x).square().sum())
+        signal += square
     return noise, signal
 
 
 def _relative(errors: Iterable[tuple[float, ...]]) -> float:
-    """Return √(Σ noise / Σ signal), of batches."""
-    noise = signal = 0.0
-    for batch_noise, batch_signal in errors:
-        noise, signal = noise + batch_noise, signal + batch_signal
-    return math.sqrt(noise / signal) if signal else math.sqrt(noise)
+    """Return √(Σ noise / Σ signal), of batches, of the output that came off worst.
+
+    One that is 0 in all batches has no relative error, and counts only where all are: then this is √Σ noise.
+    """
+    sums: list[float] = []
+    for batch in errors:
+        sums = [a + b for a, b in itertools.zip_longest(sums, batch, fillvalue=0.0)]
+    pairs = list(zip(sums[::2], sums[1::2], strict=True))
+    if not any(signal for _, signal in pairs):
+        return math.sqrt(sum(noise for noise, _ in pairs))
+    squares = [noise / signal for noise, signal in pairs if signal]
+    return math.nan if any(map(math.isnan, squares)) else math.sqrt(max(squares))
 
 
 def _is_same(end: float, other: float) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +16,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import ArgumentError, ExampleInputsError
+from fxquant.graph import edit
+from fxquant.graph.outputs import drained
 
 STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 """How torch.fx writes the arguments that take the rest."""
@@ -25,6 +30,52 @@ class Inputs(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class Example:
+    """The arguments of the example call that a model was prepared with. inputs: None in what was pickled.
+
+    Copies of a model share them; a pickle leaves them out, for they may be large, and somebody's.
+    """
+
+    def __init__(self, inputs: Inputs | None = None) -> None:
+        self.inputs = None if inputs is None else copies(inputs)  # which the caller may write into
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Example:
+        return self
+
+    def __reduce__(self) -> tuple[type[Example], tuple[()]]:
+        return Example, ()
+
+
+def copies(inputs: Inputs) -> Inputs:
+    """Return the inputs copied, a cache object that forward writes into as well."""
+
+    def twin(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, torch.Tensor) else edit.copied(leaf)
+
+    return Inputs(pytree.tree_map(twin, inputs.args), pytree.tree_map(twin, inputs.kwargs))
+
+
+@contextlib.contextmanager
+def repeatable(seed: int = 0) -> Iterator[None]:
+    """Let what draws random numbers inside the block, by torch, Python or numpy, draw the same each time.
+
+    The generators are left as they were.
+    """
+    numpy = sys.modules.get("numpy")
+    state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if numpy is not None:
+            numpy.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
 
 
 def bind_inputs(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Inputs:
@@ -108,11 +159,14 @@ def as_arguments(batch: Any, model: nn.Module) -> Inputs:
 
 
 def run(model: nn.Module, arguments: Inputs, seed: int = 0) -> Any:
-    """Return what a model gives for copies of the arguments, without gradients and under a seed of its own."""
+    """Return what a model gives for copies of the arguments, without gradients and under a seed of its own.
+
+    Of a generator, a list of its first values.
+    """
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model(*args, **kwargs)
+        return drained(model(*args, **kwargs))
 
 
 def fixable(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -192,3 +246,40 @@ class SignatureCodeGen(fx.graph.CodeGen):
             arguments.insert(kinds.count(inspect.Parameter.POSITIONAL_ONLY), "/")
         rest = [text for text in free_vars if names[text] not in self.kinds]
         return super().gen_fn_def([*rest, *arguments], maybe_return_annotation, **options)
+
+    def process_inputs(self, *args: Any) -> Any:
+        """Return what torch.fx's Interpreter hands out to the placeholders, one after another.
+
+        torch.export (strict=False) runs a graph so, with keyword arguments in the caller's order and their names gone;
+        the names are in the frame that called, and each value goes where its own is.
+        """
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_name == "process_inputs":  # the graph's own
+            frame = frame.f_back
+        interpreter, caller = frame.f_locals.get("self"), frame.f_back
+        kwargs = caller.f_locals.get("kwargs") if caller is not None else None
+        if not isinstance(interpreter, fx.Interpreter) or not isinstance(kwargs, dict) or not kwargs:
+            return args
+        given = args[len(args) - len(kwargs) :]
+        if len(given) != len(kwargs) or any(a is not b for a, b in zip(given, kwargs.values(), strict=True)):
+            return args  # another caller's keywords
+        nodes = interpreter.graph.find_nodes(op="placeholder")
+        interpreter.env.update(self._by_name(nodes, args[: len(args) - len(kwargs)], kwargs))
+        return ()
+
+    def _by_name(self, nodes: Iterable[fx.Node], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[fx.Node, Any]:
+        """Return each placeholder's value; one that is not among them has its default."""
+        values: dict[fx.Node, Any] = {}
+        waiting, named = list(args), dict(kwargs)
+        for node in sorted(nodes, key=lambda node: self.kinds[str(node.target).lstrip("*")]):
+            name = str(node.target).lstrip("*")
+            kind = self.kinds[name]
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                values[node], waiting = tuple(waiting), []
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                values[node] = named
+            elif waiting and kind is not inspect.Parameter.KEYWORD_ONLY:
+                values[node] = waiting.pop(0)
+            elif name in named:
+                values[node] = named.pop(name)
+        return values

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,22 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import ExampleInputsError, TraceError, warn
 from fxquant.graph import edit
-from fxquant.graph.call import Inputs, describe, fixable
+from fxquant.graph.call import Inputs, copies, describe, fixable
+from fxquant.graph.preserve import NOTHING_PRESERVED, Keep, Preserved
 from fxquant.graph.trace import Traced, first_line, trace
+from fxquant.graph.writes import without_writes
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.operators import Operator
 
 _PLAIN = (bool, int, float, complex, str, torch.Size, torch.dtype, torch.device)
 
 
-def capture(model: nn.Module, operators: Sequence[Operator], inputs: Inputs) -> Traced:
+def capture(
+    model: nn.Module,
+    operators: Sequence[Operator],
+    inputs: Inputs,
+    preserved: Preserved = NOTHING_PRESERVED,
+) -> Traced:
     """Return a model's graph, run once on the example inputs, so that every node's shapes and dtypes are recorded.
 
     What is tried, in this order: the graph as it is; where plain arguments (None, bool, int, float, str; given or left
@@ -36,12 +43,24 @@ def capture(model: nn.Module, operators: Sequence[Operator], inputs: Inputs) -> 
     them; the graph with submodules that do not trace called as they are. Not both at once: such a model (GPT-2, with
     its cache and `generate`) keeps more of itself in its own class, module by module. Raises what `trace` and
     `propagate` raise.
+    The graph has copies of the parameters that forward writes into, and shares all others with the model.
     """
+
+    def run(written: frozenset[str]) -> Traced:
+        return _capture(model, operators, inputs, preserved, written)
+
+    return without_writes(model, run)[0]
+
+
+def _capture(
+    model: nn.Module, operators: Sequence[Operator], inputs: Inputs, preserved: Preserved, written: frozenset[str]
+) -> Traced:
+    """Return what `capture` does, with copies of the parameters that are known to be written into."""
     constants = fixable(model, inputs)
     cause: Exception | None = None
     for fixed, keep_whole in (({}, False), (constants, False), ({}, True)) if constants else (({}, False), ({}, True)):
         try:
-            traced = _faithful(model, operators, inputs, fixed, keep_whole)
+            traced = _faithful(model, operators, inputs, fixed, keep_whole, preserved, written)
         except (TraceError, ExampleInputsError) as error:
             cause = cause if keep_whole else error  # what stands in the way even so
             continue
@@ -53,16 +72,28 @@ def capture(model: nn.Module, operators: Sequence[Operator], inputs: Inputs) -> 
 
 
 def _faithful(
-    model: nn.Module, operators: Sequence[Operator], inputs: Inputs, fixed: dict[str, Any], keep_whole: bool
+    model: nn.Module,
+    operators: Sequence[Operator],
+    inputs: Inputs,
+    fixed: dict[str, Any],
+    keep_whole: bool,
+    preserved: Preserved,
+    written: frozenset[str],
 ) -> Traced:
     """Return a graph that was run and gives what the model gives, or raise TraceError or ExampleInputsError."""
     kept: dict[str, str] = {}
+    live: tuple[str, ...] | None = None
     while True:
-        traced = trace(model, operators, constants=fixed, untraced=kept, keep_whole=keep_whole)
-        propagate(traced.module, inputs)
+        traced = trace(model, operators, None, fixed, kept, keep_whole, Keep(preserved, live, written))
         try:
-            verify(model, traced.module, inputs)
-        except TraceError:
+            propagate(traced.module, inputs, written)
+            verify(model, traced.module, inputs, written)
+        except (TraceError, ExampleInputsError) as error:
+            if live is None and traced.attributes.live:  # which forward may have asked for their types
+                live = ()
+                continue
+            if isinstance(error, ExampleInputsError):
+                raise
             doubtful = traced.doubtful - kept.keys() if keep_whole else frozenset()
             if not doubtful:
                 raise
@@ -80,10 +111,17 @@ def _warn_of_constants(model: nn.Module, constants: dict[str, Any]) -> None:
     )
 
 
-def check_runs(model: nn.Module, inputs: Inputs, cause: Exception) -> None:
-    """Raise ExampleInputsError where the model itself fails on the example inputs. cause: why there is no graph."""
+def check_runs(model: nn.Module, inputs: Inputs, cause: Exception) -> frozenset[str]:
+    """Return the names of the parameters that forward writes into, run on the example inputs.
+
+    Raises ExampleInputsError where the model itself fails on them. cause: why there is no graph.
+    """
+
+    def twin_runs(written: frozenset[str]) -> None:
+        _run(edit.mirror(model, hooks=False, written=written), inputs)
+
     try:
-        _run(edit.mirror(model, hooks=False), inputs)
+        return without_writes(model, twin_runs)[1]
     except Exception as error:
         if isinstance(cause, ExampleInputsError):
             raise cause from error
@@ -95,7 +133,7 @@ def check_runs(model: nn.Module, inputs: Inputs, cause: Exception) -> None:
         ) from error
 
 
-class _Shapes(fx.Interpreter):
+class Shapes(fx.Interpreter):
     """Runs a graph once and records what each node gave. given: the call's arguments by name."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, given: dict[str, Any]) -> None:
@@ -147,25 +185,26 @@ def tensors_meta(value: Any) -> Any:
     return pytree.tree_unflatten([tensors_meta(part) for part in parts], form)
 
 
-def propagate(module: fx.GraphModule, inputs: Inputs) -> None:
+def propagate(module: fx.GraphModule, inputs: Inputs, written: Collection[str] = ()) -> None:
     """Run a graph on copies of the example inputs and record every node's shapes and dtypes; no hook is fired.
 
     Raises ExampleInputsError where a node fails, naming the user's line.
     """
-    copies = _copies(inputs)
-    given = inspect.signature(module.forward).bind(*copies.args, **copies.kwargs).arguments
+    own = copies(inputs)
+    given = inspect.signature(module.forward).bind(*own.args, **own.kwargs).arguments
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user meets the float model's own warnings when running it
-        twin = edit.mirror(module)  # this run shall not count: forward may write into buffers and attributes
-        _Shapes(twin, module.graph, given).run()
+        # This run shall not count: forward may write into buffers and attributes.
+        twin = edit.mirror(module, written=written)
+        Shapes(twin, module.graph, given).run()
 
 
-def verify(model: nn.Module, module: fx.GraphModule, inputs: Inputs) -> None:
+def verify(model: nn.Module, module: fx.GraphModule, inputs: Inputs, written: Collection[str] = ()) -> None:
     """Raise TraceError unless two calls of the graph give the bits of two calls of the model; no hook is fired.
 
     Both with torch's transformer fast path off, whose kernels a graph does not hold.
     """
-    twin, graph = edit.mirror(model, hooks=False), edit.mirror(module)
+    twin, graph = edit.mirror(model, hooks=False, written=written), edit.mirror(module, written=written)
     for part in (*twin.modules(), *graph.modules()):
         avoid_fast_path(part)
     for call in ("first", "second"):
@@ -182,20 +221,11 @@ def verify(model: nn.Module, module: fx.GraphModule, inputs: Inputs) -> None:
 
 def _run(module: nn.Module, inputs: Inputs) -> Any:
     """Return what a module gives for copies of the inputs, under a seed of its own."""
-    copies = _copies(inputs)
+    own = copies(inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        return module(*copies.args, **copies.kwargs)
-
-
-def _copies(inputs: Inputs) -> Inputs:
-    """Return the inputs copied, a cache object that forward writes into as well."""
-
-    def twin(leaf: Any) -> Any:
-        return leaf.clone() if isinstance(leaf, torch.Tensor) else edit.copied(leaf)
-
-    return Inputs(pytree.tree_map(twin, inputs.args), pytree.tree_map(twin, inputs.kwargs))
+        return module(*own.args, **own.kwargs)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxquant.graph import edit
+from fxquant.graph.bound import carry
 from fxquant.graph.constants import asks_kind, free_of_size, is_transposition
+from fxquant.graph.preserve import NOTHING_PRESERVED, Preserved
 
 
-def clean(module: fx.GraphModule, source: nn.Module) -> fx.GraphModule:
+def clean(module: fx.GraphModule, source: nn.Module, preserved: Preserved = NOTHING_PRESERVED) -> fx.GraphModule:
     """Return the module rebuilt around its graph, with copies of the float tensors that were still the source's.
 
-    Unused submodules and tensors stay behind. The user's nodes are not touched: convert erased its own dead ones.
+    Unused submodules and tensors stay behind, but for those that are preserved. The user's nodes are not touched:
+    convert erased its own dead ones.
     """
-    module.graph.lint()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not reference an nn.Module, nn.Parameter, or buffer")  # an attribute
+        module.graph.lint()
     _empty_kinds(module)
     rebuilt = fx.GraphModule(module, module.graph)
+    carry(module, rebuilt, preserved)
     own_tensors(rebuilt, source)
     return rebuilt
 

@@ -13,6 +13,7 @@ from fxquant.graph import edit
 from fxquant.graph.constants import constant_of, is_cast
 from fxquant.graph.module import Site
 from fxquant.graph.moments import Rounding
+from fxquant.graph.references import repoint_weak
 from fxquant.graph.target import name_operands
 from fxquant.nn import QuantizedModule
 from fxquant.nn.base import key_of, quantize_alone
@@ -58,9 +59,19 @@ class WeightCache:
         self._notes.append(note)
         return module
 
+    def stand_in(self, root: nn.Module) -> None:
+        """Put the quantized form of each module in its place where it stands under a second name too."""
+        forms = {id(float_module): module for float_module, module, _ in self._modules.values()}
+        for parent in list(root.modules()):
+            for name, child in parent._modules.items():
+                if id(child) in forms:
+                    parent._modules[name] = forms[id(child)]
+
     def settle(self, root: nn.Module) -> None:
-        """Let what still refers to a float module that a tree has no more (a functools.partial) meet its new form."""
+        """Turn stale references to a converted module (in a functools.partial, a closure) into its quantized form."""
         standing = set(map(id, root.modules()))
+        swapped = {id(old): new for old, new, _ in self._modules.values() if id(old) not in standing}
+        repoint_weak(root.modules(), swapped)  # first, as nothing else may hold the float module
         for float_module, module, _ in self._modules.values():
             if id(float_module) not in standing:
                 with contextlib.suppress(TypeError):  # a type with __slots__ can become no other
@@ -88,6 +99,7 @@ def convert(
             done.append(_convert_module(module, site, operators, cache))
         else:
             done.append(_convert_call(module, site, operators, cache))
+    cache.stand_in(module)  # preserved code may use the other names
     cache.settle(module)
     _keep_swapped_called(module)
     module.recompile()

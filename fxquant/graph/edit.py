@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fxquant.frames import place_of
 from fxquant.graph.constants import is_cast, is_transposition
+from fxquant.graph.references import copy_references, twin_of
+from fxquant.nn.base import QuantizedModule
 
 HOOKS = (
     "_forward_hooks",
@@ -34,32 +36,40 @@ RECOMPUTED_FROM = ("_g", "_v", "_orig", "_u", "_mask")
 """What such a weight's name ends with in the tensors that it is computed from."""
 
 
-def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn.Module:
-    """Return a copy of a module tree that shares the parameters' storage and nothing else.
+def mirror(root: nn.Module, device: str | None = None, hooks: bool = True, written: Collection[str] = ()) -> nn.Module:
+    """Return a copy of a module tree that shares the storage of parameters and quantized weights, and nothing else.
 
-    A table with a max_norm, which writes into its parameter at each call, is copied too.
-    Tied tensors stay tied. What the copy's Python code assigns or appends, and what `.to` does to it, never reaches the
-    original. device: "meta" for a copy without data. hooks: whether the modules keep their hooks;
-    those that compute a weight they always keep.
+    A table with a max_norm, which writes into its parameter at each call, is copied too, and so are the parameters that
+    are named as written: those that forward writes into, and that its record, if it has one, names.
+    Tied tensors stay tied; a lambda, closure or weak reference that leads to a module of the tree leads to its copy.
+    What the copy's Python code assigns or appends, and what `.to` does to it, never reaches the original.
+    device: "meta" for a copy without data. hooks: whether the modules keep their hooks; they always keep those that
+    compute a weight.
     """
     memo: dict[int, Any] = {}
-    for tensor in _tensors(root):
-        memo[id(tensor)] = _alias(tensor, device)
+    for module, tensor in _tensors(root):
+        memo[id(tensor)] = _alias(tensor, device, isinstance(module, QuantizedModule))
     for module in root.modules() if device is None else ():
         if vars(module).get("max_norm") is not None:
             memo.update((id(t), nn.Parameter(t.detach().clone(), t.requires_grad)) for t in module.parameters(False))
+    record = vars(root).get("_fxquant_record")
+    names = {*written, *getattr(record, "written", ())} if device is None else set()
+    for name, tensor in root.named_parameters(remove_duplicate=False) if names else ():
+        if name in names:  # written under torch.no_grad(), which a graph does not hold
+            memo[id(tensor)] = nn.Parameter(tensor.detach().clone(), requires_grad=False)
     for module in root.modules():
-        memo.update((id(t), _alias(t, None)) for t in vars(module).values() if isinstance(t, torch.Tensor))
+        memo.update((id(t), _alias(t, None, False)) for t in vars(module).values() if isinstance(t, torch.Tensor))
     modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
     for module in modules:
         if not isinstance(module, fx.GraphModule):
             memo[id(module)] = object.__new__(type(module))
+    copy_references([module for module in modules if not isinstance(module, fx.GraphModule)], memo)
     for module in reversed(modules):  # children first: a GraphModule's own deepcopy reads them
         if isinstance(module, fx.GraphModule):
             copy.deepcopy(module, memo)
         else:
             twin = memo[id(module)]
-            twin.__dict__.update({name: copied(value, memo) for name, value in module.__dict__.items()})
+            twin.__dict__.update({name: twin_of(value, memo) for name, value in module.__dict__.items()})
             twin.__dict__.pop("_compiled_call_impl", None)  # of module.compile(): it would run the original
     result: nn.Module = memo.get(id(root), root)
     if not hooks:
@@ -71,17 +81,18 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True) -> nn
     return result
 
 
-def _tensors(root: nn.Module) -> Iterator[torch.Tensor]:
+def _tensors(root: nn.Module) -> Iterator[tuple[nn.Module, torch.Tensor]]:
     for module in root.modules():
-        yield from (t for t in module._parameters.values() if t is not None)
-        yield from (t for t in module._buffers.values() if t is not None)
+        yield from ((module, t) for t in module._parameters.values() if t is not None)
+        yield from ((module, t) for t in module._buffers.values() if t is not None)
 
 
-def _alias(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
+def _alias(tensor: torch.Tensor, device: str | None, is_constant: bool) -> torch.Tensor:
+    """Return the same tensor, or a copy of one that forward may write into: a counter, a cache."""
     shared = tensor.detach() if device is None else torch.empty_like(tensor, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(shared, tensor.requires_grad and not tensor.is_inference())
-    return shared if device is not None else shared.clone()  # forward may write into a buffer (a counter, a cache)
+    return shared if device is not None or is_constant else shared.clone()
 
 
 def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:

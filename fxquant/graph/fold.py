@@ -19,11 +19,14 @@ from torch.utils import _pytree as pytree
 
 from fxquant.graph import edit
 from fxquant.graph.constants import peel
+from fxquant.graph.preserve import Keep
 from fxquant.graph.target import name_operands
 from fxquant.operators import Operator, find_function_row
 
 SOURCE = "fxquant_source"
 """The key in the meta of a folded weight's node: the path of the first weight that it was made of, for mappings."""
+
+NOTHING_KEPT = Keep()
 
 _HOMES = (torch, torch.Tensor, F, torch.linalg, torch.special, operator)
 _UNSTABLE = re.compile(
@@ -91,12 +94,19 @@ _IN_PLACE = (
 )
 
 
-def fold(root: nn.Module, graph: fx.Graph, operators: Sequence[Operator], shut: Collection[str] = ()) -> None:
+def fold(
+    root: nn.Module,
+    graph: fx.Graph,
+    operators: Sequence[Operator],
+    shut: Collection[str] = (),
+    keep: Keep = NOTHING_KEPT,
+) -> None:
     """Replace in place each weight of a call that is computed from constants by what it comes to.
 
-    shut: the paths of modules whose tensors may change when they are called.
+    shut: the paths of modules whose tensors may change when they are called. keep: says which tensors preserved code or
+    forward may write to.
     """
-    values = _Values(root, graph, shut)
+    values = _Values(root, graph, shut, keep)
     done: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         row = find_function_row(operators, node.target) if node.op in ("call_function", "call_method") else None
@@ -160,14 +170,15 @@ def _is_matrix(root: nn.Module, node: fx.Node) -> bool:
 class _Values:
     """Computes what nodes give that depend on constants alone, the same way each time."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, shut: Collection[str]) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, shut: Collection[str], keep: Keep) -> None:
         self.root, self.known = root, dict[fx.Node, Any]()
         self.constant: set[fx.Node] = set()
         changing, hidden = written(root, graph), tuple(f"{path}." for path in shut)
         for node in graph.nodes:
             if node.op == "get_attr":
                 tensor = edit.get_tensor(root, str(node.target))
-                is_fixed = tensor is not None and storage_of(tensor) not in changing
+                is_set = str(node.target) in keep.written or keep.preserved.may_write(str(node.target))
+                is_fixed = tensor is not None and storage_of(tensor) not in changing and not is_set
                 is_constant = is_fixed and not (hidden and str(node.target).startswith(hidden))
             else:
                 feeders = node.all_input_nodes

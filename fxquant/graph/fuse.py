@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxquant.graph import edit
-from fxquant.graph.module import Fusion
+from fxquant.graph.module import Fusion, Unfused
+from fxquant.graph.preserve import NOTHING_PRESERVED, Preserved
 from fxquant.nn.fused import WITH_RELU, linear_relu
 
 _NORMS: dict[type[nn.Module], tuple[type[nn.Module], int]] = {
@@ -36,30 +37,61 @@ _RELU_METHODS = ("relu", "relu_")
 
 
 def fuse(
-    module: fx.GraphModule, hooked: frozenset[str] = frozenset(), only: tuple[Fusion, ...] | None = None
-) -> tuple[Fusion, ...]:
-    """Fuse in place and return what was fused.
+    module: fx.GraphModule,
+    hooked: frozenset[str] = frozenset(),
+    preserved: Preserved = NOTHING_PRESERVED,
+    only: tuple[Fusion, ...] | None = None,
+) -> tuple[tuple[Fusion, ...], tuple[Unfused, ...]]:
+    """Fuse in place and return what was fused, and what was not because preserved code uses it.
 
     hooked: modules that must stay callable by themselves, for their hooks. only: the fusions to repeat (a
     checkpoint's); None: all that apply.
     """
     fusions: list[Fusion] = []
+    unfused: list[Unfused] = []
+    kept = set(map(id, preserved.modules(module))) if only is None else set()
     allowed = None if only is None else {fusion.path: fusion.chain for fusion in only}
     for node in list(module.graph.nodes):
         path = str(node.target) if node.op == "call_module" else node.name
         chain = [path]
-        for step in (_fold_norm, _absorb_relu):
+        for can_fuse, step in ((_is_normed, _fold_norm), (_is_rectified, _absorb_relu)):
             if allowed is None or len(allowed.get(path, ())) > len(chain):
                 follower = _single_follower(module, node, hooked)
-                if follower is not None and step(module, node, follower, allowed is None):
-                    chain.append(str(follower.target) if follower.op == "call_module" else follower.name)
-                    follower.replace_all_uses_with(node)
-                    module.graph.erase_node(follower)
+                if follower is None or not can_fuse(module, node, follower):
+                    continue
+                link = str(follower.target) if follower.op == "call_module" else follower.name
+                used = _used(module, node, follower, kept)
+                if used:
+                    unfused.append(Unfused(chain=(path, link), used=used))
+                    break
+                step(module, node, follower, allowed is None)
+                chain.append(link)
+                follower.replace_all_uses_with(node)
+                module.graph.erase_node(follower)
+                _drop_unused(module, follower, kept)
         if len(chain) > 1:
             fusions.append(Fusion(path=path, chain=tuple(chain)))
-    module.delete_all_unused_submodules()
     module.recompile()
-    return tuple(fusions)
+    return tuple(fusions), tuple(unfused)
+
+
+def _used(module: fx.GraphModule, node: fx.Node, follower: fx.Node, kept: set[int]) -> str:
+    """Return the path of the module that preserved code uses and fusing would change, "" for none: a ReLU stays one."""
+    for part in (node, follower):
+        if part.op == "call_module":
+            used = module.get_submodule(str(part.target))
+            if id(used) in kept and type(used) is not nn.ReLU:
+                return str(part.target)
+    return ""
+
+
+def _drop_unused(module: fx.GraphModule, follower: fx.Node, kept: set[int]) -> None:
+    """Delete the module that a fused node called, unless another node or preserved code uses it."""
+    target = str(follower.target)
+    if follower.op == "call_module" and id(module.get_submodule(target)) not in kept:
+        places = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
+        if not any(place == target or place.startswith(f"{target}.") for place in places):
+            module.delete_submodule(target)
 
 
 def _single_follower(module: fx.GraphModule, node: fx.Node, hooked: frozenset[str]) -> fx.Node | None:
@@ -85,8 +117,8 @@ def _is_called_once(module: fx.GraphModule, node: fx.Node) -> bool:
     return len(uses) == 1 and not reads
 
 
-def _fold_norm(module: fx.GraphModule, node: fx.Node, follower: fx.Node, may_guard: bool) -> bool:
-    """Fold a normalization that follows into a node's module; return whether it was."""
+def _is_normed(module: fx.GraphModule, node: fx.Node, follower: fx.Node) -> bool:
+    """Return whether a normalization follows that can be folded into a node's module."""
     if node.op != "call_module" or follower.op != "call_module":
         return False
     float_module, norm = module.get_submodule(str(node.target)), module.get_submodule(str(follower.target))
@@ -95,12 +127,16 @@ def _fold_norm(module: fx.GraphModule, node: fx.Node, follower: fx.Node, may_gua
         return False
     outputs = float_module.out_features if isinstance(float_module, nn.Linear) else float_module.out_channels
     known = node.meta.get("tensor_meta")
-    if norm.num_features != outputs or (known is not None and len(known.shape) != rank):
-        return False
-    if known is None and kind is nn.BatchNorm1d and may_guard:
+    return bool(norm.num_features == outputs and (known is None or len(known.shape) == rank))
+
+
+def _fold_norm(module: fx.GraphModule, node: fx.Node, follower: fx.Node, may_guard: bool) -> None:
+    """Fold the normalization that follows into a node's module."""
+    float_module, norm = module.get_submodule(str(node.target)), module.get_submodule(str(follower.target))
+    kind, rank = _NORMS[type(float_module)]
+    if node.meta.get("tensor_meta") is None and kind is nn.BatchNorm1d and may_guard:
         _guard_rank(module.graph, node, rank)
     edit.swap_module(module, str(node.target), _folded(float_module, norm))
-    return True
 
 
 def _guard_rank(graph: fx.Graph, node: fx.Node, rank: int) -> None:
@@ -135,22 +171,24 @@ def _folded(module: Any, norm: Any) -> nn.Module:
     return twin  # type: ignore[no-any-return]
 
 
-def _absorb_relu(module: fx.GraphModule, node: fx.Node, follower: fx.Node, _: bool) -> bool:
-    """Let a node do the ReLU that follows it; return whether it does now."""
+def _is_rectified(module: fx.GraphModule, node: fx.Node, follower: fx.Node) -> bool:
+    """Return whether a ReLU follows that a node can do itself."""
     if not _is_relu(module, follower):
         return False
     if node.op == "call_function":
-        if node.target is F.linear:
-            node.target = linear_relu
-        return node.target is linear_relu
+        return node.target in (F.linear, linear_relu)
+    return type(module.get_submodule(str(node.target))) in WITH_RELU
+
+
+def _absorb_relu(module: fx.GraphModule, node: fx.Node, _follower: fx.Node, _may_guard: bool) -> None:
+    """Let a node do the ReLU that follows it."""
+    if node.op == "call_function":
+        node.target = linear_relu
+        return
     float_module = module.get_submodule(str(node.target))
-    kind = WITH_RELU.get(type(float_module))
-    if kind is None:
-        return False
     fused = edit.mirror(float_module)
-    fused.__class__ = kind
+    fused.__class__ = WITH_RELU[type(float_module)]
     edit.swap_module(module, str(node.target), fused)
-    return True
 
 
 def _is_relu(module: fx.GraphModule, node: fx.Node) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,9 +11,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.errors import AttributeNameError, ModelStateError, nearest
+from fxquant.errors import ModelStateError
 from fxquant.graph import edit
-from fxquant.graph.names import names_in
+from fxquant.graph.architecture import Architecture
+from fxquant.graph.attributes import fixed_error, is_same
+from fxquant.graph.bound import carry, install
+from fxquant.graph.call import Example
+from fxquant.graph.preserve import NOTHING_PRESERVED, Keep, Preserved
 from fxquant.graph.tracer import TRACING
 from fxquant.nn.base import QuantizedModule, dtype_errors, refuse_script
 from fxquant.operators import Operator
@@ -98,11 +101,23 @@ class Fusion:
     chain: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unfused:
+    """One chain that stayed several nodes, because kept methods use `used`, which fusing would change."""
+
+    chain: tuple[str, ...]
+    used: str
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Record:
     """All that a model of ours remembers beside its graph. stage: "fused", "prepared" or "quantized".
 
-    is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead.
+    is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead. example: of a prepared
+    one, the arguments that it is checked on once it is quantized. architecture: of the float model, for checkpoints.
+    unchecked: why that check was not possible. live, checked: the paths of the attributes that its graph reads at each
+    call, to use and to compare; fixed: of those that forward read when it was traced. written: the parameters that
+    forward writes into.
     """
 
     stage: str
@@ -112,11 +127,19 @@ class Record:
     fusions: tuple[Fusion, ...] = ()
     mapping: QConfigMapping = field(default_factory=QConfigMapping)
     operators: tuple[Operator, ...] = ()
-    preserved: Mapping[str, Any] = field(default_factory=dict)
+    unfused: tuple[Unfused, ...] = ()
+    preserved: Preserved = NOTHING_PRESERVED
+    live: tuple[str, ...] = ()
+    checked: tuple[str, ...] = ()
+    fixed: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = field(default_factory=dict)
     untraced: Mapping[str, str] = field(default_factory=dict)
     float_bytes: int = 0
     coverage: Coverage = NOTHING
+    example: Example | None = field(default=None, compare=False)
+    architecture: Architecture | None = None
+    unchecked: str = ""
 
     @property
     def outcome(self) -> str:
@@ -127,24 +150,17 @@ class Record:
             f"{self.coverage.total_bytes:,} weight bytes {tense} ({100 * self.coverage.share:.1f} %)"
         )
 
+    @property
+    def keep(self) -> Keep:
+        """What another trace of the same model has to take care of."""
+        return Keep(self.preserved, self.live, self.written)
+
     def __repr__(self) -> str:
         return f"<fused: {len(self.fusions)} chains>" if self.stage == "fused" else f"<{self.stage}: {self.outcome}>"
 
     def advance(self, **changes: Any) -> Record:
         """Return a record with some fields changed."""
         return replace(self, **changes)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method or property of the user's class, to be bound to the new model when it is asked for."""
-
-    owner: type
-    name: str
-
-    def bind(self, model: nn.Module) -> Any:
-        """Return the attribute as if `model` were an instance of the owner."""
-        return inspect.getattr_static(self.owner, self.name).__get__(model, type(model))
 
 
 class FxModule(fx.GraphModule):
@@ -159,6 +175,8 @@ class FxModule(fx.GraphModule):
     def build(cls, root: nn.Module, graph: fx.Graph, name: str, record: Record) -> FxModule:
         """Return the module for a graph over a root's submodules and tensors."""
         module = cls(root, graph, name)
+        carry(root, module, record.preserved)
+        install(module, record.preserved)
         keep_record(module, record)
         module.train(False)
         return module
@@ -184,14 +202,21 @@ class FxModule(fx.GraphModule):
             record = record_of(self)
             if record is not None and name == "record":
                 return record
-            if record is not None and name in record.preserved:
-                value = record.preserved[name]
-                return value.bind(self) if isinstance(value, Method) else value
             raise AttributeError(
                 f"this {self.__class__.__name__} is a traced graph and has no attribute {name!r}; a graph keeps what "
                 f"forward uses. If your float model has it, name it: "
                 f"prepare_fx(..., preserved_attributes=({name!r},))"
             ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.check_settable(name, value)
+        super().__setattr__(name, value)
+
+    def check_settable(self, name: str, value: Any) -> None:
+        """Raise FixedAttributeError for another value of an attribute that forward read when it was traced."""
+        record = self.__dict__.get("_fxquant_record")
+        if record is not None and name in record.fixed and not is_same(value, self.__dict__.get(name, value)):
+            raise fixed_error(name, self.__dict__[name], value)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the model as torch.jit.script takes it; raise ModelStateError for a quantized one."""
@@ -207,6 +232,9 @@ class FxModule(fx.GraphModule):
         assert isinstance(twin, FxModule)
         twin.__class__.__name__ = self.__class__.__name__  # a class of the twin's own
         twin.__dict__["_fxquant_record"] = copy.deepcopy(self._fxquant_record, memo)
+        install(twin, self._fxquant_record.preserved)
+        for name in self._fxquant_record.preserved.modules_of(self):  # torch.fx copies no second name of a module
+            twin._modules[name] = copy.deepcopy(self._modules[name], memo)
         for name in self.__dict__.keys() - twin.__dict__.keys() - {"_compiled_call_impl"}:  # what the user hung on it
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         for name in edit.HOOKS:
@@ -286,8 +314,10 @@ def _restore(
     reduced: tuple[Any, ...], name: str, nodes: list[tuple[str, dict[str, Any]]], hooks: dict[str, Any]
 ) -> FxModule:
     """Rebuild from a pickle: torch.fx rebuilds a plain GraphModule by tracing its own code; make it ours again."""
+    modules = reduced[1][0]["_modules"]
     with TRACING:
         plain = reduced[0](*reduced[1])
+    plain._modules.update({name: module for name, module in modules.items() if name not in plain._modules})
     for node, (own_name, meta) in zip(plain.graph.nodes, nodes, strict=True):
         node.name, node.meta = own_name, meta
     graph = copy.deepcopy(plain.graph)  # whose namespace knows those names
@@ -305,38 +335,6 @@ def finish(module: fx.GraphModule, source: nn.Module, record: Record) -> FxModul
         if path in places and edit.has_hooks(original):
             edit.carry_hooks(original, places[path])
     return result
-
-
-def preserve(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    """Return the attributes of a float model that its graph shall keep; what a kept method's code names comes along.
-
-    Raises AttributeNameError for a name that the model does not have.
-    """
-    if isinstance(names, str):
-        raise AttributeNameError(f"preserved_attributes takes a tuple of names: ({names!r},)")
-    for name in names:
-        if not hasattr(model, name):
-            known = [known for known in dir(model) if not known.startswith("_")]
-            raise AttributeNameError(
-                f"preserved_attributes names {name!r}, which {type(model).__name__} does not have{nearest(name, known)}"
-            )
-    kept: dict[str, Any] = {}
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        own = inspect.getattr_static(type(model), name, None)
-        if isinstance(own, property) or (hasattr(own, "__get__") and name not in vars(model)):
-            kept[name] = Method(next(kind for kind in type(model).__mro__ if name in vars(kind)), name)
-            waiting += [other for other in names_in(own) if other not in kept and _is_users(model, other)]
-        elif not isinstance(getattr(model, name), nn.Module):  # a module that forward uses is there by itself
-            kept[name] = copy.deepcopy(getattr(model, name))
-    return {name: kept[name] for name in sorted(kept, key=lambda name: (name not in names, name))}
-
-
-def _is_users(model: nn.Module, name: str) -> bool:
-    """Return whether a name is an attribute that the user's class or instance adds to nn.Module's own."""
-    in_class = any(name in vars(kind) for kind in type(model).__mro__ if not issubclass(nn.Module, kind))
-    return in_class or (name in vars(model) and name not in vars(nn.Module()))
 
 
 def keep_record(model: nn.Module, record: Record) -> nn.Module:

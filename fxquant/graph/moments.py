@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -20,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxquant.errors import ExampleInputsError, warn
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, each_batch, run
-from fxquant.graph.module import Site
+from fxquant.graph.module import Site, record_of
+from fxquant.graph.writes import without_writes
 from fxquant.nn.base import quantize_alone
 from fxquant.numerics import QuantizedTensor
 from fxquant.qconfig import QConfig
@@ -94,6 +96,7 @@ def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> M
     longer: float32 (K, K) for a weight (O, K), K / O of its memory.
     Raises ExampleInputsError for a batch that does not run, or no batch at all.
     """
+    batches = each_batch(data, prepared)
     twin = edit.mirror(prepared)
     weights = _weights(twin, sites)
     if any(tensor.is_meta for tensor in twin.parameters()):
@@ -107,12 +110,26 @@ def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> M
             "nearest, which is as good for them; leave data out, or give int4_dynamic_qconfig to a Linear"
         )
         return Moments({})
-    counter = _Counter(weights)
+    first = next(batches)
+    twin = edit.mirror(prepared, written=_written(prepared, first))
+    counter = _Counter(_weights(twin, sites))
     is_recurrent = any(isinstance(part, nn.RNNBase) for part in twin.modules())
-    for number, arguments in enumerate(each_batch(data, twin)):
+    for number, arguments in enumerate(itertools.chain([first], batches)):
         with _unfused(is_recurrent), counter:
             _run(twin, arguments, number)
     return Moments(counter.close())
+
+
+def _written(prepared: nn.Module, first: Inputs) -> frozenset[str]:
+    """Return the parameters that forward writes into; a graph's are known, a model that was never run is run once."""
+    record = record_of(prepared)
+    if record is None or record.is_traced or record.untraced:
+        return frozenset() if record is None else record.written
+
+    def twin_runs(written: frozenset[str]) -> None:
+        _run(edit.mirror(prepared, written=written), first, 0)
+
+    return without_writes(prepared, twin_runs)[1]
 
 
 def _run(model: nn.Module, arguments: Inputs, number: int) -> None:

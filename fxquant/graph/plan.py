@@ -23,7 +23,17 @@ from fxquant.graph.constants import asks_kind, constant_of, is_cast, is_transpos
 from fxquant.graph.fold import SOURCE, storage_of, written
 from fxquant.graph.kinds import base_of, redefined
 from fxquant.graph.module import NOTHING, Coverage, Left, Site
-from fxquant.graph.reasons import calls_children, refuse_call, why_hidden, why_no_form, why_unknown
+from fxquant.graph.preserve import Keep
+from fxquant.graph.reasons import (
+    WHY_KEPT,
+    WHY_SET,
+    WHY_WRITTEN,
+    calls_children,
+    refuse_call,
+    why_hidden,
+    why_no_form,
+    why_unknown,
+)
 from fxquant.graph.rules import join, main_rule, rank, refusal
 from fxquant.graph.same import is_linear
 from fxquant.graph.target import Target, call_name, example_shape, find_target
@@ -48,20 +58,32 @@ class Plan:
 class _Planner:
     """Walks a graph, or a module tree, once and collects the decisions."""
 
-    def __init__(self, module: nn.Module, names: Names, mapping: QConfigMapping, operators: Sequence[Operator]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Names,
+        mapping: QConfigMapping,
+        operators: Sequence[Operator],
+        keep: Keep,
+    ) -> None:
         self.module, self.names, self.mapping, self.operators = module, names, mapping, operators
         self.plan = Plan([], [], [])
         self.counts: collections.Counter[tuple[str, Any]] = collections.Counter()
         self.weights: dict[tuple[Any, ...], tuple[int, bool]] = {}  # each one's bytes, and whether all take it as int8
-        self.written: set[int] = set()  # the storages of tensors that forward writes to
+        self.changed: set[int] = set()  # the storages of tensors that the graph writes to
         self.tree = set(map(id, module.modules()))
         self.kept_forwards = dict(_kept_forwards(module))
         self.entered: set[int] = set()  # the containers that were visited, which may stand at several paths
+        self.called: set[int] = set()  # the modules that the graph calls, and those inside them
+        changed = (edit.get_tensor(module, name) for name in keep.written)
+        self.written = {edit.identity(tensor)[0] for tensor in changed if tensor is not None}
+        self.preserved = keep.preserved
+        self.is_kept = False  # whether what is visited is there for preserved code, beside the graph
 
     def run(self, graph: fx.Graph) -> Plan:
-        """Return the plan for every candidate of the graph."""
+        """Return the plan for every candidate of the graph, and those that preserved code alone uses."""
         seen: set[str] = set()
-        self.written = written(self.module, graph)
+        self.changed = written(self.module, graph)
         for node in graph.nodes:
             if node.op == "call_module":
                 if node.target not in seen:
@@ -70,7 +92,20 @@ class _Planner:
                     self.visit_module(node.target, self.module.get_submodule(node.target), shape=shape)
             elif node.op in ("call_function", "call_method"):
                 self.visit_call(node)
+        self.called = {id(part) for path in seen for part in self.module.get_submodule(path).modules()}
+        self.is_kept = True
+        for name in self.preserved.kept:
+            self.visit_kept(name)
         return self.finish()
+
+    def visit_kept(self, name: str) -> None:
+        """Decide for what preserved code uses under a name of the root: a module and those inside it, or a tensor."""
+        module, weight = self.module._modules.get(name), self.module._parameters.get(name)
+        if module is not None:
+            self.visit_module(name, module)
+        elif weight is not None and weight.dim() > 1:
+            rule = self.rules("", "", nn.Parameter, weights=(name,))[name]
+            self.decide(name, nn.Parameter, None, rule, WHY_KEPT, [weight])
 
     def run_tree(self) -> Plan:
         """Return the plan for every module, whatever calls it."""
@@ -86,8 +121,10 @@ class _Planner:
 
     def visit_module(self, path: str, module: nn.Module, inside: str = "", shape: tuple[int, ...] = ()) -> None:
         """Decide for a leaf module and for what lies inside it. inside: why children cannot be swapped, if so."""
-        if isinstance(module, QuantizedModule):
+        if isinstance(module, QuantizedModule) or id(module) in self.called:
             return
+        if self.is_kept:
+            self.called.add(id(module))  # and is swapped wherever it stands
         kind = FLOAT_TYPES.get(type(module), type(module))
         base = base_of(module, self.operators) or (nn.Linear if is_linear(module, self.operators) else None)
         row = None if base is None or redefined(type(module), base) else find_module_row(self.operators, base)
@@ -100,7 +137,9 @@ class _Planner:
             rules = {name: found[weight] for weight, name in weights.items()}
             rule = main_rule(found[""], rules.values())
             shut = inside or why_hidden(module) or self.kept_forwards.get(id(module), "")
-            reason = shut or (row.refuse_module(module) if row else why_unknown(kind, self.operators))
+            reason = shut or (row.refuse_module(module) if row else self.why_float(kind, base))
+            if row is not None and reason is None and self.may_be_written(path, module):
+                reason = WHY_SET
             seen = shape if row is None or row.has_rows else ()
             if row is not None and reason is None and len(set(rules.values())) > 1:
                 self.decide_weights(path, kind, row, rule, rules, module, seen)
@@ -119,12 +158,21 @@ class _Planner:
                 if child is not None:
                     self.visit_module(_join(path, name), child, shut)
 
+    def may_be_written(self, path: str, module: nn.Module) -> bool:
+        """Return whether preserved code may write into a parameter of a module, which then is no constant."""
+        return any(self.preserved.may_write(_join(path, name)) for name, _ in module.named_parameters())
+
+    def why_float(self, kind: type[nn.Module], base: type[nn.Module] | None) -> str:
+        """Return why a module without a row stays float."""
+        return WHY_KEPT if self.is_kept and base is None else why_unknown(kind, self.operators)
+
     def visit_strays(self, path: str, module: nn.Module) -> None:
         """Report the modules that a module has in a plain list, tuple or dict: they are no part of the model's tree."""
         own = vars(nn.Module())
         for name, held in vars(module).items():
             parts = pytree.tree_leaves(held) if isinstance(held, (list, tuple, dict)) and name not in own else []
-            strays = [part for part in parts if isinstance(part, nn.Module) and id(part) not in self.tree]
+            held_here = [part for part in parts if issubclass(type(part), nn.Module)]  # a weak proxy only looks so
+            strays = [part for part in held_here if id(part) not in self.tree]
             for number, stray in enumerate(strays):
                 weights = [weight for weight in stray.parameters() if weight.dim() > 1]
                 if weights:
@@ -170,8 +218,10 @@ class _Planner:
         if tensor is None:
             raise AssertionError(f"{path} was traced but is not in the graph module")
         reason = refuse_call(row, target, tensor) if rule.qconfig is not None else None
-        if storage_of(tensor) in self.written:
-            reason = "forward writes to its weight"
+        if reason is None and storage_of(tensor) in self.changed:
+            reason = WHY_WRITTEN
+        if reason is None and self.preserved.may_write(path):
+            reason = WHY_SET
         site = self.decide(path, name, row, rule, reason, (tensor,), example_shape(node), call=node.name)
         if site is not None:
             self.plan.calls.append((site, target))
@@ -236,11 +286,13 @@ class _Planner:
         part_rules: tuple[str, ...] = (),
     ) -> Site | None:
         """Record a Site and return it, or record why there is none. tensors: what the candidate holds."""
-        told = kind if isinstance(kind, str) else type_name(kind)
+        told, held = kind if isinstance(kind, str) else type_name(kind), list(tensors)
+        if reason is None and any(edit.identity(tensor)[0] in self.written for tensor in held):
+            reason = WHY_WRITTEN
         reason = refusal(path, told, row, rule, reason)
         site = None
         if row is None or rule.qconfig is None or reason is not None:
-            size = self.count(tensors, False)
+            size = self.count(held, False)
             self.plan.left.append(
                 Left(
                     path=path,
@@ -260,7 +312,7 @@ class _Planner:
                 qconfig=rule.qconfig,
                 rule=rule.text,
                 call=call,
-                float_bytes=self.count(tensors, True),
+                float_bytes=self.count(held, True),
                 opt_out=rule.opt_out,
                 shape=shape,
                 part_rules=part_rules,
@@ -332,12 +384,17 @@ def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator])
 
     Raises QConfigError where an entry that names a candidate directly gives it a qconfig that its operator cannot take.
     """
-    return _Planner(traced.module, traced.names, mapping, operators).run(traced.module.graph)
+    return _Planner(traced.module, traced.names, mapping, operators, traced.keep).run(traced.module.graph)
 
 
-def plan_modules(module: nn.Module, mapping: QConfigMapping, operators: Sequence[Operator]) -> Plan:
-    """Return what each module of a tree becomes and why; functional calls are out of reach. Raises as `plan` does."""
-    return _Planner(module, names_of(module), mapping, operators).run_tree()
+def plan_modules(
+    module: nn.Module, mapping: QConfigMapping, operators: Sequence[Operator], written: frozenset[str] = frozenset()
+) -> Plan:
+    """Return what each module of a tree becomes and why; functional calls are out of reach. Raises as `plan` does.
+
+    written: the parameters that forward writes into.
+    """
+    return _Planner(module, names_of(module), mapping, operators, Keep(written=written)).run_tree()
 
 
 def replay(module: fx.GraphModule, sites: Sequence[Site], operators: Sequence[Operator]) -> Plan:

@@ -20,6 +20,16 @@ from fxquant.operators import Operator
 from fxquant.operators.base import refuse_weight
 from fxquant.qconfig_mapping import type_name
 
+WHY_KEPT = "preserved code uses it as it is, beside the graph"
+"""The reason of weights that are no module's and that preserved methods may read."""
+
+
+WHY_SET = "preserved code may write into it"
+"""The reason of weights that methods change, and that the graph must share with them."""
+
+WHY_WRITTEN = "forward writes into its weight or bias as it runs"
+"""The reason of weights that are no constants."""
+
 
 def refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> str | None:
     """Return why a call of a row stays float, or None."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import ModelStateError, TraceError
 from fxquant.graph import edit
+from fxquant.graph.attributes import Attributes, attributes_of, watched
+from fxquant.graph.bound import carry, give_class_values
 from fxquant.graph.fold import fold
 from fxquant.graph.kinds import make_plain
+from fxquant.graph.preserve import Keep, Preserved
 from fxquant.graph.tracer import SCOPE, TRACING, Tracer, is_fresh
 from fxquant.operators import Operator
 
@@ -55,11 +60,36 @@ class Traced:
     constants: dict[str, Any]  # the arguments that the graph is made for
     untraced: dict[str, str]  # the paths of modules that do not trace and are called as they are, and why
     doubtful: frozenset[str]  # the paths of modules that hold state, or make tensors of their own, in forward
+    keep: Keep = Keep()  # noqa: RUF009
+    attributes: Attributes = field(default_factory=Attributes)  # what became of those that forward reads
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What a Record remembers of this, by its fields' names."""
+        nodes = self.module.graph.find_nodes(op="get_attr")
+        live = self.attributes.live & {str(node.target) for node in nodes}
+        return {
+            "preserved": self.keep.preserved,
+            "live": tuple(sorted(live)),
+            "checked": tuple(self.attributes.checked),
+            "fixed": frozenset(self.attributes.read),
+            "written": self.keep.written,
+        }
 
 
 def _attributes(root: nn.Module) -> dict[str, dict[str, Any]]:
     """Return what the Python attributes of each module in a tree now are, by the module's path."""
     return {path: dict(vars(module)) for path, module in root.named_modules()}
+
+
+def _restore(root: nn.Module, before: dict[str, dict[str, Any]]) -> None:
+    """Give a tree the attributes back that it had: what forward set, to stand-ins perhaps, kept code shall not meet."""
+    for path, held in before.items():
+        now = vars(root.get_submodule(path))
+        for name in now.keys() - held.keys():
+            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(now[name])):
+                del now[name]
+        now.update(held)
 
 
 def _doubtful(root: nn.Module, graph: fx.Graph, before: dict[str, dict[str, Any]]) -> frozenset[str]:
@@ -88,13 +118,15 @@ def trace(
     constants: Mapping[str, Any] | None = None,
     untraced: Mapping[str, str] | None = None,
     keep_whole: bool = False,
+    keep: Keep = Keep(),  # noqa: B008
     folds: bool = True,
 ) -> Traced:
     """Return a model's graph over a mirror of its modules and tensors, whose hooks are left off meanwhile.
 
     constants: arguments that are fixed, and asserted. untraced: submodules known not to trace. keep_whole: whether one
     that turns out not to trace is called as it is, the innermost first, rather than an error. folds: whether weights
-    that are computed from constants are computed now.
+    that are computed from constants are computed now. keep: what the graph keeps beside forward, and what forward
+    writes into.
 
     Raises ModelStateError for a model in training mode or with lazy parameters, TraceError for one that torch.fx cannot
     trace, naming the user's file and line.
@@ -105,35 +137,74 @@ def trace(
     while True:
         tracer = functools.partial(Tracer, operators, hooked | kept.keys())  # inlining a module would lose its hooks
         try:
-            root, graph, doubtful = _graph(model, tracer, device, constants)
+            root, graph, doubtful, attributes = _graph_of(_Source(model, device, keep), tracer, constants)
             break
         except _UntraceableError as failure:
             error = failure.error
             if not keep_whole or not failure.path or failure.path in kept:
                 raise _trace_error(model, error) from error
             kept[failure.path] = f"{first_line(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
-    name = model.__class__.__name__
     if folds:
-        fold(root, graph, operators, hooked | kept.keys())
-    return Traced(fx.GraphModule(root, graph, name), names_of(root), hooked, dict(constants or {}), kept, doubtful)
+        fold(root, graph, operators, hooked | kept.keys(), keep)
+    module = fx.GraphModule(root, graph, model.__class__.__name__)
+    carry(root, module, keep.preserved)
+    fixed = dict(constants or {})
+    return Traced(module, names_of(root), hooked, fixed, kept, doubtful, keep, attributes)
+
+
+class _Source(NamedTuple):
+    """What mirrors to trace are made of."""
+
+    model: nn.Module
+    device: str | None
+    keep: Keep
+
+
+def _graph_of(
+    source: _Source, make_tracer: Callable[[], Tracer], constants: Mapping[str, Any] | None
+) -> tuple[nn.Module, fx.Graph, frozenset[str], Attributes]:
+    """Return what `_graph` does; where live is None, with all the attributes as nodes with which forward traces."""
+    found, live = attributes_of(source.model, source.keep.preserved), source.keep.live
+    may_be_set = found.settable
+
+    def attempt(live: Collection[str]) -> tuple[nn.Module, fx.Graph, frozenset[str], Attributes]:
+        return _graph(source, make_tracer, constants, replace(found, live=frozenset(live)))
+
+    if live is not None or not may_be_set:
+        return attempt(live or ())
+    try:
+        return attempt(may_be_set)
+    except _UntraceableError:
+        steers = []
+        for path in may_be_set:
+            try:
+                attempt((path,))
+            except _UntraceableError:
+                steers.append(path)
+    return attempt([path for path in may_be_set if path not in steers] if len(steers) < len(may_be_set) else ())
 
 
 def _graph(
-    model: nn.Module, make_tracer: Callable[[], Tracer], device: str | None, constants: Mapping[str, Any] | None
-) -> tuple[nn.Module, fx.Graph, frozenset[str]]:
-    """Return a mirror of a model, its graph, and the paths of modules that are not sure to be what their graph says.
+    source: _Source, make_tracer: Callable[[], Tracer], constants: Mapping[str, Any] | None, wanted: Attributes
+) -> tuple[nn.Module, fx.Graph, frozenset[str], Attributes]:
+    """Return a mirror of a model, its graph, the paths of modules that are not sure to be what their graph says, and
+    what became of the attributes.
 
     Forward meets buffers as they are, and so may branch on their values, unless it writes into one, or slices one by an
-    input's size: then buffers must be nodes.
+    input's size, or kept code may write into one: then buffers must be nodes.
     """
     failures = []
-    for buffers_are_nodes in (False, True):
-        root, tracer = edit.mirror(model, device, hooks=False), make_tracer()
+    model, device, (preserved, _, written) = source
+    nodes_first = _keeps_buffers(model, preserved)
+    for buffers_are_nodes in (nodes_first, not nodes_first):
+        root, tracer = edit.mirror(model, device, hooks=False, written=written), make_tracer()
         make_plain(root)
+        give_class_values(root, preserved)
+        states = replace(wanted, read={}, checked={})
         tracer.proxy_buffer_attributes = buffers_are_nodes
         buffers, attributes = _buffers(root), _attributes(root)
         try:
-            with TRACING, torch.no_grad():
+            with TRACING, torch.no_grad(), watched(root, tracer, states) if preserved.names else nullcontext():
                 graph = tracer.trace(root, dict(constants) if constants else None)
         except Exception as error:
             failures.append(_UntraceableError(tracer.failed, error, len(tracer.graph.nodes)))
@@ -141,8 +212,17 @@ def _graph(
         if buffers_are_nodes or _is_as_it_was(buffers, _buffers(root)):
             if device is not None:
                 _move_constants(graph, torch.device(device))
-            return root, graph, _doubtful(root, graph, attributes)
+            doubtful = _doubtful(root, graph, attributes)
+            if preserved.names:
+                _restore(root, attributes)
+            return root, graph, doubtful, states
     raise max(failures, key=lambda failure: failure.nodes)  # what stopped the one that got further
+
+
+def _keeps_buffers(model: nn.Module, preserved: Preserved) -> bool:
+    """Return whether kept code has buffers of the model at hand."""
+    own = preserved.owner is not None and any(name in model._buffers for name in preserved.kept)
+    return own or any(True for module in preserved.modules(model) for _ in module._buffers)
 
 
 def _move_constants(graph: fx.Graph, device: torch.device) -> None:

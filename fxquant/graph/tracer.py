@@ -18,6 +18,7 @@ from torch.nn.utils import rnn
 
 from fxquant import ops
 from fxquant.graph import call
+from fxquant.graph.attributes import Attributes, watched
 from fxquant.graph.kinds import base_of
 from fxquant.nn import QuantizedModule
 from fxquant.nn.transformer import PLAIN_FORWARDS
@@ -42,6 +43,9 @@ TRACING = threading.RLock()
 
 SCOPE = "fxquant_scope"
 """The key in node.meta of the path of the module whose forward made the node."""
+
+BUFFERS_ARE_NODES = "fxquant_buffers_are_nodes"
+"""The key in the output node's meta of whether forward met buffers as nodes, rather than as they are."""
 
 
 class Tracer(fx.Tracer):
@@ -167,6 +171,7 @@ class Tracer(fx.Tracer):
             graph = super().trace(root, concrete_args)
         graph._tracer_cls = _Retracer  # what torch.fx unpickles with
         graph.set_codegen(call.SignatureCodeGen(root))
+        graph.output_node().meta[BUFFERS_ARE_NODES] = self.proxy_buffer_attributes
         graph.output_node().type = inspect.unwrap(type(root).forward).__annotations__.get("return")
         for node in graph.nodes:
             if node.target in _LEAF_FUNCTIONS:
@@ -181,6 +186,15 @@ class _Retracer(Tracer):
     """Traces the code of one of our graphs once more, as torch.fx does to unpickle it: a node for each line."""
 
     proxy_buffer_attributes = True
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph of such code, whose reads of attributes are nodes too."""
+        record = vars(root).get("_fxquant_record")
+        if record is None:
+            return super().trace(root, concrete_args)
+        paths = (*record.live, *record.checked)
+        with watched(root, self, Attributes(live=frozenset(paths)), only=paths):
+            return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Return what the code gets for an attribute: for a buffer always a node."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from fxquant.graph import edit
+from fxquant.graph.architecture import describe
+from fxquant.graph.call import Example, Inputs
 from fxquant.graph.clean import own_tensors
 from fxquant.graph.convert import WeightCache, convert_modules
 from fxquant.graph.kinds import make_plain
@@ -18,14 +20,20 @@ from fxquant.qconfig_mapping import QConfigMapping
 
 
 def prepare_tree(
-    model: nn.Module, mapping: QConfigMapping, operators: Sequence[Operator], untraced: Mapping[str, str] | None = None
+    model: nn.Module,
+    mapping: QConfigMapping,
+    operators: Sequence[Operator],
+    untraced: Mapping[str, str] | None = None,
+    inputs: Inputs | None = None,
+    written: frozenset[str] = frozenset(),
 ) -> nn.Module:
     """Return a mirror of the model, in eval mode, that carries every decision about its modules.
 
-    untraced: why there is no graph, under the root's path "". Raises QConfigError as `plan` does.
+    untraced: why there is no graph, under the root's path "". inputs: what the model is checked on once it is
+    quantized. written: the parameters that forward writes into. Raises QConfigError as `plan` does.
     """
-    root = plain_mirror(model)
-    decided = plan_modules(root, mapping, operators)
+    root = plain_mirror(model, written=written)
+    decided = plan_modules(root, mapping, operators, written)
     record = Record(
         stage="prepared",
         is_traced=False,
@@ -34,15 +42,18 @@ def prepare_tree(
         mapping=mapping,
         operators=tuple(operators),
         untraced=dict(untraced or {}),
+        written=written,
         float_bytes=edit.byte_count(model),
         coverage=decided.coverage,
+        example=None if inputs is None else Example(inputs),
+        architecture=describe(root),
     )
     return keep_record(root, record)
 
 
-def plain_mirror(model: nn.Module, device: str | None = None) -> nn.Module:
+def plain_mirror(model: nn.Module, device: str | None = None, written: frozenset[str] = frozenset()) -> nn.Module:
     """Return a mirror of the model in eval mode, no weight of which is computed at each call."""
-    root = edit.mirror(model, device).eval()
+    root = edit.mirror(model, device, written=written).eval()
     make_plain(root)
     return root
 
@@ -58,4 +69,4 @@ def convert_tree(prepared: nn.Module, moments: Moments | None = None) -> nn.Modu
     cache = WeightCache(moments.rounding(twin) if moments is not None else None)
     root, sites = convert_modules(twin, record.sites, record.operators, cache)
     own_tensors(root, prepared)
-    return keep_record(root, record.advance(stage="quantized", sites=sites))
+    return keep_record(root, record.advance(stage="quantized", sites=sites, example=None))

@@ -39,12 +39,14 @@ class DynamicQuantizedCell(DynamicQuantizedRecurrent):
                 if tuple(state.shape) != wanted:
                     raise ShapeError(f"{self._name()} needs hx of shape {wanted}, got {tuple(state.shape)}")
             given = tuple(state.unsqueeze(0) if is_batched else state.view(1, 1, -1) for state in given)
-        _, *states = self.run(x, None, self._states(x, given, x.shape[1], None))
+        _, *states = self.run_cast(x, None, self._states(x, given, x.shape[1], None))
         return self._as_given([state.squeeze(0) if is_batched else state.view(-1) for state in states])
 
 
 class DynamicQuantizedLSTMCell(DynamicQuantizedCell, DynamicQuantizedLSTM):
     """An nn.LSTMCell with quantized weights."""
+
+    promotes = True
 
 
 class DynamicQuantizedGRUCell(DynamicQuantizedCell, DynamicQuantizedGRU):

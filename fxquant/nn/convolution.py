@@ -69,6 +69,8 @@ class DynamicQuantizedConv(DynamicQuantizedLinear):
     def _windows(self, input: torch.Tensor) -> torch.Tensor:
         """Return each position's window, (B, ..., window): along the width a view, where windows overlap in memory."""
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        if mode != "constant":
+            self._check_padding(input)
         padded = F.pad(input, self.padding, mode) if any(self.padding) else input
         x = padded.movedim(1, -1)
         if not x.is_contiguous():
@@ -85,6 +87,18 @@ class DynamicQuantizedConv(DynamicQuantizedLinear):
                 return x.flatten(-2).unfold(-1, span * width, stride * width)
             x = x.unfold(dim, span, stride)[..., ::step].transpose(-1, -2).flatten(-2)
         return x
+
+    def _check_padding(self, input: torch.Tensor) -> None:
+        """Raise ShapeError for an input, (B, I, ...), with too few positions to be padded with."""
+        sizes = input.shape[2:]
+        spare = {"reflect": 1, "circular": 0}.get(self.padding_mode)  # positions that are no copy's source
+        sides = tuple(zip(reversed(self.padding[::2]), reversed(self.padding[1::2]), strict=True))
+        needed = [1 if spare is None or not any(side) else max(side) + spare for side in sides]
+        if any(size < least for size, least in zip(sizes, needed, strict=True)):
+            raise ShapeError(
+                f"a quantized Conv{len(sizes)}d with padding_mode={self.padding_mode!r} and a padding of {sides} "
+                f"(before and after, a dimension) takes at least {tuple(needed)} positions, got {tuple(sizes)}"
+            )
 
     def extra_repr(self) -> str:
         """Return what print shows: the sizes and the scheme."""

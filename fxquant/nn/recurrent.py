@@ -12,6 +12,7 @@ from fxquant import ops
 from fxquant.errors import DTypeError, ShapeError
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.numerics import to_float32
+from fxquant.ops.autocast import cast_dtype
 from fxquant.ops.schema import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
@@ -43,6 +44,7 @@ class DynamicQuantizedRecurrent(QuantizedModule):
     """
 
     has_cell_state: ClassVar[bool] = False
+    promotes: ClassVar[bool] = False  # under torch.autocast: see ops/autocast.py
     num_layers: int
     proj_size: int
     bidirectional: bool
@@ -92,6 +94,11 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         """Return (output, *states) of the operator."""
         raise NotImplementedError
 
+    def run_cast(self, x: torch.Tensor, sizes: torch.Tensor | None, states: States) -> States:
+        """Return (output, *states), under torch.autocast in the dtype that the float module gives there."""
+        dtype, given = cast_dtype(x, self.promotes), self.run(x, sizes, states)
+        return given if dtype is None else tuple(part.to(dtype) for part in given)
+
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Return (output, hx).
 
@@ -102,7 +109,7 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         given = self.check_kinds(input, hx)
         if isinstance(input, PackedSequence):
             data, sizes, order, back = input
-            output, *states = self.run(data, sizes, self._states(data, given, int(sizes[0]), order))
+            output, *states = self.run_cast(data, sizes, self._states(data, given, int(sizes[0]), order))
             if back is not None:
                 states = [state.index_select(1, back) for state in states]
             return PackedSequence(output, sizes, order, back), self._as_given(states)
@@ -113,7 +120,7 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         if not is_batched:
             x = x.unsqueeze(1)
             given = None if given is None else tuple(map(self._with_batch, ("h0", "c0"), given))
-        output, *states = self.run(x, None, self._states(x, given, x.shape[1], None))
+        output, *states = self.run_cast(x, None, self._states(x, given, x.shape[1], None))
         if not is_batched:
             return output.squeeze(1), self._as_given([state.squeeze(1) for state in states])
         return output.transpose(0, 1) if self.batch_first else output, self._as_given(states)
@@ -208,6 +215,8 @@ class DynamicQuantizedGRU(DynamicQuantizedRNN):
 
     docs/numerics.md, eq. 14–16.
     """
+
+    promotes = True
 
     def __init__(
         self, module: Any, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone

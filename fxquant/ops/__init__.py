@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 
 from fxquant.errors import ModelStateError
 from fxquant.ops import dispatch
+from fxquant.ops.autocast import cast_dtype
 from fxquant.ops.native import KernelInfo, at_once, kernel_info
 from fxquant.ops.schema import LIBRARY, SCHEMAS, check_dense
 
@@ -68,10 +69,12 @@ def linear(
     group_size: int = 0,
     in_features: int = 0,
 ) -> torch.Tensor:
-    """Call `torch.ops.fxquant.linear`."""
+    """Call `torch.ops.fxquant.linear`; under torch.autocast the output has the dtype that F.linear gives there."""
     args = (x, weight, scale, bias, relu, per_row, qmax, group_size, in_features)
     out: torch.Tensor | None = None if is_compiling() else at_once.linear(True, *args)
-    return _dispatched("linear", *args) if out is None else out
+    out = _dispatched("linear", *args) if out is None else out
+    dtype = cast_dtype(x)
+    return out if dtype is None else out.to(dtype)
 
 
 def transpose(x: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@ of products with float weights to float rounding.
 The library keeps nothing: every call passes plain tensors. So there is nothing to pack, cache or save, and calls from
 several threads are independent. Its functions give None for what they do not take as it is: tensors that are not dense
 (of a linear's input only each row must be), not of their dtypes, or that somebody watches. FXQUANT_NATIVE=0 switches it
-off; FXQUANT_ISA=amx, avx512_vnni, avx_vnni, avx2, neon_dot or portable forces an instruction set; FXQUANT_OPENMP=0 keeps
-it from the threads of torch's OpenMP. They are read once, the first two at import.
+off; FXQUANT_ISA=amx, avx512_vnni, avx_vnni, avx2, neon_dot or portable forces an instruction set; FXQUANT_OPENMP=0
+keeps it from the threads of torch's OpenMP. They are read once, the first two at import.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
 """compare: every site's error, by equations computed here from the modules themselves."""
 
+import collections
 import copy
+import dataclasses
 import math
 import pickle
+import types
 import weakref
 from xml.etree import ElementTree
 
@@ -532,3 +535,70 @@ def test_the_plot_has_a_pair_of_bars_a_site(tmp_path):
     titles = [group.find(f"{svg}title").text for group in ElementTree.fromstring(text).findall(f"{svg}g")]
     assert titles == [f"{row.path}: {row.sqnr_db:.1f} dB, {row.local_sqnr_db:.1f} dB" for row in found.rows]
     assert text in found.to_html()
+
+
+@dataclasses.dataclass
+class Answer:
+    scores: torch.Tensor
+
+
+class Tagger(nn.Module):
+    """Gives its scores, and twice the hidden state, in some form."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.body, self.head, self.form = nn.Linear(8, 8), nn.Linear(8, 3), form
+
+    def forward(self, x):
+        hidden = self.body(x)
+        return self.form(self.head(hidden), hidden)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda y, h: (y.argmax(-1), y),
+        lambda y, h: {"label": y.argmax(-1), "scores": y},
+        lambda y, h: Answer(y),
+        lambda y, h: Packed(y.argmax(-1), {"deep": [y]}),
+        lambda y, h: types.SimpleNamespace(mask=y > 0, scores=y),
+    ],
+    ids=["tuple", "dict", "dataclass", "named tuple", "object"],
+)
+def test_the_floats_of_an_output_are_judged(form):
+    model, x = Tagger(form).eval(), torch.randn(5, 8)
+    quantized = quantize_dynamic(model)
+    expected, got = model.head(model.body(x)), quantized.head(quantized.body(x))
+    found = compare(model, quantized, [x])
+    assert (found.output_sqnr_db, found.output_relative_rms, found.output_max_error) == errors([(expected, got)])
+
+
+Packed = collections.namedtuple("Packed", "label rest")
+
+
+def test_each_output_is_named_and_the_worst_one_counts():
+    model = Tagger(lambda y, h: {"scores": y, "hidden": 100 * h, "none": 0 * h, "label": y.argmax(-1)}).eval()
+    x = torch.randn(5, 8)
+    quantized = quantize_dynamic(model)
+    expected = {
+        "hidden": errors([(100 * model.body(x), 100 * quantized.body(x))]).expected,
+        "scores": errors([(model.head(model.body(x)), quantized.head(quantized.body(x)))]).expected,
+    }
+    found = compare(model, quantized, [x, x])
+    rows = {row.name: row for row in found.outputs}
+    assert rows.keys() == {"hidden", "scores", "none"}
+    for name, sums in expected.items():
+        row = rows[name]
+        assert (row.sqnr_db, row.relative_rms, row.max_error) == pytest.approx(sums)
+        assert row.batches == 2
+    assert rows["none"].sqnr_db == math.inf
+    worst = min(expected, key=lambda name: expected[name][0])
+    assert (found.outputs[0].name, found.output_sqnr_db) == (worst, rows[worst].sqnr_db)
+    assert f"outputs, SQNR: {worst} {found.output_sqnr_db:.1f} dB, " in str(found)
+    assert "the worst of 3 outputs: SQNR" in str(found)
+
+
+def test_labels_alone_say_nothing():
+    model = Tagger(lambda y, h: y.argmax(-1)).eval()
+    with pytest.raises(ExampleInputsError, match="hold no tensor to compare, none whose values are floats"):
+        compare(model, quantize_dynamic(model), [torch.randn(5, 8)])

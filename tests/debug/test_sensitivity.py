@@ -53,16 +53,24 @@ class Branching(nn.Module):
 EVERYTHING = QConfigMapping().set_global(default_dynamic_qconfig)
 
 
-@pytest.fixture
-def model():
+def make_model():
     torch.manual_seed(0)
     return Model().eval()
 
 
-@pytest.fixture
-def data():
+def make_data():
     torch.manual_seed(1)
     return [(torch.randn(3, 6),) for _ in range(4)]
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def data():
+    return make_data()
 
 
 def relative_rms(model, quantized, data):
@@ -296,3 +304,48 @@ def test_notes_that_cannot_be_kept_are_an_error_at_once(model, data, tmp_path):
         ArgumentError, match=r"^resume=.*notes.json' cannot be written: .*; give a file in a folder that is there$"
     ):
         sensitivity(model, EVERYTHING, data, resume=tmp_path / "nowhere" / "notes.json")
+
+
+class Tagger(nn.Module):
+    """Gives labels before its scores, and what is hidden under a mask."""
+
+    def __init__(self, form, is_traced=True):
+        super().__init__()
+        self.first, self.second, self.form, self.is_traced = nn.Linear(6, 8), nn.Linear(8, 5), form, is_traced
+
+    def forward(self, x):
+        if not self.is_traced and x.sum() > 1e9:
+            x = 2 * x
+        return self.form(self.second(self.first(x)))
+
+
+def masked(y):
+    scores = torch.cat([y[..., 1:], torch.full_like(y[..., :1], -math.inf)], -1)
+    return {"label": y.argmax(-1), "scores": scores, "twice": (2 * y[..., :2],)}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not trace")
+@pytest.mark.parametrize("is_traced", [True, False])
+def test_the_worst_of_the_float_outputs_is_the_metric(data, is_traced):
+    model = Tagger(masked, is_traced).eval()
+    found = sensitivity(model, EVERYTHING, data)
+    quantized = convert_fx(prepare_fx(model, EVERYTHING, data[0]))
+    expected = []
+    for name in ("scores", "twice"):
+        noise = signal = 0.0
+        for x in data:
+            y, z = ({**m(*x), "twice": m(*x)["twice"][0]}[name].detach().double() for m in (model, quantized))
+            known = y.isfinite()
+            noise, signal = noise + float((y - z)[known].square().sum()), signal + float(y[known].square().sum())
+        expected.append(math.sqrt(noise / signal))
+    assert found.quantized_metric == pytest.approx(max(expected))
+    assert found.float_metric == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "match"),
+    [(lambda y: y.argmax(-1), "none whose values are floats"), (lambda y: y[:0], "outputs are empty on a batch")],
+)
+def test_a_metric_over_nothing_is_an_error(data, form, match):
+    with pytest.raises(ExampleInputsError, match=match):
+        sensitivity(Tagger(form).eval(), EVERYTHING, data)

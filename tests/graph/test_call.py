@@ -293,7 +293,10 @@ def test_a_model_whose_graph_fails_is_not_said_to_fail():
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_nested_example_inputs_are_prepared_and_refused_by_the_layer():
     nested = torch.nested.nested_tensor([torch.zeros(3, 8), torch.zeros(2, 8)])
-    quantized = convert_fx(prepare_fx(Returns(torch.relu).eval(), everything(), nested))
+    prepared = prepare_fx(Returns(torch.relu).eval(), everything(), nested)
+    with pytest.raises(fxquant.CheckError, match="takes a dense tensor, got a nested one"):
+        convert_fx(prepared)
+    quantized = convert_fx(prepared, check=False)
     with pytest.raises(fxquant.DTypeError, match="takes a dense tensor, got a nested one"):
         quantized(nested)
 
@@ -427,3 +430,75 @@ def test_a_parameter_with_the_name_of_a_keyword():
 
     with pytest.raises(fxquant.TraceError, match=r"'lambda' has the Python keyword 'lambda' in it.*rename it"):
         prepare_fx(Model().eval(), everything(), x_())
+
+
+class Tokens(nn.Module):
+    """Forward's order is not that of its callers."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.types, self.head = nn.Embedding(20, 16), nn.Embedding(20, 16), nn.Linear(16, 4)
+
+    def forward(self, ids, mask=None, kinds=None):
+        x = self.words(ids) if kinds is None else self.words(ids) + self.types(kinds)
+        return self.head(x if mask is None else x * mask.unsqueeze(-1))
+
+
+class TokensByKeyword(Tokens):
+    def forward(self, ids, *, mask, kinds):
+        return super().forward(ids, mask, kinds)
+
+
+class TokensWithDefault(Tokens):
+    def forward(self, ids, scale=2.0, kinds=None):
+        return self.head(self.words(ids) * scale + self.types(kinds))
+
+
+class TokensOfAnyName(Tokens):
+    def forward(self, *args, **named):
+        return super().forward(*args, **named)
+
+
+IDS, KINDS, MASK = torch.arange(6).view(2, 3), torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 1, 0]] * 2)
+
+
+@pytest.mark.filterwarnings("ignore:.* was traced for")
+@pytest.mark.parametrize(
+    ("kind", "args", "kwargs"),
+    [
+        (Tokens, (), {"ids": IDS, "kinds": KINDS, "mask": MASK}),
+        (Tokens, (), {"kinds": KINDS, "mask": MASK, "ids": IDS}),
+        (Tokens, (IDS,), {"kinds": KINDS, "mask": MASK}),
+        (Tokens, (IDS,), {"kinds": KINDS}),  # one in the middle left out
+        (TokensByKeyword, (IDS,), {"kinds": KINDS, "mask": MASK}),
+        (TokensWithDefault, (IDS,), {"kinds": KINDS}),
+        (TokensOfAnyName, (IDS,), {"kinds": KINDS, "mask": MASK}),
+        (TokensOfAnyName, (IDS, MASK, KINDS), {}),
+    ],
+)
+def test_an_export_takes_keywords_by_name(kind, args, kwargs):
+    quantized = convert_fx(prepare_fx(kind().eval(), everything(), args, example_kwargs=kwargs))
+    exported = torch.export.export(quantized, args, kwargs).module()
+    wanted = quantized(*args, **kwargs)
+    assert same_bits(exported(*args, **kwargs), wanted)
+    assert same_bits(exported(*args, **dict(reversed(kwargs.items()))), wanted)
+
+
+def test_a_strict_and_a_dynamic_export_take_keywords_by_name():
+    kwargs, batch = {"ids": IDS, "kinds": KINDS, "mask": MASK}, torch.export.Dim("batch")
+    quantized = convert_fx(prepare_fx(Tokens().eval(), everything(), kwargs))
+    more = {name: torch.cat([tensor, tensor]) for name, tensor in kwargs.items()}
+    shapes = {name: {0: batch} for name in kwargs}
+    exported = torch.export.export(quantized, (), kwargs, dynamic_shapes=shapes).module()
+    assert same_bits(exported(**more), quantized(**more))
+    exported = torch.export.export(quantized, (), kwargs, strict=True).module()
+    assert same_bits(exported(**kwargs), quantized(**kwargs))
+
+
+def test_another_interpreter_counts_arguments_off_as_ever():
+    quantized = convert_fx(prepare_fx(Tokens().eval(), everything(), (IDS, MASK, KINDS)))
+
+    def run(*args, **kwargs):  # of the name that torch.export's frame has, and not what is handed on
+        return torch.fx.Interpreter(quantized).run(*args)
+
+    assert same_bits(run(IDS, MASK, KINDS, verbose=True), quantized(IDS, MASK, KINDS))

@@ -3,6 +3,8 @@
 import contextlib
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -123,6 +125,26 @@ def test_child_processes_compute_the_same(product, method, way):
     assert child.exitcode == 0
 
 
+FORK_AFTER_TORCH = """
+import os, torch
+from fxquant.ops import native
+torch.set_num_threads(2)
+x, weight, scale = torch.randn(64, 2048), torch.ones(2048, 2048, dtype=torch.int8), torch.ones(2048)
+torch.randn(2000, 2000).exp()  # torch's own threads come to be, and no job of ours has run yet
+child = os.fork()
+native.linear(x, weight, scale)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_does_not_wait_for_the_threads_of_torch_that_its_parent_had():
+    command = [sys.executable, "-W", "ignore", "-c", FORK_AFTER_TORCH]
+    subprocess.run(command, check=True, timeout=100)
+
+
 def test_callers_at_once_get_the_same_bits(product, isa):
     expected, wrong = {}, []
     inputs = [product[0] * (i + 1) for i in range(4)]
@@ -160,25 +182,37 @@ def test_nothing_spins_while_idle(product):
         assert time.process_time() - before < 0.05
 
 
-def test_the_gil_is_released():
-    x, weight, scale = torch.randn(16, 2048), int8(4096, 2048), torch.rand(4096)
-    ticks, during = 0, []
-    done = threading.Event()
+@pytest.fixture
+def no_time_slices():
+    """Let a Python thread run on until it gives the interpreter lock away itself."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_the_gil_is_released(no_time_slices):
+    x, weight, scale = torch.randn(64, 2048), int8(4096, 2048), torch.rand(4096)
+    ticks, done = 0, threading.Event()
 
     def count():
         nonlocal ticks
         while not done.is_set():
             ticks += 1
+            time.sleep(0.0005)
+
+    def ticks_in_a_call():
+        before = ticks
+        native.linear(x, weight, scale)
+        return ticks - before
 
     counter = threading.Thread(target=count)
-    with kernels("portable", 1):  # slow enough to be watched
-        counter.start()
-        try:
-            for _ in range(5):
-                before = ticks
-                native.linear(x, weight, scale)
-                during.append(ticks - before)
-        finally:
-            done.set()
-            counter.join()
-    assert max(during) > 1000
+    counter.start()
+    try:
+        with kernels("portable", 1):  # slow enough to be watched: 30 ms
+            # torch gives the lock away for an instant where it makes a tensor: a few ticks at most. Where other work
+            # has the cores, the counter may miss a call, not all of them.
+            assert any(ticks_in_a_call() > 10 for _ in range(20))
+    finally:
+        done.set()
+        counter.join()

@@ -1,6 +1,7 @@
 """DynamicQuantizedConv: a Linear of windows, each of them a row of its own."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -273,3 +274,18 @@ def test_the_output_of_a_permuted_image_can_be_viewed_as_floats():
 def test_it_refuses_what_is_no_dense_tensor(change, told):
     with pytest.raises(DTypeError, match=f"a quantized Conv1d takes a .*{told}"):
         DynamicQuantizedConv.from_float(nn.Conv1d(4, 6, 3))(change(torch.randn(2, 4, 9)))
+
+
+@pytest.mark.parametrize(("mode", "least"), [("reflect", "(3, 4)"), ("circular", "(2, 3)"), ("replicate", "(1, 1)")])
+def test_padding_wider_than_the_input_is_an_error_in_the_layers_words(mode, least):
+    conv = nn.Conv2d(4, 8, 3, padding=(2, 3), padding_mode=mode)
+    quantized = DynamicQuantizedConv.from_float(conv)
+    height, width = map(int, least.strip("()").split(", "))
+    assert quantized(torch.randn(2, 4, height, width)).shape == conv(torch.randn(2, 4, height, width)).shape
+    for shape in ((2, 4, height - 1, width), (4, height, width - 1)):
+        with pytest.raises(
+            ShapeError, match=rf"'{mode}' and a padding of \(\(2, 2\), \(3, 3\)\).* {re.escape(least)} positions, got"
+        ):
+            quantized(torch.randn(shape))
+        with pytest.raises(RuntimeError):  # as torch does
+            conv(torch.randn(shape))

@@ -29,6 +29,7 @@ from word_language_model import (
     train_or_load,
 )
 from word_language_model.__main__ import main
+from word_language_model.demo import find_model
 from word_language_model.options import token_count
 from word_language_model.stdlib_text import find_sources, split_line
 
@@ -316,6 +317,18 @@ class TestCommandLine:
         assert "whole test text" in shown
         assert "× smaller" in shown
         assert target.stat().st_size < 1.2e6 * float(rows["fxquant"][0])
+
+    def test_it_trains_on_one_thread_and_gives_the_others_back(self, data, tmp_path, monkeypatch):
+        def note(*_):
+            threads.append(torch.get_num_threads())
+            return little_model(words=12)
+
+        threads = []
+        monkeypatch.setattr("word_language_model.demo.train_or_load", note)
+        with torch_threads(2):
+            find_model(None, Corpus.from_folder(data), tmp_path, TINY)
+            assert torch.get_num_threads() == 2
+        assert threads == [1]
 
     def test_a_torch_without_torch_ao_has_no_such_row(self, data, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "torch.ao.quantization", None)

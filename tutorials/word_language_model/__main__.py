@@ -1,7 +1,7 @@
 """`python -m tutorials.word_language_model`: quantize a trained word language model, and see that nothing was lost.
 
 With no options it needs no data: the text is the source of the Python that runs it, and the model is trained on that
-text once (two minutes or so on two cores) and kept. With --data and --checkpoint it takes a text and a model of yours.
+text once (under a minute on one core) and kept. With --data and --checkpoint it takes a text and a model of yours.
 """
 
 import argparse

@@ -32,7 +32,8 @@ def find_corpus(data: Path | None, cache: Path) -> Corpus:
 
 def find_model(checkpoint: Path | None, corpus: Corpus, cache: Path, config: TrainingConfig) -> WordLanguageModel:
     """Return the model at `checkpoint`, or one trained on the corpus; raise where the two do not belong together."""
-    model = load_checkpoint(checkpoint) if checkpoint else train_or_load(corpus, config, cache)
+    with torch_threads(1):  # so small a model gains little from a second thread, and waits for it on a busy machine
+        model = load_checkpoint(checkpoint) if checkpoint else train_or_load(corpus, config, cache)
     words = model.encoder.num_embeddings
     if words != len(corpus.dictionary):
         raise WordLanguageModelError(

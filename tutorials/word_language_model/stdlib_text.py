@@ -58,7 +58,7 @@ def read_parts(root: Path, max_words: int) -> dict[str, list[list[str]]]:
     return parts
 
 
-def build_folder(cache: Path, max_words: int = 700_000, max_vocabulary: int = 10_000, root: Path | None = None) -> Path:
+def build_folder(cache: Path, max_words: int = 250_000, max_vocabulary: int = 5_000, root: Path | None = None) -> Path:
     """Return a folder of train.txt, valid.txt and test.txt made from the standard library, built once and then kept.
 
     cache: where such folders lie, one for each installation and pair of limits. max_words: the text's length.

@@ -1,0 +1,214 @@
+"""What Python code holds of a model's modules past its tree: closures, defaults, caches, weak references.
+
+copy.deepcopy takes functions and weak references as they are, so that a lambda of a copied model would call the layers
+of the original. `copy_references` makes them anew where they lead to a module of the tree; what leads there through
+a class, a global or C code stays, and is found by its calls (see `check`).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+Memo = dict[int, Any]
+"""What stands for what, by the ids of the originals, as copy.deepcopy keeps it."""
+
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, type})
+_CONTAINERS = (list, tuple, set, frozenset, collections.deque)
+_CACHED: Any = type(functools.lru_cache(lambda: None))
+_PROXIES = weakref.ProxyTypes
+_OWN = frozenset({*vars(nn.Module()), "qconfig", "_fxquant_record"})  # which a mirror sees to by itself, or ours
+
+
+def copy_references(modules: Iterable[nn.Module], memo: Memo) -> None:
+    """Enter twins of the functions and weak references that lead to modules of a tree into a memo of their twins."""
+    walk = _Walk(modules)
+    functions = [thing for thing in walk.leading() if isinstance(thing, types.FunctionType)]
+    cells = {id(cell): types.CellType() for function in functions for cell in function.__closure__ or ()}
+    for function in functions:
+        closure = tuple(cells[id(cell)] for cell in function.__closure__ or ())
+        twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure or None)
+        twin.__qualname__, twin.__module__, twin.__doc__ = function.__qualname__, function.__module__, function.__doc__
+        memo[id(function)] = twin
+    for thing in walk.leading():
+        twin = _weak_twin(thing, memo)
+        if twin is not None:
+            memo[id(thing)] = twin
+    for thing in walk.leading():
+        if isinstance(thing, _CACHED):
+            memo[id(thing)] = functools.lru_cache(**thing.cache_parameters())(twin_of(thing.__wrapped__, memo))
+    for function in functions:
+        twin = memo[id(function)]
+        twin.__defaults__ = twin_of(function.__defaults__, memo)
+        twin.__kwdefaults__ = twin_of(function.__kwdefaults__, memo)
+        twin.__dict__.update(twin_of(vars(function), memo))
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a cell that nothing has been put into yet
+                cells[id(cell)].cell_contents = twin_of(cell.cell_contents, memo)
+
+
+def repoint_weak(modules: Iterable[nn.Module], swapped: Mapping[int, nn.Module]) -> None:
+    """Let weak references to modules that were swapped, by their ids, refer to what took their place."""
+    walk = _Walk(modules, frozenset(swapped))
+    weak = {id(thing): twin for thing in walk.leading() if (twin := _weak_twin(thing, swapped)) is not None}
+    for thing_id, twin in weak.items():
+        for holder in walk.holders[thing_id]:
+            if isinstance(holder, types.FunctionType):
+                for cell in holder.__closure__ or ():
+                    if id(_content(cell)) == thing_id:
+                        cell.cell_contents = twin
+            held = holder if isinstance(holder, (dict, list)) else getattr(holder, "__dict__", None)
+            if isinstance(held, (dict, list)):
+                for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+                    if id(value) == thing_id:
+                        held[key] = twin
+
+
+def twin_of(value: Any, memo: Memo) -> Any:
+    """Return a deep copy of a value, in which what the memo knows has its twin; itself where it cannot be copied.
+
+    Plain containers are rebuilt here: from Python 3.14 on copy.deepcopy does not ask the memo about functions.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) in (list, dict, tuple) and any(isinstance(part, _HOLDERS) for part in _children(value)):
+        parts: Any = [twin_of(part, memo) for part in (value.values() if isinstance(value, dict) else value)]
+        twin = dict(zip(value, parts, strict=True)) if isinstance(value, dict) else type(value)(parts)
+        memo[id(value)] = twin
+        return twin
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # a lock, an open file, a generator
+        return value
+
+
+_HOLDERS = (types.FunctionType, weakref.ref, weakref.WeakValueDictionary, _CACHED)
+
+
+def _weak_twin(thing: Any, memo: Mapping[int, Any]) -> Any:
+    """Return a weak reference to the twin of what one refers to; None for anything else."""
+    if isinstance(thing, weakref.WeakMethod):
+        method = thing()
+        twin = None if method is None else memo.get(id(method.__self__))
+        return None if method is None or twin is None else weakref.WeakMethod(getattr(twin, method.__name__))
+    if type(thing) is weakref.ref or type(thing) in _PROXIES:
+        twin = memo.get(id(_referent(thing)))
+        make: Callable[[Any], Any] = weakref.ref if type(thing) is weakref.ref else weakref.proxy
+        return None if twin is None else make(twin)
+    if isinstance(thing, weakref.WeakValueDictionary):
+        return weakref.WeakValueDictionary({key: memo.get(id(value), value) for key, value in thing.items()})
+    return None
+
+
+def _referent(thing: Any) -> Any:
+    """Return what a weak reference refers to, of a proxy if that is a module; None where it is gone."""
+    if isinstance(thing, weakref.WeakMethod):
+        return getattr(thing(), "__self__", None)
+    if isinstance(thing, weakref.ref):
+        return thing()
+    try:
+        return thing.forward.__self__  # a proxy hands out what its object does
+    except (ReferenceError, AttributeError):
+        return None
+
+
+class _Walk:
+    """All that the attributes of some modules lead to, and which of it leads on to a module of interest."""
+
+    def __init__(self, modules: Iterable[nn.Module], wanted: frozenset[int] | None = None) -> None:
+        """wanted: the ids of the modules of interest; None: the modules themselves."""
+        roots = list(modules)
+        tree = frozenset(map(id, roots))
+        self.wanted = tree if wanted is None else wanted
+        self.holders: dict[int, list[Any]] = {}
+        self._things: Memo = {}
+        self._found: set[int] = set()
+        has_any = False
+        waiting: list[Any] = roots
+        while waiting:
+            holder = waiting.pop()
+            for part in _children(holder, holder is not None and id(holder) in tree):
+                if id(part) in self.holders:
+                    self.holders[id(part)].append(holder)
+                    continue
+                self.holders[id(part)] = [holder]
+                self._things[id(part)] = part  # so that its id stays its own
+                if id(part) in self.wanted:
+                    self._found.add(id(part))
+                elif id(part) not in tree:
+                    has_any = has_any or isinstance(part, _HOLDERS) or type(part) in _PROXIES
+                    waiting.append(part)
+        self._leading = self._trace_back() if has_any else []
+
+    def leading(self) -> list[Any]:
+        """Return what leads to a module of interest."""
+        return self._leading
+
+    def _trace_back(self) -> list[Any]:
+        reached: Memo = {}
+        waiting = [holder for found in self._found for holder in self.holders[found]]
+        while waiting:
+            thing = waiting.pop()
+            if id(thing) not in reached and id(thing) in self._things:
+                reached[id(thing)] = thing
+                waiting += self.holders[id(thing)]
+        return list(reached.values())
+
+
+def _children(thing: Any, is_module: bool = False) -> Iterator[Any]:
+    """Yield what a thing holds, but for plain values. is_module: it is one of the tree's."""
+    for part in _parts(thing, is_module):
+        if type(part) not in _PLAIN and not isinstance(part, torch.Tensor):
+            yield part
+
+
+def _parts(thing: Any, is_module: bool) -> Iterable[Any]:
+    if is_module and isinstance(thing, fx.GraphModule):
+        return ()  # its graph; the modules that it calls come by themselves
+    if is_module:
+        return [value for name, value in vars(thing).items() if name not in _OWN]
+    if isinstance(thing, types.FunctionType):
+        contents = [_content(cell) for cell in thing.__closure__ or ()]
+        return [*contents, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values(), *vars(thing).values()]
+    if isinstance(thing, types.MethodType):
+        return [thing.__self__, thing.__func__]
+    if isinstance(thing, functools.partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if isinstance(thing, weakref.ref) or type(thing) in _PROXIES:
+        return [_referent(thing)]
+    if isinstance(thing, _CACHED):
+        return [thing.__wrapped__]
+    if isinstance(thing, weakref.WeakValueDictionary):
+        return list(thing.values())
+    if isinstance(thing, dict):
+        return [*thing.values(), *getattr(thing, "__dict__", {}).values()]
+    if isinstance(thing, _CONTAINERS):
+        return thing
+    if isinstance(thing, (type, types.ModuleType)) or hasattr(type(thing), "__deepcopy__"):
+        return ()  # which are not copied, or in a way of their own
+    slots = [name for kind in type(thing).__mro__ for name in _slots(kind)]
+    return [*getattr(thing, "__dict__", {}).values(), *(getattr(thing, name, None) for name in slots)]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    names = vars(kind).get("__slots__", ()) if kind.__module__ != "builtins" else ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _content(cell: types.CellType) -> Any:
+    """Return what a cell holds, None where nothing has been put into it yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None

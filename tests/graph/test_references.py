@@ -1,0 +1,181 @@
+"""What a model's attributes hold of its layers past its tree leads to the quantized layers."""
+
+import copy
+import functools
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant.graph import edit
+from fxquant.graph.references import twin_of
+from tests.samples import quantize
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.set_up()
+
+    def forward(self, x):
+        return self.run(x)
+
+
+class ByLambda(Tagger):
+    def set_up(self):
+        self.tasks = {"tag": lambda x: self.head(self.body(x))}
+
+    def run(self, x):
+        return self.tasks["tag"](x)
+
+
+class ByLocals(Tagger):
+    def set_up(self):
+        layers = [self.body, self.head]
+
+        def run(x):
+            for layer in layers:
+                x = layer(x)
+            return x
+
+        self.run = run
+
+
+class ByDefaults(Tagger):
+    def set_up(self):
+        self.run = lambda x, body=self.body, *, head=self.head: head(body(x))
+
+
+class ByPartial(Tagger):
+    def set_up(self):
+        self.run = functools.partial(lambda x: self.head(self.body(x)))
+
+
+class ByCache(Tagger):
+    def set_up(self):
+        self.find = functools.lru_cache(lambda name: getattr(self, name))
+
+    def run(self, x):
+        return self.find("head")(self.find("body")(x))
+
+
+class BySlots(Tagger):
+    class Holder:
+        __slots__ = ("run",)
+
+    def set_up(self):
+        self.holder = self.Holder()
+        self.holder.run = lambda x: self.head(self.body(x))
+
+    def run(self, x):
+        return self.holder.run(x)
+
+
+class ByWeak(Tagger):
+    def set_up(self):
+        self.weak = [weakref.ref(self.body), weakref.ref(self.head)]
+
+    def run(self, x):
+        return self.weak[1]()(self.weak[0]()(x))
+
+
+class ByWeakClosure(Tagger):
+    def set_up(self):
+        body, head = weakref.ref(self.body), weakref.ref(self.head)
+        self.run = lambda x: head()(body()(x))
+
+
+class ByProxy(Tagger):
+    def set_up(self):
+        self.proxies = [weakref.proxy(self.body), weakref.proxy(self.head)]
+
+    def run(self, x):
+        return self.proxies[1](self.proxies[0](x))
+
+
+class ByWeakMethod(Tagger):
+    def set_up(self):
+        self.method = weakref.WeakMethod(self.compute)
+
+    def compute(self, x):
+        return self.head(self.body(x))
+
+    def run(self, x):
+        return self.method()(x)
+
+
+class ByWeakDict(Tagger):
+    def set_up(self):
+        self.layers = weakref.WeakValueDictionary(body=self.body, head=self.head)
+
+    def run(self, x):
+        return self.layers["head"](self.layers["body"](x))
+
+
+KINDS = [ByLambda, ByLocals, ByDefaults, ByPartial, ByCache, BySlots, ByWeak, ByWeakClosure, ByProxy, ByWeakMethod,
+         ByWeakDict]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [quantize, lambda model, *_: fxquant.quantize_dynamic(model)], ids=["graph", "eager"])
+def test_the_quantized_layers_are_what_is_called(kind, make):
+    model, x = kind().eval(), torch.randn(3, 16)
+    expected = model(x)
+    quantized = make(model, x)
+    body, head = quantized.get_submodule("body"), quantized.get_submodule("head")
+    assert torch.equal(quantized(x), head(body(x)))
+    assert fxquant.explain(quantized).coverage.share == 1
+    assert torch.equal(model(x), expected)
+
+
+def test_a_copy_s_closure_has_state_of_its_own():
+    class Counting(Tagger):
+        def set_up(self):
+            count = 0
+
+            def run(x):
+                nonlocal count
+                count += 1
+                return self.head(x), count
+
+            self.run, self.again = run, run
+
+    model, x = Counting().eval(), torch.randn(3, 16)
+    twin = edit.mirror(model)
+    assert [twin(x)[1], twin(x)[1], model(x)[1]] == [1, 2, 1]
+    assert twin.run is twin.again is not model.run
+
+
+def test_functions_that_lead_to_no_layer_stay_the_same():
+    model = Tagger.__new__(Tagger)
+    nn.Module.__init__(model)
+    seen = []
+    model.note, model.scale = seen.append, (lambda x: seen.append(x))
+    assert edit.mirror(model).scale is model.scale
+
+
+def test_hooks_stay_the_user_s():
+    model, x = ByLambda().eval(), torch.randn(3, 16)
+    seen = []
+    model.body.register_forward_hook(lambda module, *_: seen.append(module is model.body))
+    twin = edit.mirror(model)
+    twin(x)
+    assert seen == [False]
+    model(x)
+    assert seen == [False, True]
+
+
+def test_what_cannot_be_copied_is_kept():
+    values = (value for value in range(3))
+    assert twin_of(values, {}) is values
+
+
+def test_a_deep_copy_is_python_s_own():
+    value = {"a": [1, {2}], "b": (torch.ones(2), None)}
+    twin = twin_of(value, {})
+    assert twin["a"] == value["a"]
+    assert twin["a"] is not value["a"]
+    assert torch.equal(twin["b"][0], copy.deepcopy(value)["b"][0])

@@ -18,10 +18,16 @@
  * static FXQ_REALS load_reals(const float *p);
  * static FXQ_REALS load_halves(const uint16_t *p);    float16
  * static void store_reals(float *p, FXQ_REALS v);
+ * static FXQ_REALS spread(float x);                   x in each lane
+ * static FXQ_REALS plus(FXQ_REALS a, FXQ_REALS b), times(FXQ_REALS a, FXQ_REALS b);
+ * static FXQ_REALS greater(FXQ_REALS a, FXQ_REALS b);              a > b ? a : b
+ * static FXQ_REALS powers(FXQ_REALS shifted);         2^n of n + ROUND
+ * static FXQ_REALS keep_from(FXQ_REALS x, float limit, FXQ_REALS y);   x < limit ? 0 : y
+ * FXQ_TILE_ROWS, FXQ_TILE_REALS                       the tile of products.h
  * static FXQ_REALS fuse(FXQ_REALS a, FXQ_REALS b, FXQ_REALS sum);  a b + sum, rounded once
  * static void sum_4_reals(const FXQ_REALS v[4], float *sums);      sums[i]: the sum of v[i]'s lanes, in the order above */
 
-#define FXQ_FLOATS .matmul_floats = matmul_floats
+#define FXQ_FLOATS .matmul_floats = matmul_floats, .multiply_tiles = multiply_tiles, .softmax_row = softmax_row
 
 enum {
     REALS = 16,
@@ -36,6 +42,8 @@ enum {
 #define FXQ_REAL_ROWS 1
 #define FXQ_REAL_OUTPUTS 1
 #define FXQ_ROW_OUTPUTS 1
+#define FXQ_TILE_ROWS 1
+#define FXQ_TILE_REALS 1
 #define FXQ_REALS struct reals
 
 struct reals {
@@ -64,6 +72,37 @@ FXQ_INLINE struct reals load_halves(const uint16_t *p) {
 }
 
 FXQ_INLINE void store_reals(float *p, struct reals v) { memcpy(p, &v, sizeof v); }
+
+FXQ_INLINE struct reals spread(float x) {
+    struct reals v;
+    for (int i = 0; i < REALS; i++) v.lane[i] = x;
+    return v;
+}
+
+FXQ_INLINE struct reals plus(struct reals a, struct reals b) {
+    for (int i = 0; i < REALS; i++) a.lane[i] += b.lane[i];
+    return a;
+}
+
+FXQ_INLINE struct reals times(struct reals a, struct reals b) {
+    for (int i = 0; i < REALS; i++) a.lane[i] *= b.lane[i];
+    return a;
+}
+
+FXQ_INLINE struct reals greater(struct reals a, struct reals b) {
+    for (int i = 0; i < REALS; i++) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+}
+
+FXQ_INLINE struct reals powers(struct reals shifted) {
+    for (int i = 0; i < REALS; i++) shifted.lane[i] = bits_float((float_bits(shifted.lane[i]) << 23) + 0x3f800000u);
+    return shifted;
+}
+
+FXQ_INLINE struct reals keep_from(struct reals x, float limit, struct reals y) {
+    for (int i = 0; i < REALS; i++) y.lane[i] = x.lane[i] < limit ? 0.0f : y.lane[i];
+    return y;
+}
 
 FXQ_INLINE struct reals fuse(struct reals a, struct reals b, struct reals sum) {
     for (int i = 0; i < REALS; i++) sum.lane[i] = fmaf(a.lane[i], b.lane[i], sum.lane[i]);
@@ -251,3 +290,5 @@ static void matmul_floats(const struct fxq_matmul *job, int64_t n0, int64_t n1, 
         multiply_float_block(job, m, x->rows - m < most ? x->rows : m + most, n0, n1, to, scratch);
     }
 }
+
+#include "products.h"

@@ -3,7 +3,7 @@
  * Words: M rows of activations, K columns (the depth of a product), N outputs. A product is
  *   y[m][n] = float(sum_k (q[m][k] - zero_point[m]) * weight[n][k]) * (row_scale[m] * scale[n])
  * with every float operation single and in this order: fxquant/ops/reference.py is the specification, to the bit. So
- * this code is compiled with -ffp-contract=off and uses no fused multiply-add, but for float weights: see floats.h. */
+ * this code is compiled with -ffp-contract=off and uses no fused multiply-add, but for products of floats: see floats.h. */
 #ifndef FXQUANT_H
 #define FXQUANT_H
 
@@ -137,6 +137,26 @@ struct fxq_int4_product {
     int64_t chunk; /* outputs unpacked at a time, in fxq_int4_scratch_bytes(): fxq_int4_chunk() */
 };
 
+/* A part of a product of two activations: (rows, depth) a by (depth, columns) b, of at most FXQ_PANEL columns. b's rows are
+ * dense, and readable, whatever is there, up to a whole number of sixteen columns. */
+enum { FXQ_PANEL = 64 };
+struct fxq_tiles {
+    const float *a, *b;
+    int64_t a_row, a_column, b_row; /* strides */
+    int64_t rows, depth, columns;
+    float *out;
+    int64_t out_row;
+};
+
+/* A row of attention's scores, which become exp(scale score + mask - their greatest), and 0 in [count, padded). */
+struct fxq_scores {
+    float *values;
+    int64_t count, padded;
+    float scale;
+    const float *mask; /* or NULL; mask_stride apart */
+    int64_t mask_stride;
+};
+
 /* What an instruction set provides. */
 struct fxq_kernels {
     const char *name;
@@ -154,6 +174,9 @@ struct fxq_kernels {
     void (*quantize_int16)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
     void (*matmul_int16)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to);
     void (*matmul_floats)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
+    /* Products of two activations, and a softmax between two of them: products.h. */
+    void (*multiply_tiles)(const struct fxq_tiles *tiles);
+    float (*softmax_row)(const struct fxq_scores *row);
     /* gates: 4 runs of `units` floats, gate_stride apart; h may be any buffer of `units`. */
     void (*lstm_cell)(const float *gates, int64_t gate_stride, int64_t units, float *c, float *h);
     /* gates: r, z and the hidden part of n; x_n: the input's part of n; before: the last h. */
@@ -239,6 +262,49 @@ int fxq_linear_int4(const struct fxq_linear *call, int threads);
 
 /* transpose.c: (matrices, rows, columns) to (matrices, columns, rows) */
 void fxq_transpose(const float *x, int64_t matrices, int64_t rows, int64_t columns, float *out, int threads);
+
+/* panels.c: how many floats columns take in whole panels, and `columns` columns of a matrix (depth, columns) of any strides
+ * as panels, one after another: (depth, FXQ_PANEL) each, the last one (depth, a whole number of sixteen). */
+int64_t fxq_panel_columns(int64_t columns);
+void fxq_pack_panels(const float *b, int64_t row, int64_t column, int64_t depth, int64_t columns, float *panels);
+
+/* Two activations and an output with common dimensions before the last two; strides may be 0. */
+struct fxq_batches {
+    int dimensions;
+    int64_t count, sizes[FXQ_DIMENSIONS], strides[4][FXQ_DIMENSIONS]; /* of the operands in their order */
+};
+static inline int64_t fxq_batch_offset(const struct fxq_batches *batches, int operand, int64_t batch) {
+    int64_t offset = 0;
+    for (int i = batches->dimensions - 1; i >= 0; batch /= batches->sizes[i--]) {
+        offset += batch % batches->sizes[i] * batches->strides[operand][i];
+    }
+    return offset;
+}
+
+/* matmul.c: out (batches, rows, columns) = a (rows, depth) b (depth, columns) of each batch */
+struct fxq_product {
+    struct fxq_batches batches; /* of a and b */
+    const float *a, *b;
+    int64_t a_row, a_column, b_row, b_column; /* strides */
+    int64_t rows, depth, columns;
+    float *out;
+};
+int fxq_product(const struct fxq_product *call, int threads);
+
+/* attention.c: out (batch, rows, heads, outputs) = softmax(scale q k^T + mask) v */
+struct fxq_operand {
+    const float *data; /* a mask's may be NULL */
+    int64_t row, column;
+};
+struct fxq_attention {
+    struct fxq_batches batches; /* (batch, heads) of q, k, v and the mask */
+    struct fxq_operand q, k, v, mask; /* (rows, depth), (keys, depth), (keys, outputs), (rows, keys) */
+    int64_t rows, keys, depth, outputs;
+    float scale;
+    bool is_causal; /* query i sees keys 0 to i */
+    float *out;
+};
+int fxq_attention(const struct fxq_attention *call, int threads);
 
 /* Where the index-th of `parts` shares of `count` things begins, in whole units. */
 static inline int64_t fxq_share(int64_t count, int64_t unit, int64_t index, int64_t parts) {

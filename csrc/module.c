@@ -93,7 +93,7 @@ static PyObject *pool_counts(PyObject *self, PyObject *unused) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 static PyMethodDef methods[] = {
-    FAST(set_torch), FAST(linear), FAST(transpose), FAST(lstm), FAST(rnn), FAST(embedding), FAST(embedding_bag),
+    FAST(set_torch), FAST(linear), FAST(transpose), FAST(matmul), FAST(attention), FAST(lstm), FAST(rnn), FAST(embedding), FAST(embedding_bag),
     FAST(use_huge_pages),
     {"isas", isas, METH_NOARGS, NULL},
     {"active_isa", active_isa, METH_NOARGS, NULL},

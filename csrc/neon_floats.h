@@ -3,6 +3,8 @@
 #define FXQ_REAL_ROWS 3
 #define FXQ_REAL_OUTPUTS 2
 #define FXQ_ROW_OUTPUTS 4
+#define FXQ_TILE_ROWS 5
+#define FXQ_TILE_REALS 1
 
 struct reals {
     float32x4_t part[4];
@@ -25,6 +27,41 @@ FXQ_INLINE struct reals load_halves(const uint16_t *p) {
 
 FXQ_INLINE void store_reals(float *p, struct reals v) {
     FXQ_UNROLL(4) for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, v.part[i]);
+}
+
+FXQ_INLINE struct reals spread(float x) {
+    const float32x4_t all = vdupq_n_f32(x);
+    return (struct reals){{all, all, all, all}};
+}
+
+FXQ_INLINE struct reals plus(struct reals a, struct reals b) {
+    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) a.part[i] = vaddq_f32(a.part[i], b.part[i]);
+    return a;
+}
+
+FXQ_INLINE struct reals times(struct reals a, struct reals b) {
+    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) a.part[i] = vmulq_f32(a.part[i], b.part[i]);
+    return a;
+}
+
+FXQ_INLINE struct reals greater(struct reals a, struct reals b) {
+    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) a.part[i] = vbslq_f32(vcgtq_f32(a.part[i], b.part[i]), a.part[i], b.part[i]);
+    return a;
+}
+
+FXQ_INLINE struct reals powers(struct reals shifted) {
+    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
+        const uint32x4_t n = vshlq_n_u32(vreinterpretq_u32_f32(shifted.part[i]), 23);
+        shifted.part[i] = vreinterpretq_f32_u32(vaddq_u32(n, vdupq_n_u32(0x3f800000)));
+    }
+    return shifted;
+}
+
+FXQ_INLINE struct reals keep_from(struct reals x, float limit, struct reals y) {
+    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
+        y.part[i] = vbslq_f32(vcltq_f32(x.part[i], vdupq_n_f32(limit)), vdupq_n_f32(0.0f), y.part[i]);
+    }
+    return y;
 }
 
 FXQ_INLINE struct reals fuse(struct reals a, struct reals b, struct reals sum) {

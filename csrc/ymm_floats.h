@@ -3,6 +3,8 @@
 #define FXQ_REAL_ROWS 3
 #define FXQ_REAL_OUTPUTS 2
 #define FXQ_ROW_OUTPUTS 4
+#define FXQ_TILE_ROWS 6
+#define FXQ_TILE_REALS 1
 
 struct reals {
     __m256 low, high;
@@ -20,6 +22,32 @@ FXQ_INLINE struct reals load_halves(const uint16_t *p) {
 FXQ_INLINE void store_reals(float *p, struct reals v) {
     _mm256_storeu_ps(p, v.low);
     _mm256_storeu_ps(p + 8, v.high);
+}
+
+FXQ_INLINE struct reals spread(float x) { return (struct reals){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+
+FXQ_INLINE struct reals plus(struct reals a, struct reals b) {
+    return (struct reals){_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+
+FXQ_INLINE struct reals times(struct reals a, struct reals b) {
+    return (struct reals){_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+
+FXQ_INLINE struct reals greater(struct reals a, struct reals b) { /* b where one is NaN */
+    return (struct reals){_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
+
+FXQ_INLINE __m256 powers_8(__m256 shifted) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000)));
+}
+
+FXQ_INLINE struct reals powers(struct reals shifted) { return (struct reals){powers_8(shifted.low), powers_8(shifted.high)}; }
+
+FXQ_INLINE struct reals keep_from(struct reals x, float limit, struct reals y) {
+    const __m256 limits = _mm256_set1_ps(limit);
+    return (struct reals){_mm256_and_ps(_mm256_cmp_ps(x.low, limits, _CMP_NLT_UQ), y.low),
+                          _mm256_and_ps(_mm256_cmp_ps(x.high, limits, _CMP_NLT_UQ), y.high)};
 }
 
 FXQ_INLINE struct reals fuse(struct reals a, struct reals b, struct reals sum) {

@@ -20,8 +20,9 @@ and `convert_fx` and by `quantize_dynamic`:
 - the answers are those of an independent simulation, which rounds the float model's weights and activations by the
   equations of [numerics](numerics.md): the same bits, or, where recurrent layers, attention or folded normalizations
   round in an order of their own, nearer than the simulation is to the float model;
-- a row gives the same bits whatever its neighbours in the batch are; and the same bits alone, unless torch multiplies
-  matrices in float on the way (small convolutions, a part left float).
+- a row gives the same bits whatever its neighbours in the batch are; and, prepared with `batch_invariant=True`, the
+  same bits alone, unless `explain` names something that torch computes in another order in another batch (small
+  convolutions, say).
 
 *traced*: what `prepare_fx` makes of the model: one graph, or a graph that calls the parts named as they are and is
 quantized inside them, or none: then the model's own code runs on. *quantized*: the share of the bytes of all matrices

@@ -191,6 +191,7 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str]) -> dict
         "float_bytes": record.float_bytes,
         "coverage": asdict(record.coverage),
         "architecture": None if record.architecture is None else record.architecture.to_plain(),
+        "batch_invariant": record.batch_invariant,
     }
 
 
@@ -303,6 +304,7 @@ def _record(
         float_bytes=plan["float_bytes"],
         coverage=Coverage(**plan["coverage"]),
         architecture=Architecture.from_plain(plan["architecture"]) if plan.get("architecture") else None,
+        batch_invariant=plan.get("batch_invariant"),  # files from before it was asked have none
     )
 
 
@@ -365,14 +367,14 @@ def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None)
     fuse(traced.module, traced.hooked, only=record.fusions)
     sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module
-    convert(module, sites, record.operators)
+    convert(module, sites, record.operators, batch_invariant=record.batch_invariant)
     return finish(clean(module, model, record.preserved), model, record.advance(**traced.kept))
 
 
 def _rebuild_tree(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
     root = plain_mirror(model, "meta")
     _match(saved, root)
-    root, _ = convert_modules(root, record.sites, record.operators)
+    root, _ = convert_modules(root, record.sites, record.operators, batch_invariant=record.batch_invariant)
     return keep_record(root, record)
 
 

@@ -52,6 +52,7 @@ def quantize_dynamic(
     *,
     operators: Iterable[Operator] = OPERATORS,
     strict: bool = False,
+    batch_invariant: bool | None = None,
     data: Iterable[Any] | None = None,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -62,6 +63,8 @@ def quantize_dynamic(
     None for every module that the operator table knows. dtype: what types and names without a qconfig of their own
     get: torch.int8 (default_dynamic_qconfig), torch.int16, torch.float16; for embeddings torch.uint8, torch.uint4.
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
+    batch_invariant: as for `prepare_fx`, of the modules that are swapped; products in the model's own code stay
+    torch's.
     data: batches, with which int4 weights are rounded with error feedback, as in `convert_fx`.
     example_inputs, example_kwargs: one call's arguments, as for prepare_fx. On them the quantized model is checked as
     `convert_fx` does it; without them nothing is run, and nothing is checked.
@@ -80,7 +83,7 @@ def quantize_dynamic(
     has_inputs = example_inputs is not None or example_kwargs is not None
     given = () if example_inputs is None else example_inputs
     inputs = bind_inputs(model, given, example_kwargs) if has_inputs else None
-    prepared = prepare_tree(model, mapping, table, inputs=inputs)
+    prepared = prepare_tree(model, mapping, table, inputs=inputs, batch_invariant=batch_invariant)
     record = need_stage(prepared, "prepared", "quantize_dynamic", "prepare_tree")
     judge(type(model).__name__, record, known, strict=strict)
     moments = gather(prepared, record.sites, data) if data is not None else None

@@ -41,11 +41,11 @@ def prepare_fx(
     preserved_attributes: Sequence[str] = (),
     operators: Sequence[Operator] = OPERATORS,
     strict: bool = False,
+    batch_invariant: bool | None = None,
 ) -> nn.Module:
     """Return the model as a graph that computes exactly what it does, with every quantization decision taken.
 
-    Where its forward does not trace, the result is a model of its own class instead, with the decisions about its
-    modules, and a warning.
+    Where forward does not trace: a model of its own class, with the decisions about its modules, and a warning.
 
     model: in eval mode; it is not changed, and its weights are shared, not copied, until convert_fx.
     qconfig_mapping: which qconfig each part gets, as a QConfigMapping or in its dict form.
@@ -55,6 +55,7 @@ def prepare_fx(
     set and called. What their code uses comes along; modules that it calls are quantized, and fused with nothing.
     operators: the operator table; rows of your own go beside ours: (*OPERATORS, MY_ROW).
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
+    batch_invariant: whether float products are summed in an order of ours, as docs/numerics.md says: None, True, False.
 
     Dynamic quantization needs no calibration: convert_fx may follow at once. Raises ModelStateError, TraceError,
     ExampleInputsError, QConfigError, MappingNameError or AttributeNameError; then nothing was changed.
@@ -67,10 +68,9 @@ def prepare_fx(
     try:
         traced = capture(model, operators, inputs, preserved)
     except (TraceError, ExampleInputsError) as error:
-        return _prepare_whole(model, mapping, operators, inputs, error, strict)
-    functions = [node.target for node in traced.module.graph.nodes]
-    check_mapping(mapping, traced.names, functions)
-    architecture = describe(traced.module)
+        return _prepare_whole(model, mapping, operators, inputs, error, strict, batch_invariant)
+    check_mapping(mapping, traced.names, functions := [node.target for node in traced.module.graph.nodes])
+    architecture = describe(traced.module)  # before it is fused
     fusions, unfused = fuse(traced.module, traced.hooked, preserved)
     decided = plan(traced, mapping, operators)
     record = Record(
@@ -88,6 +88,7 @@ def prepare_fx(
         coverage=decided.coverage,
         example=Example(inputs),
         architecture=architecture,
+        batch_invariant=batch_invariant,
     )
     judge(type(model).__name__, record, traced.names, functions, strict=strict)
     return finish(traced.module, model, record)
@@ -100,6 +101,7 @@ def _prepare_whole(
     inputs: Inputs,
     cause: FxQuantError,
     strict: bool,
+    batch_invariant: bool | None,
 ) -> nn.Module:
     """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
     written = check_runs(model, inputs, cause)
@@ -108,7 +110,7 @@ def _prepare_whole(
         cause = TraceError(f"{type(model).__name__} runs, but not as it was traced (it may ask for a type): {told}")
     check_mapping(mapping, names_of(plain_mirror(model)))
     why = " ".join(line.strip() for line in str(cause).splitlines()[:2])
-    prepared = prepare_tree(model, mapping, operators, {"": why}, inputs, written)
+    prepared = prepare_tree(model, mapping, operators, {"": why}, inputs, written, batch_invariant=batch_invariant)
     record = need_stage(prepared, "prepared", "prepare_fx", "prepare_tree")
     if not record.sites:
         raise cause
@@ -152,7 +154,7 @@ def convert_with(prepared: nn.Module, moments: Moments | None) -> nn.Module:
     module = edit.mirror(prepared)
     assert isinstance(module, fx.GraphModule)
     cache = WeightCache(moments.rounding(module) if moments is not None else None)
-    sites = convert(module, record.sites, record.operators, cache)
+    sites = convert(module, record.sites, record.operators, cache, record.batch_invariant)
     quantized = clean(module, prepared, record.preserved)
     return finish(quantized, prepared, record.advance(stage="quantized", sites=sites, example=None))
 

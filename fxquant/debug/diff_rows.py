@@ -13,6 +13,7 @@ from torch import fx, nn
 from fxquant.debug.diff_view import DiffRow
 from fxquant.errors import TraceError
 from fxquant.graph import edit
+from fxquant.graph.invariant import PRODUCTS
 from fxquant.graph.module import Record, record_of
 from fxquant.graph.trace import trace
 from fxquant.operators import OPERATORS
@@ -65,8 +66,10 @@ class _Side:
         return self.schemes.get(name) or self.schemes.get(path, "")
 
     def note(self, name: str, path: str) -> str:
-        """Return the qconfig of a node, why it stays float, or what it was fused into."""
-        return self.scheme(name, path) or self.reasons.get(name) or self.reasons.get(path, "")
+        """Return the qconfig of a node, why it stays float or changed, or what it was fused into."""
+        node = self.nodes.get(name)
+        told = "the same bits in any batch" if node is not None and node.target in PRODUCTS else ""
+        return self.scheme(name, path) or self.reasons.get(name) or self.reasons.get(path, "") or told
 
 
 def diff_rows(before: nn.Module, after: nn.Module) -> tuple[tuple[DiffRow, ...], str]:

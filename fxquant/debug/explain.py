@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from fxquant.errors import ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
+from fxquant.graph.invariant import find_dependent
 from fxquant.graph.module import Coverage, Record, Site, record_of
 from fxquant.nn import QuantizedModule
 from fxquant.qconfig_mapping import qconfig_name
@@ -55,7 +57,8 @@ class Explanation(Report):
     readers: the places that have read the float weight of a quantized layer so far, past the layer.
 
     coverage: how many bytes of the weights are quantized; outcome: the same as a line. saved_bytes: by how much the
-    whole model is smaller.
+    whole model is smaller. dependent: where batch_invariant=True was asked for, what torch still computes in another
+    order in another batch: "place: operator".
     """
 
     rows: tuple[ExplainRow, ...]
@@ -67,6 +70,7 @@ class Explanation(Report):
     saved_bytes: int
     unchecked: str = ""
     unfused: tuple[str, ...] = ()
+    dependent: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
 
     @property
@@ -85,6 +89,7 @@ class Explanation(Report):
             *(f"not traced: {path}" for path in self.untraced),
             *(f"slow: {reader}" for reader in self.readers),
             *([f"not checked on example inputs: {self.unchecked}"] if self.unchecked else []),
+            *(f"other bits in another batch (docs/numerics.md): {place}" for place in self.dependent),
             *map(str, losses),
             *(f"such times were measured on {source}; yours may differ" for source in sources),
         )
@@ -125,8 +130,16 @@ def explain(model: nn.Module) -> Explanation:
     quantized, sites = (model, record.sites) if record.stage == "quantized" else _foreseen(model, record)
     saved = record.float_bytes - edit.byte_count(quantized)
     rows = _rows(record.advance(sites=sites), _sources(model))
-    told = (record.outcome, saved, record.unchecked, unfused, _readers(model))
+    dependent = tuple(_dependent(quantized, record)) if record.batch_invariant else ()
+    told = (record.outcome, saved, record.unchecked, unfused, dependent, _readers(model))
     return Explanation(rows, fusions, untraced, record.stage, record.coverage, *told)
+
+
+def _dependent(quantized: nn.Module, record: Record) -> Iterator[str]:
+    """Yield what of a model that is to be independent of the batch is not, or is not known to be."""
+    yield from (f"{place}: {name}" for place, name in find_dependent(quantized))
+    for path in record.untraced if record.is_traced else ("",):
+        yield f"{path or 'the whole model'}: its own code, which is not traced, may have products of torch's"
 
 
 def _readers(model: nn.Module) -> tuple[str, ...]:
@@ -143,9 +156,9 @@ def _foreseen(model: nn.Module, record: Record) -> tuple[nn.Module, tuple[Site, 
     """Return what a prepared model would be once converted, and its sites: done on the meta device, without data."""
     twin = edit.mirror(model, "meta")
     if isinstance(twin, fx.GraphModule) and record.is_traced:
-        sites = convert(twin, record.sites, record.operators)
+        sites = convert(twin, record.sites, record.operators, batch_invariant=record.batch_invariant)
         return clean(twin, model, record.preserved), sites
-    return convert_modules(twin, record.sites, record.operators)
+    return convert_modules(twin, record.sites, record.operators, batch_invariant=record.batch_invariant)
 
 
 def _sources(model: nn.Module) -> dict[tuple[str, str], str]:

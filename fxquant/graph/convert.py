@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxquant.graph import edit
 from fxquant.graph.constants import constant_of, is_cast
+from fxquant.graph.invariant import bring_products
 from fxquant.graph.module import Site
 from fxquant.graph.moments import Rounding
 from fxquant.graph.references import repoint_weak
@@ -88,9 +89,16 @@ class WeightCache:
 
 
 def convert(
-    module: fx.GraphModule, sites: tuple[Site, ...], operators: tuple[Operator, ...], cache: WeightCache | None = None
+    module: fx.GraphModule,
+    sites: tuple[Site, ...],
+    operators: tuple[Operator, ...],
+    cache: WeightCache | None = None,
+    batch_invariant: bool | None = None,
 ) -> tuple[Site, ...]:
-    """Rewrite in place and return the sites with their bytes after. cache: integers that are known already."""
+    """Rewrite in place and return the sites with their bytes after.
+
+    cache: integers that are known already; batch_invariant: as `bring_products` has it.
+    """
     cache = cache or WeightCache()
     done = []
     for site in sites:
@@ -102,12 +110,17 @@ def convert(
     cache.stand_in(module)  # preserved code may use the other names
     cache.settle(module)
     _keep_swapped_called(module)
+    bring_products(module, batch_invariant)
     module.recompile()
     return tuple(done)
 
 
 def convert_modules(
-    root: nn.Module, sites: tuple[Site, ...], operators: tuple[Operator, ...], cache: WeightCache | None = None
+    root: nn.Module,
+    sites: tuple[Site, ...],
+    operators: tuple[Operator, ...],
+    cache: WeightCache | None = None,
+    batch_invariant: bool | None = None,
 ) -> tuple[nn.Module, tuple[Site, ...]]:
     """Swap the modules of a tree in place; return its root, which may be one of them, and the sites with bytes."""
     cache = cache or WeightCache()
@@ -115,10 +128,12 @@ def convert_modules(
         done = tuple(_convert_module(root, site, operators, cache) for site in sites)
         cache.settle(root)
         _keep_swapped_called(root)
+        bring_products(root, batch_invariant)
         return root, done
     holder = nn.ModuleDict({"root": root})
     (site,) = sites
     alone = _convert_module(holder, replace(site, path="root"), operators, cache)
+    bring_products(holder, batch_invariant)
     return holder["root"], (replace(alone, path=""),)
 
 

@@ -118,6 +118,7 @@ class Record:
     unchecked: why that check was not possible. live, checked: the paths of the attributes that its graph reads at each
     call, to use and to compare; fixed: of those that forward read when it was traced. written: the parameters that
     forward writes into.
+    batch_invariant: what was asked of its float products: graph/invariant.py.
     """
 
     stage: str
@@ -140,6 +141,7 @@ class Record:
     example: Example | None = field(default=None, compare=False)
     architecture: Architecture | None = None
     unchecked: str = ""
+    batch_invariant: bool | None = None
 
     @property
     def outcome(self) -> str:

@@ -26,6 +26,7 @@ def prepare_tree(
     untraced: Mapping[str, str] | None = None,
     inputs: Inputs | None = None,
     written: frozenset[str] = frozenset(),
+    batch_invariant: bool | None = None,
 ) -> nn.Module:
     """Return a mirror of the model, in eval mode, that carries every decision about its modules.
 
@@ -47,6 +48,7 @@ def prepare_tree(
         coverage=decided.coverage,
         example=None if inputs is None else Example(inputs),
         architecture=describe(root),
+        batch_invariant=batch_invariant,
     )
     return keep_record(root, record)
 
@@ -67,6 +69,6 @@ def convert_tree(prepared: nn.Module, moments: Moments | None = None) -> nn.Modu
     assert record is not None
     twin = edit.mirror(prepared)
     cache = WeightCache(moments.rounding(twin) if moments is not None else None)
-    root, sites = convert_modules(twin, record.sites, record.operators, cache)
+    root, sites = convert_modules(twin, record.sites, record.operators, cache, record.batch_invariant)
     own_tensors(root, prepared)
     return keep_record(root, record.advance(stage="quantized", sites=sites, example=None))

@@ -34,12 +34,13 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
     (1, 1, E) or None; out_proj: a DynamicQuantizedLinear. Dropout is for training only and has no part here.
 
     Each row of query, key and value is quantized by itself, and so is each row that out_proj takes. What lies between,
-    softmax(Q Kᵀ) V, is torch's float arithmetic. docs/numerics.md, eq. 18.
+    softmax(Q Kᵀ) V, is float, in a fixed order of sums. docs/numerics.md, eq. 18 and 30.
     """
 
     in_proj_bias: nn.Parameter | None
     bias_k: nn.Parameter | None
     bias_v: nn.Parameter | None
+    batch_invariant: bool | None = None  # as prepare_fx takes it: how softmax(Q Kᵀ) V is computed
 
     def __init__(
         self,
@@ -106,13 +107,23 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
         if mask is not None:
             mask = None if is_hinted else F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
         if not need_weights:
-            attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_hinted)
+            attended = self._attend(q, k, v, mask, is_hinted)
             return self.out_proj(self._join_heads(attended, is_batched)), None
-        scores = q * math.sqrt(1 / q.shape[-1]) @ k.transpose(-2, -1)
+        scores = self._multiply(q * math.sqrt(1 / q.shape[-1]), k.transpose(-2, -1))
         weights = (scores if mask is None else scores + mask).softmax(-1)
-        output = self.out_proj(self._join_heads(weights @ v, is_batched))
+        output = self.out_proj(self._join_heads(self._multiply(weights, v), is_batched))
         weights = weights.mean(1) if average_attn_weights else weights
         return output, weights if is_batched else weights.squeeze(0)
+
+    def _multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b if self.batch_invariant is False else ops.matmul(a, b, self.batch_invariant is True)
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool
+    ) -> torch.Tensor:
+        if self.batch_invariant is False:
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+        return ops.attention(q, k, v, mask, is_causal, None, self.batch_invariant is True)
 
     def _check_rows(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Raise ShapeError unless the three go together."""

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fxquant.errors import ModelStateError
-from fxquant.ops import dispatch
+from fxquant.ops import dispatch, products
 from fxquant.ops.autocast import cast_dtype
 from fxquant.ops.native import KernelInfo, at_once, kernel_info
 from fxquant.ops.schema import LIBRARY, SCHEMAS, check_dense
@@ -131,4 +133,101 @@ def embedding_bag(
     return _dispatched("embedding_bag", *table, *bags) if out is None else out
 
 
-__all__ = ["OVERLOADS", "KernelInfo", "embedding", "embedding_bag", "kernel_info", "linear", "lstm", "rnn", "transpose"]
+def matmul(a: torch.Tensor, b: torch.Tensor, anywhere: bool = True) -> torch.Tensor:
+    """Return torch.matmul(a, b), each element of which depends on its row of a and its column of b alone.
+
+    So it has the same bits whatever else is in the batch, and wherever the operands lie in memory. anywhere: also where
+    no native kernel does it, by the reference, much slower; False: by torch.matmul there.
+    """
+    if not is_compiling():
+        out: torch.Tensor | None = at_once.matmul(True, a, b)
+        if out is not None:
+            return out
+    if has_torch_function((a, b)):  # what traces sees the call, and not what is in it
+        return handle_torch_function(matmul, (a, b), a, b, anywhere=anywhere)
+    if products.is_exact(a, b) or not (anywhere or products.has_kernel(a)):
+        return torch.matmul(a, b)
+    if (dtype := cast_dtype(a)) is not None:
+        a, b = a.to(dtype), b.to(dtype)
+    product: torch.Tensor = OVERLOADS["matmul"](a, b)
+    return product
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    anywhere: bool = True,
+) -> torch.Tensor:
+    """Return what F.scaled_dot_product_attention does; each row depends on its query, the keys and values alone.
+
+    Keys at the end that the mask keeps out change nothing, not a bit. anywhere: as for `matmul`.
+    """
+    if not is_compiling() and isinstance(query, torch.Tensor) and query.dim() == 4:
+        factor = products.scale_of(query, scale)
+        out: torch.Tensor | None = at_once.attention(True, query, key, value, mask, is_causal, factor)
+        if out is not None:
+            return out.transpose(1, 2)
+    if has_torch_function((query, key, value)):
+        args = (query, key, value, mask, is_causal, scale, anywhere)
+        return handle_torch_function(attention, (query, key, value), *args)
+    if not (anywhere or products.has_kernel(query)):
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
+    if (dtype := cast_dtype(query)) is not None:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    attended: torch.Tensor = OVERLOADS["attention"](query, key, value, mask, is_causal, scale)
+    return attended
+
+
+def einsum(equation: str, a: torch.Tensor, b: torch.Tensor, anywhere: bool = True) -> torch.Tensor:
+    """Return torch.einsum(equation, a, b) by `matmul`, for the equations that `products.pair_product` knows."""
+    if has_torch_function((a, b)):
+        return handle_torch_function(einsum, (a, b), equation, a, b, anywhere=anywhere)
+    plan = products.pair_product(equation)
+    if plan is None or products.is_exact(a, b):
+        return torch.einsum(equation, a, b)
+    rows, columns, shape, order = products.as_matrices(plan, a, b)
+    return matmul(rows, columns, anywhere).view(shape).permute(order)
+
+
+def add_product(
+    start: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1, anywhere: bool = True
+) -> torch.Tensor:
+    """Return beta start + alpha (a @ b) by `matmul`, as torch.addmm and torch.baddbmm do."""
+    if has_torch_function((a, b)):
+        args = (start, a, b, beta, alpha, anywhere)
+        return handle_torch_function(add_product, (a, b), *args)
+    product = matmul(a, b, anywhere)
+    product = product if alpha == 1 else alpha * product
+    return product if beta == 0 else product + (start if beta == 1 else beta * start)
+
+
+def float_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, anywhere: bool = True
+) -> torch.Tensor:
+    """Return F.linear(x, weight, bias) by `matmul`: of a float weight, or of an activation in its place."""
+    if has_torch_function((x, weight)):
+        return handle_torch_function(float_linear, (x, weight), x, weight, bias, anywhere)
+    product = matmul(x, weight.t() if weight.dim() > 1 else weight, anywhere)
+    return product if bias is None else product + bias
+
+
+__all__ = [
+    "OVERLOADS",
+    "KernelInfo",
+    "add_product",
+    "attention",
+    "einsum",
+    "embedding",
+    "embedding_bag",
+    "float_linear",
+    "kernel_info",
+    "linear",
+    "lstm",
+    "matmul",
+    "rnn",
+    "transpose",
+]

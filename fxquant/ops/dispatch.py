@@ -11,8 +11,16 @@ from typing import Any, TypeVar
 import torch
 
 from fxquant.errors import ModelStateError
-from fxquant.ops import native, reference, reference_recurrent
-from fxquant.ops.schema import check_groups, check_indices, check_linear, check_recurrent, rnn_kind
+from fxquant.ops import native, reference, reference_products, reference_recurrent
+from fxquant.ops.schema import (
+    attention_shape,
+    check_groups,
+    check_indices,
+    check_linear,
+    check_recurrent,
+    product_shape,
+    rnn_kind,
+)
 
 T = TypeVar("T")
 
@@ -98,3 +106,25 @@ def embedding_bag(indices: torch.Tensor, weight: torch.Tensor, *rest: Any) -> to
     check_indices(indices, "embedding bag")
     run = native.embedding_bag if native.takes(indices, [weight]) else reference.embedding_bag
     return _run(run, [weight], indices, weight, *rest)
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Run `reference_products.matmul` or its native kernel."""
+    product_shape(a, b)
+    run = native.matmul if native.takes(a, [b]) and a.dtype != torch.float64 else reference_products.matmul
+    return _run(run, [b], a, b)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Run `reference_products.attention` or its native kernel."""
+    attention_shape(query, key, value, mask)
+    others = [key, value] if mask is None else [key, value, mask]
+    run = native.attention if native.takes(query, others) else reference_products.attention
+    return _run(run, others, query, key, value, mask, is_causal, scale)

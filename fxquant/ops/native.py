@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, cast
 import torch
 
 from fxquant.errors import DTypeError, ShapeError
-from fxquant.ops import reference, reference_recurrent
+from fxquant.ops import reference, reference_products, reference_recurrent
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
@@ -317,3 +317,29 @@ def embedding_bag(
         bits,
         dtype,
     )
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b: `reference_products.matmul`, to float rounding."""
+    rows, columns = (x.as_subclass(torch.Tensor).resolve_neg().to(torch.float32) for x in (a, b))
+    rows, columns = rows.unsqueeze(0) if a.dim() == 1 else rows, columns.unsqueeze(1) if b.dim() == 1 else columns
+    out = _library.matmul(False, rows, columns)
+    if out is None:  # of more dimensions than the library counts
+        return reference_products.matmul(a, b)
+    out = out.squeeze(-1) if b.dim() == 1 else out
+    return cast(torch.Tensor, (out.squeeze(-1 if b.dim() == 1 else -2) if a.dim() == 1 else out).to(a.dtype))
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Return softmax(scale query keyᵀ + mask) value: `reference_products.attention`, to float rounding."""
+    parts, outer = reference_products.spread_heads(query, key, value, mask)
+    q, k, v, added = (None if x is None else x.as_subclass(torch.Tensor).resolve_neg() for x in parts)
+    out = _library.attention(False, q, k, v, added, is_causal, reference_products.scale_of(query, scale))
+    return cast(torch.Tensor, out.transpose(1, 2).to(query.dtype).view(*outer, query.shape[-2], value.shape[-1]))

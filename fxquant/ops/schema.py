@@ -30,6 +30,9 @@ SCHEMAS = {
     "embedding_bag": "(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, SymInt embedding_dim,"
     " Tensor? offsets=None, str mode='mean', Tensor? per_sample_weights=None, bool include_last_offset=False,"
     " int? padding_idx=None, int bits=8, ScalarType dtype=float32) -> Tensor",
+    "matmul": "(Tensor a, Tensor b) -> Tensor",
+    "attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool is_causal=False,"
+    " float? scale=None) -> Tensor",
 }
 
 
@@ -203,6 +206,69 @@ def check_indices(indices: torch.Tensor, operator: str) -> None:
         raise DTypeError(f"a quantized {operator} takes int32 or int64 indices, got {indices.dtype}")
 
 
+def product_shape(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of a @ b, or raise ShapeError or DTypeError: both floating point, of one dtype."""
+    if not a.is_floating_point() or a.dtype != b.dtype:
+        raise DTypeError(f"a product of two activations takes floats of one dtype, got {a.dtype} and {b.dtype}")
+    if not a.dim() or not b.dim() or a.shape[-1] != b.shape[-2 if b.dim() > 1 else 0]:
+        raise ShapeError(f"no product of shapes {tuple(a.shape)} and {tuple(b.shape)}: (..., M, K) and (..., K, N)")
+    rows, columns = a.shape[-2:-1], b.shape[-1:] if b.dim() > 1 else ()
+    return (*broadcast("product", a.shape[:-2], b.shape[:-2]), *rows, *columns)
+
+
+def attention_shape(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[int, ...]:
+    """Return the shape of what attention gives, or raise ShapeError or DTypeError."""
+    operands = (query, key, value)
+    if not query.is_floating_point() or len({x.dtype for x in operands}) > 1:
+        raise DTypeError(f"attention takes floats of one dtype, got {', '.join(str(x.dtype) for x in operands)}")
+    shapes = [tuple(x.shape) for x in operands]
+    if min(map(len, shapes)) < 2 or query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        raise ShapeError(
+            "attention takes query (..., L, E), key (..., S, E) and value (..., S, O), "
+            f"got {', '.join(map(str, shapes))}"
+        )
+    outer = broadcast("attention", *(x.shape[:-2] for x in operands))
+    if mask is not None:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise DTypeError(f"an attention mask is bool or floating point, got {mask.dtype}; call mask.bool()")
+        scores = (*outer, query.shape[-2], key.shape[-2])
+        if broadcast("attention and its mask", scores, mask.shape) != scores:
+            raise ShapeError(f"attention's mask must expand to {scores}, got {tuple(mask.shape)}")
+    return (*outer, query.shape[-2], value.shape[-1])
+
+
+def broadcast(told: str, *shapes: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that shapes broadcast to, or raise ShapeError."""
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ShapeError(f"no {told} of {' and '.join(str(tuple(shape)) for shape in shapes)}: {error}") from None
+
+
+def empty_heads(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a tensor for what attention gives, (..., H, L, O), whose rows lie token by token: (..., L, H, O)."""
+    if len(shape) < 4:
+        return like.new_empty(shape)
+    return like.new_empty((*shape[:-3], shape[-2], shape[-3], shape[-1])).transpose(-3, -2)
+
+
+def _fake_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.new_empty(product_shape(a, b))
+
+
+def _fake_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    return empty_heads(query, attention_shape(query, key, value, mask))
+
+
 def _fake_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -293,6 +359,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "rnn": _fake_rnn,
     "embedding": _fake_embedding,
     "embedding_bag": _fake_embedding_bag,
+    "matmul": _fake_matmul,
+    "attention": _fake_attention,
 }
 
 for _name, _schema in SCHEMAS.items():

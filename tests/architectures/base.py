@@ -68,8 +68,8 @@ def measure(architecture: Architecture) -> Measured:
         warnings.filterwarnings("ignore", "nothing in this .* is to be quantized|.* does not trace|.* is read by")
         torch.manual_seed(1)
         inputs = architecture.inputs()
-        prepared = prepare(model, *inputs)
-        quantized = {"fx": convert_fx(prepared), "eager": quantize_dynamic(model)}
+        prepared = prepare(model, *inputs, batch_invariant=True)
+        quantized = {"fx": convert_fx(prepared), "eager": quantize_dynamic(model, batch_invariant=True)}
         simulated = {form: oracle.simulate(model, inputs, architecture.called, form) for form in FORMS}
         return Measured(
             model,

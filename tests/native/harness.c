@@ -75,6 +75,37 @@ static void linear_case(int threads) {
     free(x), free(scale), free(bias), free(out), free(w);
 }
 
+static void product_case(int threads) {
+    const int64_t batch = 1 + below(4), rows = below(40), depth = below(70), columns = below(150);
+    const bool is_turned = below(2), is_shared = below(2); /* b lies as (columns, depth); one b for all */
+    float *a = floats(batch * rows * depth, 1e-3f, true), *b = floats(batch * depth * columns, 1e-3f, true);
+    float *out = take(batch * rows * columns * 4);
+    if (below(10) == 0 && rows * depth > 0) a[below(rows * depth)] = NAN;
+    const struct fxq_product call = {.batches = {.dimensions = 1, .count = batch, .sizes = {batch}, .strides = {{rows * depth}, {is_shared ? 0 : depth * columns}}},
+        .a = a, .b = b, .a_row = depth, .a_column = 1, .b_row = is_turned ? 1 : columns, .b_column = is_turned ? depth : 1,
+        .rows = rows, .depth = depth, .columns = columns, .out = out};
+    if (fxq_product(&call, threads) != FXQ_OK) abort();
+    mix(out, batch * rows * columns);
+    free(a), free(b), free(out);
+}
+
+static void attention_case(int threads) {
+    const int64_t batch = 1 + below(3), heads = 1 + below(3), rows = below(40), keys = below(150), depth = below(40), outputs = below(80);
+    const int64_t all = batch * heads;
+    float *q = floats(all * rows * depth, 1e-4f, true), *k = floats(all * keys * depth, 1e-4f, true);
+    float *v = floats(all * keys * outputs, 1e-4f, true), *mask = floats(rows * keys, 1e-3f, true), *out = take(all * rows * outputs * 4);
+    for (int64_t i = 0; i < rows * keys; i++) mask[i] = below(4) ? mask[i] : -INFINITY;
+    if (below(10) == 0 && rows * depth > 0) q[below(rows * depth)] = NAN;
+    const struct fxq_attention call = {
+        .batches = {.dimensions = 2, .count = all, .sizes = {batch, heads}, .strides = {{heads * rows * depth, rows * depth},
+            {heads * keys * depth, keys * depth}, {heads * keys * outputs, keys * outputs}, {0, 0}}},
+        .q = {q, depth, 1}, .k = {k, depth, 1}, .v = {v, outputs, 1}, .mask = {below(2) ? mask : NULL, keys, 1}, .rows = rows, .keys = keys,
+        .depth = depth, .outputs = outputs, .scale = 0.3f, .is_causal = below(2), .out = out};
+    if (fxq_attention(&call, threads) != FXQ_OK) abort();
+    mix(out, all * rows * outputs);
+    free(q), free(k), free(v), free(mask), free(out);
+}
+
 /* int8, float16 or 4 bits: any bytes, and any finite scales of little size. */
 static struct fxq_matrix matrix(int64_t rows, int64_t columns) {
     if (below(4) == 0) return (struct fxq_matrix){.halves = halves(rows * columns)};
@@ -127,6 +158,8 @@ int main(int count, char **arguments) {
         for (int i = 0; i < cases; i++) {
             linear_case(threads);
             if (i % 4 == 0) recurrent_case(threads);
+            if (i % 2 == 0) product_case(threads);
+            if (i % 8 == 0) attention_case(threads);
         }
         printf("%s: %016llx\n", fxq_isa_name(isa), (unsigned long long)hash);
     }

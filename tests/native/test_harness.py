@@ -12,7 +12,8 @@ import pytest
 
 from tests.native.build import ROOT, build
 
-PYTHON = {"module.c", "tensors.c", "call_linear.c", "call_recurrent.c", "call_embedding.c"}  # written for Python
+# written for Python
+PYTHON = {"module.c", "tensors.c", "call_linear.c", "call_matmul.c", "call_recurrent.c", "call_embedding.c"}
 SOURCES = [ROOT / "tests/native/harness.c", *(path for path in (ROOT / "csrc").glob("*.c") if path.name not in PYTHON)]
 
 pytestmark = pytest.mark.long

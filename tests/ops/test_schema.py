@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from fxquant import ArgumentError, DTypeError, ShapeError, ops
-from fxquant.ops import reference, reference_recurrent, schema
+from fxquant.ops import reference, reference_products, reference_recurrent, schema
 from fxquant.qconfig import default_dynamic_qconfig, int4_dynamic_qconfig, int16_dynamic_qconfig
 
 INT8 = default_dynamic_qconfig
-REFERENCES = {**vars(reference), **vars(reference_recurrent)}
+REFERENCES = {**vars(reference), **vars(reference_recurrent), **vars(reference_products)}
+ROUNDED = ("embedding_bag", "matmul", "attention")  # sums of floats: the kernels round them otherwise
 
 
 def quantized(*shape):
@@ -88,6 +89,13 @@ def cases():
     indices, *table = table_arguments(affine=True)
     options = {"offsets": torch.tensor([0, 5, 12]), "mode": "sum", "per_sample_weights": weights}
     yield "embedding_bag", (indices.reshape(-1), *table), {**options, "include_last_offset": True, "padding_idx": 3}
+    yield "matmul", (torch.randn(2, 3, 6), torch.randn(4, 1, 6, 5)), {}
+    yield "matmul", (torch.randn(6).double(), torch.randn(6, 5).double()), {}
+    yield "matmul", (torch.randn(2, 3, 6, requires_grad=True), torch.randn(6, requires_grad=True)), {}
+    heads = [torch.randn(2, 2, length, width, requires_grad=True) for length, width in ((3, 6), (5, 6), (5, 4))]
+    yield "attention", (*heads, torch.randn(2, 1, 1, 5)), {}
+    yield "attention", tuple(x.detach()[0, 0].half() for x in heads), {"is_causal": True, "scale": 0.3}
+    yield "attention", (*(x.detach()[:1] for x in heads), torch.ones(3, 5, dtype=torch.bool).tril()), {}
 
 
 CASES = list(cases())
@@ -116,7 +124,7 @@ def test_the_functions_give_the_references_numbers(case):
     name, args, kwargs = case
     got, expected = ops.OVERLOADS[name](*args, **kwargs), REFERENCES[name](*args, **kwargs)
     pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
-    exact = name != "embedding_bag" and not any(t.dtype == torch.float16 for t in args if isinstance(t, torch.Tensor))
+    exact = name not in ROUNDED and not any(t.dtype == torch.float16 for t in args if isinstance(t, torch.Tensor))
     for a, b in pairs:
         assert (
             torch.equal(a, b)
@@ -248,6 +256,42 @@ def test_tables_refuse_other_indices(name, dtype):
     indices, *table = table_arguments()
     with pytest.raises(DTypeError, match=rf"takes int32 or int64 indices, got {dtype}"):
         getattr(ops, name)(indices.to(dtype), *table)
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (5, 4)), ((2, 3, 4), (3, 4, 5)), ((), (4,)), ((4,), (5, 3))])
+def test_matmul_refuses_shapes_that_do_not_fit(shapes):
+    with pytest.raises(ShapeError, match="no product of"):
+        ops.matmul(*map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.complex64, torch.complex64)])
+def test_matmul_refuses_other_dtypes(dtypes):
+    with pytest.raises(DTypeError, match=f"floats of one dtype, got {dtypes[0]} and {dtypes[1]}"):
+        ops.matmul(*(torch.zeros(2, 2, dtype=dtype) for dtype in dtypes))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "match"),
+    [
+        (((2, 3), (4, 2), (4, 5)), "takes query"),
+        (((2, 3), (4, 3), (5, 5)), "takes query"),
+        (((3,), (4, 3), (4, 5)), "takes query"),
+        (((2, 2, 3), (3, 4, 3), (2, 4, 5)), "no attention of"),
+        (((2, 3), (4, 3), (4, 5), (3, 4)), "its mask"),
+        (((2, 3), (4, 3), (4, 5), (7, 2, 4)), r"must expand to \(2, 4\), got \(7, 2, 4\)"),
+    ],
+)
+def test_attention_refuses_shapes_that_do_not_fit(shapes, match):
+    with pytest.raises(ShapeError, match=match):
+        ops.attention(*map(torch.zeros, shapes))
+
+
+def test_attention_refuses_other_dtypes():
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(DTypeError, match=r"floats of one dtype, got torch\.float32, torch\.float64, torch\.float32"):
+        ops.attention(x, x.double(), x)
+    with pytest.raises(DTypeError, match=r"bool or floating point, got torch.int64; call mask.bool\(\)"):
+        ops.attention(x, x, x, torch.zeros(2, 2, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", ["linear", "embedding"])

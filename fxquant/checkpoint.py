@@ -47,6 +47,7 @@ from fxquant.graph.module import (
     keep_record,
     need_stage,
     refuse_ours,
+    take_old_keys,
 )
 from fxquant.graph.observe import observe
 from fxquant.graph.plan import replay
@@ -141,6 +142,7 @@ def load(
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise _senseless(path, error) from error
     result = _rebuild(model, record, plan, path, check)
+    take_old_keys(result, tensors)
     _check_tensors(result, tensors, path)
     result.load_state_dict({**tensors, **states}, assign=True)
     _set_live(result, plan.get("live", {}))

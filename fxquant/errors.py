@@ -58,6 +58,10 @@ class DTypeError(FxQuantError, TypeError):
     """A tensor's dtype cannot be taken by a quantized module."""
 
 
+class ReadOnlyError(FxQuantError, RuntimeError):
+    """The float weight of a quantized module was written to, or made a parameter."""
+
+
 class IndexRangeError(FxQuantError, IndexError):
     """An index lies outside of a quantized table."""
 
@@ -102,16 +106,16 @@ def each_warning_once() -> Iterator[None]:
         _SAID.reset(token)
 
 
-def warn(message: str) -> None:
-    """Warn at the user's line: the first that is not fxquant's."""
+def warn(message: str, past: tuple[str, ...] = ("fxquant",)) -> None:
+    """Warn at the user's line: the first that is not fxquant's. past: the packages whose lines are not the user's."""
     said = _SAID.get()
     if said is not None:
         if message in said:
             return
         said.add(message)
     frame, level = sys._getframe(1), 2
-    ours = ("fxquant", "contextlib")  # which stands between where each_warning_once decorates
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(ours):
+    past = (*past, "contextlib")  # which stands between where each_warning_once decorates
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in past:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -26,7 +26,7 @@ from fxquant.graph.outcome import judge
 from fxquant.graph.plan import plan
 from fxquant.graph.preserve import Keep, preserve
 from fxquant.graph.rules import check_mapping
-from fxquant.graph.trace import check_model, names_of, trace
+from fxquant.graph.trace import Traced, check_model, names_of, trace
 from fxquant.graph.tree import convert_tree, plain_mirror, prepare_tree
 from fxquant.nn.fused import SPELT
 from fxquant.operators import OPERATORS, Operator
@@ -77,9 +77,21 @@ def prepare_fx(
     functions = [SPELT.get(node.target, node.target) for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
     architecture = describe(traced.module)  # before it is fused
+    record = _decide(traced, mapping, operators, preserved).advance(
+        float_bytes=edit.byte_count(model),
+        example=Example(inputs),
+        architecture=architecture,
+        batch_invariant=batch_invariant,
+    )
+    judge(type(model).__name__, record, traced.names, functions, strict=strict)
+    return finish(traced.module, model, record)
+
+
+def _decide(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator], preserved: Preserved) -> Record:
+    """Return the record of a traced model once it is fused, planned and observed."""
     fusions, unfused = fuse(traced.module, traced.hooked, preserved)
     decided = plan(traced, mapping, operators)
-    record = Record(
+    return Record(
         stage="prepared",
         sites=observe(traced.module, decided),
         left=tuple(decided.left),
@@ -90,14 +102,8 @@ def prepare_fx(
         **traced.kept,
         constants=traced.constants,
         untraced=traced.untraced,
-        float_bytes=edit.byte_count(model),
         coverage=decided.coverage,
-        example=Example(inputs),
-        architecture=architecture,
-        batch_invariant=batch_invariant,
     )
-    judge(type(model).__name__, record, traced.names, functions, strict=strict)
-    return finish(traced.module, model, record)
 
 
 def _prepare_whole(

@@ -114,7 +114,7 @@ def check_integers(module, quantized):
     weights = their_weights(module)
     assert weights
     for name, theirs in weights.items():
-        integers = getattr(quantized, name)
+        integers = quantized.own((quantized._stored[name].key,))[0]
         per_channel = theirs.qscheme() != torch.per_tensor_affine
         scale = theirs.q_per_channel_scales() if per_channel else torch.tensor([theirs.q_scale()])
         assert torch.equal(getattr(quantized, f"{name}_scale"), scale.float().expand(theirs.shape[0]))
@@ -199,7 +199,7 @@ def test_4_bit_rows(tq, kind, columns):
         state["part._packed_params._packed_weight"] = packed
         ours = from_torch_ao(state, model).part
         q = (weight / 0.3 + 7.5).round().clamp(0, 15)
-        assert torch.equal(unpack_uint4(ours.weight, columns).float(), q)
+        assert torch.equal(unpack_uint4(ours.weight_uint4, columns).float(), q)
     else:
         theirs = graphed(tq, model, *inputs, embedding=tq.float_qparams_weight_only_qconfig_4bit)
         ours = from_torch_ao(theirs)
@@ -237,8 +237,8 @@ def test_float16(tq, form):
         else graphed(tq, model, *inputs, linear=tq.float16_dynamic_qconfig)
     )
     ours = from_torch_ao(theirs)
-    assert torch.equal(ours.get_submodule("decoder").weight, model.decoder.weight.half())
-    assert torch.equal(ours.get_submodule("rnn").weight_hh_l1, model.rnn.weight_hh_l1.half())
+    assert torch.equal(ours.get_submodule("decoder").weight_float16, model.decoder.weight.half())
+    assert torch.equal(ours.get_submodule("rnn").weight_hh_l1_float16, model.rnn.weight_hh_l1.half())
     assert {site.path: site.qconfig for site in record_of(ours).sites}["decoder"] == float16_dynamic_qconfig
 
 
@@ -254,7 +254,7 @@ def test_a_graphs_calls_become_modules_in_the_packed_weights_place(tq):
     for name in ("inner_packed_weight_0", "_packed_weight_0", "_packed_weight_1"):
         weight, bias = torch.ops.quantized.linear_unpack(getattr(theirs, name))
         part = ours.get_submodule(name)
-        assert torch.equal(part.weight, weight.int_repr())
+        assert torch.equal(part.weight_int8, weight.int_repr())
         assert torch.equal(part.weight_scale, torch.full((weight.shape[0],), weight.q_scale()))
         assert (bias is None and part.bias is None) or torch.equal(part.bias, bias)
     expected = theirs(x)
@@ -285,6 +285,24 @@ class Whole(nn.Module):
 
     def forward(self, x):
         return F.linear(self.body(x.unsqueeze(-1)).squeeze(-1), self.weight)
+
+
+class Scaled(Whole):
+    """A Whole whose output goes through a matrix that is computed from others."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.scale = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return super().forward(x) @ (self.matrix * self.scale)
+
+
+def test_a_matrix_that_forward_computes_is_that_of_torch_aos_tensors(tq):
+    model, x = Scaled().eval(), torch.randn(5, 8)
+    theirs = graphed(tq, model, x)
+    ours = from_torch_ao(theirs.state_dict(), Scaled().eval(), qconfig=EXACT)  # an architecture with other weights
+    assert (ours(x) - theirs(x)).abs().max() <= 16 * ULP * theirs(x).abs().max()
 
 
 @pytest.mark.parametrize("is_folded", [False, True])
@@ -461,8 +479,8 @@ def test_a_module_under_two_names_and_tied_float_weights_stay_one(tq):
     del state["b.bias"]
     model.a.bias = None
     ours = from_torch_ao(state, model)
-    assert torch.equal(ours.a.weight, other.int_repr())  # and not b's float weight anew
-    assert ours.b.weight is ours.a.weight
+    assert torch.equal(ours.a.weight_int8, other.int_repr())  # and not b's float weight anew
+    assert ours.b.weight_int8 is ours.a.weight_int8
 
 
 def test_a_weight_that_a_float_module_shares(tq):
@@ -554,7 +572,7 @@ def test_it_imports_nothing_of_torch_ao(tq, tmp_path):
         "model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)).eval(); "
         "assert 'fxquant.from_torch_ao' not in sys.modules; "
         "quantized = fxquant.load_torch_ao(sys.argv[1], model); "
-        "assert quantized[1].weight_hh_l0.dtype == torch.int8; "
+        "assert quantized[1].weight_hh_l0_int8.dtype == torch.int8; "
         "print(sorted(m for m in set(sys.modules) - had if m.startswith(('torch.ao', 'torch.quantization'))))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "m.pt")]

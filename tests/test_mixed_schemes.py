@@ -148,11 +148,11 @@ def test_each_weight_is_a_buffer_of_its_scheme(mixed):
     state = mixed[0].lstm.state_dict()
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items() if "weight" in name} == {
         "weight_ih_l0": (torch.float32, (512, 40)),
-        "weight_hh_l0": (torch.int8, (512, 128)),
+        "weight_hh_l0_int8": (torch.int8, (512, 128)),
         "weight_hh_l0_scale": (torch.float32, (512,)),
-        "weight_ih_l1": (torch.uint8, (512, 64)),
+        "weight_ih_l1_int4": (torch.uint8, (512, 64)),
         "weight_ih_l1_scale": (torch.bfloat16, (512, 2)),
-        "weight_hh_l1": (torch.float16, (512, 128)),
+        "weight_hh_l1_float16": (torch.float16, (512, 128)),
     }
     assert not any(parameter.requires_grad for parameter in mixed[0].lstm.parameters())
 
@@ -167,7 +167,10 @@ def test_a_float_weight_is_a_copy_that_keeps_its_dtype():
 
 
 def test_a_float_state_dict_is_refused(mixed):
-    with pytest.raises(RuntimeError, match=r"weight_hh_l0 holds torch.int8, the state_dict has torch.float32"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"weight_hh_l0 is a weight that is not quantized, or otherwise: here it is weight_hh_l0_int8",
+    ):
         copy.deepcopy(mixed[0]).load_state_dict(make()[0].state_dict())
 
 

@@ -12,7 +12,7 @@ import fxquant
 
 PACKAGE = pathlib.Path(fxquant.__file__).parent
 FLOORS = {
-    "errors": 0, "entry": 0, "spec": 0, "_version": 0, "_torch_ao_names": 0,
+    "errors": 0, "entry": 0, "spec": 0, "_version": 0, "_torch_ao_names": 0, "frames": 0,
     "tensor_file": 1, "plain_values": 1,
     "numerics": 1, "rounding": 1, "ops": 1,
     "qconfig": 2, "qconfig_mapping": 2, "observers": 2, "nn": 2,

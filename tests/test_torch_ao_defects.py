@@ -111,7 +111,7 @@ def test_4_bit_rows_of_odd_dimensions(columns):
     step = torch.where(high > low, (high - low) / 15, 1.0)
     expected = low + ((weight - low) / step).round() * step
     quantized = quantize(model, indices, mapping=everything(float_qparams_weight_only_qconfig_4bit))
-    assert quantized.get_submodule("0").weight.shape == (20, (columns + 1) // 2)
+    assert quantized.get_submodule("0").weight_uint4.shape == (20, (columns + 1) // 2)
     assert_near(quantized(indices), expected)
 
 

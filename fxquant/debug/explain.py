@@ -17,6 +17,7 @@ from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
 from fxquant.graph.invariant import find_dependent
 from fxquant.graph.module import Coverage, Record, Site, record_of
+from fxquant.nn import QuantizedModule
 from fxquant.qconfig_mapping import qconfig_name
 
 
@@ -53,6 +54,8 @@ def _path(row: ExplainRow) -> str:
 class Explanation(Report):
     """What became of every candidate: print it, show it in a notebook, sort it, or walk its rows.
 
+    readers: the places that have read the float weight of a quantized layer so far, past the layer.
+
     coverage: how many bytes of the weights are quantized; outcome: the same as a line. saved_bytes: by how much the
     whole model is smaller. dependent: where batch_invariant=True was asked for, what torch still computes in another
     order in another batch: "place: operator".
@@ -68,6 +71,7 @@ class Explanation(Report):
     unchecked: str = ""
     unfused: tuple[str, ...] = ()
     dependent: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
 
     @property
     def total(self) -> str:
@@ -76,13 +80,14 @@ class Explanation(Report):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The lines between the table and the last: fusions, what is not fused, traced or checked, and losses."""
+        """The lines between the table and the last: fusions, what is not fused, traced or checked, slow, lossy."""
         losses = [loss for row in self.rows for loss in row.losses]
         sources = dict.fromkeys(loss.source for loss in losses if loss.source)
         return (
             *(f"fused: {fusion}" for fusion in self.fusions),
             *(f"not fused: {chain}" for chain in self.unfused),
             *(f"not traced: {path}" for path in self.untraced),
+            *(f"slow: {reader}" for reader in self.readers),
             *([f"not checked on example inputs: {self.unchecked}"] if self.unchecked else []),
             *(f"other bits in another batch (docs/numerics.md): {place}" for place in self.dependent),
             *map(str, losses),
@@ -126,7 +131,7 @@ def explain(model: nn.Module) -> Explanation:
     saved = record.float_bytes - edit.byte_count(quantized)
     rows = _rows(record.advance(sites=sites), _sources(model))
     dependent = tuple(_dependent(quantized, record)) if record.batch_invariant else ()
-    told = (record.outcome, saved, record.unchecked, unfused, dependent)
+    told = (record.outcome, saved, record.unchecked, unfused, dependent, _readers(model))
     return Explanation(rows, fusions, untraced, record.stage, record.coverage, *told)
 
 
@@ -135,6 +140,16 @@ def _dependent(quantized: nn.Module, record: Record) -> Iterator[str]:
     yield from (f"{place}: {name}" for place, name in find_dependent(quantized))
     for path in record.untraced if record.is_traced else ("",):
         yield f"{path or 'the whole model'}: its own code, which is not traced, may have products of torch's"
+
+
+def _readers(model: nn.Module) -> tuple[str, ...]:
+    """Return a line for each place that has read a quantized module's float weight, and what would make it fast."""
+    return tuple(
+        f"{path}.{reader}, which dequantizes it each time; set_module_name({path!r}, None) leaves it float"
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedModule)
+        for reader in sorted(module.readers)
+    )
 
 
 def _foreseen(model: nn.Module, record: Record) -> tuple[nn.Module, tuple[Site, ...]]:

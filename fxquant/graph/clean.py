@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from fxquant.graph import edit
 from fxquant.graph.bound import carry
-from fxquant.graph.constants import asks_kind, is_transposition
+from fxquant.graph.constants import asks_kind, free_of_size, is_transposition
 from fxquant.graph.preserve import NOTHING_PRESERVED, Preserved
 
 
@@ -31,19 +31,37 @@ def clean(module: fx.GraphModule, source: nn.Module, preserved: Preserved = NOTH
 
 
 def _empty_kinds(module: fx.GraphModule) -> None:
-    """Let nodes that ask a matrix for its dtype and device alone ask an empty tensor, so that it need not be kept."""
+    """Let nodes that ask a matrix for no values ask an empty tensor for its dtype and device, so that it can go."""
+    asked: dict[Any, str] = {}
     for node in module.graph.find_nodes(op="get_attr"):
         tensor = edit.get_tensor(module, str(node.target))
         if tensor is not None and tensor.dim() > 1 and _is_asked_kind(node):
-            node.target = edit.free_name(module, f"{str(node.target).replace('.', '_')}_kind")
-            edit.set_tensor(module, node.target, tensor.detach().new_empty(0, 0))
+            _free_of_size(node, tensor)
+            if not node.users:
+                module.graph.erase_node(node)
+                continue
+            if node.target not in asked:
+                asked[node.target] = edit.free_name(module, f"{str(node.target).replace('.', '_')}_kind")
+                edit.set_tensor(module, asked[node.target], tensor.detach().new_empty(0))
+            node.target = asked[node.target]
 
 
 def _is_asked_kind(node: fx.Node) -> bool:
-    """Return whether a constant, or its transpose, is read, and asked for its dtype and device alone."""
+    """Return whether a constant, or its transpose, is used, and never for its values."""
     return bool(node.users) and all(
         asks_kind(user, node) or (is_transposition(user) is not None and _is_asked_kind(user)) for user in node.users
     )
+
+
+def _free_of_size(node: fx.Node, tensor: torch.Tensor) -> None:
+    """Make constants of the sizes that a matrix, or its transpose, is asked for."""
+    for user in list(node.users):
+        if asks_kind(user, node):
+            free_of_size(user, tensor.shape)
+        else:
+            _free_of_size(user, tensor.t() if is_transposition(user) else tensor)
+            if not user.users:
+                user.graph.erase_node(user)
 
 
 def own_tensors(module: nn.Module, source: nn.Module) -> None:

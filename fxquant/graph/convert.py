@@ -10,14 +10,14 @@ import torch
 from torch import fx, nn
 
 from fxquant.graph import edit
-from fxquant.graph.constants import constant_of
+from fxquant.graph.constants import constant_of, is_cast
 from fxquant.graph.invariant import bring_products
 from fxquant.graph.module import Site
 from fxquant.graph.moments import Rounding
 from fxquant.graph.references import repoint_weak
 from fxquant.graph.target import name_operands
 from fxquant.nn import QuantizedModule
-from fxquant.nn.base import quantize_alone
+from fxquant.nn.base import key_of, quantize_alone
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.numerics import QuantizedTensor
 from fxquant.operators import Call, Operator, find_row
@@ -180,6 +180,7 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     row = _row(operators, site)
     name = row.weights[0]
     operands = name_operands(row, node)
+    cast = [operand for key, operand in operands.items() if key != name and is_cast(operand)]
     given, shown = operands[name], constant_of(observed.args[0])
     assert shown is not None, site.observer
     path = str(shown.source.target)  # not site.path: a swap of the module around it may have moved it
@@ -188,26 +189,35 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     tensor = tensor.t() if shown.is_transposed else tensor
     quantized = cache.quantize(tensor, site.qconfig)
     with graph.inserting_before(node):
-        nodes = _place(module, graph, path, quantized)
+        nodes = _place(module, graph, path, quantized, key_of(path, site.qconfig.weight))
+    # Casts go: the operators take float32 and give what they compute in their input's dtype.
+    operands = {key: _uncast(operand) for key, operand in operands.items()}
     operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
     like = torch.empty_like(tensor, device="meta")
     node.target, kwargs = row.convert_function(Call(node.target, operands, {name: like}, site.qconfig))
     node.op, node.args, node.kwargs = "call_function", (), kwargs  # it may have been a method
-    edit.erase_dead(graph, [given])
+    edit.erase_dead(graph, [given, *(node for node in cast if not node.users)])
     module.delete_submodule(str(site.observer))  # it may stand inside a leaf, which is kept whole
     size = sum(part.numel() * part.element_size() for part in quantized if part is not None)
     return replace(site, int_bytes=size, rounding=cache.take_note())
 
 
-def _place(module: fx.GraphModule, graph: fx.Graph, path: str, quantized: QuantizedTensor) -> list[fx.Node | None]:
-    """Return get_attr nodes of a quantized weight's tensors, stored beside the float weight."""
+def _uncast(operand: Any) -> Any:
+    """Return a vector that is a constant, cast to an input's dtype, as it is stored; anything else as it is."""
+    constant = constant_of(operand) if is_cast(operand) else None
+    return operand if constant is None or constant.is_transposed else constant.source
+
+
+def _place(
+    module: fx.GraphModule, graph: fx.Graph, path: str, quantized: QuantizedTensor, key: str
+) -> list[fx.Node | None]:
+    """Return get_attr nodes of a quantized weight's tensors, stored beside the float weight. key: of its values."""
     nodes: list[fx.Node | None] = []
-    kind = str(quantized.values.dtype).removeprefix("torch.")
-    for part, suffix in zip(quantized, (f"_{kind}", "_scale", "_zero_point"), strict=True):
+    for part, wanted in zip(quantized, (key, f"{path}_scale", f"{path}_zero_point"), strict=True):
         if part is None:
             nodes.append(None)
             continue
-        target = edit.free_name(module, f"{path}{suffix}", part)
+        target = edit.free_name(module, wanted, part)
         if edit.get_tensor(module, target) is None:
             edit.set_tensor(module, target, part)
         nodes.append(graph.get_attr(target))

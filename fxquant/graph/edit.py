@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pathlib
-import sys
 import traceback
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -15,7 +13,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fxquant.graph.constants import is_transposition
+from fxquant.frames import place_of
+from fxquant.graph.constants import is_cast, is_transposition
 from fxquant.graph.references import copy_references, twin_of
 from fxquant.nn.base import QuantizedModule
 
@@ -35,8 +34,6 @@ RECOMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 RECOMPUTED_FROM = ("_g", "_v", "_orig", "_u", "_mask")
 """What such a weight's name ends with in the tensors that it is computed from."""
-
-_LIBRARIES = (str(pathlib.Path(torch.__file__).parent), str(pathlib.Path(__file__).parents[1]), "<")
 
 
 def mirror(root: nn.Module, device: str | None = None, hooks: bool = True, written: Collection[str] = ()) -> nn.Module:
@@ -162,29 +159,20 @@ def free_name(root: nn.Module, path: str, tensor: torch.Tensor | None = None) ->
 
 
 def erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Erase those constants, observers and transpositions that nothing uses any more, and what fed only them."""
+    """Erase those constants, observers, transpositions and casts that nothing uses any more, and what fed only them."""
     for node in nodes:
-        if not node.users and (node.op in ("get_attr", "call_module") or is_transposition(node) is not None):
+        is_ours = node.op in ("get_attr", "call_module") or is_transposition(node) is not None or is_cast(node)
+        if not node.users and (is_ours or node.target is getattr):
             feeders = node.all_input_nodes
             graph.erase_node(node)
             erase_dead(graph, feeders)
-
-
-def _place(filename: str, line: int | str | None) -> str:
-    """Return "file.py:12", "Cell In[3], line 12" in IPython, whose files are temporary, or "" in a library."""
-    ipython = sys.modules.get("IPython")
-    compiler: Any = getattr(ipython and ipython.get_ipython(), "compile", None)
-    cell = compiler.format_code_name(filename) if hasattr(compiler, "format_code_name") else None
-    if cell is not None:
-        return f"{' '.join(cell)}, line {line}"
-    return "" if filename.startswith(_LIBRARIES) else f"{filename}:{line}"
 
 
 def user_frame(error: BaseException) -> str:
     """Return "file.py:12, in forward: `the line`" of the user's code in which an error arose, or ""."""
     frames = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):
-        place = _place(frame.filename, frame.lineno)
+        place = place_of(frame.filename, frame.lineno)
         if place:
             return f"{place}, in {frame.name}: `{(frame.line or '').strip()}`"
     return ""
@@ -196,7 +184,7 @@ def node_frame(node: fx.Node) -> str:
         line = line.strip()
         if line.startswith('File "'):
             filename, _, rest = line[6:].partition('", line ')
-            place = _place(filename, rest.partition(",")[0])
+            place = place_of(filename, rest.partition(",")[0])
             if place:
                 return place
     return ""

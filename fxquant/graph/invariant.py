@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxquant import ops
 from fxquant.graph import edit
 from fxquant.graph.constants import constant_of
-from fxquant.nn import DynamicQuantizedMultiheadAttention
+from fxquant.nn import DynamicQuantizedMultiheadAttention, QuantizedModule
 from fxquant.ops.products import pair_product
 from fxquant.qconfig_mapping import type_name
 

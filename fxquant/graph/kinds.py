@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fxquant.graph import edit
-from fxquant.graph.reads import names_in
+from fxquant.graph.names import names_in
 from fxquant.operators import Operator, find_module_row
 
 _CALL = {"__call__", "_call_impl", "__getattr__", "__getattribute__"}

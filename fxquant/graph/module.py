@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +21,7 @@ from fxquant.graph.call import Example
 from fxquant.graph.extra_state import key_of, lost_states
 from fxquant.graph.preserve import NOTHING_PRESERVED, Keep, Preserved
 from fxquant.graph.tracer import TRACING
-from fxquant.nn.base import dtype_errors, refuse_script
+from fxquant.nn.base import QuantizedModule, dtype_errors, refuse_script
 from fxquant.operators import Operator
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
@@ -292,9 +293,31 @@ class FxModule(fx.GraphModule):
         if states:
             keep_record(self, record.advance(extra_states={**record.extra_states, **states}))
 
+    def take_old_keys(self, state_dict: dict[str, Any], prefix: str = "") -> None:
+        """Rename in place what a state_dict holds of quantized calls under the keys that fxquant wrote before 0.1.0.
+
+        Those were named by the dtype of the values: all of 4 bits were `_uint8`, numbered where there were several.
+        """
+        renamed: dict[str, str] = {}
+        used: set[str] = set()
+        calls = {node.name: node for node in self.graph.nodes}
+        for site in self._fxquant_record.sites:
+            spec, node = site.qconfig.weight, calls.get(site.call or "")
+            for part in node.all_input_nodes if node is not None and spec.torch_dtype == torch.uint8 else ():
+                key = str(part.target)
+                stem, found, _ = key.rpartition(f"_{spec.dtype}")
+                if part.op == "get_attr" and found and key not in renamed:
+                    names = (f"{stem}_uint8{f'_{n}' if n else ''}" for n in itertools.count())
+                    renamed[key] = next(name for name in names if name not in used)
+                    used.add(renamed[key])
+        if any(prefix + key not in state_dict for key in renamed):
+            held = {key: state_dict.pop(prefix + old) for key, old in renamed.items() if prefix + old in state_dict}
+            state_dict.update({prefix + key: tensor for key, tensor in held.items()})
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _, strict, missing, *_ = args
         self._take_extra_states(state_dict, prefix, strict, missing)
+        self.take_old_keys(state_dict, prefix)
         own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
         errors: list[str] = args[-1]
         errors.extend(dtype_errors(own, state_dict))  # as a part of a larger model, whose load_state_dict is not ours
@@ -302,7 +325,12 @@ class FxModule(fx.GraphModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load tensors as nn.Module does; integers never take floats, nor floats integers (RuntimeError)."""
+        state_dict = copy.copy(state_dict)  # with the versions that it carries
+        take_old_keys(self, state_dict)
         errors = dtype_errors(self.state_dict(), state_dict)
+        for path, module in self.named_modules() if strict else ():
+            if isinstance(module, QuantizedModule):
+                errors += module.float_keys(state_dict, f"{path}." if path else "")
         if errors:
             raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {self.__class__.__name__}:", *errors]))
         return super().load_state_dict(state_dict, strict, assign)
@@ -313,6 +341,13 @@ def taken_names() -> frozenset[str]:
     """Return the names of a traced model's own attributes (code, graph, meta, recompile, …), which no part can have."""
     empty = FxModule.build(nn.Module(), fx.Graph(), "Empty", Record(stage="fused"))
     return frozenset(dir(empty))
+
+
+def take_old_keys(root: nn.Module, state_dict: Any) -> None:
+    """Rename in place what a state_dict of a quantized model holds under the keys that fxquant wrote before 0.1.0."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        if isinstance(module, (FxModule, QuantizedModule)):
+            module.take_old_keys(state_dict, f"{path}." if path else "")
 
 
 def _restore(

@@ -1,7 +1,7 @@
 """Fourth pass: a weight observer stands in the graph on the weight of every functional call that will be quantized.
 
 An observer sees the weight as (O, I), so that dimension 0 is the output channel; where it is stored or taken as (I, O),
-transpositions stand around the observer.
+transpositions stand around the observer. Casts, to an input's dtype say, come after it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from fxquant.graph import edit
-from fxquant.graph.constants import transpose
+from fxquant.graph.constants import recast, transpose
 from fxquant.graph.module import Site
 from fxquant.graph.plan import Plan
 
@@ -31,6 +31,7 @@ def observe(module: fx.GraphModule, plan: Plan) -> tuple[Site, ...]:
             shown = transpose(module.graph, weight) if target.is_stored_transposed else weight
             observed = module.graph.call_module(path, (shown,))
             given = transpose(module.graph, observed) if target.is_taken_transposed else observed
+            given = recast(module.graph, given, target.casts)
         observed.meta.update(weight.meta)
         node.replace_input_with(target.operand, given)
         edit.erase_dead(module.graph, [target.operand])

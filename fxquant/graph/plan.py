@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import MappingNameError, QConfigError
 from fxquant.graph import edit
-from fxquant.graph.constants import asks_kind, constant_of, is_transposition
+from fxquant.graph.constants import asks_kind, constant_of, is_cast, is_transposition
+from fxquant.graph.fold import SOURCE, storage_of, written
 from fxquant.graph.kinds import base_of, redefined
 from fxquant.graph.module import NOTHING, Coverage, Left, Site
 from fxquant.graph.preserve import Keep
-from fxquant.graph.reads import weights_read
 from fxquant.graph.reasons import (
     WHY_KEPT,
     WHY_SET,
@@ -36,6 +36,7 @@ from fxquant.graph.reasons import (
     why_unknown,
 )
 from fxquant.graph.rules import join, main_rule, rank, refusal
+from fxquant.graph.same import is_linear
 from fxquant.graph.target import Target, call_name, example_shape, find_target
 from fxquant.graph.trace import Names, Traced, names_of
 from fxquant.graph.tracer import SCOPE
@@ -70,6 +71,7 @@ class _Planner:
         self.plan = Plan([], [], [])
         self.counts: collections.Counter[tuple[str, Any]] = collections.Counter()
         self.weights: dict[tuple[Any, ...], tuple[int, bool]] = {}  # each one's bytes, and whether all take it as int8
+        self.changed: set[int] = set()  # the storages of tensors that the graph writes to
         self.tree = set(map(id, module.modules()))
         self.kept_forwards = dict(_kept_forwards(module))
         self.entered: set[int] = set()  # the containers that were visited, which may stand at several paths
@@ -82,6 +84,7 @@ class _Planner:
     def run(self, graph: fx.Graph) -> Plan:
         """Return the plan for every candidate of the graph, and those that preserved code alone uses."""
         seen: set[str] = set()
+        self.changed = written(self.module, graph)
         for node in graph.nodes:
             if node.op == "call_module":
                 if node.target not in seen:
@@ -124,7 +127,7 @@ class _Planner:
         if self.is_kept:
             self.called.add(id(module))  # and is swapped wherever it stands
         kind = FLOAT_TYPES.get(type(module), type(module))
-        base = base_of(module, self.operators)
+        base = base_of(module, self.operators) or (nn.Linear if is_linear(module, self.operators) else None)
         row = None if base is None or redefined(type(module), base) else find_module_row(self.operators, base)
         own = [name for name, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
         if row is not None or own:
@@ -152,12 +155,9 @@ class _Planner:
             if not shut and not calls_children(module):
                 shut = f"{type_name(kind)} reads its children's weights itself"
             self.visit_strays(path, module)
-            read = weights_read(module)
             for name, child in module._modules.items():  # named_children skips the second name of a module
-                if child is None:
-                    continue
-                itself = f"the code of {type_name(kind)} reads self.{name}'s weight itself" if name in read else ""
-                self.visit_module(_join(path, name), child, shut or itself)
+                if child is not None:
+                    self.visit_module(_join(path, name), child, shut)
 
     def may_be_written(self, path: str, module: nn.Module) -> bool:
         """Return whether preserved code may write into a parameter of a module, which then is no constant."""
@@ -209,7 +209,8 @@ class _Planner:
         scope, name = node.meta.get(SCOPE, ""), call_name(function)
         is_known = target is not None and target.weight.target in self.names.tensors
         path = str(target.weight.target) if target is not None and is_known else ""
-        rule = self.rules(scope, scope, function, weights=(path,))[path]
+        entry = target.weight.meta.get(SOURCE, path) if target is not None else path
+        rule = self.rules(scope, scope, function, weights=(entry,))[entry]
         if target is None or not is_known:
             unknown = "its weight is no registered parameter or buffer"
             self.decide(node.name, name, None, rule, unknown, (), call=node.name)
@@ -218,6 +219,8 @@ class _Planner:
         if tensor is None:
             raise AssertionError(f"{path} was traced but is not in the graph module")
         reason = refuse_call(row, target, tensor) if rule.qconfig is not None else None
+        if reason is None and storage_of(tensor) in self.changed:
+            reason = WHY_WRITTEN
         if reason is None and self.preserved.may_write(path):
             reason = WHY_SET
         site = self.decide(path, name, row, rule, reason, (tensor,), example_shape(node), call=node.name)
@@ -226,7 +229,7 @@ class _Planner:
 
     def visit_other_call(self, node: fx.Node, row: Operator | None) -> None:
         """Report a call that reads a weight where no row takes it: what it computes with stays float."""
-        is_matrix = is_transposition(node) is not None
+        is_matrix = is_transposition(node) is not None or is_cast(node)
         if is_matrix and all(user.op in ("call_function", "call_method") for user in node.users):
             return  # which is reported itself
         scope, name = node.meta.get(SCOPE, ""), call_name(node.target)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.passes.shape_prop import TensorMetadata
 from torch.optim.swa_utils import AveragedModel
 
+from fxquant.graph.constants import method_of
 from fxquant.graph.extra_state import has_extra_state
 from fxquant.graph.kinds import known_base, redefined
 from fxquant.graph.target import Target, name_operands
@@ -39,6 +42,8 @@ def refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> str | No
     if sum(operand is target.operand for operand in operands.values()) > 1:
         return "its weight is its input too"
     examples = fx.node.map_arg(operands, lambda node: node.meta.get("tensor_meta"))
+    if any(not _keeps_dtype(cast, tensor.dtype) for cast in target.casts) and not _multiplies(row, examples):
+        return "its weight is cast to another dtype at each call"
     return row.refuse_call(examples) or refuse_weight(tensor.t() if target.is_stored_transposed else tensor)
 
 
@@ -47,6 +52,19 @@ def refuse_module(row: Operator, module: nn.Module) -> str | None:
     if has_extra_state(type(module)):
         return "it keeps extra state (get_extra_state), for which its quantized form has no place"
     return row.refuse_module(module)
+
+
+def _keeps_dtype(cast: fx.Node, dtype: torch.dtype) -> bool:
+    """Return whether a cast gives what it takes."""
+    fixed = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+    given = [*cast.args[1:], *cast.kwargs.values()]
+    return given == [dtype] or (not given and fixed.get(method_of(cast)) == dtype)
+
+
+def _multiplies(row: Operator, examples: dict[str, Any]) -> bool:
+    """Return whether a call multiplies its weight with a float input, whose dtype, then the weight's, it gives."""
+    inputs = [meta for name, meta in examples.items() if name not in row.weights and isinstance(meta, TensorMetadata)]
+    return bool(inputs) and all(meta.dtype.is_floating_point for meta in inputs)
 
 
 def calls_children(module: nn.Module) -> bool:

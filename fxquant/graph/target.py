@@ -19,6 +19,7 @@ class Target(NamedTuple):
 
     node: the call. operand: what it takes as its weight. weight: the get_attr node which that is made of.
     is_stored_transposed, is_taken_transposed: whether the tensor, and what the call takes, are (I, O) and not (O, I).
+    casts: the nodes that cast it on its way.
     """
 
     node: fx.Node
@@ -26,6 +27,7 @@ class Target(NamedTuple):
     weight: fx.Node
     is_stored_transposed: bool
     is_taken_transposed: bool
+    casts: tuple[fx.Node, ...] = ()
 
 
 def find_target(row: Operator, node: fx.Node) -> Target | None:
@@ -36,7 +38,8 @@ def find_target(row: Operator, node: fx.Node) -> Target | None:
     if operand is None or constant is None:
         return None
     is_taken_transposed = row.is_transposed(operands)
-    return Target(node, operand, constant.source, constant.is_transposed != is_taken_transposed, is_taken_transposed)
+    is_stored_transposed = constant.is_transposed != is_taken_transposed
+    return Target(node, operand, constant.source, is_stored_transposed, is_taken_transposed, constant.casts)
 
 
 def name_operands(row: Operator, node: fx.Node) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from fxquant.graph import edit
 from fxquant.graph.attributes import Attributes, attributes_of, watched
 from fxquant.graph.bound import carry, give_class_values
 from fxquant.graph.exported import give_scopes, raise_calls
+from fxquant.graph.fold import fold
 from fxquant.graph.kinds import make_plain
 from fxquant.graph.module import taken_names
 from fxquant.graph.preserve import Keep, Preserved
@@ -123,12 +124,14 @@ def trace(
     untraced: Mapping[str, str] | None = None,
     keep_whole: bool = False,
     keep: Keep = Keep(),  # noqa: B008
+    folds: bool = True,
 ) -> Traced:
     """Return a model's graph over a mirror of its modules and tensors, whose hooks are left off meanwhile.
 
     constants: arguments that are fixed, and asserted. untraced: submodules known not to trace. keep_whole: whether one
-    that turns out not to trace is called as it is, the innermost first, rather than an error. keep: what the graph
-    keeps beside forward, and what forward writes into.
+    that turns out not to trace is called as it is, the innermost first, rather than an error. folds: whether weights
+    that are computed from constants are computed now. keep: what the graph keeps beside forward, and what forward
+    writes into.
 
     Raises ModelStateError for a model in training mode or with lazy parameters, TraceError for one that torch.fx cannot
     trace, naming the user's file and line.
@@ -151,6 +154,8 @@ def trace(
         give_scopes(graph)
     name = model.__class__.__name__
     _refuse_taken(name, graph)
+    if folds:
+        fold(root, graph, operators, hooked | kept.keys(), keep)
     module = fx.GraphModule(root, graph, name)
     carry(root, module, keep.preserved)
     fixed = dict(constants or {})

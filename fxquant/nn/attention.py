@@ -28,8 +28,9 @@ def _check_shape(name: str, mask: torch.Tensor, *wanted: tuple[int, ...]) -> Non
 class DynamicQuantizedMultiheadAttention(QuantizedModule):
     """An nn.MultiheadAttention with int8 (int16, int4, float16) projections, called as that is; made by `from_float`.
 
-    in_proj_weight: (3·E, E) int8, or where key or value have sizes of their own q_proj_weight (E, E), k_proj_weight
-    (E, kdim) and v_proj_weight (E, vdim), each with its `_scale`; in_proj_bias: (3·E,) or None; bias_k, bias_v:
+    in_proj_weight_int8: (3·E, E), or where key or value have sizes of their own q_proj_weight_int8 (E, E),
+    k_proj_weight_int8 (E, kdim) and v_proj_weight_int8 (E, vdim), each with its `_scale` and, without `_int8`, the
+    float weight; in_proj_bias: (3·E,) or None; bias_k, bias_v:
     (1, 1, E) or None; out_proj: a DynamicQuantizedLinear. Dropout is for training only and has no part here.
 
     Each row of query, key and value is quantized by itself, and so is each row that out_proj takes. What lies between,
@@ -53,8 +54,11 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
         self.batch_first, self.add_zero_attn = module.batch_first, module.add_zero_attn
         self._qkv_same_embed_dim = module._qkv_same_embed_dim  # torch's TransformerEncoderLayer asks for it
         packed, separate = ("in_proj_weight",), ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        self._keys: dict[str, tuple[str, str, str]] = {}
         for name in packed if self._qkv_same_embed_dim else separate:
-            self.set_weight(name, quantize(getattr(module, name), qconfig))
+            weight = getattr(module, name)
+            key = self.set_weight(name, quantize(weight, qconfig), weight)
+            self._keys[name] = key, f"{name}_scale", "in_proj_bias"
         for name in ("in_proj_bias", "bias_k", "bias_v"):
             self.set_bias(name, getattr(module, name))
         self.out_proj = DynamicQuantizedLinear.from_float(module.out_proj, qconfig, quantize)
@@ -147,7 +151,7 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
     def _linear(self, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """Return x projected as query (0), key (1), value (2): those from first to before last, side by side."""
         name = "in_proj_weight" if self._qkv_same_embed_dim else f"{'qkv'[first]}_proj_weight"
-        weight, scale, bias = self.own((name, f"{name}_scale", "in_proj_bias"))
+        weight, scale, bias = self.own(self._keys[name])
         if last - first < 3:
             part = slice(first * self.embed_dim, last * self.embed_dim)
             if self._qkv_same_embed_dim:

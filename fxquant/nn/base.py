@@ -1,18 +1,36 @@
-"""What the quantized modules share: plain buffers that keep their dtypes."""
+"""What the quantized modules share: integers under keys of their own, and the float weights that they stand for.
+
+A weight `weight_ih_l0` is kept as the buffers `weight_ih_l0_int8` (or another format's name), `weight_ih_l0_scale`
+and, where affine, `weight_ih_l0_zero_point`, which no float model's state_dict fits. The attribute `weight_ih_l0`
+is the float weight, a `FloatWeight`.
+"""
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxquant.errors import ModelStateError
-from fxquant.numerics import QuantizedTensor
+from fxquant import frames
+from fxquant.errors import ModelStateError, ReadOnlyError, warn
+from fxquant.nn.float_weight import FloatWeight
+from fxquant.numerics import QuantizedTensor, dequantize_weight
 from fxquant.qconfig import QConfig
+from fxquant.spec import TensorSpec
 
 Quantize: TypeAlias = Callable[[torch.Tensor, QConfig], QuantizedTensor]
+
+LIKE = "weight_like"
+"""An empty frozen parameter of the float weights' dtype and device, for next(module.parameters()); in no state_dict."""
+
+_SHOWN = WeakTensorKeyDictionary()
+"""The float weight in use of each tensor of integers, by a weak reference: tied ones are the same object."""
 
 
 def quantize_alone(weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
@@ -20,24 +38,71 @@ def quantize_alone(weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
     return qconfig.quantize_weight(weight.contiguous())
 
 
-class QuantizedModule(nn.Module):
-    """A module whose weights are plain buffers: `name`, `name_scale` and, where affine, `name_zero_point`.
+def key_of(name: str, spec: TensorSpec | None) -> str:
+    """Return the key under which a weight's values are kept: weight_int8, weight_uint4, …; None: its own, float32."""
+    return name if spec is None else f"{name}_{spec.dtype}"
 
-    Biases stay frozen float parameters. Moving the module to another dtype leaves the weights and scales as they are,
-    and its outputs follow: a table's rows, the others through their input. Loading a state_dict of another kind (a
-    float one, say) is an error and never a silent cast.
+
+@dataclass(frozen=True)
+class Stored:
+    """How a float weight is kept. shape: the float one; turned: the dimensions that the kept one has the other way."""
+
+    key: str
+    spec: TensorSpec
+    shape: tuple[int, ...]
+    turned: tuple[int, int] | None = None
+
+    @property
+    def kept_shape(self) -> tuple[int, ...]:
+        """The shape of the kept weight, before a 4-bit one is packed and a convolution's is made a matrix."""
+        shape = list(self.shape)
+        if self.turned:
+            first, second = self.turned
+            shape[first], shape[second] = shape[second], shape[first]
+        return tuple(shape)
+
+
+class QuantizedModule(nn.Module):
+    """A module whose weights are kept as integers. `set_weight` registers them, `own` is the fast way to them.
+
+    Biases stay frozen float parameters. Moving the module to another dtype leaves the integers and scales as they are,
+    and its outputs follow: a table's rows, the others through their input.
+    A state_dict of another kind (a float one, say) does not fit: its keys are reported as missing and unexpected; one
+    that holds integers under the float weights' names, as fxquant wrote it before 0.1.0, is read.
     """
 
     def __init__(self, qconfig: QConfig) -> None:
         nn.Module.__init__(self)  # not the next in line, which may be the float type that it stands for
+        self._stored: dict[str, Stored] = {}
+        self.readers: set[str] = set()
         self.qconfig = qconfig
         self.training = False
 
-    def set_weight(self, name: str, weight: QuantizedTensor) -> None:
-        """Register a quantized weight and what it takes to read it as buffers."""
-        self.register_buffer(name, weight.values)
+    def set_weight(
+        self,
+        name: str,
+        weight: QuantizedTensor,
+        like: torch.Tensor | None = None,
+        turned: tuple[int, int] | None = None,
+    ) -> str:
+        """Register a quantized weight as buffers and return the key of its values.
+
+        like: the float weight, whose shape and dtype `module.<name>` has; by default float32 in the values' shape.
+        turned: two dimensions of it that are swapped in the quantized one.
+        """
+        own = self.qconfig.of(name)
+        key = key_of(name, None if own is None else own.weight)
+        self.register_buffer(key, weight.values)
         self.register_buffer(f"{name}_scale", weight.scale)
         self.register_buffer(f"{name}_zero_point", weight.zero_point)
+        if own is not None:
+            width = weight.values.shape[-1] * (2 if own.weight.bits == 4 else 1)
+            shape = (*weight.values.shape[:-1], width) if like is None else tuple(like.shape)
+            self._stored[name] = Stored(key, own.weight, shape, turned)
+        dtype = torch.float32 if like is None else like.dtype
+        empty = torch.empty(0, dtype=dtype, device=weight.values.device)
+        self.register_parameter(LIKE, nn.Parameter(empty, requires_grad=False))
+        return key
 
     def set_bias(self, name: str, bias: torch.Tensor | None) -> None:
         """Register a bias, copied, as a frozen parameter."""
@@ -52,6 +117,91 @@ class QuantizedModule(nn.Module):
         buffers, parameters = self._buffers, self._parameters
         return [buffers[name] if name in buffers else parameters[name] for name in names]
 
+    # The float weights
+
+    def dequantize(self, name: str, rows: Any = None) -> torch.Tensor:
+        """Return a float weight's values, anew. rows: an int, slice or tensor of indices of dimension 0; None: all."""
+        stored = self._stored[name]
+        spec, shape = stored.spec, stored.kept_shape
+        parts: Any = self.own((stored.key, f"{name}_scale", f"{name}_zero_point"))
+        if rows is not None:
+            at = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
+            at = at.flatten() if isinstance(at, torch.Tensor) else at
+            parts = [part if part is None else part[at] for part in parts]
+            shape = (-1, *shape[1:])
+        columns = torch.Size(stored.kept_shape[1:]).numel() if stored.turned else shape[-1]
+        with torch.no_grad():
+            real = dequantize_weight(QuantizedTensor(*parts), spec.bits, columns, spec.group_size).reshape(shape)
+            real = real.transpose(*stored.turned) if stored.turned else real
+            real = real.to(self._parameters[LIKE].dtype)  # type: ignore[union-attr]
+        if isinstance(rows, torch.Tensor):
+            return real.view(*rows.shape, *real.shape[1:])
+        return real[0] if isinstance(rows, int) else real
+
+    def _read(self, name: str, rows: Any) -> torch.Tensor:
+        """Return a float weight's values for code outside of this module; warn once of each place that asks."""
+        reader = frames.caller() or "a library"
+        if (told := f"{name} is read by {reader}") not in self.readers:
+            self.readers.add(told)
+            warn(
+                f"the {name} of a quantized {type(self).__name__} {self._stored[name].shape} is read by {reader}. Its "
+                "values are dequantized anew at each read, which takes longer than calling the layer. If that runs "
+                "often, leave the layer float (QConfigMapping.set_module_name(its path, None)), or keep a copy of "
+                f"your own: .{name}.clone(). fxquant.explain lists such readers",
+                past=("fxquant", "torch"),
+            )
+        with torch.inference_mode(False):
+            return self.dequantize(name, rows)
+
+    def __getattr__(self, name: str) -> Any:
+        stored = self.__dict__.get("_stored", {}).get(name)
+        if stored is None:
+            return super().__getattr__(name)
+        if torch.compiler.is_compiling():
+            return self.dequantize(name)
+        values, like = self._buffers[stored.key], self._parameters[LIKE]
+        assert values is not None
+        assert like is not None
+        known = _SHOWN.get(values)  # type: ignore[no-untyped-call]
+        weight = None if known is None else known()
+        if weight is None or (weight.shape, weight.dtype) != (stored.shape, like.dtype):
+            told = f"the {name} of a quantized {type(self).__name__}"
+            read = functools.partial(self._read, name)
+            weight = FloatWeight(read, told, stored.shape, like.dtype, values.device, not stored.turned)
+            _SHOWN[values] = weakref.ref(weight)
+        return weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse(name)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter as nn.Module does; ReadOnlyError for the name of a quantized weight."""
+        self._refuse(name)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        """Register a buffer as nn.Module does; ReadOnlyError for the name of a quantized weight."""
+        self._refuse(name)
+        super().register_buffer(name, tensor, persistent)
+
+    def _refuse(self, name: str) -> None:
+        """Raise ReadOnlyError for the name of a float weight, which nothing can be assigned to."""
+        if name in self.__dict__.get("_stored", {}):
+            raise ReadOnlyError(
+                f"the {name} of a quantized {type(self).__name__} is dequantized from {self._stored[name].key} and "
+                "cannot be set or deleted; change the float model and quantize it again"
+            )
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._stored})  # type: ignore[no-untyped-call]
+
+    # Moving, saving and loading
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -61,13 +211,44 @@ class QuantizedModule(nn.Module):
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}{LIKE}", None)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.take_old_keys(state_dict, prefix)
         own = {prefix + name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        mismatched = dtype_errors(own, state_dict)
         errors: list[str] = args[-1]
+        mismatched = dtype_errors(own, state_dict)
         errors.extend(mismatched)
-        if not mismatched:  # else copying would cast before the error is raised
-            super()._load_from_state_dict(state_dict, prefix, *args)
+        like = self._parameters.pop(LIKE, None)
+        try:
+            if not mismatched:  # else copying would cast before the error is raised
+                super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            if like is not None:
+                devices = [buffer.device for buffer in self._buffers.values() if buffer is not None]
+                self._parameters[LIKE] = nn.Parameter(torch.empty(0, dtype=like.dtype, device=devices[0]), False)
+
+    def float_keys(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        """Return a line for each float weight in a state_dict that has no values for this module's own."""
+        return [
+            f"{prefix}{name} is a weight that is not quantized, or otherwise: here it is {stored.key}. Load it into "
+            "the float model and quantize that"
+            for name, stored in self._stored.items()
+            if prefix + name in state_dict and prefix + stored.key not in state_dict
+        ]
+
+    def take_old_keys(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Rename in place what a state_dict holds of this module under the keys that fxquant wrote before 0.1.0."""
+        for name, stored in self._stored.items():
+            old, key = state_dict.get(prefix + name), prefix + stored.key
+            values, scale = self.own((stored.key, f"{name}_scale"))
+            has_scale = scale is None or f"{prefix}{name}_scale" in state_dict
+            if key in state_dict or not isinstance(old, torch.Tensor) or not has_scale:
+                continue
+            if (old.dtype, old.shape) == (values.dtype, values.shape):
+                state_dict[key] = state_dict.pop(prefix + name)
 
 
 def moved_dtype(move: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.dtype:

@@ -21,8 +21,9 @@ _SHOWN = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 class DynamicQuantizedConv(QuantizedProduct):
     """A Conv1d or Conv2d without groups, with int8 weights: a Linear of windows, each of them a row with its own scale.
 
-    weight: (O, k · I) int8, of a Conv2d (O, kw · kh · I): the window from left to right, a column from top to bottom,
-    a position's channels; weight_scale: (O,) float32; bias: (O,) or None. input: (B, I, L), of a Conv2d
+    weight_int8: (O, k · I), of a Conv2d (O, kw · kh · I): the window from left to right, a column from top to bottom,
+    a position's channels; weight_scale: (O,) float32; weight: the float one; bias: (O,) or None. input: (B, I, L), of a
+    Conv2d
     (B, I, H, W), or without B -> what the convolution gives, in the input's dtype, contiguous or channels last as the
     input. Raises ShapeError or DTypeError for another input. docs/numerics.md, eq. 7–8 and 30.
     """
@@ -41,7 +42,7 @@ class DynamicQuantizedConv(QuantizedProduct):
         """Return the quantized form of a float Conv1d or Conv2d (or ConvReLU), which is left as it is."""
         weight = quantize(module.weight.transpose(1, -1), qconfig)
         flat = weight._replace(values=weight.values.flatten(1))
-        quantized = cls(flat, module.bias, qconfig, flat.values.shape[1])
+        quantized = cls(flat, module.bias, qconfig, flat.values.shape[1], module.weight, (1, -1))
         for name in ("in_channels", *_SHOWN):
             setattr(quantized, name, getattr(module, name))
         quantized.padding = paddings(module)

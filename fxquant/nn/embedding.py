@@ -13,11 +13,9 @@ from fxquant.nn.base import Quantize, QuantizedModule, moved_dtype, quantize_alo
 from fxquant.ops.schema import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
-_TENSORS = ("weight", "weight_scale", "weight_zero_point")
-
 
 class QuantizedTable(QuantizedModule):
-    """What the two share: a table of integers, (V, D), or (V, ceil(D / 2)) for 4-bit rows.
+    """What the two share: a table of integers, (V, D), or (V, ceil(D / 2)) for 4-bit rows. weight: the float table.
 
     dtype: of the rows that it gives: the float table's, and what .half(), .to(dtype) and the like make of that.
     """
@@ -30,7 +28,8 @@ class QuantizedTable(QuantizedModule):
         super().__init__(qconfig)
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
         self.padding_idx, self.dtype = module.padding_idx, module.weight.dtype
-        self.set_weight("weight", quantize(module.weight, qconfig))
+        key = self.set_weight("weight", quantize(module.weight, qconfig), module.weight)
+        self._tensors = (key, "weight_scale", "weight_zero_point")
         self._bits = qconfig.weight.bits  # found once, not at each call
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedTable:
@@ -65,7 +64,7 @@ class QuantizedEmbedding(QuantizedTable):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the rows that the indices name."""
-        weight, scale, zero_point = self.own(_TENSORS)
+        weight, scale, zero_point = self.own(self._tensors)
         return ops.embedding(input, weight, scale, zero_point, self.embedding_dim, self._bits, self.dtype)
 
 
@@ -111,7 +110,7 @@ class QuantizedEmbeddingBag(QuantizedTable):
                 f"per_sample_weights must have the input's shape {tuple(input.shape)} and mode 'sum', "
                 f"got {tuple(per_sample_weights.shape)} and mode {self.mode!r}"
             )
-        weight, scale, zero_point = self.own(_TENSORS)
+        weight, scale, zero_point = self.own(self._tensors)
         return ops.embedding_bag(
             input,
             weight,

@@ -13,15 +13,13 @@ from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.numerics import QuantizedTensor
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
-_TENSORS = ("weight", "weight_scale", "bias")
-
 
 class QuantizedProduct(QuantizedModule):
     """What a quantized Linear and a convolution of windows share: x @ weight.T + bias, x quantized row by row.
 
-    weight: (O, I) int8 or int16; weight_scale: (O,) float32; bias: (O,) or None. input: (..., I) float -> (..., O) in
-    its dtype.
-    int4, two values a byte, in groups of G columns: weight: (O, ceil(I / 2)) uint8; weight_scale: (O, ceil(I / G))
+    weight_int8, weight_int16: (O, I); weight_scale: (O,) float32; bias: (O,) or None. input: (..., I) float -> (..., O)
+    in its dtype. weight: the float weight, dequantized when it is read.
+    int4, two values a byte, in groups of G columns: weight_int4: (O, ceil(I / 2)) uint8; weight_scale: (O, ceil(I / G))
     bfloat16. Raises ShapeError or DTypeError for another input. docs/numerics.md, eq. 7–8, 20 and 21–24.
     """
 
@@ -36,11 +34,16 @@ class QuantizedProduct(QuantizedModule):
         bias: torch.Tensor | None = None,
         qconfig: QConfig = default_dynamic_qconfig,
         in_features: int | None = None,
+        like: torch.Tensor | None = None,
+        turned: tuple[int, int] | None = None,
     ) -> None:
+        """Take a quantized weight. like: the float one, (O, I), or a form of it that has two dimensions turned."""
         super().__init__(qconfig)
         self.out_features, width = weight.values.shape
         self.in_features = width if in_features is None else in_features  # of int4 the width is half that
-        self.set_weight("weight", weight)
+        if like is None:
+            like = torch.empty(self.out_features, self.in_features, device="meta")
+        self._tensors = (self.set_weight("weight", weight, like, turned), "weight_scale", "bias")
         self.set_bias("bias", bias)
         self._how = (qconfig.per_row, qconfig.qmax, *qconfig.groups(self.in_features))  # once, not at each call
 
@@ -49,11 +52,11 @@ class QuantizedProduct(QuantizedModule):
         cls, module: nn.Linear, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
     ) -> QuantizedProduct:
         """Return the quantized form of a float Linear (or LinearReLU), which is left as it is."""
-        return cls(quantize(module.weight, qconfig), module.bias, qconfig, module.weight.shape[1])
+        return cls(quantize(module.weight, qconfig), module.bias, qconfig, module.weight.shape[1], module.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ weight.T + bias."""
-        weight, scale, bias = self.own(_TENSORS)
+        weight, scale, bias = self.own(self._tensors)
         return ops.linear(input, weight, scale, bias, self.relu, *self._how)
 
     def extra_repr(self) -> str:

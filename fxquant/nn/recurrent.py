@@ -36,9 +36,10 @@ class DynamicQuantizedRecurrent(QuantizedModule):
 
     Input rows and each step's hidden rows are quantized as they come, each with a scale of its own, so that a sequence
     gives the same bits alone, in any batch, and step by step. The buffers are named as torch names the weights
-    (weight_ih_l0: (G·H, I) int8, weight_ih_l0_scale: (G·H,) float32, …); bias_l0 is the sum of the two float biases.
+    (weight_ih_l0_int8: (G·H, I), weight_ih_l0_scale: (G·H,) float32, …; weight_ih_l0: the float one); bias_l0 is the
+    sum of the two float biases.
     int4, two values a byte, in groups of N columns: (G·H, ceil(I / 2)) uint8, scale (G·H, ceil(I / N)) bfloat16. Each
-    weight may have a scheme of its own (`QConfig.parts`); float16 and float32 ones have no scale.
+    weight may have a scheme of its own (`QConfig.parts`); float16 and float32 ones have no scale, these no other key.
     Dropout between layers is for training only and has no part here.
     """
 
@@ -60,13 +61,15 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         is_cell = isinstance(module, nn.RNNCellBase)
         self._cells = [""] if is_cell else [f"_l{layer}{side}" for layer in range(self.num_layers) for side in sides]
         matrices = ("ih", "hh", "hr") if self.proj_size else ("ih", "hh")
-        self._weights = [f"weight_{matrix}{cell}" for cell in self._cells for matrix in matrices]
-        self._scales = [f"{name}_scale" for name in self._weights]
+        names = [f"weight_{matrix}{cell}" for cell in self._cells for matrix in matrices]
+        self._weights: list[str] = []  # the keys of their values
+        self._scales = [f"{name}_scale" for name in names]
         self._biases = [_bias_name(cell) for cell in self._cells] if self.bias else []
-        for name in self._weights:
+        for name in names:
             weight, own = getattr(module, name), qconfig.of(name)
-            self.set_weight(name, to_float32(weight) if own is None else quantize(weight, own))
-        ways = [own for own in map(qconfig.of, self._weights) if own is not None]  # which agree: see graph/rules.py
+            quantized = to_float32(weight) if own is None else quantize(weight, own)
+            self._weights.append(self.set_weight(name, quantized, weight))
+        ways = [own for own in map(qconfig.of, names) if own is not None]  # which agree: see graph/rules.py
         self._rows = all(own.per_row for own in ways), next((own.qmax for own in ways if own.makes_uint8), 255)
         for cell in self._cells if self.bias else ():
             self.join_biases(cell, getattr(module, f"bias_ih{cell}"), getattr(module, f"bias_hh{cell}"))

@@ -26,8 +26,8 @@ class Architecture:
 
     build, inputs: the model and one call, of a batch of at least two rows. rows, outputs: the dimension of each input,
     and of each output, that is the batch; 0 where nothing is said. called: the paths of the parameters that the model's
-    own code reads as matrices or tables (F.linear, @, addmm), which the eager form does not reach. kept: the paths of
-    the parts that do not trace, "" for the whole model.
+    own code reads as matrices or tables (F.linear, @, addmm): the eager form leaves these calls alone, which compute
+    with a module's float weight. kept: the paths of the parts that do not trace, "" for the whole model.
     """
 
     name: str
@@ -65,7 +65,7 @@ def measure(architecture: Architecture) -> Measured:
     """Return what becomes of an architecture in both forms."""
     model = architecture.make()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), slow_path():
-        warnings.filterwarnings("ignore", "nothing in this .* is to be quantized|.* does not trace")
+        warnings.filterwarnings("ignore", "nothing in this .* is to be quantized|.* does not trace|.* is read by")
         torch.manual_seed(1)
         inputs = architecture.inputs()
         prepared = prepare(model, *inputs, batch_invariant=True)
@@ -100,7 +100,7 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def coverable_bytes(model: nn.Module, called: Sequence[str], form: str) -> int:
     """Return the bytes of the matrices that are to become int8, told from the float model's modules alone."""
-    parts = oracle.quantizable(model, called, form)
+    parts = oracle.quantizable(model)
     found = {id(p): p for part in parts for p in part.parameters() if p.dim() > 1}
     if form == "fx":
         found.update((id(p), p) for p in map(model.get_parameter, called))

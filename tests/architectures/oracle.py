@@ -199,17 +199,19 @@ def is_constant(tensor: Any) -> bool:
 def simulate(model: nn.Module, inputs: tuple[Any, ...], called: Sequence[str], form: str) -> Any:
     """Return what a float model gives with everything rounded that is quantized."""
     twin = copy.deepcopy(model)
-    for module in list(quantizable(twin, called, form)):
-        module.forward = types.MethodType(FORWARDS[type(module)], module)  # type: ignore[method-assign]
+    for module in list(quantizable(twin)):
+        own = copy.deepcopy(module)
+        module.forward = types.MethodType(FORWARDS[type(module)], own)  # type: ignore[method-assign]
+    # What reads a module's weight itself meets what its integers stand for.
+    for path in called if form == "eager" else ():
+        owner, _, name = path.rpartition(".")
+        if type(twin.get_submodule(owner)) in FORWARDS:
+            weight = nn.Parameter(table(twin.get_parameter(path)))
+            twin.get_submodule(owner).register_parameter(name, weight)
     with Calls() if form == "fx" else contextlib.nullcontext():
         return twin(*inputs)
 
 
-def quantizable(model: nn.Module, called: Sequence[str], form: str) -> Iterator[nn.Module]:
-    """Yield the modules whose weights are to become int8: those of an exact type with a rule above.
-
-    called: the weights that the model's own code reads, which it goes on to do where it is not traced.
-    """
-    for path, module in model.named_modules():
-        if type(module) in FORWARDS and (form == "fx" or f"{path}.weight" not in called):
-            yield module
+def quantizable(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules whose weights are to become int8: those of an exact type with a rule above."""
+    yield from (module for module in model.modules() if type(module) in FORWARDS)

@@ -53,7 +53,7 @@ VALUES = [lambda w: w.t().contiguous(), lambda w: w.data.t(), lambda w: w.detach
 
 @pytest.mark.parametrize("view", [*TRANSPOSITIONS, *VALUES])
 def test_a_transpose_of_a_parameter_is_constant_however_it_is_written(view):
-    (source, is_transposed), _ = constants(view)
+    (source, is_transposed, _), _ = constants(view)
     assert (source.target, is_transposed) == ("weight", True)
     matrix = torch.randn(5, 4)
     assert torch.equal(view(matrix), matrix.t())
@@ -65,7 +65,7 @@ def test_a_transpose_of_a_parameter_is_constant_however_it_is_written(view):
      lambda w: w.transpose(0, 0), lambda w: w.movedim(-1, 1), lambda w: w.contiguous(), lambda w: w.data],
 )  # fmt: skip
 def test_two_transpositions_are_none(view):
-    (source, is_transposed), _ = constants(view)
+    (source, is_transposed, _), _ = constants(view)
     assert (source.target, is_transposed) == ("weight", False)
 
 

@@ -69,7 +69,7 @@ def test_a_weight_s_integers_are_those_of_its_second_moments():
     model, x = nn.Sequential(nn.Linear(80, 12)).eval(), torch.randn(50, 3) @ torch.randn(3, 80)
     layer = convert_fx(prepare(model, x, mapping=INT4), data=[x]).get_submodule("0")
     expected = round_with_feedback(model[0].weight, product(x), int4_dynamic_qconfig.weight)
-    assert torch.equal(layer.weight, expected.values)
+    assert torch.equal(layer.weight_int4, expected.values)
     assert torch.equal(layer.weight_scale, expected.scale)
 
 
@@ -94,7 +94,7 @@ def test_eager_and_graph_give_the_same_integers():
     model, x = two_layers(), torch.randn(40, 24)
     graph = convert_fx(prepare(model, x, mapping=INT4), data=[x])
     eager = quantize_dynamic(model, INT4, data=[x])
-    assert torch.equal(graph.get_submodule("0").weight, eager[0].weight)
+    assert torch.equal(graph.get_submodule("0").weight_int4, eager[0].weight_int4)
     assert notes(eager) == notes(graph) == {"0": FEEDBACK, "2": FEEDBACK}
 
 
@@ -125,8 +125,8 @@ def test_a_tied_weight_is_rounded_once_for_the_inputs_of_all_its_layers():
     quantized = convert_fx(prepare(model, words, mapping=mapping), data=[words])
     x = model.table(words).detach()
     expected = round_with_feedback(model.table.weight, product(x, x.tanh() * 3), int4_dynamic_qconfig.weight)
-    assert torch.equal(quantized.first.weight, expected.values)
-    assert quantized.second.weight is quantized.first.weight
+    assert torch.equal(quantized.first.weight_int4, expected.values)
+    assert quantized.second.weight_int4 is quantized.first.weight_int4
 
 
 def test_a_table_tied_to_a_decoder_keeps_its_own_rounding():
@@ -136,7 +136,7 @@ def test_a_table_tied_to_a_decoder_keeps_its_own_rounding():
     inputs = lm_inputs(model)
     quantized = convert_fx(prepare(model, *inputs, mapping=mapping), data=[inputs])
     assert notes(quantized) == {"encoder": "", "decoder": FEEDBACK}
-    assert torch.equal(quantized.encoder.weight, rows.quantize_weight(model.encoder.weight).values)
+    assert torch.equal(quantized.encoder.weight_uint4, rows.quantize_weight(model.encoder.weight).values)
 
 
 class Habits(nn.Module):
@@ -208,9 +208,9 @@ def test_of_a_recurrent_layer_only_the_weights_that_become_int4_are_rounded_so()
     with torch.no_grad(), _unfused(True):
         states = product(model(x)[0][:-1], torch.zeros(2, 5))
     expected = round_with_feedback(model[0].weight_hh_l0, states, int4_dynamic_qconfig.weight)
-    assert torch.equal(ours.weight_hh_l0, expected.values)
-    assert torch.equal(ours.weight_ih_l0, plain.weight_ih_l0)
-    assert not torch.equal(ours.weight_hh_l0, plain.weight_hh_l0)
+    assert torch.equal(ours.weight_hh_l0_int4, expected.values)
+    assert torch.equal(ours.weight_ih_l0_int8, plain.weight_ih_l0_int8)
+    assert not torch.equal(ours.weight_hh_l0_int4, plain.weight_hh_l0_int4)
 
 
 class Passes(nn.Module):
@@ -270,7 +270,7 @@ def test_a_layer_whose_inputs_have_no_second_moments_is_rounded_to_nearest_and_s
     prepared = prepare(model, torch.randn(4, 24), mapping=INT4)
     fed, plain = (convert_fx(prepared, **options) for options in ({"data": [x]}, {}))
     assert notes(fed)["0"] == "to nearest: its inputs in data were not finite, or too large"
-    assert torch.equal(fed.get_submodule("0").weight, plain.get_submodule("0").weight)
+    assert torch.equal(fed.get_submodule("0").weight_int4, plain.get_submodule("0").weight_int4)
 
 
 class Chooses(nn.Module):
@@ -286,7 +286,7 @@ def test_a_layer_that_data_never_reaches_is_rounded_to_nearest_and_says_so():
     model, x = Chooses().eval(), torch.randn(40, 24)
     quantized = quantize_dynamic(model, INT4, data=[x])
     assert notes(quantized) == {"often": FEEDBACK, "never": "to nearest: it met no input in data"}
-    assert torch.equal(quantized.never.weight, quantize_dynamic(model, INT4).never.weight)
+    assert torch.equal(quantized.never.weight_int4, quantize_dynamic(model, INT4).never.weight_int4)
 
 
 def test_a_checkpoint_keeps_the_integers_and_how_they_came_to_be(tmp_path):

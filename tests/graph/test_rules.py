@@ -363,7 +363,7 @@ def test_the_eager_form_takes_names_of_weights():
     state = quantized.lstm.state_dict()
     assert torch.equal(state["weight_ih_l0"], model.lstm.weight_ih_l0)
     assert "weight_ih_l0_scale" not in state
-    assert state["weight_hh_l0"].dtype == torch.int8
+    assert state["weight_hh_l0_int8"].dtype == torch.int8
     own = everything(None).set_module_name("lstm", A).set_module_name("lstm.weight_ih_l0", None)
     assert torch.equal(quantized(*X), quantize(model, *X, mapping=own)(*X))
 

@@ -187,7 +187,7 @@ def test_other_dtypes(dtype):
     assert (output.dtype, weights.dtype) == (dtype, dtype)
     assert (output.float() - expected).norm() <= 0.03 * expected.norm()
     assert torch.allclose(weights.float(), scores, atol=0.02)
-    assert quantized.to(dtype).in_proj_weight.dtype == torch.int8
+    assert quantized.to(dtype).in_proj_weight_int8.dtype == torch.int8
 
 
 def test_an_empty_sequence_and_an_empty_batch():
@@ -231,11 +231,12 @@ def test_a_nested_tensor_is_an_error():
         quantized(nested, nested, nested)
 
 
-def test_the_state_dict_has_the_float_ones_names():
+def test_the_state_dict_is_named_after_the_float_one():
     module, quantized = attention(add_bias_kv=True)
-    names = set(quantized.state_dict())
-    assert names - set(module.state_dict()) == {"in_proj_weight_scale", "out_proj.weight_scale"}
-    assert set(module.state_dict()) <= names
+    weights = ("in_proj_weight", "out_proj.weight")
+    assert set(module.state_dict()) - set(quantized.state_dict()) == set(weights)
+    own = {f"{name}_{kind}" for name in weights for kind in ("int8", "scale")}
+    assert set(quantized.state_dict()) - set(module.state_dict()) == own
 
 
 def test_print_shows_the_options():

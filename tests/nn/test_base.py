@@ -97,22 +97,42 @@ def test_nothing_is_trainable_or_in_training_mode(made):
 
 def test_a_float_state_dict_is_refused():
     module = DynamicQuantizedLinear.from_float(nn.Linear(6, 4))
-    before = module.weight.clone()
-    with pytest.raises(RuntimeError, match=r"weight holds torch.int8, the state_dict has torch.float32"):
-        module.load_state_dict(nn.Linear(6, 4).state_dict(), strict=False)
-    assert torch.equal(module.weight, before)
+    before = module.weight_int8.clone()
+    state = nn.Linear(6, 4).state_dict()
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"weight_int8\", \"weight_scale\""):
+        module.load_state_dict(state)
+    found = module.load_state_dict(state, strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == (["weight_int8", "weight_scale"], ["weight"])
+    assert torch.equal(module.weight_int8, before)
+
+
+def test_a_float_module_takes_no_quantized_state_dict(made):
+    module, _ = made
+    float_names = {"DynamicQuantizedLSTM": nn.LSTM(6, 4, 2, bidirectional=True)}.get(
+        type(module).__name__, nn.Linear(6, 4) if hasattr(module, "bias") else nn.Embedding(9, 6)
+    )
+    found = float_names.load_state_dict(module.state_dict(), strict=False)
+    assert {name for name in float_names.state_dict() if "weight" in name} <= set(found.missing_keys)
 
 
 def test_a_quantized_state_dict_is_refused_inside_a_users_model():
     module = nn.Sequential(QuantizedEmbedding.from_float(nn.Embedding(9, 6)))
     other = nn.Sequential(QuantizedEmbedding.from_float(nn.Embedding(9, 6), float_qparams_weight_only_qconfig))
-    with pytest.raises(RuntimeError, match=r"0.weight holds torch.int8, the state_dict has torch.uint8"):
-        module.load_state_dict(other.state_dict(), strict=False)
+    before = module[0].weight_int8.clone()
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"0.weight_int8\""):
+        module.load_state_dict(other.state_dict())
+    found = module.load_state_dict(other.state_dict(), strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == (
+        ["0.weight_int8"],
+        ["0.weight_uint8", "0.weight_zero_point"],
+    )
+    assert torch.equal(module[0].weight_int8, before)
 
 
 def test_float16_weights_stay_float16():
     module = DynamicQuantizedLinear.from_float(nn.Linear(6, 4), float16_dynamic_qconfig)
-    assert module.double().weight.dtype == torch.float16
+    assert module.double().weight_float16.dtype == torch.float16
+    assert module.weight.dtype == torch.float64
 
 
 def test_half_scales_are_taken_into_float32():

@@ -143,7 +143,7 @@ def test_windows_along_the_width_take_no_memory():
 def test_the_library_reads_windows_as_they_lie():
     module = DynamicQuantizedConv.from_float(nn.Conv1d(6, 5, 9))
     windows = module._windows(torch.randn(2, 6, 40))
-    given = module.own(("weight", "weight_scale", "bias"))
+    given = module.own(("weight_int8", "weight_scale", "bias"))
     got = native.at_once.linear(True, windows, *given, False, True, 255, 0, 0)
     assert torch.equal(got, native.reference.linear(windows, *given))
 

@@ -152,4 +152,4 @@ def test_repr_shows_sizes_and_scheme():
 
 def test_4_bit_rows_take_half_the_bytes():
     module = QuantizedEmbedding.from_float(nn.Embedding(20, 8), float_qparams_weight_only_qconfig_4bit)
-    assert module.weight.shape == (20, 4)
+    assert module.weight_uint4.shape == (20, 4)

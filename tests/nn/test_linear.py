@@ -73,7 +73,7 @@ def test_repr_shows_sizes_and_scheme():
 def test_int4_is_near_the_float_module(group_size):
     module, x = nn.Linear(150, 30), torch.randn(8, 150)
     quantized = DynamicQuantizedLinear.from_float(module, int4_dynamic_qconfig.with_group_size(group_size))
-    weight = QuantizedTensor(quantized.weight, quantized.weight_scale, None)
+    weight = QuantizedTensor(quantized.weight_int4, quantized.weight_scale, None)
     real = dequantize_weight(weight, 4, 150, group_size).double()
     step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)).double() / 255  # the activations' error: half of it or,
     bound = step * real.abs().sum(1) + 1e-5  # where the zero point's rounding clips an end, a whole one
@@ -85,14 +85,14 @@ def test_int4_is_near_the_float_module(group_size):
 
 def test_int4_of_an_odd_number_of_inputs_knows_it():
     module = DynamicQuantizedLinear.from_float(nn.Linear(7, 4), int4_dynamic_qconfig)
-    assert (module.in_features, module.weight.shape, module(torch.randn(2, 7)).shape) == (7, (4, 4), (2, 4))
+    assert (module.in_features, module.weight_int4.shape, module(torch.randn(2, 7)).shape) == (7, (4, 4), (2, 4))
     with pytest.raises(ShapeError, match=r"of 7 inputs takes x of shape \(..., 7\), got \(2, 8\)"):
         module(torch.randn(2, 8))
 
 
 def test_int4_keeps_its_dtypes_and_repr():
     module = DynamicQuantizedLinear.from_float(nn.Linear(100, 4), int4_dynamic_qconfig).double()
-    assert (module.weight.dtype, module.weight_scale.dtype) == (torch.uint8, torch.bfloat16)
+    assert (module.weight_int4.dtype, module.weight_scale.dtype) == (torch.uint8, torch.bfloat16)
     assert repr(module) == (
         "DynamicQuantizedLinear(100, 4, bias=True, int4 symmetric per group of 64, activation uint8 affine per row)"
     )
@@ -122,7 +122,7 @@ def test_int16_is_near_the_float_module(kind):
 
 def test_int16_keeps_its_dtypes_and_repr():
     module = DynamicQuantizedLinear.from_float(nn.Linear(100, 4), int16_dynamic_qconfig).double()
-    assert (module.weight.dtype, module.weight_scale.dtype) == (torch.int16, torch.float32)
+    assert (module.weight_int16.dtype, module.weight_scale.dtype) == (torch.int16, torch.float32)
     assert module(torch.randn(2, 100).double()).dtype == torch.float64
     assert repr(module) == (
         "DynamicQuantizedLinear(100, 4, bias=True, int16 symmetric per channel, activation int16 symmetric per row)"

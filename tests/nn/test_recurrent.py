@@ -109,7 +109,10 @@ def test_one_step_is_its_equation():
     pre = module.bias_ih_l0.double() + module.bias_hh_l0.double()
     for name, rows in (("ih", x[0]), ("hh", hx[0][0])):
         q, scale, zero_point = quantize_rows(rows, 255)
-        weight, weight_scale = getattr(quantized, f"weight_{name}_l0"), getattr(quantized, f"weight_{name}_l0_scale")
+        weight, weight_scale = (
+            getattr(quantized, f"weight_{name}_l0_int8"),
+            getattr(quantized, f"weight_{name}_l0_scale"),
+        )
         pre = pre + (q - zero_point).double() @ weight.double().t() * scale.double() * weight_scale.double()
     i, f, g, o = pre.chunk(4, -1)
     c = f.sigmoid() * hx[1][0] + i.sigmoid() * g.tanh()
@@ -307,13 +310,15 @@ def test_callers_of_nn_lstm_find_what_they_use():
     assert (module.bidirectional, module.batch_first, module.bias, module.proj_size) == (True, True, True, 0)
 
 
-def test_buffers_have_nn_lstms_names():
+def test_buffers_are_named_after_nn_lstms_weights():
     module = make(num_layers=2, bidirectional=True, proj_size=3)
     state = DynamicQuantizedLSTM.from_float(module).state_dict()
     weights = {name for name in module.state_dict() if name.startswith("weight")}
-    assert {name for name in state if name.startswith("weight") and not name.endswith("_scale")} == weights
+    assert {name for name in state if name.startswith("weight")} == {
+        f"{n}_{k}" for n in weights for k in ("int8", "scale")
+    }
     for name in weights:
-        assert state[name].shape == module.state_dict()[name].shape
+        assert state[f"{name}_int8"].shape == module.state_dict()[name].shape
         assert torch.allclose(
             state[f"{name}_scale"], module.state_dict()[name].abs().amax(1) / 127, rtol=2**-22, atol=0
         )

@@ -171,7 +171,6 @@ LEFT = {
     "there is no quantized form of torch.baddbmm": [
         ("net.cube", lambda m, x: torch.baddbmm(x[0, 0], x.expand(2, 3, 6), m.cube)),
     ],
-    "there is no quantized form of .double()": [("net.oi", lambda m, x: (x.double() @ m.oi.t().double()).float())],
     "torch.bilinear multiplies two inputs with each other; only forms of one input are quantized": [
         ("net.pairs", lambda m, x: F.bilinear(x, x, m.pairs)),
     ],

@@ -24,7 +24,7 @@ from fxquant.graph.moments import Moments, gather
 from fxquant.graph.observe import observe
 from fxquant.graph.outcome import judge
 from fxquant.graph.plan import plan
-from fxquant.graph.preserve import Keep, preserve
+from fxquant.graph.preserve import Keep, Preserved, preserve
 from fxquant.graph.rules import check_mapping
 from fxquant.graph.trace import Traced, check_model, names_of, trace
 from fxquant.graph.tree import convert_tree, plain_mirror, prepare_tree

@@ -169,8 +169,9 @@ def _kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> tuple[str, 
     if operator.namespace != "fxquant":
         return f"{operator.namespace}.{name}", ""
     values = {argument.name: value for argument, value in zip(operator._schema.arguments, args, strict=False)}
-    weights = [values["weight"]] if "weight" in values else values["weights"]
-    return name, _usual() if takes(args[0], weights) else _PLAIN
+    weights = [values["weight"]] if "weight" in values else values.get("weights", [])
+    others = weights or [value for value in args[1:] if isinstance(value, torch.Tensor)]  # a product of activations
+    return name, _usual() if takes(args[0], others) else _PLAIN
 
 
 def _usual() -> str:

@@ -110,7 +110,8 @@ def convert(
     cache.stand_in(module)  # preserved code may use the other names
     cache.settle(module)
     _keep_swapped_called(module)
-    bring_products(module, batch_invariant)
+    if sites or batch_invariant:  # what nothing is quantized in stays as it is, to the bit
+        bring_products(module, batch_invariant)
     module.recompile()
     return tuple(done)
 

@@ -4,9 +4,9 @@ How near: `oracle.simulate` gives the float model with every quantized weight an
 layers and tables are quantized, the result is the oracle's to the bit. Recurrent layers, attention, products of
 activations in a graph and folded normalizations round in an order of their own, by some 1e-7; where that tips a value
 that lies between two integers, its row is another draw of the same rounding noise from there on. Two independent draws
-of noise of power N lie 2 N apart; so if no more than half of the rows are tipped, result and oracle lie within N of each other, and, since
-√(noise of the result) ≤ √N + √N, the SQNR is at most 20 log10(2) = 6.02 dB below the oracle's: a bound for each model
-that nobody has tuned. (Additive rounding noise: Widrow and Kollár 2008, *Quantization Noise*.)
+of noise of power N lie 2 N apart; so if no more than half of the rows are tipped, result and oracle lie within N of
+each other, and, since √(noise of the result) ≤ √N + √N, the SQNR is at most 20 log10(2) = 6.02 dB below the oracle's: a
+bound for each model that nobody has tuned. (Additive rounding noise: Widrow and Kollár 2008, *Quantization Noise*.)
 """
 
 import math

@@ -33,7 +33,7 @@ extern atomic_bool fxq_holds_helpers;
 extern _Atomic uint64_t fxq_joined, fxq_wakes, fxq_sleeps;
 
 /* workers.c */
-int fxq_ready_workers(void); /* that spin or are still busy */
+int fxq_ready_workers(int threads); /* how many of the first threads - 1 spin, or are still busy */
 void fxq_run_with_workers(const struct fxq_offer *offer, bool wakes);
 void fxq_forget_workers(void);
 

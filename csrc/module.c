@@ -58,6 +58,15 @@ static PyObject *hold_helpers(PyObject *self, PyObject *holds) {
     Py_RETURN_NONE;
 }
 
+/* skip_rounds(count): tests let the pool grow old */
+static PyObject *skip_rounds(PyObject *self, PyObject *count) {
+    (void)self;
+    const long long value = INTEGER(count);
+    if (PyErr_Occurred()) return NULL;
+    fxq_skip_rounds((uint32_t)value);
+    Py_RETURN_NONE;
+}
+
 static const char *const ways[] = {"ready", "waking", "openmp", "alone"};
 
 /* use_way(name or None): tests choose how jobs get help; returns whether it can be had */
@@ -100,6 +109,7 @@ static PyMethodDef methods[] = {
     {"select_isa", select_isa, METH_O, NULL},
     {"set_least_share", set_least_share, METH_O, NULL},
     {"hold_helpers", hold_helpers, METH_O, NULL},
+    {"skip_rounds", skip_rounds, METH_O, NULL},
     {"use_way", use_way, METH_O, NULL},
     {"pool_counts", pool_counts, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};

@@ -1,8 +1,8 @@
 /* The threads of torch's OpenMP. Between two float operators they spin on their cores for milliseconds, and a worker of ours
  * would have to fight one of them for its core; but they join a job of ours as quickly as one of torch's.
  *
- * The library is the one that is already loaded; nothing is linked. A team has always as many threads as torch's, since
- * a smaller one makes GNU's library end the others. Its region ends when all of them have come: pool.c measures what that takes.
+ * The library is the one that is already loaded; nothing is linked. A team has as many threads as torch's (up to
+ * FXQ_MOST_THREADS), since a smaller one makes GNU's library end the others. Its region ends when all of them have come: pool.c measures what that takes.
  * In the child of a fork the team's threads are gone and a region would wait for them for ever, so there it is not used. */
 #if defined(__linux__)
 #include <dlfcn.h>
@@ -25,9 +25,10 @@ static int look_at(struct dl_phdr_info *info, size_t size, void *found) {
     const char *path = info->dlpi_name, *file = path ? strrchr(path, '/') : NULL;
     (void)size;
     for (size_t i = 0; file && i < sizeof names / sizeof *names; i++) {
-        if (strncmp(file + 1, names[i], strlen(names[i])) != 0) continue;
+        const char *rest = file + 1 + strlen(names[i]);
+        if (strncmp(file + 1, names[i], strlen(names[i])) != 0 || strncmp(rest, "-plugin", 7) == 0) continue;
         *(const char **)found = path;
-        return strstr(path, "torch") != NULL; /* else go on: another package may have brought this one */
+        return strstr(path, "/torch/lib/") != NULL; /* else go on: another package may have brought this one */
     }
     return 0;
 }
@@ -53,8 +54,8 @@ bool fxq_has_openmp(void) {
 
 struct region {
     const struct fxq_offer *offer;
-    struct fxq_team begin; /* with the rounds before it */
-    int64_t own_end;       /* when the caller had done its part */
+    struct fxq_team begin, end; /* with the rounds before it, and with its own */
+    int64_t own_end;            /* when the caller had done its part */
 };
 
 static void join(void *arg) {
@@ -69,7 +70,7 @@ static void join(void *arg) {
     }
     region->offer->fn(region->offer->arg, &team);
     if (team.thread > 0) return;
-    fxq_end_rounds(&team);
+    region->end = team;
     region->own_end = fxq_now_ns();
 }
 
@@ -77,6 +78,7 @@ void fxq_run_with_openmp(const struct fxq_offer *offer) {
     struct region region = {.offer = offer, .begin = {.threads = offer->hands.threads}};
     fxq_begin_rounds(&region.begin);
     parallel(join, &region, (unsigned)offer->hands.available, 0);
+    fxq_end_rounds(&region.end); /* by now nobody is inside */
     atomic_fetch_add(&fxq_waited_ns, fxq_now_ns() - region.own_end);
 }
 

@@ -168,7 +168,7 @@ void fxq_run(fxq_job fn, void *arg, struct fxq_hands hands, int64_t work) {
         run_alone(&offer);
         return;
     }
-    const int others = hands.threads - 1, awake = fxq_ready_workers(), ready = awake < others ? awake : others;
+    const int ready = fxq_ready_workers(hands.threads);
     const int64_t began = fxq_now_ns();
     if (began - habit.ended > CLOSE_NS) habit.missed_ns = 0;
     struct experience *of = recall(work, hands.threads);

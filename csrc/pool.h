@@ -55,6 +55,7 @@ enum fxq_way { FXQ_READY, FXQ_WAKING, FXQ_OPENMP, FXQ_WAYS, FXQ_ALONE = FXQ_WAYS
 extern int64_t fxq_least_share;
 extern enum fxq_way fxq_only_way;
 void fxq_hold_helpers(bool holds);
+void fxq_skip_rounds(uint32_t count); /* as if jobs of so many rounds had come and gone, which touched no share */
 bool fxq_has_openmp(void);
 
 /* What the pool has done so far. */

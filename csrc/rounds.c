@@ -58,12 +58,23 @@ void fxq_begin_rounds(struct fxq_team *team) {
     team->due = due_so_far;
 }
 
+static void touch_shares(void) {
+    for (int i = 0; i < FXQ_MOST_THREADS; i++) atomic_store(&shares[i].word, word_of(rounds_so_far, 0, 0));
+}
+
 void fxq_end_rounds(const struct fxq_team *team) {
+    const bool is_long_ago = team->round >> 30 != rounds_so_far >> 30;
     rounds_so_far = team->round;
     due_so_far = team->due;
+    if (is_long_ago) touch_shares(); /* a share that no job has touched for 2^31 rounds would seem to be of a later one */
 }
 
 void fxq_reset_rounds(void) { /* in the child of a fork: a job may have been half done */
-    for (int i = 0; i < FXQ_MOST_THREADS; i++) atomic_store(&shares[i].word, word_of(rounds_so_far, 0, 0));
+    touch_shares();
     atomic_store(&done, due_so_far);
+}
+
+void fxq_skip_rounds(uint32_t count) {
+    const struct fxq_team team = {.round = rounds_so_far + count, .due = due_so_far};
+    fxq_end_rounds(&team);
 }

@@ -47,7 +47,7 @@ static int inside_of(uint64_t word) { return (int)(word & 0xffff); }
 static struct fxq_offer job; /* written while the gate is closed and nobody inside, like the next */
 static bool wakes_others;
 static int started; /* workers that exist; touched by the thread alone that holds the pool */
-static atomic_int awake;
+static atomic_bool is_awake[FXQ_MOST_THREADS]; /* each worker: whether it spins or works */
 
 int64_t fxq_now_ns(void) {
     struct timespec time;
@@ -97,7 +97,17 @@ void fxq_notify(struct fxq_waiters *waiters) {
     pthread_mutex_unlock(&waiters->lock);
 }
 
-static bool is_new_job(uint64_t seen) { return number_in(atomic_load(&gate)) != seen; }
+static void reset(struct fxq_waiters *waiters) {
+    atomic_store(&waiters->asleep, 0);
+    pthread_mutex_init(&waiters->lock, NULL);
+    pthread_cond_init(&waiters->changed, NULL);
+}
+
+/* Whether there is another job than the one that was seen, and for as many threads that this one may join. */
+static bool is_new_job(uint64_t seen) {
+    const uint64_t word = atomic_load(&gate);
+    return number_in(word) != seen >> 16 && threads_in(word) > (int)(seen & 0xffff);
+}
 static bool is_empty(uint64_t unused) {
     (void)unused;
     return inside_of(atomic_load(&gate)) == 0;
@@ -106,7 +116,7 @@ static bool is_empty(uint64_t unused) {
 /* Wake whom this thread is to wake, so that many are woken side by side. */
 static void wake_two(int thread, int threads) {
     for (int i = 2 * thread + 1; i <= 2 * thread + 2 && i < threads; i++) {
-        if (atomic_load(&idle[i].asleep) == 0) continue;
+        if (i > started || atomic_load(&idle[i].asleep) == 0) continue;
         atomic_fetch_add_explicit(&fxq_wakes, 1, memory_order_relaxed);
         fxq_notify(&idle[i]);
     }
@@ -123,6 +133,7 @@ static bool enter(int thread) {
 static void take_part(int thread) {
     struct fxq_team team = {.thread = thread, .threads = job.hands.threads};
     if (wakes_others) wake_two(thread, team.threads);
+    fxq_note_arrival();
     atomic_fetch_add_explicit(&fxq_joined, 1, memory_order_relaxed);
     fxq_begin_rounds(&team);
     job.fn(job.arg, &team);
@@ -134,13 +145,13 @@ static void *work(void *arg) {
     const int thread = (int)(intptr_t)arg;
     uint64_t seen = number_in(atomic_load(&gate)) - 1; /* the job that it was started for may be open already */
     for (;;) {
-        if (!spin(is_new_job, seen, IDLE_NS, true)) {
-            atomic_fetch_sub(&awake, 1);
-            sleep_until(&idle[thread], is_new_job, seen);
-            atomic_fetch_add(&awake, 1);
+        const uint64_t goal = (seen & 0xffffffff) << 16 | (uint64_t)thread;
+        if (!spin(is_new_job, goal, IDLE_NS, true)) {
+            atomic_store(&is_awake[thread], false);
+            sleep_until(&idle[thread], is_new_job, goal);
+            atomic_store(&is_awake[thread], true);
         }
         seen = number_in(atomic_load(&gate));
-        fxq_note_arrival();
         if (enter(thread)) take_part(thread);
     }
     return NULL;
@@ -152,13 +163,10 @@ static void start_workers(int wanted) {
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     while (started < wanted) {
         pthread_t thread;
-        struct fxq_waiters *own = &idle[started + 1];
-        pthread_mutex_init(&own->lock, NULL);
-        pthread_cond_init(&own->changed, NULL);
-        atomic_store(&own->asleep, 0);
-        atomic_fetch_add(&awake, 1);
+        reset(&idle[started + 1]);
+        atomic_store(&is_awake[started + 1], true);
         if (pthread_create(&thread, &attributes, work, (void *)(intptr_t)(started + 1)) != 0) {
-            atomic_fetch_sub(&awake, 1);
+            atomic_store(&is_awake[started + 1], false);
             break;
         }
         started++;
@@ -166,7 +174,11 @@ static void start_workers(int wanted) {
     pthread_attr_destroy(&attributes);
 }
 
-int fxq_ready_workers(void) { return atomic_load(&awake); }
+int fxq_ready_workers(int threads) {
+    int ready = 0;
+    for (int i = 1; i < threads && i <= started; i++) ready += atomic_load_explicit(&is_awake[i], memory_order_relaxed);
+    return ready;
+}
 
 void fxq_run_with_workers(const struct fxq_offer *offer, bool wakes) {
     struct fxq_team team = {.thread = 0, .threads = offer->hands.threads};
@@ -182,16 +194,10 @@ void fxq_run_with_workers(const struct fxq_offer *offer, bool wakes) {
     fxq_end_rounds(&team);
 }
 
-static void reset(struct fxq_waiters *waiters) {
-    atomic_store(&waiters->asleep, 0);
-    pthread_mutex_init(&waiters->lock, NULL);
-    pthread_cond_init(&waiters->changed, NULL);
-}
-
 void fxq_forget_workers(void) {
     reset(&for_round);
     reset(&for_leaving);
     started = 0;
-    atomic_store(&awake, 0);
+    for (int i = 0; i < FXQ_MOST_THREADS; i++) atomic_store(&is_awake[i], false);
     atomic_store(&gate, number_in(atomic_load(&gate)) << 32);
 }

@@ -75,6 +75,25 @@ def test_helpers_give_the_same_bits_whenever_they_come(product, stack, isa, way,
             assert all(map(same_bits, (native.linear(*product), *native.lstm(*stack)), expected))
 
 
+OLD_POOL = """
+import torch
+from fxquant.ops import native
+from tests.native.cases import LIBRARY, int8, kernels, same_bits, usable
+product = torch.randn(9, 200), int8(500, 200), torch.rand(500)
+with kernels(usable()[0], 1):
+    expected = native.linear(*product)
+for threads in (4, 2, 2, 2, 4):  # the rounds of two threads touch two shares
+    with kernels(usable()[0], threads):
+        assert same_bits(native.linear(*product), expected)
+        LIBRARY.skip_rounds((1 << 30) - 5)
+        assert same_bits(native.linear(*product), expected)
+"""
+
+
+def test_a_pool_that_grew_old_finds_shares_that_no_job_touched_for_long():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", OLD_POOL], check=True, timeout=100)
+
+
 def test_helpers_do_join(product, way):
     with kernels(usable()[0], 2, way):
         joined = (counted(lambda: native.linear(*product))["joined"] for _ in range(2000))

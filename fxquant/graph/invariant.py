@@ -109,10 +109,16 @@ def _module_form(node: fx.Node, root: fx.GraphModule) -> _Form | None:
 
 
 def _named(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """Return a call's operands by name, None where it has others (out=) or lacks some."""
+    """Return a call's operands by name, None where it has others (out=), lacks some or is in torch's older form.
+
+    That is addmm(beta, input, alpha, mat1, mat2) without beta, alpha or both: more operands by position than three, or
+    one of the matrices by position and by name.
+    """
     operands = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     needed = [name for name in names if name not in ("beta", "alpha", "bias")][:3]
-    fits = len(node.args) <= len(names) and operands.keys() <= set(names) and all(name in operands for name in needed)
+    is_clear = len(operands) == len(node.args) + len(node.kwargs)
+    most = len(needed) if "beta" in names else len(names)
+    fits = is_clear and len(node.args) <= most and operands.keys() <= set(names) and operands.keys() >= set(needed)
     return operands if fits else None
 
 

@@ -142,17 +142,15 @@ def matmul(a: torch.Tensor, b: torch.Tensor, anywhere: bool = True) -> torch.Ten
     So it has the same bits whatever else is in the batch, and wherever the operands lie in memory. anywhere: also where
     no native kernel does it, by the reference, much slower; False: by torch.matmul there.
     """
-    if not is_compiling():
+    if not is_compiling() and cast_dtype(a) is None:
         out: torch.Tensor | None = at_once.matmul(True, a, b)
         if out is not None:
             return out
     if has_torch_function((a, b)):  # what traces sees the call, and not what is in it
         return handle_torch_function(matmul, (a, b), a, b, anywhere=anywhere)
-    if products.is_exact(a, b) or not (anywhere or products.has_kernel(a)):
-        return torch.matmul(a, b)
-    if (dtype := cast_dtype(a)) is not None:
-        a, b = a.to(dtype), b.to(dtype)
-    product: torch.Tensor = OVERLOADS["matmul"](a, b)
+    if products.is_torchs(a, b) or not (anywhere or products.has_kernel(a)):
+        return products.torch_matmul(a, b)
+    product: torch.Tensor = OVERLOADS["matmul"](products.cast(a), products.cast(b))
     return product
 
 
@@ -169,7 +167,8 @@ def attention(
 
     Keys at the end that the mask keeps out change nothing, not a bit. anywhere: as for `matmul`.
     """
-    if not is_compiling() and isinstance(query, torch.Tensor) and query.dim() == 4:
+    is_eager = not is_compiling() and cast_dtype(query) is None
+    if is_eager and isinstance(query, torch.Tensor) and query.dim() == 4:
         factor = products.scale_of(query, scale)
         out: torch.Tensor | None = at_once.attention(True, query, key, value, mask, is_causal, factor)
         if out is not None:
@@ -177,10 +176,9 @@ def attention(
     if has_torch_function((query, key, value)):
         args = (query, key, value, mask, is_causal, scale, anywhere)
         return handle_torch_function(attention, (query, key, value), *args)
-    if not (anywhere or products.has_kernel(query)):
+    if products.is_torchs(query, key, value) or not (anywhere or products.has_kernel(query)):
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
-    if (dtype := cast_dtype(query)) is not None:
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = (products.cast(x) for x in (query, key, value))
     attended: torch.Tensor = OVERLOADS["attention"](query, key, value, mask, is_causal, scale)
     return attended
 
@@ -190,7 +188,7 @@ def einsum(equation: str, a: torch.Tensor, b: torch.Tensor, anywhere: bool = Tru
     if has_torch_function((a, b)):
         return handle_torch_function(einsum, (a, b), equation, a, b, anywhere=anywhere)
     plan = products.pair_product(equation)
-    if plan is None or products.is_exact(a, b):
+    if plan is None or products.is_torchs(a, b) or not products.fits(plan, a, b):
         return torch.einsum(equation, a, b)
     rows, columns, shape, order = products.as_matrices(plan, a, b)
     return matmul(rows, columns, anywhere).view(shape).permute(order)
@@ -200,9 +198,12 @@ def add_product(
     start: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1, alpha: float = 1, anywhere: bool = True
 ) -> torch.Tensor:
     """Return beta start + alpha (a @ b) by `matmul`, as torch.addmm and torch.baddbmm do."""
-    if has_torch_function((a, b)):
+    if has_torch_function((start, a, b)):
         args = (start, a, b, beta, alpha, anywhere)
-        return handle_torch_function(add_product, (a, b), *args)
+        return handle_torch_function(add_product, (start, a, b), *args)
+    if products.is_torchs(start, a, b):
+        return (torch.addmm if a.dim() == 2 else torch.baddbmm)(start, a, b, beta=beta, alpha=alpha)
+    start = products.cast(start)
     product = matmul(a, b, anywhere)
     product = product if alpha == 1 else alpha * product
     return product if beta == 0 else product + (start if beta == 1 else beta * start)
@@ -214,8 +215,10 @@ def float_linear(
     """Return F.linear(x, weight, bias) by `matmul`: of a float weight, or of an activation in its place."""
     if has_torch_function((x, weight)):
         return handle_torch_function(float_linear, (x, weight), x, weight, bias, anywhere)
+    if products.is_torchs(x, weight):
+        return F.linear(x, weight, bias)
     product = matmul(x, weight.t() if weight.dim() > 1 else weight, anywhere)
-    return product if bias is None else product + bias
+    return product if bias is None else product + products.cast(bias)
 
 
 __all__ = [

@@ -6,15 +6,44 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from fxquant.ops import native
+from fxquant.ops.autocast import cast_dtype
 from fxquant.ops.reference_products import scale_of as scale_of
 from fxquant.ops.schema import LIBRARY
 
 
-def is_exact(*operands: Any) -> bool:
-    """Return whether torch's product of these is to run because its sums are exact in any order: of integers."""
-    return any(isinstance(x, torch.Tensor) and not x.is_floating_point() and not x.is_complex() for x in operands)
+def is_torchs(*operands: Any) -> bool:
+    """Return whether torch's own function is to run: for what is not strided, real and floating point.
+
+    So sparse, nested, complex and integer products are torch's (of integers its sums are exact in any order), and so is
+    all that torch.func and forward-mode gradients transform, which our operators have no rules for.
+    """
+    if not is_compiling() and _is_transforming():
+        return True
+    tensors = [x for x in operands if isinstance(x, torch.Tensor)]
+    return any(x.layout is not torch.strided or x.is_nested or not x.is_floating_point() for x in tensors)
+
+
+def _is_transforming() -> bool:
+    """Return whether torch.func (vmap, grad, jacrev, …) or forward-mode differentiation is in force."""
+    interpreters = torch._C._functorch.peek_interpreter_stack()
+    return interpreters is not None or forward_ad._current_level >= 0
+
+
+def torch_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return torch's a @ b: sparse matrices in a batch are taken by torch.bmm alone."""
+    if a.layout is not torch.strided and a.dim() == 3 == b.dim():
+        return torch.bmm(a, b)
+    return torch.matmul(a, b)
+
+
+def cast(x: torch.Tensor) -> torch.Tensor:
+    """Return x as torch.autocast casts a product's operand; x itself without autocast."""
+    dtype = cast_dtype(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else None
+    return x if dtype is None else x.to(dtype)
 
 
 def has_kernel(x: Any) -> bool:
@@ -79,11 +108,26 @@ def pair_product(equation: str) -> tuple[str, str, str, str, str, str] | None:
     return a, b, out, shared, summed, "".join(c for c in out if c in a and c not in b)
 
 
+def fits(plan: tuple[str, str, str, str, str, str], a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether operands have the dimensions of an einsum, each letter of one size, or of 1 in one of them."""
+    if a.dim() != len(plan[0]) or b.dim() != len(plan[1]):
+        return False
+    sizes = dict(zip(plan[0], a.shape, strict=True))
+    return all(size == sizes.get(c, size) or 1 in (size, sizes[c]) for c, size in zip(plan[1], b.shape, strict=True))
+
+
+def _expand(x: torch.Tensor, letters: str, other: torch.Tensor, others: str) -> torch.Tensor:
+    """Return x with the dimensions of size 1 as large as the other operand's, as torch.einsum broadcasts."""
+    sizes = dict(zip(others, other.shape, strict=True))
+    return x.expand([sizes.get(c, n) if n == 1 else n for c, n in zip(letters, x.shape, strict=True)])
+
+
 def as_matrices(
     plan: tuple[str, str, str, str, str, str], a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
     """Return (shared…, M, K) and (shared…, K, N) of an einsum's operands, and what shape and order its result has."""
     letters_a, letters_b, out, shared, summed, own = plan
+    a, b = _expand(a, letters_a, b, letters_b), _expand(b, letters_b, a, letters_a)
     other = "".join(c for c in out if c in letters_b and c not in letters_a)
     size = {**dict(zip(letters_a, a.shape, strict=True)), **dict(zip(letters_b, b.shape, strict=True))}
     rows = a.permute([letters_a.index(c) for c in shared + own + summed])

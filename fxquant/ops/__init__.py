@@ -20,7 +20,7 @@ from fxquant.errors import ModelStateError
 from fxquant.ops import dispatch, gradient, products
 from fxquant.ops.autocast import cast_dtype
 from fxquant.ops.native import KernelInfo, at_once, kernel_info
-from fxquant.ops.schema import LIBRARY, SCHEMAS, check_dense
+from fxquant.ops.schema import LIBRARY, SCHEMAS, check_dense, lay_out
 
 for _name in SCHEMAS:
     LIBRARY.impl(_name, getattr(dispatch, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -165,18 +165,20 @@ def attention(
 ) -> torch.Tensor:
     """Return what F.scaled_dot_product_attention does; each row depends on its query, the keys and values alone.
 
-    Keys at the end that the mask keeps out change nothing, not a bit. anywhere: as for `matmul`.
+    Keys at the end that the mask keeps out change nothing, not a bit, as long as they and their values are finite. The
+    strides are torch's on the CPU. float64 is torch's own. anywhere: as for `matmul`.
     """
     is_eager = not is_compiling() and cast_dtype(query) is None
     if is_eager and isinstance(query, torch.Tensor) and query.dim() == 4:
         factor = products.scale_of(query, scale)
         out: torch.Tensor | None = at_once.attention(True, query, key, value, mask, is_causal, factor)
         if out is not None:
-            return out.transpose(1, 2)
+            return lay_out(query, key, value, mask, out.transpose(1, 2))
     if has_torch_function((query, key, value)):
         args = (query, key, value, mask, is_causal, scale, anywhere)
         return handle_torch_function(attention, (query, key, value), *args)
-    if products.is_torchs(query, key, value) or not (anywhere or products.has_kernel(query)):
+    is_torchs = products.is_torchs(query, key, value) or query.dtype == torch.float64  # ours is float32 arithmetic
+    if is_torchs or not (anywhere or products.has_kernel(query)):
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
     query, key, value = (products.cast(x) for x in (query, key, value))
     attended: torch.Tensor = OVERLOADS["attention"](query, key, value, mask, is_causal, scale)

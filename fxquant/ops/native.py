@@ -23,6 +23,7 @@ import torch
 from fxquant.errors import DTypeError, ShapeError
 from fxquant.ops import reference, reference_products, reference_recurrent
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
+from fxquant.ops.schema import lay_out
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
 
@@ -342,4 +343,5 @@ def attention(
     parts, outer = reference_products.spread_heads(query, key, value, mask)
     q, k, v, added = (None if x is None else x.as_subclass(torch.Tensor).resolve_neg() for x in parts)
     out = _library.attention(False, q, k, v, added, is_causal, reference_products.scale_of(query, scale))
-    return cast(torch.Tensor, out.transpose(1, 2).to(query.dtype).view(*outer, query.shape[-2], value.shape[-1]))
+    heads = out.transpose(1, 2).view(*outer, query.shape[-2], value.shape[-1])
+    return lay_out(query, key, value, mask, heads)

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from fxquant.ops.schema import broadcast, empty_heads
+from fxquant.ops.schema import broadcast, lay_out
 
 _LANES = 16
 _LEAST = -87.0  # below it exp is 0 here: above it the result is a normal float32
@@ -59,8 +59,7 @@ def attention(
         scores = scores.masked_fill(later, -torch.inf)
     weights, sums = _exponentials(scores)
     out = matmul(weights, v) * torch.where(sums == 0, 0.0, 1.0 / sums)
-    shape = (*outer, query.shape[-2], value.shape[-1])
-    return empty_heads(query, shape).copy_(out.view(shape))
+    return lay_out(query, key, value, mask, out.view(*outer, query.shape[-2], value.shape[-1]))
 
 
 def scale_of(query: torch.Tensor, scale: float | None) -> float:

@@ -247,11 +247,35 @@ def broadcast(told: str, *shapes: Sequence[int]) -> tuple[int, ...]:
         raise ShapeError(f"no {told} of {' and '.join(str(tuple(shape)) for shape in shapes)}: {error}") from None
 
 
-def empty_heads(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return a tensor for what attention gives, (..., H, L, O), whose rows lie token by token: (..., L, H, O)."""
-    if len(shape) < 4:
-        return like.new_empty(shape)
-    return like.new_empty((*shape[:-3], shape[-2], shape[-3], shape[-1])).transpose(-3, -2)
+def _is_laid_out_as_query(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> bool:
+    """Return whether torch's attention on the CPU gives its result the query's strides: where its fused kernel runs.
+
+    Elsewhere it writes the products out and the result is contiguous. The conditions are those of torch's
+    aten/src/ATen/native/transformers/sdp_utils_cpp.cpp.
+    """
+    return (
+        all(x.dim() == 4 and x.shape[:2] == query.shape[:2] and x.stride(-1) == 1 for x in (query, key, value))
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[-2] > 0
+        and key.shape[-2] > 0
+        and (mask is None or (mask.dim() in (2, 4) and not mask.requires_grad))
+    )
+
+
+def lay_out(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, attended: torch.Tensor
+) -> torch.Tensor:
+    """Return attended, (..., L, O), in query's dtype and with the strides that torch gives it: a later view() counts.
+
+    A copy, unless it has both already.
+    """
+    if not _is_laid_out_as_query(query, key, value, mask):
+        return attended.to(query.dtype).reshape(-1).view(attended.shape)  # sizes of 1 get torch's strides too
+    if attended.dtype == query.dtype and attended.stride() == query.stride():
+        return attended
+    return torch.empty_like(query).copy_(attended)
 
 
 def _fake_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -266,7 +290,8 @@ def _fake_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> torch.Tensor:
-    return empty_heads(query, attention_shape(query, key, value, mask))
+    shape = attention_shape(query, key, value, mask)
+    return torch.empty_like(query) if _is_laid_out_as_query(query, key, value, mask) else query.new_empty(shape)
 
 
 def _fake_linear(

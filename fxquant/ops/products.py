@@ -52,6 +52,7 @@ def has_kernel(x: Any) -> bool:
 
 
 _OPERANDS = 4  # of matmul and attention come first: tensors, and a mask, which may be None
+_OPTIONS = (False, None)  # attention's is_causal and scale, where the call leaves them out
 
 
 def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001 - torch's names
@@ -64,25 +65,33 @@ def _product_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | 
 
 
 def _attention_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    is_causal, scale = ctx.rest
-    return _gradients(
-        ctx,
-        gradient,
-        lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale),
-    )
+    is_causal, scale = (*ctx.rest, *_OPTIONS[len(ctx.rest) :])
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        if ctx.is_again:  # torch's fused kernel has no gradient of its gradient
+            math = torch.ops.aten._scaled_dot_product_attention_math
+            out: torch.Tensor = math(q, k, v, mask, 0.0, is_causal, None, scale=scale)[0]
+            return out
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
+
+    return _gradients(ctx, gradient, attend)
 
 
 def _gradients(ctx: Any, gradient: torch.Tensor, run: Any) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of what torch's own function gives for the operands: nearly the same values."""
-    asked = ctx.needs_input_grad
-    with torch.enable_grad():
+    """Return the gradients of what torch's own function gives for the operands: nearly the same values.
+
+    With create_graph they have gradients too: then they are computed from the operands themselves, not from twins.
+    """
+    asked, ctx.is_again = ctx.needs_input_grad, torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
         twins = [
-            None if x is None else x.detach().requires_grad_(asked[i] and x.is_floating_point())
+            None if x is None
+            else x.view_as(x) if ctx.is_again and asked[i]
+            else x.detach().requires_grad_(asked[i] and x.is_floating_point())
             for i, x in enumerate(ctx.saved_tensors)
-        ]
-        found = iter(
-            torch.autograd.grad(run(*twins), [x for x in twins if x is not None and x.requires_grad], gradient)
-        )
+        ]  # fmt: skip
+        wanted = [x for x in twins if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(run(*twins), wanted, gradient, create_graph=ctx.is_again))
     given = [next(found) if x is not None and x.requires_grad else None for x in twins]
     return (*given, *([None] * len(ctx.rest)))
 

@@ -145,3 +145,167 @@ def test_autocast_gives_torchs_dtype(name, dtype):
         assert got.dtype == expected.dtype == (torch.bfloat16 if enabled and dtype is torch.float32 else dtype)
         tolerance = 3e-2 if got.dtype is torch.bfloat16 else 1e-5
         assert torch.allclose(got, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_attention_of_float64_is_torchs():
+    q, k, v = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64).unbind(0)
+    assert same_bits(ops.attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    big = [x * 1e25 for x in (q, k, v)]  # beyond float32 once multiplied
+    assert same_bits(ops.attention(*big), F.scaled_dot_product_attention(*big))
+
+
+def heads(b, h, t, e, order):
+    """Return (B, H, T, E) that lies in memory in an order of B, H, T, E."""
+    sizes = (b, h, t, e)
+    return torch.randn([sizes[i] for i in order]).permute([order.index(i) for i in range(4)])
+
+
+ORDERS = {"heads": (0, 1, 2, 3), "tokens": (0, 2, 1, 3), "batch inside": (2, 0, 1, 3), "columns": (0, 1, 3, 2)}
+MASKS = {
+    "none": lambda q, k: None,
+    "2-D": lambda q, k: torch.zeros(q, k),
+    "bool": lambda q, k: torch.ones(q, k, dtype=torch.bool),
+    "row": lambda q, k: torch.zeros(1, k),
+    "3-D": lambda q, k: torch.zeros(3, q, k),
+    "4-D": lambda q, k: torch.zeros(2, 1, 1, k),
+    "trained": lambda q, k: torch.zeros(q, k, requires_grad=True),
+}
+
+
+def attend_both_ways(q, k, v, mask):
+    """Return ours, called at once and as the registered operator, and torch's."""
+    with torch.no_grad():
+        ours = ops.attention(q, k, v, mask), ops.OVERLOADS["attention"](q, k, v, mask)
+    return *ours, F.scaled_dot_product_attention(q, k, v, mask)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("outputs", [8, 16])
+@pytest.mark.parametrize("length", [1, 5])
+def test_attention_has_torchs_strides(mask, outputs, length):
+    for of_query in ORDERS.values():
+        for of_key in ORDERS.values():
+            q, k, v = heads(2, 3, length, 8, of_query), heads(2, 3, 6, 8, of_key), heads(2, 3, 6, outputs, (0, 2, 1, 3))
+            once, registered, torchs = attend_both_ways(q, k, v, MASKS[mask](length, 6))
+            assert once.stride() == registered.stride() == torchs.stride()
+            assert torch.allclose(once, torchs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("q", "k"),
+    [
+        ((5, 8), (6, 8)), ((3, 5, 8), (3, 6, 8)), ((2, 2, 3, 5, 8), (2, 2, 3, 6, 8)), ((2, 3, 5, 8), (1, 3, 6, 8)),
+        ((2, 3, 5, 8), (2, 1, 6, 8)), ((1, 3, 5, 8), (2, 3, 6, 8)), ((2, 3, 5, 8), (2, 3, 0, 8)), ((0, 3, 5, 8),) * 2,
+        ((2, 3, 0, 8), (2, 3, 6, 8)),
+    ],
+)  # fmt: skip
+def test_attention_of_other_shapes_has_torchs_strides(q, k):
+    q, k = torch.randn(q), torch.randn(k)
+    once, registered, torchs = attend_both_ways(q, k, k, None)
+    assert once.stride() == registered.stride() == torchs.stride()
+
+
+@pytest.mark.parametrize("part", ["chunk", "expanded", "step"])
+def test_attention_of_parts_of_a_tensor_has_torchs_strides(part):
+    q = {
+        "chunk": torch.randn(2, 5, 72).chunk(3, -1)[0].view(2, 5, 3, 8).transpose(1, 2),
+        "expanded": torch.randn(2, 1, 5, 8).expand(2, 3, 5, 8),
+        "step": torch.randn(2, 3, 5, 16)[..., ::2],
+    }[part]
+    for k in (q, torch.randn(2, 3, 5, 8)):
+        once, registered, torchs = attend_both_ways(q, k, k, None)
+        assert once.stride() == registered.stride() == torchs.stride()
+
+
+def test_what_views_a_contiguous_result_of_attention_runs():
+    def multiply(x, y):
+        q = x.view(2, 4, 2, 3).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, y).view(4, 4, 5)
+
+    x, y = torch.randn(2, 4, 6), torch.randn(2, 2, 4, 5)
+    assert quantize(Product(multiply), x, y)(x, y).shape == (4, 4, 5)
+
+
+def penalty(multiply, masks):
+    """Return the gradients of a gradient penalty through a product of one tensor with itself and another."""
+    torch.manual_seed(0)
+    a, b = (torch.randn(1, 2, 4, 4, requires_grad=True) for _ in range(2))
+    leaves = (a, b, *(mask.requires_grad_() for mask in masks))
+    out = multiply(torch.tanh(a), b, *masks)
+    found = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(x.square().sum() for x in found), leaves)
+
+
+ATTEND = torch.ops.aten._scaled_dot_product_attention_math
+PENALTIES = {
+    "matmul": (lambda a, b: ops.matmul(a, b), lambda a, b: a @ b, []),
+    "matmul, twice": (lambda a, b: ops.matmul(a, a) * b, lambda a, b: a @ a * b, []),
+    "attention": (lambda a, b: ops.attention(a, b, b), lambda a, b: ATTEND(a, b, b)[0], []),
+    "attention, causal": (
+        lambda a, b: ops.attention(a, b, a, None, True, 0.3),
+        lambda a, b: ATTEND(a, b, a, None, 0.0, True, None, scale=0.3)[0],
+        [],
+    ),
+    "attention, masked": (
+        lambda a, b, mask: ops.attention(a, b, b, mask),
+        lambda a, b, mask: ATTEND(a, b, b, mask)[0],
+        [torch.eye(4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_gradient_has_a_gradient(name):
+    ours, torchs, masks = PENALTIES[name]
+    for got, expected in zip(penalty(ours, masks), penalty(torchs, masks), strict=True):
+        assert expected.abs().max() > 0.01
+        assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_registered_attention_has_a_gradient_with_its_defaults():
+    q = torch.randn(1, 2, 3, 4, requires_grad=True)
+    for options in ((), (None,), (None, True), (None, True, 0.5)):
+        ours = torch.autograd.grad(torch.ops.fxquant.attention(q, q, q, *options).square().sum(), q)[0]
+        mask, is_causal, scale = (*options, *(None, False, None)[len(options) :])
+        torchs = F.scaled_dot_product_attention(q, q, q, mask, 0.0, is_causal, scale=scale)
+        assert torch.allclose(ours, torch.autograd.grad(torchs.square().sum(), q)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["matmul", "attention"])
+def test_a_backward_under_autocast_keeps_the_forwards_dtype(name):
+    x = torch.randn(1, 2, 3, 3, requires_grad=True)
+    out = (ops.matmul(x, x) if name == "matmul" else ops.attention(x, x, x)).sum()
+    (expected,) = torch.autograd.grad(out, x, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_bits(torch.autograd.grad(out, x)[0], expected)
+
+
+def of_matmul(a, b):
+    return ops.matmul(a, b), torch.matmul(a, b)
+
+
+def of_attention(a, b):
+    return ops.attention(a, b, b), F.scaled_dot_product_attention(a, b, b)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("both", [of_matmul, of_attention])
+def test_what_torch_func_transforms_is_torchs(both):
+    a, b = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    for transform in (torch.vmap, lambda f: torch.vmap(f, in_dims=(0, None))):
+        ours, torchs = transform(both)(a, b)
+        assert torch.allclose(ours, torchs, atol=1e-5)
+    ours, torchs = torch.func.jacrev(both)(a[0], b[0])
+    assert torch.allclose(ours, torchs, atol=1e-5)
+    assert ours.abs().max() > 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_forward_mode_is_torchs():
+    a, tangent = torch.randn(4, 4), torch.randn(4, 4)
+    ours = torch.func.jvp(lambda x: ops.matmul(x, x), (a,), (tangent,))[1]
+    assert torch.allclose(ours, a @ tangent + tangent @ a, atol=1e-5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(a, tangent)
+        ours = torch.autograd.forward_ad.unpack_dual(ops.matmul(dual, dual)).tangent
+    assert torch.allclose(ours, a @ tangent + tangent @ a, atol=1e-5)

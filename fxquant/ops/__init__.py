@@ -142,7 +142,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, anywhere: bool = True) -> torch.Ten
     So it has the same bits whatever else is in the batch, and wherever the operands lie in memory. anywhere: also where
     no native kernel does it, by the reference, much slower; False: by torch.matmul there.
     """
-    if not is_compiling() and cast_dtype(a) is None:
+    if products.is_at_once(a):
         out: torch.Tensor | None = at_once.matmul(True, a, b)
         if out is not None:
             return out
@@ -168,8 +168,7 @@ def attention(
     Keys at the end that the mask keeps out change nothing, not a bit, as long as they and their values are finite. The
     strides are torch's on the CPU. float64 is torch's own. anywhere: as for `matmul`.
     """
-    is_eager = not is_compiling() and cast_dtype(query) is None
-    if is_eager and isinstance(query, torch.Tensor) and query.dim() == 4:
+    if products.is_at_once(query) and isinstance(query, torch.Tensor) and query.dim() == 4:
         factor = products.scale_of(query, scale)
         out: torch.Tensor | None = at_once.attention(True, query, key, value, mask, is_causal, factor)
         if out is not None:

@@ -27,6 +27,11 @@ def is_torchs(*operands: Any) -> bool:
     return any(x.layout is not torch.strided or x.is_nested or not x.is_floating_point() for x in tensors)
 
 
+def is_at_once(x: Any) -> bool:
+    """Return whether the native library may be asked at once: of an eager call without autocast or transforms."""
+    return not is_compiling() and cast_dtype(x) is None and not _is_transforming()
+
+
 def _is_transforming() -> bool:
     """Return whether torch.func (vmap, grad, jacrev, …) or forward-mode differentiation is in force."""
     interpreters = torch._C._functorch.peek_interpreter_stack()
@@ -52,7 +57,7 @@ def has_kernel(x: Any) -> bool:
 
 
 _OPERANDS = 4  # of matmul and attention come first: tensors, and a mask, which may be None
-_OPTIONS = (False, None)  # attention's is_causal and scale, where the call leaves them out
+_OPTIONS: tuple[Any, ...] = (False, None)  # attention's is_causal and scale, where the call leaves them out
 
 
 def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001 - torch's names
@@ -65,7 +70,7 @@ def _product_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | 
 
 
 def _attention_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    is_causal, scale = (*ctx.rest, *_OPTIONS[len(ctx.rest) :])
+    is_causal, scale = ctx.rest + _OPTIONS[len(ctx.rest) :]
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         if ctx.is_again:  # torch's fused kernel has no gradient of its gradient

@@ -14,6 +14,7 @@ from fxquant.debug.diff_view import DiffRow
 from fxquant.errors import TraceError
 from fxquant.graph import edit
 from fxquant.graph.invariant import PRODUCTS
+from fxquant.ops import native
 from fxquant.graph.module import Left, Record, Site, record_of
 from fxquant.graph.trace import trace
 from fxquant.operators import OPERATORS
@@ -71,7 +72,10 @@ class _Side:
     def note(self, name: str, path: str) -> str:
         """Return the qconfig of a node, why it stays float or changed, or what it was fused into."""
         node = self.nodes.get(name)
-        told = "the same bits in any batch" if node is not None and node.target in PRODUCTS else ""
+        is_fixed = (
+            node is not None and node.target in PRODUCTS and (native.available() or node.kwargs.get("anywhere", True))
+        )
+        told = "the same bits in any batch" if is_fixed else ""
         return self.scheme(name, path) or self._of(self.reasons, name, path) or told
 
     def _of(self, told: dict[_Key, str], name: str, path: str) -> str:

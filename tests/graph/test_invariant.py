@@ -195,11 +195,16 @@ def test_explain_names_what_still_depends_on_the_batch():
     assert any("its own code, which is not traced" in text for text in explain(eager).dependent)
 
 
-def test_graph_diff_says_why_a_product_changed():
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("batch_invariant", [None, True])
+def test_graph_diff_says_why_a_product_changed_where_it_did(batch_invariant, is_native, monkeypatch):
     model, x = Attention(ATTENTIONS["operator"][0]), torch.randn(3, 5, 8)
-    rows = {row.name: row for row in graph_diff(model, quantize(model, x)).rows}
+    quantized = quantize(model, x, batch_invariant=batch_invariant)
+    monkeypatch.setattr(native, "available", lambda: is_native)
+    rows = {row.name: row for row in graph_diff(model, quantized).rows}
+    note = "the same bits in any batch" if is_native or batch_invariant else ""
     assert (rows["matmul"].sign, rows["matmul"].before, rows["matmul"].after, rows["matmul"].note) == (
-        "~", "operator.matmul", "fxquant.matmul", "the same bits in any batch")  # fmt: skip
+        "~", "operator.matmul", "fxquant.matmul", note)  # fmt: skip
 
 
 class Encoder(nn.Module):

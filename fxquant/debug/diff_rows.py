@@ -14,10 +14,10 @@ from fxquant.debug.diff_view import DiffRow
 from fxquant.errors import TraceError
 from fxquant.graph import edit
 from fxquant.graph.invariant import PRODUCTS
-from fxquant.ops import native
 from fxquant.graph.module import Left, Record, Site, record_of
 from fxquant.graph.trace import trace
 from fxquant.operators import OPERATORS
+from fxquant.ops import native
 from fxquant.qconfig_mapping import qconfig_name, type_name
 
 _Key: TypeAlias = tuple[str, str]

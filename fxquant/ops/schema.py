@@ -255,11 +255,16 @@ def _is_laid_out_as_query(
     Elsewhere it writes the products out and the result is contiguous. The conditions are those of torch's
     aten/src/ATen/native/transformers/sdp_utils_cpp.cpp.
     """
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return False
+    q, k, v = query.shape, key.shape, value.shape
     return (
-        all(x.dim() == 4 and x.shape[:2] == query.shape[:2] and x.stride(-1) == 1 for x in (query, key, value))
-        and query.shape[-1] == value.shape[-1]
-        and query.shape[-2] > 0
-        and key.shape[-2] > 0
+        q[0] == k[0] == v[0]
+        and q[1] == k[1] == v[1]
+        and q[3] == v[3]
+        and q[2] > 0
+        and k[2] > 0
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and (mask is None or (mask.dim() in (2, 4) and not mask.requires_grad))
     )
 

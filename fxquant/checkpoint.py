@@ -348,7 +348,7 @@ class _OtherArchitectureError(Exception):
 def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
     traced = trace(model, record.operators, "meta", record.constants, record.untraced, keep=record.keep)
     _match(saved, traced.module)
-    fuse(traced.module, traced.hooked, only=record.fusions)
+    fuse(traced.module, traced.hooked, record.preserved, only=record.fusions)
     sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module
     convert(module, sites, record.operators, batch_invariant=record.batch_invariant)

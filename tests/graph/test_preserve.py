@@ -430,6 +430,33 @@ def test_a_method_may_call_the_graph_and_the_users_functions(x):
     assert sqnr(model.again(x)[0], first) > 30
 
 
+class Rectified(nn.Module):
+    """Has one ReLU for forward, which fusing takes in, and for a method. calls: of its layer."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.fc, self.act, self.calls = nn.Linear(8, 8), nn.ReLU(), calls
+
+    def forward(self, x):
+        for _ in range(self.calls):
+            x = self.act(self.fc(x))
+        return x
+
+    def post(self, x):
+        return self.act(x)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_relu_that_is_fused_and_that_a_method_uses_is_in_a_loaded_model(calls, tmp_path):
+    x = torch.randn(2, 8)
+    quantized = quantize(Rectified(calls).eval(), x, preserved_attributes=("post",))
+    fxquant.save(quantized, tmp_path / "model")
+    loaded = fxquant.load(Rectified(calls).eval(), tmp_path / "model")
+    assert loaded._fxquant_record.fusions
+    assert same_bits(loaded(x), quantized(x))
+    assert torch.equal(loaded.post(x), x.relu())
+
+
 @pytest.mark.parametrize("name", ["train", "code", "coded"])
 def test_a_name_that_a_graph_has_of_its_own_is_refused(x, name):
     own = name.removesuffix("d")

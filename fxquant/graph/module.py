@@ -18,7 +18,7 @@ from fxquant.graph.architecture import Architecture
 from fxquant.graph.attributes import fixed_error, is_same
 from fxquant.graph.bound import carry, install
 from fxquant.graph.call import Example
-from fxquant.graph.extra_state import key_of, lost_states
+from fxquant.graph.extra_state import key_of, lost_states, tensors_of
 from fxquant.graph.preserve import NOTHING_PRESERVED, Keep, Preserved
 from fxquant.graph.tracer import TRACING
 from fxquant.nn.base import QuantizedModule, dtype_errors, refuse_script
@@ -318,7 +318,7 @@ class FxModule(fx.GraphModule):
         _, strict, missing, *_ = args
         self._take_extra_states(state_dict, prefix, strict, missing)
         self.take_old_keys(state_dict, prefix)
-        own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
+        own = {prefix + name: tensor for name, tensor in tensors_of(self).items()}
         errors: list[str] = args[-1]
         errors.extend(dtype_errors(own, state_dict))  # as a part of a larger model, whose load_state_dict is not ours
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -327,7 +327,7 @@ class FxModule(fx.GraphModule):
         """Load tensors as nn.Module does; integers never take floats, nor floats integers (RuntimeError)."""
         state_dict = copy.copy(state_dict)  # with the versions that it carries
         take_old_keys(self, state_dict)
-        errors = dtype_errors(self.state_dict(), state_dict)
+        errors = dtype_errors(tensors_of(self), state_dict)
         for path, module in self.named_modules() if strict else ():
             if isinstance(module, QuantizedModule):
                 errors += module.float_keys(state_dict, f"{path}." if path else "")
@@ -367,10 +367,13 @@ def _restore(
     return module
 
 
-def finish(module: fx.GraphModule, source: nn.Module, record: Record) -> FxModule:
-    """Return the result of a pass as an FxModule, with the hooks that its source has."""
+def finish(module: fx.GraphModule, source: nn.Module, record: Record, is_skeleton: bool = False) -> FxModule:
+    """Return the result of a pass as an FxModule, with the hooks that its source has.
+
+    is_skeleton: the source is what a file is loaded into, which brings its extra states.
+    """
     if not isinstance(source, FxModule):
-        record = record.advance(extra_states=lost_states(module, source))
+        record = record.advance(extra_states=lost_states(module, source, is_skeleton))
     result = FxModule.build(module, module.graph, type(source).__name__, record)
     places = dict(result.named_modules())
     for path, original in source.named_modules():

@@ -372,8 +372,9 @@ def finish(module: fx.GraphModule, source: nn.Module, record: Record, is_skeleto
 
     is_skeleton: the source is what a file is loaded into, which brings its extra states.
     """
-    if not isinstance(source, FxModule):
-        record = record.advance(extra_states=lost_states(module, source, is_skeleton))
+    earlier = record_of(source)
+    states = {} if earlier is None else earlier.extra_states
+    record = record.advance(extra_states={**states, **lost_states(module, source, is_skeleton)})
     result = FxModule.build(module, module.graph, type(source).__name__, record)
     places = dict(result.named_modules())
     for path, original in source.named_modules():
@@ -392,6 +393,12 @@ def record_of(model: Any) -> Record | None:
     """Return what a model of ours remembers, None for any other."""
     found = vars(model).get("_fxquant_record") if isinstance(model, nn.Module) else None
     return found if isinstance(found, Record) else None
+
+
+def preserved_of(model: nn.Module) -> Preserved:
+    """Return what a model keeps of the user's beside forward: of a fused one, what fuse_fx kept."""
+    record = record_of(model)
+    return NOTHING_PRESERVED if record is None else record.preserved
 
 
 def refuse_ours(model: Any, caller: str, stages: Sequence[str] = ("fused", "prepared", "quantized")) -> None:

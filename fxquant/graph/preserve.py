@@ -68,9 +68,10 @@ NOTHING_PRESERVED = Preserved()
 """What a graph keeps that was asked for nothing."""
 
 
-def preserve(model: nn.Module, names: Sequence[str]) -> Preserved:
+def preserve(model: nn.Module, names: Sequence[str], before: Preserved = NOTHING_PRESERVED) -> Preserved:
     """Return what a model's graph keeps for these names: attributes, methods, properties, and what their code needs.
 
+    before: what the model, a graph itself, keeps already of the user's; that stays.
     Raises AttributeNameError for a name that the model does not have, or that a graph has a meaning of its own for.
     """
     if isinstance(names, str):
@@ -81,7 +82,13 @@ def preserve(model: nn.Module, names: Sequence[str]) -> Preserved:
             raise AttributeNameError(
                 f"preserved_attributes names {name!r}, which {type(model).__name__} does not have{nearest(name, known)}"
             )
-    return _Closure(model).of(names)
+    return _Closure(
+        model,
+        bound=dict.fromkeys(before.bound),
+        kept=dict.fromkeys(before.kept),
+        sets=set(before.sets),
+        writes=set(before.writes),
+    ).of(names, before)
 
 
 class Keep(NamedTuple):
@@ -106,17 +113,17 @@ class _Closure:
     read: set[int] = field(default_factory=set)
     writes: set[str] = field(default_factory=set)
 
-    def of(self, names: Sequence[str]) -> Preserved:
-        """Return what these names need."""
+    def of(self, names: Sequence[str], before: Preserved) -> Preserved:
+        """Return what these names need, beside what was kept before."""
         for name in names:
             self.add(name, is_named=True)
         for name in methods_to_keep(self.model):
             self.add(name)
-        owner = type(self.model) if self.bound else None
+        owner = before.owner or (type(self.model) if self.bound else None)
         sets_any = bool(self.sets & _SETTERS)
         kept = tuple(self.kept)
         sets, writes = frozenset(self.sets), frozenset(self.writes)
-        return Preserved(tuple(names), owner, tuple(self.bound), kept, sets, sets_any, writes)
+        return Preserved(tuple(dict.fromkeys((*before.names, *names))), owner, tuple(self.bound), kept, sets, sets_any, writes)
 
     def add(self, name: str, is_named: bool = False) -> None:
         """Keep a name of the model, and what its code needs."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant import CheckpointError, convert_fx, default_dynamic_qconfig_mapping, prepare_fx, quantize_dynamic
+from fxquant import CheckpointError, convert_fx, default_dynamic_qconfig_mapping, fuse_fx, prepare_fx, quantize_dynamic
 from fxquant.graph.extra_state import tensors_of
 
 
@@ -72,6 +72,10 @@ def by_fx(model):
     return convert_fx(prepare_fx(model, default_dynamic_qconfig_mapping(), X))
 
 
+def by_fuse_fx(model):
+    return by_fx(fuse_fx(model, X))
+
+
 WAYS = pytest.mark.parametrize("way", [by_fx, quantize_dynamic], ids=["graph", "modules"])
 
 
@@ -91,7 +95,7 @@ EXPECTED = {
 }
 
 
-@WAYS
+@pytest.mark.parametrize("way", [by_fx, quantize_dynamic, by_fuse_fx])
 def test_a_quantized_model_has_what_the_float_one_has(way):
     quantized = way(full())
     for model in (full(), quantized, copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):

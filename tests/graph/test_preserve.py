@@ -539,3 +539,33 @@ def test_fuse_fx_leaves_it_alone_too(given):
     fused = fuse_fx(model, *given, preserved_attributes=("embed",))
     assert same_bits(fused.embed(x), model.embed(x))
     assert sqnr(model(x), fused(x)) > 100
+
+
+class Gained(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head, self.gain = nn.Linear(8, 8), nn.Linear(8, 8), 1.0
+
+    def forward(self, x):
+        return self.fc(x) * self.gain
+
+    def post(self, x):
+        return self.head(x) * self.gain
+
+    def set_gain(self, gain):
+        self.gain = gain
+
+
+@pytest.mark.parametrize("again", [(), ("post",), ("gain", "fc")])
+def test_what_fuse_fx_kept_stays_when_its_model_is_prepared(again, tmp_path):
+    model, x = Gained().eval(), torch.randn(4, 8)
+    names = ("post", "set_gain")
+    quantized = quantize(fuse_fx(model, x, preserved_attributes=names), x, preserved_attributes=again)
+    fxquant.save(quantized, tmp_path / "model")
+    for twin in (quantized, fxquant.load(Gained().eval(), tmp_path / "model")):
+        assert twin._fxquant_record.preserved.names == tuple(dict.fromkeys((*names, *again)))
+        assert type(twin.head) is DynamicQuantizedLinear
+        twin.set_gain(2.0)
+        assert sqnr(2 * model(x), twin(x)) > 30
+        assert sqnr(2 * model.post(x), twin.post(x)) > 30
+        assert isinstance(twin._fxquant_record.preserved.owner(), Gained)

@@ -1,7 +1,8 @@
 """save and load: one safetensors file that holds a quantized model's tensors and the plan that made it.
 
 Nothing is ever unpickled. The metadata entry "fxquant" is JSON: format, version, sites, left, fusions, mapping, aliases
-of tied tensors, preserved attributes, the dtypes that tables give, extra states; the entry "sha256" is a digest.
+of tied tensors, preserved attributes, the dtypes that tables give, extra states and the float model's architecture,
+among others (`_describe` makes it); the entry "sha256" is a digest.
 
 FORMAT grows by one with the first change after a release that another version would read wrongly or not at all: a field
 more or less in the plan, other names, layouts or meanings of a module's tensors. That change decides whether `load`

@@ -1,10 +1,15 @@
-"""The names that Python code mentions."""
+"""The names that Python code mentions, and those that a graph has a use of its own for."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from typing import Any
+
+from torch import fx, nn
+
+from fxquant.graph.extra_state import METHODS
 
 
 def names_in(function: Any) -> set[str]:
@@ -18,3 +23,17 @@ def names_in(function: Any) -> set[str]:
             found.update(code.co_names)
             waiting += [part for part in code.co_consts if isinstance(part, types.CodeType)]
     return found
+
+
+@functools.cache
+def taken_names() -> frozenset[str]:
+    """Return the names that a traced model has a use of its own for, which nothing of the user's can have there.
+
+    Those are torch.fx's and nn.Module's (code, graph, meta, recompile, …), and a few that nobody else uses. What every
+    object has may be shared, and so may what a graph has no use for itself.
+    """
+    empty = fx.GraphModule(nn.Module(), fx.Graph())
+    classes = {name for kind in type(empty).__mro__ if kind is not object for name in vars(kind)}
+    ours = {"_fxquant_record", "_fxquant_view", "__prepare_scriptable__"}
+    shared = {"__len__", "__iter__", "__module__", "__doc__", *METHODS}
+    return frozenset(classes | vars(empty).keys() | ours) - shared

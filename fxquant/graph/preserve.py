@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import fx, nn
+from torch import nn
 
 from fxquant.errors import AttributeNameError, nearest
-from fxquant.graph.extra_state import METHODS, methods_to_keep
+from fxquant.graph.extra_state import methods_to_keep
+from fxquant.graph.names import taken_names
 
 _PLACES = ("_modules", "_parameters", "_buffers")
 _BY_ANY_NAME = {
@@ -123,7 +124,9 @@ class _Closure:
         sets_any = bool(self.sets & _SETTERS)
         kept = tuple(self.kept)
         sets, writes = frozenset(self.sets), frozenset(self.writes)
-        return Preserved(tuple(dict.fromkeys((*before.names, *names))), owner, tuple(self.bound), kept, sets, sets_any, writes)
+        return Preserved(
+            tuple(dict.fromkeys((*before.names, *names))), owner, tuple(self.bound), kept, sets, sets_any, writes
+        )
 
     def add(self, name: str, is_named: bool = False) -> None:
         """Keep a name of the model, and what its code needs."""
@@ -132,11 +135,11 @@ class _Closure:
         static, is_own = inspect.getattr_static(type(self.model), name, None), _is_users(self.model, name)
         if not is_own:
             return  # nn.Module's, which a graph has too
-        if name in _graphs_names():
+        if name in taken_names():
             if is_named or name in vars(self.model):
                 raise AttributeNameError(
-                    f"{type(self.model).__name__}.{name} cannot be preserved: a torch.fx.GraphModule has {name!r} of "
-                    "its own; give it another name"
+                    f"{type(self.model).__name__}.{name} cannot be preserved: the graph module that a traced model "
+                    f"becomes has {name!r} of its own; give it another name"
                 )
             self.follow(static)
             return
@@ -152,7 +155,7 @@ class _Closure:
     def add_all(self) -> None:
         """Keep everything that the instance holds, for code that finds it by any name."""
         for name in _held(self.model):
-            if name not in _graphs_names():
+            if name not in taken_names():
                 self.add(name)
 
     def follow(self, thing: Any) -> None:
@@ -233,12 +236,3 @@ def _is_users(model: nn.Module, name: str) -> bool:
     """Return whether a name is an attribute that the user's class or instance adds to nn.Module's own."""
     in_class = any(name in vars(kind) for kind in type(model).__mro__ if not issubclass(nn.Module, kind))
     return in_class or (_is_held(model, name) and name not in vars(nn.Module()))
-
-
-@functools.cache
-def _graphs_names() -> frozenset[str]:
-    """Return the names that a GraphModule has a use of its own for; what every object has, it may share."""
-    empty = fx.GraphModule(nn.Module(), fx.Graph())
-    classes = {name for kind in fx.GraphModule.__mro__ if kind is not object for name in vars(kind)}
-    shared = {"__len__", "__iter__", "__module__", "__doc__", *METHODS}
-    return frozenset(classes | vars(empty).keys() | {"record"}) - shared

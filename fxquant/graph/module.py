@@ -331,12 +331,18 @@ def _take_old_call_keys(model: FxModule, state_dict: dict[str, Any], prefix: str
     has_new = any(prefix + key in state_dict for key in old_of.keys() - old_of.values())
     if has_new or not set(old.values()) - old_of.keys():
         return
-    own = {key: edit.get_tensor(model, key) for key in old}
     held = {key: state_dict[prefix + name] for key, name in old.items()}
-    if all((own[key].dtype, own[key].shape) == (tensor.dtype, tensor.shape) for key, tensor in held.items()):
+    if all(_fits(edit.get_tensor(model, key), tensor) for key, tensor in held.items()):
         for name in old.values():
             del state_dict[prefix + name]
         state_dict.update({prefix + key: tensor for key, tensor in held.items()})
+
+
+def _fits(own: torch.Tensor | None, tensor: Any) -> bool:
+    """Return whether what a state_dict holds could be the values of a tensor."""
+    return (
+        own is not None and isinstance(tensor, torch.Tensor) and (own.dtype, own.shape) == (tensor.dtype, tensor.shape)
+    )
 
 
 def _old_call_keys(model: FxModule) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -16,13 +17,16 @@ def names_in(function: Any) -> set[str]:
     """Return every name that the code of a function, method or property mentions."""
     if isinstance(function, property):
         function = function.fget
-    waiting, found = [getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)], set()
-    while waiting:
-        code = waiting.pop()
-        if code is not None:
-            found.update(code.co_names)
-            waiting += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-    return found
+    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
+    return set() if code is None else {name for part in codes_in(code) for name in part.co_names}
+
+
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield code, and that of the functions and comprehensions inside it."""
+    yield code
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            yield from codes_in(part)
 
 
 @functools.cache

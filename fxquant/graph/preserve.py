@@ -19,7 +19,7 @@ from torch import nn
 
 from fxquant.errors import AttributeNameError, nearest
 from fxquant.graph.extra_state import methods_to_keep
-from fxquant.graph.names import taken_names
+from fxquant.graph.names import codes_in, names_in, taken_names
 
 _PLACES = ("_modules", "_parameters", "_buffers")
 _BY_ANY_NAME = {
@@ -165,8 +165,8 @@ class _Closure:
             if id(code) in self.read or _is_torchs(function):
                 continue
             self.read.add(id(code))
-            mentions, sets = _names(code)
-            self.sets |= sets | mentions & _SETTERS
+            mentions = names_in(function)
+            self.sets |= _sets(code) | mentions & _SETTERS
             if any(name.endswith("_") and not name.endswith("__") for name in mentions):
                 self.writes |= mentions
             if mentions & _BY_ANY_NAME:
@@ -203,16 +203,10 @@ def _is_torchs(function: types.FunctionType) -> bool:
     return (function.__module__ or "").partition(".")[0] == "torch"
 
 
-def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """Return every name that code mentions, those in functions inside it too, and the attributes that it sets."""
-    mentions = set(code.co_names)
-    sets = {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("STORE_ATTR", "DELETE_ATTR")}
-    for part in code.co_consts:
-        if isinstance(part, types.CodeType):
-            more, also = _names(part)
-            mentions |= more
-            sets |= also
-    return mentions, sets
+def _sets(code: types.CodeType) -> set[str]:
+    """Return the names of the attributes that code sets, functions inside it too."""
+    steps = (step for part in codes_in(code) for step in dis.get_instructions(part))
+    return {str(step.argval) for step in steps if step.opname in ("STORE_ATTR", "DELETE_ATTR")}
 
 
 def _content(cell: Any) -> Any:

@@ -1,7 +1,8 @@
 """save and load: one safetensors file that holds a quantized model's tensors and the plan that made it.
 
 Nothing is ever unpickled. The metadata entry "fxquant" is JSON: format, version, sites, left, fusions, mapping, aliases
-of tied tensors, preserved attributes, the dtypes that tables give, extra states; the entry "sha256" is a digest.
+of tied tensors, preserved attributes, the dtypes that tables give, extra states and the float model's architecture,
+among others (`_describe` makes it); the entry "sha256" is a digest.
 
 FORMAT grows by one with the first change after a release that another version would read wrongly or not at all: a field
 more or less in the plan, other names, layouts or meanings of a module's tensors. That change decides whether `load`
@@ -34,7 +35,7 @@ from fxquant.graph.clean import clean
 from fxquant.graph.convert import convert, convert_modules
 from fxquant.graph.dtypes import set_table_dtypes, table_dtypes
 from fxquant.graph.exported import adopt
-from fxquant.graph.extra_state import SUFFIX
+from fxquant.graph.extra_state import SUFFIX, tensors_of
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import (
     Coverage,
@@ -348,11 +349,11 @@ class _OtherArchitectureError(Exception):
 def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
     traced = trace(model, record.operators, "meta", record.constants, record.untraced, keep=record.keep)
     _match(saved, traced.module)
-    fuse(traced.module, traced.hooked, only=record.fusions)
+    fuse(traced.module, traced.hooked, record.preserved, only=record.fusions)
     sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module
     convert(module, sites, record.operators, batch_invariant=record.batch_invariant)
-    return finish(clean(module, model, record.preserved), model, record.advance(**traced.kept))
+    return finish(clean(module, model, record.preserved), model, record.advance(**traced.kept), is_skeleton=True)
 
 
 def _rebuild_tree(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
@@ -377,10 +378,8 @@ def _match(saved: Architecture | None, root: nn.Module) -> None:
 
 def _check_tensors(result: nn.Module, tensors: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
     """Raise CheckpointError unless the file's tensors are just those that the model needs."""
-    own = result.state_dict()
+    own = tensors_of(result)
     for name, tensor in own.items():
-        if name.endswith(SUFFIX):
-            continue
         if name not in tensors:
             raise CheckpointError(f"{path}: has no tensor {name!r}, which this model needs{nearest(name, tensors)}")
         found = tensors[name]

@@ -19,7 +19,7 @@ from fxquant.graph.clean import clean
 from fxquant.graph.convert import WeightCache, convert
 from fxquant.graph.exported import adopt
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import FxModule, Record, finish, need_stage, refuse_ours
+from fxquant.graph.module import FxModule, Record, finish, need_stage, preserved_of, refuse_ours
 from fxquant.graph.moments import Moments, gather
 from fxquant.graph.observe import observe
 from fxquant.graph.outcome import judge
@@ -54,7 +54,8 @@ def prepare_fx(
     example_inputs: a tuple of one call's positional arguments, a dict of its keyword arguments, or one tensor; really
     run, and kept, copied, for convert_fx's check. example_kwargs: keyword arguments that go with positional ones.
     preserved_attributes: names of attributes, methods and properties of the model that shall stay: they may be read,
-    set and called. What their code uses comes along; modules that it calls are quantized, and fused with nothing.
+    set and called. What their code uses comes along; modules that it calls are quantized, and fused with nothing. What
+    fuse_fx kept stays.
     operators: the operator table; rows of your own go beside ours: (*OPERATORS, MY_ROW).
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
     batch_invariant: whether float products are summed in an order of ours, as docs/numerics.md says: None, True, False.
@@ -66,7 +67,7 @@ def prepare_fx(
     refuse_ours(model, "prepare_fx", ("prepared", "quantized"))
     given, model = model, adopt(model)
     check_model(model)
-    preserved = preserve(model, preserved_attributes)
+    preserved = preserve(model, preserved_attributes, preserved_of(model))
     inputs = bind_inputs(model, example_inputs, example_kwargs)
     try:
         traced = capture(model, operators, inputs, preserved)
@@ -187,7 +188,7 @@ def fuse_fx(
     refuse_ours(model, "fuse_fx", ("prepared", "quantized"))
     model = adopt(model)
     check_model(model)
-    preserved = preserve(model, preserved_attributes)
+    preserved = preserve(model, preserved_attributes, preserved_of(model))
     if example_inputs is None and example_kwargs is None:
         traced = trace(model, OPERATORS, keep=Keep(preserved))
     else:

@@ -3,9 +3,17 @@
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxquant
+from fxquant import (
+    QConfigMapping,
+    convert_fx,
+    float_qparams_weight_only_qconfig,
+    float_qparams_weight_only_qconfig_4bit,
+    prepare_fx,
+)
 from tests import old_files
 from tests.samples import same_bits
 
@@ -52,3 +60,49 @@ def test_an_old_state_dict_that_is_not_whole_is_reported():
     found = quantized.load_state_dict(state, strict=False)
     assert found.missing_keys == ["0.weight_int16", "0.weight_scale"]
     assert found.unexpected_keys == ["0.weight"]
+
+
+class TwoWays(nn.Module):
+    """One table that two calls look words up in."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(11, 8))
+
+    def forward(self, words):
+        return F.embedding(words, self.table) + F.embedding(words + 1, self.table)
+
+
+WORDS = torch.tensor([[1, 4, 7]])
+
+
+def two_ways():
+    """Return it with the first call's table in 4 bits and the other's in 8."""
+    mapping = QConfigMapping().set_object_type(F.embedding, float_qparams_weight_only_qconfig)
+    mapping.set_module_name_object_type_order("", F.embedding, 0, float_qparams_weight_only_qconfig_4bit)
+    return convert_fx(prepare_fx(TwoWays().eval(), mapping, (WORDS,)))
+
+
+def test_old_keys_that_are_new_keys_of_another_call_too():
+    made, quantized = two_ways(), two_ways()
+    assert {"table_uint4", "table_uint8"} <= made.state_dict().keys()
+    old = made.state_dict()
+    first, second = old.pop("table_uint4"), old.pop("table_uint8")
+    quantized.load_state_dict({**old, "table_uint8": first, "table_uint8_1": second})
+    assert same_bits(quantized(WORDS), made(WORDS))
+
+
+def test_a_part_of_a_new_state_dict_is_not_taken_for_an_old_one():
+    made, quantized = two_ways(), two_ways()
+    before = quantized.table_uint4.clone()
+    quantized.load_state_dict({"table_uint8": made.table_uint8}, strict=False)
+    assert torch.equal(quantized.table_uint8, made.table_uint8)
+    assert torch.equal(quantized.table_uint4, before)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.repeat(1, 2), lambda t: t.to(torch.int16)], ids=["shape", "dtype"])
+def test_what_does_not_fit_is_not_taken_for_an_old_tensor(change):
+    quantized, state = made("int4"), torch.load(old_files.FOLDER / "int4.pt")
+    (key,) = [key for key in state if key.startswith("table_uint8")]
+    found = quantized.load_state_dict({key: change(state[key])}, strict=False)
+    assert found.unexpected_keys == [key]

@@ -158,6 +158,13 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN) or (isinstance(value, (list, tuple)) and all(map(_is_plain, value)))
 
 
+def check_settable(model: nn.Module, name: str, value: Any) -> None:
+    """Raise FixedAttributeError for another value of an attribute that forward read when a graph was traced."""
+    record = vars(model).get("_fxquant_record")
+    if record is not None and name in record.fixed and not is_same(value, vars(model).get(name, value)):
+        raise fixed_error(name, vars(model)[name], value)
+
+
 def fixed_error(path: str, fixed: Any, value: Any) -> FixedAttributeError:
     """Return the error for an attribute that is set, or was, to another value than forward was traced with."""
     told = f" ({fixed!r})" if _is_plain(fixed) else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fxquant.graph.attributes import check_settable
 from fxquant.graph.preserve import Preserved
 
 _MODEL = "_fxquant_model"
@@ -85,7 +86,7 @@ def _view_class(owner: Any) -> type[nn.Module]:
     def set_(self: Any, name: str, value: Any) -> None:
         model = getattr(self, _MODEL, None)
         if model is not None:
-            model.check_settable(name, value)
+            check_settable(model, name, value)
         owner.__setattr__(self, name, value)
 
     def reduce(self: Any, *_: Any) -> Any:

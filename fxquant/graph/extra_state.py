@@ -27,14 +27,37 @@ def methods_to_keep(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in METHODS if getattr(type(model), name) is not getattr(nn.Module, name))
 
 
-def lost_states(result: nn.Module, source: nn.Module) -> dict[str, Any]:
-    """Return the extra states, by path, of those modules of a source that do not stand in a graph made of it."""
+def lost_states(result: nn.Module, source: nn.Module, is_skeleton: bool = False) -> dict[str, Any]:
+    """Return the extra states, by path, of those modules of a source that do not stand in a graph made of it.
+
+    is_skeleton: a file will bring them, so they are None; the source may be without data, which their code may need.
+    """
     standing = dict(result.named_modules(remove_duplicate=False))
     return {
-        path: copy.deepcopy(module.get_extra_state())
+        path: None if is_skeleton else copy.deepcopy(module.get_extra_state())
         for path, module in source.named_modules(remove_duplicate=False)
         if path and has_extra_state(type(module)) and not has_extra_state(type(standing.get(path, result)))
     }
+
+
+def tensors_of(root: nn.Module) -> dict[str, Any]:
+    """Return a model's state_dict without extra states, and without asking for them: their code may need values."""
+    if not any(has_extra_state(type(module)) for module in root.modules()):
+        return root.state_dict()
+    state = _mute(root).state_dict()
+    return {key: value for key, value in state.items() if not key.endswith(SUFFIX)}
+
+
+def _mute(module: nn.Module) -> nn.Module:
+    """Return a view of a module that shares all it holds, and has no extra state, nor have those inside it."""
+    kind: Any = type(module)
+    if has_extra_state(kind):
+        body = {"__module__": kind.__module__, "get_extra_state": nn.Module.get_extra_state}
+        kind = type(kind)(kind.__name__, (kind,), body)
+    view: nn.Module = object.__new__(kind)
+    parts = {name: part if part is None else _mute(part) for name, part in module._modules.items()}
+    object.__setattr__(view, "__dict__", {**vars(module), "_modules": parts})
+    return view
 
 
 def key_of(prefix: str, path: str) -> str:

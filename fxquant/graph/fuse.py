@@ -49,7 +49,8 @@ def fuse(
     """
     fusions: list[Fusion] = []
     unfused: list[Unfused] = []
-    kept = set(map(id, preserved.modules(module))) if only is None else set()
+    kept = set(map(id, preserved.modules(module)))
+    untouched = kept if only is None else set()  # what was fused when the file was made may be fused again
     allowed = None if only is None else {fusion.path: fusion.chain for fusion in only}
     for node in list(module.graph.nodes):
         path = str(node.target) if node.op == "call_module" else node.name
@@ -58,11 +59,11 @@ def fuse(
             if allowed is None or len(allowed.get(path, ())) > len(chain):
                 follower = _single_follower(module, node, hooked)
                 if follower is None and step is _absorb_relu:
-                    chain += _absorb_relus(module, node, hooked, kept)
+                    chain += _absorb_relus(module, node, hooked, kept, untouched)
                 if follower is None or not can_fuse(module, node, follower):
                     continue
                 link = str(follower.target) if follower.op == "call_module" else follower.name
-                used = _used(module, node, follower, kept)
+                used = _used(module, node, follower, untouched)
                 if used:
                     unfused.append(Unfused(chain=(path, link), used=used))
                     break
@@ -192,7 +193,9 @@ def _absorb_relu(module: fx.GraphModule, node: fx.Node, _follower: fx.Node, _may
     edit.swap_module(module, str(node.target), fused)
 
 
-def _absorb_relus(module: fx.GraphModule, node: fx.Node, hooked: frozenset[str], kept: set[int]) -> list[str]:
+def _absorb_relus(
+    module: fx.GraphModule, node: fx.Node, hooked: frozenset[str], kept: set[int], untouched: set[int]
+) -> list[str]:
     """Let a module that is called several times, each time followed by a ReLU, do those; return what they were."""
     target = str(node.target)
     if node.op != "call_module" or target in hooked or _reads(module, target):
@@ -204,7 +207,7 @@ def _absorb_relus(module: fx.GraphModule, node: fx.Node, hooked: frozenset[str],
     if not all(_is_rectified(module, node, relu) for relu in relus):
         return []
     taken = [str(relu.target) for relu in relus if relu.op == "call_module"]
-    if set(taken) & hooked or any(_used(module, node, relu, kept) for relu in relus):
+    if set(taken) & hooked or any(_used(module, node, relu, untouched) for relu in relus):
         return []
     _absorb_relu(module, node, relus[0], False)
     for call, relu in zip(calls, relus, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +14,10 @@ from torch import fx, nn
 from fxquant.errors import ModelStateError
 from fxquant.graph import dtypes, edit
 from fxquant.graph.architecture import Architecture
-from fxquant.graph.attributes import fixed_error, is_same
+from fxquant.graph.attributes import check_settable
 from fxquant.graph.bound import carry, install
 from fxquant.graph.call import Example
-from fxquant.graph.extra_state import key_of, lost_states
+from fxquant.graph.extra_state import key_of, lost_states, tensors_of
 from fxquant.graph.preserve import NOTHING_PRESERVED, Keep, Preserved
 from fxquant.graph.tracer import TRACING
 from fxquant.nn.base import QuantizedModule, dtype_errors, refuse_script
@@ -176,21 +175,6 @@ class FxModule(fx.GraphModule):
 
     record: Record
 
-    @classmethod
-    def build(cls, root: nn.Module, graph: fx.Graph, name: str, record: Record) -> FxModule:
-        """Return the module for a graph over a root's submodules and tensors."""
-        module = cls(root, graph, name)
-        for part in module.modules():
-            if (
-                part is module or type(part) is nn.Module
-            ):  # made to hold tensors; of what they hold nothing else is left
-                part._non_persistent_buffers_set.clear()  # torch 2.13 forgets them by itself, 2.14 does not
-        carry(root, module, record.preserved)
-        install(module, record.preserved)
-        keep_record(module, record)
-        module.train(False)
-        return module
-
     def recompile(self) -> Any:
         """Compile the graph, to be called as any module is.
 
@@ -219,21 +203,15 @@ class FxModule(fx.GraphModule):
             ) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.check_settable(name, value)
+        check_settable(self, name, value)
         super().__setattr__(name, value)
-
-    def check_settable(self, name: str, value: Any) -> None:
-        """Raise FixedAttributeError for another value of an attribute that forward read when it was traced."""
-        record = self.__dict__.get("_fxquant_record")
-        if record is not None and name in record.fixed and not is_same(value, self.__dict__.get(name, value)):
-            raise fixed_error(name, self.__dict__[name], value)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the model as torch.jit.script takes it; raise ModelStateError for a quantized one."""
         return refuse_script() if self._fxquant_record.stage == "quantized" else self
 
     def __copy__(self) -> FxModule:
-        twin = FxModule.build(self, self.graph, self.__class__.__name__, self._fxquant_record)
+        twin = build(self, self.graph, self.__class__.__name__, self._fxquant_record)
         edit.carry_hooks(self, twin)
         return twin
 
@@ -282,43 +260,11 @@ class FxModule(fx.GraphModule):
         record = self._fxquant_record
         destination.update({key_of(prefix, path): state for path, state in record.extra_states.items()})
 
-    def _take_extra_states(self, state_dict: dict[str, Any], prefix: str, strict: bool, missing: list[str]) -> None:
-        """Take out of a state_dict the extra states that torch's loading has no module for, and keep them."""
-        record, found = self._fxquant_record, {}
-        for path in record.extra_states:
-            found[path] = state_dict.pop(key_of(prefix, path), missing)
-        absent = [path for path, state in found.items() if state is missing]
-        missing += [key_of(prefix, path) for path in absent] if strict else []
-        states = {path: state for path, state in found.items() if path not in absent}
-        if states:
-            keep_record(self, record.advance(extra_states={**record.extra_states, **states}))
-
-    def take_old_keys(self, state_dict: dict[str, Any], prefix: str = "") -> None:
-        """Rename in place what a state_dict holds of quantized calls under the keys that fxquant wrote before 0.1.0.
-
-        Those were named by the dtype of the values: all of 4 bits were `_uint8`, numbered where there were several.
-        """
-        renamed: dict[str, str] = {}
-        used: set[str] = set()
-        calls = {node.name: node for node in self.graph.nodes}
-        for site in self._fxquant_record.sites:
-            spec, node = site.qconfig.weight, calls.get(site.call or "")
-            for part in node.all_input_nodes if node is not None and spec.torch_dtype == torch.uint8 else ():
-                key = str(part.target)
-                stem, found, _ = key.rpartition(f"_{spec.dtype}")
-                if part.op == "get_attr" and found and key not in renamed:
-                    names = (f"{stem}_uint8{f'_{n}' if n else ''}" for n in itertools.count())
-                    renamed[key] = next(name for name in names if name not in used)
-                    used.add(renamed[key])
-        if any(prefix + key not in state_dict for key in renamed):
-            held = {key: state_dict.pop(prefix + old) for key, old in renamed.items() if prefix + old in state_dict}
-            state_dict.update({prefix + key: tensor for key, tensor in held.items()})
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _, strict, missing, *_ = args
-        self._take_extra_states(state_dict, prefix, strict, missing)
-        self.take_old_keys(state_dict, prefix)
-        own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
+        _take_extra_states(self, state_dict, prefix, strict, missing)
+        _take_old_call_keys(self, state_dict, prefix)
+        own = {prefix + name: tensor for name, tensor in tensors_of(self).items()}
         errors: list[str] = args[-1]
         errors.extend(dtype_errors(own, state_dict))  # as a part of a larger model, whose load_state_dict is not ours
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -327,7 +273,7 @@ class FxModule(fx.GraphModule):
         """Load tensors as nn.Module does; integers never take floats, nor floats integers (RuntimeError)."""
         state_dict = copy.copy(state_dict)  # with the versions that it carries
         take_old_keys(self, state_dict)
-        errors = dtype_errors(self.state_dict(), state_dict)
+        errors = dtype_errors(tensors_of(self), state_dict)
         for path, module in self.named_modules() if strict else ():
             if isinstance(module, QuantizedModule):
                 errors += module.float_keys(state_dict, f"{path}." if path else "")
@@ -336,18 +282,82 @@ class FxModule(fx.GraphModule):
         return super().load_state_dict(state_dict, strict, assign)
 
 
-@functools.cache
-def taken_names() -> frozenset[str]:
-    """Return the names of a traced model's own attributes (code, graph, meta, recompile, …), which no part can have."""
-    empty = FxModule.build(nn.Module(), fx.Graph(), "Empty", Record(stage="fused"))
-    return frozenset(dir(empty))
+def build(root: nn.Module, graph: fx.Graph, name: str, record: Record) -> FxModule:
+    """Return the module for a graph over a root's submodules and tensors."""
+    module = FxModule(root, graph, name)
+    for part in module.modules():
+        if part is module or type(part) is nn.Module:  # made to hold tensors; of what they hold nothing else is left
+            part._non_persistent_buffers_set.clear()  # torch 2.13 forgets them by itself, 2.14 does not
+    carry(root, module, record.preserved)
+    install(module, record.preserved)
+    keep_record(module, record)
+    module.train(False)
+    return module
+
+
+def _take_extra_states(
+    model: FxModule, state_dict: dict[str, Any], prefix: str, strict: bool, missing: list[str]
+) -> None:
+    """Take out of a state_dict the extra states that torch's loading has no module for, and keep them."""
+    record, found = model._fxquant_record, {}
+    for path in record.extra_states:
+        found[path] = state_dict.pop(key_of(prefix, path), missing)
+    absent = [path for path, state in found.items() if state is missing]
+    missing += [key_of(prefix, path) for path in absent] if strict else []
+    states = {path: state for path, state in found.items() if path not in absent}
+    if states:
+        keep_record(model, record.advance(extra_states={**record.extra_states, **states}))
 
 
 def take_old_keys(root: nn.Module, state_dict: Any) -> None:
     """Rename in place what a state_dict of a quantized model holds under the keys that fxquant wrote before 0.1.0."""
     for path, module in root.named_modules(remove_duplicate=False):
-        if isinstance(module, (FxModule, QuantizedModule)):
-            module.take_old_keys(state_dict, f"{path}." if path else "")
+        prefix = f"{path}." if path else ""
+        if isinstance(module, FxModule):
+            _take_old_call_keys(module, state_dict, prefix)
+        elif isinstance(module, QuantizedModule):
+            module.take_old_keys(state_dict, prefix)
+
+
+def _take_old_call_keys(model: FxModule, state_dict: dict[str, Any], prefix: str) -> None:
+    """Rename in place what a state_dict holds of quantized calls under their old keys.
+
+    Those were named by the dtype of the values: all of 4 bits were `_uint8`, numbered where there were several. A
+    state_dict is taken for an old one where it has none of the keys that are new, one that is no more, and only
+    tensors that fit.
+    """
+    old_of = _old_call_keys(model)
+    old = {key: name for key, name in old_of.items() if prefix + name in state_dict}
+    has_new = any(prefix + key in state_dict for key in old_of.keys() - old_of.values())
+    if has_new or not set(old.values()) - old_of.keys():
+        return
+    held = {key: state_dict[prefix + name] for key, name in old.items()}
+    if all(_fits(edit.get_tensor(model, key), tensor) for key, tensor in held.items()):
+        for name in old.values():
+            del state_dict[prefix + name]
+        state_dict.update({prefix + key: tensor for key, tensor in held.items()})
+
+
+def _fits(own: torch.Tensor | None, tensor: Any) -> bool:
+    """Return whether what a state_dict holds could be the values of a tensor."""
+    return (
+        own is not None and isinstance(tensor, torch.Tensor) and (own.dtype, own.shape) == (tensor.dtype, tensor.shape)
+    )
+
+
+def _old_call_keys(model: FxModule) -> dict[str, str]:
+    """Return the old key of the values of each quantized call whose values are stored as uint8."""
+    old_of: dict[str, str] = {}
+    calls = {node.name: node for node in model.graph.nodes}
+    for site in model._fxquant_record.sites:
+        spec, node = site.qconfig.weight, calls.get(site.call or "")
+        for part in node.all_input_nodes if node is not None and spec.torch_dtype == torch.uint8 else ():
+            key = str(part.target)
+            stem, found, _ = key.rpartition(f"_{spec.dtype}")
+            if part.op == "get_attr" and found and key not in old_of:
+                names = (f"{stem}_uint8{f'_{n}' if n else ''}" for n in itertools.count())
+                old_of[key] = next(name for name in names if name not in old_of.values())
+    return old_of
 
 
 def _restore(
@@ -361,17 +371,21 @@ def _restore(
     for node, (own_name, meta) in zip(plain.graph.nodes, nodes, strict=True):
         node.name, node.meta = own_name, meta
     graph = copy.deepcopy(plain.graph)  # whose namespace knows those names
-    module = FxModule.build(plain, graph, name, plain.__dict__["_fxquant_record"])
+    module = build(plain, graph, name, plain.__dict__["_fxquant_record"])
     module.__dict__.update({**{n: v for n, v in plain.__dict__.items() if n not in module.__dict__}, **hooks})
     module.train(plain.training)
     return module
 
 
-def finish(module: fx.GraphModule, source: nn.Module, record: Record) -> FxModule:
-    """Return the result of a pass as an FxModule, with the hooks that its source has."""
-    if not isinstance(source, FxModule):
-        record = record.advance(extra_states=lost_states(module, source))
-    result = FxModule.build(module, module.graph, type(source).__name__, record)
+def finish(module: fx.GraphModule, source: nn.Module, record: Record, is_skeleton: bool = False) -> FxModule:
+    """Return the result of a pass as an FxModule, with the hooks that its source has.
+
+    is_skeleton: the source is what a file is loaded into, which brings its extra states.
+    """
+    earlier = record_of(source)
+    states = {} if earlier is None else earlier.extra_states
+    record = record.advance(extra_states={**states, **lost_states(module, source, is_skeleton)})
+    result = build(module, module.graph, type(source).__name__, record)
     places = dict(result.named_modules())
     for path, original in source.named_modules():
         if path in places and edit.has_hooks(original):
@@ -389,6 +403,12 @@ def record_of(model: Any) -> Record | None:
     """Return what a model of ours remembers, None for any other."""
     found = vars(model).get("_fxquant_record") if isinstance(model, nn.Module) else None
     return found if isinstance(found, Record) else None
+
+
+def preserved_of(model: nn.Module) -> Preserved:
+    """Return what a model keeps of the user's beside forward: of a fused one, what fuse_fx kept."""
+    record = record_of(model)
+    return NOTHING_PRESERVED if record is None else record.preserved
 
 
 def refuse_ours(model: Any, caller: str, stages: Sequence[str] = ("fused", "prepared", "quantized")) -> None:

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import fx, nn
+from torch import nn
 
 from fxquant.errors import AttributeNameError, nearest
-from fxquant.graph.extra_state import METHODS, methods_to_keep
+from fxquant.graph.extra_state import methods_to_keep
+from fxquant.graph.names import codes_in, names_in, taken_names
 
 _PLACES = ("_modules", "_parameters", "_buffers")
 _BY_ANY_NAME = {
@@ -68,9 +69,10 @@ NOTHING_PRESERVED = Preserved()
 """What a graph keeps that was asked for nothing."""
 
 
-def preserve(model: nn.Module, names: Sequence[str]) -> Preserved:
+def preserve(model: nn.Module, names: Sequence[str], before: Preserved = NOTHING_PRESERVED) -> Preserved:
     """Return what a model's graph keeps for these names: attributes, methods, properties, and what their code needs.
 
+    before: what the model, a graph itself, keeps already of the user's; that stays.
     Raises AttributeNameError for a name that the model does not have, or that a graph has a meaning of its own for.
     """
     if isinstance(names, str):
@@ -81,7 +83,13 @@ def preserve(model: nn.Module, names: Sequence[str]) -> Preserved:
             raise AttributeNameError(
                 f"preserved_attributes names {name!r}, which {type(model).__name__} does not have{nearest(name, known)}"
             )
-    return _Closure(model).of(names)
+    return _Closure(
+        model,
+        bound=dict.fromkeys(before.bound),
+        kept=dict.fromkeys(before.kept),
+        sets=set(before.sets),
+        writes=set(before.writes),
+    ).of(names, before)
 
 
 class Keep(NamedTuple):
@@ -106,17 +114,19 @@ class _Closure:
     read: set[int] = field(default_factory=set)
     writes: set[str] = field(default_factory=set)
 
-    def of(self, names: Sequence[str]) -> Preserved:
-        """Return what these names need."""
+    def of(self, names: Sequence[str], before: Preserved) -> Preserved:
+        """Return what these names need, beside what was kept before."""
         for name in names:
             self.add(name, is_named=True)
         for name in methods_to_keep(self.model):
             self.add(name)
-        owner = type(self.model) if self.bound else None
+        owner = before.owner or (type(self.model) if self.bound else None)
         sets_any = bool(self.sets & _SETTERS)
         kept = tuple(self.kept)
         sets, writes = frozenset(self.sets), frozenset(self.writes)
-        return Preserved(tuple(names), owner, tuple(self.bound), kept, sets, sets_any, writes)
+        return Preserved(
+            tuple(dict.fromkeys((*before.names, *names))), owner, tuple(self.bound), kept, sets, sets_any, writes
+        )
 
     def add(self, name: str, is_named: bool = False) -> None:
         """Keep a name of the model, and what its code needs."""
@@ -125,11 +135,11 @@ class _Closure:
         static, is_own = inspect.getattr_static(type(self.model), name, None), _is_users(self.model, name)
         if not is_own:
             return  # nn.Module's, which a graph has too
-        if name in _graphs_names():
+        if name in taken_names():
             if is_named or name in vars(self.model):
                 raise AttributeNameError(
-                    f"{type(self.model).__name__}.{name} cannot be preserved: a torch.fx.GraphModule has {name!r} of "
-                    "its own; give it another name"
+                    f"{type(self.model).__name__}.{name} cannot be preserved: the graph module that a traced model "
+                    f"becomes has {name!r} of its own; give it another name"
                 )
             self.follow(static)
             return
@@ -145,7 +155,7 @@ class _Closure:
     def add_all(self) -> None:
         """Keep everything that the instance holds, for code that finds it by any name."""
         for name in _held(self.model):
-            if name not in _graphs_names():
+            if name not in taken_names():
                 self.add(name)
 
     def follow(self, thing: Any) -> None:
@@ -155,8 +165,8 @@ class _Closure:
             if id(code) in self.read or _is_torchs(function):
                 continue
             self.read.add(id(code))
-            mentions, sets = _names(code)
-            self.sets |= sets | mentions & _SETTERS
+            mentions = names_in(function)
+            self.sets |= _sets(code) | mentions & _SETTERS
             if any(name.endswith("_") and not name.endswith("__") for name in mentions):
                 self.writes |= mentions
             if mentions & _BY_ANY_NAME:
@@ -193,16 +203,10 @@ def _is_torchs(function: types.FunctionType) -> bool:
     return (function.__module__ or "").partition(".")[0] == "torch"
 
 
-def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """Return every name that code mentions, those in functions inside it too, and the attributes that it sets."""
-    mentions = set(code.co_names)
-    sets = {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("STORE_ATTR", "DELETE_ATTR")}
-    for part in code.co_consts:
-        if isinstance(part, types.CodeType):
-            more, also = _names(part)
-            mentions |= more
-            sets |= also
-    return mentions, sets
+def _sets(code: types.CodeType) -> set[str]:
+    """Return the names of the attributes that code sets, functions inside it too."""
+    steps = (step for part in codes_in(code) for step in dis.get_instructions(part))
+    return {str(step.argval) for step in steps if step.opname in ("STORE_ATTR", "DELETE_ATTR")}
 
 
 def _content(cell: Any) -> Any:
@@ -226,12 +230,3 @@ def _is_users(model: nn.Module, name: str) -> bool:
     """Return whether a name is an attribute that the user's class or instance adds to nn.Module's own."""
     in_class = any(name in vars(kind) for kind in type(model).__mro__ if not issubclass(nn.Module, kind))
     return in_class or (_is_held(model, name) and name not in vars(nn.Module()))
-
-
-@functools.cache
-def _graphs_names() -> frozenset[str]:
-    """Return the names that a GraphModule has a use of its own for; what every object has, it may share."""
-    empty = fx.GraphModule(nn.Module(), fx.Graph())
-    classes = {name for kind in fx.GraphModule.__mro__ if kind is not object for name in vars(kind)}
-    shared = {"__len__", "__iter__", "__module__", "__doc__", *METHODS}
-    return frozenset(classes | vars(empty).keys() | {"record"}) - shared

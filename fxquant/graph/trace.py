@@ -20,7 +20,7 @@ from fxquant.graph.bound import carry, give_class_values
 from fxquant.graph.exported import give_scopes, raise_calls
 from fxquant.graph.fold import fold
 from fxquant.graph.kinds import make_plain
-from fxquant.graph.module import taken_names
+from fxquant.graph.names import taken_names
 from fxquant.graph.preserve import Keep, Preserved
 from fxquant.graph.tracer import SCOPE, TRACING, Tracer, is_fresh
 from fxquant.operators import Operator
@@ -241,8 +241,8 @@ def _refuse_taken(model: str, graph: fx.Graph) -> None:
         name = str(node.target).partition(".")[0]
         if node.op in ("call_module", "get_attr") and name in taken_names():
             raise TraceError(
-                f"{model} has a part self.{name}, but in a torch.fx.GraphModule, which a traced model becomes, "
-                f"{name!r} is something else; give the part another name"
+                f"{model} has a part self.{name}, but in the graph module that a traced model becomes {name!r} is "
+                "something else; give the part another name"
             )
 
 

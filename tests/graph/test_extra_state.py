@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant import CheckpointError, convert_fx, default_dynamic_qconfig_mapping, prepare_fx, quantize_dynamic
+from fxquant import CheckpointError, convert_fx, default_dynamic_qconfig_mapping, fuse_fx, prepare_fx, quantize_dynamic
+from fxquant.graph.extra_state import tensors_of
 
 
 class Vocabulary(nn.Module):
@@ -71,6 +72,10 @@ def by_fx(model):
     return convert_fx(prepare_fx(model, default_dynamic_qconfig_mapping(), X))
 
 
+def by_fuse_fx(model):
+    return by_fx(fuse_fx(model, X))
+
+
 WAYS = pytest.mark.parametrize("way", [by_fx, quantize_dynamic], ids=["graph", "modules"])
 
 
@@ -90,7 +95,7 @@ EXPECTED = {
 }
 
 
-@WAYS
+@pytest.mark.parametrize("way", [by_fx, quantize_dynamic, by_fuse_fx])
 def test_a_quantized_model_has_what_the_float_one_has(way):
     quantized = way(full())
     for model in (full(), quantized, copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
@@ -111,6 +116,43 @@ def test_a_file_holds_it(way, tmp_path):
     again = tmp_path / "again.safetensors"
     fxquant.save(loaded, again)
     assert states(fxquant.load(skeleton, again)) == EXPECTED
+
+
+class Counts(nn.Module):
+    """Its extra state is the value of a tensor, which a skeleton on the meta device does not have."""
+
+    def __init__(self, count, inner=None):
+        super().__init__()
+        self.linear, self.inner = nn.Linear(8, 8), inner
+        self.register_buffer("count", torch.tensor(count))
+
+    def get_extra_state(self):
+        return {"n": int(self.count)}
+
+    def set_extra_state(self, state):
+        assert state["n"] == 3
+
+    def forward(self, x):
+        return self.linear(x if self.inner is None else self.inner(x))
+
+
+@WAYS
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_file_brings_it_where_its_code_asks_for_values(way, device, tmp_path):
+    fxquant.save(way(Counts(3, Counts(3)).eval()), tmp_path / "model")
+    with torch.device(device):
+        skeleton = Counts(0, Counts(0)).eval()
+    state = fxquant.load(skeleton, tmp_path / "model").state_dict()
+    assert state["_extra_state"] == state["inner._extra_state"] == {"n": 3}
+
+
+def test_the_tensors_of_a_model_are_found_without_its_extra_state():
+    quantized = by_fx(Counts(3, Counts(3)).eval())
+    expected = [key for key in quantized.state_dict() if not key.endswith("_extra_state")]
+    quantized.count = torch.zeros((), device="meta")
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        quantized.state_dict()
+    assert [*tensors_of(quantized)] == expected
 
 
 @WAYS

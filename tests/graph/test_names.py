@@ -1,5 +1,6 @@
 """Parts of a model that are named as something of torch.fx's GraphModule, or of ours."""
 
+import copy
 import warnings
 
 import pytest
@@ -8,10 +9,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxquant import TraceError, convert_fx, default_dynamic_qconfig_mapping, fuse_fx, prepare_fx, quantize_dynamic
-from fxquant.graph.module import FxModule, taken_names
+from fxquant.graph.module import FxModule, Record, build
+from fxquant.graph.names import taken_names
 
 # A user cannot reach a part that is named as a method of nn.Module, and nobody uses our private name.
-NAMES = sorted(name for name in taken_names() - {"_fxquant_record"} if not hasattr(nn.Module(), name))
+NAMES = sorted(name for name in taken_names() if not hasattr(nn.Module(), name) and "_fxquant" not in name)
 
 
 class Model(nn.Module):
@@ -43,11 +45,40 @@ def by_fx(model, x):
 
 
 def test_the_names_are_those_of_torch_fx_and_ours():
-    assert {"code", "graph", "meta", "build", "recompile", "print_readable", "to_folder", "add_submodule"} <= {*NAMES}
+    assert {"code", "graph", "meta", "recompile", "print_readable", "to_folder", "add_submodule"} <= {*NAMES}
     assert {"_graph", "_code"} <= {*NAMES}  # attributes of instances
     assert not {"record", "weight", "layer"} & taken_names()
-    known = {name for name in dir(fx.GraphModule(nn.Module(), fx.Graph())) if not name.startswith("___")}  # Dynamo's
-    assert known <= taken_names()
+    graph = build(nn.Module(), fx.Graph(), "Empty", Record(stage="fused"))
+    names = {name for name in dir(graph) if not name.startswith("___")}  # Dynamo's
+    shared = {*dir(object), "__module__", "get_extra_state", "set_extra_state"}
+    assert names - shared <= taken_names()
+    theirs = {*dir(fx.GraphModule(nn.Module(), fx.Graph())), "_fxquant_view", "__prepare_scriptable__"}
+    assert taken_names() - theirs == {"_fxquant_record"}  # all that a graph of ours has beyond torch.fx's
+
+
+OURS = ["build", "check_settable", "take_old_keys", "record"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_name_of_a_function_of_ours_is_free(name):
+    model, x = Model(name, nn.Linear(6, 4)).eval(), torch.randn(2, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantized = by_fx(model, x)
+    assert isinstance(quantized, FxModule)
+    assert [site.path for site in quantized._fxquant_record.sites] == [name]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_method_of_such_a_name_can_be_preserved(name):
+    kind = type("Mine", (nn.Linear,), {name: lambda self, y: (self, y), "forward": lambda self, x: self.inner(x)})
+    model, x = kind(1, 1).eval(), torch.randn(2, 6)
+    model.inner = nn.Linear(6, 4)
+    quantized = convert_fx(prepare_fx(model, default_dynamic_qconfig_mapping(), x, preserved_attributes=(name,)))
+    quantized.other = 3
+    quantized.load_state_dict(quantized.state_dict())
+    for twin in (quantized, copy.copy(quantized), copy.deepcopy(quantized)):
+        assert getattr(twin, name)(4)[1] == 4
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,7 +97,7 @@ def test_a_layer_of_such_a_name_is_quantized_where_it_stands(name):
 
 @pytest.mark.parametrize("tensor", [nn.Parameter(torch.ones(3, 4)), torch.ones(3, 4)], ids=["parameter", "buffer"])
 def test_a_tensor_of_such_a_name(tensor):
-    for name in ("code", "build", "_graph"):
+    for name in ("code", "meta", "_graph"):
         with pytest.warns(UserWarning, match=rf"Reads has a part self\.{name}, "):
             quantized = by_fx(Reads(name, tensor).eval(), torch.ones(2, 6))
         assert quantized(torch.ones(2, 6)).shape == (2, 3)

@@ -430,10 +430,39 @@ def test_a_method_may_call_the_graph_and_the_users_functions(x):
     assert sqnr(model.again(x)[0], first) > 30
 
 
+class Rectified(nn.Module):
+    """Has one ReLU for forward, which fusing takes in, and for a method. calls: of its layer."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.fc, self.act, self.calls = nn.Linear(8, 8), nn.ReLU(), calls
+
+    def forward(self, x):
+        for _ in range(self.calls):
+            x = self.act(self.fc(x))
+        return x
+
+    def post(self, x):
+        return self.act(x)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_relu_that_is_fused_and_that_a_method_uses_is_in_a_loaded_model(calls, tmp_path):
+    x = torch.randn(2, 8)
+    quantized = quantize(Rectified(calls).eval(), x, preserved_attributes=("post",))
+    fxquant.save(quantized, tmp_path / "model")
+    loaded = fxquant.load(Rectified(calls).eval(), tmp_path / "model")
+    assert loaded._fxquant_record.fusions
+    assert same_bits(loaded(x), quantized(x))
+    assert torch.equal(loaded.post(x), x.relu())
+
+
 @pytest.mark.parametrize("name", ["train", "code", "coded"])
 def test_a_name_that_a_graph_has_of_its_own_is_refused(x, name):
     own = name.removesuffix("d")
-    with pytest.raises(AttributeNameError, match=f"Reader.{own} cannot be preserved: a torch.fx.GraphModule has"):
+    with pytest.raises(
+        AttributeNameError, match=f"Reader.{own} cannot be preserved: the graph module that .* has '{own}'"
+    ):
         prepare(Reader().eval(), x, preserved_attributes=(name,))
 
 
@@ -512,3 +541,33 @@ def test_fuse_fx_leaves_it_alone_too(given):
     fused = fuse_fx(model, *given, preserved_attributes=("embed",))
     assert same_bits(fused.embed(x), model.embed(x))
     assert sqnr(model(x), fused(x)) > 100
+
+
+class Gained(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head, self.gain = nn.Linear(8, 8), nn.Linear(8, 8), 1.0
+
+    def forward(self, x):
+        return self.fc(x) * self.gain
+
+    def post(self, x):
+        return self.head(x) * self.gain
+
+    def set_gain(self, gain):
+        self.gain = gain
+
+
+@pytest.mark.parametrize("again", [(), ("post",), ("gain", "fc")])
+def test_what_fuse_fx_kept_stays_when_its_model_is_prepared(again, tmp_path):
+    model, x = Gained().eval(), torch.randn(4, 8)
+    names = ("post", "set_gain")
+    quantized = quantize(fuse_fx(model, x, preserved_attributes=names), x, preserved_attributes=again)
+    fxquant.save(quantized, tmp_path / "model")
+    for twin in (quantized, fxquant.load(Gained().eval(), tmp_path / "model")):
+        assert twin._fxquant_record.preserved.names == tuple(dict.fromkeys((*names, *again)))
+        assert type(twin.head) is DynamicQuantizedLinear
+        twin.set_gain(2.0)
+        assert sqnr(2 * model(x), twin(x)) > 30
+        assert sqnr(2 * model.post(x), twin.post(x)) > 30
+        assert isinstance(twin._fxquant_record.preserved.owner(), Gained)

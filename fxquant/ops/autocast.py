@@ -11,7 +11,7 @@ def cast_dtype(x: torch.Tensor, promotes: bool = False) -> torch.dtype | None:
     x: the layer's input; torch casts no float64. promotes: whether the layer joins its products with a state of x's
     dtype: torch's GRU and its LSTM and GRU cells on the CPU.
     """
-    if not isinstance(x, torch.Tensor):  # a stand-in of torch.fx's
+    if not torch._C._is_any_autocast_enabled() or not isinstance(x, torch.Tensor):  # torch.fx's stand-ins are none
         return None
     kind = "cpu" if x.is_cpu else x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:

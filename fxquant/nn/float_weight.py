@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import DTypeError, ReadOnlyError
@@ -58,6 +59,9 @@ _IN_PLACE = re.compile(
 )
 """The names of functions that write to their first operand."""
 
+_MARKS = {"_is_param": nn.Parameter, "_is_buffer": torch.Tensor}
+"""What nn.Parameter and nn.Buffer set on a tensor of another type to make it one, and the type that it then has."""
+
 _COPY = "a trainable or writable copy of the values is .clone()"
 
 
@@ -70,7 +74,9 @@ class FloatWeight(torch.Tensor):
     _read: Callable[[Any], torch.Tensor]
     _name: str
     _has_rows: bool
+    _device: torch.device
     _is_detached = False
+    _is_copy = False
 
     @staticmethod
     def __new__(
@@ -83,14 +89,28 @@ class FloatWeight(torch.Tensor):
         has_rows: bool = False,
     ) -> FloatWeight:
         """Return the tensor. has_rows: whether `read` can be asked for some rows alone."""
-        made: FloatWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        made._read, made._name, made._has_rows = read, name, has_rows
+        # The backend is "meta", for `parameter.data = weight` asks the weight nothing and takes over what it has for
+        # memory: on one of its own backend, null pointers. So it is an error of torch's.
+        made: FloatWeight = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device="meta", dispatch_device=True
+        )
+        made._read, made._name, made._has_rows, made._device = read, name, has_rows, torch.device(device)
         return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_copy and name in _MARKS:
+            for own in ("_read", "_name", "_has_rows", "_device", "_is_copy"):
+                del self.__dict__[own]
+            self.__class__ = _MARKS[name]  # type: ignore[assignment]
+        object.__setattr__(self, name, value)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         own = args[0] if args and isinstance(args[0], FloatWeight) else None
+        if own is not None and own._is_copy:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if own is None and _is_ours(func):
             raise DTypeError(
                 f"{func} takes a weight's integers, got the float weight that they stand for: pass the buffer beside "
@@ -119,6 +139,8 @@ class FloatWeight(torch.Tensor):
     ) -> Any:
         """Return what an operator gives that was not met as a function: inside torch.func, say."""
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return args[0]._device
         given = {**dict(zip((arg.name for arg in func._schema.arguments), args, strict=False)), **kwargs}
         for arg in func._schema.arguments:
             written = given.get(arg.name) if arg.alias_info is not None and arg.alias_info.is_write else None
@@ -199,14 +221,30 @@ def _detached(weight: FloatWeight) -> FloatWeight:
     return twin
 
 
-def _refuse_grad(weight: FloatWeight, requires_grad: Any = True) -> FloatWeight:
+def _grad_asked(weight: FloatWeight, requires_grad: bool = True) -> FloatWeight:
+    """Return the weight where it is asked to stay without a gradient, a float copy of a detached one, else raise."""
+    if weight._is_detached:  # nn.Parameter(weight) asks this, as do nn.Embedding.from_pretrained and others
+        return _float_copy(weight, requires_grad)
+    return _refuse_grad(weight) if requires_grad else weight
+
+
+def _refuse_grad(weight: FloatWeight, requires_grad: bool = True) -> FloatWeight:
     """Return the weight where it is asked to stay without a gradient, else raise ReadOnlyError."""
-    if requires_grad or weight._is_detached:
+    if requires_grad:
         raise ReadOnlyError(
-            f"{weight._name} is dequantized anew at each read, so that it can be no parameter and does not train; "
+            f"{weight._name} is dequantized anew at each read, so that it does not train; "
             f"{_COPY}: nn.Parameter(weight.clone())"
         )
     return weight
+
+
+def _float_copy(weight: FloatWeight, requires_grad: bool) -> FloatWeight:
+    """Return the values in memory of their own, of this type until nn.Parameter, which insists on it, has marked it."""
+    copied: Any = nn.Parameter(weight._read(None).clone(), requires_grad)
+    copied.__class__ = FloatWeight  # not made as one: operators would be met by __torch_dispatch__
+    copied._name, copied._has_rows, copied._device = f"a copy of {weight._name}", False, weight._device
+    copied._read, copied._is_copy = lambda _: torch.ops.aten.alias.default(copied), True
+    return copied  # type: ignore[no-any-return]
 
 
 def _refuse_address(weight: FloatWeight) -> int:
@@ -225,7 +263,7 @@ def _read_only(weight: FloatWeight, func: Any) -> ReadOnlyError:
 
 
 _REFUSED: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.requires_grad_: _refuse_grad,
+    torch.Tensor.requires_grad_: _grad_asked,
     torch.Tensor.requires_grad.__set__: _refuse_grad,  # type: ignore[attr-defined]
     torch.Tensor.data_ptr: _refuse_address,
 }

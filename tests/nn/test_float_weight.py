@@ -206,9 +206,7 @@ WRITES = {
     "set data": lambda w: setattr(w, "data", torch.zeros(4, 8)),
     "requires_grad": lambda w: w.requires_grad_(),
     "requires_grad =": lambda w: setattr(w, "requires_grad", True),
-    "parameter": nn.Parameter,
-    "frozen": lambda w: nn.Parameter(w, requires_grad=False),
-    "from_pretrained": nn.Embedding.from_pretrained,
+    "requires_grad = of detached": lambda w: setattr(w.detach(), "requires_grad", True),
     "unbound row": lambda w: w.unbind()[1].zero_(),
     "below torch functions": lambda w: torch.ops.aten.zero_.default(w),
 }
@@ -220,6 +218,113 @@ def test_writing_to_it_is_an_error_and_changes_nothing(layer, write):
     with pytest.raises(ReadOnlyError, match=r"weight of a quantized DynamicQuantizedLinear.*\.clone\(\)"):
         write(layer.weight)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+COPIES = {
+    "from_pretrained": lambda w: nn.Embedding.from_pretrained(w).weight,
+    "from_pretrained, to train": lambda w: nn.Embedding.from_pretrained(w, freeze=False).weight,
+    "bag": lambda w: nn.EmbeddingBag.from_pretrained(w).weight,
+    "_weight": lambda w: nn.Embedding(4, 8, _weight=w).weight,
+    "parameter": nn.Parameter,
+    "frozen": lambda w: nn.Parameter(w, requires_grad=False),
+    "data": lambda w: nn.Parameter(w.data),
+    "detach": lambda w: nn.Parameter(w.detach()),
+    "view": lambda w: nn.Parameter(w.view(4, 8)),
+    "assigned": lambda w: assigned(w),
+}
+
+
+def assigned(weight):
+    layer = nn.Linear(8, 4)
+    layer.load_state_dict({"weight": weight, "bias": torch.zeros(4)}, assign=True)
+    return layer.weight
+
+
+@pytest.mark.parametrize("made", COPIES.values(), ids=COPIES)
+def test_a_parameter_made_of_it_is_a_plain_float_copy(layer, values, made):
+    found, frozen = made(layer.weight), made(values)
+    assert type(found) is nn.Parameter
+    assert found.requires_grad == frozen.requires_grad
+    assert torch.equal(found, values)
+    assert torch.equal(pickle.loads(pickle.dumps(found)), values)
+    if found.requires_grad:
+        (found * 3).sum().backward()
+        assert (found.grad == 3).all()
+    found.data.zero_()
+    assert torch.equal(layer.weight.clone(), values)
+
+
+def test_a_parameter_of_a_float16_weight_shares_no_memory_with_it():
+    weights = QConfigMapping().set_global(float16_dynamic_qconfig)
+    quantized = quantize_dynamic(nn.Sequential(nn.Linear(8, 4).half()).eval(), weights)[0]
+    before = quantized.weight.clone()
+    nn.Parameter(quantized.weight).data.zero_()
+    assert torch.equal(quantized.weight.clone(), before)
+
+
+def test_a_buffer_and_a_detached_leaf_made_of_it_are_copies(layer, values):
+    module = nn.Module()
+    module.table = nn.Buffer(layer.weight)
+    assert type(module.table) is torch.Tensor
+    assert torch.equal(module.state_dict()["table"], values)
+    leaf = layer.weight.detach().requires_grad_()
+    F.linear(torch.ones(3, 8), leaf).sum().backward()
+    assert torch.equal(leaf.grad, torch.full((4, 8), 3.0))
+
+
+def test_a_preserved_method_may_make_a_float_table_of_it():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e = nn.Embedding(20, 8)
+
+        def table(self):
+            return nn.Embedding.from_pretrained(self.e.weight)
+
+        def forward(self, words):
+            return self.e(words)
+
+    model, words = Model().eval(), torch.arange(20)
+    quantized = quantize(model, words, preserved_attributes=("table",))
+    assert torch.equal(quantized.table()(words), quantized(words))
+    assert torch.equal(quantize_dynamic(model).table()(words), quantized(words))
+
+
+TAKERS = {
+    "data": lambda e, w: setattr(e.weight, "data", w),
+    "data of a plain tensor": lambda e, w: setattr(torch.zeros(4, 8), "data", w),
+    "data, a view": lambda e, w: setattr(e.weight, "data", w[:2]),
+    "data, of meta": lambda e, w: setattr(torch.zeros(4, 8, device="meta"), "data", w),
+    "vector": lambda e, w: nn.utils.vector_to_parameters(w.view(-1), [e.weight]),
+    "swap": lambda e, w: torch.utils.swap_tensors(e.weight, w),
+}
+
+
+@pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
+def test_memory_that_it_has_not_is_not_taken_over(layer, take):
+    """Errors of torch's, which asks the weight nothing: what counts is that no parameter has null pointers then."""
+    float_layer = nn.Linear(8, 4)
+    before = float_layer.weight.clone()
+    with pytest.raises(RuntimeError, match="incompatible tensor type|Cannot swap"):
+        take(float_layer, layer.weight)
+    assert torch.equal(float_layer.weight, before)
+
+
+GIVEN = {
+    "load_state_dict": lambda e, w: e.load_state_dict({"weight": w, "bias": torch.zeros(4)}),
+    "copy_": lambda e, w: e.weight.data.copy_(w),
+    "clone": lambda e, w: setattr(e, "weight", nn.Parameter(w.clone())),
+    "data, a clone": lambda e, w: setattr(e.weight, "data", w.clone()),
+    "set_": lambda e, w: torch.no_grad()(e.weight.set_)(w),
+}
+
+
+@pytest.mark.parametrize("give", GIVEN.values(), ids=GIVEN)
+def test_a_float_layer_is_given_its_values(layer, values, give):
+    float_layer = nn.Linear(8, 4)
+    give(float_layer, layer.weight)
+    assert type(float_layer.weight) is nn.Parameter
+    assert torch.equal(float_layer.weight, values)
 
 
 def test_below_torch_functions_too(layer, values):

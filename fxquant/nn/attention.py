@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from fxquant.ops.schema import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 _NAME = "a quantized MultiheadAttention"
+_PACKED, _SEPARATE = ("in_proj_weight",), ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def _check_shape(name: str, mask: torch.Tensor, *wanted: tuple[int, ...]) -> None:
@@ -31,7 +33,8 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
     in_proj_weight_int8: (3·E, E), or where key or value have sizes of their own q_proj_weight_int8 (E, E),
     k_proj_weight_int8 (E, kdim) and v_proj_weight_int8 (E, vdim), each with its `_scale` and, without `_int8`, the
     float weight; in_proj_bias: (3·E,) or None; bias_k, bias_v:
-    (1, 1, E) or None; out_proj: a DynamicQuantizedLinear. Dropout is for training only and has no part here.
+    (1, 1, E) or None; the weights that it does not have are None, as in torch;
+    out_proj: a DynamicQuantizedLinear. Dropout is for training only and has no part here.
 
     Each row of query, key and value is quantized by itself, and so is each row that out_proj takes. What lies between,
     softmax(Q Kᵀ) V, is float, in a fixed order of sums. docs/numerics.md, eq. 18 and 30.
@@ -52,16 +55,21 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
         self.embed_dim, self.kdim, self.vdim = module.embed_dim, module.kdim, module.vdim
         self.num_heads, self.head_dim = module.num_heads, module.head_dim
         self.batch_first, self.add_zero_attn = module.batch_first, module.add_zero_attn
+        self.dropout = module.dropout
         self._qkv_same_embed_dim = module._qkv_same_embed_dim  # torch's TransformerEncoderLayer asks for it
-        packed, separate = ("in_proj_weight",), ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         self._keys: dict[str, tuple[str, str, str]] = {}
-        for name in packed if self._qkv_same_embed_dim else separate:
+        for name in _PACKED if self._qkv_same_embed_dim else _SEPARATE:
             weight = getattr(module, name)
             key = self.set_weight(name, quantize(weight, qconfig), weight)
             self._keys[name] = key, f"{name}_scale", "in_proj_bias"
         for name in ("in_proj_bias", "bias_k", "bias_v"):
             self.set_bias(name, getattr(module, name))
         self.out_proj = DynamicQuantizedLinear.from_float(module.out_proj, qconfig, quantize)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _PACKED + _SEPARATE and name not in self.__dict__.get("_stored", {name}):
+            return None
+        return super().__getattr__(name)
 
     @classmethod
     def from_float(

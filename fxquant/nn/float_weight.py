@@ -92,7 +92,7 @@ class FloatWeight(torch.Tensor):
         # The backend is "meta", for `parameter.data = weight` asks the weight nothing and takes over what it has for
         # memory: on one of its own backend, null pointers. So it is an error of torch's.
         made: FloatWeight = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device="meta", dispatch_device=True
+            cls, shape, dtype=dtype, device=torch.device("meta"), dispatch_device=True
         )
         made._read, made._name, made._has_rows, made._device = read, name, has_rows, torch.device(device)
         return made

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fxquant import ops
-from fxquant.errors import DTypeError, ShapeError
-from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
+from fxquant.errors import DTypeError, ReadOnlyError, ShapeError
+from fxquant.nn.base import LIKE, Quantize, QuantizedModule, quantize_alone
+from fxquant.nn.float_weight import FloatWeight
 from fxquant.numerics import to_float32
 from fxquant.ops.autocast import cast_dtype
 from fxquant.ops.schema import check_dense
@@ -37,7 +38,8 @@ class DynamicQuantizedRecurrent(QuantizedModule):
     Input rows and each step's hidden rows are quantized as they come, each with a scale of its own, so that a sequence
     gives the same bits alone, in any batch, and step by step. The buffers are named as torch names the weights
     (weight_ih_l0_int8: (G·H, I), weight_ih_l0_scale: (G·H,) float32, …; weight_ih_l0: the float one); bias_l0 is the
-    sum of the two float biases.
+    sum of the two float biases. Only that is known, so bias_ih_l0 reads as bias_l0, and bias_hh_l0 as zeros, but for a
+    GRU's n gate, whose two biases are kept apart. Both are read-only.
     int4, two values a byte, in groups of N columns: (G·H, ceil(I / 2)) uint8, scale (G·H, ceil(I / N)) bfloat16. Each
     weight may have a scheme of its own (`QConfig.parts`); float16 and float32 ones have no scale, these no other key.
     Dropout between layers is for training only and has no part here.
@@ -73,6 +75,59 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         self._rows = all(own.per_row for own in ways), next((own.qmax for own in ways if own.makes_uint8), 255)
         for cell in self._cells if self.bias else ():
             self.join_biases(cell, getattr(module, f"bias_ih{cell}"), getattr(module, f"bias_hh{cell}"))
+
+    # The float module's attributes
+
+    def float_bias(self, name: str) -> torch.Tensor | None:
+        """Return `bias_ih_l0` or another of a float module's biases, (G·H,); None for a name that is none of them."""
+        side, cell = name[:7], name[7:]
+        if side not in ("bias_ih", "bias_hh") or cell not in self._cells:
+            return None
+        (joined,) = self.own([_bias_name(cell)])
+        values = joined.detach() if side == "bias_ih" else torch.zeros_like(joined)
+        if side == "bias_hh" and (hidden := self._parameters.get(f"hidden_{_bias_name(cell)}")) is not None:
+            values[-len(hidden) :] = hidden.detach()
+        return values.to(self._parameters[LIKE].dtype)  # type: ignore[union-attr, no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("bias_") or "_cells" not in self.__dict__:
+            return super().__getattr__(name)
+        if not self.bias:
+            return None if name in ("bias_ih", "bias_hh") and self._cells == [""] else super().__getattr__(name)
+        values = self.float_bias(name)
+        if values is None or torch.compiler.is_compiling():
+            return super().__getattr__(name) if values is None else values
+        return FloatWeight(lambda _: values, f"the {name} of {self._name()}", values.shape, values.dtype, values.device)
+
+    def _refuse(self, name: str) -> None:
+        super()._refuse(name)
+        if name.startswith("bias_") and self.__dict__.get("bias") and self.float_bias(name) is not None:
+            raise ReadOnlyError(
+                f"the {name} of {self._name()} is kept in a sum and cannot be set or deleted; "
+                "change the float model and quantize it again"
+            )
+
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        """The names of a float LSTM's, GRU's or RNN's parameters, a list for each layer and direction."""
+        if self._cells == [""]:
+            raise AttributeError(f"{type(self).__name__} has no _all_weights, nor has a float cell")
+        names = ["weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if self.bias else ())]
+        names += ["weight_hr"] if self.proj_size else []
+        return [[name + cell for name in names] for cell in self._cells]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    @property
+    def all_weights(self) -> list[list[torch.Tensor]]:
+        """The float weights and biases, a list for each layer and direction, as the float module has it."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
 
     @classmethod
     def from_float(

@@ -305,7 +305,7 @@ def test_memory_that_it_has_not_is_not_taken_over(layer, take):
     """Errors of torch's, which asks the weight nothing: what counts is that no parameter has null pointers then."""
     float_layer = nn.Linear(8, 4)
     before = float_layer.weight.clone()
-    with pytest.raises(RuntimeError, match="incompatible tensor type|Cannot swap"):
+    with pytest.raises(RuntimeError, match=r"incompatible tensor type|Cannot swap"):
         take(float_layer, layer.weight)
     assert torch.equal(float_layer.weight, before)
 
@@ -465,3 +465,77 @@ def test_a_reader_is_exported(strict):
     assert torch.equal(exported.module()(x), reader(x))
     compiled = torch.compile(reader, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), reader(x))
+
+
+RECURRENT = {
+    "lstm": lambda: nn.LSTM(6, 5, 2, bidirectional=True, proj_size=3),
+    "gru": lambda: nn.GRU(6, 5, 2, bidirectional=True),
+    "rnn": lambda: nn.RNN(6, 5),
+    "no bias": lambda: nn.LSTM(6, 5, bias=False),
+    "lstm cell": lambda: nn.LSTMCell(6, 5),
+    "gru cell": lambda: nn.GRUCell(6, 5),
+    "rnn cell": lambda: nn.RNNCell(6, 5),
+}
+
+
+@pytest.mark.parametrize("make", RECURRENT.values(), ids=RECURRENT)
+def test_a_recurrent_module_shows_what_the_float_one_has(make):
+    layer = make().eval()
+    quantized = quantize_dynamic(layer)
+    for name, own in layer.named_parameters():
+        shown = getattr(quantized, name)
+        assert (shown.shape, shown.dtype) == (own.shape, own.dtype)
+        if name.startswith("bias_ih"):
+            other = name.replace("ih", "hh")
+            total, expected = shown + getattr(quantized, other), own + getattr(layer, other)
+            is_gru = isinstance(layer, (nn.GRU, nn.GRUCell))
+            n = 10 if is_gru else len(own)  # the n gate's biases are kept apart
+            assert torch.equal(total[:n], expected[:n])
+            assert torch.equal(shown[n:], own[n:])
+            assert torch.equal(getattr(quantized, other)[n:], getattr(layer, other)[n:])
+            assert not getattr(quantized, other)[:n].any()
+    if isinstance(layer, nn.RNNBase):
+        assert quantized._flat_weights_names == layer._flat_weights_names
+        assert quantized._all_weights == layer._all_weights
+        shapes = [[part.shape for part in parts] for parts in layer.all_weights]
+        assert [[part.shape for part in parts] for parts in quantized.all_weights] == shapes
+        assert [part.shape for part in quantized._flat_weights] == [part.shape for part in layer._flat_weights]
+    assert copy.deepcopy(quantized).half().state_dict().keys() == quantized.state_dict().keys()
+
+
+@pytest.mark.parametrize("make", [RECURRENT["gru"], lambda: nn.LSTM(6, 5, 2, bidirectional=True)])
+def test_a_float_module_loaded_with_what_is_shown_computes_the_same(make):
+    """The shown values are a float module's that computes what the quantized one does, but for activations."""
+    layer, x = make().eval(), torch.randn(4, 3, 6)
+    quantized, twin = quantize_dynamic(layer), make().eval()
+    twin.load_state_dict({name: getattr(quantized, name) for name in layer.state_dict()})
+    expected = layer(x)[0]
+    assert (twin(x)[0] - expected).norm() <= 0.03 * expected.norm()
+
+
+def test_biases_of_recurrent_modules_are_read_only():
+    quantized = quantize_dynamic(nn.GRU(6, 5))
+    for write in (
+        lambda: quantized.bias_hh_l0.data.fill_(1),
+        lambda: quantized.bias_ih_l0.__setitem__(0, 1.0),
+        lambda: setattr(quantized, "bias_ih_l0", nn.Parameter(torch.zeros(15))),
+    ):
+        with pytest.raises(ReadOnlyError, match=r"bias_.h_l0 of a quantized GRU"):
+            write()
+    assert quantize_dynamic(nn.GRUCell(6, 5, bias=False)).bias_ih is None
+    for name in ("bias_ih_l1", "bias_ih", "bias_nothing"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(quantized, name)
+    with pytest.raises(AttributeError, match="all_weights"):
+        quantize_dynamic(nn.GRUCell(6, 5)).all_weights  # noqa: B018
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 6, "vdim": 4}])
+def test_the_weights_that_an_attention_does_not_have_are_none(sizes):
+    layer = nn.MultiheadAttention(8, 2, **sizes).eval()
+    quantized = quantize_dynamic(layer)
+    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "in_proj_bias"):
+        own, shown = getattr(layer, name), getattr(quantized, name)
+        assert (shown is None) == (own is None)
+        assert own is None or shown.shape == own.shape
+    assert quantized.dropout == layer.dropout

@@ -112,6 +112,13 @@ class QuantizedModule(nn.Module):
         """Raise ModelStateError: torch.jit.script asks for this."""
         return refuse_script()
 
+    def reset_parameters(self) -> None:
+        """Raise ModelStateError: integers are not drawn anew."""
+        raise ModelStateError(
+            f"the weights of a quantized {type(self).__name__} cannot be reset; initialize the float model and "
+            "quantize that"
+        )
+
     def own(self, names: Sequence[str]) -> list[Any]:
         """Return own buffers and parameters by name, past nn.Module's slow lookup."""
         buffers, parameters = self._buffers, self._parameters
@@ -180,8 +187,13 @@ class QuantizedModule(nn.Module):
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter as nn.Module does; ReadOnlyError for the name of a quantized weight."""
+        """Register a parameter as nn.Module does; ReadOnlyError for the name of a quantized weight, or for one."""
         self._refuse(name)
+        if isinstance(param, FloatWeight):  # torch.nn.utils.prune registers the weight as weight_orig
+            raise ReadOnlyError(
+                f"{name} cannot be {param._name}, which is no parameter and cannot be pruned or reparametrized. "
+                "Do that to the float model and quantize it again; a float copy is nn.Parameter(weight)"
+            )
         super().register_parameter(name, param)
 
     def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:

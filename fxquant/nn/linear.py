@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from fxquant import ops
-from fxquant.errors import ModelStateError
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.numerics import QuantizedTensor
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
@@ -70,12 +69,6 @@ class DynamicQuantizedLinear(QuantizedProduct, nn.Linear):  # type: ignore[misc]
     It is an nn.Linear to who asks for its type, and gradients pass through it to its input, so that adapters (LoRA)
     attach to it; its integers do not train. Its tensors: `QuantizedProduct`.
     """
-
-    def reset_parameters(self) -> None:
-        """Raise ModelStateError: integers are not drawn anew."""
-        raise ModelStateError(
-            "a quantized Linear's weight cannot be reset; initialize the float model and quantize that"
-        )
 
 
 class DynamicQuantizedLinearReLU(DynamicQuantizedLinear):

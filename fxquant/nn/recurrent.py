@@ -87,7 +87,7 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         values = joined.detach() if side == "bias_ih" else torch.zeros_like(joined)
         if side == "bias_hh" and (hidden := self._parameters.get(f"hidden_{_bias_name(cell)}")) is not None:
             values[-len(hidden) :] = hidden.detach()
-        return values.to(self._parameters[LIKE].dtype)  # type: ignore[union-attr, no-any-return]
+        return values.to(self._parameters[LIKE].dtype)  # type: ignore[union-attr]
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("bias_") or "_cells" not in self.__dict__:

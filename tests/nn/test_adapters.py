@@ -165,7 +165,7 @@ def test_a_quantized_linear_is_a_linear_to_who_asks():
     assert (layer.in_features, layer.out_features) == (8, 3)
     assert not isinstance(quantize_dynamic(nn.Sequential(nn.Conv1d(64, 64, 65)).eval())[0], nn.Linear)
     with pytest.raises(
-        ModelStateError, match="a quantized Linear's weight cannot be reset; initialize the float model"
+        ModelStateError, match="weights of a quantized DynamicQuantizedLinear cannot be reset; initialize the float"
     ):
         layer.reset_parameters()
 

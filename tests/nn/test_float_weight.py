@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import fxquant
 from fxquant import (
@@ -539,3 +540,13 @@ def test_the_weights_that_an_attention_does_not_have_are_none(sizes):
         assert (shown is None) == (own is None)
         assert own is None or shown.shape == own.shape
     assert quantized.dropout == layer.dropout
+
+
+@pytest.mark.parametrize("layer_name", ["linear", "embedding", "bag", "conv1d", "lstm"])
+def test_it_is_neither_pruned_nor_drawn_anew(layer_name):
+    make, _, (name, *_) = LAYERS[layer_name]
+    quantized = quantize_dynamic(make().eval())
+    with pytest.raises(ReadOnlyError, match=rf"{name}_orig cannot be the {name} of a quantized .* cannot be pruned"):
+        prune.l1_unstructured(quantized, name, amount=0.5)
+    with pytest.raises(fxquant.ModelStateError, match=r"weights of a quantized \w+ cannot be reset"):
+        quantized.reset_parameters()

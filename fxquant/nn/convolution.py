@@ -43,7 +43,7 @@ class DynamicQuantizedConv(QuantizedProduct):
         weight = quantize(module.weight.transpose(1, -1), qconfig)
         flat = weight._replace(values=weight.values.flatten(1))
         quantized = cls(flat, module.bias, qconfig, flat.values.shape[1], module.weight, (1, -1))
-        for name in ("in_channels", *_SHOWN):
+        for name in ("in_channels", "out_channels", "groups", "transposed", "output_padding", *_SHOWN):
             setattr(quantized, name, getattr(module, name))
         quantized.padding = paddings(module)
         return quantized

@@ -28,6 +28,8 @@ class QuantizedTable(QuantizedModule):
         super().__init__(qconfig)
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
         self.padding_idx, self.dtype = module.padding_idx, module.weight.dtype
+        for name in ("max_norm", "norm_type", "scale_grad_by_freq", "sparse"):  # of no effect here, but read by callers
+            setattr(self, name, getattr(module, name))
         key = self.set_weight("weight", quantize(module.weight, qconfig), module.weight)
         self._tensors = (key, "weight_scale", "weight_zero_point")
         self._bits = qconfig.weight.bits  # found once, not at each call

@@ -238,6 +238,7 @@ class DynamicQuantizedLSTM(DynamicQuantizedRecurrent):
     """An nn.LSTM with quantized weights. docs/numerics.md, eq. 9–12."""
 
     has_cell_state = True
+    mode = "LSTM"
 
     def run(self, x: torch.Tensor, sizes: torch.Tensor | None, states: States) -> States:
         """Return (output, h, c)."""
@@ -253,7 +254,8 @@ class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
         self, module: Any, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
     ) -> None:
         super().__init__(module, qconfig, quantize)
-        self.mode = module.mode.lower() if hasattr(module, "mode") else f"rnn_{module.nonlinearity}"
+        self.nonlinearity = module.nonlinearity
+        self.mode = f"RNN_{module.nonlinearity.upper()}"
         self._hidden_biases: list[str] = []
 
     def run(self, x: torch.Tensor, sizes: torch.Tensor | None, states: States) -> States:
@@ -261,7 +263,16 @@ class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
         weights, scales = self.matrices(x)
         biases, hidden_biases = self.own(self._biases), self.own(self._hidden_biases)
         return ops.rnn(
-            x, sizes, states[0], weights, scales, biases, hidden_biases, self.mode, self.bidirectional, *self._rows
+            x,
+            sizes,
+            states[0],
+            weights,
+            scales,
+            biases,
+            hidden_biases,
+            self.mode.lower(),
+            self.bidirectional,
+            *self._rows,
         )
 
 
@@ -277,7 +288,7 @@ class DynamicQuantizedGRU(DynamicQuantizedRNN):
         self, module: Any, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
     ) -> None:
         DynamicQuantizedRecurrent.__init__(self, module, qconfig, quantize)
-        self.mode = "gru"
+        self.mode = "GRU"
         self._hidden_biases = [f"hidden_{name}" for name in self._biases]
 
     def join_biases(self, cell: str, bias_ih: torch.Tensor, bias_hh: torch.Tensor) -> None:

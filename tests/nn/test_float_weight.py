@@ -550,3 +550,22 @@ def test_it_is_neither_pruned_nor_drawn_anew(layer_name):
         prune.l1_unstructured(quantized, name, amount=0.5)
     with pytest.raises(fxquant.ModelStateError, match=r"weights of a quantized \w+ cannot be reset"):
         quantized.reset_parameters()
+
+
+OPTIONS = {
+    **RECURRENT,
+    "relu": lambda: nn.RNN(6, 5, nonlinearity="relu"),
+    "relu cell": lambda: nn.RNNCell(6, 5, nonlinearity="relu"),
+    **{name: make for name, (make, *_) in LAYERS.items()},
+}
+
+
+@pytest.mark.parametrize("make", OPTIONS.values(), ids=OPTIONS)
+def test_options_of_the_float_module_read_the_same(make):
+    layer = make().eval()
+    quantized = quantize_dynamic(layer)
+    for name, own in vars(layer).items():
+        if name == "padding" and hasattr(layer, "kernel_size"):
+            continue  # a quantized convolution's is in the form of F.pad
+        if not name.startswith("_") and isinstance(own, (bool, int, float, str, tuple, type(None))):
+            assert getattr(quantized, name) == own, name

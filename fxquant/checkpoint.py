@@ -348,7 +348,7 @@ class _OtherArchitectureError(Exception):
 
 def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
     traced = trace(model, record.operators, "meta", record.constants, record.untraced, keep=record.keep)
-    _match(saved, traced.module)
+    _match(saved, traced.module, model)
     fuse(traced.module, traced.hooked, record.preserved, only=record.fusions)
     sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module
@@ -358,14 +358,14 @@ def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None)
 
 def _rebuild_tree(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
     root = plain_mirror(model, "meta")
-    _match(saved, root)
+    _match(saved, root, model)
     root, _ = convert_modules(root, record.sites, record.operators, batch_invariant=record.batch_invariant)
     return keep_record(root, record)
 
 
-def _match(saved: Architecture | None, root: nn.Module) -> None:
+def _match(saved: Architecture | None, root: nn.Module, model: nn.Module) -> None:
     """Raise _OtherArchitectureError unless a model is the saved one; warn where its untraced code may be another."""
-    certain, possible = differences(saved, describe(root)) if saved is not None else ([], [])
+    certain, possible = differences(saved, describe(root, model)) if saved is not None else ([], [])
     if certain:
         more = f" (and {len(certain) - 1} more)" if len(certain) > 1 else ""
         raise _OtherArchitectureError(certain[0] + more)

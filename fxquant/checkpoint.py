@@ -383,7 +383,13 @@ def _check_tensors(result: nn.Module, tensors: dict[str, torch.Tensor], path: st
         if name not in tensors:
             raise CheckpointError(f"{path}: has no tensor {name!r}, which this model needs{nearest(name, tensors)}")
         found = tensors[name]
-        if found.shape != tensor.shape or dtype_errors({name: tensor}, tensors):
+        is_cast = bool(dtype_errors({name: tensor}, tensors))
+        if found.shape == tensor.shape and found.is_floating_point() and tensor.is_floating_point() and is_cast:
+            raise CheckpointError(
+                f"{path}: {name!r} is {found.dtype} in the file, but {tensor.dtype} in this model: load "
+                f"into a model of the file's dtype, model.to({found.dtype}), and cast the result"
+            )
+        if found.shape != tensor.shape or is_cast:
             raise CheckpointError(
                 f"{path}: {name!r} is {tuple(found.shape)} {found.dtype}, but this model needs {tuple(tensor.shape)} "
                 f"{tensor.dtype}: the checkpoint is another model's"

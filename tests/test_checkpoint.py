@@ -743,3 +743,10 @@ def test_another_release_s_untraced_code_is_warned_of(path, monkeypatch):
     monkeypatch.setattr(__import__(__name__.partition(".")[0]), "__version__", "1.1", raising=False)
     with pytest.warns(UserWarning, match="quantized with another release of its package: .*tests 1.1.* of 1.0"):
         fxquant.load(Scaled(branches=True).eval(), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_skeleton_of_another_dtype_is_told_so(path, dtype):
+    fxquant.save(quantize(nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)), path)
+    with pytest.raises(CheckpointError, match=rf"float32 in the file, but {dtype} in this .*model.to\(torch.float32\)"):
+        fxquant.load(nn.Sequential(nn.Linear(64, 64)).eval().to(dtype), path)

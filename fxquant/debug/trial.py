@@ -41,7 +41,6 @@ Forms = Mapping[int, nn.Module]
 _CHUNK = 2**15
 """How many values are compared at once, in float64: as many as stay in a core's cache."""
 
-
 NO_FLOATS = (
     "the model's outputs hold no tensor to compare, none whose values are floats (class indices say nothing of an "
     "error); let forward return its scores too"
@@ -91,8 +90,7 @@ def need_information(start: float, tried: Iterable[float], schemes: Iterable[str
     if values and (is_nan or (is_zero and not _FINE.issuperset(schemes))):
         raise ArgumentError(
             f"metric gives 0 or NaN for all {len(values)} quantized models that were tried, so that it tells none from "
-            "another; let it count something that the model gives (is its data empty?), or leave it out: the "
-            "default is the outputs' relative RMS error"
+            "another; let it count something that the model gives (is its data empty?), or leave it out"
         )
 
 

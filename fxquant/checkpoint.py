@@ -348,7 +348,7 @@ class _OtherArchitectureError(Exception):
 
 def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
     traced = trace(model, record.operators, "meta", record.constants, record.untraced, keep=record.keep)
-    _match(saved, traced.module)
+    _match(saved, traced.module, model)
     fuse(traced.module, traced.hooked, record.preserved, only=record.fusions)
     sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module
@@ -358,14 +358,14 @@ def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None)
 
 def _rebuild_tree(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
     root = plain_mirror(model, "meta")
-    _match(saved, root)
+    _match(saved, root, model)
     root, _ = convert_modules(root, record.sites, record.operators, batch_invariant=record.batch_invariant)
     return keep_record(root, record)
 
 
-def _match(saved: Architecture | None, root: nn.Module) -> None:
+def _match(saved: Architecture | None, root: nn.Module, model: nn.Module) -> None:
     """Raise _OtherArchitectureError unless a model is the saved one; warn where its untraced code may be another."""
-    certain, possible = differences(saved, describe(root)) if saved is not None else ([], [])
+    certain, possible = differences(saved, describe(root, model)) if saved is not None else ([], [])
     if certain:
         more = f" (and {len(certain) - 1} more)" if len(certain) > 1 else ""
         raise _OtherArchitectureError(certain[0] + more)
@@ -383,7 +383,13 @@ def _check_tensors(result: nn.Module, tensors: dict[str, torch.Tensor], path: st
         if name not in tensors:
             raise CheckpointError(f"{path}: has no tensor {name!r}, which this model needs{nearest(name, tensors)}")
         found = tensors[name]
-        if found.shape != tensor.shape or dtype_errors({name: tensor}, tensors):
+        is_cast = bool(dtype_errors({name: tensor}, tensors))
+        if found.shape == tensor.shape and found.is_floating_point() and tensor.is_floating_point() and is_cast:
+            raise CheckpointError(
+                f"{path}: {name!r} is {found.dtype} in the file, but {tensor.dtype} in this model: load "
+                f"into a model of the file's dtype, model.to({found.dtype}), and cast the result"
+            )
+        if found.shape != tensor.shape or is_cast:
             raise CheckpointError(
                 f"{path}: {name!r} is {tuple(found.shape)} {found.dtype}, but this model needs {tuple(tensor.shape)} "
                 f"{tensor.dtype}: the checkpoint is another model's"

@@ -135,7 +135,7 @@ def _as_tree(architecture: nn.Module, found: Found) -> nn.Module:
 def _as_graph(architecture: nn.Module, found: Found) -> nn.Module:
     """Return the architecture as a graph, as prepare_fx and convert_fx give; a BatchNorm that was not folded stays."""
     traced = trace(architecture, OPERATORS, keep_whole=True, folds=False)  # its weights are not read
-    described = describe(traced.module)
+    described = describe(traced.module, architecture)
     norms = {name.rpartition(".")[0] for name in found.floats if name.endswith(".running_mean")}
     fusions, _ = fuse(traced.module, traced.hooked | norms)
     _place_calls(traced, found)

@@ -77,7 +77,7 @@ def prepare_fx(
         return _prepare_whole(model, mapping, operators, inputs, error, strict, batch_invariant)
     functions = [SPELT.get(node.target, node.target) for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
-    architecture = describe(traced.module)  # before it is fused
+    architecture = describe(traced.module, model)  # before it is fused
     record = _decide(traced, mapping, operators, preserved).advance(
         float_bytes=edit.byte_count(model),
         example=Example(inputs),

@@ -30,7 +30,6 @@ from fxquant import (
 )
 from fxquant.checkpoint import FORMAT
 from fxquant.graph.architecture import ModuleKind
-from fxquant.graph.code import code_of
 from fxquant.graph.module import Coverage, Fusion, Left, Site
 from fxquant.spec import TensorSpec
 from tests.samples import SCHEMES, Call, WordLM, everything, leaves, lm_inputs, prepare, quantize, same_bits
@@ -398,7 +397,7 @@ FIELDS = {
         Fusion: "path chain",
         Coverage: "quantized_bytes total_bytes",
         QConfig: "activation weight weight_observer parts",
-        ModuleKind: "type details attributes code release",
+        ModuleKind: "type details attributes code release tensors",
         TensorSpec: "dtype qmin qmax symmetric axis dynamic scale_steps group_size",
     }
 }
@@ -742,7 +741,12 @@ def test_another_release_s_untraced_code_is_warned_of(path, monkeypatch):
 
     rewrite(path, change)
     monkeypatch.setattr(__import__(__name__.partition(".")[0]), "__version__", "1.1", raising=False)
-    code_of.cache_clear()
     with pytest.warns(UserWarning, match="quantized with another release of its package: .*tests 1.1.* of 1.0"):
         fxquant.load(Scaled(branches=True).eval(), path)
-    code_of.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_skeleton_of_another_dtype_is_told_so(path, dtype):
+    fxquant.save(quantize(nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)), path)
+    with pytest.raises(CheckpointError, match=rf"float32 in the file, but {dtype} in this .*model.to\(torch.float32\)"):
+        fxquant.load(nn.Sequential(nn.Linear(64, 64)).eval().to(dtype), path)

@@ -69,7 +69,8 @@ class CompareRow:
 class OutputRow:
     """One floating-point output's error. name: its path in what forward gives, "" where that is one tensor.
 
-    batches: how many it was compared in: those in which both models give it, in one shape.
+    batches: how many it was compared in: those in which both models give it, in one shape. Its errors are NaN where
+    there is none, or the float model gives no finite value.
     """
 
     name: str
@@ -128,7 +129,13 @@ class Comparison(Report):
             f"{_number(self.output_max_error)}; {batches}"
         )
         if math.isnan(self.output_max_error):
-            output = f"{what}: not compared, it has other shapes in the quantized model; {batches}"
+            has_pairs = any(row.batches for row in self.outputs)
+            why = (
+                "the float model gives only NaN and infinities"
+                if has_pairs
+                else "it has other shapes in the quantized model"
+            )
+            output = f"{what}: not compared, {why}; {batches}"
         missed = [site_name(row) for row in self.rows if not row.calls]
         apart = [f"{site_name(row)}: {row.unpaired}" for row in self.rows if row.unpaired]
         return (
@@ -270,11 +277,11 @@ class _Outputs:
             )
             for name, error in self._errors.items()
         ]
-        return tuple(sorted(rows, key=lambda row: (row.batches == 0, row.sqnr_db)))
+        return tuple(sorted(rows, key=lambda row: (math.isnan(row.sqnr_db), row.sqnr_db)))
 
     def worst(self) -> Error:
         """Return the error of the output that came off worst; one that is 0 throughout says little, and comes last."""
-        compared = (error for error in self._errors.values() if error.calls)
+        compared = (error for error in self._errors.values() if error.known)
         return min(compared, key=lambda error: (not error.signal, error.sqnr_db), default=Error())
 
 

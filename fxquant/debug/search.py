@@ -22,8 +22,8 @@ from torch import nn
 from fxquant.debug.ladder import Mixture, Option, Place, Unit, best_mixtures, ladder_of, places_of, tie
 from fxquant.debug.profile import profile
 from fxquant.debug.table import site_name
-from fxquant.debug.trial import Forms, Progress, Trial, Variant
-from fxquant.errors import ModelStateError, QConfigError
+from fxquant.debug.trial import Forms, Progress, Trial, Variant, need_information, need_number
+from fxquant.errors import QConfigError
 from fxquant.operators import find_row
 from fxquant.qconfig import QConfig
 
@@ -63,11 +63,7 @@ class Search:
         self.trial, self.budget, self.sign = trial, budget, sign
         self.power = 2.0 if trial.is_default else 1.0
         self.start = trial.measure_all({"float": Variant({}, {})})["float"]
-        if math.isnan(self.start):
-            raise ModelStateError(
-                "the metric of the float model is NaN, so that nothing can be measured against it; look for NaN in the "
-                "model's weights, the data and the metric"
-            )
+        need_number(self.start)
         self.is_fast = minimize == "ms"
         self.sites = trial.record.sites
         rows = [find_row(trial.record.operators, site.operator) for site in self.sites]
@@ -125,6 +121,10 @@ class Search:
                 self._descend(found, options)
                 break
         self._measure_reference()
+        if not self.trial.is_default:  # a NaN is told with the result, which is outside of any budget
+            schemes = {name for names in self.schemes.values() for name in names}
+            tried = [*self.alone.values(), *(point.metric for point in self.points)]
+            need_information(self.start, [value for value in tried if not math.isnan(value)], schemes)
         within = [point for point in self.points if point.harm <= self.budget]
         nearest = min(self.points, key=lambda point: (point.harm, self.cost(point)))
         return sorted(within, key=lambda point: (self.cost(point), point.harm, point.schemes)) or [nearest]

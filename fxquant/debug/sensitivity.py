@@ -16,7 +16,7 @@ from torch import nn
 
 from fxquant.debug.report import Column, Report
 from fxquant.debug.table import megabytes, shorten, site_name
-from fxquant.debug.trial import Forms, Metric, Notes, Progress, Trial, Variant
+from fxquant.debug.trial import Forms, Metric, Notes, Progress, Trial, Variant, need_information, need_number
 from fxquant.qconfig_mapping import QConfigMapping
 
 
@@ -96,12 +96,16 @@ def sensitivity(
     values are kept for as long; a site then costs twice what follows it in the graph. Any other metric is run twice a
     site and twice more. Both on mirrors: the model is not changed.
 
-    Raises ExampleInputsError, ModelStateError where the mapping quantizes nothing, CheckpointError for a file of
-    another run.
+    Raises ExampleInputsError, ModelStateError where the mapping quantizes nothing or the float model's metric is NaN,
+    ArgumentError for a metric that is 0 or NaN for everything, CheckpointError for a file of another run.
     """
     trial = Trial(model, qconfig_mapping, data, metric)
     values = trial.measure_all(variants_of(trial.forms), Notes(resume, trial), progress)
     before, after = values["float"], values["quantized"]
+    need_number(before)
+    if metric is not None:
+        tried = [value for name, value in values.items() if name != "float"]
+        need_information(before, tried, {site.qconfig.weight.dtype for site in trial.record.sites})
     sign = -1.0 if higher_is_better else 1.0
     rows = tuple(
         SensitivityRow(

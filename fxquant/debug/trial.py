@@ -41,12 +41,14 @@ Forms = Mapping[int, nn.Module]
 _CHUNK = 2**15
 """How many values are compared at once, in float64: as many as stay in a core's cache."""
 
-
 NO_FLOATS = (
     "the model's outputs hold no tensor to compare, none whose values are floats (class indices say nothing of an "
     "error); let forward return its scores too"
 )
 """What is told of a model whose outputs cannot be judged."""
+
+_FINE = frozenset({"float", "float16", "int16"})
+"""Schemes that lose next to nothing."""
 
 Floats = Mapping[str, torch.Tensor]
 """The floats of an output, by their paths."""
@@ -66,6 +68,30 @@ class _Pass(NamedTuple):
     base: Forms
     replay: Replay
     wanted: Floats
+
+
+def need_number(start: float) -> None:
+    """Raise ModelStateError where the metric of the float model is NaN."""
+    if math.isnan(start):
+        raise ModelStateError(
+            "the metric of the float model is NaN, so that nothing can be measured against it; look for NaN in the "
+            "model's weights, the data and the metric"
+        )
+
+
+def need_information(start: float, tried: Iterable[float], schemes: Iterable[str]) -> None:
+    """Raise ArgumentError where a metric of the user's is 0 or NaN for the float model and all that was tried.
+
+    schemes: that were tried. Those that lose next to nothing may well leave a metric at 0.
+    """
+    values = list(tried)
+    is_nan = all(map(math.isnan, values))
+    is_zero = not any(value for value in (start, *values) if not math.isnan(value))
+    if values and (is_nan or (is_zero and not _FINE.issuperset(schemes))):
+        raise ArgumentError(
+            f"metric gives 0 or NaN for all {len(values)} quantized models that were tried, so that it tells none from "
+            "another; let it count something that the model gives (is its data empty?), or leave it out"
+        )
 
 
 def _number(value: Any) -> float:

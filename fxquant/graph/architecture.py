@@ -8,17 +8,18 @@ formatting, and with the functions and constants that it uses. Dropout and the l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fxquant.graph.code import Code, code_of, stored_names, word_for
+from fxquant.graph.code import Code, code_of, hook_word, stored_names
 from fxquant.graph.tracer import BUFFERS_ARE_NODES, forward_of
+from fxquant.graph.values import Values, is_near, without_addresses
 from fxquant.qconfig_mapping import type_name
 
 _IDLE_MODULES = (_DropoutNd, nn.Identity)
@@ -40,7 +41,7 @@ class ModuleKind:
     """What one module is. type: its type, "" where there is code to tell; details: its extra_repr, a part an entry.
 
     attributes: its plain ones; code: of a user's module a digest of its forward's code; release: that one's package,
-    with the version.
+    with the version. tensors: a summary of each that no file holds, where it has values.
     """
 
     type: str
@@ -48,17 +49,24 @@ class ModuleKind:
     attributes: Mapping[str, str] = field(default_factory=dict)
     code: str = ""
     release: str = ""
+    tensors: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def tell(self, other: ModuleKind) -> str:
         """Return the module as a person would write it, with what sets it apart from another."""
         parts = [part for part in self.details if self.type != other.type or part not in other.details]
         shared = self.attributes.keys() & other.attributes.keys()
         parts += [f"{n}={self.attributes[n]}" for n in self.attributes if n in shared and self.is_other(other, n)]
+        apart = [name for name in self.tensors if not self.has_near(other, name)]
+        parts += [f"{name}: a tensor {tuple(self.tensors[name][0])} of other values or shape" for name in apart]
         return f"{self.type or 'a module of its own class'}({', '.join(parts)})"
 
     def is_other(self, other: ModuleKind, name: str) -> bool:
         """Return whether both have an attribute, and not the same: what one release lacks does not count."""
         return name in self.attributes and self.attributes[name] != other.attributes.get(name, self.attributes[name])
+
+    def has_near(self, other: ModuleKind, name: str) -> bool:
+        """Return whether a tensor is the same in both, or not known in one of them, as on the meta device."""
+        return name not in other.tensors or is_near(self.tensors[name], other.tensors[name])
 
 
 @dataclass(frozen=True)
@@ -95,19 +103,37 @@ class Architecture:
 
 
 def _key(kind: ModuleKind) -> tuple[Any, ...]:
-    return kind.type, kind.details, tuple(kind.attributes.items()), kind.code, kind.release
+    return kind.type, kind.details, tuple(kind.attributes.items()), kind.code, kind.release, repr(kind.tensors)
 
 
-def describe(root: nn.Module) -> Architecture:
-    """Return the architecture of a model in eval mode: of a traced one, not yet fused, by its graph."""
-    if not isinstance(root, fx.GraphModule):
-        return Architecture({path: _module_kind(module) for path, module in root.named_modules()})
-    modules: dict[str, ModuleKind] = {}
-    for node in root.graph.find_nodes(op="call_module", sort=True):
-        leaf = root.get_submodule(str(node.target))
-        modules.update({f"{node.target}.{path}".rstrip("."): _module_kind(m) for path, m in leaf.named_modules()})
-    nodes = _node_lines(root.graph)
-    return Architecture(modules, nodes, bool(root.graph.output_node().meta.get(BUFFERS_ARE_NODES)))
+class _Seen(NamedTuple):
+    """What is known of a whole model. reads: the names that its code reads; paths: of its modules, by their ids."""
+
+    reads: frozenset[str]
+    paths: Mapping[int, str]
+
+
+def describe(root: nn.Module, source: nn.Module | None = None) -> Architecture:
+    """Return the architecture of a model in eval mode: of a traced one, not yet fused, by its graph.
+
+    source: the user's model, where root is a mirror of it on the meta device: values of tensors are read there.
+    """
+    graph = root.graph if isinstance(root, fx.GraphModule) else None
+    found: dict[str, nn.Module] = {}
+    if graph is not None:
+        for node in graph.find_nodes(op="call_module", sort=True):
+            leaf = root.get_submodule(str(node.target))
+            found.update({f"{node.target}.{path}".rstrip("."): module for path, module in leaf.named_modules()})
+    else:
+        found = dict(root.named_modules())
+    codes = [code_of(type(m), forward_of(m)) for m in found.values() if not type(m).__module__.startswith("torch.")]
+    paths = {id(module): path for path, module in root.named_modules()}
+    seen = _Seen(frozenset[str]().union(*(code.reads for code in codes)), paths)
+    own = dict((root if source is None else source).named_modules(remove_duplicate=False))
+    modules = {path: _module_kind(module, own.get(path), seen) for path, module in found.items()}
+    if graph is None:
+        return Architecture(modules)
+    return Architecture(modules, _node_lines(graph), bool(graph.output_node().meta.get(BUFFERS_ARE_NODES)))
 
 
 def differences(saved: Architecture, found: Architecture) -> tuple[list[str], list[str]]:
@@ -139,7 +165,9 @@ def differences(saved: Architecture, found: Architecture) -> tuple[list[str], li
 
 def _is_other(old: ModuleKind, new: ModuleKind) -> bool:
     """Return whether two kinds differ in more than their code."""
-    return (old.type, old.details) != (new.type, new.details) or any(old.is_other(new, n) for n in old.attributes)
+    return (old.type, old.details) != (new.type, new.details) or (
+        any(old.is_other(new, n) for n in old.attributes) or not all(old.has_near(new, n) for n in old.tensors)
+    )
 
 
 def _other_nodes(saved: tuple[str, ...], found: tuple[str, ...]) -> list[str]:
@@ -152,18 +180,21 @@ def _other_nodes(saved: tuple[str, ...], found: tuple[str, ...]) -> list[str]:
     return []
 
 
-def _module_kind(module: nn.Module) -> ModuleKind:
+def _module_kind(module: nn.Module, source: nn.Module | None, seen: _Seen) -> ModuleKind:
     """Return what a module is."""
     if isinstance(module, _IDLE_MODULES):
         return ModuleKind(_IDENTITY)
     kind: Any = type(module)
     is_torchs = kind.__module__.startswith("torch.")
     has_repr = kind.extra_repr is not nn.Module.extra_repr
-    attributes = {} if is_torchs and has_repr else dict(_attributes(module))
+    values = _values(module, source, seen)
     code = Code() if is_torchs else code_of(kind, forward_of(module))
-    details = tuple(_details(module)) if has_repr else ()
+    details = (*(_details(module) if has_repr else ()), *_hooks(module if source is None else source))
+    if is_torchs:  # whose repr tells these
+        for part in details:
+            values.texts.pop(part.partition("=")[0], None)
     name = type_name(kind) if is_torchs else "" if code.digest else kind.__name__
-    return ModuleKind(name, details, attributes, code.digest, code.release)
+    return ModuleKind(name, details, values.texts, code.digest, code.release, values.tensors)
 
 
 def _details(module: nn.Module) -> Iterator[str]:
@@ -172,35 +203,43 @@ def _details(module: nn.Module) -> Iterator[str]:
         text = module.extra_repr()
     except Exception:  # a user's own, which is called here for no wish of theirs
         return
-    for part in re.split(r",\s*(?![^(\[{]*[)\]}])", _without_addresses(text)):
+    for part in re.split(r",\s*(?![^(\[{]*[)\]}])", without_addresses(text)):
         if part and part.partition("=")[0].strip() not in _IDLE_NAMES:
             yield part.strip()
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the plain attributes of a module, as text, but for what its methods set while it runs."""
+def _values(module: nn.Module, source: nn.Module | None, seen: _Seen) -> Values:
+    """Return what a module holds that counts, but for what its methods set while it runs.
+
+    source: the user's own module, which has the values of tensors.
+    """
     kind: Any = type(module)
+    is_torchs = kind.__module__.startswith("torch.")
     skipped = _IDLE_NAMES | _OF_ORIGIN | _OF_EVERY_MODULE | stored_names(kind)
+    found = Values(seen.reads, skipped, seen.paths)
+    knows_all = is_torchs or not seen.reads or "getattr" in seen.reads
     for name, value in vars(module).items():
-        text = _plain(value)
-        if text and name not in skipped:
-            yield name, text
+        if name in skipped or not (name in seen.reads or (knows_all and not (is_torchs and name.startswith("_")))):
+            continue
+        found.add(name, value)
+    found.tensors.clear()
+    if source is None or is_torchs or code_of(kind, forward_of(module)).writes:
+        return found
+    held = {name: source._buffers.get(name) for name in source._non_persistent_buffers_set}
+    there = Values(seen.reads, skipped)
+    for name, value in {**vars(source), **held}.items():
+        if name in seen.reads and name not in skipped and value is not None:
+            there.add(name, value)
+    found.tensors.update(there.tensors)
+    return found
 
 
-def _plain(value: Any) -> str:
-    """Return a number, a word, a function or a container of such as text; "" for anything else, a path too."""
-    if isinstance(value, str):
-        return "" if "/" in value or "\\" in value else repr(value)
-    if isinstance(value, (bool, int, type(None))):
-        return repr(value)
-    if isinstance(value, float):
-        return repr(float(value))
-    if isinstance(value, (tuple, list, dict)) and value:
-        parts = value.items() if isinstance(value, dict) else [("", part) for part in value]
-        texts = [(str(name), _plain(part)) for name, part in parts]
-        told = ", ".join(f"{name}: {text}" if name else text for name, text in texts)
-        return f"[{told}]" if all(text for _, text in texts) else ""
-    return "" if isinstance(value, nn.Module) else _without_addresses(word_for(value))
+def _hooks(module: nn.Module) -> Iterator[str]:
+    """Yield the forward hooks of a module that take part in what it computes."""
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        words = [word for hook in getattr(module, name).values() if (word := hook_word(hook))]
+        if words:
+            yield f"{name.strip('_')}={'; '.join(words)}"
 
 
 def _node_lines(graph: fx.Graph) -> tuple[str, ...]:
@@ -253,8 +292,4 @@ def _argument(value: Any, numbers: Mapping[fx.Node, str]) -> str:
     if isinstance(value, float):
         return repr(float(value))
     named = getattr(value, "__name__", None)
-    return str(named) if named else _without_addresses(repr(value))
-
-
-def _without_addresses(text: str) -> str:
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+    return str(named) if named else without_addresses(repr(value))

@@ -74,10 +74,10 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 class Error:
-    """Running sums of one tensor's error: Σ y², Σ (y - ŷ)² and max |y - ŷ|, over what is finite in float."""
+    """Running sums of one tensor's error: Σ y², Σ (y - ŷ)² and max |y - ŷ|, over the `known` finite float values."""
 
     def __init__(self) -> None:
-        self.calls, self.signal, self.noise, self.largest = 0, 0.0, 0.0, 0.0
+        self.calls, self.known, self.signal, self.noise, self.largest = 0, 0, 0.0, 0.0, 0.0
 
     def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:
         """Count another pair. Where the float value is not finite, there is no error to speak of."""
@@ -86,6 +86,7 @@ class Error:
             known = expected.isfinite()
             expected, got = expected[known], got[known]
         difference = expected - got
+        self.known += difference.numel()
         noise = energy(difference)
         self.calls += 1
         self.signal += energy(expected)
@@ -94,8 +95,8 @@ class Error:
 
     @property
     def sqnr_db(self) -> float:
-        """10 log10(Σ y² / Σ (y - ŷ)²): infinite without any error, NaN without any pair."""
-        if not self.calls:
+        """10 log10(Σ y² / Σ (y - ŷ)²): infinite without any error, NaN without any pair of finite values."""
+        if not self.known:
             return math.nan
         if self.noise == 0:
             return math.inf
@@ -105,14 +106,14 @@ class Error:
     @property
     def relative_rms(self) -> float:
         """√(Σ (y - ŷ)² / Σ y²)."""
-        if not self.calls or self.noise == 0:
-            return 0.0 if self.calls else math.nan
+        if not self.known or self.noise == 0:
+            return 0.0 if self.known else math.nan
         return math.sqrt(self.noise / self.signal) if self.signal else math.inf
 
     @property
     def max_error(self) -> float:
         """The largest |y - ŷ|."""
-        return self.largest if self.calls else math.nan
+        return self.largest if self.known else math.nan
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

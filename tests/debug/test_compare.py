@@ -602,3 +602,13 @@ def test_labels_alone_say_nothing():
     model = Tagger(lambda y, h: y.argmax(-1)).eval()
     with pytest.raises(ExampleInputsError, match="hold no tensor to compare, none whose values are floats"):
         compare(model, quantize_dynamic(model), [torch.randn(5, 8)])
+
+
+def test_outputs_that_are_all_nan_are_not_exact():
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(torch.nan)
+    found = compare(model, quantize_dynamic(model), [torch.randn(2, 4)])
+    assert math.isnan(found.output_sqnr_db)
+    assert math.isnan(found.outputs[0].sqnr_db)
+    assert "not compared, the float model gives only NaN and infinities" in str(found)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxquant
 from fxquant import (
     ArgumentError,
     CheckpointError,
@@ -295,7 +296,7 @@ def test_progress_wraps_the_work(model, data):
         return work
 
     sensitivity(model, EVERYTHING, data, progress=progress)
-    sensitivity(model, EVERYTHING, data, lambda candidate: 0.0, progress=progress)
+    sensitivity(model, EVERYTHING, data, lambda candidate: 1.0, progress=progress)
     assert seen == [len(data) * (2 + 2 * 3), 2 + 2 * 3]
 
 
@@ -349,3 +350,20 @@ def test_the_worst_of_the_float_outputs_is_the_metric(data, is_traced):
 def test_a_metric_over_nothing_is_an_error(data, form, match):
     with pytest.raises(ExampleInputsError, match=match):
         sensitivity(Tagger(form).eval(), EVERYTHING, data)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_metric_that_tells_nothing_is_an_error(model, data, value):
+    values = iter([0.5 if math.isnan(value) else value])  # the float model's comes first
+    with pytest.raises(ArgumentError, match=r"gives 0 or NaN for all .* \(is its data empty\?\)"):
+        sensitivity(model, EVERYTHING, data, lambda candidate: next(values, value))
+
+
+def test_a_metric_of_0_counts_where_sites_lose_next_to_nothing(model, data):
+    mapping = QConfigMapping().set_global(fxquant.float16_dynamic_qconfig)
+    assert sensitivity(model, mapping, data, lambda candidate: 0.0).quantized_metric == 0.0
+
+
+def test_a_float_model_whose_outputs_are_nan_is_an_error(model):
+    with pytest.raises(ModelStateError, match="the metric of the float model is NaN"):
+        sensitivity(model, EVERYTHING, [torch.full((2, 6), torch.nan)])

@@ -585,3 +585,8 @@ def test_that_a_model_does_not_trace_is_said_once():
         suggest_mapping(Branches().eval(), [(torch.ones(2, 8),)], budget=0.5, schemes=("int8",))
     assert [str(w.message).startswith("Branches does not trace") for w in caught] == [True]
     assert caught[0].filename == __file__
+
+
+def test_a_metric_that_is_0_for_all_is_an_error(model, data):
+    with pytest.raises(ArgumentError, match=r"metric gives 0 or NaN for all .* quantized models that were tried"):
+        suggest_mapping(model, data, lambda candidate: 0.0, budget=1.0)

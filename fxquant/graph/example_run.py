@@ -18,14 +18,15 @@ from fxquant.graph.capture import Shapes
 from fxquant.graph.clean import own_tensors
 from fxquant.graph.module import Site
 from fxquant.graph.outputs import drained, named_floats, named_tensors
+from fxquant.nn.base import QuantizedModule
 from fxquant.nn.transformer import avoid_fast_path
 
 
 class Pass:
     """One run of a mirror on the example inputs. tensors, floats: its outputs, by name; error: why there are none.
 
-    ran: the numbers of the sites that were called; used: of those whose float weights torch was given, whatever holds
-    them. seen: with is_kept, what each site gave, call by call.
+    ran: the numbers of the sites that were called, and of quantized ones whose `.weight` was read; used: of those whose
+    float weights torch was given, whatever holds them. seen: with is_kept, what each site gave, call by call.
     """
 
     def __init__(
@@ -42,7 +43,8 @@ class Pass:
             except Exception as error:
                 self.error = error
             break
-        self.used = uses.take()
+        self.used, read = uses.take()
+        self.ran |= read
         self.tensors, self.floats = named_tensors(output), named_floats(output)
 
     def _open(self, sites: Mapping[int, Site], is_copy: bool, is_kept: bool) -> nn.Module:
@@ -58,6 +60,7 @@ class Pass:
         for number, site in sites.items():
             if site.call is None:
                 self._watch(twin.get_submodule(site.path), number, is_kept)
+                self.uses.show(twin.get_submodule(site.path), number)
         return twin
 
     def _watch(self, module: nn.Module, number: int, is_kept: bool) -> None:
@@ -144,13 +147,15 @@ class Uses(TorchFunctionMode):
     """While it is entered, notes the module sites of a prepared model whose float weights torch's functions are given.
 
     The weights are known by their addresses, which the prepared model shares with the user's, and a quantized one with
-    neither. Biases count as well: a parametrized layer computes its weight anew at each call.
+    neither: what it shows as `.weight` is known by `show`. Biases count as well: a parametrized layer computes its weight anew at each call.
     """
 
     def __init__(self, prepared: nn.Module, sites: Sequence[Site]) -> None:
         super().__init__()
         self._numbers: dict[int, list[int]] = {}
+        self._shown: dict[int, tuple[torch.Tensor, set[int]]] = {}
         self._used: set[int] = set()
+        self._read: set[int] = set()
         self._guarded: set[int] = set()
         for number, site in enumerate(sites):
             for tensor in prepared.get_submodule(site.path).parameters() if site.call is None else ():
@@ -163,6 +168,8 @@ class Uses(TorchFunctionMode):
             for tensor in part if isinstance(part, (list, tuple)) else (part,):
                 if type(tensor) is nn.Parameter:
                     self._used.update(self._numbers.get(tensor.data_ptr(), ()))
+                elif id(tensor) in self._shown:
+                    self._read |= self._shown[id(tensor)][1]
         name = getattr(func, "__name__", "")
         written = kwargs["out"] if "out" in kwargs else args[0] if args and _writes(name) else None
         if self._guarded and isinstance(written, torch.Tensor) and _address(written) in self._guarded:
@@ -173,10 +180,17 @@ class Uses(TorchFunctionMode):
         """Let what would write into these raise _WritesError instead."""
         self._guarded = {_address(tensor) for tensor in parameters} - {0}
 
-    def take(self) -> set[int]:
-        """Return the numbers noted since the last time."""
-        used, self._used = self._used, set()
-        return used
+    def show(self, module: nn.Module, number: int) -> None:
+        """Note from now on who reads the float weights that a site's quantized module shows."""
+        for part in module.modules():
+            for weight in part.float_weights() if isinstance(part, QuantizedModule) else ():
+                self._shown.setdefault(id(weight), (weight, set()))[1].add(number)  # tied ones show the same object
+
+    def take(self) -> tuple[set[int], set[int]]:
+        """Return the sites whose float weights were used, and whose quantized ones were read, since the last time."""
+        used, read = self._used, self._read
+        self._used, self._read, self._shown = set(), set(), {}
+        return used, read
 
 
 def _placed(inputs: Inputs, model: nn.Module) -> Inputs:

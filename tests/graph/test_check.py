@@ -382,3 +382,32 @@ def test_a_tied_weight_that_was_float_already_is_not_counted_twice():
 
     mapping = QConfigMapping().set_global(fxquant.default_dynamic_qconfig).set_module_name("other", None)
     assert fxquant.explain(warned(Tied(), "head", mapping=mapping)).coverage.quantized_bytes == 32 * 32 * 4
+
+
+class Read(Untraced):
+    """Reads a layer's weight and never calls the layer."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def run(self, x):
+        return self.read(self.body(x), self.head)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda h, layer: nn.functional.linear(h, layer.weight, layer.bias),
+        lambda h, layer: h @ layer.weight.t(),
+        lambda h, layer: torch.cat([h @ part.t() for part in layer.weight.chunk(2)], -1),
+        lambda h, layer: h @ torch.stack(layer.weight.unbind()).t(),
+        lambda h, layer: h @ layer.weight.clone().t(),
+        lambda h, layer: nn.functional.embedding(torch.cdist(h, layer.weight).argmin(-1), layer.weight),
+    ],
+    ids=["linear", "matmul", "chunk", "unbind", "clone", "embedding"],
+)
+def test_a_layer_of_which_only_the_weight_is_read_is_quantized(read):
+    quantized = unwarned(Read(read))
+    assert fxquant.explain(quantized).coverage.share == 1
+    assert isinstance(quantized.head, fxquant.nn.DynamicQuantizedLinear)

@@ -56,21 +56,61 @@ def copy_references(modules: Iterable[nn.Module], memo: Memo) -> None:
                 cells[id(cell)].cell_contents = twin_of(cell.cell_contents, memo)
 
 
-def repoint_weak(modules: Iterable[nn.Module], swapped: Mapping[int, nn.Module]) -> None:
-    """Let weak references to modules that were swapped, by their ids, refer to what took their place."""
-    walk = _Walk(modules, frozenset(swapped))
-    weak = {id(thing): twin for thing in walk.leading() if (twin := _weak_twin(thing, swapped)) is not None}
-    for thing_id, twin in weak.items():
-        for holder in walk.holders[thing_id]:
-            if isinstance(holder, types.FunctionType):
-                for cell in holder.__closure__ or ():
-                    if id(_content(cell)) == thing_id:
-                        cell.cell_contents = twin
-            held = holder if isinstance(holder, (dict, list)) else getattr(holder, "__dict__", None)
-            if isinstance(held, (dict, list)):
-                for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
-                    if id(value) == thing_id:
-                        held[key] = twin
+def repoint(modules: Iterable[nn.Module], swapped: Mapping[int, Any]) -> None:
+    """Let what modules hold past their tree lead to what took the place of others, by the ids of those.
+
+    Containers, attributes, closures and defaults are changed where they are; a tuple or a weak reference gives way to
+    one made anew. What else holds a swapped module (a bound method, C code) goes on to hold it.
+    """
+    walk = _Walk(modules, frozenset(swapped), has_any=True)
+    memo: Memo = dict(swapped)
+    for thing in walk.leading():
+        _renew(thing, memo)
+    for holder in walk.all_holders():
+        _put(holder, memo)
+
+
+def _renew(thing: Any, memo: Memo) -> Any:
+    """Return what a thing gives way to; itself where it can be changed."""
+    if id(thing) in memo:
+        return memo[id(thing)]
+    twin = _weak_twin(thing, memo)
+    if twin is not None:
+        memo[id(thing)] = twin
+    elif isinstance(thing, (tuple, frozenset)):
+        parts = [_renew(part, memo) for part in thing]
+        if any(new is not old for new, old in zip(parts, thing, strict=True)):
+            memo[id(thing)] = type(thing)(*parts) if hasattr(thing, "_fields") else type(thing)(parts)
+    return memo.get(id(thing), thing)
+
+
+def _put(holder: Any, memo: Memo) -> None:
+    """Change in place what a thing holds to what that gives way to."""
+    if isinstance(holder, types.FunctionType):
+        for cell in holder.__closure__ or ():
+            if id(_content(cell)) in memo:
+                cell.cell_contents = memo[id(cell.cell_contents)]
+        if id(holder.__defaults__) in memo or any(id(part) in memo for part in holder.__defaults__ or ()):
+            holder.__defaults__ = _renew(holder.__defaults__, memo)
+        _put(holder.__kwdefaults__, memo)
+    elif isinstance(holder, functools.partial):
+        args = tuple(_renew(part, memo) for part in holder.args)
+        keywords = {name: _renew(part, memo) for name, part in holder.keywords.items()}
+        holder.__setstate__((_renew(holder.func, memo), args, keywords, vars(holder)))  # type: ignore[attr-defined]
+    elif isinstance(holder, set):
+        for part in [part for part in holder if id(part) in memo]:
+            holder.remove(part)
+            holder.add(memo[id(part)])
+    elif isinstance(holder, (dict, list, collections.deque)):
+        for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+            if id(value) in memo:
+                holder[key] = memo[id(value)]
+    for name in () if isinstance(holder, nn.Module) else (n for kind in type(holder).__mro__ for n in _slots(kind)):
+        if id(getattr(holder, name, None)) in memo:
+            setattr(holder, name, memo[id(getattr(holder, name))])
+    held = getattr(holder, "__dict__", None)
+    if isinstance(held, dict):
+        _put(held, memo)
 
 
 def twin_of(value: Any, memo: Memo) -> Any:
@@ -126,16 +166,19 @@ def _referent(thing: Any) -> Any:
 class _Walk:
     """All that the attributes of some modules lead to, and which of it leads on to a module of interest."""
 
-    def __init__(self, modules: Iterable[nn.Module], wanted: frozenset[int] | None = None) -> None:
-        """wanted: the ids of the modules of interest; None: the modules themselves."""
+    def __init__(
+        self, modules: Iterable[nn.Module], wanted: frozenset[int] | None = None, has_any: bool = False
+    ) -> None:
+        """wanted: the ids of the modules of interest; None: the modules themselves. has_any: trace plain containers
+        too, else only where there is a function or weak reference.
+        """
         roots = list(modules)
         tree = frozenset(map(id, roots))
         self.wanted = tree if wanted is None else wanted
         self.holders: dict[int, list[Any]] = {}
         self._things: Memo = {}
         self._found: set[int] = set()
-        has_any = False
-        waiting: list[Any] = roots
+        waiting: list[Any] = list(roots)
         while waiting:
             holder = waiting.pop()
             for part in _children(holder, holder is not None and id(holder) in tree):
@@ -154,6 +197,11 @@ class _Walk:
     def leading(self) -> list[Any]:
         """Return what leads to a module of interest."""
         return self._leading
+
+    def all_holders(self) -> list[Any]:
+        """Return what leads to a module of interest, and the modules that hold that, each once."""
+        ids = {*self._found, *map(id, self._leading)}
+        return list({id(holder): holder for found in ids for holder in self.holders[found]}.values())
 
     def _trace_back(self) -> list[Any]:
         reached: Memo = {}

@@ -15,7 +15,7 @@ from fxquant import CheckError, CheckpointError, QConfigMapping, convert_fx, pre
 from fxquant.graph.check import PASSED_BY, UNCALLED
 from tests.samples import everything, prepare
 
-LAYERS = {}
+LAYERS, FLOATS = {}, {}
 X = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -411,3 +411,17 @@ def test_a_layer_of_which_only_the_weight_is_read_is_quantized(read):
     quantized = unwarned(Read(read))
     assert fxquant.explain(quantized).coverage.share == 1
     assert isinstance(quantized.head, fxquant.nn.DynamicQuantizedLinear)
+
+
+def test_a_layer_that_a_router_passes_by_on_quantized_values_stays_quantized():
+    class Routed(Untraced):
+        def run(self, x):
+            y = self.body(x)
+            is_float = bool((y == nn.functional.linear(x, FLOATS["weight"], FLOATS["bias"])).all())
+            return self.head(y) if is_float else y[:, :8]
+
+    model = Routed().eval()
+    FLOATS.update(weight=model.body.weight.detach().clone(), bias=model.body.bias.detach().clone())
+    with pytest.warns(UserWarning, match="the output has an SQNR"):
+        quantized = unwarned(model)
+    assert fxquant.explain(quantized).coverage.share == 1

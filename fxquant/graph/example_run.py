@@ -21,18 +21,28 @@ from fxquant.graph.outputs import drained, named_floats, named_tensors
 from fxquant.nn.base import QuantizedModule
 from fxquant.nn.transformer import avoid_fast_path
 
+NOISE_DB = 30.0
+"""The SQNR that `noise` gives each site: a little less than int8 gives (about 40 dB)."""
+
 
 class Pass:
     """One run of a mirror on the example inputs. tensors, floats: its outputs, by name; error: why there are none.
 
     ran: the numbers of the sites that were called, and of quantized ones whose `.weight` was read; used: of those whose
-    float weights torch was given, whatever holds them. seen: with is_kept, what each site gave, call by call.
+    float weights torch was given, whatever holds them. seen: with is_kept, what each site gave, call by call. noise:
+    what is drawn from to add noise to what the module sites give, NOISE_DB below it.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Mapping[int, Site], inputs: Inputs, uses: Uses, is_kept: bool = False
+        self,
+        model: nn.Module,
+        sites: Mapping[int, Site],
+        inputs: Inputs,
+        uses: Uses,
+        is_kept: bool = False,
+        noise: torch.Generator | None = None,
     ) -> None:
-        self.model, self.inputs, self.uses = model, inputs, uses
+        self.model, self.inputs, self.uses, self._noise = model, inputs, uses, noise
         self.error: Exception | None = None
         output = None
         for is_copy in (False, True):
@@ -70,11 +80,20 @@ class Pass:
         def noted(*args: Any, **kwargs: Any) -> Any:
             self.ran.add(number)
             output = forward(*args, **kwargs)
+            if self._noise is not None:
+                output = pytree.tree_map_only(torch.Tensor, self._shaken, output)
             if is_kept:
                 self._keep(number, output)
             return output
 
         module.forward = noted
+
+    def _shaken(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor with noise added; exact zeros stay, as quantization keeps those of weights and inputs."""
+        if not tensor.is_floating_point() or not tensor.numel() or tensor.is_nested:
+            return tensor
+        drawn = torch.randn(tensor.shape, generator=self._noise).to(tensor)
+        return tensor + drawn * (tensor != 0) * tensor.square().mean().sqrt() * 10 ** (-NOISE_DB / 20)
 
     def _keep(self, number: int, output: Any) -> None:
         first = next(iter(named_floats(output).values()), None)
@@ -147,7 +166,8 @@ class Uses(TorchFunctionMode):
     """While it is entered, notes the module sites of a prepared model whose float weights torch's functions are given.
 
     The weights are known by their addresses, which the prepared model shares with the user's, and a quantized one with
-    neither: what it shows as `.weight` is known by `show`. Biases count as well: a parametrized layer computes its weight anew at each call.
+    neither: what it shows as `.weight` is known by `show`. Biases count as well: a parametrized layer computes its
+    weight anew at each call.
     """
 
     def __init__(self, prepared: nn.Module, sites: Sequence[Site]) -> None:

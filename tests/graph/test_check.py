@@ -422,6 +422,33 @@ def test_a_layer_that_a_router_passes_by_on_quantized_values_stays_quantized():
 
     model = Routed().eval()
     FLOATS.update(weight=model.body.weight.detach().clone(), bias=model.body.bias.detach().clone())
-    with pytest.warns(UserWarning, match="the output has an SQNR"):
-        quantized = unwarned(model)
-    assert fxquant.explain(quantized).coverage.share == 1
+    assert fxquant.explain(unwarned(model)).coverage.share == 1
+
+
+def selecting(select, seeds):
+    """Return models whose output is chosen by values."""
+
+    class Selecting(Untraced):
+        def run(self, x):
+            return select(self.head(self.body(x)))
+
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        yield Selecting().eval()
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        lambda y: y[y > 0],
+        lambda y: y[y[:, 0] > 0],
+        lambda y: torch.randn(8, 500, generator=torch.Generator().manual_seed(0))[y.argmax(-1)],
+    ],
+    ids=["mask", "rows", "argmax"],
+)
+def test_what_is_selected_by_values_is_no_fault(select):
+    x, changed = torch.randn(200, 32, generator=torch.Generator().manual_seed(3)), 0
+    for model in selecting(select, 3):
+        quantized = unwarned(model, x)
+        changed += quantized(x).shape != model(x).shape or not torch.allclose(quantized(x), model(x), atol=0.1)
+    assert changed

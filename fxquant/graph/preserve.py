@@ -20,6 +20,7 @@ from torch import nn
 from fxquant.errors import AttributeNameError, nearest
 from fxquant.graph.extra_state import methods_to_keep
 from fxquant.graph.names import codes_in, names_in, taken_names
+from fxquant.graph.references import reached
 
 _PLACES = ("_modules", "_parameters", "_buffers")
 _BY_ANY_NAME = {
@@ -183,6 +184,9 @@ class _Closure:
         """Keep what a kept module that is no module by itself, a functools.partial say, mentions."""
         held = vars(self.model).get(name)
         self.follow(held.func if isinstance(held, functools.partial) else held)
+        tops = {id(part): top for top, child in self.model.named_children() for part in child.modules()}
+        for found in reached(held, frozenset({id(self.model), *tops})) & tops.keys():
+            self.add(tops[found])  # it is in a list, say, and has to be the same module
 
 
 def _functions(thing: Any) -> Iterator[types.FunctionType]:

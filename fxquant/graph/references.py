@@ -26,12 +26,51 @@ _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Siz
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 _CACHED: Any = type(functools.lru_cache(lambda: None))
 _PROXIES = weakref.ProxyTypes
-_OWN = frozenset({*vars(nn.Module()), "qconfig", "_fxquant_record"})  # which a mirror sees to by itself, or ours
+_OWN = frozenset({*vars(nn.Module()), "qconfig", "_fxquant_record", "_compiled_call_impl"})
+"""The attributes of a module that a mirror sees to by itself, or that are ours."""
 
 
-def copy_references(modules: Iterable[nn.Module], memo: Memo) -> None:
-    """Enter twins of the functions and weak references that lead to modules of a tree into a memo of their twins."""
-    walk = _Walk(modules)
+def reached(value: Any, wanted: frozenset[int]) -> set[int]:
+    """Return the ids of those wanted modules that a value leads to, not past any of them."""
+    seen: Memo = {}
+    waiting = [value]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) not in seen:
+            seen[id(thing)] = thing
+            waiting += () if id(thing) in wanted else _children(thing)
+    return seen.keys() & wanted
+
+
+def copy_attributes(module: nn.Module, memo: Memo) -> dict[str, Any]:
+    """Return twins of those attributes of a module, past its tree, that lead to modules of which the memo knows twins.
+
+    What lies in them and is known as it is to the memo stays so.
+    """
+    wanted = frozenset(id(part) for part in module.modules() if id(part) in memo)
+    for thing in _Walk([module], wanted, has_any=True).leading():
+        memo.pop(id(thing), None)  # a copy by copy.deepcopy, which takes functions as they are
+    copy_references([module], memo, wanted)
+    own = vars(module).items() if not isinstance(module, fx.GraphModule) else _hung_on(module)
+    return {name: twin_of(value, memo) for name, value in own if name not in _OWN and reached(value, wanted)}
+
+
+@functools.cache
+def _graphs_own() -> frozenset[str]:
+    return frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
+
+
+def _hung_on(module: fx.GraphModule) -> list[tuple[str, Any]]:
+    """Return what a graph's module holds beside its graph and tree."""
+    return [(name, value) for name, value in vars(module).items() if name not in _graphs_own() | _OWN]
+
+
+def copy_references(modules: Iterable[nn.Module], memo: Memo, wanted: frozenset[int] | None = None) -> None:
+    """Enter twins of the functions and weak references that lead to modules of a tree into a memo of their twins.
+
+    wanted: the ids of the modules of interest; None: the modules themselves.
+    """
+    walk = _Walk(modules, wanted)
     functions = [thing for thing in walk.leading() if isinstance(thing, types.FunctionType)]
     cells = {id(cell): types.CellType() for function in functions for cell in function.__closure__ or ()}
     for function in functions:
@@ -223,7 +262,7 @@ def _children(thing: Any, is_module: bool = False) -> Iterator[Any]:
 
 def _parts(thing: Any, is_module: bool) -> Iterable[Any]:
     if is_module and isinstance(thing, fx.GraphModule):
-        return ()  # its graph; the modules that it calls come by themselves
+        return [value for _, value in _hung_on(thing)]  # the modules that it calls come by themselves
     if is_module:
         return [value for name, value in vars(thing).items() if name not in _OWN]
     if isinstance(thing, types.FunctionType):

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fxquant.errors import AttributeNameError, nearest
@@ -168,7 +169,7 @@ class _Closure:
             self.read.add(id(code))
             mentions = names_in(function)
             self.sets |= _sets(code) | mentions & _SETTERS
-            if any(name.endswith("_") and not name.endswith("__") for name in mentions):
+            if any(map(_writes, mentions)):
                 self.writes |= mentions
             if mentions & _BY_ANY_NAME:
                 self.add_all()
@@ -201,6 +202,13 @@ def _functions(thing: Any) -> Iterator[types.FunctionType]:
         function = inspect.unwrap(function) if isinstance(function, types.FunctionType) else function
         if isinstance(function, types.FunctionType):
             yield function
+
+
+def _writes(name: str) -> bool:
+    """Return whether torch has a function of this name that writes in place; a user's own is followed, if it is one."""
+    if not name.endswith("_") or name.endswith("__") or name == "requires_grad_":
+        return False
+    return any(hasattr(place, name) for place in (torch.Tensor, torch, nn.functional, nn.init))
 
 
 def _is_torchs(function: types.FunctionType) -> bool:

@@ -605,3 +605,30 @@ def test_what_kept_attributes_hold_leads_to_the_quantized_layers(name, tmp_path)
     for kept in (quantized, copy.copy(quantized), copy.deepcopy(quantized), loaded):
         torch.testing.assert_close(getattr(kept, name)(x), expected)
     assert fxquant.explain(quantized).coverage.share == 1
+
+
+class Scaled(nn.Module):
+    """A model whose method reads weights, and an attribute that is named as scikit-learn names them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.scale_ = nn.Linear(32, 32), 2.0
+
+    def forward(self, x):
+        return self.a(x)
+
+    def scaled(self, x):
+        return F.linear(x, self.a.weight) * self.scale_
+
+    def frozen(self, x):
+        return F.linear(x.requires_grad_(False), self.a.weight)
+
+    def cleared(self, x):
+        self.a.weight.zero_()
+        return x
+
+
+@pytest.mark.parametrize(("name", "share"), [("scaled", 1), ("frozen", 1), ("cleared", 0)])
+def test_a_name_that_ends_in_an_underscore_writes_only_if_it_is_torchs(name, share):
+    prepared = prepare(Scaled().eval(), torch.randn(4, 32), preserved_attributes=(name,))
+    assert fxquant.explain(prepared).coverage.share == share

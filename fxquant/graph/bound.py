@@ -12,6 +12,7 @@ from torch import nn
 
 from fxquant.graph.attributes import check_settable
 from fxquant.graph.preserve import Preserved
+from fxquant.graph.references import copy_attributes
 
 _MODEL = "_fxquant_model"
 """The slot of a view in which its graph is: no attribute, for the attributes are shared."""
@@ -129,6 +130,11 @@ def carry(source: nn.Module, target: nn.Module, preserved: Preserved) -> None:
                 target._non_persistent_buffers_set.add(name)
         elif name in vars(source) and name not in target._buffers:
             target.__dict__[name] = vars(source)[name]
+    memo: dict[int, Any] = {id(part): part for part in (*source.modules(), *target.modules())}
+    memo.update((id(tensor), tensor) for tensor in (*source.parameters(), *source.buffers()))
+    memo[id(source)] = target  # where closures and containers hold the model itself
+    held = copy_attributes(source, memo) if preserved.kept else {}
+    target.__dict__.update({name: value for name, value in held.items() if name in target.__dict__})
     if preserved.kept:  # in the user's order, for code that walks them
         order = {name: place for place, name in enumerate(source._modules)}
         modules = sorted(target._modules.items(), key=lambda item: order.get(item[0], len(order)))

@@ -14,7 +14,7 @@ from fxquant.graph.constants import constant_of, is_cast
 from fxquant.graph.invariant import bring_products
 from fxquant.graph.module import Site
 from fxquant.graph.moments import Rounding
-from fxquant.graph.references import repoint_weak
+from fxquant.graph.references import repoint
 from fxquant.graph.target import name_operands
 from fxquant.nn import QuantizedModule
 from fxquant.nn.base import key_of, quantize_alone
@@ -69,10 +69,10 @@ class WeightCache:
                     parent._modules[name] = forms[id(child)]
 
     def settle(self, root: nn.Module) -> None:
-        """Turn stale references to a converted module (in a functools.partial, a closure) into its quantized form."""
+        """Let stale references to a converted module lead to its quantized form, and turn it into that for others."""
         standing = set(map(id, root.modules()))
         swapped = {id(old): new for old, new, _ in self._modules.values() if id(old) not in standing}
-        repoint_weak(root.modules(), swapped)  # first, as nothing else may hold the float module
+        repoint(root.modules(), swapped)  # first, as a weak reference alone does not keep the float module
         for float_module, module, _ in self._modules.values():
             if id(float_module) not in standing:
                 with contextlib.suppress(TypeError):  # a type with __slots__ can become no other

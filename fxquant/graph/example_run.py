@@ -18,20 +18,31 @@ from fxquant.graph.capture import Shapes
 from fxquant.graph.clean import own_tensors
 from fxquant.graph.module import Site
 from fxquant.graph.outputs import drained, named_floats, named_tensors
+from fxquant.nn.base import QuantizedModule
 from fxquant.nn.transformer import avoid_fast_path
+
+NOISE_DB = 30.0
+"""The SQNR that `noise` gives each site: a little less than int8 gives (about 40 dB)."""
 
 
 class Pass:
     """One run of a mirror on the example inputs. tensors, floats: its outputs, by name; error: why there are none.
 
-    ran: the numbers of the sites that were called; used: of those whose float weights torch was given, whatever holds
-    them. seen: with is_kept, what each site gave, call by call.
+    ran: the numbers of the sites that were called, and of quantized ones whose `.weight` was read; used: of those whose
+    float weights torch was given, whatever holds them. seen: with is_kept, what each site gave, call by call. noise:
+    what is drawn from to add noise to what the module sites give, NOISE_DB below it.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Mapping[int, Site], inputs: Inputs, uses: Uses, is_kept: bool = False
+        self,
+        model: nn.Module,
+        sites: Mapping[int, Site],
+        inputs: Inputs,
+        uses: Uses,
+        is_kept: bool = False,
+        noise: torch.Generator | None = None,
     ) -> None:
-        self.model, self.inputs, self.uses = model, inputs, uses
+        self.model, self.inputs, self.uses, self._noise = model, inputs, uses, noise
         self.error: Exception | None = None
         output = None
         for is_copy in (False, True):
@@ -42,7 +53,8 @@ class Pass:
             except Exception as error:
                 self.error = error
             break
-        self.used = uses.take()
+        self.used, read = uses.take()
+        self.ran |= read
         self.tensors, self.floats = named_tensors(output), named_floats(output)
 
     def _open(self, sites: Mapping[int, Site], is_copy: bool, is_kept: bool) -> nn.Module:
@@ -58,6 +70,7 @@ class Pass:
         for number, site in sites.items():
             if site.call is None:
                 self._watch(twin.get_submodule(site.path), number, is_kept)
+                self.uses.show(twin.get_submodule(site.path), number)
         return twin
 
     def _watch(self, module: nn.Module, number: int, is_kept: bool) -> None:
@@ -67,11 +80,20 @@ class Pass:
         def noted(*args: Any, **kwargs: Any) -> Any:
             self.ran.add(number)
             output = forward(*args, **kwargs)
+            if self._noise is not None:
+                output = pytree.tree_map_only(torch.Tensor, self._shaken, output)
             if is_kept:
                 self._keep(number, output)
             return output
 
         module.forward = noted
+
+    def _shaken(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor with noise added; exact zeros stay, as quantization keeps those of weights and inputs."""
+        if not tensor.is_floating_point() or not tensor.numel() or tensor.is_nested:
+            return tensor
+        drawn = torch.randn(tensor.shape, generator=self._noise).to(tensor)
+        return tensor + drawn * (tensor != 0) * tensor.square().mean().sqrt() * 10 ** (-NOISE_DB / 20)
 
     def _keep(self, number: int, output: Any) -> None:
         first = next(iter(named_floats(output).values()), None)
@@ -144,13 +166,16 @@ class Uses(TorchFunctionMode):
     """While it is entered, notes the module sites of a prepared model whose float weights torch's functions are given.
 
     The weights are known by their addresses, which the prepared model shares with the user's, and a quantized one with
-    neither. Biases count as well: a parametrized layer computes its weight anew at each call.
+    neither: what it shows as `.weight` is known by `show`. Biases count as well: a parametrized layer computes its
+    weight anew at each call.
     """
 
     def __init__(self, prepared: nn.Module, sites: Sequence[Site]) -> None:
         super().__init__()
         self._numbers: dict[int, list[int]] = {}
+        self._shown: dict[int, tuple[torch.Tensor, set[int]]] = {}
         self._used: set[int] = set()
+        self._read: set[int] = set()
         self._guarded: set[int] = set()
         for number, site in enumerate(sites):
             for tensor in prepared.get_submodule(site.path).parameters() if site.call is None else ():
@@ -163,6 +188,8 @@ class Uses(TorchFunctionMode):
             for tensor in part if isinstance(part, (list, tuple)) else (part,):
                 if type(tensor) is nn.Parameter:
                     self._used.update(self._numbers.get(tensor.data_ptr(), ()))
+                elif id(tensor) in self._shown:
+                    self._read |= self._shown[id(tensor)][1]
         name = getattr(func, "__name__", "")
         written = kwargs["out"] if "out" in kwargs else args[0] if args and _writes(name) else None
         if self._guarded and isinstance(written, torch.Tensor) and _address(written) in self._guarded:
@@ -173,10 +200,17 @@ class Uses(TorchFunctionMode):
         """Let what would write into these raise _WritesError instead."""
         self._guarded = {_address(tensor) for tensor in parameters} - {0}
 
-    def take(self) -> set[int]:
-        """Return the numbers noted since the last time."""
-        used, self._used = self._used, set()
-        return used
+    def show(self, module: nn.Module, number: int) -> None:
+        """Note from now on who reads the float weights that a site's quantized module shows."""
+        for part in module.modules():
+            for weight in part.float_weights() if isinstance(part, QuantizedModule) else ():
+                self._shown.setdefault(id(weight), (weight, set()))[1].add(number)  # tied ones show the same object
+
+    def take(self) -> tuple[set[int], set[int]]:
+        """Return the sites whose float weights were used, and whose quantized ones were read, since the last time."""
+        used, read = self._used, self._read
+        self._used, self._read, self._shown = set(), set(), {}
+        return used, read
 
 
 def _placed(inputs: Inputs, model: nn.Module) -> Inputs:

@@ -19,6 +19,7 @@ from fxquant.graph.bound import carry, install
 from fxquant.graph.call import Example
 from fxquant.graph.extra_state import key_of, lost_states, tensors_of
 from fxquant.graph.preserve import NOTHING_PRESERVED, Keep, Preserved
+from fxquant.graph.references import copy_attributes
 from fxquant.graph.tracer import TRACING
 from fxquant.nn.base import QuantizedModule, dtype_errors, refuse_script
 from fxquant.operators import Operator
@@ -225,6 +226,8 @@ class FxModule(fx.GraphModule):
             twin._modules[name] = copy.deepcopy(self._modules[name], memo)
         for name in self.__dict__.keys() - twin.__dict__.keys() - {"_compiled_call_impl"}:  # what the user hung on it
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy_attributes(self, memo))
         for name in edit.HOOKS:
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         return twin

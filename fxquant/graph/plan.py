@@ -175,7 +175,9 @@ class _Planner:
             held_here = [part for part in parts if issubclass(type(part), nn.Module)]  # a weak proxy only looks so
             strays = [part for part in held_here if id(part) not in self.tree]
             for number, stray in enumerate(strays):
-                weights = [weight for weight in stray.parameters() if weight.dim() > 1]
+                outside = [part for part in stray.modules() if id(part) not in self.tree]
+                held_there = dict.fromkeys(tensor for part in outside for tensor in part.parameters(recurse=False))
+                weights = [weight for weight in held_there if weight.dim() > 1]
                 if weights:
                     rule = self.rules("", path, type(stray))[""]
                     reason = (

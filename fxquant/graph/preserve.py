@@ -15,11 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fxquant.errors import AttributeNameError, nearest
 from fxquant.graph.extra_state import methods_to_keep
 from fxquant.graph.names import codes_in, names_in, taken_names
+from fxquant.graph.references import reached
 
 _PLACES = ("_modules", "_parameters", "_buffers")
 _BY_ANY_NAME = {
@@ -167,7 +169,7 @@ class _Closure:
             self.read.add(id(code))
             mentions = names_in(function)
             self.sets |= _sets(code) | mentions & _SETTERS
-            if any(name.endswith("_") and not name.endswith("__") for name in mentions):
+            if any(map(_writes, mentions)):
                 self.writes |= mentions
             if mentions & _BY_ANY_NAME:
                 self.add_all()
@@ -183,6 +185,9 @@ class _Closure:
         """Keep what a kept module that is no module by itself, a functools.partial say, mentions."""
         held = vars(self.model).get(name)
         self.follow(held.func if isinstance(held, functools.partial) else held)
+        tops = {id(part): top for top, child in self.model.named_children() for part in child.modules()}
+        for found in reached(held, frozenset({id(self.model), *tops})) & tops.keys():
+            self.add(tops[found])  # it is in a list, say, and has to be the same module
 
 
 def _functions(thing: Any) -> Iterator[types.FunctionType]:
@@ -197,6 +202,13 @@ def _functions(thing: Any) -> Iterator[types.FunctionType]:
         function = inspect.unwrap(function) if isinstance(function, types.FunctionType) else function
         if isinstance(function, types.FunctionType):
             yield function
+
+
+def _writes(name: str) -> bool:
+    """Return whether torch has a function of this name that writes in place; a user's own is followed, if it is one."""
+    if not name.endswith("_") or name.endswith("__") or name == "requires_grad_":
+        return False
+    return any(hasattr(place, name) for place in (torch.Tensor, torch, nn.functional, nn.init))
 
 
 def _is_torchs(function: types.FunctionType) -> bool:

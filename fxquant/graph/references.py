@@ -26,12 +26,51 @@ _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Siz
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 _CACHED: Any = type(functools.lru_cache(lambda: None))
 _PROXIES = weakref.ProxyTypes
-_OWN = frozenset({*vars(nn.Module()), "qconfig", "_fxquant_record"})  # which a mirror sees to by itself, or ours
+_OWN = frozenset({*vars(nn.Module()), "qconfig", "_fxquant_record", "_compiled_call_impl"})
+"""The attributes of a module that a mirror sees to by itself, or that are ours."""
 
 
-def copy_references(modules: Iterable[nn.Module], memo: Memo) -> None:
-    """Enter twins of the functions and weak references that lead to modules of a tree into a memo of their twins."""
-    walk = _Walk(modules)
+def reached(value: Any, wanted: frozenset[int]) -> set[int]:
+    """Return the ids of those wanted modules that a value leads to, not past any of them."""
+    seen: Memo = {}
+    waiting = [value]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) not in seen:
+            seen[id(thing)] = thing
+            waiting += () if id(thing) in wanted else _children(thing)
+    return seen.keys() & wanted
+
+
+def copy_attributes(module: nn.Module, memo: Memo) -> dict[str, Any]:
+    """Return twins of those attributes of a module, past its tree, that lead to modules of which the memo knows twins.
+
+    What lies in them and is known as it is to the memo stays so.
+    """
+    wanted = frozenset(id(part) for part in module.modules() if id(part) in memo)
+    for thing in _Walk([module], wanted, has_any=True).leading():
+        memo.pop(id(thing), None)  # a copy by copy.deepcopy, which takes functions as they are
+    copy_references([module], memo, wanted)
+    own = vars(module).items() if not isinstance(module, fx.GraphModule) else _hung_on(module)
+    return {name: twin_of(value, memo) for name, value in own if name not in _OWN and reached(value, wanted)}
+
+
+@functools.cache
+def _graphs_own() -> frozenset[str]:
+    return frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
+
+
+def _hung_on(module: fx.GraphModule) -> list[tuple[str, Any]]:
+    """Return what a graph's module holds beside its graph and tree."""
+    return [(name, value) for name, value in vars(module).items() if name not in _graphs_own() | _OWN]
+
+
+def copy_references(modules: Iterable[nn.Module], memo: Memo, wanted: frozenset[int] | None = None) -> None:
+    """Enter twins of the functions and weak references that lead to modules of a tree into a memo of their twins.
+
+    wanted: the ids of the modules of interest; None: the modules themselves.
+    """
+    walk = _Walk(modules, wanted)
     functions = [thing for thing in walk.leading() if isinstance(thing, types.FunctionType)]
     cells = {id(cell): types.CellType() for function in functions for cell in function.__closure__ or ()}
     for function in functions:
@@ -56,21 +95,61 @@ def copy_references(modules: Iterable[nn.Module], memo: Memo) -> None:
                 cells[id(cell)].cell_contents = twin_of(cell.cell_contents, memo)
 
 
-def repoint_weak(modules: Iterable[nn.Module], swapped: Mapping[int, nn.Module]) -> None:
-    """Let weak references to modules that were swapped, by their ids, refer to what took their place."""
-    walk = _Walk(modules, frozenset(swapped))
-    weak = {id(thing): twin for thing in walk.leading() if (twin := _weak_twin(thing, swapped)) is not None}
-    for thing_id, twin in weak.items():
-        for holder in walk.holders[thing_id]:
-            if isinstance(holder, types.FunctionType):
-                for cell in holder.__closure__ or ():
-                    if id(_content(cell)) == thing_id:
-                        cell.cell_contents = twin
-            held = holder if isinstance(holder, (dict, list)) else getattr(holder, "__dict__", None)
-            if isinstance(held, (dict, list)):
-                for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
-                    if id(value) == thing_id:
-                        held[key] = twin
+def repoint(modules: Iterable[nn.Module], swapped: Mapping[int, Any]) -> None:
+    """Let what modules hold past their tree lead to what took the place of others, by the ids of those.
+
+    Containers, attributes, closures and defaults are changed where they are; a tuple or a weak reference gives way to
+    one made anew. What else holds a swapped module (a bound method, C code) goes on to hold it.
+    """
+    walk = _Walk(modules, frozenset(swapped), has_any=True)
+    memo: Memo = dict(swapped)
+    for thing in walk.leading():
+        _renew(thing, memo)
+    for holder in walk.all_holders():
+        _put(holder, memo)
+
+
+def _renew(thing: Any, memo: Memo) -> Any:
+    """Return what a thing gives way to; itself where it can be changed."""
+    if id(thing) in memo:
+        return memo[id(thing)]
+    twin = _weak_twin(thing, memo)
+    if twin is not None:
+        memo[id(thing)] = twin
+    elif isinstance(thing, (tuple, frozenset)):
+        parts = [_renew(part, memo) for part in thing]
+        if any(new is not old for new, old in zip(parts, thing, strict=True)):
+            memo[id(thing)] = type(thing)(*parts) if hasattr(thing, "_fields") else type(thing)(parts)
+    return memo.get(id(thing), thing)
+
+
+def _put(holder: Any, memo: Memo) -> None:
+    """Change in place what a thing holds to what that gives way to."""
+    if isinstance(holder, types.FunctionType):
+        for cell in holder.__closure__ or ():
+            if id(_content(cell)) in memo:
+                cell.cell_contents = memo[id(cell.cell_contents)]
+        if id(holder.__defaults__) in memo or any(id(part) in memo for part in holder.__defaults__ or ()):
+            holder.__defaults__ = _renew(holder.__defaults__, memo)
+        _put(holder.__kwdefaults__, memo)
+    elif isinstance(holder, functools.partial):
+        args = tuple(_renew(part, memo) for part in holder.args)
+        keywords = {name: _renew(part, memo) for name, part in holder.keywords.items()}
+        holder.__setstate__((_renew(holder.func, memo), args, keywords, vars(holder)))  # type: ignore[attr-defined]
+    elif isinstance(holder, set):
+        for part in [part for part in holder if id(part) in memo]:
+            holder.remove(part)
+            holder.add(memo[id(part)])
+    elif isinstance(holder, (dict, list, collections.deque)):
+        for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+            if id(value) in memo:
+                holder[key] = memo[id(value)]
+    for name in () if isinstance(holder, nn.Module) else (n for kind in type(holder).__mro__ for n in _slots(kind)):
+        if id(getattr(holder, name, None)) in memo:
+            setattr(holder, name, memo[id(getattr(holder, name))])
+    held = getattr(holder, "__dict__", None)
+    if isinstance(held, dict):
+        _put(held, memo)
 
 
 def twin_of(value: Any, memo: Memo) -> Any:
@@ -126,16 +205,19 @@ def _referent(thing: Any) -> Any:
 class _Walk:
     """All that the attributes of some modules lead to, and which of it leads on to a module of interest."""
 
-    def __init__(self, modules: Iterable[nn.Module], wanted: frozenset[int] | None = None) -> None:
-        """wanted: the ids of the modules of interest; None: the modules themselves."""
+    def __init__(
+        self, modules: Iterable[nn.Module], wanted: frozenset[int] | None = None, has_any: bool = False
+    ) -> None:
+        """wanted: the ids of the modules of interest; None: the modules themselves. has_any: trace plain containers
+        too, else only where there is a function or weak reference.
+        """
         roots = list(modules)
         tree = frozenset(map(id, roots))
         self.wanted = tree if wanted is None else wanted
         self.holders: dict[int, list[Any]] = {}
         self._things: Memo = {}
         self._found: set[int] = set()
-        has_any = False
-        waiting: list[Any] = roots
+        waiting: list[Any] = list(roots)
         while waiting:
             holder = waiting.pop()
             for part in _children(holder, holder is not None and id(holder) in tree):
@@ -154,6 +236,11 @@ class _Walk:
     def leading(self) -> list[Any]:
         """Return what leads to a module of interest."""
         return self._leading
+
+    def all_holders(self) -> list[Any]:
+        """Return what leads to a module of interest, and the modules that hold that, each once."""
+        ids = {*self._found, *map(id, self._leading)}
+        return list({id(holder): holder for found in ids for holder in self.holders[found]}.values())
 
     def _trace_back(self) -> list[Any]:
         reached: Memo = {}
@@ -175,7 +262,7 @@ def _children(thing: Any, is_module: bool = False) -> Iterator[Any]:
 
 def _parts(thing: Any, is_module: bool) -> Iterable[Any]:
     if is_module and isinstance(thing, fx.GraphModule):
-        return ()  # its graph; the modules that it calls come by themselves
+        return [value for _, value in _hung_on(thing)]  # the modules that it calls come by themselves
     if is_module:
         return [value for name, value in vars(thing).items() if name not in _OWN]
     if isinstance(thing, types.FunctionType):

@@ -145,6 +145,10 @@ class QuantizedModule(nn.Module):
             return real.view(*rows.shape, *real.shape[1:])
         return real[0] if isinstance(rows, int) else real
 
+    def float_weights(self) -> list[torch.Tensor]:
+        """Return what the module shows as its float weights: tensors whose values nobody has read by that."""
+        return [getattr(self, name) for name in self._stored]
+
     def _read(self, name: str, rows: Any) -> torch.Tensor:
         """Return a float weight's values for code outside of this module; warn once of each place that asks."""
         reader = frames.caller() or "a library"

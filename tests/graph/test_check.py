@@ -15,7 +15,7 @@ from fxquant import CheckError, CheckpointError, QConfigMapping, convert_fx, pre
 from fxquant.graph.check import PASSED_BY, UNCALLED
 from tests.samples import everything, prepare
 
-LAYERS = {}
+LAYERS, FLOATS = {}, {}
 X = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -382,3 +382,73 @@ def test_a_tied_weight_that_was_float_already_is_not_counted_twice():
 
     mapping = QConfigMapping().set_global(fxquant.default_dynamic_qconfig).set_module_name("other", None)
     assert fxquant.explain(warned(Tied(), "head", mapping=mapping)).coverage.quantized_bytes == 32 * 32 * 4
+
+
+class Read(Untraced):
+    """Reads a layer's weight and never calls the layer."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def run(self, x):
+        return self.read(self.body(x), self.head)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda h, layer: nn.functional.linear(h, layer.weight, layer.bias),
+        lambda h, layer: h @ layer.weight.t(),
+        lambda h, layer: torch.cat([h @ part.t() for part in layer.weight.chunk(2)], -1),
+        lambda h, layer: h @ torch.stack(layer.weight.unbind()).t(),
+        lambda h, layer: h @ layer.weight.clone().t(),
+        lambda h, layer: nn.functional.embedding(torch.cdist(h, layer.weight).argmin(-1), layer.weight),
+    ],
+    ids=["linear", "matmul", "chunk", "unbind", "clone", "embedding"],
+)
+def test_a_layer_of_which_only_the_weight_is_read_is_quantized(read):
+    quantized = unwarned(Read(read))
+    assert fxquant.explain(quantized).coverage.share == 1
+    assert isinstance(quantized.head, fxquant.nn.DynamicQuantizedLinear)
+
+
+def test_a_layer_that_a_router_passes_by_on_quantized_values_stays_quantized():
+    class Routed(Untraced):
+        def run(self, x):
+            y = self.body(x)
+            is_float = bool((y == nn.functional.linear(x, FLOATS["weight"], FLOATS["bias"])).all())
+            return self.head(y) if is_float else y[:, :8]
+
+    model = Routed().eval()
+    FLOATS.update(weight=model.body.weight.detach().clone(), bias=model.body.bias.detach().clone())
+    assert fxquant.explain(unwarned(model)).coverage.share == 1
+
+
+def selecting(select, seeds):
+    """Return models whose output is chosen by values."""
+
+    class Selecting(Untraced):
+        def run(self, x):
+            return select(self.head(self.body(x)))
+
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        yield Selecting().eval()
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        lambda y: y[y > 0],
+        lambda y: y[y[:, 0] > 0],
+        lambda y: torch.randn(8, 500, generator=torch.Generator().manual_seed(0))[y.argmax(-1)],
+    ],
+    ids=["mask", "rows", "argmax"],
+)
+def test_what_is_selected_by_values_is_no_fault(select):
+    x, changed = torch.randn(200, 32, generator=torch.Generator().manual_seed(3)), 0
+    for model in selecting(select, 3):
+        quantized = unwarned(model, x)
+        changed += quantized(x).shape != model(x).shape or not torch.allclose(quantized(x), model(x), atol=0.1)
+    assert changed

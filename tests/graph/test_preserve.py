@@ -571,3 +571,64 @@ def test_what_fuse_fx_kept_stays_when_its_model_is_prepared(again, tmp_path):
         assert sqnr(2 * model(x), twin(x)) > 30
         assert sqnr(2 * model.post(x), twin.post(x)) > 30
         assert isinstance(twin._fxquant_record.preserved.owner(), Gained)
+
+
+class Held(nn.Module):
+    """A model whose methods find layers by a closure, and in lists and dicts of containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Sequential(nn.Linear(32, 32), nn.ReLU())
+        self.named, self.listed, self.call = {"b": self.b}, [self.b], lambda x: self.a(x)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+    def by_closure(self, x):
+        return self.call(x)
+
+    def by_name(self, x):
+        return self.named["b"](x)
+
+    def by_place(self, x):
+        return self.listed[0](x)
+
+
+@pytest.mark.parametrize("name", ["by_closure", "by_name", "by_place"])
+def test_what_kept_attributes_hold_leads_to_the_quantized_layers(name, tmp_path):
+    model, x = Held().eval(), torch.randn(4, 32)
+    expected = getattr(fxquant.quantize_dynamic(model), name)(x)
+    assert not torch.equal(expected, getattr(model, name)(x))
+    quantized = quantize(model, x, preserved_attributes=(name,))
+    fxquant.save(quantized, tmp_path / "file")
+    loaded = fxquant.load(Held().eval(), tmp_path / "file")
+    for kept in (quantized, copy.copy(quantized), copy.deepcopy(quantized), loaded):
+        torch.testing.assert_close(getattr(kept, name)(x), expected)
+    assert fxquant.explain(quantized).coverage.share == 1
+
+
+class Scaled(nn.Module):
+    """A model whose method reads weights, and an attribute that is named as scikit-learn names them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.scale_ = nn.Linear(32, 32), 2.0
+
+    def forward(self, x):
+        return self.a(x)
+
+    def scaled(self, x):
+        return F.linear(x, self.a.weight) * self.scale_
+
+    def frozen(self, x):
+        return F.linear(x.requires_grad_(False), self.a.weight)
+
+    def cleared(self, x):
+        self.a.weight.zero_()
+        return x
+
+
+@pytest.mark.parametrize(("name", "share"), [("scaled", 1), ("frozen", 1), ("cleared", 0)])
+def test_a_name_that_ends_in_an_underscore_writes_only_if_it_is_torchs(name, share):
+    prepared = prepare(Scaled().eval(), torch.randn(4, 32), preserved_attributes=(name,))
+    assert fxquant.explain(prepared).coverage.share == share

@@ -1,7 +1,10 @@
 """What a model's attributes hold of its layers past its tree leads to the quantized layers."""
 
+import collections
 import copy
 import functools
+import types
+import warnings
 import weakref
 
 import pytest
@@ -179,3 +182,52 @@ def test_a_deep_copy_is_python_s_own():
     assert twin["a"] == value["a"]
     assert twin["a"] is not value["a"]
     assert torch.equal(twin["b"][0], copy.deepcopy(value)["b"][0])
+
+
+def under(name, hold):
+    """Return a model that keeps a second reference to its head, which forward uses."""
+
+    class Second(Tagger):
+        def set_up(self):
+            object.__setattr__(self, "held", hold(self.head))
+
+        def run(self, x):
+            if x.sum() > 1e9:  # which does not trace
+                x = 2 * x
+            held = self.held
+            while not isinstance(held, nn.Linear):
+                held = held["head"] if isinstance(held, dict) else getattr(held, "head", None) or held[0]
+            return held(self.body(x))
+
+    return pytest.param(Second, id=name)
+
+
+Pair = collections.namedtuple("Pair", ["head", "size"])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        under("itself", lambda layer: layer),
+        under("list", lambda layer: [layer]),
+        under("tuple", lambda layer: (layer, 1)),
+        under("nested", lambda layer: [{"head": (1, layer)[1:]}]),
+        under("named", lambda layer: Pair(layer, 1)),
+        under("dict", lambda layer: {"head": layer}),
+        under("namespace", lambda layer: types.SimpleNamespace(head=layer)),
+        under("module", lambda layer: [nn.ModuleList([layer])]),
+    ],
+)
+def test_a_second_reference_is_the_same_quantized_layer(kind):
+    model = kind().eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* does not trace")
+        quantized = quantize(model, torch.randn(3, 16))
+    assert fxquant.explain(quantized).coverage.share == 1
+    assert [row.path for row in fxquant.explain(quantized).rows] == ["body", "head"]
+    for twin in (quantized, copy.deepcopy(quantized)):
+        held = twin.held
+        while not isinstance(held, nn.Linear):
+            held = held["head"] if isinstance(held, dict) else getattr(held, "head", None) or held[0]
+        assert held is twin.head
+        assert isinstance(held, fxquant.nn.DynamicQuantizedLinear)

@@ -12,12 +12,11 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 
 from benchmarks.machine import describe_machine
@@ -85,25 +84,24 @@ def ratios(ours: Callable[[], object], torchs: Callable[[], object], rounds: int
     return found
 
 
-def measure(rounds: int) -> list[dict[str, object]]:
-    """Return a row for each model and shape: the median ratio, and the least and the greatest."""
-    rows: list[dict[str, object]] = []
+def measure(threads: int, rounds: int) -> Iterator[dict[str, object]]:
+    """Yield a row for each model and shape, as soon as it is measured: the median ratio, the least and the greatest."""
     for name, (model, width) in models().items():
+        example = torch.randn(2, 16, width)
+        ours, torchs = (
+            convert_fx(prepare_fx(model.eval(), default_dynamic_qconfig_mapping(), example, batch_invariant=asked))
+            for asked in (None, False)
+        )
         for batch in BATCHES:
             for length in LENGTHS:
                 x = torch.randn(batch, length, width)
-                ours, torchs = (
-                    convert_fx(prepare_fx(model.eval(), default_dynamic_qconfig_mapping(), x, batch_invariant=asked))
-                    for asked in (None, False)
-                )
                 found = ratios(lambda: ours(x), lambda: torchs(x), rounds)  # noqa: B023 - called in this turn
-                row = {"model": name, "batch": batch, "length": length, "ours / torch": statistics.median(found)}
-                rows.append({**row, "least": min(found), "greatest": max(found)})
-    return rows
+                row = {"threads": threads, "model": name, "batch": batch, "length": length}
+                yield {**row, "ours / torch": statistics.median(found), "least": min(found), "greatest": max(found)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write the JSON file."""
+    """Measure, print line by line, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=thread_counts, default="1,2", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="of a fifth of a second each (%(default)s)")
@@ -113,8 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         for threads in options.threads:
             with torch_threads(threads):
-                rows += [{"threads": threads, **row} for row in measure(options.rounds)]
-    print(tabulate(rows, headers="keys", floatfmt=".3f"))
+                for row in measure(threads, options.rounds):
+                    line = " ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values())
+                    print(line if rows else "# " + ", ".join(row) + "\n" + line, flush=True)
+                    rows.append(row)
     if options.json:
         content = {"machine": describe_machine(), "rows": rows}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")

@@ -35,7 +35,7 @@ docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 # The package, built in place where there is a C compiler, and what the demo needs.
-$(VENV)/.fxquant: pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
+$(VENV)/.fxquant: pyproject.toml constraints.txt $(wildcard setup.py csrc/*/* csrc/*/*/* csrc/*/*/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) setuptools wheel
 	$(INSTALL) --no-build-isolation -e '.[demo]'

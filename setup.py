@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = sorted(str(path) for path in Path("csrc").glob("*.c"))
+SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.c"))
 FLAGS = [
     "-std=c11",
     "-O3",
@@ -50,7 +50,8 @@ setup(
         Extension(
             "fxquant._native",
             SOURCES,
-            depends=[str(path) for path in Path("csrc").glob("*.h")],
+            depends=[str(path) for path in Path("csrc").rglob("*.h")],
+            include_dirs=["csrc"],
             extra_compile_args=FLAGS + EXTRA,
             extra_link_args=["-pthread", "-lm", *(["-ldl"] if sys.platform == "linux" else []), *EXTRA],
             py_limited_api=True,

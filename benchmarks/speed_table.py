@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed_table [--threads 1] [--rounds 5] [--json fxquant/debug/speed.json]
 
-Of each figure the least round is kept, what a call takes undisturbed. See fxquant/debug/losses.py.
+Of each figure the least round is kept, what a call takes undisturbed. See fxquant/debug/regressions.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.machine import describe_machine
 from benchmarks.operators import Call, measure, report
 from fxquant import OPERATORS, quantize_dynamic
-from fxquant.debug.losses import MEASURED
+from fxquant.debug.regressions import MEASURED
 
 SHAPES = [(rows, size) for size in (16, 32, 64, 128, 256, 1024, 4096) for rows in (1, 16, 256)]
 LARGEST = {"linear": 4096, "embedding": 4096, "embedding_bag": 4096}

@@ -3,7 +3,7 @@
  * Words: M rows of activations, K columns (the depth of a product), N outputs. A product is
  *   y[m][n] = float(sum_k (q[m][k] - zero_point[m]) * weight[n][k]) * (row_scale[m] * scale[n])
  * with every float operation single and in this order: fxquant/ops/reference.py is the specification, to the bit. So
- * this code is compiled with -ffp-contract=off and uses no fused multiply-add, but for products of floats: see floats.h. */
+ * this code is compiled with -ffp-contract=off and uses no fused multiply-add, but for products of floats: see floats-inl.h. */
 #ifndef FXQUANT_H
 #define FXQUANT_H
 
@@ -11,10 +11,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "pool.h"
+#include "runtime/pool.h"
 
 #define FXQ_DEPTH 64 /* activations are padded with zeros to whole steps of 64 columns */
-#define FXQ_PACKED_BYTES (256 << 10) /* of a weight that a thread packs at a time: see avx512_packed.h */
+#define FXQ_PACKED_BYTES (256 << 10) /* of a weight that a thread packs at a time: see packed-inl.h */
 
 /* Rows of floats, each of them dense, that may lie anywhere, one over another too: those of a tensor of `dimensions` and
  * one dimension more. There are as few dimensions as the strides allow: 1 where rows lie evenly. */
@@ -37,7 +37,7 @@ static inline const float *fxq_find_row(const struct fxq_rows *rows, int64_t row
 struct fxq_row {
     float scale, inverse;
     int32_t zero_point;
-    int32_t zero_pair; /* -zero_point and -128 * zero_point as two int16: see correct() in avx512.h */
+    int32_t zero_pair; /* -zero_point and -128 * zero_point as two int16: see correct() in common-inl.h */
 };
 
 /* Least and greatest value of something, 0 included; is_nan if a NaN was among them. */
@@ -47,7 +47,7 @@ struct fxq_range {
 };
 
 /* What activations become, by the weight: uint8 for int8 and 4 bits, laid out as the instruction set's matmul wants them;
- * -32767 … 32767 without a zero point for int16, as int16.h says; themselves for floats, as floats.h says. */
+ * -32767 … 32767 without a zero point for int16, as int16-inl.h says; themselves for floats, as floats-inl.h says. */
 enum fxq_kind { FXQ_KIND_UINT8, FXQ_KIND_INT16, FXQ_KIND_FLOAT };
 
 /* Quantized activations. */
@@ -174,7 +174,7 @@ struct fxq_kernels {
     void (*quantize_int16)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
     void (*matmul_int16)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to);
     void (*matmul_floats)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
-    /* Products of two activations, and a softmax between two of them: products.h. */
+    /* Products of two activations, and a softmax between two of them: products-inl.h. */
     void (*multiply_tiles)(const struct fxq_tiles *tiles);
     float (*softmax_row)(const struct fxq_scores *row);
     /* gates: 4 runs of `units` floats, gate_stride apart; h may be any buffer of `units`. */

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from fxquant._torch_ao_names import MOVED, SAME
+from fxquant.torch_ao.names import MOVED, SAME
 
 _HEAD = """# Names of torch.ao
 

@@ -4,10 +4,9 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fxquant._torch_ao_names import MOVED as _MOVED
 from fxquant._version import __version__
 from fxquant.checkpoint import load, save
-from fxquant.debug import compare, explain, graph_diff, profile, sensitivity, suggest_mapping
+from fxquant.debug import compare, explain, graph_diff, profile, sensitivity
 from fxquant.eager import quantize_dynamic
 from fxquant.errors import (
     ArgumentError,
@@ -55,9 +54,11 @@ from fxquant.qconfig import (
 from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping
 from fxquant.quantize_fx import convert_fx, fuse_fx, prepare_fx
 from fxquant.spec import TensorSpec
+from fxquant.torch_ao.names import MOVED as _MOVED
+from fxquant.tuning import suggest_mapping
 
 if TYPE_CHECKING:
-    from fxquant.from_torch_ao import from_torch_ao, load_torch_ao
+    from fxquant.torch_ao.load import from_torch_ao, load_torch_ao
 
 __all__ = [
     "OPERATORS",
@@ -123,7 +124,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Return what is loaded on use only; for a name of torch.ao's, say what takes its place."""
     if name in ("from_torch_ao", "load_torch_ao"):
-        way_over = importlib.import_module("fxquant.from_torch_ao")
+        way_over = importlib.import_module("fxquant.torch_ao.load")
         globals().update(from_torch_ao=way_over.from_torch_ao, load_torch_ao=way_over.load_torch_ao)
         return globals()[name]
     if name not in _MOVED:

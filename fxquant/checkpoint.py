@@ -29,13 +29,12 @@ from fxquant import tensor_file
 from fxquant._version import __version__
 from fxquant.errors import CheckpointError, FxQuantError, TraceError, nearest, warn
 from fxquant.graph import edit
-from fxquant.graph.architecture import Architecture, describe, differences
-from fxquant.graph.check import PASSED_BY
-from fxquant.graph.clean import clean
-from fxquant.graph.convert import convert, convert_modules
-from fxquant.graph.dtypes import set_table_dtypes, table_dtypes
-from fxquant.graph.exported import adopt
-from fxquant.graph.extra_state import SUFFIX, tensors_of
+from fxquant.graph.check.check import PASSED_BY
+from fxquant.graph.convert.clean import clean
+from fxquant.graph.convert.convert import convert, convert_modules
+from fxquant.graph.convert.dtypes import set_table_dtypes, table_dtypes
+from fxquant.graph.eager import plain_mirror
+from fxquant.graph.fingerprint.architecture import Architecture, describe, differences
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import (
     Coverage,
@@ -51,10 +50,11 @@ from fxquant.graph.module import (
     take_old_keys,
 )
 from fxquant.graph.observe import observe
-from fxquant.graph.plan import replay
-from fxquant.graph.preserve import preserve
-from fxquant.graph.trace import check_model, trace
-from fxquant.graph.tree import plain_mirror
+from fxquant.graph.plan.planner import replay
+from fxquant.graph.preserve.extra_state import SUFFIX, tensors_of
+from fxquant.graph.preserve.preserve import preserve
+from fxquant.graph.trace.exported import adopt
+from fxquant.graph.trace.trace import check_model, trace
 from fxquant.nn.base import dtype_errors
 from fxquant.operators import OPERATORS, Operator, find_row
 from fxquant.plain_values import decode, encode

@@ -11,15 +11,15 @@ from torch import nn
 
 from fxquant.entry import entry
 from fxquant.errors import QConfigError
+from fxquant.graph.calibrate import gather
 from fxquant.graph.call import bind_inputs
-from fxquant.graph.check import checked
-from fxquant.graph.exported import adopt
+from fxquant.graph.check.check import checked
+from fxquant.graph.eager import convert_tree, plain_mirror, prepare_tree
 from fxquant.graph.module import need_stage, refuse_ours
-from fxquant.graph.moments import gather
-from fxquant.graph.outcome import judge
-from fxquant.graph.rules import check_mapping
-from fxquant.graph.trace import check_kind, names_of
-from fxquant.graph.tree import convert_tree, plain_mirror, prepare_tree
+from fxquant.graph.plan.outcome import judge
+from fxquant.graph.plan.rules import check_mapping
+from fxquant.graph.trace.exported import adopt
+from fxquant.graph.trace.trace import check_kind, names_of
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig import (
     QConfig,

@@ -11,23 +11,23 @@ from torch import fx, nn
 from fxquant.entry import entry
 from fxquant.errors import ExampleInputsError, FxQuantError, QConfigError, TraceError, warn
 from fxquant.graph import edit
-from fxquant.graph.architecture import describe
+from fxquant.graph.calibrate import Moments, gather
 from fxquant.graph.call import Example, Inputs, bind_inputs
-from fxquant.graph.capture import capture, check_runs, verify
-from fxquant.graph.check import checked
-from fxquant.graph.clean import clean
-from fxquant.graph.convert import WeightCache, convert
-from fxquant.graph.exported import adopt
+from fxquant.graph.check.check import checked
+from fxquant.graph.convert.clean import clean
+from fxquant.graph.convert.convert import WeightCache, convert
+from fxquant.graph.eager import convert_tree, plain_mirror, prepare_tree
+from fxquant.graph.fingerprint.architecture import describe
 from fxquant.graph.fuse import fuse
 from fxquant.graph.module import FxModule, Record, finish, need_stage, preserved_of, refuse_ours
-from fxquant.graph.moments import Moments, gather
 from fxquant.graph.observe import observe
-from fxquant.graph.outcome import judge
-from fxquant.graph.plan import plan
-from fxquant.graph.preserve import Keep, Preserved, preserve
-from fxquant.graph.rules import check_mapping
-from fxquant.graph.trace import Traced, check_model, names_of, trace
-from fxquant.graph.tree import convert_tree, plain_mirror, prepare_tree
+from fxquant.graph.plan.outcome import judge
+from fxquant.graph.plan.planner import plan
+from fxquant.graph.plan.rules import check_mapping
+from fxquant.graph.preserve.preserve import Keep, Preserved, preserve
+from fxquant.graph.trace.exported import adopt
+from fxquant.graph.trace.trace import Traced, check_model, names_of, trace
+from fxquant.graph.trace.verify import capture, check_runs, verify
 from fxquant.nn.fused import SPELT
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig_mapping import QConfigMapping

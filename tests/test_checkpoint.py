@@ -29,7 +29,7 @@ from fxquant import (
     tensor_file,
 )
 from fxquant.checkpoint import FORMAT
-from fxquant.graph.architecture import ModuleKind
+from fxquant.graph.fingerprint.architecture import ModuleKind
 from fxquant.graph.module import Coverage, Fusion, Left, Site
 from fxquant.spec import TensorSpec
 from tests.samples import SCHEMES, Call, WordLM, everything, leaves, lm_inputs, prepare, quantize, same_bits

@@ -1,12 +1,15 @@
-"""Views of what happened, graph_diff, explain, compare, profile and sensitivity, and suggest_mapping."""
+"""Views of what happened: graph_diff, explain, compare, profile and sensitivity."""
 
-from fxquant.debug.compare import CompareRow, Comparison, OutputRow, compare
-from fxquant.debug.diff import GraphDiff, graph_diff
-from fxquant.debug.diff_view import DiffRow
+import importlib
+import warnings
+from typing import Any
+
+from fxquant.debug.diff.diff import GraphDiff, graph_diff
+from fxquant.debug.diff.fold import DiffRow
 from fxquant.debug.explain import ExplainRow, Explanation, explain
-from fxquant.debug.profile import Profile, ProfileRow, profile
-from fxquant.debug.sensitivity import Sensitivity, SensitivityRow, sensitivity
-from fxquant.debug.suggest import Suggestion, SuggestionStep, suggest_mapping
+from fxquant.debug.measure.compare import CompareRow, Comparison, OutputRow, compare
+from fxquant.debug.measure.profile import Profile, ProfileRow, profile
+from fxquant.debug.measure.sensitivity import Sensitivity, SensitivityRow, sensitivity
 
 __all__ = [
     "CompareRow",
@@ -20,12 +23,17 @@ __all__ = [
     "ProfileRow",
     "Sensitivity",
     "SensitivityRow",
-    "Suggestion",
-    "SuggestionStep",
     "compare",
     "explain",
     "graph_diff",
     "profile",
     "sensitivity",
-    "suggest_mapping",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return what has moved to fxquant.tuning, with a DeprecationWarning."""
+    if name not in ("Suggestion", "SuggestionStep", "suggest_mapping"):
+        raise AttributeError(f"module 'fxquant.debug' has no attribute {name!r}")
+    warnings.warn(f"fxquant.debug.{name} is now fxquant.tuning.{name}", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module("fxquant.tuning"), name)

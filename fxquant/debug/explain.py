@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from fxquant.debug.losses import Loss, losses_of
-from fxquant.debug.report import Column, Report
-from fxquant.debug.table import megabytes, site_name
+from fxquant.debug.regressions import Loss, losses_of
+from fxquant.debug.report.report import Column, Report
+from fxquant.debug.report.table import megabytes, site_name
 from fxquant.errors import ModelStateError
 from fxquant.graph import edit
-from fxquant.graph.clean import clean
-from fxquant.graph.convert import convert, convert_modules
-from fxquant.graph.invariant import find_dependent
+from fxquant.graph.convert.clean import clean
+from fxquant.graph.convert.convert import convert, convert_modules
+from fxquant.graph.convert.invariant import find_dependent
 from fxquant.graph.module import Coverage, Record, Site, record_of
 from fxquant.nn import QuantizedModule
 from fxquant.qconfig_mapping import qconfig_name

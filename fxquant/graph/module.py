@@ -12,15 +12,16 @@ import torch
 from torch import fx, nn
 
 from fxquant.errors import ModelStateError
-from fxquant.graph import dtypes, edit
-from fxquant.graph.architecture import Architecture
-from fxquant.graph.attributes import check_settable
-from fxquant.graph.bound import carry, install
+from fxquant.graph import edit
 from fxquant.graph.call import Example
-from fxquant.graph.extra_state import key_of, lost_states, tensors_of
-from fxquant.graph.preserve import NOTHING_PRESERVED, Keep, Preserved
+from fxquant.graph.convert import dtypes
+from fxquant.graph.fingerprint.architecture import Architecture
+from fxquant.graph.preserve.attributes import check_settable
+from fxquant.graph.preserve.bound import carry, install
+from fxquant.graph.preserve.extra_state import key_of, lost_states, tensors_of
+from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Keep, Preserved
 from fxquant.graph.references import copy_attributes
-from fxquant.graph.tracer import TRACING
+from fxquant.graph.trace.tracer import TRACING
 from fxquant.nn.base import QuantizedModule, dtype_errors, refuse_script
 from fxquant.operators import Operator
 from fxquant.qconfig import QConfig
@@ -119,8 +120,8 @@ class Record:
     one, the arguments that it is checked on once it is quantized. architecture: of the float model, for checkpoints.
     unchecked: why that check was not possible. live, checked: the paths of the attributes that its graph reads at each
     call, to use and to compare; fixed: of those that forward read when it was traced. written: the parameters that
-    forward writes into. batch_invariant: what was asked of its float products: graph/invariant.py. extra_states: what
-    get_extra_state gave, by the paths of modules that were traced through.
+    forward writes into. batch_invariant: what was asked of its float products: graph/convert/invariant.py.
+    extra_states: what get_extra_state gave, by the paths of modules that were traced through.
     """
 
     stage: str

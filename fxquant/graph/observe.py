@@ -13,7 +13,7 @@ from torch import fx, nn
 from fxquant.graph import edit
 from fxquant.graph.constants import recast, transpose
 from fxquant.graph.module import Site
-from fxquant.graph.plan import Plan
+from fxquant.graph.plan.planner import Plan
 
 
 def observe(module: fx.GraphModule, plan: Plan) -> tuple[Site, ...]:

@@ -71,7 +71,7 @@ class DynamicQuantizedRecurrent(QuantizedModule):
             weight, own = getattr(module, name), qconfig.of(name)
             quantized = to_float32(weight) if own is None else quantize(weight, own)
             self._weights.append(self.set_weight(name, quantized, weight))
-        ways = [own for own in map(qconfig.of, names) if own is not None]  # which agree: see graph/rules.py
+        ways = [own for own in map(qconfig.of, names) if own is not None]  # which agree: see graph/plan/rules.py
         self._rows = all(own.per_row for own in ways), next((own.qmax for own in ways if own.makes_uint8), 255)
         for cell in self._cells if self.bias else ():
             self.join_biases(cell, getattr(module, f"bias_ih{cell}"), getattr(module, f"bias_hh{cell}"))

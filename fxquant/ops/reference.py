@@ -4,7 +4,7 @@ A result depends on its own row alone, bit for bit, because only two kinds of ar
 are exact in any order, and single IEEE float32 operations on one element (+, -, *, /, round), which give the same bits
 at every position of a tensor. torch.sigmoid, torch.tanh and fused multiply-adds do not, so they are not used.
 Float16 weights are the exception: they go through torch's float matmul, and the kernels, which have an order of their
-own (csrc/floats.h), agree to float rounding.
+own (csrc/kernels/generic/floats-inl.h), agree to float rounding.
 """
 
 from __future__ import annotations

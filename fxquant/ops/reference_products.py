@@ -1,4 +1,6 @@
-"""Products of two activations and attention in plain torch, for any device: the specification of csrc/products.h.
+"""Products of two activations and attention in plain torch, for any device: the specification.
+
+Its kernels: csrc/kernels/generic/products-inl.h.
 
 torch's own products order their sums by the batch and by where a tensor lies in memory. Here each sum goes through the
 depth in order, of single operations on one element each, so an element depends on its row and its column alone. The
@@ -111,7 +113,7 @@ def _exponentials(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _sum_four(x: torch.Tensor) -> torch.Tensor:
-    """Return the sums of the last dimension, of four, in the order of csrc/floats.h."""
+    """Return the sums of the last dimension, of four, in the order of csrc/kernels/generic/floats-inl.h."""
     return (x[..., 0] + x[..., 2]) + (x[..., 1] + x[..., 3])
 
 

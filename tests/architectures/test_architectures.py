@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxquant import explain, prepare_fx, quantize_dynamic
-from fxquant.graph.invariant import PRODUCTS
+from fxquant.graph.convert.invariant import PRODUCTS
 from fxquant.graph.module import record_of
 from tests.architectures.base import (
     FORMS,

@@ -21,7 +21,7 @@ from fxquant import (
     quantize_dynamic,
     save,
 )
-from fxquant.debug.table import megabytes
+from fxquant.debug.report.table import megabytes
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize
 
 

@@ -23,7 +23,7 @@ def things_of(kind, name):
     return {key: getattr(importlib.import_module(room), key)}
 
 
-@pytest.mark.parametrize("package", ["fxquant", "fxquant.debug", "fxquant.nn"])
+@pytest.mark.parametrize("package", ["fxquant", "fxquant.debug", "fxquant.tuning", "fxquant.nn"])
 def test_every_public_name_is_in_the_reference_once(package):
     listed = [id(thing) for kind, name in ENTRIES for thing in things_of(kind, name).values()]
     room = importlib.import_module(package)

@@ -5,7 +5,7 @@ import json
 import torch
 
 from docs import make_batch_independence as made
-from fxquant.graph.invariant import DEPENDENT
+from fxquant.graph.convert.invariant import DEPENDENT
 
 DATA = json.loads(made.DATA.read_text(encoding="utf8"))
 

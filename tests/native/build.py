@@ -18,7 +18,7 @@ from tests.native import cases
 ROOT = Path(__file__).parents[2]
 FLAGS = (
     *("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    *("-pthread", "-D_GNU_SOURCE", "-Wall", "-Wextra"),
+    *("-pthread", "-D_GNU_SOURCE", "-Wall", "-Wextra", f"-I{ROOT / 'csrc'}"),
 )
 
 

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../../csrc/fxquant.h"
+#include "fxquant.h"
 
 static uint64_t state, hash;
 

@@ -14,7 +14,7 @@ from tests.native.build import ROOT, build
 
 # written for Python
 PYTHON = {"module.c", "tensors.c", "call_linear.c", "call_matmul.c", "call_recurrent.c", "call_embedding.c"}
-SOURCES = [ROOT / "tests/native/harness.c", *(path for path in (ROOT / "csrc").glob("*.c") if path.name not in PYTHON)]
+SOURCES = [ROOT / "tests/native/harness.c", *(path for path in (ROOT / "csrc").rglob("*.c") if path.name not in PYTHON)]
 
 pytestmark = pytest.mark.long
 

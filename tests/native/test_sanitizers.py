@@ -43,7 +43,7 @@ def test_random_cases_touch_no_memory_but_their_own(tmp_path):
     library = preload(compiler) if compiler else None
     if library is None:
         pytest.skip("no gcc with AddressSanitizer here")
-    sources, include = sorted((ROOT / "csrc").glob("*.c")), f"-I{sysconfig.get_path('include')}"
+    sources, include = sorted((ROOT / "csrc").rglob("*.c")), f"-I{sysconfig.get_path('include')}"
     made = build(tmp_path / "_native.so", compiler, sources, (*FLAGS, include), ("-shared",))
     environment = {
         **os.environ,

@@ -1,0 +1,35 @@
+/* Plain C for any processor, as fast as the compiler's own vectorization makes it. */
+#define FXQ_VALUE int16_t
+#include "kernels/generic/row_major-inl.h"
+#include "kernels/generic/int16-inl.h"
+#include "kernels/generic/floats-inl.h"
+
+static void quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
+    set_own_rows(x, first, count, rows);
+    quantize_row_major(x, first, count, rows);
+}
+
+static int32_t dot(const int16_t *a, const int8_t *w, int64_t count) {
+    uint32_t sum = 0; /* unsigned: wraps, as the reference's int32 does, where more than 66,000 columns overflow */
+    for (int64_t k = 0; k < count; k++) sum += (uint32_t)((int32_t)a[k] * (int32_t)w[k]);
+    return (int32_t)sum;
+}
+
+static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+    (void)scratch;
+    const struct fxq_activations *x = job->x;
+    for (int64_t m = 0; m < x->rows; m++) {
+        const int16_t *a = (const int16_t *)x->packed + m * x->depth;
+        for (int64_t n = n0; n < n1; n++) {
+            const int32_t sum = dot(a, job->weight + n * x->columns, x->columns);
+            float y = (float)sum * (x->row[m].scale * job->scale[n]);
+            if (job->bias) y += job->bias[n];
+            if (to->addend) y += to->addend[m * to->addend_stride + n - n0];
+            if (job->relu) y = y < 0.0f ? 0.0f : y;
+            to->out[m * to->out_stride + n - n0] = y;
+        }
+    }
+}
+
+const struct fxq_kernels fxq_portable = {
+    .name = "portable", .value_bytes = 2, .quantize = quantize, .matmul = matmul, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};

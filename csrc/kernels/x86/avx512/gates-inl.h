@@ -1,0 +1,159 @@
+/* An LSTM's gates: from the products of a block of 16 hidden units to c and h. For lstm-inl.h. */
+
+enum { UNIT_BLOCK = 16, UNIT_BLOCK_GATES = 4 * UNIT_BLOCK };
+
+/* gcc puts an operation next to the one that needs it; this keeps operations where they are written. */
+FXQ_INLINE __m512 in_order(__m512 x) {
+    __asm__("" : "+v"(x));
+    return x;
+}
+
+/* count x exp(x) - 1, as exp_minus_1 in elementwise-inl.h, to the bit: the fused multiply-adds here have exact products. An
+ * operation takes 4 cycles and two begin in each, so that 8 values side by side keep both units busy; fewer can be given
+ * part by part between other instructions. */
+struct exponentials {
+    __m512 x[8], shifted[8], n[8], p[8];
+};
+enum { EXP_PARTS = 8 };
+
+#define EACH FXQ_UNROLL(8) for (int i = 0; i < count; i++)
+FXQ_INLINE void exp_minus_1_part(struct exponentials *e, int count, int part) {
+    __m512 *x = e->x, *shifted = e->shifted, *n = e->n, *p = e->p;
+    switch (part) {
+        case 0:
+            EACH x[i] = _mm512_max_ps(_mm512_set1_ps(-43.0f), x[i]); /* the second operand where one is NaN */
+            EACH x[i] = _mm512_min_ps(_mm512_set1_ps(43.0f), x[i]);
+            EACH shifted[i] = _mm512_mul_ps(x[i], _mm512_set1_ps(1.4426950408889634f));
+            break;
+        case 1:
+            EACH shifted[i] = in_order(_mm512_add_ps(shifted[i], _mm512_set1_ps(ROUND)));
+            EACH n[i] = in_order(_mm512_sub_ps(shifted[i], _mm512_set1_ps(ROUND)));
+            EACH x[i] = in_order(_mm512_fnmadd_ps(n[i], _mm512_set1_ps(0.693359375f), x[i])); /* exact: 10 bits by 7 */
+            break;
+        case 2:
+            EACH n[i] = in_order(_mm512_mul_ps(n[i], _mm512_set1_ps(-2.1219444e-4f)));
+            EACH x[i] = in_order(_mm512_sub_ps(x[i], n[i]));
+            EACH p[i] = in_order(_mm512_mul_ps(x[i], _mm512_set1_ps((float)(1.0 / 5040))));
+            break;
+        case 3:
+            EACH p[i] = in_order(_mm512_add_ps(p[i], _mm512_set1_ps((float)(1.0 / 720))));
+            EACH p[i] = in_order(_mm512_mul_ps(p[i], x[i]));
+            EACH p[i] = in_order(_mm512_add_ps(p[i], _mm512_set1_ps((float)(1.0 / 120))));
+            break;
+        case 4:
+            EACH p[i] = in_order(_mm512_mul_ps(p[i], x[i]));
+            EACH p[i] = in_order(_mm512_add_ps(p[i], _mm512_set1_ps((float)(1.0 / 24))));
+            EACH p[i] = in_order(_mm512_mul_ps(p[i], x[i]));
+            break;
+        case 5:
+            EACH p[i] = in_order(_mm512_add_ps(p[i], _mm512_set1_ps((float)(1.0 / 6))));
+            EACH p[i] = in_order(_mm512_mul_ps(p[i], x[i]));
+            EACH p[i] = in_order(_mm512_add_ps(p[i], _mm512_set1_ps(0.5f)));
+            break;
+        case 6:
+            EACH n[i] = in_order(_mm512_mul_ps(x[i], x[i]));
+            EACH p[i] = in_order(_mm512_mul_ps(p[i], n[i]));
+            EACH p[i] = in_order(_mm512_add_ps(p[i], x[i]));
+            break;
+        case 7:
+            EACH {
+                const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted[i]), 23);
+                const __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f800000)));
+                /* exact: by a power of two */
+                x[i] = _mm512_fmadd_ps(p[i], power, _mm512_sub_ps(power, _mm512_set1_ps(1.0f)));
+            }
+            break;
+    }
+}
+
+FXQ_INLINE void exp_minus_1_of(struct exponentials *e, int count) {
+    FXQ_UNROLL(8) for (int part = 0; part < EXP_PARTS; part++) exp_minus_1_part(e, count, part);
+}
+
+/* What a block of 16 units needs at the end of each row. */
+struct unit_block {
+    int64_t u;
+    __mmask16 lanes;
+    __m512 scale[4];
+    __m512i pairs[4];
+};
+
+FXQ_INLINE struct unit_block begin_units(const struct fxq_lstm_step *s, int64_t u) {
+    struct unit_block b = {.u = u, .lanes = first_lanes(s->u1 - u)};
+    FXQ_UNROLL(4) for (int gate = 0; gate < 4; gate++) {
+        b.scale[gate] = _mm512_maskz_loadu_ps(b.lanes, s->scale + gate * s->hidden + u);
+        b.pairs[gate] = _mm512_load_si512(s->pairs + u * 4 + gate * UNIT_BLOCK);
+    }
+    return b;
+}
+
+/* Some rows of blocks on their way from products to c and h: reference_recurrent.lstm_cell. */
+struct unit_row {
+    const struct unit_block *block;
+    int64_t m;
+    __m512i sums[4];
+};
+
+/* The four gates' arguments of the exponentials. The gates i, f and o come out negated, as the exponential wants them, by a
+ * negated scale; so a zero may have another sign, which e + 2 does not show. */
+FXQ_INLINE void find_arguments(const struct fxq_lstm_step *s, const struct unit_row *unit, __m512 *x) {
+    const struct unit_block *b = unit->block;
+    const struct fxq_row *row = &s->h->row[unit->m];
+    FXQ_UNROLL(4) for (int gate = 0; gate < 4; gate++) {
+        const float *input = s->input_part + unit->m * s->input_stride + b->u + gate * s->hidden;
+        const __m512 part = _mm512_maskz_loadu_ps(b->lanes, input);
+        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(gate == 2 ? row->scale : -row->scale), b->scale[gate]);
+        const __m512i sums = correct(unit->sums[gate], b->pairs[gate], row->zero_pair);
+        const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale);
+        x[gate] = gate == 2 ? _mm512_mul_ps(_mm512_add_ps(y, part), _mm512_set1_ps(2.0f)) : _mm512_sub_ps(y, part);
+    }
+}
+
+/* From the four exponentials e to c, and in h's place the denominator of o, which finish_hidden takes from there. */
+FXQ_INLINE void finish_unit(const struct fxq_lstm_step *s, const struct unit_row *unit, const __m512 *e) {
+    const __m512 two = _mm512_set1_ps(2.0f);
+    const struct unit_block *b = unit->block;
+    const __m512 di = _mm512_add_ps(e[0], two), df = _mm512_add_ps(e[1], two);
+    const __m512 eg = e[2], d_o = _mm512_add_ps(e[3], two);
+    float *c = s->c + unit->m * s->hidden + b->u;
+    const __m512 kept = _mm512_div_ps(_mm512_maskz_loadu_ps(b->lanes, c), df);
+    const __m512 added = _mm512_div_ps(eg, _mm512_mul_ps(di, _mm512_add_ps(eg, two)));
+    _mm512_mask_storeu_ps(c, b->lanes, _mm512_add_ps(kept, added));
+    _mm512_mask_storeu_ps(s->out + unit->m * s->out_stride + b->u, b->lanes, d_o);
+}
+
+/* count (1 or 2) rows, of which e has the arguments. */
+FXQ_INLINE void finish_gates(const struct fxq_lstm_step *s, const struct unit_row *rows, struct exponentials *e, int count) {
+    exp_minus_1_of(e, 4 * count);
+    FXQ_UNROLL(2) for (int i = 0; i < count; i++) finish_unit(s, &rows[i], e->x + 4 * i);
+}
+
+FXQ_INLINE void finish_states(const struct fxq_lstm_step *s, const struct unit_row *rows, int count) {
+    struct exponentials e;
+    FXQ_UNROLL(2) for (int i = 0; i < count; i++) find_arguments(s, &rows[i], e.x + 4 * i);
+    finish_gates(s, rows, &e, count);
+}
+
+/* The last part of a step: h = tanh(c) / the denominator of o, for all of the thread's units. */
+FXQ_INLINE void finish_hidden_of(const float *c, float *h, int64_t left, int count) {
+    const __m512 two = _mm512_set1_ps(2.0f);
+    struct exponentials e;
+    EACH e.x[i] = _mm512_mul_ps(_mm512_maskz_loadu_ps(first_lanes(left - 16 * i), c + 16 * i), two);
+    exp_minus_1_of(&e, count);
+    EACH {
+        const __mmask16 lanes = first_lanes(left - 16 * i);
+        const __m512 d_o = _mm512_maskz_loadu_ps(lanes, h + 16 * i);
+        _mm512_mask_storeu_ps(h + 16 * i, lanes, _mm512_div_ps(e.x[i], _mm512_mul_ps(d_o, _mm512_add_ps(e.x[i], two))));
+    }
+}
+
+static void finish_hidden(const struct fxq_lstm_step *s) {
+    for (int64_t m = 0; m < s->h->rows; m++) {
+        const float *c = s->c + m * s->hidden;
+        float *h = s->out + m * s->out_stride;
+        int64_t u = s->u0;
+        for (; s->u1 - u > 112; u += 128) finish_hidden_of(c + u, h + u, s->u1 - u, 8);
+        for (; s->u1 - u > 16; u += 32) finish_hidden_of(c + u, h + u, s->u1 - u, 2);
+        if (u < s->u1) finish_hidden_of(c + u, h + u, s->u1 - u, 1);
+    }
+}

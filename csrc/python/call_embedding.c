@@ -1,0 +1,99 @@
+/* The module's calls of embeddings and embedding bags. */
+#include <string.h>
+
+#include "python/calls.h"
+
+/* indices, weight, scale, zero_point, embedding_dim as the operators have them */
+static bool read_table(PyObject *const *args, int bits, PyObject *dtype, struct fxq_table *table, struct fxq_indices *indices,
+                       struct tensor *index) {
+    struct tensor weight;
+    const int64_t columns = INTEGER(args[4]), width = bits == 4 ? (columns + 1) / 2 : columns;
+    if (!is_float32(dtype) || !read_tensor(args[0], index) || (index->kind != INT32 && index->kind != INT64) ||
+        index->dimensions == MOST_DIMENSIONS || !read_tensor(args[1], &weight) || weight.dimensions != 2 ||
+        (weight.kind != INT8 && weight.kind != UINT8 && weight.kind != FLOAT16) || weight.shape[1] != width) {
+        return false;
+    }
+    const bool is_half = weight.kind == FLOAT16;
+    *table = (struct fxq_table){.values = weight.data, .rows = weight.shape[0], .columns = columns, .bits = is_half ? 16 : bits,
+                                .is_signed = weight.kind == INT8};
+    *indices = (struct fxq_indices){index->data, index->count, index->kind == INT64};
+    if (is_half) return bits != 4 && args[2] == Py_None && args[3] == Py_None;
+    if (bits != 4 && bits != 8) return false;
+    return read_vector(args[2], table->rows, &table->scale) && read_optional_vector(args[3], table->rows, &table->zero_point);
+}
+
+/* embedding(asks, indices, weight, scale, zero_point, embedding_dim, bits, dtype); None too for an index beyond the table */
+PyObject *embedding(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    struct tensor index, out;
+    struct fxq_table table;
+    struct fxq_indices indices;
+    if (count != 8) return nothing();
+    if (!may_run(args[0], args[1]) || !read_table(args + 1, (int)INTEGER(args[6]), args[7], &table, &indices, &index)) {
+        return nothing();
+    }
+    const int threads = thread_count();
+    if (PyErr_Occurred()) return NULL;
+    index.shape[index.dimensions] = table.columns;
+    PyObject *made = new_tensor(index.shape, index.dimensions + 1, &out);
+    if (made == NULL) return NULL;
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = fxq_embedding(&table, &indices, out.data, threads);
+    Py_END_ALLOW_THREADS
+    return finish(status, made);
+}
+
+/* How the indices are divided into bags: mode, offsets or None, per_sample_weights or None, include_last_offset. */
+static bool read_bags(PyObject *mode, PyObject *offsets, PyObject *weights, bool has_end, const struct tensor *index,
+                      struct fxq_bags *bags) {
+    static const char *const modes[] = {"sum", "mean", "max"}; /* FXQ_SUM, FXQ_MEAN, FXQ_MAX */
+    struct tensor tensor;
+    for (bags->mode = 0; bags->mode < 3 && PyUnicode_CompareWithASCIIString(mode, modes[bags->mode]) != 0;) bags->mode++;
+    if (bags->mode == 3 || index->dimensions != (offsets == Py_None ? 2 : 1)) return false;
+    bags->count = index->shape[0];
+    bags->width = offsets == Py_None ? index->shape[1] : 0;
+    if (offsets != Py_None) {
+        if (!read_kind(offsets, INT64, 1, &tensor) || tensor.count < has_end) return false;
+        bags->offsets = tensor.data;
+        bags->has_end = has_end;
+        bags->count = tensor.count - has_end;
+    }
+    if (weights == Py_None) return true;
+    if (bags->mode != FXQ_SUM || !read_kind(weights, FLOAT32, index->dimensions, &tensor) ||
+        memcmp(tensor.shape, index->shape, (size_t)index->dimensions * sizeof *index->shape) != 0) {
+        return false;
+    }
+    bags->weights = tensor.data;
+    return true;
+}
+
+/* embedding_bag(asks, indices, weight, scale, zero_point, embedding_dim, offsets, mode, per_sample_weights,
+ *               include_last_offset, padding_idx, bits, dtype); None too for an index beyond the table, or offsets that do
+ * not rise from 0 to the number of indices */
+PyObject *embedding_bag(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    struct tensor index, out;
+    struct fxq_table table;
+    struct fxq_indices indices;
+    struct fxq_bags bags = {.padding = -1};
+    if (count != 13) return nothing();
+    if (!may_run(args[0], args[1]) || (args[8] != Py_None && !may_run(args[0], args[8])) ||
+        !read_table(args + 1, (int)INTEGER(args[11]), args[12], &table, &indices, &index) ||
+        !read_bags(args[7], args[6], args[8], INTEGER(args[9]) != 0, &index, &bags)) {
+        return nothing();
+    }
+    if (args[10] != Py_None) {
+        bags.padding = INTEGER(args[10]);
+        if (bags.padding < 0) bags.padding += table.rows;
+    }
+    const int threads = thread_count();
+    if (PyErr_Occurred()) return NULL;
+    PyObject *made = new_tensor((int64_t[]){bags.count, table.columns}, 2, &out);
+    if (made == NULL) return NULL;
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = fxq_embedding_bag(&table, &indices, &bags, out.data, threads);
+    Py_END_ALLOW_THREADS
+    return finish(status, made);
+}

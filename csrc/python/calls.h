@@ -1,0 +1,44 @@
+/* What the calls of the Python module (call_*.c) share: tensors in, tensors out, nothing kept, the GIL released while a
+ * kernel runs.
+ *
+ * Each operator takes what its schema (fxquant/ops/schema.py) says, after `asks`: whether it is to look first if anybody
+ * watches. It gives None, having done nothing, where somebody does, where arguments are left out, or where a tensor is not
+ * dense (the input of a linear: in its last dimension), not of the dtype or shape that the kernels want, or a number is out
+ * of range: its caller, fxquant/ops, then makes dense copies, or lets the reference say what is wrong. */
+#ifndef FXQ_CALLS_H
+#define FXQ_CALLS_H
+
+#include "fxquant.h"
+#include "python/tensors.h"
+
+#define INTEGER(object) PyLong_AsLongLong(object)
+
+/* Whether to go on with an operator; else it gives `nothing()`. */
+static inline bool may_run(PyObject *asks, PyObject *x) { return asks != Py_True || !is_watched(x); }
+
+static inline PyObject *nothing(void) {
+    if (PyErr_Occurred()) return NULL;
+    Py_RETURN_NONE;
+}
+
+/* The greatest integer of activations of 8 bits; whether it is one. */
+static inline bool read_qmax(PyObject *number, int *qmax) {
+    const long long value = INTEGER(number);
+    *qmax = (int)value;
+    return value >= 1 && value <= 255;
+}
+
+/* The outputs, or for a status that is not FXQ_OK nothing, or MemoryError. Takes the outputs over. */
+static inline PyObject *finish(int status, PyObject *outputs) {
+    if (status == FXQ_OK) return outputs;
+    Py_DECREF(outputs);
+    return status == FXQ_NO_MEMORY ? PyErr_NoMemory() : nothing();
+}
+
+typedef PyObject *call_of_module(PyObject *self, PyObject *const *args, Py_ssize_t count);
+call_of_module linear, transpose;        /* call_linear.c */
+call_of_module matmul, attention;        /* call_matmul.c */
+call_of_module lstm, rnn;                /* call_recurrent.c */
+call_of_module embedding, embedding_bag; /* call_embedding.c */
+
+#endif

@@ -1,0 +1,219 @@
+"""The rows of a diff: what each node of two graphs is, what became of it, and what it reads."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx, nn
+
+from fxquant.debug.diff.fold import DiffRow
+from fxquant.errors import TraceError
+from fxquant.graph import edit
+from fxquant.graph.convert.invariant import PRODUCTS
+from fxquant.graph.module import Left, Record, Site, record_of
+from fxquant.graph.trace.trace import trace
+from fxquant.operators import OPERATORS
+from fxquant.ops import native
+from fxquant.qconfig_mapping import qconfig_name, type_name
+
+_Key: TypeAlias = tuple[str, str]
+"""A node's name and "", or "" and a module's path: a call may have the name that a module has as its path."""
+
+
+class _Side:
+    """One of the two graphs, and what its record says of its nodes.
+
+    inside: by a node's name the paths of the candidates inside the module that it calls, which are told like nodes.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, root: nn.Module) -> None:
+        self.root = root
+        self.nodes = {node.name: node for node in graph.nodes}
+        self.schemes, self.reasons, candidates = _notes(record_of(model))
+        self._modules = dict(self.root.named_modules())
+        callers: dict[str, str] = {}
+        for node in graph.find_nodes(op="call_module", sort=True):
+            callers.setdefault(str(node.target), node.name)
+        self.inside: dict[str, list[str]] = {}
+        for path in candidates:
+            above = path
+            while above and above not in callers:
+                above = above.rpartition(".")[0]
+            if above and above != path and path in self._modules:
+                self.inside.setdefault(callers[above], []).append(path)
+
+    def path(self, name: str) -> str:
+        """Return the path of the module that a node calls, of one inside a leaf its own, or ""."""
+        node = self.nodes.get(name)
+        if node is None:
+            return name if name in self._modules else ""
+        return str(node.target) if node.op == "call_module" else ""
+
+    def inputs(self, name: str) -> tuple[str, ...]:
+        """Return the names of the nodes that a node reads."""
+        node = self.nodes.get(name)
+        return () if node is None else tuple(read.name for read in node.all_input_nodes)
+
+    def describe(self, name: str, apart: list[str]) -> tuple[str, str, int]:
+        """Return what a node is in a word or two, its details, and its bytes; without those of modules told apart."""
+        node, path = self.nodes.get(name), self.path(name)
+        if path:
+            return _module(self._modules[path], [self._modules[part] for part in apart if part in self._modules])
+        return ("", "", 0) if node is None else _call(node, self.root)
+
+    def scheme(self, name: str, path: str) -> str:
+        """Return the qconfig of a site's node, else ""."""
+        return self._of(self.schemes, name, path)
+
+    def note(self, name: str, path: str) -> str:
+        """Return the qconfig of a node, why it stays float or changed, or what it was fused into."""
+        node = self.nodes.get(name)
+        is_fixed = (
+            node is not None and node.target in PRODUCTS and (native.available() or node.kwargs.get("anywhere", True))
+        )
+        told = "the same bits in any batch" if is_fixed else ""
+        return self.scheme(name, path) or self._of(self.reasons, name, path) or told
+
+    def _of(self, told: dict[_Key, str], name: str, path: str) -> str:
+        """Return what is told of a call by its name, or of the module that it calls; inputs may be named as either."""
+        node = self.nodes.get(name)
+        if node is not None and node.op == "placeholder":
+            return ""
+        return told.get((name, ""), "") or (told.get(("", path), "") if path else "")
+
+
+def diff_rows(before: nn.Module, after: nn.Module) -> tuple[tuple[DiffRow, ...], str]:
+    """Return a row for every node of either graph, in an order that keeps each one's own, and a remark, or ""."""
+    records = [record for record in map(record_of, (after, before)) if record is not None]
+    is_traced = all(record.is_traced for record in records)
+    try:
+        graphs = [_as_graph(model, records) for model in (before, after)] if is_traced else []
+    except TraceError:
+        if records:
+            raise
+        is_traced, graphs = False, []
+    graphs = graphs or [(_as_list(model), model) for model in (before, after)]
+    old, new = (_Side(model, *graph) for model, graph in zip((before, after), graphs, strict=True))
+    rows = []
+    for name in _merged(list(old.nodes), list(new.nodes)):
+        inside = list(dict.fromkeys([*old.inside.get(name, ()), *new.inside.get(name, ())]))
+        rows += [_row(part, old, new, inside if part == name else []) for part in (name, *inside)]
+    remark = "" if is_traced else "module by module: the model does not trace"
+    return tuple(rows), remark
+
+
+def _row(name: str, old: _Side, new: _Side, apart: list[str]) -> DiffRow:
+    """Return the row of one node, without what is told of the modules inside it."""
+    was, old_details, size_before = old.describe(name, apart)
+    now, new_details, size_after = new.describe(name, apart)
+    path = new.path(name) or old.path(name)
+    note_before, note = "", new.note(name, path)
+    sign = "+" if not was else "-" if not now else "~" if was != now else " "
+    schemes = old.scheme(name, path), new.scheme(name, path)
+    if was == now and all(schemes) and schemes[0] != schemes[1]:
+        sign, note_before = "~", schemes[0]
+    elif was == now and old_details != new_details:
+        sign, note_before, note = "~", *_unlike(old_details, new_details)
+    return DiffRow(
+        sign=sign,
+        name=name,
+        before=was,
+        after="" if sign == " " else now,
+        note=note,
+        bytes_before=size_before,
+        bytes_after=size_after,
+        note_before=note_before,
+        path=path,
+        inputs_before=old.inputs(name),
+        inputs_after=new.inputs(name),
+    )
+
+
+def _unlike(old: str, new: str) -> tuple[str, str]:
+    """Return the parts of two details in which they differ."""
+    a, b = (re.split(r", (?![^(\[]*[)\]])", text) for text in (old, new))
+    return ", ".join(part for part in a if part not in b), ", ".join(part for part in b if part not in a)
+
+
+def _as_graph(model: nn.Module, records: list[Record]) -> tuple[fx.Graph, nn.Module]:
+    """Return a model's graph, traced if need be as the other one was, and what holds the modules that it calls."""
+    module = model
+    if not isinstance(module, fx.GraphModule):
+        record = records[0] if records else Record(stage="prepared", operators=OPERATORS)
+        operators = record.operators or OPERATORS
+        module = trace(model, operators, None, record.constants, record.untraced, keep=record.keep).module
+    return module.graph, module
+
+
+def _as_list(model: nn.Module) -> fx.Graph:
+    """Return a graph that holds each module of a model that has tensors of its own, and no wiring."""
+    graph = fx.Graph()
+    for path, module in model.named_modules():
+        if path and any(True for _ in (*module.parameters(False), *module.buffers(False))):
+            graph.call_module(path).name = path
+    return graph
+
+
+def _merged(old: list[str], new: list[str]) -> list[str]:
+    """Return the names of both graphs in an order that keeps each one's own."""
+    names: list[str] = []
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        names += old[a:b] if tag == "equal" else [*old[a:b], *new[c:d]]
+    return list(dict.fromkeys(names))
+
+
+def _module(module: nn.Module, apart: list[nn.Module]) -> tuple[str, str, int]:
+    """Return a module's type, what its repr adds to that and its tensors' dtypes, and its bytes, some modules apart."""
+    elsewhere = {edit.identity(tensor) for part in apart for tensor in (*part.parameters(), *part.buffers())}
+    tensors = {edit.identity(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    own = [tensor for key, tensor in tensors.items() if key not in elsewhere]
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in own})
+    details = ", ".join([*filter(None, [module.extra_repr()]), *dtypes])
+    return type_name(type(module)), details, sum(tensor.numel() * tensor.element_size() for tensor in own)
+
+
+def _call(node: fx.Node, module: nn.Module) -> tuple[str, str, int]:
+    """Return the same of a node that calls no module; its details are its constant arguments."""
+    if node.op == "get_attr":
+        tensor = edit.get_tensor(module, str(node.target))
+        if tensor is None:
+            return str(node.target), "", 0
+        kind = str(tensor.dtype).removeprefix("torch.")
+        return f"{kind} {tuple(tensor.shape)}", "", tensor.numel() * tensor.element_size()
+    told = ", ".join(_constants(node))
+    if node.op == "call_function":
+        function: Any = node.target
+        is_overload = isinstance(function, torch._ops.OpOverload)
+        return str(function).removesuffix(".default") if is_overload else type_name(function), told, 0
+    return (f".{node.target}()" if node.op == "call_method" else node.op), told, 0
+
+
+def _constants(node: fx.Node) -> Iterator[str]:
+    """Yield the arguments of a node that are no nodes, nor hold any."""
+    for name, value in [*((str(i), arg) for i, arg in enumerate(node.args)), *node.kwargs.items()]:
+        held: list[fx.Node] = []
+        fx.node.map_arg(value, held.append)
+        if not held and isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type(None))):
+            yield f"{name}={value!r}" if not name.isdigit() else f"argument {name} {value!r}"
+
+
+def _key(part: Site | Left) -> _Key:
+    return (part.call, "") if part.call else ("", part.path)
+
+
+def _notes(record: Record | None) -> tuple[dict[_Key, str], dict[_Key, str], list[str]]:
+    """Return, by node name or module path, qconfigs and the reasons of what has none; and the paths of candidates."""
+    if record is None:
+        return {}, {}, []
+    schemes = {_key(site): qconfig_name(site.qconfig) for site in record.sites}
+    reasons = {_key(left): f"float: {left.reason}" for left in record.left}
+    for fusion in record.fusions:
+        for part in fusion.chain[1:]:
+            reasons.update(dict.fromkeys([(part, ""), ("", part)], f"fused into {fusion.path}"))
+    candidates = [site.path for site in record.sites if site.call is None]
+    candidates += [left.path for left in record.left if left.call is None]
+    return schemes, reasons, candidates

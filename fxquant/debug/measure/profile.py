@@ -1,0 +1,297 @@
+"""profile: where a model's milliseconds and bytes go, site by site."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+from fxquant.debug.measure.sites import OpenModel, open_float, open_quantized
+from fxquant.debug.report.report import Column, Report
+from fxquant.debug.report.table import megabytes, site_name
+from fxquant.errors import ExampleInputsError, ModelStateError
+from fxquant.graph import edit
+from fxquant.graph.call import Inputs, as_arguments
+from fxquant.graph.module import Record, record_of
+from fxquant.ops import kernel_info
+from fxquant.ops.native import takes
+
+_PLAIN = "plain torch"
+_BUSY = 0.2
+"""The share of a call by which its parts' medians add up to something else, from which the figures are not to trust."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileRow:
+    """One site, or all that is in none: "elsewhere". ms: of a call of the model; float_ms: NaN without a float model.
+
+    calls: how often a call of the model calls the site. kernel: the operators that it calls beside torch's own, and
+    what runs them: "linear (amx)", "lstm (plain torch)". told: the same, as the table says it: what runs nearly all of
+    them stands under it.
+    """
+
+    path: str
+    call: str
+    kind: str
+    calls: int
+    ms: float
+    float_ms: float
+    bytes: int
+    float_bytes: int
+    kernel: str = ""
+    told: str = ""
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the float site it is."""
+        return self.float_ms / self.ms if self.ms else math.nan
+
+
+def _ms(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
+
+
+def _times(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.1f}×"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile(Report):
+    """Every site's milliseconds and bytes, slowest first: print it, show it in a notebook, sort it, or walk its rows.
+
+    ms, float_ms: of a whole call; bytes, float_bytes: of a whole model; all milliseconds are medians of the rounds.
+    """
+
+    rows: tuple[ProfileRow, ...]
+    ms: float
+    float_ms: float
+    bytes: int
+    float_bytes: int
+    rounds: int
+    threads: int
+    kernels: str
+
+    title: ClassVar[str] = "Profile: milliseconds and bytes of each site"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("site", "path", 24, site_name, is_number=False, is_name=True),
+        Column("was", "kind", 14, lambda row: row.kind, is_number=False, is_name=True),
+        Column(
+            "kernel",
+            "kernel",
+            12,
+            lambda row: row.told if row.calls or not row.kind else "never called",
+            is_number=False,
+        ),
+        Column("calls", "calls", 5, lambda row: str(row.calls or "")),
+        Column("ms", "ms", 9, lambda row: _ms(row.ms) if row.ms else ""),
+        Column("float ms", "float_ms", 9, lambda row: _ms(row.float_ms) if row.float_ms else ""),
+        Column("speed", "speedup", 6, lambda row: _times(row.speedup)),
+        Column("size", "bytes", 9, lambda row: megabytes(row.bytes) if row.bytes else ""),
+        Column("float size", "float_bytes", 9, lambda row: megabytes(row.float_bytes) if row.float_bytes else ""),
+    )
+
+    @property
+    def footer(self) -> tuple[str, ...]:
+        """The lines under the table: the totals, and on what they were measured."""
+        is_alone = math.isnan(self.float_ms)
+        beside = "" if is_alone else f", float {_ms(self.float_ms)} ms, {_times(self.float_ms / self.ms)} as fast"
+        sizes = megabytes(self.bytes) if is_alone else f"{megabytes(self.float_bytes)} → {megabytes(self.bytes)}"
+        sums = [sum(row.ms for row in self.rows), sum(row.float_ms for row in self.rows)]
+        calls = [self.ms, self.float_ms]
+        is_busy = any(abs(total - call) > _BUSY * call for total, call in zip(sums, calls, strict=True))
+        told = " and ".join(f"{_ms(total)}" for total in sums if not math.isnan(total))
+        return (
+            f"a call: {_ms(self.ms)} ms{beside}; {sizes}",
+            *(
+                [f"the rows add up to {told} ms: the machine was busy with other work; measure again"]
+                if is_busy
+                else []
+            ),
+            f"medians of {self.rounds} rounds; {self.threads} thread{'s' if self.threads != 1 else ''}, {self.kernels}",
+        )
+
+
+class _Timer:
+    """Adds up the milliseconds of a site's calls."""
+
+    def __init__(self, site: nn.Module) -> None:
+        self.ms, self.calls, self._began = 0.0, 0, 0.0
+        site.register_forward_pre_hook(self._start)
+        site.register_forward_hook(self._stop, prepend=True)
+
+    def _start(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def _stop(self, *_: Any) -> None:
+        self.ms += 1000 * (time.perf_counter() - self._began)
+        self.calls += 1
+
+
+class _Kernels(TorchDispatchMode):
+    """Notes which operators each site calls that are not torch's own."""
+
+    def __init__(self, sites: Sequence[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[dict[tuple[str, str], None]] = [{} for _ in sites]
+        self._open: list[int] = []
+        self._hooks = [hook for i, site in enumerate(sites) for hook in self._watch(i, site)]
+
+    def _watch(self, number: int, site: nn.Module) -> list[RemovableHandle]:
+        return [
+            site.register_forward_pre_hook(lambda *_: self._open.append(number)),
+            site.register_forward_hook(lambda *_: self._open.remove(number), prepend=True),
+        ]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note an operator, and run it."""
+        if self._open and func.namespace not in ("aten", "prim", "prims"):
+            self.names[self._open[-1]][_kernel(func, args)] = None
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> tuple[str, str]:
+    """Return an operator's name and what runs it with these arguments, "" where that is not known."""
+    name = operator._schema.name.partition("::")[2]
+    if operator.namespace != "fxquant":
+        return f"{operator.namespace}.{name}", ""
+    values = {argument.name: value for argument, value in zip(operator._schema.arguments, args, strict=False)}
+    weights = [values["weight"]] if "weight" in values else values.get("weights", [])
+    others = weights or [value for value in args[1:] if isinstance(value, torch.Tensor)]  # a product of activations
+    return name, _usual() if takes(args[0], others) else _PLAIN
+
+
+def _usual() -> str:
+    """Return what runs the operators here where nothing stands against it."""
+    return kernel_info().isa or _PLAIN
+
+
+def _join(operators: Iterable[tuple[str, str]], but: str = "") -> str:
+    """Return operators and what runs each in brackets, but for one of these."""
+    return ", ".join(f"{name} ({where})" if where not in ("", but) else name for name, where in operators)
+
+
+class _Side:
+    """One of the models, and what its rounds took. The last of its sites' numbers is for all that is in no site."""
+
+    def __init__(self, model: nn.Module, opened: OpenModel) -> None:
+        self.model, self.sites, self.timers = opened.model, opened.sites, list(map(_Timer, opened.sites))
+        self.bytes = edit.byte_count(model)
+        inside = edit.byte_count(nn.ModuleList(opened.sites))
+        self.sites_bytes = [*map(edit.byte_count, opened.sites), self.bytes - inside]
+        self._totals_ms: list[float] = []
+        self._sites_ms: list[list[float]] = []
+
+    def run(self, arguments: Inputs) -> None:
+        """Run the model once more."""
+        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
+        for timer in self.timers:
+            timer.ms, timer.calls = 0.0, 0
+        began = time.perf_counter()
+        self.model(*args, **kwargs)
+        total = 1000 * (time.perf_counter() - began)
+        spent = [timer.ms for timer in self.timers]
+        self._totals_ms.append(total)
+        self._sites_ms.append([*spent, total - sum(spent)])
+
+    @property
+    def ms(self) -> float:
+        """The median of all rounds but the first, which warms up."""
+        return statistics.median(self._totals_ms[1:])
+
+    @property
+    def sites_ms(self) -> list[float]:
+        """The same of each site."""
+        return [statistics.median(rounds) for rounds in zip(*self._sites_ms[1:], strict=True)]
+
+
+def profile(model: nn.Module, inputs: Any, *, float_model: nn.Module | None = None, rounds: int = 20) -> Profile:
+    """Return the milliseconds and bytes that each site of a model takes, beside the float model's if that is given.
+
+    model: a result of convert_fx, quantize_dynamic, load or prepare_fx; float_model: what it was made from. inputs: one
+    call's arguments: a tuple, a dict of keywords or one tensor. rounds: calls of each model, in turns, after one that
+    warms up, on as many threads as torch.get_num_threads() says.
+
+    The float model runs as prepare_fx traces it: without torch's fast path for transformers, in which no site is called
+    by itself. Both run as mirrors: neither is changed or hooked. What the timing takes, a microsecond or two a call,
+    counts as elsewhere.
+
+    Raises ModelStateError for a model that has no record of sites or is not on the CPU, ExampleInputsError for inputs
+    that do not fit forward.
+    """
+    record = _checked(model, rounds)
+    arguments = as_arguments(inputs, model)
+    sides = [_Side(model, open_quantized(model, record))]
+    if float_model is not None:
+        sides.append(_Side(float_model, open_float(float_model, record)))
+    with torch.no_grad():
+        with _Kernels(sides[0].sites) as seen:
+            sides[0].run(arguments)
+        for side in sides[1:]:
+            side.run(arguments)
+        for _ in range(rounds):
+            for side in sides:
+                side.run(arguments)
+    ours, theirs = sides[0], sides[1] if len(sides) > 1 else None
+    found = Profile(
+        rows=_rows(record, ours, theirs, [*seen.names, {}]),
+        ms=ours.ms,
+        float_ms=theirs.ms if theirs else math.nan,
+        bytes=ours.bytes,
+        float_bytes=theirs.bytes if theirs else 0,
+        rounds=rounds,
+        threads=torch.get_num_threads(),
+        kernels=f"{kernel_info().isa} kernels" if kernel_info().isa else "plain torch, no native kernels",
+    )
+    return found.sort("ms")
+
+
+def _checked(model: nn.Module, rounds: int) -> Record:
+    """Return the record of a model that can be profiled, or raise."""
+    record = record_of(model)
+    if record is None or record.stage == "fused":
+        raise ModelStateError(
+            f"profile needs the result of prepare_fx, convert_fx or quantize_dynamic, got {type(model).__name__}; the "
+            "float model goes beside it: profile(quantized, inputs, float_model=model)"
+        )
+    if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
+        raise ModelStateError("profile times calls on the CPU, and this model is not there; call model.cpu() first")
+    if rounds < 1:
+        raise ExampleInputsError(f"profile takes a round at least, got rounds={rounds}")
+    return record
+
+
+def _rows(
+    record: Record, ours: _Side, theirs: _Side | None, kernels: Sequence[Iterable[tuple[str, str]]]
+) -> tuple[ProfileRow, ...]:
+    """Return a row a site, and one for the rest."""
+    places = [(site.path, site.call or "", site.kind) for site in record.sites]
+    places_ms, float_ms = ours.sites_ms, theirs.sites_ms if theirs else []
+    return tuple(
+        ProfileRow(
+            path=path,
+            call=call,
+            kind=kind,
+            calls=ours.timers[i].calls if i < len(ours.timers) else 0,
+            ms=places_ms[i],
+            float_ms=float_ms[i] if theirs else math.nan,
+            bytes=ours.sites_bytes[i],
+            float_bytes=theirs.sites_bytes[i] if theirs else 0,
+            kernel=_join(kernels[i]),
+            told=_join(kernels[i], but=_usual()),
+        )
+        for i, (path, call, kind) in enumerate([*places, ("elsewhere", "", "")])
+    )

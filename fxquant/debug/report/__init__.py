@@ -1,0 +1,1 @@
+"""What the views share: tables, reports, pages and charts."""

@@ -1,0 +1,242 @@
+"""The second moments of what weights are multiplied with, from a run of the float model: for rounding with feedback.
+
+Every product of a model (of a module, a call, an LSTM's step, attention's projections) comes to torch as one of a few
+operators, with a view of the weight as its second factor. There the rows are counted, so that no row of the table has
+to say what its weights meet, and tied weights count the rows of all places in which they stand.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxquant.errors import ExampleInputsError, warn
+from fxquant.gptq import round_with_feedback
+from fxquant.graph import edit
+from fxquant.graph.call import Inputs, each_batch, run
+from fxquant.graph.module import Site, record_of
+from fxquant.graph.trace.writes import without_writes
+from fxquant.nn.base import quantize_alone
+from fxquant.numerics import QuantizedTensor
+from fxquant.qconfig import QConfig
+
+aten = torch.ops.aten
+
+_FACTORS = {
+    aten.mm.default: slice(0, 2),
+    aten.bmm.default: slice(0, 2),
+    aten.addmm.default: slice(1, 3),
+    aten.baddbmm.default: slice(1, 3),
+}
+"""Where the operators that all products end in have their factors."""
+
+Rounding: TypeAlias = Callable[[torch.Tensor, QConfig], tuple[QuantizedTensor, str]]
+"""Gives a weight as a qconfig wants it, and in words how it was rounded, if there is anything to say."""
+
+FEEDBACK = "with error feedback"
+
+
+class Moments:
+    """What is known of the inputs of a model's weights: H = Σ x xᵀ, by each weight's name and number of inputs.
+
+    It rounds the weights of all mirrors of the model; what it has rounded once it gives again.
+    """
+
+    def __init__(self, sums: dict[tuple[str, int], torch.Tensor]) -> None:
+        self.sums = sums
+        self._done: dict[tuple[Any, ...], tuple[QuantizedTensor, str]] = {}
+
+    def rounding(self, module: nn.Module) -> Rounding:
+        """Return what gives a weight of a mirror, (O, I), as a qconfig wants it, and in words how it was rounded."""
+        names = _names(module)
+
+        def quantize(weight: torch.Tensor, qconfig: QConfig) -> tuple[QuantizedTensor, str]:
+            if not profits(qconfig):
+                return quantize_alone(weight, qconfig), ""
+            name = names.get(weight.data_ptr())
+            if name is None:
+                return self._round(weight, None, qconfig)
+            key = name, weight.shape, weight.stride(), qconfig.weight, qconfig.weight_observer
+            if key not in self._done:
+                self._done[key] = self._round(weight, self.sums.get((name, weight.shape[-1])), qconfig)
+            return self._done[key]
+
+        return quantize
+
+    def _round(
+        self, weight: torch.Tensor, moments: torch.Tensor | None, qconfig: QConfig
+    ) -> tuple[QuantizedTensor, str]:
+        if moments is not None and moments.isfinite().all():
+            return round_with_feedback(weight, moments, qconfig.weight), FEEDBACK
+        reason = "it met no input in data" if moments is None else "its inputs in data were not finite, or too large"
+        return quantize_alone(weight, qconfig), f"to nearest: {reason}"
+
+
+def profits(qconfig: QConfig) -> bool:
+    """Return whether a qconfig's weights are rounded with feedback: those of 4 bits.
+
+    With 8 bits a weight's rounding errors are a sixteenth of that, and what there is to gain drowns in the
+    activations' own.
+    """
+    return qconfig.weight.axis == "group"
+
+
+def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> Moments:
+    """Return the second moments of the inputs that the sites' weights meet while a prepared model runs over data.
+
+    It runs as a mirror, so that it is not changed. All weights are watched in one pass, since one each would take far
+    longer: float32 (K, K) for a weight (O, K), K / O of its memory.
+    Raises ExampleInputsError for a batch that does not run, or no batch at all.
+    """
+    batches = each_batch(data, prepared)
+    twin = edit.mirror(prepared)
+    weights = _weights(twin, sites)
+    if any(tensor.is_meta for tensor in twin.parameters()):
+        warn(
+            "data was given to round weights with error feedback, but the model is on the meta device and has no values"
+        )
+        return Moments({})
+    if not weights:
+        warn(
+            "data was given to round weights with error feedback, but no weight becomes int4: others are rounded to "
+            "nearest, which is as good for them; leave data out, or give int4_dynamic_qconfig to a Linear"
+        )
+        return Moments({})
+    first = next(batches)
+    twin = edit.mirror(prepared, written=_written(prepared, first))
+    counter = _Counter(_weights(twin, sites))
+    is_recurrent = any(isinstance(part, nn.RNNBase) for part in twin.modules())
+    for number, arguments in enumerate(itertools.chain([first], batches)):
+        with _unfused(is_recurrent), counter:
+            _run(twin, arguments, number)
+    return Moments(counter.close())
+
+
+def _written(prepared: nn.Module, first: Inputs) -> frozenset[str]:
+    """Return the parameters that forward writes into; a graph's are known, a model that was never run is run once."""
+    record = record_of(prepared)
+    if record is None or record.is_traced or record.untraced:
+        return frozenset() if record is None else record.written
+
+    def twin_runs(written: frozenset[str]) -> None:
+        _run(edit.mirror(prepared, written=written), first, 0)
+
+    return without_writes(prepared, twin_runs)[1]
+
+
+def _run(model: nn.Module, arguments: Inputs, number: int) -> None:
+    """Run a batch, or raise ExampleInputsError where forward fails."""
+    try:
+        run(model, arguments, seed=number)
+    except Exception as error:
+        raise ExampleInputsError(
+            f"data's batch {number} does not run through the model ({edit.user_frame(error) or 'in forward'}): {error}"
+        ) from error
+
+
+def _names(root: nn.Module) -> dict[int, str]:
+    """Return the name of each matrix of a model by its address in memory; of a tied one the first."""
+    named = [*root.named_buffers(), *root.named_parameters()][::-1]
+    return {tensor.data_ptr(): name for name, tensor in named if tensor.dim() > 1 and tensor.device.type != "meta"}
+
+
+def _weights(root: nn.Module, sites: Iterable[Site]) -> dict[str, torch.Tensor]:
+    """Return by name those of the sites' weights that profit."""
+    names, found = _names(root), {}
+    for site in sites:
+        if site.call:
+            held = {"": edit.get_tensor(root, site.path)}
+        else:
+            held = dict(root.get_submodule(site.path).named_parameters(remove_duplicate=False))
+        for part, tensor in held.items():
+            own = site.qconfig.of(part)
+            if tensor is not None and own is not None and profits(own) and tensor.data_ptr() in names:
+                found[names[tensor.data_ptr()]] = tensor
+    return found
+
+
+class _Sum:
+    """H = Σ x xᵀ, summed many rows at a time: an LSTM brings them step by step."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+        self.waiting: list[torch.Tensor] = []
+        self.count = 0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Count (M, K) rows, which may be overwritten afterwards."""
+        self.waiting.append(rows.to(torch.float32, copy=True))
+        self.count += len(rows)
+        if self.count >= rows.shape[1]:
+            self.close()
+
+    def close(self) -> torch.Tensor:
+        """Return the sum of all rows so far."""
+        if self.waiting:
+            x = torch.cat(self.waiting)
+            product = x.t() @ x
+            self.total = product if self.total is None else self.total.add_(product)
+            self.waiting, self.count = [], 0
+        assert self.total is not None
+        return self.total
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While it is entered, counts the rows that some weights are multiplied with."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.places = sorted((w.data_ptr(), w.data_ptr() + w.numel() * w.element_size(), n) for n, w in weights.items())
+        self.sums: dict[tuple[str, int], _Sum] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:  # in inference mode a linear comes as it is
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        if func in _FACTORS:
+            self.see(*args[_FACTORS[func]])
+        return func(*args, **kwargs)
+
+    def see(self, x: torch.Tensor, factor: torch.Tensor) -> None:
+        """Count the rows of x if the factor lies within one of the weights."""
+        place = bisect.bisect_right(self.places, factor.data_ptr(), key=lambda place: place[0]) - 1
+        if place >= 0 and factor.data_ptr() < self.places[place][1] and x.numel():
+            self.sums.setdefault((self.places[place][2], x.shape[-1]), _Sum()).add(x.reshape(-1, x.shape[-1]))
+
+    def close(self) -> dict[tuple[str, int], torch.Tensor]:
+        """Return the sums."""
+        return {key: total.close() for key, total in self.sums.items()}
+
+
+class _Plain(TorchFunctionMode):
+    """Changes nothing; but while it is entered, attention takes no fast path, which would be one operator."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _unfused(is_recurrent: bool) -> Iterator[None]:
+    """Let torch compute attention, and recurrent layers if there are any, product by product inside the block.
+
+    For these, oneDNN and cuDNN are off meanwhile, in all threads: there is no other way to ask for it.
+    """
+    enabled = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(enabled[0] and not is_recurrent)
+    torch._C._set_cudnn_enabled(enabled[1] and not is_recurrent)
+    try:
+        with _Plain():
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled[0])
+        torch._C._set_cudnn_enabled(enabled[1])

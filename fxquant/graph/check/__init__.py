@@ -1,0 +1,1 @@
+"""After convert: the quantized model is run once beside the prepared one."""

@@ -1,0 +1,290 @@
+"""After convert: the quantized model is run once on the example inputs, beside the prepared one, and must do the same.
+
+A site that the example runs in float and that the quantized model does not run is found by its calls: something outside
+of the model's modules may hold the float layer (a global, a class), or forward picks layers by their type, as a run in
+which that site alone is quantized shows. Such a site stays float. Other shapes and dtypes, NaN where float has none and
+an SQNR below 10 dB are told in one warning, unless a little noise in the float model's layers changes as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fxquant.errors import CheckError, warn
+from fxquant.graph import edit
+from fxquant.graph.check.example_run import NOISE_DB, Pass, Uses
+from fxquant.graph.module import Coverage, Left, Record, Site, keep_record, record_of
+from fxquant.graph.outputs import Error
+from fxquant.graph.references import repoint
+
+LEAST_SQNR_DB = 10.0
+"""The SQNR of an output below which a warning names the sites that come off worst: the error is a third of it."""
+
+REPEATABLE_DB = 40.0
+"""The SQNR of the float model's output against itself below which it draws random numbers that no seed fixes."""
+
+PASSED_BY = (
+    "forward calls the float layer by a reference that no copy of the model can follow (in a global, a class, a local "
+    "class); let it call the layer by an attribute of the model"
+)
+UNCALLED = (
+    "the example calls it in float and no longer once it alone is quantized: forward picks layers by their type "
+    "(isinstance)"
+)
+
+_ROUNDS, _SHOWN, _SHAKES = 3, 3, 8
+
+
+def checked(prepared: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Return what convert makes of a prepared model, checked on its example inputs; sites that are not run stay float.
+
+    Raises CheckError where the quantized model fails on them. Warns, once, of all else that the check finds. Of a model
+    that cannot be checked the record says why. Both models run as mirrors, without hooks: nothing is left of that.
+    """
+    quantized, record = convert(prepared), _record(prepared)
+    name, why_not = type(prepared).__name__, _why_not(prepared, record)
+    if why_not or record.example is None or record.example.inputs is None:
+        return keep_record(quantized, _record(quantized).advance(unchecked=why_not))
+    inputs, uses = record.example.inputs, Uses(prepared, record.sites)
+    expected = Pass(prepared, dict(enumerate(record.sites)), inputs, uses)
+    if expected.error is not None:
+        told = f"prepared, it fails on its example inputs now ({type(expected.error).__name__}: {expected.error})"
+        warn(f"this {name} was converted without a check: {told}; was it moved or cast in between?")
+        return keep_record(quantized, _record(quantized).advance(unchecked=told))
+    floats: dict[int, str] = {}
+    found = _compare(expected, quantized)
+    for _ in range(_ROUNDS):
+        if not found.missed:
+            break
+        floats.update(found.missed)
+        quantized = convert(_leave(prepared, record, floats))
+        found = _compare(expected, quantized)
+    if found.error is not None:
+        raise CheckError(
+            f"this {name} runs on its example inputs in float and fails once it is quantized, at "
+            f"{edit.user_frame(found.error) or 'a place in forward'}: {type(found.error).__name__}: {found.error}\n"
+            "  Leave what that line works with float (a qconfig of None), or take the model as it is: "
+            "convert_fx(prepared, check=False)"
+        ) from found.error
+    lines = [*_told_floats(record, floats), *found.remarks]
+    if found.sqnr_db < LEAST_SQNR_DB and not _is_random(expected):
+        errors = _site_errors(expected, quantized)
+        if not (min(errors, default=(0.0,))[0] >= NOISE_DB and _selects(expected)):
+            lines.append(_told_noise(found, errors))
+    if lines:
+        warn("".join([f"this {name} was checked on its example inputs:", *(f"\n  - {line}" for line in lines)]))
+    return quantized
+
+
+def _record(model: nn.Module) -> Record:
+    record = record_of(model)
+    assert record is not None
+    return record
+
+
+class _Found(NamedTuple):
+    """What one comparison found.
+
+    missed: the numbers of the sites that the quantized model does not run, and why. sqnr_db: of the output that came
+    off worst; output: its name. error: where it failed.
+    """
+
+    missed: dict[int, str]
+    remarks: list[str]
+    sqnr_db: float = float("inf")
+    output: str = ""
+    error: Exception | None = None
+
+
+def _why_not(prepared: nn.Module, record: Record) -> str:
+    """Return why a prepared model cannot be checked, if so."""
+    if any(tensor.is_meta for tensor in (*prepared.parameters(), *prepared.buffers())):
+        return "it was on the meta device, and had no values"
+    no_inputs = record.example is None or record.example.inputs is None
+    return "the prepared model came from a pickle, which leaves the example inputs out" if no_inputs else ""
+
+
+def _compare(expected: Pass, quantized: nn.Module) -> _Found:
+    """Run a quantized model and return how it differs from the float run."""
+    places = {(site.path, site.call): number for number, site in enumerate(_record(expected.model).sites)}
+    sites = {places[site.path, site.call]: site for site in _record(quantized).sites}
+    got = Pass(quantized, sites, expected.inputs, expected.uses)
+    missed = {number: PASSED_BY for number in sites if number in got.used}
+    lost = ((expected.ran | expected.used) & sites.keys()) - got.ran - missed.keys()
+    lost = {number for number in lost if _avoids(expected, quantized, number, sites[number])}
+    missed = {**dict.fromkeys(sorted(lost), UNCALLED), **missed}
+    if got.error is not None:
+        return _Found(missed, [], error=got.error)
+    worst = min(_sqnrs(expected.floats, got.floats), default=(float("inf"), ""))
+    return _Found(missed, _differences(expected, got), *worst)
+
+
+def _avoids(expected: Pass, quantized: nn.Module, number: int, site: Site) -> bool:
+    """Return whether forward runs a site in float and not once that site alone is quantized.
+
+    Else it is a router that chose otherwise on quantized values, or random numbers did.
+    """
+    if not site.path:
+        return True  # the model is the site
+    hybrid = edit.mirror(expected.model)
+    layer = hybrid.get_submodule(site.path)
+    edit.swap_module(hybrid, site.path, edit.mirror(quantized.get_submodule(site.path)))
+    repoint(hybrid.modules(), {id(layer): hybrid.get_submodule(site.path)})
+    if number in Pass(hybrid, {number: site}, expected.inputs, expected.uses).ran:
+        return False
+    again = Pass(expected.model, {number: site}, expected.inputs, expected.uses)
+    return number in again.ran | again.used
+
+
+def _sqnrs(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> list[tuple[float, str]]:
+    """Return the SQNR in dB, and the name, of each output that both have in one shape and that is not 0 in float."""
+    found = []
+    for name, tensor in expected.items():
+        if tensor.numel() and name in got and got[name].shape == tensor.shape:
+            error = Error()
+            error.add(tensor, got[name])
+            if error.signal:
+                found.append((error.sqnr_db, name))
+    return found
+
+
+def _differences(expected: Pass, got: Pass) -> list[str]:
+    """Return a line for each output that has another shape or dtype than in float, or NaN where that has none."""
+    lines = []
+    for name, tensor in expected.tensors.items():
+        what, found = f"output {name!r}" if name else "the output", got.tensors.get(name)
+        if found is None:
+            lines.append(f"{what}, {_kind(tensor)} in float, is missing from what the quantized model gives")
+        elif _kind(found) != _kind(tensor):
+            if not _is_by_values(expected, name, found):
+                lines.append(f"{what} is {_kind(found)}, in float {_kind(tensor)}")
+        elif name in expected.floats and name in got.floats:
+            lost = expected.floats[name].isfinite() & ~got.floats[name].isfinite()
+            if lost.any():
+                lines.append(f"{what} has {int(lost.sum())} NaN or infinite values where float has none")
+    extra = [name for name in got.tensors if name not in expected.tensors]
+    if extra:
+        lines.append(f"the quantized model gives {', '.join(map(repr, extra[:_SHOWN]))}, which float does not give")
+    return lines
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    shape = "nested" if tensor.is_nested else str(tuple(tensor.shape))
+    return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _leave(prepared: nn.Module, record: Record, floats: Mapping[int, str]) -> nn.Module:
+    """Return a mirror of a prepared model in which some sites, by number, stay float for these reasons."""
+    sites = tuple(site for number, site in enumerate(record.sites) if number not in floats)
+    left = tuple(
+        Left(
+            path=record.sites[number].path,
+            kind=record.sites[number].kind,
+            reason=reason,
+            rule=record.sites[number].rule,
+            float_bytes=record.sites[number].float_bytes,
+            opt_out=record.sites[number].opt_out,
+        )
+        for number, reason in sorted(floats.items())
+    )
+    coverage = _coverage(prepared, record, [record.sites[number] for number in floats])
+    return keep_record(
+        edit.mirror(prepared), record.advance(sites=sites, left=(*record.left, *left), coverage=coverage)
+    )
+
+
+def _coverage(prepared: nn.Module, record: Record, floats: Sequence[Site]) -> Coverage:
+    """Return the coverage once some sites are float too. A weight that a float candidate shares counted so already."""
+
+    def weights(path: str) -> dict[Any, int]:
+        if path in modules:
+            held = list(modules[path].parameters())
+        else:
+            tensor = edit.get_tensor(prepared, path)
+            held = [] if tensor is None else [tensor]
+        return {edit.identity(t): t.numel() * t.element_size() for t in held if t.dim() > 1}
+
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    already = {key for left in record.left for key in weights(left.path)}
+    lost = {key: size for site in floats for key, size in weights(site.path).items() if key not in already}
+    return Coverage(record.coverage.quantized_bytes - sum(lost.values()), record.coverage.total_bytes)
+
+
+def _told_floats(record: Record, floats: Mapping[int, str]) -> list[str]:
+    """Return a line for each reason for which sites stay float, with their names."""
+    lines = []
+    for reason in dict.fromkeys(floats.values()):
+        names = [f"{record.sites[i].path} ({record.sites[i].kind})" for i in sorted(floats) if floats[i] == reason]
+        lines.append(f"{', '.join(names)} stay{'s' if len(names) == 1 else ''} float: {reason}")
+    return lines
+
+
+def _is_random(expected: Pass) -> bool:
+    """Return whether the float model gives something else each time, so that it says nothing of quantization."""
+    again = Pass(expected.model, {}, expected.inputs, expected.uses)
+    return min(_sqnrs(expected.floats, again.floats), default=(0.0, ""))[0] < REPEATABLE_DB
+
+
+def _shaken(expected: Pass) -> Iterator[Pass]:
+    """Yield runs of the float model in which noise is added to what its sites give, as much as int8 adds at most."""
+    noise = torch.Generator().manual_seed(0)
+    for _ in range(_SHAKES):
+        sites = dict(enumerate(_record(expected.model).sites))
+        shaken = Pass(expected.model, sites, expected.inputs, expected.uses, noise=noise)
+        if shaken.error is None:
+            yield shaken
+
+
+def _selects(expected: Pass) -> bool:
+    """Return whether the float model itself gives something else for a little noise: it selects by values."""
+    return any(
+        min(_sqnrs(expected.floats, shaken.floats), default=(0.0, ""))[0] < LEAST_SQNR_DB
+        for shaken in _shaken(expected)
+    )
+
+
+def _is_by_values(expected: Pass, name: str, found: torch.Tensor) -> bool:
+    """Return whether an output's shape differs from float's in such dimensions alone as a little noise changes too."""
+    wanted, free = expected.tensors[name], set[int]()
+    if found.dtype != wanted.dtype or found.is_nested or wanted.is_nested or found.dim() != wanted.dim():
+        return False
+    differ = {at for at, sizes in enumerate(zip(found.shape, wanted.shape, strict=True)) if sizes[0] != sizes[1]}
+    for shaken in _shaken(expected):
+        other = shaken.tensors.get(name)
+        if other is not None and not other.is_nested and other.dim() == wanted.dim():
+            free |= {at for at, sizes in enumerate(zip(other.shape, wanted.shape, strict=True)) if sizes[0] != sizes[1]}
+        if differ <= free:
+            return True
+    return False
+
+
+def _site_errors(expected: Pass, quantized: nn.Module) -> list[tuple[float, str, str]]:
+    """Return the SQNR in dB, the name and the type of each site, worst first, from one more run of each model."""
+    sites = _record(quantized).sites
+    passes = [
+        Pass(model, dict(enumerate(sites)), expected.inputs, expected.uses, is_kept=True)
+        for model in (expected.model, quantized)
+    ]
+    errors = []
+    for number, site in enumerate(sites):
+        error = Error()
+        for theirs, ours in zip(*(each.seen.get(number, []) for each in passes), strict=False):
+            if theirs.shape == ours.shape:
+                error.add(theirs, ours)
+        if error.calls:
+            errors.append((error.sqnr_db, site.path if site.call is None else f"{site.path} ({site.call})", site.kind))
+    return sorted(errors)
+
+
+def _told_noise(found: _Found, errors: Sequence[tuple[float, str, str]]) -> str:
+    """Return a line that tells an output's SQNR, and the sites that come off worst."""
+    worst = ", ".join(f"{name or 'the model'} ({kind}) {sqnr_db:.1f} dB" for sqnr_db, name, kind in errors[:_SHOWN])
+    return (
+        f"{f'output {found.output!r}' if found.output else 'the output'} has an SQNR of {found.sqnr_db:.1f} dB against "
+        f"float, less than {LEAST_SQNR_DB:.0f}; the worst sites: {worst}. fxquant.compare tells more of them, "
+        "fxquant.suggest_mapping finds a mapping that keeps to a budget"
+    )

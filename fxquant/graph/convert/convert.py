@@ -1,0 +1,225 @@
+"""Fifth pass: each site calls its row of the table; modules are swapped, calls become fxquant's operators."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxquant.graph import edit
+from fxquant.graph.calibrate import Rounding
+from fxquant.graph.constants import constant_of, is_cast
+from fxquant.graph.convert.invariant import bring_products
+from fxquant.graph.module import Site
+from fxquant.graph.plan.targets import name_operands
+from fxquant.graph.references import repoint
+from fxquant.nn import QuantizedModule
+from fxquant.nn.base import key_of, quantize_alone
+from fxquant.nn.transformer import avoid_fast_path
+from fxquant.numerics import QuantizedTensor
+from fxquant.operators import Call, Operator, find_row
+from fxquant.qconfig import QConfig
+
+
+class WeightCache:
+    """Quantizes each weight and module once a way: tied weights stay one int8 table, a shared module one module.
+
+    rounding: of a weight that is not known yet; None: to nearest.
+    """
+
+    def __init__(self, rounding: Rounding | None = None) -> None:
+        self._done: dict[tuple[Any, ...], tuple[torch.Tensor, QuantizedTensor, str]] = {}
+        self._modules: dict[tuple[int, QConfig], tuple[nn.Module, nn.Module, str]] = {}
+        self._round: Rounding = rounding or (lambda *weight: (quantize_alone(*weight), ""))
+        self._notes: list[str] = []
+
+    def quantize(self, weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
+        """Return a weight as the qconfig wants it: the same tensors for the same weight and qconfig."""
+        key = self._key(weight, qconfig)
+        if key not in self._done:  # the weight is kept so that its key stays its own
+            self._done[key] = (weight, *self._round(weight, qconfig))
+        _, quantized, note = self._done[key]
+        self._notes.append(note)
+        return quantized
+
+    def take_note(self) -> str:
+        """Return how the weights asked for since the last time were rounded."""
+        told, self._notes = [note for note in self._notes if note], []
+        return "; ".join(dict.fromkeys(told))
+
+    def convert(self, float_module: nn.Module, qconfig: QConfig, row: Operator) -> nn.Module:
+        """Return a row's quantized form of a module: the same for the same module and qconfig."""
+        key = id(float_module), qconfig
+        if key not in self._modules:  # the float module is kept so that its id stays its own
+            module = row.convert_module(float_module, qconfig, self.quantize).train(False)
+            self._modules[key] = float_module, module, self.take_note()
+        _, module, note = self._modules[key]
+        self._notes.append(note)
+        return module
+
+    def stand_in(self, root: nn.Module) -> None:
+        """Put the quantized form of each module in its place where it stands under a second name too."""
+        forms = {id(float_module): module for float_module, module, _ in self._modules.values()}
+        for parent in list(root.modules()):
+            for name, child in parent._modules.items():
+                if id(child) in forms:
+                    parent._modules[name] = forms[id(child)]
+
+    def settle(self, root: nn.Module) -> None:
+        """Let stale references to a converted module lead to its quantized form, and turn it into that for others."""
+        standing = set(map(id, root.modules()))
+        swapped = {id(old): new for old, new, _ in self._modules.values() if id(old) not in standing}
+        repoint(root.modules(), swapped)  # first, as a weak reference alone does not keep the float module
+        for float_module, module, _ in self._modules.values():
+            if id(float_module) not in standing:
+                with contextlib.suppress(TypeError):  # a type with __slots__ can become no other
+                    float_module.__class__ = type(module)
+                    float_module.__dict__ = module.__dict__
+
+    def give(self, weight: torch.Tensor, qconfig: QConfig, quantized: QuantizedTensor) -> None:
+        """Let a weight have these integers, found elsewhere, under a qconfig."""
+        self._done[self._key(weight, qconfig)] = (weight, quantized, "")
+
+    def _key(self, weight: torch.Tensor, qconfig: QConfig) -> tuple[Any, ...]:
+        place = weight.untyped_storage().data_ptr() or weight.untyped_storage()._cdata  # on the meta device
+        return place, weight.storage_offset(), weight.shape, weight.stride(), qconfig.weight, qconfig.weight_observer
+
+
+def convert(
+    module: fx.GraphModule,
+    sites: tuple[Site, ...],
+    operators: tuple[Operator, ...],
+    cache: WeightCache | None = None,
+    batch_invariant: bool | None = None,
+) -> tuple[Site, ...]:
+    """Rewrite in place and return the sites with their bytes after.
+
+    cache: integers that are known already; batch_invariant: as `bring_products` has it.
+    """
+    cache = cache or WeightCache()
+    done = []
+    for site in sites:
+        if site.observer is None:
+            rescue_reads(module, site.path)
+            done.append(_convert_module(module, site, operators, cache))
+        else:
+            done.append(_convert_call(module, site, operators, cache))
+    cache.stand_in(module)  # preserved code may use the other names
+    cache.settle(module)
+    _keep_swapped_called(module)
+    if sites or batch_invariant:  # what nothing is quantized in stays as it is, to the bit
+        bring_products(module, batch_invariant)
+    module.recompile()
+    return tuple(done)
+
+
+def convert_modules(
+    root: nn.Module,
+    sites: tuple[Site, ...],
+    operators: tuple[Operator, ...],
+    cache: WeightCache | None = None,
+    batch_invariant: bool | None = None,
+) -> tuple[nn.Module, tuple[Site, ...]]:
+    """Swap the modules of a tree in place; return its root, which may be one of them, and the sites with bytes."""
+    cache = cache or WeightCache()
+    if [site.path for site in sites] != [""]:
+        done = tuple(_convert_module(root, site, operators, cache) for site in sites)
+        cache.settle(root)
+        _keep_swapped_called(root)
+        bring_products(root, batch_invariant)
+        return root, done
+    holder = nn.ModuleDict({"root": root})
+    (site,) = sites
+    alone = _convert_module(holder, replace(site, path="root"), operators, cache)
+    bring_products(holder, batch_invariant)
+    return holder["root"], (replace(alone, path=""),)
+
+
+def _keep_swapped_called(root: nn.Module) -> None:
+    """Turn off torch's transformer fast path where it would read a quantized module's weights; elsewhere it stays."""
+    for module in root.modules():
+        if any(isinstance(part, QuantizedModule) for part in module.modules()):
+            avoid_fast_path(module)
+
+
+def _row(operators: tuple[Operator, ...], site: Site) -> Operator:
+    row = find_row(operators, site.operator)
+    if row is None:
+        raise AssertionError(f"the plan names operator {site.operator!r}, which is not in the table")
+    return row
+
+
+def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ...], cache: WeightCache) -> Site:
+    """Swap one module."""
+    float_module = module.get_submodule(site.path)
+    quantized = cache.convert(float_module, site.qconfig, _row(operators, site))
+    edit.swap_module(module, site.path, quantized)
+    floats = [quantized.get_buffer(name) for name, qconfig in site.qconfig.parts if qconfig is None]
+    size = edit.byte_count(quantized) - sum(tensor.nbytes for tensor in floats)
+    return replace(site, int_bytes=size, rounding=cache.take_note())
+
+
+def rescue_reads(module: fx.GraphModule, path: str) -> None:
+    """Move a tensor that other nodes read, a call's integers too, out of a module that is about to be swapped."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith(f"{path}."):
+            tensor = edit.get_tensor(module, str(node.target))
+            if tensor is not None and node.users:
+                kept = edit.free_name(module, str(node.target).replace(".", "_"), tensor)
+                edit.set_tensor(module, kept, tensor)
+                node.target = kept
+
+
+def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator, ...], cache: WeightCache) -> Site:
+    """Rewrite one functional call: the node keeps its name, place and stack trace."""
+    graph = module.graph
+    observed = next(n for n in graph.nodes if n.op == "call_module" and n.target == site.observer)
+    node = next(n for n in graph.nodes if n.name == site.call)
+    row = _row(operators, site)
+    name = row.weights[0]
+    operands = name_operands(row, node)
+    cast = [operand for key, operand in operands.items() if key != name and is_cast(operand)]
+    given, shown = operands[name], constant_of(observed.args[0])
+    assert shown is not None, site.observer
+    path = str(shown.source.target)  # not site.path: a swap of the module around it may have moved it
+    tensor = edit.get_tensor(module, path)
+    assert tensor is not None, path
+    tensor = tensor.t() if shown.is_transposed else tensor
+    quantized = cache.quantize(tensor, site.qconfig)
+    with graph.inserting_before(node):
+        nodes = _place(module, graph, path, quantized, key_of(path, site.qconfig.weight))
+    # Casts go: the operators take float32 and give what they compute in their input's dtype.
+    operands = {key: _uncast(operand) for key, operand in operands.items()}
+    operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
+    like = torch.empty_like(tensor, device="meta")
+    node.target, kwargs = row.convert_function(Call(node.target, operands, {name: like}, site.qconfig))
+    node.op, node.args, node.kwargs = "call_function", (), kwargs  # it may have been a method
+    edit.erase_dead(graph, [given, *(node for node in cast if not node.users)])
+    module.delete_submodule(str(site.observer))  # it may stand inside a leaf, which is kept whole
+    size = sum(part.numel() * part.element_size() for part in quantized if part is not None)
+    return replace(site, int_bytes=size, rounding=cache.take_note())
+
+
+def _uncast(operand: Any) -> Any:
+    """Return a vector that is a constant, cast to an input's dtype, as it is stored; anything else as it is."""
+    constant = constant_of(operand) if is_cast(operand) else None
+    return operand if constant is None or constant.is_transposed else constant.source
+
+
+def _place(
+    module: fx.GraphModule, graph: fx.Graph, path: str, quantized: QuantizedTensor, key: str
+) -> list[fx.Node | None]:
+    """Return get_attr nodes of a quantized weight's tensors, stored beside the float weight. key: of its values."""
+    nodes: list[fx.Node | None] = []
+    for part, wanted in zip(quantized, (key, f"{path}_scale", f"{path}_zero_point"), strict=True):
+        if part is None:
+            nodes.append(None)
+            continue
+        target = edit.free_name(module, wanted, part)
+        if edit.get_tensor(module, target) is None:
+            edit.set_tensor(module, target, part)
+        nodes.append(graph.get_attr(target))
+    return nodes

@@ -1,0 +1,74 @@
+"""The way without a graph: modules are swapped where they stand, and the model's own Python code runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from fxquant.graph import edit
+from fxquant.graph.calibrate import Moments
+from fxquant.graph.call import Example, Inputs
+from fxquant.graph.convert.clean import own_tensors
+from fxquant.graph.convert.convert import WeightCache, convert_modules
+from fxquant.graph.fingerprint.architecture import describe
+from fxquant.graph.module import Record, keep_record, record_of
+from fxquant.graph.plan.planner import plan_modules
+from fxquant.graph.trace.leaves import make_plain
+from fxquant.operators import Operator
+from fxquant.qconfig_mapping import QConfigMapping
+
+
+def prepare_tree(
+    model: nn.Module,
+    mapping: QConfigMapping,
+    operators: Sequence[Operator],
+    untraced: Mapping[str, str] | None = None,
+    inputs: Inputs | None = None,
+    written: frozenset[str] = frozenset(),
+    batch_invariant: bool | None = None,
+) -> nn.Module:
+    """Return a mirror of the model, in eval mode, that carries every decision about its modules.
+
+    untraced: why there is no graph, under the root's path "". inputs: what the model is checked on once it is
+    quantized. written: the parameters that forward writes into. Raises QConfigError as `plan` does.
+    """
+    root = plain_mirror(model, written=written)
+    decided = plan_modules(root, mapping, operators, written)
+    record = Record(
+        stage="prepared",
+        is_traced=False,
+        sites=tuple(decided.sites),
+        left=tuple(decided.left),
+        mapping=mapping,
+        operators=tuple(operators),
+        untraced=dict(untraced or {}),
+        written=written,
+        float_bytes=edit.byte_count(model),
+        coverage=decided.coverage,
+        example=None if inputs is None else Example(inputs),
+        architecture=describe(root),
+        batch_invariant=batch_invariant,
+    )
+    return keep_record(root, record)
+
+
+def plain_mirror(model: nn.Module, device: str | None = None, written: frozenset[str] = frozenset()) -> nn.Module:
+    """Return a mirror of the model in eval mode, no weight of which is computed at each call."""
+    root = edit.mirror(model, device, written=written).eval()
+    make_plain(root)
+    return root
+
+
+def convert_tree(prepared: nn.Module, moments: Moments | None = None) -> nn.Module:
+    """Return the quantized model that `prepare_tree` decided on, of the same class; that one is left as it was.
+
+    moments: of its weights' inputs, for rounding with error feedback.
+    """
+    record = record_of(prepared)
+    assert record is not None
+    twin = edit.mirror(prepared)
+    cache = WeightCache(moments.rounding(twin) if moments is not None else None)
+    root, sites = convert_modules(twin, record.sites, record.operators, cache, record.batch_invariant)
+    own_tensors(root, prepared)
+    return keep_record(root, record.advance(stage="quantized", sites=sites, example=None))

@@ -1,0 +1,175 @@
+"""Attributes that forward reads while it is traced: as nodes where they may be set later, or noted as constants."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fxquant.errors import FixedAttributeError
+from fxquant.graph.preserve.preserve import Preserved
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+
+
+@dataclass
+class Attributes:
+    """What becomes of a mirror's plain attributes, by path ("temperature", "head.temperature").
+
+    settable: those that kept code, or the user by name, may set; within_reach: others, of kept modules. live: those of
+    the settable that the graph reads at each call. read: those that forward read as constants; checked: those of them
+    that the graph compares at each call.
+    """
+
+    settable: tuple[str, ...] = ()
+    within_reach: tuple[str, ...] = ()
+    live: frozenset[str] = frozenset()
+    read: dict[str, None] = field(default_factory=dict)
+    checked: dict[str, None] = field(default_factory=dict)
+
+
+def attributes_of(root: nn.Module, preserved: Preserved) -> Attributes:
+    """Return the plain attributes of a model and its kept modules that may be set later.
+
+    Settable are those named, those in named modules, and those of a name that kept code sets.
+    """
+    named = set(preserved.names)
+    paths: list[str] = []
+    others: list[str] = []
+    reachable = {id(module) for module in preserved.modules(root)}
+    for path, module in root.named_modules():
+        if path and (id(module) not in reachable or type(module).__module__.startswith("torch.nn.")):
+            continue  # torch's own are called as they are, and read theirs at each call
+        whole = path.split(".")[0] in named
+        held = vars(module) if path else {**dict.fromkeys(_class_values(root, preserved)), **vars(root)}
+        for name, value in held.items():
+            is_wanted = name in preserved.sets or preserved.sets_any or whole or (not path and name in named)
+            if name not in _NOT_OURS and not callable(value):
+                (paths if is_wanted else others).append(f"{path}.{name}" if path else name)
+    return Attributes(tuple(paths), tuple(others))
+
+
+def _class_values(root: nn.Module, preserved: Preserved) -> list[str]:
+    """Return the kept names that the class holds the values of."""
+    held = {*vars(root), *root._modules, *root._parameters, *root._buffers}
+    return [name for name in preserved.kept if name not in held]
+
+
+_NOT_OURS = frozenset(vars(nn.Module()))
+
+
+class _Read:
+    """Stands for an attribute in a class: data descriptors come before what an instance holds."""
+
+    def __init__(self, name: str, path: str, watch: _Watch) -> None:
+        self.name, self.path, self.watch = name, path, watch
+
+    def __get__(self, module: nn.Module | None, kind: type | None = None) -> Any:
+        if module is None or self.name not in vars(module):
+            raise AttributeError(self.name)
+        return self.watch.read(self.path, vars(module)[self.name])
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        vars(module)[self.name] = value
+        self.watch.written.add(self.path)
+
+    def __delete__(self, module: nn.Module) -> None:
+        del vars(module)[self.name]
+
+
+class _Watch:
+    """Answers the reads of one trace."""
+
+    def __init__(self, tracer: fx.Tracer, attributes: Attributes) -> None:
+        self.tracer, self.attributes = tracer, attributes
+        self.nodes: dict[str, fx.Proxy] = {}
+        self.written: set[str] = set()  # by forward itself, from which on they are its own
+
+    def read(self, path: str, value: Any) -> Any:
+        """Return what forward gets for an attribute."""
+        attributes = self.attributes
+        if path in self.written:
+            return value
+        if path in attributes.live:
+            return self.node(path)
+        attributes.read[path] = None
+        is_reached = path in attributes.settable or ("." in path and path in attributes.within_reach)
+        if is_reached and path not in attributes.checked and _is_plain(value):
+            attributes.checked[path] = None
+            self.tracer.create_proxy("call_function", check_attribute, (self.node(path), path, value), {})
+        return value
+
+    def node(self, path: str) -> fx.Proxy:
+        """Return the node that reads an attribute."""
+        if path not in self.nodes:
+            self.nodes[path] = self.tracer.create_proxy("get_attr", path, (), {})
+        return self.nodes[path]
+
+
+@contextlib.contextmanager
+def watched(
+    root: nn.Module, tracer: fx.Tracer, attributes: Attributes, only: Collection[str] | None = None
+) -> Iterator[None]:
+    """Answer reads of a mirror's attributes meanwhile. only: the paths to watch; None: what is settable and the root's.
+
+    Afterwards its modules have their classes back.
+    """
+    watch, classes = _Watch(tracer, attributes), []
+    own = [name for name in vars(root) if name not in _NOT_OURS and not name.startswith("_fxquant")]
+    paths = dict.fromkeys((*attributes.settable, *attributes.within_reach, *own)) if only is None else only
+    by_module: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        by_module.setdefault(owner, {})[name] = _Read(name, path, watch)
+    try:
+        for owner, reads in by_module.items():
+            module = root.get_submodule(owner)
+            kind: Any = type(module)
+            classes.append((module, kind))
+            body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **reads}
+            module.__class__ = type(kind)(kind.__name__, (kind,), body)
+        yield
+    finally:
+        for module, kind in classes:
+            module.__class__ = kind
+
+
+@fx.node.has_side_effect
+def check_attribute(value: Any, path: str, fixed: Any) -> None:
+    """Raise FixedAttributeError unless an attribute is what forward read when it was traced: a node of such graphs."""
+    if has_torch_function((value,)):
+        handle_torch_function(check_attribute, (value,), value, path, fixed)
+    elif value is not fixed and not is_same(value, fixed):
+        raise fixed_error(path, fixed, value)
+
+
+def is_same(value: Any, other: Any) -> bool:
+    """Return whether two attributes' values are the same thing, or equal plain values."""
+    return value is other or (_is_plain(value) and _is_plain(other) and value == other)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value may stand in a graph as it is."""
+    return isinstance(value, _PLAIN) or (isinstance(value, (list, tuple)) and all(map(_is_plain, value)))
+
+
+def check_settable(model: nn.Module, name: str, value: Any) -> None:
+    """Raise FixedAttributeError for another value of an attribute that forward read when a graph was traced."""
+    record = vars(model).get("_fxquant_record")
+    if record is not None and name in record.fixed and not is_same(value, vars(model).get(name, value)):
+        raise fixed_error(name, vars(model)[name], value)
+
+
+def fixed_error(path: str, fixed: Any, value: Any) -> FixedAttributeError:
+    """Return the error for an attribute that is set, or was, to another value than forward was traced with."""
+    told = f" ({fixed!r})" if _is_plain(fixed) else ""
+    return FixedAttributeError(
+        f"{path!r} was read when forward was traced{told}, which a graph does not do again: "
+        f"{f'{value!r} ' if _is_plain(value) else 'another value '}would change nothing. Set it on the float model and "
+        "prepare that, or pass it to forward as an argument"
+    )

@@ -1,0 +1,255 @@
+"""First pass, continued: the graph is run on the example inputs, and must compute what the model does.
+
+Every node's shapes and dtypes are recorded. What a graph cannot hold (random numbers drawn without an input, state kept
+in Python attributes from call to call) is found here and not later, in the answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.nn.utils import rnn
+from torch.utils import _pytree as pytree
+
+from fxquant.errors import ExampleInputsError, TraceError, warn
+from fxquant.graph import edit
+from fxquant.graph.call import Inputs, copies, describe, fixable
+from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Keep, Preserved
+from fxquant.graph.trace.trace import Traced, first_line, trace
+from fxquant.graph.trace.writes import without_writes
+from fxquant.nn.transformer import avoid_fast_path
+from fxquant.operators import Operator
+
+_PLAIN = (bool, int, float, complex, str, torch.Size, torch.dtype, torch.device)
+
+
+def capture(
+    model: nn.Module,
+    operators: Sequence[Operator],
+    inputs: Inputs,
+    preserved: Preserved = NOTHING_PRESERVED,
+) -> Traced:
+    """Return a model's graph, run once on the example inputs, so that every node's shapes and dtypes are recorded.
+
+    What is tried, in this order: the graph as it is; where plain arguments (None, bool, int, float, str; given or left
+    at their defaults) steer forward, or it unpacks *args or **kwargs, the graph for those, with a warning, which checks
+    them; the graph with submodules that do not trace called as they are. Not both at once: such a model (GPT-2, with
+    its cache and `generate`) keeps more of itself in its own class, module by module. Raises what `trace` and
+    `propagate` raise.
+    The graph has copies of the parameters that forward writes into, and shares all others with the model.
+    """
+
+    def run(written: frozenset[str]) -> Traced:
+        return _capture(model, operators, inputs, preserved, written)
+
+    return without_writes(model, run)[0]
+
+
+def _capture(
+    model: nn.Module, operators: Sequence[Operator], inputs: Inputs, preserved: Preserved, written: frozenset[str]
+) -> Traced:
+    """Return what `capture` does, with copies of the parameters that are known to be written into."""
+    constants = fixable(model, inputs)
+    cause: Exception | None = None
+    for fixed, keep_whole in (({}, False), (constants, False), ({}, True)) if constants else (({}, False), ({}, True)):
+        try:
+            traced = _faithful(model, operators, inputs, fixed, keep_whole, preserved, written)
+        except (TraceError, ExampleInputsError) as error:
+            cause = cause if keep_whole else error  # what stands in the way even so
+            continue
+        if fixed:
+            _warn_of_constants(model, fixed)
+        return traced
+    assert cause is not None
+    raise cause
+
+
+def _faithful(
+    model: nn.Module,
+    operators: Sequence[Operator],
+    inputs: Inputs,
+    fixed: dict[str, Any],
+    keep_whole: bool,
+    preserved: Preserved,
+    written: frozenset[str],
+) -> Traced:
+    """Return a graph that was run and gives what the model gives, or raise TraceError or ExampleInputsError."""
+    kept: dict[str, str] = {}
+    live: tuple[str, ...] | None = None
+    while True:
+        traced = trace(model, operators, None, fixed, kept, keep_whole, Keep(preserved, live, written))
+        try:
+            propagate(traced.module, inputs, written)
+            verify(model, traced.module, inputs, written)
+        except (TraceError, ExampleInputsError) as error:
+            if live is None and traced.attributes.live:  # which forward may have asked for their types
+                live = ()
+                continue
+            if isinstance(error, ExampleInputsError):
+                raise
+            doubtful = traced.doubtful - kept.keys() if keep_whole else frozenset()
+            if not doubtful:
+                raise
+            why = "it keeps state in Python attributes from call to call, or makes tensors of its own"
+            kept = {**traced.untraced, **dict.fromkeys(sorted(doubtful), why)}
+        else:
+            return traced
+
+
+def _warn_of_constants(model: nn.Module, constants: dict[str, Any]) -> None:
+    told = ", ".join(describe(name, value) for name, value in constants.items())
+    warn(
+        f"{type(model).__name__} was traced for {told}, because its forward branches on such values; the graph checks "
+        "them. For others, prepare the model once more with them in example_inputs"
+    )
+
+
+def check_runs(model: nn.Module, inputs: Inputs, cause: Exception) -> frozenset[str]:
+    """Return the names of the parameters that forward writes into, run on the example inputs.
+
+    Raises ExampleInputsError where the model itself fails on them. cause: why there is no graph.
+    """
+
+    def twin_runs(written: frozenset[str]) -> None:
+        _run(edit.mirror(model, hooks=False, written=written), inputs)
+
+    try:
+        return without_writes(model, twin_runs)[1]
+    except Exception as error:
+        if isinstance(cause, ExampleInputsError):
+            raise cause from error
+        where = edit.user_frame(error)
+        raise ExampleInputsError(
+            f"{type(model).__name__} fails on example_inputs{f' at {where}' if where else ''}: "
+            f"{type(error).__name__}: {first_line(error)}\n"
+            "  example_inputs are really run: pass one call's arguments, with true shapes, dtypes and value ranges"
+        ) from error
+
+
+class Shapes(fx.Interpreter):
+    """Runs a graph once and records what each node gave. given: the call's arguments by name."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, given: dict[str, Any]) -> None:
+        super().__init__(module, graph=graph)
+        self.extra_traceback = False  # it would add lines of its own to our errors
+        self.given = given
+
+    def placeholder(self, target: Any, args: Any, _: Any) -> Any:
+        """Return an argument by its name: torch.fx counts them off, and so knows no keywords."""
+        name = str(target).lstrip("*")
+        if name in self.given:
+            return self.given[name]
+        rest: dict[str, Any] = {"*": (), "**": {}}
+        return rest[target[: -len(name)]] if name != target else args[0]
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Return the node's value, its shape and dtype recorded in node.meta["tensor_meta"]."""
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            given = pytree.tree_leaves([self.env[node] for node in n.all_input_nodes])
+            told = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in given if isinstance(t, torch.Tensor))
+            raise ExampleInputsError(
+                f"the model fails on example_inputs at {n.name!r}"
+                f"{f', {edit.node_frame(n)}' if edit.node_frame(n) else ''}, which got [{told}]: "
+                f"{type(error).__name__}: {first_line(error)}\n"
+                "  example_inputs are really run: pass one call's arguments, with true shapes, dtypes and value ranges"
+            ) from error
+        n.meta["tensor_meta"] = tensors_meta(value)
+        return value
+
+
+def tensors_meta(value: Any) -> Any:
+    """Return a value with torch.fx's TensorMetadata in the place of each tensor; a packed sequence as a tuple.
+
+    Objects that are no plain values (a cache, a torch.finfo) are None: a graph must stay fit for copies and pickles.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.is_nested:  # it has no shape
+            return None
+        return _extract_tensor_metadata(value)._replace(memory_format=None)  # which torch.save cannot pickle
+    if isinstance(value, rnn.PackedSequence):
+        return tuple(tensors_meta(part) for part in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: tensors_meta(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    parts, form = pytree.tree_flatten(value, is_leaf=lambda part: isinstance(part, (torch.Tensor, rnn.PackedSequence)))
+    if len(parts) == 1 and parts[0] is value:
+        return value if isinstance(value, _PLAIN) else None
+    return pytree.tree_unflatten([tensors_meta(part) for part in parts], form)
+
+
+def propagate(module: fx.GraphModule, inputs: Inputs, written: Collection[str] = ()) -> None:
+    """Run a graph on copies of the example inputs and record every node's shapes and dtypes; no hook is fired.
+
+    Raises ExampleInputsError where a node fails, naming the user's line.
+    """
+    own = copies(inputs)
+    given = inspect.signature(module.forward).bind(*own.args, **own.kwargs).arguments
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the user meets the float model's own warnings when running it
+        # This run shall not count: forward may write into buffers and attributes.
+        twin = edit.mirror(module, written=written)
+        Shapes(twin, module.graph, given).run()
+
+
+def verify(model: nn.Module, module: fx.GraphModule, inputs: Inputs, written: Collection[str] = ()) -> None:
+    """Raise TraceError unless two calls of the graph give the bits of two calls of the model; no hook is fired.
+
+    Both with torch's transformer fast path off, whose kernels a graph does not hold.
+    """
+    twin, graph = edit.mirror(model, hooks=False, written=written), edit.mirror(module, written=written)
+    for part in (*twin.modules(), *graph.modules()):
+        avoid_fast_path(part)
+    for call in ("first", "second"):
+        if not _is_same(_run(twin, inputs), _run(graph, inputs)):
+            raise TraceError(
+                f"{type(model).__name__} traces, but the graph's {call} call does not give what the model's does.\n"
+                "  A graph holds tensor operations on inputs and parameters. It cannot hold random numbers that"
+                " forward draws without an input (torch.rand(4): draw it outside, or use torch.rand_like(x)), nor "
+                "state that forward keeps in Python attributes from call to call (self.hidden: pass it in and out, or "
+                "make it a buffer), nor make a container of any type (a collections.defaultdict: return a dict).\n"
+                "  Without a graph only its modules could be quantized, and none can."
+            )
+
+
+def _run(module: nn.Module, inputs: Inputs) -> Any:
+    """Return what a module gives for copies of the inputs, under a seed of its own."""
+    own = copies(inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        return module(*own.args, **own.kwargs)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the leaves of nested containers, dataclasses too."""
+    for leaf in pytree.tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        else:
+            yield leaf
+
+
+def _is_same(ours: Any, theirs: Any) -> bool:
+    """Return whether two values are the same tensors, a NaN equal to a NaN, in containers of the same types."""
+    a, b = list(_leaves(ours)), list(_leaves(theirs))
+    is_alike = len(a) == len(b) and pytree.tree_structure(ours) == pytree.tree_structure(theirs)
+    return is_alike and all(map(_same_leaf, a, b))
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    """Return whether two leaves are the same tensor; of others, and tensors without bits to compare, of one kind."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return type(a) is type(b)
+    if a.dtype != b.dtype or a.layout != b.layout or a.is_nested != b.is_nested:
+        return False
+    if a.is_nested or a.layout is not torch.strided:
+        return True
+    return a.shape == b.shape and (a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()))

@@ -1,0 +1,1 @@
+"""The way over from torch.ao.quantization: its names, its models' state, its files."""

@@ -1,0 +1,454 @@
+"""The check on the example inputs: what it finds, what it names, and that it leaves nothing behind."""
+
+import copy
+import dataclasses
+import pickle
+import random
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant import CheckError, CheckpointError, QConfigMapping, convert_fx, prepare_fx, quantize_dynamic
+from fxquant.graph.check.check import PASSED_BY, UNCALLED
+from tests.samples import everything, prepare
+
+LAYERS, FLOATS = {}, {}
+X = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+
+
+class Untraced(nn.Module):
+    """A model whose forward branches on a value: its own code runs on."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(32, 32), nn.Linear(32, 8)
+        self.set_up()
+
+    def set_up(self):
+        pass
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            x = 2 * x
+        return self.run(x)
+
+
+class Global(Untraced):
+    def set_up(self):
+        LAYERS["head"] = self.head
+
+    def run(self, x):
+        return LAYERS["head"](self.body(x))
+
+
+class Both(Global):
+    def run(self, x):
+        return self.head(x) + LAYERS["head"](self.body(x))
+
+
+class LocalClass(Untraced):
+    def set_up(self):
+        outer = self
+
+        class Task:
+            def __call__(self, x):
+                return outer.head(x)
+
+        self.task = Task()
+
+    def run(self, x):
+        return self.task(self.body(x))
+
+
+class ByType(Untraced):
+    def run(self, x):
+        for layer in (self.body, self.head):
+            if type(layer) is nn.Linear:
+                x = layer(x)
+        return x
+
+
+def unwarned(model, x=X, mapping=None, **options):
+    """Return a model's quantized form, made without a word."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* does not trace.*")
+        prepared = prepare_fx(model.eval(), mapping or fxquant.default_dynamic_qconfig_mapping(), x)
+    return convert_fx(prepared, **options)
+
+
+def warned(model, match, x=X, **options):
+    """Return the same where one warning says so."""
+    with pytest.warns(UserWarning, match=match) as told:
+        quantized = unwarned(model, x, **options)
+    assert len(told) == 1
+    return quantized
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        (Global, {"head": PASSED_BY}),
+        (Both, {"head": PASSED_BY}),
+        (LocalClass, {"head": PASSED_BY}),
+        (ByType, {"body": UNCALLED, "head": UNCALLED}),
+    ],
+)
+def test_a_site_that_is_not_run_is_named_and_counts_as_float(kind, left):
+    model = kind()
+    quantized = warned(model, rf"this {kind.__name__} was checked on its example inputs:\n  - {next(iter(left))} ")
+    told = fxquant.explain(quantized)
+    sizes = {"body": 32 * 32 * 4, "head": 8 * 32 * 4}
+    assert {row.path: row.decision for row in told.rows if not row.is_quantized} == {
+        path: f"float: {reason}" for path, reason in left.items()
+    }
+    assert told.coverage.quantized_bytes == sum(size for path, size in sizes.items() if path not in left)
+    assert told.coverage.total_bytes == sum(sizes.values())
+    assert {type(quantized.get_submodule(path)) for path in left} == {nn.Linear}
+    notes = {row.path: row.note for row in fxquant.graph_diff(model, quantized).rows}
+    assert all(reason in notes[path] for path, reason in left.items())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.LSTM(32, 32, batch_first=True),
+        lambda: nn.GRUCell(32, 32),
+        lambda: nn.MultiheadAttention(32, 4),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)),
+        lambda: nn.Sequential(nn.Linear(32, 32, bias=False)),
+    ],
+    ids=["LSTM", "GRUCell", "attention", "weight_norm", "inside"],
+)
+def test_every_kind_of_layer_is_found(layer):
+    class Other(Untraced):
+        def set_up(self):
+            self.layer = LAYERS["layer"] = layer()
+
+        def run(self, x):
+            is_attention = isinstance(LAYERS["layer"], nn.MultiheadAttention)
+            found = LAYERS["layer"](*[x] * (3 if is_attention else 1))
+            return self.head(self.body(found[0] if isinstance(found, tuple) else found))
+
+    left = [row.path for row in fxquant.explain(warned(Other(), "layer.* stays float")).rows if not row.is_quantized]
+    assert [path.partition(".")[0] for path in left] == ["layer"]
+
+
+def test_layers_picked_by_their_type_run_again():
+    model = ByType().eval()
+    assert torch.equal(warned(model, "body .*, head .* stay float")(X), model(X))
+
+
+def test_a_model_that_calls_layers_outside_of_it_is_not_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="forward calls 'head' by a reference from outside"):
+        fxquant.save(warned(Global(), "head"), tmp_path / "file")
+
+
+def test_without_the_check_nothing_is_said():
+    assert fxquant.explain(unwarned(Global(), check=False)).coverage.share == 1
+
+
+def test_quantize_dynamic_is_checked_where_it_has_inputs():
+    assert fxquant.explain(quantize_dynamic(Global().eval())).coverage.share == 1
+    with pytest.warns(UserWarning, match=r"head \(nn.Linear\) stays float"):
+        quantized = quantize_dynamic(Global().eval(), example_inputs=X)
+    assert fxquant.explain(quantized).coverage.share == 32 / 40
+
+
+def test_a_branch_that_the_example_does_not_take_is_not_accused():
+    class Branching(Untraced):
+        def run(self, x):
+            return self.head(x) if x.shape[0] == 6 else self.body(x)
+
+    assert fxquant.explain(unwarned(Branching())).coverage.share == 1
+
+
+def test_calls_of_forward_itself_count():
+    class Direct(Untraced):
+        def run(self, x):
+            return self.head.forward(self.body.forward(x))
+
+    assert fxquant.explain(unwarned(Direct())).coverage.share == 1
+
+
+@dataclasses.dataclass
+class Answer:
+    scores: torch.Tensor
+    label: torch.Tensor
+
+
+class Changed(Untraced):
+    """Gives what `change` makes of its scores once a layer is quantized."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def run(self, x):
+        scores = self.head(self.body(x))
+        changed = scores if type(self.head) is nn.Linear else self.change(scores)
+        return Answer(changed, scores.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda y: y[:, :3], r"output 'scores' is \(6, 3\) float32, in float \(6, 8\) float32"),
+        (lambda y: y.double(), r"output 'scores' is \(6, 8\) float64, in float \(6, 8\) float32"),
+        (lambda y: y / (y > y.mean()), r"output 'scores' has \d+ NaN or infinite values where float has none"),
+        (lambda y: None, r"output 'scores', \(6, 8\) float32 in float, is missing"),
+        (lambda y: y + y.abs(), r"output 'scores' has an SQNR of .* dB against float, less than 10; the worst sites: "),
+    ],
+    ids=["shape", "dtype", "NaN", "missing", "SQNR"],
+)
+def test_other_outputs_are_told(change, match):
+    warned(Changed(change), match)
+
+
+def test_the_worst_sites_are_named_with_their_sqnr():
+    coarse = everything(fxquant.int4_dynamic_qconfig)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8))
+    with torch.no_grad():
+        model[1].weight[:, 0] = 1e4  # int4 has no step for the others
+        model[1].weight[:, 1:] *= 1e-2
+        model[0].weight[0] = 0
+        model[0].bias[0] = 0
+        model[1].bias.zero_()
+    x = torch.randn(6, 32)
+    with pytest.warns(UserWarning, match=r"the output has an SQNR of .*; the worst sites: 1 \(nn.Linear\) ") as told:
+        quantized = convert_fx(prepare(model, x, mapping=coarse))
+    row = {row.path: row for row in fxquant.compare(model, quantized, [x]).rows}["1"]
+    assert f"1 (nn.Linear) {row.sqnr_db:.1f} dB" in str(told[0].message)
+
+
+def test_functional_sites_are_named_too():
+    class Weight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 32) * 1e-2)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    model = Weight()
+    with torch.no_grad():
+        model.weight[:, 0] = 1e4
+    x = torch.randn(6, 32)
+    x[:, 0] = 0
+    with pytest.warns(UserWarning, match=r"the worst sites: weight \(linear\) \(F.linear\) "):
+        convert_fx(prepare(model, x, mapping=everything(fxquant.int4_dynamic_qconfig)))
+
+
+@pytest.mark.parametrize("draw", [random.SystemRandom().random, random.random, lambda: float(torch.rand(()))])
+def test_random_outputs_are_no_fault(draw):
+    class Random(Untraced):
+        def run(self, x):
+            return self.head(self.body(x)) + 100 * draw()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* does not trace.*")
+        prepared = prepare_fx(Random().eval(), fxquant.default_dynamic_qconfig_mapping(), X)
+    states = random.getstate(), torch.get_rng_state()
+    convert_fx(prepared)
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+class Stateful(Untraced):
+    """Counts its calls, keeps a cache and writes into a buffer."""
+
+    def set_up(self):
+        self.calls, self.cache = 0, []
+        self.register_buffer("sum", torch.zeros(8))
+
+    def run(self, x):
+        y = self.head(self.body(x))
+        self.calls += 1
+        self.cache.append(y)
+        self.sum += y.sum(0)
+        return y
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_the_check_leaves_no_trace(check):
+    model = Stateful()
+    quantized = unwarned(model, check=check)
+    for left in (model, quantized):
+        assert (left.calls, left.cache, left.sum.abs().max()) == (0, [], 0)
+
+
+def test_a_forward_that_writes_into_its_weights_leaves_no_trace():
+    class Writing(Untraced):
+        def run(self, x):
+            self.body.bias.data[0] += 1
+            self.body.weight.data.add_(1)
+            return self.head(self.body(x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepared = prepare_fx(Writing().eval(), fxquant.default_dynamic_qconfig_mapping(), X)
+    before = copy.deepcopy(prepared.state_dict())
+    quantized = convert_fx(prepared)
+    assert all(torch.equal(before[name], tensor) for name, tensor in prepared.state_dict().items())
+    assert all(torch.equal(quantized.state_dict()[name], before[name]) for name in ("body.bias", "body.weight"))
+    assert isinstance(quantized.head, fxquant.nn.DynamicQuantizedLinear)
+
+
+def test_hooks_are_not_fired():
+    model = nn.Sequential(nn.Linear(32, 8)).eval()
+    fired = []
+    model[0].register_forward_hook(lambda *_: fired.append(1))
+    convert_fx(prepare(model, X))
+    assert fired == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [lambda y: (part for part in y), lambda y: {"label": y.argmax(-1)}, lambda y: [y[:0], {"n": 3}], lambda y: None],
+    ids=["generator", "labels", "empty", "nothing"],
+)
+def test_every_kind_of_output_is_taken(answer):
+    class Other(Untraced):
+        def run(self, x):
+            return answer(self.head(self.body(x)))
+
+    assert fxquant.explain(unwarned(Other())).coverage.share == 1
+
+
+def test_a_batch_of_none_is_taken():
+    unwarned(nn.Sequential(nn.Linear(32, 8)), X[:0])
+
+
+class Fails(Untraced):
+    def run(self, x):
+        y = self.head(self.body(x))
+        if type(self.head) is not nn.Linear:
+            raise TypeError("not my layer")
+        return y
+
+
+def test_a_model_that_fails_once_it_is_quantized_is_an_error():
+    with pytest.raises(CheckError, match=r"(?s)Fails .* fails once it is quantized, at .*not my layer.*check=False"):
+        unwarned(Fails())
+    unwarned(Fails(), check=False)
+
+
+@pytest.fixture
+def prepared():
+    return prepare(nn.Sequential(nn.Linear(32, 8)), X)
+
+
+def test_the_example_inputs_go_into_copies_and_not_into_pickles(prepared):
+    inputs = prepared.record.example.inputs
+    assert inputs.args[0] is not X
+    assert copy.deepcopy(prepared).record.example.inputs is inputs
+    restored = pickle.loads(pickle.dumps(prepared))
+    assert restored.record.example.inputs is None
+    assert convert_fx(prepared).record.example is None
+    assert "not checked on example inputs: the prepared model came from a pickle" in str(
+        fxquant.explain(convert_fx(restored))
+    )
+
+
+def test_inputs_that_are_written_into_afterwards_do_not_matter():
+    x = X.clone()
+    prepared = prepare(nn.Sequential(nn.Linear(32, 8)), x)
+    x.fill_(float("nan"))
+    convert_fx(prepared)
+
+
+def test_a_model_on_meta_is_not_checked():
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(32, 8)), torch.randn(6, 32)
+    assert "it was on the meta device" in str(fxquant.explain(convert_fx(prepare(model, x))))
+
+
+def test_a_prepared_model_that_was_cast_is_told_to_be_unchecked(prepared):
+    with pytest.warns(UserWarning, match="converted without a check: prepared, it fails on its example inputs now"):
+        convert_fx(prepared.double())
+
+
+def test_a_tied_weight_that_was_float_already_is_not_counted_twice():
+    class Tied(Global):
+        def set_up(self):
+            super().set_up()
+            self.other = nn.Linear(32, 8)
+            self.other.weight = self.head.weight
+
+        def run(self, x):
+            return super().run(x) + self.other(x)
+
+    mapping = QConfigMapping().set_global(fxquant.default_dynamic_qconfig).set_module_name("other", None)
+    assert fxquant.explain(warned(Tied(), "head", mapping=mapping)).coverage.quantized_bytes == 32 * 32 * 4
+
+
+class Read(Untraced):
+    """Reads a layer's weight and never calls the layer."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def run(self, x):
+        return self.read(self.body(x), self.head)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda h, layer: nn.functional.linear(h, layer.weight, layer.bias),
+        lambda h, layer: h @ layer.weight.t(),
+        lambda h, layer: torch.cat([h @ part.t() for part in layer.weight.chunk(2)], -1),
+        lambda h, layer: h @ torch.stack(layer.weight.unbind()).t(),
+        lambda h, layer: h @ layer.weight.clone().t(),
+        lambda h, layer: nn.functional.embedding(torch.cdist(h, layer.weight).argmin(-1), layer.weight),
+    ],
+    ids=["linear", "matmul", "chunk", "unbind", "clone", "embedding"],
+)
+def test_a_layer_of_which_only_the_weight_is_read_is_quantized(read):
+    quantized = unwarned(Read(read))
+    assert fxquant.explain(quantized).coverage.share == 1
+    assert isinstance(quantized.head, fxquant.nn.DynamicQuantizedLinear)
+
+
+def test_a_layer_that_a_router_passes_by_on_quantized_values_stays_quantized():
+    class Routed(Untraced):
+        def run(self, x):
+            y = self.body(x)
+            is_float = bool((y == nn.functional.linear(x, FLOATS["weight"], FLOATS["bias"])).all())
+            return self.head(y) if is_float else y[:, :8]
+
+    model = Routed().eval()
+    FLOATS.update(weight=model.body.weight.detach().clone(), bias=model.body.bias.detach().clone())
+    assert fxquant.explain(unwarned(model)).coverage.share == 1
+
+
+def selecting(select, seeds):
+    """Return models whose output is chosen by values."""
+
+    class Selecting(Untraced):
+        def run(self, x):
+            return select(self.head(self.body(x)))
+
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        yield Selecting().eval()
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        lambda y: y[y > 0],
+        lambda y: y[y[:, 0] > 0],
+        lambda y: torch.randn(8, 500, generator=torch.Generator().manual_seed(0))[y.argmax(-1)],
+    ],
+    ids=["mask", "rows", "argmax"],
+)
+def test_what_is_selected_by_values_is_no_fault(select):
+    x, changed = torch.randn(200, 32, generator=torch.Generator().manual_seed(3)), 0
+    for model in selecting(select, 3):
+        quantized = unwarned(model, x)
+        changed += quantized(x).shape != model(x).shape or not torch.allclose(quantized(x), model(x), atol=0.1)
+    assert changed

@@ -1,0 +1,208 @@
+"""What is written down of a float model: the same for the same computation, another for another."""
+
+import functools
+import importlib.util
+import json
+import linecache
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxquant.graph.fingerprint.architecture import Architecture, describe, differences
+from fxquant.graph.trace.trace import trace
+from fxquant.operators import OPERATORS
+
+
+class Net(nn.Module):
+    def __init__(self, heads=4, act=nn.GELU, factor=1.0, dropout=0.1, eps=1e-5, function=F.gelu, calls=0, mode="mean"):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, heads, dropout=dropout, batch_first=True)
+        self.linear, self.act, self.norm = nn.Linear(32, 32), act(), nn.LayerNorm(32, eps=eps)
+        self.drop, self.factor, self.function, self.calls, self.mode = (
+            nn.Dropout(dropout),
+            factor,
+            function,
+            calls,
+            mode,
+        )
+        self.name_or_path = f"a/folder/{factor}"
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.function(self.act(self.linear(self.attention(x, x, x)[0])))
+        y = F.dropout(self.drop(self.norm(y)), self.drop.p, self.training) * self.factor
+        return y.mean(1) if self.mode == "mean" else y.sum(1)
+
+
+def of_graph(model):
+    return describe(trace(model.eval(), OPERATORS).module)
+
+
+def of_meta(model):
+    return describe(trace(model.eval(), OPERATORS, device="meta").module)
+
+
+VIEWS = pytest.mark.parametrize("view", [of_graph, describe], ids=["graph", "tree"])
+
+
+@VIEWS
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"calls": 7}])
+def test_what_does_not_count(view, options):
+    assert differences(view(Net()), view(Net(**options))) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("options", "of_tree", "of_nodes"),
+    [
+        ({"heads": 8}, "module 'attention' is nn.MultiheadAttention(num_heads=8, head_dim=4), in the file "
+         "nn.MultiheadAttention(num_heads=4, head_dim=8)", ""),
+        ({"act": nn.SiLU}, "module 'act' is nn.SiLU(), in the file nn.GELU(approximate='none')", ""),
+        ({"act": functools.partial(nn.GELU, "tanh")}, "nn.GELU(approximate='tanh'), in the file nn.GELU(approx", ""),
+        ({"eps": 1e-3}, "module 'norm' is nn.LayerNorm(eps=0.001), in the file nn.LayerNorm(eps=1e-05)", ""),
+        ({"factor": 3.0}, "(factor=3.0), in the file", "operator.mul(%8, 3.0), in the file operator.mul(%8, 1.0)"),
+        ({"function": F.silu}, "(function=silu), in the file", "is F.silu(%4), in the file F.gelu(%4)"),
+        ({"function": lambda x: F.gelu(x) * 0.5}, "(function=<lambda of ", "mul(%5, 0.5), in the file norm(%5)"),
+        ({"mode": "sum"}, "(mode='sum'), in the file", "is .sum(%9, 1), in the file .mean(%9, 1)"),
+    ],
+)  # fmt: skip
+def test_what_counts_is_said(options, of_tree, of_nodes):
+    (told,), possible = differences(describe(Net()), describe(Net(**options)))
+    assert of_tree in told
+    assert not possible
+    (told, *_), _ = differences(of_graph(Net()), of_graph(Net(**options)))
+    assert (of_nodes or of_tree) in told
+
+
+def test_a_skeleton_on_meta_is_the_same():
+    assert of_meta(Net()) == of_graph(Net())
+
+
+def test_a_lambda_s_constants_count():
+    double, treble = (describe(Net(function=f)) for f in (lambda x: x * 2.0, lambda x: x * 3.0))
+    assert len(differences(double, treble)[0]) == 1
+    assert differences(double, describe(Net(function=lambda x: x * 2.0)))[0] == []
+
+
+def test_modules_of_one_side_are_told():
+    plain = nn.Sequential(nn.Linear(2, 2))
+    more = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    idle = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    assert differences(describe(plain), describe(more))[0] == ["module '1', nn.Tanh(), is in this model, not the file"]
+    assert differences(describe(more), describe(plain))[0] == ["module '1', nn.Tanh(), is in the file, not this model"]
+    assert differences(describe(plain), describe(idle))[0] == []
+
+
+@VIEWS
+def test_it_goes_through_json(view):
+    found = view(Net())
+    assert Architecture.from_plain(json.loads(json.dumps(found.to_plain()))) == found
+
+
+def test_dead_and_in_place_nodes():
+    class Writes(nn.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+            self.by = by
+
+        def forward(self, x):
+            self.count.add_(self.by)
+            x.sum() + self.by  # which nothing uses
+            return x * 1
+
+    assert of_graph(Writes(1)).nodes == (
+        "the argument x", "the tensor count", ".add_(%1, 1)", "operator.mul(%0, 1)", "output(%3)",
+    )  # fmt: skip
+    assert len(differences(of_graph(Writes(1)), of_graph(Writes(2)))[0]) == 1
+
+
+SOURCE = '''
+import torch
+from torch import nn
+
+SCALE = 2.0
+
+
+def scaled(x):
+    """A doc."""
+    return x * SCALE
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        # a comment
+        return self.tail(scaled(self.linear(x)))
+
+    def tail(self, x):
+        return x.mean(1)
+'''
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Return what makes a Head of some source, of a package's version."""
+
+    def made(source, version=None):
+        path = tmp_path / "a_package.py"
+        path.write_text(source)
+        linecache.clearcache()
+        spec = importlib.util.spec_from_file_location("a_package", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["a_package"] = module
+        spec.loader.exec_module(module)
+        if version is not None:
+            module.__version__ = version
+        return describe(module.Head())
+
+    yield made
+    sys.modules.pop("a_package", None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("# a comment", "# another"),
+        ('"""A doc."""', "'''Another.'''"),
+        ("x * SCALE", "(\n        x\n        *   SCALE\n    )"),
+        ("def tail(self, x):", "def tail(self, x: torch.Tensor) -> torch.Tensor:"),
+        ("def tail(", "def unused(self):\n        return 1\n\n    def tail("),
+    ],
+)
+def test_form_and_comments_do_not_count(make, old, new):
+    assert SOURCE.replace(old, new) != SOURCE
+    assert differences(make(SOURCE), make(SOURCE.replace(old, new))) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("scaled(self.linear(x))", "self.linear(x)"),
+        ("x * SCALE", "x / SCALE"),
+        ("SCALE = 2.0", "SCALE = 3.0"),
+        ("x.mean(1)", "x.sum(1)"),
+    ],
+    ids=["forward", "function", "constant", "method"],
+)
+def test_code_counts_where_nothing_is_traced(make, old, new):
+    (told,), _ = differences(make(SOURCE), make(SOURCE.replace(old, new)))
+    assert told == "the model: its forward, or what that calls, has other code than the file's model"
+
+
+def test_another_release_of_a_package_is_only_told(make):
+    certain, (told,) = differences(make(SOURCE, "1.0"), make(SOURCE.replace("mean(1)", "mean(dim=1)"), "1.1"))
+    assert not certain
+    assert told == "the model: the code of a_package 1.1 is other than that of 1.0"
+
+
+def test_code_without_source_is_not_compared():
+    namespace = {"nn": nn, "__name__": "nowhere"}
+    exec(compile(SOURCE, "nowhere.py", "exec"), namespace)
+    assert describe(namespace["Head"]()).modules[""].code == ""
+    assert describe(namespace["Head"]()).modules[""].type == "Head"

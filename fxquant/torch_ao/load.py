@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import collections
 import os
-import sys
-import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -230,13 +228,3 @@ def _check_filled(result: nn.Module) -> None:
                     or "no state_dict holds it, nor does the model, which is on the meta device; build it on the CPU"
                 )
             )
-
-
-class _CallableModule(types.ModuleType):
-    """So that `fxquant.torch_ao.load` can be called even where importing this file put it in the function's place."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return from_torch_ao(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule

@@ -579,12 +579,6 @@ def test_it_imports_nothing_of_torch_ao(tq, tmp_path):
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_importing_the_file_first_does_not_hide_the_function():
-    code = "import fxquant.from_torch_ao; fxquant.from_torch_ao({})"
-    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert "TorchAoError" in run.stderr
-
-
 # Errors
 
 

@@ -4,6 +4,7 @@ import copy
 import pathlib
 import pickle
 import re
+import sys
 import warnings
 
 import pytest
@@ -177,7 +178,9 @@ def test_a_wrapper_is_an_error_that_names_the_model_inside(wrap, inner):
     ],
 )
 @pytest.mark.parametrize("way", [quantize, lambda m, x: quantize_dynamic(m)])
-def test_a_wrapped_part_stays_float_with_the_reason(wrap, reason, way):
+def test_a_wrapped_part_stays_float_with_the_reason(monkeypatch, wrap, reason, way):
+    data_parallel = sys.modules[nn.DataParallel.__module__]
+    monkeypatch.setattr(data_parallel, "_get_available_device_type", lambda: None)  # else it wants a GPU's tensors
     x = torch.randn(2, 4)
     model = nn.Sequential(wrap(nn.Sequential(nn.Linear(4, 4)).eval()), nn.Linear(4, 4)).eval()
     quantized = way(model, x)

@@ -23,6 +23,7 @@ from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Keep, Preserved
 from fxquant.graph.references import copy_attributes
 from fxquant.graph.trace.tracer import TRACING
 from fxquant.nn.base import QuantizedModule, dtype_errors, refuse_script
+from fxquant.nn.training import trainable, warn_of_training
 from fxquant.operators import Operator
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
@@ -121,7 +122,8 @@ class Record:
     unchecked: why that check was not possible. live, checked: the paths of the attributes that its graph reads at each
     call, to use and to compare; fixed: of those that forward read when it was traced. written: the parameters that
     forward writes into. batch_invariant: what was asked of its float products: graph/convert/invariant.py.
-    extra_states: what get_extra_state gave, by the paths of modules that were traced through.
+    extra_states: what get_extra_state gave, by the paths of modules that were traced through. trainable: of a quantized
+    one with sites, the parameters that required a gradient when it was made.
     """
 
     stage: str
@@ -146,6 +148,7 @@ class Record:
     architecture: Architecture | None = None
     unchecked: str = ""
     batch_invariant: bool | None = None
+    trainable: frozenset[str] | None = field(default=None, compare=False)
 
     @property
     def outcome(self) -> str:
@@ -207,6 +210,13 @@ class FxModule(fx.GraphModule):
     def __setattr__(self, name: str, value: Any) -> None:
         check_settable(self, name, value)
         super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> FxModule:
+        """Set the mode as nn.Module does; warn where a quantized model that cannot train is put into training mode."""
+        super().train(mode)
+        if mode and not any(isinstance(part, QuantizedModule) for part in self.modules()):  # which warn themselves
+            warn_of_training(self, FxModule)
+        return self
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the model as torch.jit.script takes it; raise ModelStateError for a quantized one."""
@@ -399,6 +409,8 @@ def finish(module: fx.GraphModule, source: nn.Module, record: Record, is_skeleto
 
 def keep_record(model: nn.Module, record: Record) -> nn.Module:
     """Return a model of the user's own class that carries a record, in copies and pickles too."""
+    if record.stage == "quantized" and record.trainable is None:
+        record = record.advance(trainable=trainable(model))
     model.__dict__["_fxquant_record"] = record
     return model
 

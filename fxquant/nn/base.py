@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxquant import frames
 from fxquant.errors import ModelStateError, ReadOnlyError, warn
 from fxquant.nn.float_weight import FloatWeight
+from fxquant.nn.training import frozen, warn_of_training
 from fxquant.numerics import QuantizedTensor, dequantize_weight
 from fxquant.qconfig import QConfig
 from fxquant.spec import TensorSpec
@@ -27,7 +28,9 @@ from fxquant.spec import TensorSpec
 Quantize: TypeAlias = Callable[[torch.Tensor, QConfig], QuantizedTensor]
 
 LIKE = "weight_like"
-"""An empty frozen parameter of the float weights' dtype and device, for next(module.parameters()); in no state_dict."""
+"""An empty parameter of the float weights' dtype and device, for next(module.parameters()); in no state_dict.
+
+It stays frozen: `FrozenParameter`."""
 
 _SHOWN = WeakTensorKeyDictionary()
 """The float weight in use of each tensor of integers, by a weak reference: tied ones are the same object."""
@@ -101,12 +104,19 @@ class QuantizedModule(nn.Module):
             self._stored[name] = Stored(key, own.weight, shape, turned)
         dtype = torch.float32 if like is None else like.dtype
         empty = torch.empty(0, dtype=dtype, device=weight.values.device)
-        self.register_parameter(LIKE, nn.Parameter(empty, requires_grad=False))
+        self.register_parameter(LIKE, frozen(empty))
         return key
 
     def set_bias(self, name: str, bias: torch.Tensor | None) -> None:
         """Register a bias, copied, as a frozen parameter."""
         self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach().clone(), False))
+
+    def train(self, mode: bool = True) -> QuantizedModule:
+        """Set the mode as nn.Module does; warn where a quantized model that cannot train is put into training mode."""
+        super().train(mode)
+        if mode:
+            warn_of_training(self, QuantizedModule)
+        return self
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Raise ModelStateError: torch.jit.script asks for this."""
@@ -122,7 +132,10 @@ class QuantizedModule(nn.Module):
     def own(self, names: Sequence[str]) -> list[Any]:
         """Return own buffers and parameters by name, past nn.Module's slow lookup."""
         buffers, parameters = self._buffers, self._parameters
-        return [buffers[name] if name in buffers else parameters[name] for name in names]
+        try:
+            return [buffers[name] if name in buffers else parameters[name] for name in names]
+        except KeyError:  # pruned or parametrized: a bias is computed from others then
+            return [getattr(self, name) for name in names]
 
     # The float weights
 
@@ -188,6 +201,12 @@ class QuantizedModule(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         self._refuse(name)
+        for weight, stored in self._stored.items():  # parametrizations delete what they replace
+            if name in (stored.key, f"{weight}_scale", f"{weight}_zero_point"):
+                raise ReadOnlyError(
+                    f"{name} is a part of the {weight} of a quantized {type(self).__name__} and cannot be deleted or "
+                    "reparametrized; do that to the float model and quantize it again"
+                )
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -225,7 +244,18 @@ class QuantizedModule(nn.Module):
             moved = self._buffers[name]
             if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
+        self._freeze()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Make what a move, a copy or a pickle made of the frozen parameter one again: torch's makes plain ones."""
+        like = self._parameters.get(LIKE)
+        if like is not None and type(like) is nn.Parameter:
+            self._parameters[LIKE] = frozen(like)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -244,7 +274,7 @@ class QuantizedModule(nn.Module):
         finally:
             if like is not None:
                 devices = [buffer.device for buffer in self._buffers.values() if buffer is not None]
-                self._parameters[LIKE] = nn.Parameter(torch.empty(0, dtype=like.dtype, device=devices[0]), False)
+                self._parameters[LIKE] = frozen(torch.empty(0, dtype=like.dtype, device=devices[0]))
 
     def float_keys(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """Return a line for each float weight in a state_dict that has no values for this module's own."""

@@ -7,6 +7,7 @@ anew; nothing is kept. Writing to it, or to a view of it, is a ReadOnlyError.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,6 @@ _GETTERS = (
         "itemsize",
         "nbytes",
         "requires_grad",
-        "is_leaf",
         "grad",
         "grad_fn",
     ),
@@ -262,7 +262,20 @@ def _read_only(weight: FloatWeight, func: Any) -> ReadOnlyError:
     )
 
 
+def _is_leaf(weight: FloatWeight) -> bool:
+    """Return True, as for every tensor without a gradient; raise ReadOnlyError for an optimizer, which asks this."""
+    asker = sys._getframe(2).f_globals.get("__name__", "")  # past __torch_function__
+    if asker.startswith("torch.optim"):
+        raise ReadOnlyError(
+            f"an optimizer was given {weight._name}, which is dequantized anew at each read and does not train. Train "
+            f"adapters beside the layer, or the float model, and quantize it again; {_COPY}: "
+            "nn.Parameter(weight.clone())"
+        )
+    return True
+
+
 _REFUSED: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.is_leaf.__get__: _is_leaf,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad_: _grad_asked,
     torch.Tensor.requires_grad.__set__: _refuse_grad,  # type: ignore[attr-defined]
     torch.Tensor.data_ptr: _refuse_address,

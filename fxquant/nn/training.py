@@ -1,0 +1,90 @@
+"""What is said to who would train quantized weights, at the two calls that ask for it and are not an error of torch's.
+
+Integers do not train; biases, float layers and adapters beside quantized layers do. A model is asked to train as a
+whole by `.requires_grad_()`, or a loop over its parameters, and by `.train()`: each is a warning where nothing else
+trains than a float model's rest. What is called afterwards costs nothing more: outputs are as in eval mode.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxquant.errors import warn
+
+_CURE = (
+    "Train adapters beside the quantized layers (docs/how_to.md, 'Train adapters on a quantized base'), or train the "
+    "float model and quantize it again"
+)
+
+
+class FrozenParameter(nn.Parameter):
+    """A parameter that stays frozen, and warns who would train it: a quantized module's, empty, in place of weights.
+
+    It is met by `model.requires_grad_()` and by loops over all parameters, and not by `layer.bias.requires_grad_()`.
+    """
+
+    def requires_grad_(self, requires_grad: bool = True) -> FrozenParameter:
+        """Return the parameter, still frozen; warn at the user's line where it is asked to train."""
+        if requires_grad:
+            warn(
+                "requires_grad is set on all parameters of a quantized module: its weights are integers and do not "
+                f"train, only its biases and what is float do. If that is meant, set it on those alone. {_CURE}",
+                past=("fxquant", "torch"),
+            )
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "requires_grad":
+            self.requires_grad_(value)
+        else:
+            super().__setattr__(name, value)
+
+
+def frozen(tensor: torch.Tensor) -> FrozenParameter:
+    """Return a tensor as a FrozenParameter."""
+    return FrozenParameter(tensor.detach(), requires_grad=False)
+
+
+def trainable(model: nn.Module) -> frozenset[str]:
+    """Return the names of a model's parameters that require a gradient."""
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def warn_of_training(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Warn who put a quantized model into training mode in which nothing trains but what the conversion left float.
+
+    module: one that was just put into it; kind: the type of those that call this, of which the model's first one warns.
+    A model that has something more to train, adapters or biases, and one that is a part of another, are not meant.
+    """
+    model = _asked() or module
+    record = model.__dict__.get("_fxquant_record")  # graph/module.py keeps it: a floor above this one
+    known: frozenset[str] | None = getattr(record, "trainable", None)
+    if known is None or module is not next((part for part in model.modules() if isinstance(part, kind)), module):
+        return
+    names = trainable(model)
+    if names - known:
+        return
+    rest = sorted(names)
+    only = ", ".join(rest[:4]) + (f", … ({len(rest)} in all)" if len(rest) > 4 else "")
+    told = f"only {only} do" if rest else "nothing in it does, so that backward() of a loss fails"
+    warn(
+        f"{type(model).__name__} is quantized and is put into training mode: its weights are integers and do not "
+        f"train, {told}. {_CURE}",
+        past=("fxquant", "torch"),
+    )
+
+
+def _asked() -> nn.Module | None:
+    """Return the module whose `.train()` the user's code called, of those by which torch reached this one; or None."""
+    frame: FrameType | None = sys._getframe(1)
+    found = None
+    while frame is not None:
+        if frame.f_code is nn.Module.train.__code__:
+            found = frame.f_locals["self"]
+        frame = frame.f_back
+    return found

@@ -409,7 +409,7 @@ def finish(module: fx.GraphModule, source: nn.Module, record: Record, is_skeleto
 
 def keep_record(model: nn.Module, record: Record) -> nn.Module:
     """Return a model of the user's own class that carries a record, in copies and pickles too."""
-    if record.stage == "quantized" and record.trainable is None:
+    if record.stage == "quantized" and record.sites and record.trainable is None:
         record = record.advance(trainable=trainable(model))
     model.__dict__["_fxquant_record"] = record
     return model

@@ -1,8 +1,9 @@
-"""What is said to who would train quantized weights, at the two calls that ask for it and are not an error of torch's.
+"""What is said to users who would train quantized weights: integers do not train, adapters, biases and norms do.
 
-Integers do not train; biases, float layers and adapters beside quantized layers do. A model is asked to train as a
-whole by `.requires_grad_()`, or a loop over its parameters, and by `.train()`: each is a warning where nothing else
-trains than a float model's rest. What is called afterwards costs nothing more: outputs are as in eval mode.
+A model is asked to train as a whole by `.requires_grad_()`, or a loop over its parameters, and by `.train()`: both
+warn. A loss's `.backward()` asks nothing of ours, and fails in torch where nothing in a model requires a gradient:
+outputs that required one there could not become arrays, and would have frozen layers differentiated. So no call costs
+more for this, and what a model gives is as in eval mode.
 """
 
 from __future__ import annotations
@@ -16,14 +17,11 @@ from torch import nn
 
 from fxquant.errors import warn
 
-_CURE = (
-    "Train adapters beside the quantized layers (docs/how_to.md, 'Train adapters on a quantized base'), or train the "
-    "float model and quantize it again"
-)
+_CURE = "Train adapters (LoRA) beside the quantized layers, or train the float model and quantize it again"
 
 
 class FrozenParameter(nn.Parameter):
-    """A parameter that stays frozen, and warns who would train it: a quantized module's, empty, in place of weights.
+    """A parameter that stays frozen, and warns of being asked to train: empty, in a quantized module's parameters.
 
     It is met by `model.requires_grad_()` and by loops over all parameters, and not by `layer.bias.requires_grad_()`.
     """
@@ -32,8 +30,8 @@ class FrozenParameter(nn.Parameter):
         """Return the parameter, still frozen; warn at the user's line where it is asked to train."""
         if requires_grad:
             warn(
-                "requires_grad is set on all parameters of a quantized module: its weights are integers and do not "
-                f"train, only its biases and what is float do. If that is meant, set it on those alone. {_CURE}",
+                "requires_grad was set on all parameters of a quantized module, whose weights are integers and do not "
+                f"train: only its biases and what is float do. If that is meant, set it on those alone. {_CURE}",
                 past=("fxquant", "torch"),
             )
         return self
@@ -56,10 +54,10 @@ def trainable(model: nn.Module) -> frozenset[str]:
 
 
 def warn_of_training(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Warn who put a quantized model into training mode in which nothing trains but what the conversion left float.
+    """Warn where a quantized model was put into training mode, of which nothing trains but what conversion left float.
 
     module: one that was just put into it; kind: the type of those that call this, of which the model's first one warns.
-    A model that has something more to train, adapters or biases, and one that is a part of another, are not meant.
+    A model with more to train, adapters or biases, does not warn, nor one that is a part of another.
     """
     model = _asked() or module
     record = model.__dict__.get("_fxquant_record")  # graph/module.py keeps it: a floor above this one
@@ -71,10 +69,10 @@ def warn_of_training(module: nn.Module, kind: type[nn.Module]) -> None:
         return
     rest = sorted(names)
     only = ", ".join(rest[:4]) + (f", … ({len(rest)} in all)" if len(rest) > 4 else "")
-    told = f"only {only} do" if rest else "nothing in it does, so that backward() of a loss fails"
+    told = f"only {only} do" if rest else "nothing else in it does, so that backward() of a loss fails"
     warn(
-        f"{type(model).__name__} is quantized and is put into training mode: its weights are integers and do not "
-        f"train, {told}. {_CURE}",
+        f"{type(model).__name__} was put into training mode, but its quantized weights are integers and do not train: "
+        f"{told}. {_CURE}",
         past=("fxquant", "torch"),
     )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 import fxquant
 from fxquant import (
@@ -550,6 +550,155 @@ def test_it_is_neither_pruned_nor_drawn_anew(layer_name):
         prune.l1_unstructured(quantized, name, amount=0.5)
     with pytest.raises(fxquant.ModelStateError, match=r"weights of a quantized \w+ cannot be reset"):
         quantized.reset_parameters()
+
+
+OPTIMIZERS = {
+    "SGD": lambda w: torch.optim.SGD([w], 0.1),
+    "a group": lambda w: torch.optim.AdamW([{"params": w, "lr": 0.1}]),
+    "added": lambda w: torch.optim.Adam([nn.Parameter(torch.zeros(2))]).add_param_group({"params": [w]}),
+    "detached": lambda w: torch.optim.SGD([w.detach()], 0.1),
+    "a view": lambda w: torch.optim.SGD([w.t()], 0.1),
+}
+
+
+@pytest.mark.parametrize("optimize", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_optimizer_does_not_take_it(layer, optimize):
+    told = r"an optimizer was given .*the weight of a quantized DynamicQuantizedLinear.*does not train\. Train adapters"
+    with pytest.raises(ReadOnlyError, match=told):
+        optimize(layer.weight)
+    assert layer.weight.is_leaf
+    torch.optim.SGD([nn.Parameter(layer.weight)], 0.1)
+
+
+def unharmed(layer, change, error, match):
+    """Assert that a change of a layer is an error, after which the layer is as it was."""
+    x, before = torch.randn(3, 8), copy.deepcopy(layer.state_dict())
+    expected = layer(x)
+    with pytest.raises(error, match=match):
+        change(layer)
+    state = layer.state_dict()
+    assert state.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    assert torch.equal(layer(x), expected)
+    assert type(layer) is DynamicQuantizedLinear
+    assert not layer._forward_pre_hooks
+    assert isinstance(layer.weight, FloatWeight)
+
+
+REPARAMETRIZED = {
+    "weight_norm": (parametrizations.weight_norm, ValueError, "does not have a parameter"),
+    "spectral_norm": (parametrizations.spectral_norm, ValueError, "does not have a parameter"),
+    "orthogonal": (parametrizations.orthogonal, ValueError, "does not have a parameter"),
+    "old spectral_norm": (spectral_norm, KeyError, "weight"),
+    "functional_call": (
+        lambda m: torch.func.functional_call(m, {"weight": torch.zeros(4, 8)}, torch.ones(1, 8)),
+        ReadOnlyError,
+        "cannot be set",
+    ),
+    "fused": (
+        lambda m: nn.utils.fuse_linear_bn_eval(m, nn.BatchNorm1d(4).eval()),
+        ReadOnlyError,
+        "cannot be set",
+    ),
+    "own weight": (lambda m: setattr(m, "weight", m.weight), ReadOnlyError, "cannot be set"),
+    **{
+        f"init {name}": (lambda m, name=name: getattr(nn.init, name)(m.weight), ReadOnlyError, "writes to")
+        for name in ("xavier_uniform_", "kaiming_normal_", "trunc_normal_", "zeros_", "eye_", "orthogonal_")
+    },
+    "global pruning": (
+        lambda m: prune.global_unstructured([(m, "weight")], prune.L1Unstructured, amount=0.5),
+        ReadOnlyError,
+        "cannot be pruned",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REPARAMETRIZED.values(), ids=REPARAMETRIZED)
+def test_a_layer_whose_weight_is_to_be_replaced_stays_unharmed(layer, case):
+    """Errors of ours where torch asks anything of ours. torch's parametrizations look into `_parameters` and
+    `_buffers` before: a ValueError that names the layer and "weight". Its old weight_norm and spectral_norm delete from
+    the first without looking: a KeyError.
+    """
+    unharmed(layer, *case)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_a_layer_whose_weight_is_to_be_normed_the_old_way_stays_unharmed(layer):
+    unharmed(layer, nn.utils.weight_norm, KeyError, "weight")
+
+
+@pytest.mark.parametrize("part", ["weight_uint8", "weight_scale", "weight_zero_point"])
+@pytest.mark.parametrize(
+    "take", [delattr, lambda m, name: parametrize.register_parametrization(m, name, nn.Identity())]
+)
+def test_its_integers_are_neither_deleted_nor_parametrized(part, take):
+    quantized = QuantizedEmbedding.from_float(nn.Embedding(10, 8), float_qparams_weight_only_qconfig)
+    expected = quantized(torch.arange(10))
+    told = rf"{part} is a part of the weight of a quantized QuantizedEmbedding and cannot be deleted or reparametrized"
+    with pytest.raises(ReadOnlyError, match=told):
+        take(quantized, part)
+    assert type(quantized) is QuantizedEmbedding
+    assert torch.equal(quantized(torch.arange(10)), expected)
+
+
+ASSIGNED = {
+    "attribute": lambda e, w: setattr(e, "weight", w),
+    "detached": lambda e, w: setattr(e, "weight", w.detach()),
+    "register_parameter": lambda e, w: e.register_parameter("weight", w),
+}
+
+
+@pytest.mark.parametrize("assign", ASSIGNED.values(), ids=ASSIGNED)
+def test_a_float_layer_takes_a_parameter_made_of_it_and_not_itself(layer, values, assign):
+    """An error of torch's, which asks whether it is a Parameter, names nn.Parameter, and leaves the layer as it was."""
+    float_layer = nn.Linear(8, 4)
+    before = float_layer.weight
+    with pytest.raises(TypeError, match=r"cannot assign .* parameter 'weight' \(torch\.nn\.Parameter or None"):
+        assign(float_layer, layer.weight)
+    assert float_layer.weight is before
+    float_layer.weight = nn.Parameter(layer.weight)
+    assert torch.equal(float_layer.weight, values)
+    assert float_layer.weight.requires_grad
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+BIASES = {
+    "bias": lambda: nn.Linear(8, 4),
+    "bias_l0": lambda: nn.LSTM(8, 4),
+    "gate_bias": lambda: nn.GRUCell(8, 4),
+    "in_proj_bias": lambda: nn.MultiheadAttention(8, 2),
+}
+
+
+@pytest.mark.parametrize(("name", "make"), BIASES.items(), ids=BIASES)
+def test_a_bias_may_be_pruned_and_parametrized(name, make):
+    quantized, x = quantize_dynamic(make().eval()), torch.randn(3, 8)
+    getattr(quantized, name).data.normal_()
+    inputs = (x, x, x) if name == "in_proj_bias" else (x,)
+
+    def leaf(given):
+        return given if isinstance(given, torch.Tensor) else given[0]
+
+    def expected(change):
+        twin = copy.deepcopy(quantized)
+        twin._parameters[name].data.copy_(change(twin._parameters[name].data))
+        return leaf(twin(*inputs))
+
+    doubled = expected(lambda bias: 2 * bias)
+    pruned = expected(lambda bias: bias * (torch.arange(len(bias)) % 2))
+    other = copy.deepcopy(quantized)
+    prune.custom_from_mask(other, name, torch.arange(len(getattr(other, name))) % 2)
+    assert torch.equal(leaf(other(*inputs)), pruned)
+    prune.remove(other, name)
+    assert torch.equal(leaf(other(*inputs)), pruned)
+    parametrize.register_parametrization(quantized, name, Doubled())
+    assert torch.equal(leaf(quantized(*inputs)), doubled)
+    parametrize.remove_parametrizations(quantized, name)
+    assert torch.equal(leaf(quantized(*inputs)), doubled)
 
 
 OPTIONS = {

@@ -9,6 +9,7 @@ more for this, and what a model gives is as in eval mode.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -54,18 +55,18 @@ def trainable(model: nn.Module) -> frozenset[str]:
 
 
 def warn_of_training(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Warn where a quantized model was put into training mode, of which nothing trains but what conversion left float.
+    """Warn where a quantized model was put into training mode, and nothing trains but what conversion left float.
 
     module: one that was just put into it; kind: the type of those that call this, of which the model's first one warns.
-    A model with more to train, adapters or biases, does not warn, nor one that is a part of another.
+    Where there is more to train, adapters or biases in the model, or a head of one that it is a part of, nobody does.
     """
-    model = _asked() or module
-    record = model.__dict__.get("_fxquant_record")  # graph/module.py keeps it: a floor above this one
-    known: frozenset[str] | None = getattr(record, "trainable", None)
+    asked = [module, *_asked()]
+    found = ((part, known) for part in asked if (known := _known(part)) is not None)
+    model, known = next(found, (module, None))
     if known is None or module is not next((part for part in model.modules() if isinstance(part, kind)), module):
         return
     names = trainable(model)
-    if names - known:
+    if names - known or len(trainable(asked[-1])) > len(names):
         return
     rest = sorted(names)
     only = ", ".join(rest[:4]) + (f", … ({len(rest)} in all)" if len(rest) > 4 else "")
@@ -77,12 +78,17 @@ def warn_of_training(module: nn.Module, kind: type[nn.Module]) -> None:
     )
 
 
-def _asked() -> nn.Module | None:
-    """Return the module whose `.train()` the user's code called, of those by which torch reached this one; or None."""
+def _known(module: nn.Module) -> frozenset[str] | None:
+    """Return which parameters required a gradient when a quantized model was made, None for any other module."""
+    record = module.__dict__.get("_fxquant_record")  # graph/module.py keeps it: a floor above this one
+    known: frozenset[str] | None = getattr(record, "trainable", None)
+    return known
+
+
+def _asked() -> Iterator[nn.Module]:
+    """Yield the modules whose `.train()` is running, the one that the user's code called last."""
     frame: FrameType | None = sys._getframe(1)
-    found = None
     while frame is not None:
         if frame.f_code is nn.Module.train.__code__:
-            found = frame.f_locals["self"]
+            yield frame.f_locals["self"]
         frame = frame.f_back
-    return found

@@ -108,6 +108,15 @@ def test_who_has_nothing_to_train_is_warned(quantized):
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize(
+    "wrap_in", [lambda m: nn.Sequential(m, nn.ReLU()), lambda m: torch.compile(m, backend="eager")]
+)
+def test_a_wrapper_with_nothing_to_train_warns_too(quantized, wrap_in):
+    with pytest.warns(UserWarning, match=PUT + r"only norm\.bias, norm\.weight do") as caught:
+        wrap_in(quantized).train()
+    assert len(caught) == 1
+
+
 def test_a_graph_of_calls_alone_warns_too():
     quantized = quantize(Call(nn.functional.linear, 8, 16), torch.randn(2, 16))
     assert not any(isinstance(part, fxquant.nn.base.QuantizedModule) for part in quantized.modules())

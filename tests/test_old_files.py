@@ -1,4 +1,4 @@
-"""Files and state_dicts that hold integers under the float weights' names, as fxquant wrote them before 0.1.0."""
+"""What fxquant wrote before 0.1.0: integers under the float weights' names at first, then under their own."""
 
 import pytest
 import safetensors.torch
@@ -15,6 +15,7 @@ from fxquant import (
     prepare_fx,
 )
 from tests import old_files
+from tests.old_files import by_format
 from tests.samples import same_bits
 
 
@@ -106,3 +107,26 @@ def test_what_does_not_fit_is_not_taken_for_an_old_tensor(change):
     (key,) = [key for key in state if key.startswith("table_uint8")]
     found = quantized.load_state_dict({key: change(state[key])}, strict=False)
     assert found.unexpected_keys == [key]
+
+
+@pytest.mark.parametrize("name", by_format.MODELS)
+def test_a_file_named_by_format_loads_and_computes_what_it_did(name):
+    loaded = by_format.load(name)
+    path = by_format.FOLDER / f"{name}.safetensors"
+    assert loaded.state_dict().keys() >= safetensors.torch.load_file(path).keys()
+    with torch.no_grad():
+        found = loaded(*by_format.inputs(name))
+    expected = torch.load(by_format.FOLDER / "outputs.pt")[name]
+    if name in by_format.FLOAT_SUMS:  # of at most 70 products, twice, each sum's order another: float32 rounding
+        assert found.shape == expected.shape
+        assert (found - expected).norm() <= 2 * 70 * 2**-24 * expected.norm()
+    else:
+        assert same_bits(found, expected)
+
+
+@pytest.mark.parametrize("name", by_format.MODELS)
+def test_a_file_named_by_format_is_still_written_with_those_tensors(name):
+    held = safetensors.torch.load_file(by_format.FOLDER / f"{name}.safetensors")
+    state = by_format.quantized(name).state_dict()
+    for key, tensor in held.items():
+        assert (state[key].shape, state[key].dtype) == (tensor.shape, tensor.dtype), key

@@ -1,0 +1,8 @@
+"""A fixture for refactors: hashes of what today's code computes, which tomorrow's has to reproduce bit for bit.
+
+python -m tests.golden make DIR     # before the first change: hashes and ten checkpoints
+python -m tests.golden check DIR    # after it, on the same machine: what differs; exit status 1 if anything does
+
+A case is "setting|subject|scheme|what": a kernel setting of this machine (an instruction set, or the reference), a
+published architecture, operator or checkpoint, how it was quantized, and what is hashed: outputs, state or figures.
+"""

@@ -1,4 +1,4 @@
-"""All cases of one kernel setting: what this process computes, as hashes."""
+"""All cases of one process: what it computes, with the native kernels or without, as hashes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.architectures.base import Architecture
 from tests.architectures.collection import ARCHITECTURES
 from tests.golden import digest, operators
 from tests.golden.schemes import LINEAR, WAYS, by_graph, everything, is_worth_it, quiet
+from tests.native import cases as native
 from tests.old_files import by_format
 
 THREADS = (1, 2)
@@ -37,11 +38,20 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def results(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
-    """Yield (what, hash) of a model's outputs for each number of threads."""
+def kernels() -> Iterator[tuple[str, contextlib.AbstractContextManager[None]]]:
+    """Yield (name, what switches to it) for each instruction set, or the reference, on one thread and on two."""
     for count in THREADS:
-        with threads(count), torch.no_grad():
-            yield f"outputs of {count} thread{'s' if count > 1 else ''}", digest.outputs(model(*inputs))
+        for isa in native.usable():  # two threads share even the smallest work there
+            yield f"{isa} on {count}", native.kernels(isa, count)
+        if not native.usable():
+            yield f"reference on {count}", threads(count)
+
+
+def results(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+    """Yield (what, hash) of a model's outputs by each of this process's kernels."""
+    for name, switch in kernels():
+        with switch, torch.no_grad():
+            yield f"outputs, {name}", digest.outputs(model(*inputs))
 
 
 def _outcome(make: Callable[[], Iterator[tuple[str, str]]]) -> Iterator[tuple[str, str]]:
@@ -110,7 +120,7 @@ def of_reports() -> Iterator[Case]:
 
 
 def everything_of(folder: pathlib.Path) -> dict[str, str]:
-    """Return all hashes of this process's kernels by "subject|scheme|what"."""
+    """Return all hashes of this process by "subject|scheme|what"."""
     torch.set_num_threads(1)
     found: dict[str, str] = {}
     parts = [of_architecture(architecture) for architecture in ARCHITECTURES]

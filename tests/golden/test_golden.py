@@ -9,8 +9,9 @@ from torch import nn
 import fxquant
 from fxquant import QConfig
 from tests.golden import __main__ as command
-from tests.golden import digest, operators
+from tests.golden import cases, digest, operators
 from tests.golden.schemes import LINEAR, SELDOM, TABLES, WAYS, by_graph, by_module
+from tests.native import cases as native
 
 INPUTS = (torch.arange(8.0).reshape(1, 8),)
 
@@ -106,5 +107,11 @@ def test_only_the_first_cases_are_listed_and_all_are_counted():
 
 
 def test_a_process_of_another_setting_says_so(tmp_path):
-    assert command.run("z80", tmp_path, tmp_path / "z80.json") == command.UNUSABLE
+    with pytest.raises(SystemExit, match="z80 was asked for, but this is"):
+        command.run("z80", tmp_path, tmp_path / "z80.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_every_kernel_runs_on_one_thread_and_on_two():
+    found = dict(cases.results(model(), INPUTS))
+    assert found.keys() == {f"outputs, {k} on {n}" for k in native.usable() or ["reference"] for n in (1, 2)}

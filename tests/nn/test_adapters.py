@@ -68,6 +68,35 @@ def test_the_gradient_is_that_of_a_float_layer_of_the_dequantized_weight(scheme,
     close(got, expected, sums=24)
 
 
+def test_an_odd_number_of_int4_columns_has_its_gradient():
+    layer = DynamicQuantizedLinear.from_float(nn.Linear(7, 6), SCHEMES["int4"])
+    weight = real_weight(layer)
+    assert weight.shape == (6, 7)
+    x = torch.randn(3, 7)
+    (expected,), (got,) = gradients(lambda x: F.linear(x, weight), x), gradients(layer, x)
+    close(got, expected, sums=6)
+
+
+def test_a_gradient_in_bfloat16_is_rounded_once():
+    layer, x = DynamicQuantizedLinear.from_float(nn.Linear(48, 24, bias=False)), torch.randn(40, 48).bfloat16()
+    grad = torch.randn(40, 24).bfloat16()
+    x.requires_grad_()
+    layer(x).backward(grad)
+    expected = grad.double() @ real_weight(layer).double()
+    bound = torch.finfo(torch.bfloat16).eps / 2 * expected.abs() + 24 * torch.finfo(torch.float32).eps * (
+        grad.double().abs() @ real_weight(layer).double().abs()
+    )
+    assert ((x.grad.double() - expected).abs() <= bound).all()
+
+
+def test_a_bias_that_trains_alone_dequantizes_nothing(monkeypatch):
+    layer = quantize_dynamic(nn.Sequential(nn.Linear(8, 3)).eval())[0]
+    layer.bias.requires_grad_()
+    monkeypatch.setattr("fxquant.ops.gradient.dequantize_weight", None)
+    layer(torch.randn(4, 8)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((3,), 4.0))
+
+
 def test_a_bias_may_train_and_is_frozen_by_itself():
     layer = quantize_dynamic(nn.Sequential(nn.Linear(8, 3)).eval())[0]
     x = torch.randn(4, 8, requires_grad=True)

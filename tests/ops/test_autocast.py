@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxquant import convert_fx, prepare_fx, quantize_dynamic
 from fxquant.nn import DynamicQuantizedConv
+from fxquant.ops.autocast import cast_dtype
 from tests.samples import Call, everything, leaves, sqnr
 
 X = torch.randn(5, 2, 32)
@@ -73,3 +75,26 @@ def test_float64_is_not_cast_and_nothing_is_outside():
     linear, x = nn.Linear(32, 8).double(), X.double()
     assert under_autocast(quantized, (x,))[0].dtype == under_autocast(linear, (x,))[0].dtype == torch.float64
     assert quantized(X).dtype == torch.float32
+
+
+def test_on_meta_and_for_stand_ins_nothing_is_asked():
+    quantized = quantize_dynamic(nn.Sequential(nn.Linear(32, 8)).eval())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cast_dtype(torch.empty(2, device="meta")) is None
+        traced = fx.symbolic_trace(quantized)
+    assert torch.equal(traced(X), quantized(X))
+
+
+def test_a_state_widens_the_dtype_on_the_cpu_alone():
+    """torch.float16 on a GPU that is not there: as torch's kernels do it there, joined states are cast too."""
+    with torch.autocast("cpu", torch.bfloat16), FakeTensorMode():
+        assert cast_dtype(torch.empty(2), promotes=True) == torch.float32
+        assert cast_dtype(torch.empty(2)) == torch.bfloat16
+        before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.float16)
+        try:
+            assert cast_dtype(torch.empty(2, device="cuda"), promotes=True) == torch.float16
+        finally:
+            torch.set_autocast_enabled("cuda", before[0])
+            torch.set_autocast_dtype("cuda", before[1])

@@ -118,6 +118,20 @@ def test_a_file_holds_it(way, tmp_path):
     assert states(fxquant.load(skeleton, again)) == EXPECTED
 
 
+class Holds(nn.Module):
+    """Gives away what it holds itself."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+    def get_extra_state(self):
+        return self.held
+
+    def set_extra_state(self, state):
+        self.held = state
+
+
 class Counts(nn.Module):
     """Its extra state is the value of a tensor, which a skeleton on the meta device does not have."""
 
@@ -194,6 +208,15 @@ def test_what_only_pickle_could_hold_is_refused(tmp_path):
     ):
         fxquant.save(quantize_dynamic(model), tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_kept_is_a_copy():
+    model = full()
+    held = {"words": ["a"]}
+    model.vocabulary = Holds(held)
+    quantized = by_fx(model)
+    held["words"].append("b")
+    assert quantized.state_dict()["vocabulary._extra_state"] == {"words": ["a"]}
 
 
 @WAYS

@@ -1,6 +1,7 @@
 """Parts of a model that are named as something of torch.fx's GraphModule, or of ours."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from torch import fx, nn
 
 from fxquant import TraceError, convert_fx, default_dynamic_qconfig_mapping, fuse_fx, prepare_fx, quantize_dynamic
 from fxquant.graph.module import FxModule, Record, build
-from fxquant.graph.trace.names import taken_names
+from fxquant.graph.trace.names import names_in, taken_names
 
 # A user cannot reach a part that is named as a method of nn.Module, and nobody uses our private name.
 NAMES = sorted(name for name in taken_names() if not hasattr(nn.Module(), name) and "_fxquant" not in name)
@@ -54,6 +55,34 @@ def test_the_names_are_those_of_torch_fx_and_ours():
     assert names - shared <= taken_names()
     theirs = {*dir(fx.GraphModule(nn.Module(), fx.Graph())), "_fxquant_view", "__prepare_scriptable__"}
     assert taken_names() - theirs == {"_fxquant_record"}  # all that a graph of ours has beyond torch.fx's
+
+
+def test_a_graph_that_ran_a_kept_method_has_no_name_that_is_free():
+    kind = type("Mine", (nn.Sequential,), {"mine": lambda self, x: self(x)})
+    model, x = kind(nn.Linear(6, 4)).eval(), torch.randn(2, 6)
+    quantized = convert_fx(prepare_fx(model, default_dynamic_qconfig_mapping(), x, preserved_attributes=("mine",)))
+    before = {*dir(type(quantized))}
+    quantized.mine(x)
+    assert {*dir(type(quantized))} - before <= taken_names()
+
+
+def test_names_in_code_are_those_of_what_is_inside_it_too():
+    def one(self):
+        def two():
+            def three():
+                return self.innermost
+
+            return three
+
+        return [self.body for _ in range(2)], two
+
+    @functools.wraps(one)
+    def wrapper(self):
+        return one(self)
+
+    for function in (one, wrapper, property(one)):
+        assert names_in(function) == {"body", "innermost", "range"}
+    assert names_in(len) == set()
 
 
 OURS = ["build", "check_settable", "take_old_keys", "record"]

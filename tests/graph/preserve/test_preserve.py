@@ -466,6 +466,12 @@ def test_a_name_that_a_graph_has_of_its_own_is_refused(x, name):
         prepare(Reader().eval(), x, preserved_attributes=(name,))
 
 
+def test_a_dunder_method_that_every_object_has_may_be_the_users(x):
+    kind = type("Model", (nn.Sequential,), {"__lt__": lambda self, other: ("less", len(self), other)})
+    quantized = quantize(kind(nn.Linear(64, 8)).eval(), x, preserved_attributes=("__lt__",))
+    assert (quantized < 3) == ("less", 1, 3)
+
+
 def test_a_sequentials_own_dunder_methods_see_its_layers(x):
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
     quantized = quantize(model, x, preserved_attributes=("__len__", "__getitem__", "__iter__"))

@@ -85,6 +85,7 @@ LEFT = {
     "a buffer that is written": _write,
     "a view that is written": _write_view,
     "out": _write_out,
+    "inplace": lambda m, x: F.linear(x, F.leaky_relu(m.table, 0.5, inplace=True) * m.scale),
     "half of it cast": lambda m, x: F.linear(x, m.a.weight.to(x.dtype) * m.mask.to(x.dtype)),
 }
 
@@ -121,6 +122,23 @@ def test_a_mapping_names_a_folded_weight_by_its_source():
         float16_dynamic_qconfig,
         "module_name 'a.weight'",
     )
+
+
+def test_the_source_is_the_first_matrix():
+    model, x = Model(lambda m, x: F.linear(x, m.scale * m.b.weight + m.a.weight)).eval(), torch.randn(5, 16)
+    assert [site.path for site in prepare(model, x).record.sites] == ["b.weight_folded"]
+
+
+def test_what_preserved_code_writes_into_is_not_folded():
+    class Rescaled(Model):
+        def rescale(self):
+            self.scale.data.mul_(2)
+
+    model, x = Rescaled(FOLDED["scaled"]).eval(), torch.randn(5, 16)
+    prepared = prepare(model, x, preserved_attributes=("rescale",))
+    before = prepared(x)
+    prepared.rescale()
+    assert same_bits(prepared(x), 2 * before)
 
 
 def test_the_users_model_and_its_weights_are_left_alone():

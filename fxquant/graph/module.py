@@ -232,6 +232,7 @@ class FxModule(fx.GraphModule):
         assert isinstance(twin, FxModule)
         twin.__class__.__name__ = self.__class__.__name__  # a class of the twin's own
         twin.__dict__["_fxquant_record"] = copy.deepcopy(self._fxquant_record, memo)
+        twin._non_persistent_buffers_set |= self._non_persistent_buffers_set  # which torch.fx forgets
         install(twin, self._fxquant_record.preserved)
         for name in self._fxquant_record.preserved.modules_of(self):  # torch.fx copies no second name of a module
             twin._modules[name] = copy.deepcopy(self._modules[name], memo)
@@ -378,7 +379,7 @@ def _restore(
     reduced: tuple[Any, ...], name: str, nodes: list[tuple[str, dict[str, Any]]], hooks: dict[str, Any]
 ) -> FxModule:
     """Rebuild from a pickle: torch.fx rebuilds a plain GraphModule by tracing its own code; make it ours again."""
-    modules = reduced[1][0]["_modules"]
+    modules, without_file = reduced[1][0]["_modules"], reduced[1][0]["_non_persistent_buffers_set"]
     with TRACING:
         plain = reduced[0](*reduced[1])
     plain._modules.update({name: module for name, module in modules.items() if name not in plain._modules})
@@ -387,6 +388,7 @@ def _restore(
     graph = copy.deepcopy(plain.graph)  # whose namespace knows those names
     module = build(plain, graph, name, plain.__dict__["_fxquant_record"])
     module.__dict__.update({**{n: v for n, v in plain.__dict__.items() if n not in module.__dict__}, **hooks})
+    module._non_persistent_buffers_set |= without_file
     module.train(plain.training)
     return module
 

@@ -1,6 +1,7 @@
 """The threads that share a call's work: the same bits however they come, no waiting for absent ones, few wake-ups."""
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import subprocess
@@ -13,6 +14,17 @@ import torch
 
 from fxquant.ops import native
 from tests.native.cases import LIBRARY, int8, kernels, same_bits, usable
+
+
+@pytest.fixture(autouse=True)
+def _no_endless_wait(capfd):
+    """End the process, with a traceback, where a test waits for ever: for a piece that nobody does, say."""
+    with capfd.disabled():
+        real_stderr = os.dup(2)
+    faulthandler.dump_traceback_later(400, exit=True, file=real_stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    os.close(real_stderr)
 
 
 @pytest.fixture
@@ -145,6 +157,68 @@ def test_child_processes_compute_the_same(product, method, way):
         finally:
             child.join(10)
     assert child.exitcode == 0
+
+
+FORK_AMID_A_JOB = """
+import faulthandler, os, threading, torch
+from fxquant.ops import native
+from tests.native.cases import int8, kernels, same_bits, usable
+faulthandler.dump_traceback_later(60, exit=True)
+x, weight, scale = torch.randn(16, 200), int8(500, 200), torch.rand(500)
+with kernels(usable()[0], 1):
+    expected = native.linear(x, weight, scale)
+done = threading.Event()
+
+def work():
+    while not done.is_set():
+        native.linear(x, weight, scale)
+
+with kernels(usable()[0], 2):
+    worker = threading.Thread(target=work)
+    worker.start()
+    for _ in range(30):
+        child = os.fork()
+        if child == 0:
+            faulthandler.dump_traceback_later(30, exit=True)
+            os._exit(not all(same_bits(native.linear(x, weight, scale), expected) for _ in range(3)))
+        assert os.waitpid(child, 0)[1] == 0
+    done.set()
+    worker.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_that_was_forked_amid_a_job_begins_anew():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK_AMID_A_JOB], check=True, timeout=100)
+
+
+JOIN_IN_A_CHILD = """
+import faulthandler, os, torch
+from fxquant.ops import native
+from tests.native.cases import LIBRARY, int8, kernels, usable
+x, weight, scale = torch.randn(9, 200), int8(500, 200), torch.rand(500)
+
+def joined():
+    before = LIBRARY.pool_counts()["joined"]
+    for _ in range(2000):
+        native.linear(x, weight, scale)
+        if LIBRARY.pool_counts()["joined"] > before:
+            return True
+    return False
+
+with kernels(usable()[0], 2, "waking"):
+    assert joined()
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(60, exit=True)
+        os._exit(not joined())
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_starts_helpers_of_its_own():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", JOIN_IN_A_CHILD], check=True, timeout=100)
 
 
 FORK_AFTER_TORCH = """

@@ -80,7 +80,8 @@ def preserve(model: nn.Module, names: Sequence[str], before: Preserved = NOTHING
     if isinstance(names, str):
         raise AttributeNameError(f"preserved_attributes takes a tuple of names: ({names!r},)")
     for name in names:
-        if not hasattr(model, name):
+        is_there = _is_held(model, name) or any(name in vars(kind) for kind in type(model).__mro__)
+        if not is_there and not hasattr(model, name):  # which would run a property, and fill a cached one
             known = [known for known in dir(model) if not known.startswith("_")]
             raise AttributeNameError(
                 f"preserved_attributes names {name!r}, which {type(model).__name__} does not have{nearest(name, known)}"

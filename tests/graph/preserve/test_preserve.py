@@ -1,6 +1,7 @@
 """preserved_attributes: what is kept is read, set and called as on the float model, and counts for forward."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -638,3 +639,110 @@ class Scaled(nn.Module):
 def test_a_name_that_ends_in_an_underscore_writes_only_if_it_is_torchs(name, share):
     prepared = prepare(Scaled().eval(), torch.randn(4, 32), preserved_attributes=(name,))
     assert fxquant.explain(prepared).coverage.share == share
+
+
+class Owner(nn.Module):
+    """A model whose methods set things in other ways than by name of its own."""
+
+    NAMES = ["a"]
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.inner = nn.Linear(32, 32), nn.Linear(32, 32), Loud()
+        self.register_buffer("seen", torch.zeros(3), persistent=False)
+        self.rate = self.level = 1.0
+
+    def forward(self, x):
+        return self.inner(self.b(self.a(x))) * self.rate * self.level
+
+    def replaced(self):
+        self.a.weight = nn.Parameter(torch.zeros(32, 32))
+
+    def drawn(self):
+        nn.init.zeros_(self.a.weight)
+
+    def louder(self):
+        self.inner.louder()
+
+    def nested(self):
+        def turn(value):
+            self.rate = value
+
+        turn(2.0)
+
+    def named(self):
+        self.NAMES.append("b")
+        return self.NAMES
+
+    def count(self):
+        return self.seen.sum()
+
+    @functools.cached_property
+    def table(self):
+        return self.b.bias.sum() * self.count()
+
+    @property
+    def loudness(self):
+        return self.level
+
+    @loudness.deleter
+    def loudness(self):
+        self.level = 0.0
+
+
+class Loud(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = 1.0
+
+    def louder(self):
+        self.scale = self.scale * 2
+
+    def forward(self, x):
+        return x * self.scale
+
+
+@pytest.mark.parametrize("name", ["replaced", "drawn"])
+def test_the_weight_that_a_method_sets_stays_float_and_others_do_not(name):
+    prepared = prepare(Owner().eval(), torch.randn(4, 32), preserved_attributes=(name,))
+    assert [site.path for site in prepared.record.sites] == ["b"]
+    assert [left.path for left in prepared.record.left] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["louder", "nested"])
+def test_what_a_method_sets_elsewhere_counts(name):
+    x = torch.randn(4, 32)
+    quantized = quantize(Owner().eval(), x, preserved_attributes=(name,))
+    before = quantized(x)
+    getattr(quantized, name)()
+    assert same_bits(quantized(x), 2 * before)
+
+
+def test_a_deleter_counts():
+    x = torch.randn(4, 32)
+    quantized = quantize(Owner().eval(), x, preserved_attributes=("loudness",))
+    assert quantized.loudness == 1.0
+    del quantized.loudness
+    assert not quantized(x).any()
+
+
+def test_a_value_of_the_class_is_the_models_own():
+    quantized = quantize(Owner().eval(), torch.randn(4, 32), preserved_attributes=("named",))
+    assert quantized.named() == ["a", "b"]
+    assert Owner.NAMES == ["a"]
+
+
+def test_a_cached_property_and_a_buffer_that_no_file_holds(tmp_path):
+    model, x = Owner().eval(), torch.randn(4, 32)
+    model.seen += 1
+    prepared = prepare(model, x, preserved_attributes=("table",))
+    assert "table" not in vars(model)
+    quantized = fxquant.convert_fx(prepared)
+    fxquant.save(quantized, tmp_path / "model")
+    skeleton = Owner().eval()
+    skeleton.seen += 1  # as its __init__ computes it
+    loaded = fxquant.load(skeleton, tmp_path / "model")
+    for made in (prepared, quantized):
+        for twin in (made, copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made)), loaded):
+            assert "seen" not in twin.state_dict()
+            assert torch.equal(twin.table, model.b.bias.sum() * 3)

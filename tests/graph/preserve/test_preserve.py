@@ -644,7 +644,7 @@ def test_a_name_that_ends_in_an_underscore_writes_only_if_it_is_torchs(name, sha
 class Owner(nn.Module):
     """A model whose methods set things in other ways than by name of its own."""
 
-    NAMES = ["a"]
+    NAMES = ["a"]  # noqa: RUF012 - a value of the class is what is tested
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,9 @@
-"""Dynamic quantization of PyTorch models on the FX graph: a quarter of the memory, the same answers."""
+"""Dynamic quantization of PyTorch models on the FX graph: int8 weights, a quarter of the memory, faster on CPUs.
+
+prepare_fx and convert_fx quantize a model; quantize_dynamic quantizes one without tracing it. explain and graph_diff
+show what changed, compare, profile and sensitivity measure it, suggest_mapping finds a mapping within an error
+budget, and save and load store the result.
+"""
 
 import importlib
 import sys

@@ -12,13 +12,16 @@ from fxquant.qconfig_mapping import type_name
 
 _HEAD = """# Operators
 
-What fxquant quantizes, made from the operator table by `python docs/make_operators.py`. Whatever else holds a weight
-stays float, and `fxquant.explain` says why.
+What fxquant quantizes. `python docs/make_operators.py` makes this page from the operator table. Every other layer with a
+weight stays float, and `fxquant.explain` gives the reason.
+
+*float*: the modules and calls that the operator covers. *accepts*: the kinds of qconfig. *presets*: the qconfigs of
+[this table](quick_start.md#choose-what-is-quantized) among them.
 """
 
 
 def _written(kind: Callable[..., Any] | str) -> str:
-    """Return a module type, function or method as one would write it."""
+    """Return a module type, function or method as it is written in code."""
     if kind is operator.matmul:
         return "x @ weight"
     if isinstance(kind, str):
@@ -35,11 +38,11 @@ def page() -> str:
         schemes = "; ".join(scheme.name for scheme in row.schemes)
         parts.append(
             f"## {row.name}\n\n{row.summary}.\n\n"
-            f"| | |\n|---|---|\n| float | {kinds} |\n| takes | {schemes} |\n| presets | {presets} |\n"
+            f"| | |\n|---|---|\n| float | {kinds} |\n| accepts | {schemes} |\n| presets | {presets} |\n"
         )
     parts.append(
         "## The registered operators\n\n"
-        "Graphs call the functions of `fxquant.ops`; `torch.compile` and `torch.export` see `torch.ops.fxquant.*`:\n"
+        "Graphs call the functions of `fxquant.ops`. `torch.compile` and `torch.export` see the operators `torch.ops.fxquant.*`:\n"
     )
     parts.append("```text\n" + "\n".join(f"{name}{schema}" for name, schema in SCHEMAS.items()) + "\n```\n")
     return "\n".join(parts)

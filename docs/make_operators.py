@@ -12,8 +12,8 @@ from fxquant.qconfig_mapping import type_name
 
 _HEAD = """# Operators
 
-What fxquant quantizes. `python docs/make_operators.py` makes this page from the operator table. Every other layer with a
-weight stays float, and `fxquant.explain` gives the reason.
+What fxquant quantizes. `python docs/make_operators.py` makes this page from the operator table. Every other layer
+with a weight stays float, and `fxquant.explain` gives the reason.
 
 *float*: the modules and calls that the operator covers. *accepts*: the kinds of qconfig. *presets*: the qconfigs of
 [this table](quick_start.md#choose-what-is-quantized) among them.
@@ -42,7 +42,8 @@ def page() -> str:
         )
     parts.append(
         "## The registered operators\n\n"
-        "Graphs call the functions of `fxquant.ops`. `torch.compile` and `torch.export` see the operators `torch.ops.fxquant.*`:\n"
+        "Graphs call the functions of `fxquant.ops`. `torch.compile` and `torch.export` see the operators "
+        "`torch.ops.fxquant.*`:\n"
     )
     parts.append("```text\n" + "\n".join(f"{name}{schema}" for name, schema in SCHEMAS.items()) + "\n```\n")
     return "\n".join(parts)

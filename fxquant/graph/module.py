@@ -16,7 +16,7 @@ from fxquant.graph import edit
 from fxquant.graph.call import Example
 from fxquant.graph.convert import dtypes
 from fxquant.graph.fingerprint.architecture import Architecture
-from fxquant.graph.preserve.attributes import check_settable
+from fxquant.graph.preserve.attributes import Part, check_settable, seal
 from fxquant.graph.preserve.bound import carry, install
 from fxquant.graph.preserve.extra_state import key_of, lost_states, tensors_of
 from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Keep, Preserved
@@ -120,10 +120,10 @@ class Record:
     is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead. example: of a prepared
     one, the arguments that it is checked on once it is quantized. architecture: of the float model, for checkpoints.
     unchecked: why that check was not possible. live, checked: the paths of the attributes that its graph reads at each
-    call, to use and to compare; fixed: of those that forward read when it was traced. written: the parameters that
-    forward writes into. batch_invariant: what was asked of its float products: graph/convert/invariant.py.
-    extra_states: what get_extra_state gave, by the paths of modules that were traced through. trainable: of a quantized
-    one with sites, the parameters that required a gradient when it was made.
+    call, to use and to compare; fixed: of those that forward read when it was traced; baked: the plain values that it
+    read. written: the parameters that forward writes into. batch_invariant: what was asked of its float products:
+    graph/convert/invariant.py. extra_states: what get_extra_state gave, by the paths of modules that were traced
+    through. trainable: of a quantized one with sites, the parameters that required a gradient when it was made.
     """
 
     stage: str
@@ -138,6 +138,7 @@ class Record:
     live: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()
     fixed: frozenset[str] = frozenset()
+    baked: Mapping[str, Any] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = field(default_factory=dict)
     untraced: Mapping[str, str] = field(default_factory=dict)
@@ -301,11 +302,12 @@ def build(root: nn.Module, graph: fx.Graph, name: str, record: Record) -> FxModu
     """Return the module for a graph over a root's submodules and tensors."""
     module = FxModule(root, graph, name)
     for part in module.modules():
-        if part is module or type(part) is nn.Module:  # made to hold tensors; of what they hold nothing else is left
+        if part is module or type(part) in (nn.Module, Part):  # where nothing else is left of what they hold
             part._non_persistent_buffers_set.clear()  # torch 2.13 forgets them by itself, 2.14 does not
     carry(root, module, record.preserved)
     install(module, record.preserved)
     keep_record(module, record)
+    seal(module, record.baked)
     module.train(False)
     return module
 
@@ -400,7 +402,8 @@ def finish(module: fx.GraphModule, source: nn.Module, record: Record, is_skeleto
     """
     earlier = record_of(source)
     states = {} if earlier is None else earlier.extra_states
-    record = record.advance(extra_states={**states, **lost_states(module, source, is_skeleton)})
+    baked = {**({} if earlier is None else earlier.baked), **record.baked}
+    record = record.advance(extra_states={**states, **lost_states(module, source, is_skeleton)}, baked=baked)
     result = build(module, module.graph, type(source).__name__, record)
     places = dict(result.named_modules())
     for path, original in source.named_modules():

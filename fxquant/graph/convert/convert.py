@@ -163,11 +163,16 @@ def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ..
 
 
 def rescue_reads(module: fx.GraphModule, path: str) -> None:
-    """Move a tensor that other nodes read, a call's integers too, out of a module that is about to be swapped."""
-    for node in module.graph.nodes:
+    """Move a tensor that other nodes read, a call's integers too, out of a module that is about to be swapped.
+
+    A read that nothing uses (of `weight.shape`, say) goes: the quantized module may have no tensor of that name.
+    """
+    for node in list(module.graph.nodes):
         if node.op == "get_attr" and str(node.target).startswith(f"{path}."):
             tensor = edit.get_tensor(module, str(node.target))
-            if tensor is not None and node.users:
+            if not node.users:
+                module.graph.erase_node(node)
+            elif tensor is not None:
                 kept = edit.free_name(module, str(node.target).replace(".", "_"), tensor)
                 edit.set_tensor(module, kept, tensor)
                 node.target = kept

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+import sys
+import threading
+import types
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +26,7 @@ class Attributes:
 
     settable: those that kept code, or the user by name, may set; within_reach: others, of kept modules. live: those of
     the settable that the graph reads at each call. read: those that forward read as constants; checked: those of them
-    that the graph compares at each call.
+    that the graph compares at each call. baked: of any module that was traced through, what plain values forward read.
     """
 
     settable: tuple[str, ...] = ()
@@ -31,6 +34,7 @@ class Attributes:
     live: frozenset[str] = frozenset()
     read: dict[str, None] = field(default_factory=dict)
     checked: dict[str, None] = field(default_factory=dict)
+    baked: dict[str, Any] = field(default_factory=dict)
 
 
 def attributes_of(root: nn.Module, preserved: Preserved) -> Attributes:
@@ -139,13 +143,82 @@ def watched(
             module.__class__ = kind
 
 
+@contextlib.contextmanager
+def noted(root: nn.Module, baked: dict[str, Any]) -> Iterator[None]:
+    """Note meanwhile, by path, what plain values of its own attributes the code of a mirror's modules reads.
+
+    What forward itself has set before does not count. nn.Module is patched for that, as torch.fx does to trace.
+    """
+    paths = {id(module): path for path, module in root.named_modules()}
+    before = {id(module): dict(vars(module)) for module in root.modules()}
+    thread, missing = threading.get_ident(), object()
+    get, was = nn.Module.__getattribute__, vars(nn.Module).get("__getattribute__")
+
+    def read(module: nn.Module, name: str) -> Any:
+        value = get(module, name)
+        if name.startswith("_") or not _may_be_baked(value) or name in _NOT_OURS or id(module) not in paths:
+            return value
+        if threading.get_ident() == thread:
+            held, path = before[id(module)], paths[id(module)]
+            if (held[name] if name in held else _class_value(type(module), name, missing)) is value:
+                baked[f"{path}.{name}" if path else name] = value
+        return value
+
+    nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        if was is None:
+            del nn.Module.__getattribute__
+        else:
+            nn.Module.__getattribute__ = was  # type: ignore[method-assign]
+
+
+def _class_value(kind: type, name: str, missing: object) -> Any:
+    """Return what a class holds under a name, as it is: a property's value is none of it."""
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), missing)
+
+
+def _may_be_baked(value: Any) -> bool:
+    """Return whether a value is plain, or a function that can be found by its name, as a pickle finds it."""
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+        home = sys.modules.get(getattr(value, "__module__", None) or "torch")
+        return getattr(home, value.__name__, None) is value
+    return _is_plain(value)
+
+
+class Part(nn.Module):
+    """Stands in a graph's module for one that was traced through, and holds what is left of it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        path, baked = vars(self).get("_fxquant_baked", ("", {}))
+        if name in baked and not is_same(value, vars(self).get(name, baked[name])):
+            raise fixed_error(f"{path}.{name}", baked[name], value)
+        super().__setattr__(name, value)
+
+    def _get_name(self) -> str:
+        return "Module"
+
+
+def seal(model: nn.Module, baked: Mapping[str, Any]) -> None:
+    """Let the modules that torch.fx makes to hold a graph's parts refuse what `check_settable` does of its root."""
+    by_owner: dict[str, dict[str, Any]] = {}
+    for path, value in baked.items():
+        owner, _, name = path.rpartition(".")
+        by_owner.setdefault(owner, {})[name] = value
+    for path, part in model.named_modules() if by_owner.keys() - {""} else ():
+        if type(part) in (nn.Module, Part) and path in by_owner:
+            part.__class__ = Part
+            part.__dict__["_fxquant_baked"] = path, by_owner[path]
+
+
 @fx.node.has_side_effect
 def check_attribute(value: Any, path: str, fixed: Any) -> None:
     """Raise FixedAttributeError unless an attribute is what forward read when it was traced: a node of such graphs."""
     if has_torch_function((value,)):
         handle_torch_function(check_attribute, (value,), value, path, fixed)
     elif value is not fixed and not is_same(value, fixed):
-        raise fixed_error(path, fixed, value)
+        raise fixed_error(path, fixed, value, is_kept=True)
 
 
 def is_same(value: Any, other: Any) -> bool:
@@ -161,15 +234,19 @@ def _is_plain(value: Any) -> bool:
 def check_settable(model: nn.Module, name: str, value: Any) -> None:
     """Raise FixedAttributeError for another value of an attribute that forward read when a graph was traced."""
     record = vars(model).get("_fxquant_record")
-    if record is not None and name in record.fixed and not is_same(value, vars(model).get(name, value)):
-        raise fixed_error(name, vars(model)[name], value)
+    if record is None or not (name in record.fixed or name in record.baked):
+        return
+    fixed = vars(model).get(name, record.baked.get(name, value))
+    if not is_same(value, fixed):
+        raise fixed_error(name, fixed, value, name in record.preserved.kept)
 
 
-def fixed_error(path: str, fixed: Any, value: Any) -> FixedAttributeError:
+def fixed_error(path: str, fixed: Any, value: Any, is_kept: bool = False) -> FixedAttributeError:
     """Return the error for an attribute that is set, or was, to another value than forward was traced with."""
     told = f" ({fixed!r})" if _is_plain(fixed) else ""
+    keep = "" if is_kept else f", name {path.partition('.')[0]!r} in its preserved_attributes"
     return FixedAttributeError(
         f"{path!r} was read when forward was traced{told}, which a graph does not do again: "
         f"{f'{value!r} ' if _is_plain(value) else 'another value '}would change nothing. Set it on the float model and "
-        "prepare that, or pass it to forward as an argument"
+        f"prepare that{keep}, or pass it to forward as an argument"
     )

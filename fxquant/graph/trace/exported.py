@@ -21,6 +21,7 @@ from torch import fx, nn
 from fxquant.errors import ModelStateError
 from fxquant.graph import call, edit
 from fxquant.graph.constants import constant_of
+from fxquant.graph.preserve.attributes import Part
 from fxquant.graph.trace.tracer import SCOPE
 from fxquant.nn.fused import expanded_bmm
 
@@ -314,9 +315,9 @@ def _place(
     if tensors.keys() != given.keys() or any(True for _ in holder.children()) or any(True for _ in holder.buffers()):
         return False
     module = make(**{name: tensors[name] for name in given})
-    if module is None or (type(holder) is not nn.Module and repr(holder) != repr(module)):
+    if module is None or (type(holder) not in (nn.Module, Part) and repr(holder) != repr(module)):
         return False
-    if type(holder) is nn.Module:
+    if type(holder) in (nn.Module, Part):
         for name, tensor in tensors.items():
             setattr(module, name, tensor)
         edit.swap_module(root, path, module.train(False))

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import ModelStateError, TraceError
 from fxquant.graph import edit
-from fxquant.graph.preserve.attributes import Attributes, attributes_of, watched
+from fxquant.graph.preserve.attributes import Attributes, attributes_of, noted, watched
 from fxquant.graph.preserve.bound import carry, give_class_values
 from fxquant.graph.preserve.preserve import Keep, Preserved
 from fxquant.graph.trace.exported import give_scopes, raise_calls
@@ -78,8 +78,16 @@ class Traced:
             "live": tuple(sorted(live)),
             "checked": tuple(self.attributes.checked),
             "fixed": frozenset(self.attributes.read),
+            "baked": {path: value for path, value in self.attributes.baked.items() if self._may_be_set(path)},
             "written": self.keep.written,
         }
+
+    def _may_be_set(self, path: str) -> bool:
+        """Return whether a traced module has a place for an attribute, and no use of its own for it."""
+        owner, _, name = path.rpartition(".")
+        if path in self.attributes.live or name in taken_names():
+            return False
+        return not owner or any(path == owner and type(part) is nn.Module for path, part in self.module.named_modules())
 
 
 def _attributes(root: nn.Module) -> dict[str, dict[str, Any]]:
@@ -210,11 +218,12 @@ def _graph(
         root, tracer = edit.mirror(model, device, hooks=False, written=written), make_tracer()
         make_plain(root)
         give_class_values(root, preserved)
-        states = replace(wanted, read={}, checked={})
+        states = replace(wanted, read={}, checked={}, baked={})
         tracer.proxy_buffer_attributes = buffers_are_nodes
         buffers, attributes = _buffers(root), _attributes(root)
         try:
-            with TRACING, torch.no_grad(), watched(root, tracer, states) if preserved.names else nullcontext():
+            watching = watched(root, tracer, states) if preserved.names else nullcontext()
+            with TRACING, torch.no_grad(), noted(root, states.baked), watching:
                 graph = tracer.trace(root, dict(constants) if constants else None)
         except Exception as error:
             failures.append(_UntraceableError(tracer.failed, error, len(tracer.graph.nodes)))

@@ -1,5 +1,7 @@
 """Convert: modules swapped at their paths, calls rewritten in place, ties kept."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,3 +178,18 @@ def test_converting_twice_from_one_prepared_model_gives_the_same():
     inputs = lm_inputs(model)
     prepared = prepare(model, *inputs)
     assert same_bits(convert_fx(prepared)(*inputs), convert_fx(prepared)(*inputs))
+
+
+def test_a_read_of_a_weight_that_nothing_uses_goes_and_pickles_load():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.layer(x) / self.layer.weight.shape[0]
+
+    x = torch.randn(2, 64)
+    quantized = quantize(Asks(), x)
+    assert [node.target for node in quantized.graph.find_nodes(op="get_attr")] == []
+    assert same_bits(pickle.loads(pickle.dumps(quantized))(x), quantized(x))

@@ -349,11 +349,12 @@ class _OtherArchitectureError(Exception):
 def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
     traced = trace(model, record.operators, "meta", record.constants, record.untraced, keep=record.keep)
     _match(saved, traced.module, model)
-    fuse(traced.module, traced.hooked, record.preserved, only=record.fusions)
+    fuse(traced.module, traced.hooked, traced.keep.preserved, only=record.fusions)
     sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module
     convert(module, sites, record.operators, batch_invariant=record.batch_invariant)
-    return finish(clean(module, model, record.preserved), model, record.advance(**traced.kept), is_skeleton=True)
+    record = record.advance(**traced.kept)
+    return finish(clean(module, model, record.preserved), model, record, is_skeleton=True)
 
 
 def _rebuild_tree(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:

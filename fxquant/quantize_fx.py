@@ -24,7 +24,7 @@ from fxquant.graph.observe import observe
 from fxquant.graph.plan.outcome import judge
 from fxquant.graph.plan.planner import plan
 from fxquant.graph.plan.rules import check_mapping
-from fxquant.graph.preserve.preserve import Keep, Preserved, preserve
+from fxquant.graph.preserve.preserve import Keep, preserve
 from fxquant.graph.trace.exported import adopt
 from fxquant.graph.trace.trace import Traced, check_model, names_of, trace
 from fxquant.graph.trace.verify import capture, check_runs, verify
@@ -78,7 +78,7 @@ def prepare_fx(
     functions = [SPELT.get(node.target, node.target) for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
     architecture = describe(traced.module, model)  # before it is fused
-    record = _decide(traced, mapping, operators, preserved).advance(
+    record = _decide(traced, mapping, operators).advance(
         float_bytes=edit.byte_count(model),
         example=Example(inputs),
         architecture=architecture,
@@ -88,9 +88,9 @@ def prepare_fx(
     return finish(traced.module, model, record)
 
 
-def _decide(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator], preserved: Preserved) -> Record:
+def _decide(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator]) -> Record:
     """Return the record of a traced model once it is fused, planned and observed."""
-    fusions, unfused = fuse(traced.module, traced.hooked, preserved)
+    fusions, unfused = fuse(traced.module, traced.hooked, traced.keep.preserved)
     decided = plan(traced, mapping, operators)
     return Record(
         stage="prepared",
@@ -194,7 +194,7 @@ def fuse_fx(
     else:
         given = () if example_inputs is None else example_inputs
         traced = capture(model, OPERATORS, bind_inputs(model, given, example_kwargs), preserved)
-    fusions, unfused = fuse(traced.module, traced.hooked, preserved)
+    fusions, unfused = fuse(traced.module, traced.hooked, traced.keep.preserved)
     record = Record(stage="fused", fusions=fusions, unfused=unfused, float_bytes=edit.byte_count(model), **traced.kept)
     return finish(traced.module, model, record)
 

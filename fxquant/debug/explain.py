@@ -125,7 +125,7 @@ def explain(model: nn.Module) -> Explanation:
             "the mapping given to prepare_fx is what decides"
         )
     fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
-    unfused = tuple(f"{' → '.join(chain.chain)}: preserved code uses {chain.used}" for chain in record.unfused)
+    unfused = tuple(f"{' → '.join(chain.chain)}: code beside the graph uses {chain.used}" for chain in record.unfused)
     untraced = tuple(f"{path or 'the whole model'}: {why}" for path, why in record.untraced.items())
     quantized, sites = (model, record.sites) if record.stage == "quantized" else _foreseen(model, record)
     saved = record.float_bytes - edit.byte_count(quantized)

@@ -42,7 +42,7 @@ def fuse(
     preserved: Preserved = NOTHING_PRESERVED,
     only: tuple[Fusion, ...] | None = None,
 ) -> tuple[tuple[Fusion, ...], tuple[Unfused, ...]]:
-    """Fuse in place and return what was fused, and what was not because preserved code uses it.
+    """Fuse in place and return what was fused, and what was not because code beside the graph uses it.
 
     hooked: modules that must stay callable by themselves, for their hooks. only: the fusions to repeat (a
     checkpoint's); None: all that apply.
@@ -79,7 +79,7 @@ def fuse(
 
 
 def _used(module: fx.GraphModule, node: fx.Node, follower: fx.Node, kept: set[int]) -> str:
-    """Return the path of the module that preserved code uses and fusing would change, "" for none: a ReLU stays one."""
+    """Return the path of the module that kept code uses and fusing would change, "" for none: a ReLU stays one."""
     for part in (node, follower):
         if part.op == "call_module":
             used = module.get_submodule(str(part.target))

@@ -107,7 +107,7 @@ class Fusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Unfused:
-    """One chain that stayed several nodes, because kept methods use `used`, which fusing would change."""
+    """One chain that stayed several nodes, because code beside the graph uses `used`, as it is."""
 
     chain: tuple[str, ...]
     used: str

@@ -21,8 +21,8 @@ from fxquant.operators import Operator
 from fxquant.operators.base import refuse_weight
 from fxquant.qconfig_mapping import type_name
 
-WHY_KEPT = "preserved code uses it as it is, beside the graph"
-"""The reason of weights that are no module's and that preserved methods may read."""
+WHY_KEPT = "code beside the graph uses it as it is"
+"""The reason of weights that are no module's and that preserved methods, or modules that are not traced, may read."""
 
 
 WHY_SET = "preserved code may write into it"

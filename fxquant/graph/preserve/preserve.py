@@ -12,7 +12,7 @@ import functools
 import inspect
 import types
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +93,23 @@ def preserve(model: nn.Module, names: Sequence[str], before: Preserved = NOTHING
         sets=set(before.sets),
         writes=set(before.writes),
     ).of(names, before)
+
+
+def with_reached(preserved: Preserved, root: nn.Module, whole: Iterable[str]) -> Preserved:
+    """Return what a graph keeps once the modules are counted in that code which is not traced may call past the tree.
+
+    whole: the paths of the modules that the graph calls as they are. What they reach of the root's by a plain list, a
+    closure or a weak reference stands with its name in the root, or with that of the module around it.
+    """
+    paths = {id(module): path for path, module in root.named_modules()}
+    kept = dict.fromkeys(preserved.kept)
+    for path in dict.fromkeys(whole):
+        module = root.get_submodule(path)
+        if "forward" in vars(module) or not type(module).__module__.startswith("torch."):
+            wanted = frozenset(paths.keys() - map(id, module.modules()))
+            found = [paths[part] for part in reached(vars(module), wanted)]
+            kept.update(dict.fromkeys(root._modules if "" in found else [name.partition(".")[0] for name in found]))
+    return replace(preserved, kept=tuple(kept)) if len(kept) > len(preserved.kept) else preserved
 
 
 class Keep(NamedTuple):

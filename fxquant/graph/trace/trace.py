@@ -17,7 +17,7 @@ from fxquant.errors import ModelStateError, TraceError
 from fxquant.graph import edit
 from fxquant.graph.preserve.attributes import Attributes, attributes_of, noted, watched
 from fxquant.graph.preserve.bound import carry, give_class_values
-from fxquant.graph.preserve.preserve import Keep, Preserved
+from fxquant.graph.preserve.preserve import Keep, Preserved, with_reached
 from fxquant.graph.trace.exported import give_scopes, raise_calls
 from fxquant.graph.trace.fold import fold
 from fxquant.graph.trace.leaves import make_plain
@@ -157,6 +157,8 @@ def trace(
             if not keep_whole or not failure.path or failure.path in kept:
                 raise _trace_error(model, error) from error
             kept[failure.path] = f"{first_line(error)}, at {edit.user_frame(error) or 'a place inside torch'}"
+    whole = sorted({str(node.target) for node in graph.find_nodes(op="call_module")})
+    keep = keep._replace(preserved=with_reached(keep.preserved, root, whole))
     raise_calls(root, graph)
     if isinstance(model, fx.GraphModule):
         give_scopes(graph)

@@ -128,7 +128,7 @@ def test_what_only_a_method_uses_is_counted():
     rows = {row.path: row for row in explained.rows}
     assert rows["encoder.spare"].is_quantized
     assert sum(path in rows for path in ("value", "reward")) == 1  # one module of two names
-    assert rows["mix"].decision == "float: preserved code uses it as it is, beside the graph"
+    assert rows["mix"].decision == "float: code beside the graph uses it as it is"
     assert "unused" not in rows
     assert explained.coverage.total_bytes - explained.coverage.quantized_bytes == 4 * 4 * 4
 
@@ -517,7 +517,7 @@ def test_what_methods_use_is_not_fused_and_the_record_says_so():
             Unfused(chain=("gate", "relu"), used="gate"),
         )
         assert made.record.fusions == (Fusion(path="free", chain=("free", "relu")),)
-    assert "not fused: conv → norm: preserved code uses conv" in explain(made).footer
+    assert "not fused: conv → norm: code beside the graph uses conv" in explain(made).footer
 
 
 def test_a_norm_that_a_method_uses_is_not_folded():

@@ -128,8 +128,14 @@ class Tracer(fx.Tracer):
             )
         if kind == "get_attr":
             _refuse_keywords(target)
+        if kind == "placeholder" and target.strip("*") == "self":
+            raise RuntimeError(
+                "forward has an argument 'self' beside its first, which generated code cannot say; rename it"
+            )
         node = super().create_node(kind, target, args, *rest, **named)
         node.meta[SCOPE] = self.scope.module_path
+        if node.name == "self":  # in generated code that is the graph's module
+            node._rename("self_1")
         return node
 
     def create_args_for_root(

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 import warnings
 
 import pytest
@@ -9,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxquant import TraceError, convert_fx, default_dynamic_qconfig_mapping, fuse_fx, prepare_fx, quantize_dynamic
+from fxquant import (
+    TraceError,
+    convert_fx,
+    default_dynamic_qconfig_mapping,
+    fuse_fx,
+    load,
+    prepare_fx,
+    quantize_dynamic,
+    save,
+)
 from fxquant.graph.module import FxModule, Record, build
 from fxquant.graph.trace.names import names_in, taken_names
 
@@ -163,3 +173,47 @@ def test_further_down_and_unused_such_names_are_free():
         quantized = by_fx(Deep().eval(), torch.randn(2, 6))
     assert isinstance(quantized, FxModule)
     assert len(quantized._fxquant_record.sites) == len(inner) + 1
+
+
+class Selfish(Model):
+    """Has a part that is called self, and calls layers after it, which generated code finds in its own self."""
+
+    def __init__(self, part):
+        super().__init__("self", part)
+        self.last = nn.Linear(6, 6)
+
+    def forward(self, x):
+        part = getattr(self, self.name)
+        return self.last(part(x) if isinstance(part, nn.Module) else F.linear(x, part))
+
+
+def test_a_part_named_self_is_one_like_any_other(tmp_path):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 6), torch.randn(6, 6)
+    layer = nn.Linear(6, 6, bias=False)
+    layer.weight.data.copy_(weight)
+    for part in (layer, nn.Parameter(weight), nn.Buffer(weight)):
+        quantized = by_fx(Selfish(part).eval(), (x,))
+        assert len(quantized._fxquant_record.sites) == 2
+        save(quantized, tmp_path / "model.safetensors")
+        loaded = load(Selfish(part).eval(), tmp_path / "model.safetensors")
+        expected = quantize_dynamic(nn.Sequential(layer, quantized.last).eval())(x)
+        for twin in (quantized, copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized)), loaded):
+            assert torch.equal(twin(x), expected)
+
+
+def test_an_argument_named_self_is_an_error_that_says_so():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(this, self):  # noqa: N805
+            return this.layer(self)
+
+    x = torch.randn(2, 6)
+    with pytest.raises(TraceError, match=r"Odd does not trace: forward has an argument 'self' .*; rename it"):
+        fuse_fx(Odd().eval(), x)
+    with pytest.warns(UserWarning, match="forward has an argument 'self' beside its first"):
+        quantized = by_fx(Odd().eval(), (x,))
+    assert [site.path for site in quantized._fxquant_record.sites] == ["layer"]

@@ -28,10 +28,19 @@ SOURCE = "fxquant_source"
 
 NOTHING_KEPT = Keep()
 
-_HOMES = (torch, torch.Tensor, F, torch.linalg, torch.special, operator)
-_UNSTABLE = re.compile(
-    r"(new_)?empty.*|rand.*|normal|bernoulli|multinomial|poisson|binomial|.*dropout.*|rrelu|gumbel.*"
-)
+_HOMES = (torch, torch.Tensor, F, torch.linalg, torch.special, torch.fft, operator)
+_KNOWN = {id(value): value for home in _HOMES for value in vars(home).values() if callable(value)} | {
+    id(getattr): getattr
+}
+"""The functions that compute with tensors, by their ids: those of torch.linalg and others have longer names inside."""
+
+_UNSTABLE = re.compile(r"(new_)?empty.*|rand.*|normal|bernoulli|multinomial|poisson|binomial|gumbel.*|fractional.*")
+_IN_TRAINING = re.compile(r".*dropout.*|rrelu")
+"""The names of functions that draw random numbers where they are told that it is training."""
+
+_NUMBERS = ("item", "tolist")
+"""The methods that make Python numbers of a tensor."""
+
 _VIEWS = (
     *(
         "getattr",
@@ -118,20 +127,33 @@ def fold(
             tensor = values.of(base)
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dim() < 2:
                 continue
-            done[base] = _place(root, graph, base, tensor.contiguous())
+            if 1 not in tensor.stride():  # as .real has it: torch multiplies a copy of another order than ours
+                continue
+            done[base] = _place(root, graph, base, tensor)
         _replace(operand, node, base, done[base])
     graph.lint()
 
 
 def _place(root: nn.Module, graph: fx.Graph, base: fx.Node, tensor: torch.Tensor) -> fx.Node:
-    """Return a get_attr node, before a node, of what that was found to give."""
+    """Return a get_attr node, before a node, of what that was found to give: of a constant itself where it is that."""
     source = str(next(node for node in _sources(base) if _is_matrix(root, node)).target)
-    path = edit.free_name(root, f"{source}_folded")
-    edit.set_tensor(root, path, tensor.detach().clone())
+    named = (str(node.target) for node in _sources(base))
+    path = next((name for name in named if _is_same(edit.get_tensor(root, name), tensor)), "")
+    if not path:
+        path = edit.free_name(root, f"{source}_folded")
+        edit.set_tensor(root, path, tensor.detach().clone())  # of the same order in memory: bits depend on it
     with graph.inserting_before(base):
         node = graph.create_node("get_attr", path)
     node.meta.update({**base.meta, SOURCE: source})
     return node
+
+
+def _is_same(tensor: torch.Tensor | None, other: torch.Tensor) -> bool:
+    """Return whether two tensors are the same numbers in the same memory."""
+    if tensor is None or storage_of(tensor) != storage_of(other):
+        return False
+    views = [(t.dtype, t.shape, t.stride(), t.storage_offset(), t.is_neg()) for t in (tensor, other)]
+    return views[0] == views[1]
 
 
 def _replace(operand: fx.Node, user: fx.Node, base: fx.Node, folded: fx.Node) -> None:
@@ -174,6 +196,7 @@ class _Values:
         self.root, self.known = root, dict[fx.Node, Any]()
         self.constant: set[fx.Node] = set()
         changing, hidden = written(root, graph), tuple(f"{path}." for path in shut)
+        self.shut = frozenset(shut)
         for node in graph.nodes:
             if node.op == "get_attr":
                 tensor = edit.get_tensor(root, str(node.target))
@@ -182,37 +205,58 @@ class _Values:
                 is_constant = is_fixed and not (hidden and str(node.target).startswith(hidden))
             else:
                 feeders = node.all_input_nodes
-                is_constant = bool(feeders) and self.constant.issuperset(feeders) and is_pure(node)
+                is_constant = bool(feeders) and self.constant.issuperset(feeders) and self.is_pure(node)
             if is_constant:
                 self.constant.add(node)
+
+    def is_pure(self, node: fx.Node) -> bool:
+        """Return whether a node calls what `is_pure` takes, or a module of torch's without tensors, such as a dropout.
+
+        In eval mode those compute one thing from their inputs.
+        """
+        if node.op != "call_module":
+            return is_pure(node)
+        module = self.root.get_submodule(str(node.target))
+        has_tensors = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+        is_torchs = type(module).__module__.startswith("torch.nn.modules.") and not any(True for _ in module.children())
+        is_stable = not _UNSTABLE.fullmatch(type(module).__name__.lower()) and not getattr(module, "inplace", False)
+        is_open = node.target not in self.shut and not module.training and "forward" not in vars(module)
+        return is_torchs and is_stable and is_open and not has_tensors
 
     def of(self, node: fx.Node) -> Any:
         """Return the value of a node, None where it is no constant, or no matrix has part in it.
 
-        None too for what depends on values so that a checkpoint's load, on the meta device, could not do it.
+        None too for what depends on values so that a checkpoint's load, on the meta device, could not do it: Python
+        numbers may have part in it, but not in its shape.
         """
         if node not in self.constant or not any(_is_matrix(self.root, source) for source in _sources(node)):
             return None
         with torch.no_grad():
             try:
-                _compute(node, self.root, {}, on_meta=True)
+                first, second = (_compute(node, self.root, {}, number) for number in (1, 2))
             except Exception:  # whatever torch says of an operator that has no meta form
+                return None
+            if not isinstance(first, torch.Tensor) or first.shape != second.shape:
                 return None
             return _compute(node, self.root, self.known)
 
 
-def _compute(node: fx.Node, root: nn.Module, known: dict[fx.Node, Any], on_meta: bool = False) -> Any:
-    """Return the value of a constant node; on_meta: without data."""
+def _compute(node: fx.Node, root: nn.Module, known: dict[fx.Node, Any], number: int | None = None) -> Any:
+    """Return the value of a constant node; number: without data, with this in the place of each number of a tensor."""
     if node not in known:
         if node.op == "get_attr":
             tensor = edit.get_tensor(root, str(node.target))
             assert tensor is not None, node.target
-            known[node] = torch.empty_like(tensor, device="meta") if on_meta else tensor
+            known[node] = tensor if number is None else torch.empty_like(tensor, device="meta")
         else:
-            values = {feeder: _compute(feeder, root, known, on_meta) for feeder in node.all_input_nodes}
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            is_method = isinstance(node.target, str)
+            values = {feeder: _compute(feeder, root, known, number) for feeder in node.all_input_nodes}
+            mapped: Any = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            args, kwargs = mapped
+            if node.op == "call_method" and node.target in _NUMBERS and getattr(args[0], "is_meta", False):
+                args = (torch.full(args[0].shape, number or 1, dtype=args[0].dtype, device="cpu"),)
+            is_method = node.op == "call_method"
             call: Any = getattr(args[0], str(node.target)) if is_method else node.target
+            call = root.get_submodule(call) if node.op == "call_module" else call
             known[node] = call(*args[is_method:], **kwargs)
     return known[node]
 
@@ -223,12 +267,16 @@ def is_pure(node: fx.Node) -> bool:
         return False
     target: Any = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    is_known = (
-        hasattr(torch.Tensor, name)
-        if isinstance(target, str)
-        else target is getattr or any(getattr(home, name, None) is target for home in _HOMES)
-    )
-    return is_known and not _UNSTABLE.fullmatch(name)
+    is_known = hasattr(torch.Tensor, name) if isinstance(target, str) else id(target) in _KNOWN
+    return is_known and not _UNSTABLE.fullmatch(name) and not (_IN_TRAINING.fullmatch(name) and _trains(node, name))
+
+
+def _trains(node: fx.Node, name: str) -> bool:
+    """Return whether a call of a dropout's or rrelu's function may draw random numbers: its `training` is not False."""
+    place, default = (3, False) if name == "rrelu" else (2, True)
+    given = [node.kwargs[key] for key in ("training", "train") if key in node.kwargs]
+    told = given[0] if given else node.args[place] if len(node.args) > place else default
+    return told is not False
 
 
 def writes(node: fx.Node) -> bool:

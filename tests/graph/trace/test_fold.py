@@ -20,6 +20,11 @@ class Model(nn.Module):
         self.down, self.up = nn.Parameter(torch.randn(16, 4)), nn.Parameter(torch.randn(4, 16))
         self.register_buffer("mask", (torch.rand(16, 16) > 0.3).float())
         self.register_buffer("table", torch.randn(16, 16))
+        self.drop, self.tanh, self.turn = (
+            nn.Dropout(0.5),
+            nn.Tanh(),
+            nn.Parameter(torch.eye(16) + torch.rand(16, 16) / 32),
+        )
         self.function = function
 
     def forward(self, x):
@@ -46,6 +51,22 @@ FOLDED = {
     "embedding": lambda m, x: F.embedding(x.argmax(-1), m.a.weight * m.scale),
     "cast": lambda m, x: F.linear(x, (m.a.weight * m.mask).to(x.dtype), m.b.bias.to(x.dtype)),
     "twice": lambda m, x: F.linear(F.linear(x, w := m.a.weight * m.scale), w),
+    "dropout": lambda m, x: F.linear(x, F.dropout(m.a.weight * m.scale, training=m.training)),
+    "dropout by place": lambda m, x: F.linear(x, F.alpha_dropout(m.a.weight * m.scale, 0.5, m.training)),
+    "torch.dropout": lambda m, x: F.linear(x, torch.dropout(m.a.weight * m.scale, 0.5, False)),
+    "nn.Dropout": lambda m, x: F.linear(x, m.drop(m.a.weight)),
+    "nn.Tanh": lambda m, x: F.linear(x, m.tanh(m.a.weight)),
+    "rrelu": lambda m, x: F.linear(x, F.rrelu(m.a.weight)),
+    "item": lambda m, x: F.linear(x, m.a.weight * m.scale.item()),
+    "item of a norm": lambda m, x: F.linear(x, m.a.weight / m.a.weight.norm().item()),
+    "linalg.norm": lambda m, x: F.linear(x, m.a.weight / torch.linalg.norm(m.a.weight, ord=2)),
+    "linalg.vector_norm": lambda m, x: F.linear(x, m.a.weight / torch.linalg.vector_norm(m.a.weight, dim=1)[:, None]),
+    "linalg.inv": lambda m, x: F.linear(x, torch.linalg.inv(m.turn)),
+    "inverse": lambda m, x: F.linear(x, m.turn.inverse()),
+    "linalg.qr": lambda m, x: F.linear(x, torch.linalg.qr(m.a.weight).Q),
+    "linalg.svd": lambda m, x: F.linear(x, (f := torch.linalg.svd(m.a.weight))[0] @ f[2]),
+    "matrix_exp": lambda m, x: F.linear(x, torch.linalg.matrix_exp(m.a.weight - m.a.weight.mT)),
+    "fft": lambda m, x: F.linear(x, torch.fft.fft(m.a.weight).abs()),
 }
 
 
@@ -86,6 +107,10 @@ LEFT = {
     "a view that is written": _write_view,
     "out": _write_out,
     "inplace": lambda m, x: F.linear(x, F.leaky_relu(m.table, 0.5, inplace=True) * m.scale),
+    "dropout": lambda m, x: F.linear(x, F.dropout(m.a.weight, 0.0, training=True)),
+    "dropout by default": lambda m, x: F.linear(x, F.dropout(m.a.weight, 0.0)),
+    "rrelu in training": lambda m, x: F.linear(x, F.rrelu(m.a.weight, 0.5, 0.5, True)),
+    "a part of a complex one": lambda m, x: F.linear(x, torch.fft.fft(m.a.weight).real),
     "half of it cast": lambda m, x: F.linear(x, m.a.weight.to(x.dtype) * m.mask.to(x.dtype)),
 }
 
@@ -189,7 +214,7 @@ def test_a_table_cast_to_an_inputs_dtype_stays_float():
 
 DEPENDS_ON_VALUES = {
     "a mask as an index": lambda m, x: F.linear(x, m.a.weight[m.mask.sum(1) > 0]),
-    "item": lambda m, x: F.linear(x, m.a.weight * m.scale.item()),
+    "item in a shape": lambda m, x: F.linear(x[:, :2], m.a.weight[:, : m.scale.item().__int__()]),
 }
 
 
@@ -202,3 +227,25 @@ def test_what_a_checkpoint_could_not_fold_without_values_is_not_folded(function,
         skeleton = Model(function).eval()
     assert same_bits(fxquant.load(skeleton, tmp_path / "m")(x), quantized(x))
     assert same_bits(quantized(x), model(x))
+
+
+def test_a_weight_that_comes_out_as_it_is_stays_tied():
+    model = Model(lambda m, x: F.linear(F.embedding(x.argmax(-1), m.turn), F.dropout(m.turn, training=m.training)))
+    quantized = convert_fx(prepare(model, torch.randn(5, 16)))
+    assert [site.path for site in quantized.record.sites] == ["turn", "turn"]
+    assert [name for name in quantized.state_dict() if "int8" in name] == ["turn_int8"]
+
+
+def test_the_order_in_memory_stays_on_which_bits_depend():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.turn = nn.Parameter(torch.eye(64) + torch.rand(64, 64) / 128)
+
+        def forward(self, x):
+            return F.linear(x, torch.inverse(self.turn))
+
+    model, x = Turned().eval(), torch.randn(7, 64)
+    prepared = prepare(model, x)
+    assert prepared.turn_folded.stride() == torch.inverse(model.turn).stride() == (1, 64)
+    assert same_bits(prepared(x), model(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,3 +34,16 @@ def caller() -> str:
             return f"{place}, in {code.co_name}: `{line}`"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+def receivers() -> Iterator[tuple[Any, bool]]:
+    """Yield the first argument of each function that is running, a method's self, the innermost first.
+
+    With each: whether that function is the user's.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount:
+            yield frame.f_locals.get(code.co_varnames[0]), bool(place_of(code.co_filename, frame.f_lineno))
+        frame = frame.f_back  # type: ignore[assignment]

@@ -148,7 +148,7 @@ def _readers(model: nn.Module) -> tuple[str, ...]:
         f"{path}.{reader}, which dequantizes it each time; set_module_name({path!r}, None) leaves it float"
         for path, module in model.named_modules()
         if isinstance(module, QuantizedModule)
-        for reader in sorted(module.readers)
+        for reader in sorted(module.readers.values())
     )
 
 

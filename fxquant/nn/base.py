@@ -77,7 +77,7 @@ class QuantizedModule(nn.Module):
     def __init__(self, qconfig: QConfig) -> None:
         nn.Module.__init__(self)  # not the next in line, which may be the float type that it stands for
         self._stored: dict[str, Stored] = {}
-        self.readers: set[str] = set()
+        self.readers: dict[str, str] = {}
         self.qconfig = qconfig
         self.training = False
 
@@ -164,14 +164,17 @@ class QuantizedModule(nn.Module):
 
     def _read(self, name: str, rows: Any) -> torch.Tensor:
         """Return a float weight's values for code outside of this module; warn once of each place that asks."""
-        reader = frames.caller() or "a library"
-        if (told := f"{name} is read by {reader}") not in self.readers:
-            self.readers.add(told)
+        place = frames.caller() or "a library"
+        if (told := f"{name} is read by {place}") not in self.readers:
+            path, by = _paths(self)
+            kind = f"a quantized {type(self).__name__} {self._stored[name].shape}{path and f' at {path!r}'}"
+            reader = f"{by and f'{by!r}, '}{place}"
+            self.readers[told] = f"{name} is read by {reader}"
             warn(
-                f"the {name} of a quantized {type(self).__name__} {self._stored[name].shape} is read by {reader}. Its "
-                "values are dequantized anew at each read, which takes longer than calling the layer. If that runs "
-                "often, leave the layer float (QConfigMapping.set_module_name(its path, None)), or keep a copy of "
-                f"your own: .{name}.clone(). fxquant.explain lists such readers",
+                f"the {name} of {kind} is read by {reader}. Its values are dequantized anew at each read, which takes "
+                "longer than calling the layer. If that runs often, leave the layer float (QConfigMapping."
+                f"set_module_name({repr(path) if path else 'its path'}, None)), or keep a copy of your own: .{name}.clone(). "
+                "fxquant.explain lists such readers",
                 past=("fxquant", "torch"),
             )
         with torch.inference_mode(False):
@@ -295,6 +298,21 @@ class QuantizedModule(nn.Module):
                 continue
             if (old.dtype, old.shape) == (values.dtype, values.shape):
                 state_dict[key] = state_dict.pop(prefix + name)
+
+
+def _paths(module: nn.Module) -> tuple[str, str]:
+    """Return the path of a module whose weight is read now, and of the user's module that reads it; "" if not known.
+
+    Both are paths in the outermost module that is running and has the module in it.
+    """
+    found, reader = ("", ""), None
+    for thing, is_users in frames.receivers():
+        if isinstance(thing, nn.Module) and thing is not module:
+            reader = thing if reader is None and is_users else reader
+            paths = {id(part): path for path, part in thing.named_modules()}
+            if id(module) in paths:
+                found = paths[id(module)], paths.get(id(reader), "")
+    return found
 
 
 def moved_dtype(move: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.dtype:

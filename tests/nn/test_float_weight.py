@@ -387,7 +387,9 @@ def test_a_method_beside_forward_computes_with_it_and_one_warning_names_it():
     codec, x = Codec().eval(), torch.randn(300, 32)
     quantized = quantize_dynamic(codec)
     assert quantized.dtype == torch.float32
-    told = r"weight of a quantized QuantizedEmbedding \(64, 16\) is read by .*test_float_weight.py:\d+, in encode: `ret"
+    told = (
+        r"a quantized QuantizedEmbedding \(64, 16\) at 'codes' is read by .*test_float_weight.py:\d+, in encode: `ret"
+    )
     with pytest.warns(UserWarning, match=told) as caught:
         agree = (quantized.encode(x) == codec.encode(x)).float().mean()
     assert agree > 0.9
@@ -401,6 +403,43 @@ def test_a_method_beside_forward_computes_with_it_and_one_warning_names_it():
     assert "set_module_name('codes', None)" in reader
     assert f"slow: {reader}" in fxquant.explain(quantized).remarks
     assert fxquant.explain(quantize_dynamic(codec)).readers == ()
+
+
+class Tied(nn.Module):
+    """A head, some levels down, that reads a table far from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.ModuleDict({"embed": nn.Embedding(20, 16)})
+        self.decoder = nn.Sequential(nn.Linear(16, 16), Logits(self.words["embed"]))
+
+    def forward(self, x):
+        return self.decoder(self.words["embed"](x))
+
+
+class Logits(nn.Module):
+    def __init__(self, table):
+        super().__init__()
+        self.held = [table]
+
+    def forward(self, x):
+        return logits_of(self.held[0], x)
+
+
+def logits_of(table, x):
+    return x @ table.weight.t()
+
+
+def test_the_paths_of_the_layer_and_of_its_reader_are_named():
+    quantized = quantize_dynamic(Tied().eval())
+    told = (
+        r"the weight of a quantized QuantizedEmbedding \(20, 16\) at 'words.embed' is read by 'decoder.1', "
+        r".*test_float_weight.py:\d+, in logits_of: .* \(QConfigMapping.set_module_name\('words.embed', None\)\)"
+    )
+    with pytest.warns(UserWarning, match=told):
+        quantized(torch.tensor([[3]]))
+    (reader,) = fxquant.explain(quantized).readers
+    assert reader.startswith("words.embed.weight is read by 'decoder.1', ")
 
 
 class Decoder(nn.Module):

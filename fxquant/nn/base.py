@@ -173,8 +173,8 @@ class QuantizedModule(nn.Module):
             warn(
                 f"the {name} of {kind} is read by {reader}. Its values are dequantized anew at each read, which takes "
                 "longer than calling the layer. If that runs often, leave the layer float (QConfigMapping."
-                f"set_module_name({repr(path) if path else 'its path'}, None)), or keep a copy of your own: .{name}.clone(). "
-                "fxquant.explain lists such readers",
+                f"set_module_name({repr(path) if path else 'its path'}, None)), or keep a copy of your own: "
+                f".{name}.clone(). fxquant.explain lists such readers",
                 past=("fxquant", "torch"),
             )
         with torch.inference_mode(False):

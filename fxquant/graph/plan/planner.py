@@ -10,7 +10,7 @@ import collections
 import functools
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import MappingNameError, QConfigError
 from fxquant.graph import edit
 from fxquant.graph.constants import asks_kind, constant_of, is_cast, is_transposition
-from fxquant.graph.module import NOTHING, Coverage, Left, Site
+from fxquant.graph.module import ASKED, NOTHING, Coverage, Left, Site
 from fxquant.graph.plan.reasons import (
     WHY_KEPT,
     WHY_SET,
@@ -71,6 +71,7 @@ class _Planner:
         self.plan = Plan([], [], [])
         self.counts: collections.Counter[tuple[str, Any]] = collections.Counter()
         self.weights: dict[tuple[Any, ...], tuple[int, bool]] = {}  # each one's bytes, and whether all take it as int8
+        self.users: dict[tuple[Any, ...], list[Site | Left]] = {}  # what holds each weight
         self.changed: set[int] = set()  # the storages of tensors that the graph writes to
         self.tree = set(map(id, module.modules()))
         self.kept_forwards = dict(_kept_forwards(module))
@@ -116,9 +117,19 @@ class _Planner:
     def finish(self) -> Plan:
         """Return the plan, all candidates visited."""
         self.check_orders()
+        self.tell_ties()
         done = sum(size for size, is_quantized in self.weights.values() if is_quantized)
         self.plan.coverage = Coverage(done, sum(size for size, _ in self.weights.values()))
         return self.plan
+
+    def tell_ties(self) -> None:
+        """Let what stays float say which site has its weight too, quantized: the model then keeps both."""
+        for users in self.users.values():
+            sites = [user.path for user in users if isinstance(user, Site)]
+            for number, left in enumerate(self.plan.left if 0 < len(sites) < len(users) else ()):
+                if left.reason != ASKED and any(user is left for user in users):
+                    told = f"{left.reason}; its weight is that of {sites[0]!r} too, which is quantized: both are kept"
+                    self.plan.left[number] = replace(left, reason=told)
 
     def visit_module(self, path: str, module: nn.Module, inside: str = "", shape: tuple[int, ...] = ()) -> None:
         """Decide for a leaf module and for what lies inside it. inside: why children cannot be swapped, if so."""
@@ -321,6 +332,9 @@ class _Planner:
                 part_rules=part_rules,
             )
             self.plan.sites.append(site)
+        for tensor in held:
+            if tensor.dim() > 1:
+                self.users.setdefault(edit.identity(tensor), []).append(site or self.plan.left[-1])
         return site
 
     def decide_weights(

@@ -15,6 +15,7 @@ from fxquant import (
     prepare_fx,
     quantize_dynamic,
 )
+from fxquant.graph.module import Coverage
 from fxquant.graph.plan.planner import replay
 from fxquant.graph.trace.trace import trace
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize
@@ -166,3 +167,24 @@ def test_an_adaptive_softmax_calls_its_children(way):
     assert quantized._fxquant_record.coverage.share == 1
     got, expected = quantized(*inputs), model(*inputs)
     assert 0 < (got.output - expected.output).abs().max() < 0.05 * expected.output.abs().max()
+
+
+def test_a_weight_that_stays_float_says_what_keeps_it_quantized_too():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(20, 16), nn.Linear(16, 16)
+            self.weight = self.table.weight
+
+        def forward(self, x):
+            y = self.out(self.table(x))
+            return F.linear(y, self.weight) if y.sum() < 1e9 else y
+
+    quantized = quantize_dynamic(Tied().eval())
+    (left,) = quantized._fxquant_record.left
+    assert left.reason.endswith("; its weight is that of 'table' too, which is quantized: both are kept")
+    assert left.float_bytes == 20 * 16 * 4
+    assert quantized._fxquant_record.coverage == Coverage(16 * 16 * 4, (20 + 16) * 16 * 4)
+    mapping = everything().set_module_name("table", None)
+    record = quantize_dynamic(Tied().eval(), mapping)._fxquant_record
+    assert not any("both are kept" in left.reason for left in record.left)

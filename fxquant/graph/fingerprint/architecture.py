@@ -32,6 +32,9 @@ _IDLE_NAMES = frozenset(
 _OF_ORIGIN = frozenset({"name_or_path", "_name_or_path", "device"})
 """Attributes that say where a model is, or came from."""
 
+_BY_ANY_NAME = frozenset({"getattr", "vars", "__dict__", "attrgetter", "__getattribute__"})
+"""Names in code that may read an attribute whose own name is not in it."""
+
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _IDENTITY = "identity"
 
@@ -133,6 +136,8 @@ def describe(root: nn.Module, source: nn.Module | None = None) -> Architecture:
     modules = {path: _module_kind(module, own.get(path), seen) for path, module in found.items()}
     if graph is None:
         return Architecture(modules)
+    hooks = tuple(_hooks(own[""]))  # of the root, which is no leaf; others with hooks are
+    modules.update({"": ModuleKind("hooks", hooks)} if hooks else {})
     return Architecture(modules, _node_lines(graph), bool(graph.output_node().meta.get(BUFFERS_ARE_NODES)))
 
 
@@ -217,7 +222,7 @@ def _values(module: nn.Module, source: nn.Module | None, seen: _Seen) -> Values:
     is_torchs = kind.__module__.startswith("torch.")
     skipped = _IDLE_NAMES | _OF_ORIGIN | _OF_EVERY_MODULE | stored_names(kind)
     found = Values(seen.reads, skipped, seen.paths)
-    knows_all = is_torchs or not seen.reads or "getattr" in seen.reads
+    knows_all = is_torchs or not seen.reads or bool(_BY_ANY_NAME & seen.reads)
     for name, value in vars(module).items():
         if name in skipped or not (name in seen.reads or (knows_all and not (is_torchs and name.startswith("_")))):
             continue

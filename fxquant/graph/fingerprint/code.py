@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fxquant.graph.fingerprint.values import Values, closed_over, constants_of, names_of
+from fxquant.graph.fingerprint.values import Values, closed_over, constants_of, names_of, operators_of
 
 _MOST = 200
 """How many functions are followed from one forward."""
@@ -146,7 +146,8 @@ def hook_word(hook: Any) -> str:
     if function is None or not gives_something(function):
         return ""
     code = function.__code__
-    told = [*sorted(names_of(code)), *constants_of(code), Values().word_for(hook) or function.__name__]
+    word = Values().word_for(hook) or function.__name__
+    told = [*sorted(names_of(code)), *constants_of(code), word, *sorted({*operators_of(code)})]
     return f"{function.__name__} {hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
 
 

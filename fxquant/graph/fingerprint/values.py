@@ -66,6 +66,8 @@ class Values:
                     inner.add(f"{name}.{own}", part, (*seen, id(value)))
         elif text := self.tell(value):
             self.texts[name] = text
+            if signs := _signs(value):  # apart: files have the text of before
+                self.texts[f"{name} (operators)"] = signs
 
     def tell(self, value: Any, depth: int = _DEPTH) -> str:
         """Return a number, a word, a function or a container of such as text; "" for anything else, a path too."""
@@ -148,6 +150,37 @@ def constants_of(code: types.CodeType) -> list[str]:
     """Return the numbers in some code, in their order."""
     found = [line.argval for line in dis.get_instructions(code) if "CONST" in line.opname or "SMALL_INT" in line.opname]
     return [repr(value) for value in found if type(value) in (int, float)]
+
+
+_NAMED = (
+    "ADD + SUBTRACT - MULTIPLY * TRUE_DIVIDE / FLOOR_DIVIDE // MODULO % POWER ** MATRIX_MULTIPLY @ AND & OR | XOR ^"
+)
+_SIGNS = dict(zip(*[iter(f"{_NAMED} LSHIFT << RSHIFT >>".split())] * 2, strict=True))
+"""What Python 3.10, which has an instruction for each operator, calls them."""
+
+
+def operators_of(code: types.CodeType) -> list[str]:
+    """Return the operators in some code, in their order, as one would write them."""
+    found = []
+    for line in dis.get_instructions(code):
+        kind, _, name = line.opname.partition("_")
+        if line.opname in ("BINARY_OP", "COMPARE_OP"):
+            found += re.findall(r"[-+*/%@&|^<>!=]+", line.argrepr)  # bool(<) from Python 3.13 on; [] is none
+        elif kind in ("BINARY", "INPLACE") and name in _SIGNS:
+            found.append(_SIGNS[name] + ("=" if kind == "INPLACE" else ""))
+        elif line.opname in ("UNARY_NEGATIVE", "UNARY_INVERT"):
+            found.append(name.lower())
+    inner = (operators_of(part) for part in code.co_consts if isinstance(part, types.CodeType))
+    return [*found, *(sign for part in inner for sign in part)]
+
+
+def _signs(value: Any, depth: int = _DEPTH) -> str:
+    """Return the operators in a lambda, or in those in a container or partial."""
+    if isinstance(value, types.FunctionType) and value.__name__ == "<lambda>":
+        return " ".join(operators_of(value.__code__))
+    parts: Any = [value.func, *value.args] if isinstance(value, functools.partial) else ()
+    parts = dict.values(value) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else parts
+    return "; ".join(filter(None, (_signs(part, depth - 1) for part in parts))) if depth else ""
 
 
 def summarize(tensor: torch.Tensor) -> list[Any]:

@@ -1,5 +1,6 @@
 """What is written down of a float model: the same for the same computation, another for another."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -84,6 +85,65 @@ def test_a_lambda_s_constants_count():
     double, treble = (describe(Net(function=f)) for f in (lambda x: x * 2.0, lambda x: x * 3.0))
     assert len(differences(double, treble)[0]) == 1
     assert differences(double, describe(Net(function=lambda x: x * 2.0)))[0] == []
+
+
+@pytest.mark.parametrize("hold", [lambda f: f, lambda f: [f], lambda f: {"a": f}, lambda f: functools.partial(f)])
+def test_a_lambda_s_operators_count(hold):
+    plus, times, minus = (
+        describe(Net(function=hold(f))) for f in (lambda x: x + 1, lambda x: x * 1, lambda x: -(x + 1))
+    )
+    assert "operators" in differences(plus, times)[0][0]
+    assert len(differences(plus, minus)[0]) == 1
+    assert differences(plus, describe(Net(function=hold(lambda y: y + 1))))[0] == []
+
+
+def test_a_file_that_was_written_before_operators_counted_is_read():
+    found = describe(Net(function=lambda x: x * 2.0))
+    kind = found.modules[""]
+    texts = {name: text for name, text in kind.attributes.items() if "operators" not in name}
+    saved = Architecture({**found.modules, "": dataclasses.replace(kind, attributes=texts)})
+    assert differences(saved, found) == ([], [])
+
+
+@VIEWS
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_the_root_count(register, view):
+    def hooked(hook):
+        model = Net()
+        getattr(model, register)(hook)
+        return view_of_hooked(view, model)
+
+    def double(module, inputs, *output):
+        return inputs[0] * 2
+
+    def add(module, inputs, *output):
+        return inputs[0] + 2
+
+    def look(module, inputs, *output):
+        print(inputs)
+
+    assert len(differences(hooked(double), view(Net()))[0]) == 1
+    assert len(differences(view(Net()), hooked(double))[0]) == 1
+    assert len(differences(hooked(double), hooked(add))[0]) == 1
+    assert differences(hooked(double), hooked(double)) == ([], [])
+    assert differences(hooked(look), view(Net())) == ([], [])
+
+
+def view_of_hooked(view, model):
+    """Return the view of a model: a graph's has the hooks of the model that it was made from."""
+    return describe(trace(model.eval(), OPERATORS).module, model) if view is of_graph else view(model)
+
+
+def test_an_attribute_that_is_read_by_a_computed_name_counts():
+    class Reads(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor_2 = factor
+
+        def forward(self, x):
+            return x * vars(self)[f"factor_{x.dim()}"]
+
+    assert "factor_2=3.0" in differences(describe(Reads(2.0)), describe(Reads(3.0)))[0][0]
 
 
 def test_modules_of_one_side_are_told():

@@ -1,9 +1,10 @@
 """After convert: the quantized model is run once on the example inputs, beside the prepared one, and must do the same.
 
-A site that the example runs in float and that the quantized model does not run is found by its calls: something outside
-of the model's modules may hold the float layer (a global, a class), or forward picks layers by their type, as a run in
-which that site alone is quantized shows. Such a site stays float. Other shapes and dtypes, NaN where float has none and
-an SQNR below 10 dB are told in one warning, unless a little noise in the float model's layers changes as much.
+A site that the example runs in float and that the quantized model does not run, or runs less often, is found by its
+calls: something outside of the model's modules may hold the float layer (a global, a class), or forward picks layers by
+their type, as a run in which that site alone is quantized shows. Such a site stays float. Other shapes and dtypes, NaN
+where float has none and an SQNR below 10 dB are told in one warning, unless a little noise in the float model's layers
+changes as much.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ PASSED_BY = (
 )
 UNCALLED = (
     "the example calls it in float and no longer once it alone is quantized: forward picks layers by their type "
+    "(isinstance)"
+)
+CALLED_LESS = (
+    "the example calls it {} times in float and {} once it alone is quantized: forward picks layers by their type "
     "(isinstance)"
 )
 
@@ -114,9 +119,14 @@ def _compare(expected: Pass, quantized: nn.Module) -> _Found:
     sites = {places[site.path, site.call]: site for site in _record(quantized).sites}
     got = Pass(quantized, sites, expected.inputs, expected.uses)
     missed = {number: PASSED_BY for number in sites if number in got.used}
-    lost = ((expected.ran | expected.used) & sites.keys()) - got.ran - missed.keys()
+    lost = ((expected.ran.keys() | expected.used) & sites.keys()) - got.ran.keys() - got.read - missed.keys()
     lost = {number for number in lost if _avoids(expected, quantized, number, sites[number])}
     missed = {**dict.fromkeys(sorted(lost), UNCALLED), **missed}
+    fewer = [number for number in sorted(got.ran) if got.ran[number] < expected.ran[number] and number not in missed]
+    for number in fewer if got.error is None else ():
+        if number not in got.read:
+            calls = _calls_alone(expected, quantized, number, sites[number])
+            missed.update({} if calls is None else {number: CALLED_LESS.format(expected.ran[number], calls)})
     if got.error is not None:
         return _Found(missed, [], error=got.error)
     worst = min(_sqnrs(expected.floats, got.floats), default=(float("inf"), ""))
@@ -130,14 +140,32 @@ def _avoids(expected: Pass, quantized: nn.Module, number: int, site: Site) -> bo
     """
     if not site.path:
         return True  # the model is the site
+    alone = _alone(expected, quantized, number, site)
+    if number in alone.ran or number in alone.read:
+        return False
+    again = Pass(expected.model, {number: site}, expected.inputs, expected.uses)
+    return number in again.ran or number in again.used
+
+
+def _calls_alone(expected: Pass, quantized: nn.Module, number: int, site: Site) -> int | None:
+    """Return how often forward calls a site once that site alone is quantized, where that is less than in float.
+
+    None where it is not, or where a little noise in the float model changes it too: values decide on it then.
+    """
+    alone = _alone(expected, quantized, number, site) if site.path else None
+    if alone is None or alone.error is not None or alone.ran[number] >= expected.ran[number]:
+        return None
+    is_by_values = any(shaken.ran[number] != expected.ran[number] for shaken in _shaken(expected))
+    return None if is_by_values else alone.ran[number]
+
+
+def _alone(expected: Pass, quantized: nn.Module, number: int, site: Site) -> Pass:
+    """Return a run of the float model in which one site is quantized."""
     hybrid = edit.mirror(expected.model)
     layer = hybrid.get_submodule(site.path)
     edit.swap_module(hybrid, site.path, edit.mirror(quantized.get_submodule(site.path)))
     repoint(hybrid.modules(), {id(layer): hybrid.get_submodule(site.path)})
-    if number in Pass(hybrid, {number: site}, expected.inputs, expected.uses).ran:
-        return False
-    again = Pass(expected.model, {number: site}, expected.inputs, expected.uses)
-    return number in again.ran | again.used
+    return Pass(hybrid, {number: site}, expected.inputs, expected.uses)
 
 
 def _sqnrs(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> list[tuple[float, str]]:

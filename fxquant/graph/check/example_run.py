@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,9 +29,9 @@ NOISE_DB = 30.0
 class Pass:
     """One run of a mirror on the example inputs. tensors, floats: its outputs, by name; error: why there are none.
 
-    ran: the numbers of the sites that were called, and of quantized ones whose `.weight` was read; used: of those whose
-    float weights torch was given, whatever holds them. seen: with is_kept, what each site gave, call by call. noise:
-    what is drawn from to add noise to what the module sites give, NOISE_DB below it.
+    ran: how often each site was called, by its number; read: the numbers of quantized ones whose `.weight` was read;
+    used: of those whose float weights torch was given, whatever holds them. seen: with is_kept, what each site gave,
+    call by call. noise: what is drawn from to add noise to what the module sites give, NOISE_DB below it.
     """
 
     def __init__(
@@ -53,13 +54,12 @@ class Pass:
             except Exception as error:
                 self.error = error
             break
-        self.used, read = uses.take()
-        self.ran |= read
+        self.used, self.read = uses.take()
         self.tensors, self.floats = named_tensors(output), named_floats(output)
 
     def _open(self, sites: Mapping[int, Site], is_copy: bool, is_kept: bool) -> nn.Module:
         """Return a mirror whose sites' calls are noted. is_copy: whether its weights are its own, to be written to."""
-        self.ran: set[int] = set()
+        self.ran: collections.Counter[int] = collections.Counter()
         self.seen: dict[int, list[torch.Tensor]] = {}
         twin = edit.mirror(_shell(self.model), hooks=False)
         if is_copy:
@@ -78,7 +78,7 @@ class Pass:
         forward = module.forward
 
         def noted(*args: Any, **kwargs: Any) -> Any:
-            self.ran.add(number)
+            self.ran[number] += 1
             output = forward(*args, **kwargs)
             if self._noise is not None:
                 output = pytree.tree_map_only(torch.Tensor, self._shaken, output)

@@ -12,7 +12,7 @@ from torch import nn
 
 import fxquant
 from fxquant import CheckError, CheckpointError, QConfigMapping, convert_fx, prepare_fx, quantize_dynamic
-from fxquant.graph.check.check import PASSED_BY, UNCALLED
+from fxquant.graph.check.check import CALLED_LESS, PASSED_BY, UNCALLED
 from tests.samples import everything, prepare
 
 LAYERS, FLOATS = {}, {}
@@ -452,3 +452,48 @@ def test_what_is_selected_by_values_is_no_fault(select):
         quantized = unwarned(model, x)
         changed += quantized(x).shape != model(x).shape or not torch.allclose(quantized(x), model(x), atol=0.1)
     assert changed
+
+
+class TwiceByType(Untraced):
+    def run(self, x):
+        y = self.body(x)
+        return self.head(self.body(y) if type(self.body) is nn.Linear else y)
+
+
+@pytest.mark.filterwarnings("ignore:TwiceByType does not trace")
+def test_a_layer_that_is_called_less_often_once_it_is_quantized_stays_float():
+    model = TwiceByType().eval()
+    with pytest.warns(
+        UserWarning, match=r"body \(nn.Linear\) stays float: the example calls it 2 times in float and 1"
+    ):
+        quantized = convert_fx(prepare(model, X))
+    (left,) = quantized._fxquant_record.left
+    assert (left.path, left.reason) == ("body", CALLED_LESS.format(2, 1))
+    assert [site.path for site in quantized._fxquant_record.sites] == ["head"]
+    assert quantized._fxquant_record.coverage.quantized_bytes == 8 * 32 * 4
+
+
+class TwiceByValues(Untraced):
+    def set_up(self):
+        self.exact = self.body(X).detach()
+
+    def run(self, x):
+        y = self.body(x)
+        return self.head(self.body(y) if torch.equal(y, self.exact) else y)
+
+
+class Reads(Untraced):
+    """Calls a layer twice in float, and once besides a read of its weight where it is quantized."""
+
+    def run(self, x):
+        y = self.body(x)
+        again = self.body(y) if type(self.body) is nn.Linear else y @ self.body.weight.t() + self.body.bias
+        return self.head(again)
+
+
+@pytest.mark.parametrize("kind", [TwiceByValues, Reads])
+def test_one_that_values_or_a_read_of_its_weight_decide_on_is_not_accused(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = convert_fx(prepare(kind().eval(), X))
+    assert [site.path for site in quantized._fxquant_record.sites] == ["body", "head"]

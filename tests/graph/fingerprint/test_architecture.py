@@ -113,11 +113,7 @@ def test_hooks_of_the_root_count(register, view):
         getattr(model, register)(hook)
         return view_of_hooked(view, model)
 
-    def double(module, inputs, *output):
-        return inputs[0] * 2
-
-    def add(module, inputs, *output):
-        return inputs[0] + 2
+    double, add = (lambda _, inputs, *__: inputs[0] * 2), (lambda _, inputs, *__: inputs[0] + 2)
 
     def look(module, inputs, *output):
         print(inputs)

@@ -11,26 +11,30 @@ PAGE = pathlib.Path(__file__).parent / "coverage.md"
 
 _HEAD = """# Coverage
 
-Published architectures, written out small from their papers' descriptions, with random weights: `tests/architectures/`.
-The page is made by `python -m docs.make_coverage`. The tests hold each architecture to the following, by `prepare_fx`
-and `convert_fx` and by `quantize_dynamic`:
+The table lists published architectures, each implemented in a small size from its paper, with random weights
+(`tests/architectures/`). It is made by `python -m docs.make_coverage`. The tests check each architecture, both with
+`prepare_fx` and `convert_fx` and with `quantize_dynamic`:
 
-- every matrix that can be quantized is, by an account taken from the float model's modules alone; every other one has
-  its reason;
-- the answers are those of an independent simulation, which rounds the float model's weights and activations by the
-  equations of [numerics](numerics.md): the same bits, or, where recurrent layers, attention or folded normalizations
-  round in an order of their own, nearer than the simulation is to the float model;
-- a row gives the same bits whatever its neighbours in the batch are; and, prepared with `batch_invariant=True`, the
-  same bits alone, unless `explain` names something that torch computes in another order in another batch (small
-  convolutions, say).
+- Every matrix that can be quantized is quantized, by a list derived from the float model's modules alone. Every other
+  matrix has a reason.
+- The outputs are those of an independent simulation, which rounds the float model's weights and activations by the
+  equations of [numerics](numerics.md). They have the same bits. Where recurrent layers, attention or folded
+  normalizations round in a different order, they are closer to the simulation than the simulation is to the float model.
+- A sample has the same bits whatever its neighbours in the batch are. With `batch_invariant=True` it also has the same
+  bits alone, unless `explain` names something that torch computes in a different order in a different batch (small
+  convolutions, for example).
 
-*traced*: what `prepare_fx` makes of the model: one graph, or a graph that calls the parts named as they are and is
-quantized inside them, or none: then the model's own code runs on. *quantized*: the share of the bytes of all matrices
-(parameters of two or more dimensions) that became int8; what stays float are small convolutions, and what is
-only added: positions and the like. *eager*: the same of `quantize_dynamic`, which does not reach functional calls.
-*kB*: parameters and buffers. *SQNR*: the power of the float model's answers over the power of the difference from
-them; with random weights it tells that nothing is lost on the way, and what a trained model loses is in
-[results](results.md).
+The columns:
+
+- *traced*: "whole" if `prepare_fx` makes one graph of the model. "all but" names the parts that do not trace: the graph
+  calls them, and they are quantized inside. "not": the model's own code keeps running, and is quantized inside.
+- *sites*: the number of quantized modules and calls.
+- *quantized*: the share of the bytes of all matrices (parameters of two or more dimensions) that became int8. Small
+  convolutions stay float, and so do matrices that are only added, such as positions.
+- *eager*: the same share with `quantize_dynamic`, which does not reach functional calls.
+- *kB*: the size of parameters and buffers.
+- *SQNR*: the power of the float model's outputs divided by the power of the quantization error. With random weights it
+  only shows that nothing goes wrong on the way; [results](results.md) has the loss of a trained model.
 
 | architecture | paper | traced | sites | quantized, % | eager, % | kB, float → int8 | SQNR, dB |
 |---|---|---|---|---|---|---|---|

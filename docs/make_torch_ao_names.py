@@ -6,8 +6,8 @@ from fxquant.torch_ao.names import MOVED, SAME
 
 _HEAD = """# Names of torch.ao
 
-What became of each public name of `torch.ao.quantization`, made from fxquant's own tables by
-`python docs/make_torch_ao_names.py`. The guide: [coming from torch.ao](from_torch_ao.md).
+Every public name of `torch.ao.quantization`, and what replaces it in fxquant. `python docs/make_torch_ao_names.py` generates this
+page from fxquant's own tables. For a guide see [coming from torch.ao](from_torch_ao.md).
 
 ## Names that are the same
 
@@ -16,18 +16,18 @@ What became of each public name of `torch.ao.quantization`, made from fxquant's 
 """
 
 _MODULES = """
-## Modules, options
+## Modules and options
 
 | torch.ao | fxquant |
 |---|---|
-| `torch.ao.nn.quantized.dynamic.Linear`, `.LSTM`, `.GRU`, the cells | `fxquant.nn.DynamicQuantizedLinear`, `…LSTM`, `…GRU`, `…RNN`, `…LSTMCell`, `…GRUCell`, `…RNNCell`: plain buffers, no packed objects |
+| `torch.ao.nn.quantized.dynamic.Linear`, `.LSTM`, `.GRU` and the cells | `fxquant.nn.DynamicQuantizedLinear`, `…LSTM`, `…GRU`, `…RNN`, `…LSTMCell`, `…GRUCell`, `…RNNCell`: plain buffers, no packed objects |
 | `torch.ao.nn.quantized.Embedding`, `EmbeddingBag` | `fxquant.nn.QuantizedEmbedding`, `QuantizedEmbeddingBag` |
-| `torch.ao.nn.quantizable.MultiheadAttention` (static only) | `fxquant.nn.DynamicQuantizedMultiheadAttention`, for `nn.MultiheadAttention` and in `nn.Transformer…` |
+| `torch.ao.nn.quantizable.MultiheadAttention` (static only) | `fxquant.nn.DynamicQuantizedMultiheadAttention`, for `nn.MultiheadAttention`, also inside `nn.Transformer…` |
 | `torch.ao.nn.intrinsic.quantized.dynamic.LinearReLU` | `fxquant.nn.DynamicQuantizedLinearReLU` |
-| `prepare_custom_config` (preserved attributes) | `preserved_attributes=(…)`: methods and properties too |
-| `inplace`, `_equalization_config`, `is_reference`, … | an `ArgumentError` says what to do instead |
+| `prepare_custom_config` (preserved attributes) | `preserved_attributes=(…)`, also for methods and properties |
+| `inplace`, `_equalization_config`, `is_reference`, … | not supported: an `ArgumentError` says what to do instead |
 | `backend_config` | `operators=(*OPERATORS, MY_ROW)`: [adding an operator](adding_an_operator.md) |
-| one mapping entry for `nn.Embedding` beside the global one | not needed: under `default_dynamic_qconfig` its rows become int8 |
+| an extra mapping entry for `nn.Embedding` beside the global one | not needed: `default_dynamic_qconfig` makes it int8 |
 | `torch.backends.quantized.engine` | not needed: kernels are chosen for the machine |
 | `torch.jit.script(quantized)` | not supported: TorchScript is deprecated, see [questions](questions.md) |
 

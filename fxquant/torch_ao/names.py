@@ -3,11 +3,11 @@
 SAME = {
     "prepare_fx": "the model is not changed; example inputs are run; nothing is left float without a reason",
     "convert_fx": "the prepared model is left as it was",
-    "fuse_fx": "takes `example_inputs` too; grouped ConvTranspose → BatchNorm is folded rightly",
+    "fuse_fx": "takes `example_inputs` too; grouped ConvTranspose → BatchNorm is folded correctly",
     "quantize_dynamic": "the model is not changed; with no types given, embeddings are quantized as well",
     "QConfigMapping": "the same setters, precedence and dict form; a name or key that matches nothing is an error",
     "QConfig": "holds values, not factories: `QConfig(activation=TensorSpec(…), weight=TensorSpec(…))`",
-    "default_dynamic_qconfig": "one scale a row and an output channel, 8 bits; torch.ao's numbers: "
+    "default_dynamic_qconfig": "one scale per token and per output channel, 8 bits; torch.ao's numbers: "
     "`per_tensor_dynamic_qconfig.with_reduce_range()`",
     "per_channel_dynamic_qconfig": "8-bit activations; torch.ao's numbers: `.with_reduce_range()`",
     "float16_dynamic_qconfig": "",

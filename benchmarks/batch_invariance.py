@@ -1,10 +1,10 @@
-"""Measure what a fixed order of sums costs: encoders with batch_invariant=None (ours) and False (torch's products).
+"""Measure the cost of a fixed order of sums: encoders with batch_invariant=None (ours) and False (torch's products).
 
     python -m benchmarks.batch_invariance [--threads 1,2] [--rounds 7] [--json out.json]
 
-The two models take turns in one process, call by call; a figure is the median over the rounds of the ratio of their
-times in a round. Above 1 ours is slower. The encoders are of MiniLM's size (384 wide, 12 heads, 6 layers), one with its
-attention written out, one of torch's modules, and one nn.MultiheadAttention is 512 wide.
+The two models take turns in one process, call by call. A figure is the ratio of their times in a round, and the median
+over the rounds; above 1 ours is slower. Two encoders have MiniLM's size (384 wide, 12 heads, 6 layers), one with its
+attention written out and one of torch's modules; the third model is one nn.MultiheadAttention, 512 wide.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def models() -> dict[str, tuple[nn.Module, int]]:
 
 
 def ratios(ours: Callable[[], object], torchs: Callable[[], object], rounds: int) -> list[float]:
-    """Return time over time of each round: so many calls in turn that a round takes a fifth of a second."""
+    """Return the ratio of the times of each round, which has as many calls as fit into a fifth of a second."""
     begin = time.perf_counter()
     ours(), torchs()
     calls = max(2, int(0.2 / max(time.perf_counter() - begin, 1e-6)))
@@ -85,7 +85,7 @@ def ratios(ours: Callable[[], object], torchs: Callable[[], object], rounds: int
 
 
 def measure(threads: int, rounds: int) -> Iterator[dict[str, object]]:
-    """Yield a row for each model and shape, as soon as it is measured: the median ratio, the least and the greatest."""
+    """Yield a line for each model and shape, as soon as it is measured: the median, smallest and largest ratio."""
     for name, (model, width) in models().items():
         example = torch.randn(2, 16, width)
         ours, torchs = (

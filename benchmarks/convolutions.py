@@ -2,10 +2,10 @@
 
     python -m benchmarks.convolutions [--only whisper,resnet] [--threads 1] [--rounds 9] [--json out.json]
 
-Each convolution is quantized whether or not the operator table would take it; a `*` stands behind those that it leaves
-float. Both sides take turns in one process, and the ratio, float's time over ours, is taken round by round: its median,
-least and most. With one thread the time is the processor's: other work on the machine moves it less than the clock on
-the wall, but takes caches and memory all the same, so say beside a figure what ran.
+Each convolution is quantized whether or not the operator table would take it; a `*` marks those that it leaves float.
+Both sides take turns in one process, and the ratio, float's time over ours, is taken round by round: its median,
+smallest and largest. With one thread the figure is CPU time. Other work on the machine affects it less than wall-clock
+time, but still competes for caches and memory, so report with a figure what else ran.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 
 
 def report(name: str, module: nn.Module, shape: tuple[int, ...], times: Times) -> str:
-    """Return a row of the table in docs/performance.md."""
+    """Return a line of the table in docs/performance.md."""
     kernel = "×".join(map(str, module.kernel_size))
     taken = "" if CONVOLUTION.refuse_module(module) is None else " *"
     found = ratios(times, "float")

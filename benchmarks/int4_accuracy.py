@@ -1,16 +1,16 @@
-"""What 4-bit weights cost the word language model: bytes, loss, and how far its words' probabilities move.
+"""Measure the word language model with 4-bit weights: its bytes, its loss, and how far its probabilities move.
 
     python benchmarks/int4_accuracy.py --data FOLDER --checkpoint FILE [--tokens 20000] [--calibrate 10]
         [--columns 32 64 128] [--lstm int8 "int8, 3 int4" int4] [--suggest BUDGET [--valid 4480] [--by loss]]
 
-Embedding rows are 4-bit affine throughout, the decoder is int4, the LSTM int8, int8 with the input matrices of its
-first three layers int4, or int4; each rounded to nearest, and with error feedback from some batches of the training
-text. Divergence is the mean over the words of KL(p ‖ q), p being the float model's probabilities of the next word and
-q the quantized one's: what the loss rises by on text that the float model fits, without that text's own chance.
+The embedding is always 4-bit affine and the decoder int4. The LSTM is int8, or int8 with the input matrices of its
+first three layers in int4, or int4. Each is rounded to nearest, and with GPTQ from some batches of the training text.
+Divergence is the mean over the words of KL(p ‖ q), where p are the float model's probabilities of the next word and q
+those of the quantized model. It is the expected rise of the loss on text that follows the float model's probabilities,
+without the noise of a sample.
 
 With --suggest the model is the one that suggest_mapping finds: the smallest whose loss, or divergence, on some words of
-the validation text is at most BUDGET more than float's, int4 weights rounded with error feedback. The test text has no
-part in it.
+the validation text exceeds float's by at most BUDGET, with int4 weights rounded by GPTQ. It does not see the test text.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def mapping_of(group_size: int, lstm: str) -> QConfigMapping:
 
 
 def calibration(model: WordLanguageModel, text: Tensor, batches: int) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
-    """Return batches of a text, (STEPS, LANES) words each, from all over it."""
+    """Return batches of (STEPS, LANES) words, spread over the whole text."""
     starts = torch.linspace(0, len(text) - STEPS * LANES, batches).long().tolist()
     parts = [text[start : start + STEPS * LANES] for start in starts]
     return [(part.view(LANES, STEPS).t().contiguous(), model.init_hidden(LANES)) for part in parts]
@@ -70,7 +70,7 @@ def calibration(model: WordLanguageModel, text: Tensor, batches: int) -> list[tu
 def variants(
     model: WordLanguageModel, text: Tensor, batches: int, sizes: Sequence[int], lstms: Sequence[str]
 ) -> Iterator[tuple[str, str, str, float, nn.Module]]:
-    """Yield columns a scale, the LSTM's weights, the rounding, the seconds to convert, and the model."""
+    """Yield columns per scale, the LSTM's weights, the rounding, the seconds to convert, and the model."""
     data = calibration(model, text, batches)
     for group_size, lstm in itertools.product(sizes, lstms):
         prepared = prepare_fx(model, mapping_of(group_size, lstm), data[0])
@@ -83,7 +83,7 @@ def variants(
 def metric_on(text: Tensor, model: WordLanguageModel, name: str) -> Callable[[nn.Module], float]:
     """Return a function that gives a model's loss on a text, or its divergence from a float model.
 
-    The text is cut into LANES that run side by side, their states carried on.
+    The text is cut into LANES that run in parallel, with their states carried over.
     """
     lanes = text[: len(text) // LANES * LANES].view(LANES, -1).t().contiguous()
     return lambda one: float(measure(model, [one], lanes, model.init_hidden(LANES))[1][METRICS.index(name)])
@@ -92,7 +92,7 @@ def metric_on(text: Tensor, model: WordLanguageModel, name: str) -> Callable[[nn
 def suggested(
     model: WordLanguageModel, corpus: Corpus, batches: int, words: int | None, budget: float, name: str
 ) -> tuple[str, str, str, float, nn.Module]:
-    """Return what `variants` yields, of suggest_mapping's model; print how it was found."""
+    """Return what `variants` yields, for suggest_mapping's model; print how it was found."""
     data, begin = calibration(model, corpus.train, batches), time.perf_counter()
     text = corpus.valid if words is None else corpus.valid[: words + LANES]
     found = suggest_mapping(model, data, metric_on(text, model, name), budget=budget)
@@ -101,7 +101,7 @@ def suggested(
 
 
 def measure(model: nn.Module, others: Sequence[nn.Module], text: Tensor, hidden: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Return each one's METRICS, (2,), the model first: in one walk through the text, (N, B), of B lanes."""
+    """Return the METRICS, (2,), of each model, the float one first, from one pass over the text, (N, B), of B lanes."""
     models = [model, *others]
     states, sums = [hidden] * len(models), torch.zeros(len(models), 2, dtype=torch.float64)
     with torch.no_grad():
@@ -125,11 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--checkpoint", type=Path, required=True, help="float model as safetensors")
     option("--tokens", type=token_count, default=20_000, metavar="N|all", help="words of the test text (%(default)s)")
     option("--calibrate", type=int, default=10, metavar="N", help="batches of the training text (%(default)s)")
-    option("--columns", type=int, nargs="+", choices=GROUP_SIZES, default=GROUP_SIZES, help="columns a scale")
+    option("--columns", type=int, nargs="+", choices=GROUP_SIZES, default=GROUP_SIZES, help="columns per scale")
     option("--lstm", nargs="+", choices=LSTMS, default=list(LSTMS), help="which of its weights are int4")
     option("--suggest", type=float, metavar="BUDGET", help="measure suggest_mapping's model, for this budget, instead")
-    option("--valid", type=token_count, default=4480, metavar="N|all", help="words it chooses by (%(default)s)")
-    option("--by", choices=METRICS, default="loss", help="and by which of them (%(default)s)")
+    option("--valid", type=token_count, default=4480, metavar="N|all", help="validation words (%(default)s)")
+    option("--by", choices=METRICS, default="loss", help="the metric it chooses by (%(default)s)")
     options = parser.parse_args(arguments)
     corpus, model = Corpus.from_folder(options.data), load_checkpoint(options.checkpoint)
     text = corpus.test if options.tokens is None else corpus.test[: options.tokens + 1]

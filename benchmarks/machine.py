@@ -1,4 +1,4 @@
-"""What a figure of speed depends on: the machine, the versions, the load."""
+"""Describe what a speed measurement depends on: the machine, the versions, the load."""
 
 import os
 import platform
@@ -41,7 +41,7 @@ def _version(package: str) -> str | None:
 
 
 def _read_cpuinfo() -> tuple[str, set[str]]:
-    """Return the processor's name and flags; only Linux has the file, elsewhere the flags stay unknown."""
+    """Return the processor's name and flags. Only Linux has the file; elsewhere the flags are unknown."""
     path = Path("/proc/cpuinfo")
     text = path.read_text(encoding="utf8") if path.exists() else ""
     fields: dict[str, str] = {}

@@ -1,10 +1,10 @@
-"""Measure a quantized model's memory: what it holds once loaded, and what converting it takes beside float and int8.
+"""Measure a quantized model's memory: what it holds once loaded, and what converting takes beyond float and int8.
 
     python -m benchmarks.memory [--layers 24] [--width 2048] [--json out.json]
 
-A stack of Linears of random weights, several hundred MB in float. Loading and converting each run in a process of
-their own, which reads its resident set (and the greatest it ever had) before and after; a small model goes the same
-way first, so that code and libraries are in memory already.
+The model is a stack of Linears with random weights, several hundred MB in float. Loading and converting each run in a
+fresh process, which reads its resident set (and its peak) before and after. A small model goes through the same steps
+first, so that code and libraries are already in memory.
 
 held: growth of the resident set from the empty process to the loaded model after a call, over the bytes of int8
 weights and scales. extra: how far prepare_fx and convert_fx went above float + int8, over one layer's float bytes.
@@ -30,12 +30,12 @@ from fxquant import QConfigMapping, convert_fx, default_dynamic_qconfig, prepare
 
 
 def stack(layers: int, width: int) -> nn.Module:
-    """Return so many square Linears, one after the other."""
+    """Return a sequence of square Linears."""
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).eval()
 
 
 def quantize(model: nn.Module, width: int) -> nn.Module:
-    """Return the model quantized by the documents' two calls."""
+    """Return the model quantized by prepare_fx and convert_fx."""
     mapping = QConfigMapping().set_global(default_dynamic_qconfig)
     return convert_fx(prepare_fx(model, mapping, torch.zeros(1, width)))
 
@@ -46,9 +46,9 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Return the greatest resident set of this program so far.
+    """Return the largest resident set of this program so far.
 
-    getrusage would not do: what it tells of a new process begins with the size of the one that started it.
+    getrusage is no help: for a new process its figure starts with the size of the process that started it.
     """
     lines = Path("/proc/self/status").read_text(encoding="utf8").splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024
@@ -76,7 +76,7 @@ def measure_load(path: Path, layers: int, width: int) -> dict[str, float]:
 
 
 def measure_convert(path: Path, layers: int, width: int) -> dict[str, float]:
-    """Return how much memory prepare_fx and convert_fx take at most, and write the checkpoint to `path`."""
+    """Return the peak memory of prepare_fx and convert_fx, and write the checkpoint to `path`."""
     quantize(stack(1, 64), 64)
     model = stack(layers, width)
     gc.collect()

@@ -1,4 +1,4 @@
-"""ONNX Runtime as a peer: the language model as ONNX, quantized by ONNX Runtime's own dynamic quantization."""
+"""ONNX Runtime as a peer: the language model in ONNX form, quantized by ONNX Runtime's dynamic quantization."""
 
 import logging
 import tempfile
@@ -14,13 +14,13 @@ OUTPUTS = ("scores", "next_hidden", "next_cell")
 
 
 class FlatState(nn.Module):
-    """The model with its state as two arguments and two results: ONNX knows no nested tuples."""
+    """The model with its state as two arguments and two results, because ONNX has no nested tuples."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        # torch.onnx.export gives the whole tree the wrapper's mode back when it is done: a wrapper in training mode, as
-        # all begin, would switch the float side's dropout on, and torch.ao's with it, which shares the module.
+        # When torch.onnx.export is done it gives the whole tree the wrapper's mode. New modules are in training mode,
+        # which would switch on the dropout of the float side, and of torch.ao's, which shares the module.
         self.train(model.training)
 
     def forward(self, words: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:

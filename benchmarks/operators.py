@@ -1,13 +1,14 @@
-"""Time every row of the operator table over a grid of sizes, against float torch and torch.ao, as ratios.
+"""Time every operator of the table over a grid of sizes, as ratios to float torch and torch.ao.
 
     python -m benchmarks.operators [--grid sizes|encoder] [--operators linear,lstm] [--threads 1] [--rounds 5]
         [--json out.json] [--plot out.svg]
 
-A case is called with so many rows: tokens, or sequences of 8 steps, or bags of 8; its weights are size × size (tables
-4096 × size). Every case's sides take turns in one process, `rounds` times, and each figure is a median: on a shared
-machine only such ratios mean anything. A ratio above 1 says how many times faster fxquant is; the least and greatest
-of the rounds stand beside it. The JSON file gathers: cases that it has and that were not measured anew stay, and the
-plot shows all of them (--rounds 0 only draws). FXQUANT_ISA=avx2 and the like measure other kernels.
+A case is called with a number of rows: tokens, or sequences of 8 steps, or bags of 8. Its weights are size × size
+(embedding tables 4096 × size). The sides of a case take turns in one process, `rounds` times, and each figure is a
+median: on a shared machine only such ratios are meaningful. A ratio above 1 says how many times faster fxquant is; the
+smallest and largest ratio of the rounds follow it. The JSON file accumulates: cases that are not measured again keep
+their figures, and the plot shows all of them (--rounds 0 only draws). FXQUANT_ISA=avx2 and the like measure other
+kernels.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Times = dict[str, list[float]]
 SIDES = ("fxquant", "float", "torch_ao")
 SIZES, ROWS, STEPS, TABLE = (16, 64, 256, 1024, 4096), (1, 16, 256), 8, 4096
 ENCODER = [(rows, i, o) for rows in (16, 64, 128, 512) for i, o in ((384, 384), (384, 1536), (1536, 384))]
-MOST_MACS = 20e9  # a call: beyond, float takes a second and more, and nobody doubts who wins
+MOST_MACS = 20e9  # per call: beyond, float takes over a second, and the result is clear
 
 
 class Constant(nn.Module):
@@ -50,7 +51,7 @@ class Constant(nn.Module):
 
 
 class Conv1D(nn.Module):
-    """transformers.pytorch_utils.Conv1D, by whose name the table knows it, for machines without that package."""
+    """A stand-in for transformers.pytorch_utils.Conv1D, for machines without it; the table recognizes it by name."""
 
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ Conv1D.__module__ = "transformers.pytorch_utils"
 
 
 class SelfAttention(nn.Module):
-    """One nn.MultiheadAttention of four heads, of a sequence on itself."""
+    """Self-attention by one nn.MultiheadAttention of four heads."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ def _constant(function: Callable[..., torch.Tensor]) -> Callable[[int, int], Cas
     return _rows(lambda size: Constant(function, size))
 
 
-# For each row of the operator table, cases by name: what makes (float module, inputs) from (rows, size).
+# For each operator of the table, cases by name: what makes (float module, inputs) from (rows, size).
 CASES: dict[str, dict[str, Callable[[int, int], Case]]] = {
     "linear": {"linear": _rows(lambda size: nn.Linear(size, size))},
     "matmul": {"matmul": _constant(operator.matmul)},
@@ -109,7 +110,7 @@ CASES: dict[str, dict[str, Callable[[int, int], Case]]] = {
         "rnn_cell": _rows(lambda size: nn.RNNCell(size, size)),
     },
     "embedding": {"embedding": lambda rows, size: (nn.Embedding(TABLE, size), (torch.randint(TABLE, (rows,)),))},
-    "embedding_bag": {  # sums: torch.ao's bag gives sums whatever its mode
+    "embedding_bag": {  # mode sum: torch.ao's bag gives sums for every mode
         "embedding_bag": lambda rows, size: (
             nn.EmbeddingBag(TABLE, size, mode="sum"),
             (torch.randint(TABLE, (rows, STEPS)),),
@@ -136,7 +137,7 @@ def torch_ao(module: nn.Module) -> nn.Module | None:
 
 
 def sides(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Call]:
-    """Return the calls to compare: modules are called as they stand, functions inside the graph that has them."""
+    """Return the calls to compare: modules are called directly, functions within their graph."""
     if isinstance(module, Constant):
         mapping = QConfigMapping().set_global(default_dynamic_qconfig)
         quantized = convert_fx(prepare_fx(module.eval(), mapping, inputs))
@@ -147,7 +148,7 @@ def sides(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Call]:
 
 
 def macs(module: nn.Module, inputs: tuple[Any, ...]) -> float:
-    """Return the products of one call: each weight with each row, where there are rows to multiply."""
+    """Return the multiplications of one call: each weight with each row, if there are rows to multiply."""
     x = inputs[0]
     return sum(p.numel() for p in module.parameters()) * (x.numel() / x.shape[-1] if x.is_floating_point() else 0)
 
@@ -170,7 +171,7 @@ def cases(grid: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Call
 def measure(
     calls: dict[str, Call], rounds: int, seconds: float = 0.02, clock: Callable[[], float] = time.perf_counter
 ) -> Times:
-    """Return each side's microseconds a call by a clock, one figure a round, the sides taking turns."""
+    """Return each side's microseconds per call, one figure per round, with the sides taking turns."""
     times: Times = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -202,7 +203,7 @@ def report(name: str, times: Times) -> str:
 
 
 def plot(rows: dict[str, Times], path: Path) -> None:
-    """Draw the ratios, a panel a case: over its sizes, a line for each number of rows, solid float, dashed torch.ao."""
+    """Draw the ratios over the sizes: a panel for each case, a line for each number of rows, torch.ao dashed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

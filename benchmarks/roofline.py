@@ -1,11 +1,11 @@
-"""Measure the machine's limits: how fast memory is read and written, and integers multiplied.
+"""Measure the machine's limits: the speed of reading and writing memory, and of multiplying integers.
 
     python -m benchmarks.roofline [--threads 1,2] [--json out.json]
 
-A read figure is the best call of torch's own readers (dot, sum, int8 amax) over a buffer of that size, a write figure
-that of zeroing one: what ordinary code reaches, not the last percent of the hardware, least so within L2. The sizes
-stand for L2, L3 and memory on machines like the documents'; a shared L3 gives what the neighbours leave. The product
-is fxquant's largest linear, from float rows to float rows, quantization included.
+A read figure is the best call of torch's own readers (dot, sum, int8 amax) over a buffer of that size; a write figure
+is that of zeroing one. These are rates that ordinary code reaches, not the limits of the hardware, especially within
+L2. The sizes stand for L2, L3 and memory on machines like that of docs/performance.md. A shared L3 leaves only what the
+other guests do not use. The product is fxquant's largest linear, from float to float, including quantization.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PRODUCT = (512, 4096, 4096)
 
 
 def rates(seconds: float = 0.1) -> dict[str, float]:
-    """Return GB/s read and written at each level, and the largest product's GMAC/s, with the threads torch has now."""
+    """Return GB/s read and written at each level, and the largest product's GMAC/s, with torch's current threads."""
     found = {}
     for level, n_bytes in LEVELS.items():
         buffer = torch.zeros(n_bytes // 4)
@@ -46,7 +46,7 @@ def readers(buffer: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
 
 
 def best_seconds(call: Callable[[], object], seconds: float) -> float:
-    """Return the least time of a call, of at least three and as many as fit: others' work only ever adds to it."""
+    """Return the shortest time of a call, of at least three: other work on the machine can only add to it."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:

@@ -1,8 +1,8 @@
-"""Time the word language model, of random weights, under several qconfigs: milliseconds a call, the sides taking turns.
+"""Time the word language model with random weights under several qconfigs, in milliseconds per call, taking turns.
 
     python -m benchmarks.schemes [--threads 1] [--rounds 5] [--seconds 0.2]
 
-The embedding is int8 in each. A figure is the median of the rounds' medians.
+The embedding is always int8. A figure is the median of the rounds' medians.
 """
 
 from __future__ import annotations

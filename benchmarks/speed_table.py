@@ -1,8 +1,8 @@
-"""Measure what `fxquant.explain` looks up: float beside fxquant, by operator, weights, rows and size.
+"""Measure the times that `fxquant.explain` looks up: float and fxquant, by operator, weights, rows and size.
 
     python -m benchmarks.speed_table [--threads 1] [--rounds 5] [--json fxquant/debug/speed.json]
 
-Of each figure the least round is kept, what a call takes undisturbed. See fxquant/debug/regressions.py.
+Each figure is that of the fastest round, which is the time of an undisturbed call. See fxquant/debug/regressions.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MACHINE = ("cpu", "cores_usable", "flags", "kernel", "torch", "fxquant", "date")
 
 
 def case(operator: str, rows: int, size: int) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """Return a float module of size inputs and outputs, and what it is called with: so many rows, one sequence."""
+    """Return a float module with `size` inputs and outputs, and its input: one sequence of so many rows."""
     x, indices = torch.randn(rows, size), torch.randint(4096, (rows, 8))
     return {
         "linear": lambda: (nn.Linear(size, size), (x,)),
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def write(path: Path, threads: int, results: dict[str, dict[str, float]]) -> None:
-    """Write the command, the machine and each row's figures, a row a line."""
+    """Write the command, the machine and the figures of each number of rows, one per line."""
     described = describe_machine()
     machine = {**{name: described[name] for name in MACHINE}, "threads": threads}
     head = json.dumps({"command": " ".join(["python -m benchmarks.speed_table", *sys.argv[1:]]), "machine": machine})

@@ -1,10 +1,10 @@
-"""Measure the tail: do torch's own operators, and fxquant's, get slower calls when the two take turns?
+"""Measure tail latency: do calls of torch's operators, or of fxquant's, get slower when the two take turns?
 
     python -m benchmarks.tail [--threads 1,2] [--calls 2000] [--json out.json]
 
-A model mixes them: a quantized linear, then a softmax or a product of torch's. Both have threads; a pool of one that
-spins while the other works would show in the 99th percentile. So each operator's calls are timed one by one: alone,
-taking turns with the other, and, for comparison, torch's taking turns with torch's own float linear.
+A model mixes both: a quantized linear, then torch's softmax or product. Both have threads, and if one pool were
+spinning while the other works, the 99th percentile would show it. So the calls of each operator are timed one by one:
+alone, in turns with the other, and, for comparison, torch's in turns with torch's own float linear.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ROWS, WIDTH = 64, 1024
 
 
 def time_in_turn(calls: dict[str, Call], count: int) -> dict[str, list[float]]:
-    """Return the microseconds of every call, the operators called in turn; a tenth more at the start only warms up."""
+    """Return the microseconds of every call, with the operators in turn, after a tenth as many calls to warm up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(count + count // 10):
         for name, call in calls.items():
@@ -38,20 +38,20 @@ def time_in_turn(calls: dict[str, Call], count: int) -> dict[str, list[float]]:
 
 
 def percentile(times: Sequence[float], percent: int) -> float:
-    """Return the least time that `percent` of 100 calls did not exceed."""
+    """Return the time that `percent` percent of the calls did not exceed."""
     ordered = sorted(times)
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
 
 def operators() -> dict[str, Call]:
-    """Return the calls: a product and a softmax of torch's (MKL and OpenMP), a float and a quantized linear."""
+    """Return the calls: torch's product and softmax (MKL and OpenMP), a float and a quantized linear."""
     linear, x, scores = nn.Linear(WIDTH, WIDTH), torch.randn(ROWS, WIDTH), torch.randn(ROWS, 33278)
     quantized = DynamicQuantizedLinear.from_float(linear)
     return {"softmax": lambda: scores.softmax(1), "float linear": lambda: linear(x), "fxquant": lambda: quantized(x)}
 
 
 def measure(count: int) -> list[dict[str, object]]:
-    """Return a row for each operator and company: p50 and p99 in microseconds."""
+    """Return a line for each operator and what it takes turns with: p50 and p99 in microseconds."""
     calls = operators()
     rows: list[dict[str, object]] = []
     for company in (["softmax"], ["fxquant"], ["softmax", "float linear"], ["softmax", "fxquant"]):

@@ -1,10 +1,10 @@
-"""Measure what more threads do to single calls, on a quiet machine and beside a process that keeps one core busy.
+"""Measure the effect of more threads on single calls, on a quiet machine and beside a process that keeps a core busy.
 
     python -m benchmarks.threads [--threads 1,2] [--rounds 5] [--seconds 0.3] [--only lstm] [--json out.json]
 
 More threads should never make a call slower than one thread does, beyond noise. For each case the thread counts take
-turns, several rounds, and each call is timed by itself: p50 and p99 of all of them, in milliseconds, and p50 as a ratio
-to the first thread count's. Between the encoder's quantized operators are torch's own, which have threads of their own.
+turns for several rounds, and each call is timed separately: p50 and p99 of all calls in milliseconds, and the ratio of
+p50 to that of the first thread count. The encoder also has torch's own operators, which use threads of their own.
 """
 
 import argparse
@@ -31,7 +31,7 @@ VOCABULARY, EMBEDDED, HIDDEN, LAYERS = 33278, 512, 256, 5
 
 
 class LanguageModel(nn.Module):
-    """The documents' language model, with random weights: times do not depend on them."""
+    """The language model of docs/performance.md with random weights, on which times do not depend."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class LanguageModel(nn.Module):
 
 
 def quantized(model: nn.Module, *inputs: torch.Tensor) -> Call:
-    """Return a call of the quantized model, whose layers are inside a module of its own: as they are in a user's."""
+    """Return a call of the quantized model, whose layer is inside an outer module, as in a user's model."""
     prepared = prepare_fx(nn.Sequential(model).eval(), QConfigMapping().set_global(default_dynamic_qconfig), inputs)
     converted = convert_fx(prepared)
     return lambda: converted(*inputs)
 
 
 def cases() -> dict[str, Callable[[], Call]]:
-    """Return what is measured, each made when its turn comes."""
+    """Return the cases by name, each as a function that makes it when its turn comes."""
     words = {shape: torch.randint(VOCABULARY, shape) for shape in ((25, 1), (1, 1), (25, 16))}
     made: dict[str, Callable[[], Call]] = {}
     for (steps, batch), given in words.items():
@@ -73,7 +73,7 @@ def encoder() -> nn.Module:
 
 @contextlib.contextmanager
 def company(is_busy: bool) -> Iterator[None]:
-    """Keep one core busy for the time being, or not."""
+    """Keep one core busy inside the context, if asked to."""
     if not is_busy:
         yield
         return
@@ -86,7 +86,7 @@ def company(is_busy: bool) -> Iterator[None]:
 
 
 def time_calls(call: Call, seconds: float) -> list[float]:
-    """Return the milliseconds of each of the calls that fit into some seconds; the first ones only warm up."""
+    """Return the milliseconds of each call that fits into some seconds; the first ones only warm up."""
     times: list[float] = []
     end = time.perf_counter() + 1.1 * seconds
     while (begin := time.perf_counter()) < end:
@@ -96,7 +96,7 @@ def time_calls(call: Call, seconds: float) -> list[float]:
 
 
 def measure(name: str, call: Call, threads: Sequence[int], rounds: int, seconds: float) -> list[dict[str, object]]:
-    """Return a row for each thread count and company."""
+    """Return a line for each thread count, on a quiet and on a busy machine."""
     rows: list[dict[str, object]] = []
     for beside in ("nothing", "a busy process"):
         times: dict[int, list[float]] = {count: [] for count in threads}

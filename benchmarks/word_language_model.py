@@ -1,18 +1,18 @@
-"""Speed, size and loss of the word language model: fxquant beside float torch, torch.ao FX and ONNX Runtime.
+"""Measure the word language model's speed, size and loss: fxquant, float torch, torch.ao FX and ONNX Runtime.
 
     python benchmarks/word_language_model.py [--data FOLDER --checkpoint FILE] [--threads 1,2] [--shapes 25x1,1x1,25x16]
         [--variants plain,reused,avx512_vnni,avx_vnni,avx2]
 
-All sides live in one process and take turns: in each round every side is called over and over for a while, and its
-median call is kept. Ratios are taken round by round, so that a machine that slows down does so for both halves. Sides
-whose packages are missing are left out, and said to be. Without a checkpoint the weights are random, of the documents'
-shape (33278 words, 512, 256, 5 layers): time does not depend on their values. With --data the loss is measured too.
+All sides run in one process and take turns: in each round every side is called repeatedly for a while, and the median
+call counts. Ratios are taken within a round, so that a slower machine affects both sides. Sides whose packages are
+missing are left out, with a message. Without a checkpoint the weights are random, in the shapes of docs/performance.md
+(33278 words, 512, 256, 5 layers): time does not depend on their values. With --data the loss is measured too.
 
-"faults" counts a call's page faults. Large outputs cost torch much of its time in faults, which fxquant's output pool
-saves; so the variant "reused" runs all sides in a process whose malloc gives nothing back, and no side has faults. The
-other variants are instruction sets, by FXQUANT_ISA, which restricts fxquant alone. "lower bound" is the time that
-memory alone takes, at the rates that benchmarks/roofline.py finds in the same process: all weights read once from L3,
-the scores written once.
+"faults" counts the page faults of a call. Large outputs cost torch much time in page faults, which fxquant's output
+pool avoids. In the variant "reused" all sides run in a process whose malloc returns no memory, so that no side has
+faults. The other variants are instruction sets (FXQUANT_ISA, which restricts fxquant alone). "lower bound" is the time
+of the memory traffic alone, at the rates that benchmarks/roofline.py finds in the same process: all weights are read
+once from L3 and the scores written once.
 """
 
 import argparse
@@ -60,7 +60,7 @@ FEWEST_CALLS = 5
 PLAIN = "plain"
 VARIANTS: dict[str, dict[str, str]] = {
     PLAIN: {},
-    # no mmap, hence one heap that only grows; by default a block of 53 MB goes back to the system at each call
+    # no mmap, so one heap that only grows; by default a block of 53 MB is returned to the system at each call
     "reused": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_TOP_PAD_": str(64 << 20)},
     **{isa: {"FXQUANT_ISA": isa} for isa in ("avx512_vnni", "avx_vnni", "avx2")},
 }
@@ -68,7 +68,7 @@ VARIANTS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Side:
-    """One way to compute the model. `prepare` gives the callable for a number of threads."""
+    """One way to compute the model. `prepare` returns the callable for a number of threads."""
 
     name: str
     size_bytes: int
@@ -79,7 +79,7 @@ class Side:
 class Timing:
     """The median call of each round, in ms, for a side, shape and number of threads; and its ratio to fxquant.
 
-    faults: a call's page faults, None for the lower bound. variant: the environment that the process ran in.
+    faults: page faults per call, None for the lower bound. variant: the environment of the process.
     """
 
     side: str
@@ -92,7 +92,7 @@ class Timing:
 
 
 def make_sides(model: WordLanguageModel, folder: Path) -> list[Side]:
-    """Return the sides that can be had here; print which cannot, and why."""
+    """Return the available sides; print which are missing, and why."""
     example_inputs = (torch.zeros(25, 1, dtype=torch.long), model.init_hidden(1))
     int8_model = quantize(model, example_inputs)
     sides = [
@@ -114,7 +114,7 @@ def make_sides(model: WordLanguageModel, folder: Path) -> list[Side]:
 
 
 def median_call_ms(call: Call, words: Tensor, hidden: Hidden, seconds: float) -> float:
-    """Return the median time of a call, from as many as fit into `seconds`; the first quarter only warms up."""
+    """Return the median time of the calls that fit into `seconds`; the first quarter only warms up."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < FEWEST_CALLS or time.perf_counter() < end:
@@ -127,7 +127,7 @@ def median_call_ms(call: Call, words: Tensor, hidden: Hidden, seconds: float) ->
 def time_shape(
     calls: dict[str, Call], words: Tensor, hidden: Hidden, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Return each side's median ms, round by round, the sides taking turns and each round beginning with another."""
+    """Return each side's median ms, round by round. The sides take turns, and each round begins with another side."""
     names = list(calls)
     results: dict[str, list[float]] = {name: [] for name in names}
     with torch.no_grad():
@@ -139,7 +139,7 @@ def time_shape(
 
 
 def faults_a_call(call: Call, words: Tensor, hidden: Hidden, calls: int = 5) -> float:
-    """Return the mean number of pages that the system had to hand out during a call."""
+    """Return the mean number of page faults per call."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     with torch.no_grad():
         for _ in range(calls):
@@ -148,7 +148,7 @@ def faults_a_call(call: Call, words: Tensor, hidden: Hidden, calls: int = 5) -> 
 
 
 def lower_bound_ms(model: WordLanguageModel, length: int, batch: int, speeds: dict[str, float]) -> float:
-    """Return what reading all int8 weights and writing float scores takes at the machine's speeds, in ms."""
+    """Return the ms for reading all int8 weights and writing float scores at the machine's speeds."""
     weights = sum(p.numel() for p in (*model.rnn.parameters(), *model.decoder.parameters()))
     scores = 4 * length * batch * model.decoder.out_features
     written = "write L3, GB/s" if scores > LEVELS["L2"] else "write L2, GB/s"
@@ -156,7 +156,7 @@ def lower_bound_ms(model: WordLanguageModel, length: int, batch: int, speeds: di
 
 
 def measure(sides: list[Side], text: Tensor, model: WordLanguageModel, options: argparse.Namespace) -> list[Timing]:
-    """Return the timings of all sides, for each number of threads and each shape; progress goes to standard error."""
+    """Return the timings of all sides for each number of threads and each shape. Progress goes to standard error."""
     timings = []
     for threads in options.threads:
         with torch_threads(threads):
@@ -199,7 +199,7 @@ def print_speed(timings: list[Timing]) -> None:
 
 
 def measure_quality(sides: list[Side], text: Tensor | None, hidden: Hidden) -> list[dict[str, object]]:
-    """Return each side's size, and where there is a text its loss, perplexity and time over it at one thread."""
+    """Return each side's size and, if there is a text, its loss, perplexity and time on it with one thread."""
     rows: list[dict[str, object]] = [{"side": side.name, "size_bytes": side.size_bytes} for side in sides]
     if text is None:
         return rows
@@ -240,7 +240,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def variants(argument: str) -> list[str]:
-    """Return the names of `plain,avx2`; raises ValueError for one that is not there."""
+    """Return the names in a list like `plain,avx2`; raises ValueError for an unknown one."""
     names = argument.split(",")
     if not set(names) <= set(VARIANTS):
         raise ValueError(argument)
@@ -248,7 +248,7 @@ def variants(argument: str) -> list[str]:
 
 
 def run_variant(name: str, arguments: Sequence[str], folder: Path) -> list[Timing]:
-    """Return the timings of a process of its own in the variant's environment, none where the machine cannot."""
+    """Return the timings from a fresh process in the variant's environment; none if the machine lacks it."""
     file = folder / f"{name}.json"
     command = [sys.executable, __file__, *arguments, f"--variants={PLAIN}", f"--json={file}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **VARIANTS[name]})

@@ -1,8 +1,7 @@
-"""Measure which float operators give a row other bits in another batch: python -m docs.make_batch_independence.
+"""Measure which float operators give a token different bits in another batch: python -m docs.make_batch_independence.
 
-Each operator is called with a batch and with parts of it, which lie elsewhere in memory, at several sizes, on one
-thread and on two. What comes out is kept for each machine in batch_independence.json, and written into
-docs/numerics.md.
+Each operator is called with a batch and with parts of it, placed elsewhere in memory, at several sizes, with one thread
+and with two. The results of each machine are stored in batch_independence.json and written into docs/numerics.md.
 """
 
 import json
@@ -34,7 +33,7 @@ SIZES = (  # batch, length, width, heads
     (6, 5, 7, 1),
 )
 OFFSETS = (0, 1, 4, 8)
-"""How many floats behind a multiple of 64 bytes a part begins."""
+"""At how many floats after a multiple of 64 bytes a part begins."""
 THREADS = (1, 2)
 
 Sizes = tuple[int, int, int, int]
@@ -42,7 +41,7 @@ Make = Callable[[Sizes], tuple[torch.Tensor, ...]]
 
 
 class Probe(NamedTuple):
-    """An operator: what makes its inputs, whose first dimension is the batch, and calls of it."""
+    """An operator: a function that makes its inputs, with the batch as first dimension, and calls of the operator."""
 
     name: str
     make: Make
@@ -55,7 +54,7 @@ def rows(sizes: Sizes) -> tuple[torch.Tensor, ...]:
 
 
 def odd(sizes: Sizes) -> tuple[torch.Tensor, ...]:
-    """Return (B, 7): most of them are in another place of the processor's registers than alone."""
+    """Return (B, 7): most of its elements have another place in a register than they have alone."""
     return (torch.randn(sizes[0], 7),)
 
 
@@ -82,7 +81,7 @@ def pairs(sizes: Sizes) -> tuple[torch.Tensor, ...]:
 
 
 def images(sizes: Sizes) -> tuple[torch.Tensor, ...]:
-    """Return (B, 8, T + 2, T + 2), no more than 20 wide."""
+    """Return (B, 8, T + 2, T + 2), at most 20 wide."""
     side = min(sizes[1] + 2, 20)
     return (torch.randn(sizes[0], 8, side, side),)
 
@@ -125,7 +124,7 @@ ELEMENTWISE = {
 
 
 def elementwise_probes() -> Iterator[Probe]:
-    """Yield two probes an operator: of whole rows, and of odd ones."""
+    """Yield two probes for each operator: of whole rows, and of rows with 7 elements."""
     for name, calls in ELEMENTWISE.items():
         yield Probe(name, rows, calls)
         yield Probe(name, odd, calls)
@@ -181,14 +180,14 @@ NAMES = tuple(dict.fromkeys(probe.name for probe in PROBES))
 
 
 def moved(x: torch.Tensor, offset: int) -> torch.Tensor:
-    """Return a copy that begins so many elements behind a multiple of 64 bytes."""
+    """Return a copy that begins so many elements after a multiple of 64 bytes."""
     memory = x.new_empty(x.numel() + 16 + offset)
     first = -(memory.data_ptr() // x.element_size()) % (64 // x.element_size()) + offset
     return memory[first : first + x.numel()].view(x.shape).copy_(x)
 
 
 def worst(probe: Probe, sizes: Sizes) -> float:
-    """Return by how much a row differs in a batch and in parts of it, over the batch's greatest value."""
+    """Return the largest difference of a row in a batch and in parts of it, relative to the largest value."""
     inputs, found = probe.make(sizes), 0.0
     batch = sizes[0]
     parts = {(row, row + 1) for row in range(min(batch, 5))} | {(batch - 1, batch), (0, batch // 2), (1, batch)}
@@ -204,7 +203,7 @@ def worst(probe: Probe, sizes: Sizes) -> float:
 
 @torch.no_grad()
 def measure() -> dict[str, list[float]]:
-    """Return for each operator by how much rows differ at most, for each number of threads."""
+    """Return the largest difference of each operator, for each number of threads."""
     found = {name: [0.0] * len(THREADS) for name in NAMES}
     before = torch.get_num_threads()
     for place, threads in enumerate(THREADS):
@@ -217,12 +216,12 @@ def measure() -> dict[str, list[float]]:
 
 
 def machine_name() -> str:
-    """Return the processor, its instruction set as torch uses it, and torch's version."""
+    """Return the processor, the instruction set that torch uses, and torch's version."""
     return f"{describe_machine()['cpu']} ({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}"
 
 
 def cell(differences: list[float]) -> str:
-    """Return what the table says of one operator on one machine."""
+    """Return the table's cell for one operator and one machine."""
     if not any(differences):
         return "the same"
     told = [f"{most:.0e}" if most else "the same" for most in differences]
@@ -241,7 +240,7 @@ def table(data: dict[str, dict[str, list[float]]]) -> str:
 
 
 def write(data: dict[str, dict[str, list[float]]]) -> str:
-    """Return the page with its block made anew."""
+    """Return the page with its block replaced."""
     page = PAGE.read_text(encoding="utf8")
     before, _, rest = page.partition(BEGIN)
     return before + table(data) + rest.partition(END)[2]

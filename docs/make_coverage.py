@@ -19,7 +19,8 @@ The table lists published architectures, each implemented in a small size from i
   matrix has a reason.
 - The outputs are those of an independent simulation, which rounds the float model's weights and activations by the
   equations of [numerics](numerics.md). They have the same bits. Where recurrent layers, attention or folded
-  normalizations round in a different order, they are closer to the simulation than the simulation is to the float model.
+  normalizations round in a different order, they are closer to the simulation than the simulation is to the float
+  model.
 - A sample has the same bits whatever its neighbours in the batch are. With `batch_invariant=True` it also has the same
   bits alone, unless `explain` names something that torch computes in a different order in a different batch (small
   convolutions, for example).
@@ -42,7 +43,7 @@ The columns:
 
 
 def cells(architecture: Architecture) -> list[str]:
-    """Return what the page says of an architecture."""
+    """Return an architecture's cells of the table."""
     measured = measure(architecture)
     model, record = measured.model, record_of(measured.quantized["fx"])
     assert record is not None

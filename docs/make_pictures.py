@@ -25,7 +25,7 @@ text{font:14px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;fill:#1f2328
 
 
 def told() -> str:
-    """Return the printed diff of the model that the documents are about; its sizes do not depend on training."""
+    """Return the printed diff of the word language model; its sizes do not depend on training."""
     with torch.device("meta"):
         model = WordLanguageModel(33278, 512, 256, 5).eval()
     model = model.to_empty(device="cpu")
@@ -37,13 +37,13 @@ def told() -> str:
 
 
 def picture(text: str) -> str:
-    """Return a printed diff as an SVG, a line a text element, coloured by its sign."""
+    """Return a printed diff as an SVG, with each line coloured by its sign."""
     lines, drawn, kind = text.split("\n"), [], ""
     for number, line in enumerate(lines):
-        if line[:8].strip() or not line:  # not a line that a cell goes on in
+        if line[:8].strip() or not line:  # not a line that continues a cell
             kind = _CLASSES.get(line[:1], "") if line[1:2] == " " else ""
         y = _MARGIN + 12 + number * _LINE
-        for match in re.finditer(r"\S+(?: \S+)*", line):  # cells stand two blanks apart
+        for match in re.finditer(r"\S+(?: \S+)*", line):  # cells are two blanks apart
             x = _MARGIN + match.start() * _COLUMN
             width = len(match[0]) * _COLUMN
             drawn.append(

@@ -6,8 +6,8 @@ from fxquant.torch_ao.names import MOVED, SAME
 
 _HEAD = """# Names of torch.ao
 
-Every public name of `torch.ao.quantization`, and what replaces it in fxquant. `python docs/make_torch_ao_names.py` generates this
-page from fxquant's own tables. For a guide see [coming from torch.ao](from_torch_ao.md).
+Every public name of `torch.ao.quantization`, and what replaces it in fxquant. `python docs/make_torch_ao_names.py`
+generates this page from fxquant's own tables. For a guide see [coming from torch.ao](from_torch_ao.md).
 
 ## Names that are the same
 

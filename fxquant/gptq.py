@@ -2,7 +2,7 @@
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv:2210.17323. What a weight W does to its inputs x is kept, not W itself: with H = Σ x xᵀ over some data, the
-integers are chosen so that the error of the products, tr (W - Ŵ) H (W - Ŵ)ᵀ, is small. docs/numerics.md, eq. 25–27, 29.
+integers are chosen so that the error of the products, tr (W - Ŵ) H (W - Ŵ)ᵀ, is small. docs/numerics.md, "GPTQ error".
 """
 
 from __future__ import annotations

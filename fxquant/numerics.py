@@ -37,7 +37,7 @@ class QuantizedTensor(NamedTuple):
 
 
 def quantize_rows(x: torch.Tensor, qmax: int, per_row: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (q, scale, zero_point) of an activation, measured from the values themselves. docs/numerics.md, eq. 1–4.
+    """Return (q, scale, zero_point) of an activation, measured from its values. docs/numerics.md, "Activations".
 
     x: (M, K) float32 -> q: (M, K) float32 holding whole numbers in [0, qmax]; scale and zero_point: (M, 1) float32
     (one for each row, or the same one in every row when per_row is False).
@@ -61,7 +61,7 @@ def quantize_rows(x: torch.Tensor, qmax: int, per_row: bool = True) -> tuple[tor
 
 
 def quantize_rows_int16(x: torch.Tensor, per_row: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (q, scale) of an activation as int16, measured from the values themselves. docs/numerics.md, eq. 21–22.
+    """Return (q, scale) of an activation as int16, measured from its values. docs/numerics.md, "int16 scale".
 
     x: (M, K) float32 -> q: (M, K) float32 holding whole numbers in [-32767, 32767]; scale: (M, 1) float32. NaN,
     infinities, rows too small and per_row as in `quantize_rows`; there is no zero point.
@@ -79,12 +79,12 @@ def quantize_rows_int16(x: torch.Tensor, per_row: bool = True) -> tuple[torch.Te
 
 
 def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (scale, zero_point) for weights that span [low, high]. docs/numerics.md, eq. 5–6.
+    """Return (scale, zero_point) for weights that span [low, high]. docs/numerics.md, "Weights".
 
     low, high: (N,) float32, one a channel or one for all -> scale, zero_point: (N,) float32; for groups all of them
     (N, groups), the scale bfloat16.
     Groups: scale = e / qmin, where e is whichever of low and high is farther from 0; below 0 where e is above, so
-    that e becomes qmin and all 16 integers of [-8, 7] are of use. docs/numerics.md, eq. 19. Symmetric: scale =
+    that e becomes qmin and all 16 integers of [-8, 7] are of use. docs/numerics.md, "int4 group". Symmetric: scale =
     max(|low|, |high|) / steps, zero_point 0. Affine (embedding rows): scale = (high - low) / steps and the real-
     valued zero_point = -low / scale of torch.ao's float_qparams scheme. A range of 0 gives scale 1 (the symmetric
     case) or the constant itself (the affine case), so that a constant is exact.

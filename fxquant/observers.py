@@ -86,7 +86,7 @@ class LeastErrorObserver(PerChannelMinMaxObserver):
     """Measures for each index of dimension 0 the part of its range that rounds with the least squared error.
 
     The range itself and 31/32, 30/32, … 18/32 of it are tried: values beyond are clipped, all others get finer steps.
-    With 4 bits that is worth it, with 8 it hardly matters. docs/numerics.md, eq. 28.
+    With 4 bits that is worth it, with 8 it hardly matters. docs/numerics.md, "clipped range".
     """
 
     def measure(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

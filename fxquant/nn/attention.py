@@ -37,7 +37,7 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
     out_proj: a DynamicQuantizedLinear. Dropout is for training only and has no part here.
 
     Each row of query, key and value is quantized by itself, and so is each row that out_proj takes. What lies between,
-    softmax(Q Kᵀ) V, is float, in a fixed order of sums. docs/numerics.md, eq. 18 and 30.
+    softmax(Q Kᵀ) V, is float, in a fixed order of sums. docs/numerics.md, "attention".
     """
 
     in_proj_bias: nn.Parameter | None

@@ -25,7 +25,7 @@ class DynamicQuantizedConv(QuantizedProduct):
     a position's channels; weight_scale: (O,) float32; weight: the float one; bias: (O,) or None. input: (B, I, L), of a
     Conv2d
     (B, I, H, W), or without B -> what the convolution gives, in the input's dtype, contiguous or channels last as the
-    input. Raises ShapeError or DTypeError for another input. docs/numerics.md, eq. 7–8 and 30.
+    input. Raises ShapeError or DTypeError for another input. docs/numerics.md, "window".
     """
 
     in_channels: int

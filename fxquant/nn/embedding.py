@@ -49,7 +49,7 @@ class QuantizedEmbedding(QuantizedTable):
     """An nn.Embedding whose table is int8 rows (or affine uint8, packed 4-bit, float16); made by `from_float`.
 
     input: any shape, int32 or int64 -> (*input.shape, D) of `dtype`.
-    Raises DTypeError for other indices and IndexRangeError beyond the table. docs/numerics.md, eq. 13.
+    Raises DTypeError for other indices and IndexRangeError beyond the table. docs/numerics.md, "embedding".
     """
 
     def __init__(

@@ -19,7 +19,7 @@ class QuantizedProduct(QuantizedModule):
     weight_int8, weight_int16: (O, I); weight_scale: (O,) float32; bias: (O,) or None. input: (..., I) float -> (..., O)
     in its dtype. weight: the float weight, dequantized when it is read.
     int4, two values a byte, in groups of G columns: weight_int4: (O, ceil(I / 2)) uint8; weight_scale: (O, ceil(I / G))
-    bfloat16. Raises ShapeError or DTypeError for another input. docs/numerics.md, eq. 7–8, 20 and 21–24.
+    bfloat16. Raises ShapeError or DTypeError for another input. docs/numerics.md, "int8 output".
     """
 
     relu: ClassVar[bool] = False

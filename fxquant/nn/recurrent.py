@@ -235,7 +235,7 @@ class DynamicQuantizedRecurrent(QuantizedModule):
 
 
 class DynamicQuantizedLSTM(DynamicQuantizedRecurrent):
-    """An nn.LSTM with quantized weights. docs/numerics.md, eq. 9–12."""
+    """An nn.LSTM with quantized weights. docs/numerics.md, "LSTM"."""
 
     has_cell_state = True
     mode = "LSTM"
@@ -248,7 +248,7 @@ class DynamicQuantizedLSTM(DynamicQuantizedRecurrent):
 
 
 class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
-    """An nn.RNN (tanh or relu) with quantized weights. docs/numerics.md, eq. 17."""
+    """An nn.RNN (tanh or relu) with quantized weights. docs/numerics.md, "RNN output"."""
 
     def __init__(
         self, module: Any, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
@@ -279,7 +279,7 @@ class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
 class DynamicQuantizedGRU(DynamicQuantizedRNN):
     """An nn.GRU with quantized weights. hidden_bias_l0: (H,), the n gate's hidden bias, which stays by itself.
 
-    docs/numerics.md, eq. 14–16.
+    docs/numerics.md, "GRU and RNN".
     """
 
     promotes = True

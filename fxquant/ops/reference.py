@@ -39,13 +39,13 @@ def linear(
     group_size: int = 0,
     in_features: int = 0,
 ) -> torch.Tensor:
-    """Return x @ dequantize(weight).T + bias, with x quantized row by row. docs/numerics.md, eq. 7–8.
+    """Return x @ dequantize(weight).T + bias, with x quantized row by row. docs/numerics.md, "int8 output".
 
     x: (..., I) float; weight: (O, I) int8, int16 or float16; scale: (O,) float32, None for float16; bias: (O,) or None
     -> (..., O) in x's dtype. per_row False: one scale for all of x. qmax: 255, or 127 for 7-bit activations; of no
-    meaning to int16 weights, whose activations are int16 too. docs/numerics.md, eq. 21–24.
+    meaning to int16 weights, whose activations are int16 too. docs/numerics.md, "int16 output".
     group_size: 0, or 32, 64 or 128 for int4 weights: (O, ceil(I / 2)) uint8, with in_features I and scale
-    (O, ceil(I / group_size)) bfloat16. docs/numerics.md, eq. 20.
+    (O, ceil(I / group_size)) bfloat16. docs/numerics.md, "int4 output".
     """
     columns = in_features if group_size else weight.shape[1]
     rows = x.reshape(math.prod(x.shape[:-1]), columns).to(torch.float32)
@@ -204,7 +204,7 @@ def embedding(
     bits: int = 8,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Return the rows of a quantized table: (weight[i] - zero_point[i]) * scale[i]. docs/numerics.md, eq. 13.
+    """Return the rows of a quantized table: (weight[i] - zero_point[i]) * scale[i]. docs/numerics.md, "embedding".
 
     indices: any shape, int32 or int64; weight: (V, D) int8, uint8 or float16, or (V, ceil(D / 2)) uint8 with bits=4;
     scale, zero_point: (V,) float32 or None -> (*indices.shape, D) of `dtype`.

@@ -4,7 +4,8 @@ Its kernels: csrc/kernels/generic/products-inl.h.
 
 torch's own products order their sums by the batch and by where a tensor lies in memory. Here each sum goes through the
 depth in order, of single operations on one element each, so an element depends on its row and its column alone. The
-kernels go through it in the same order by fused multiply-adds, and agree to float rounding. docs/numerics.md, eq. 30.
+kernels go through it in the same order by fused multiply-adds, and agree to float rounding. docs/numerics.md,
+"ordered sum".
 """
 
 from __future__ import annotations

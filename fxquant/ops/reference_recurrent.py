@@ -25,7 +25,7 @@ def lstm(
     per_row: bool = True,
     qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (output, h, c) of a stack of LSTM layers. docs/numerics.md, eq. 9–12.
+    """Return (output, h, c) of a stack of LSTM layers. docs/numerics.md, "LSTM".
 
     x: (T, B, I) float, or (N, I) rows of a packed sequence with batch_sizes (T,) int64; h0: (L, B, P), c0: (L, B, H),
     L = layers × directions. weights: for each of the L cells weight_ih (4H, I), weight_hh (4H, P) and, with a
@@ -60,7 +60,7 @@ def rnn(
     per_row: bool = True,
     qmax: int = 255,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (output, h) of a stack of GRU or plain RNN layers. docs/numerics.md, eq. 14–17.
+    """Return (output, h) of a stack of GRU or plain RNN layers. docs/numerics.md, "GRU and RNN".
 
     mode: "gru" (G = 3 gates, in the order r, z, n), "rnn_tanh" or "rnn_relu" (G = 1). x, batch_sizes: as for `lstm`;
     h0: (L, B, H). weights: for each cell weight_ih (G·H, I) and weight_hh (G·H, H); they and scales: as for `lstm`;
@@ -134,7 +134,7 @@ def _once(weight: torch.Tensor) -> torch.Tensor:
 
 
 def lstm_cell(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (c', h) of one LSTM step: c' = σ(f) c + σ(i) tanh(g), h = σ(o) tanh(c'). docs/numerics.md, eq. 11–12.
+    """Return (c', h) of one LSTM step: c' = σ(f) c + σ(i) tanh(g), h = σ(o) tanh(c'). docs/numerics.md, "LSTM cell".
 
     gates: (B, 4H) float32, i f g o before their nonlinearities, overwritten; c: (B, H) float32.
     With e(x) = exp(x) - 1: σ(x) = 1 / (2 + e(-x)) and tanh(x) = e(2x) / (2 + e(2x)), so that a product of the two
@@ -152,10 +152,10 @@ def lstm_cell(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def gru_cell(gates: torch.Tensor, x_n: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Return h' of one GRU step: n = tanh(x_n + σ(r) (h_n + b_hn)), h' = n + σ(z) (h - n). docs/numerics.md, eq. 14–16.
+    """Return h' of one GRU step: n = tanh(x_n + σ(r) (h_n + b_hn)), h' = n + σ(z) (h - n).
 
-    gates: (B, 3H) float32, r and z before their nonlinearities, then h_n + b_hn; x_n: (B, H), the input's part of n;
-    h: (B, H).
+    docs/numerics.md, "GRU output". gates: (B, 3H) float32, r and z before their nonlinearities, then h_n + b_hn; x_n:
+    (B, H), the input's part of n; h: (B, H).
     """
     size = h.shape[-1]
     dr, dz = expm1_(-gates[:, : 2 * size]).add_(2.0).chunk(2, dim=1)

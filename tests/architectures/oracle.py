@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (q - z, s) of an activation's rows, eq. 1–4."""
+    """Return (q - z, s) of an activation's tokens: "token scale", "token integers"."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = (high / 2 - low / 2) / 127.5
     scale = torch.where(scale == 0, 1.0, scale)
@@ -30,27 +30,30 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def round_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (q, s) of a weight's output channels, or of a table's rows, eq. 5."""
+    """Return (q, s) of a weight's output channels, or of a table's vectors: "symmetric weight"."""
     scale = weight.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale == 0, 1.0, scale)
     return (weight * (1 / scale)).round().clamp(-127, 127), scale
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return x @ weight.T + bias, eq. 7–8."""
+    """Return x @ weight.T + bias: "int8 output"."""
     (qx, sx), (qw, sw) = round_rows(x.float()), round_channels(weight.detach())
     y = (qx.double() @ qw.double().T).float() * (sx * sw.squeeze(-1))
     return y if bias is None else y + bias
 
 
 def table(weight: torch.Tensor) -> torch.Tensor:
-    """Return an embedding's rows, eq. 13."""
+    """Return an embedding's vectors: "embedding"."""
     q, scale = round_channels(weight.detach())
     return q * scale
 
 
 def step(kind: str, gates: torch.Tensor, hidden: torch.Tensor, h: torch.Tensor, c: Any) -> tuple[torch.Tensor, Any]:
-    """Return (h', c') of one step, eq. 10–12 and 14–17. gates: the input's part and its bias; hidden: the state's."""
+    """Return (h', c') of one step: "LSTM cell", "GRU output".
+
+    gates: the input's part and its bias; hidden: the state's part.
+    """
     if kind == "LSTM":
         i, f, g, o = (gates + hidden).chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()

@@ -40,7 +40,7 @@ ignores_copies = pytest.mark.filterwarnings("ignore:Using padding='same' with ev
 
 
 def expect(module, x, relu=False):
-    """Return what a convolution of x (B, I, H, W) gives by eq. 1–8, from torch's own windows, in its own order."""
+    """Return the convolution of x (B, I, H, W) by docs/numerics.md, from torch's own windows, in its own order."""
     mode = {"zeros": "constant"}.get(module.padding_mode, module.padding_mode)
     if isinstance(module.padding, str):
         sides = [

@@ -1,4 +1,4 @@
-"""Recurrent operators whose weights have schemes of their own, against float64 and against equation 20."""
+"""Recurrent operators with a scheme for each weight, against float64 and docs/numerics.md, "int4 output"."""
 
 import itertools
 

@@ -74,7 +74,7 @@ def variants(
     data = calibration(model, text, batches)
     for group_size, lstm in itertools.product(sizes, lstms):
         prepared = prepare_fx(model, mapping_of(group_size, lstm), data[0])
-        for rounding, given in (("to nearest", None), ("error feedback", data)):
+        for rounding, given in (("to nearest", None), ("GPTQ", data)):
             begin = time.perf_counter()
             converted = convert_fx(prepared, data=given)
             yield str(group_size), lstm, rounding, time.perf_counter() - begin, converted
@@ -97,7 +97,7 @@ def suggested(
     text = corpus.valid if words is None else corpus.valid[: words + LANES]
     found = suggest_mapping(model, data, metric_on(text, model, name), budget=budget)
     print(found, found.mapping, "", sep="\n")
-    return "suggested", "suggested", "error feedback", time.perf_counter() - begin, found.model
+    return "suggested", "suggested", "GPTQ", time.perf_counter() - begin, found.model
 
 
 def measure(model: nn.Module, others: Sequence[nn.Module], text: Tensor, hidden: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(
             (*told, f"{seconds:.1f}", ours / 1e6, size / ours, float(loss), float(loss - before[0]), float(divergence))
         )
-    headers = ("columns a scale", "LSTM", "rounding", "s", "MB", "smaller", "loss", "rise", "divergence")
+    headers = ("columns per scale", "LSTM", "rounding", "s", "MB", "smaller", "loss", "rise", "divergence")
     print(f"{len(text) - 1:,} words of the test text; {options.calibrate} batches of {STEPS * LANES:,} to calibrate")
     print(tabulate(rows, headers=headers, floatfmt=("", "", "", "", ".2f", ".2f", ".5f", ".5f", ".5f")))
 

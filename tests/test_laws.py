@@ -128,6 +128,7 @@ def abuses():
 ABUSES = dict(abuses())
 
 
+@pytest.mark.filterwarnings("ignore:.*its quantized weights are integers and do not train")
 @pytest.mark.parametrize("abuse", list(ABUSES.values()), ids=list(ABUSES))
 def test_law_2_nothing_done_to_the_results_reaches_the_model(abuse):
     class Model(RandomNet):

@@ -2,7 +2,7 @@
  *
  * Words: M rows of activations, K columns (the depth of a product), N outputs. A product is
  *   y[m][n] = float(sum_k (q[m][k] - zero_point[m]) * weight[n][k]) * (row_scale[m] * scale[n])
- * with every float operation single and in this order: fxquant/ops/reference.py is the specification, to the bit. So
+ * with every float operation single and in this order: fxquant/ops/ has the specification, to the bit. So
  * this code is compiled with -ffp-contract=off and uses no fused multiply-add, but for products of floats: see floats-inl.h. */
 #ifndef FXQUANT_H
 #define FXQUANT_H

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fxquant import OPERATORS
-from fxquant.ops.schema import SCHEMAS
+from fxquant.ops import KERNELS
 from fxquant.qconfig import PRESETS
 from fxquant.qconfig_mapping import type_name
 
@@ -45,7 +45,7 @@ def page() -> str:
         "Graphs call the functions of `fxquant.ops`. `torch.compile` and `torch.export` see the operators "
         "`torch.ops.fxquant.*`:\n"
     )
-    parts.append("```text\n" + "\n".join(f"{name}{schema}" for name, schema in SCHEMAS.items()) + "\n```\n")
+    parts.append("```text\n" + "\n".join(f"{name}{kernel.schema}" for name, kernel in KERNELS.items()) + "\n```\n")
     return "\n".join(parts)
 
 

@@ -1,7 +1,7 @@
 /* What the calls of the Python module (call_*.c) share: tensors in, tensors out, nothing kept, the GIL released while a
  * kernel runs.
  *
- * Each operator takes what its schema (fxquant/ops/schema.py) says, after `asks`: whether it is to look first if anybody
+ * Each operator takes what its schema (fxquant/ops/) says, after `asks`: whether it is to look first if anybody
  * watches. It gives None, having done nothing, where somebody does, where arguments are left out, or where a tensor is not
  * dense (the input of a linear: in its last dimension), not of the dtype or shape that the kernels want, or a number is out
  * of range: its caller, fxquant/ops, then makes dense copies, or lets the reference say what is wrong. */

@@ -14,7 +14,7 @@ from fxquant.errors import ShapeError
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.nn.linear import DynamicQuantizedLinear
 from fxquant.nn.transformer import additive_mask
-from fxquant.ops.schema import check_dense
+from fxquant.ops.register import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 _NAME = "a quantized MultiheadAttention"

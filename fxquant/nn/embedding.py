@@ -10,7 +10,7 @@ from torch import nn
 from fxquant import ops
 from fxquant.errors import ShapeError
 from fxquant.nn.base import Quantize, QuantizedModule, moved_dtype, quantize_alone
-from fxquant.ops.schema import check_dense
+from fxquant.ops.register import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 

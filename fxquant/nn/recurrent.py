@@ -14,7 +14,7 @@ from fxquant.nn.base import LIKE, Quantize, QuantizedModule, quantize_alone
 from fxquant.nn.float_weight import FloatWeight
 from fxquant.numerics import to_float32
 from fxquant.ops.autocast import cast_dtype
-from fxquant.ops.schema import check_dense
+from fxquant.ops.register import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 States = tuple[torch.Tensor, ...]

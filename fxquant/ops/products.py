@@ -1,153 +1,115 @@
-"""What surrounds the products of two activations: when torch's own runs instead, gradients, einsum."""
+"""The operator matmul: a product of two activations in a fixed order of sums; and what attention shares with it.
+
+torch's own products order their sums by the batch and by where a tensor lies in memory. Here each sum goes through the
+depth in order, of single operations on one element each, so an element depends on its row and its column alone. The
+kernels (csrc/kernels/generic/products-inl.h) go through it in the same order by fused multiply-adds, and agree with the
+references, in plain torch for any device, to float rounding. docs/numerics.md,
+"ordered sum".
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
-from fxquant.ops import native
-from fxquant.ops.autocast import cast_dtype
-from fxquant.ops.reference_products import scale_of as scale_of
-from fxquant.ops.schema import LIBRARY
+from fxquant.errors import DTypeError, ShapeError
+from fxquant.ops.library import bare
+from fxquant.ops.register import Gradient, Kernel
 
 
-def is_torchs(*operands: Any) -> bool:
-    """Return whether torch's own function is to run: for what is not strided, real and floating point.
+class MatmulArguments(NamedTuple):
+    """Return a @ b with torch.matmul's shapes, in their dtype. Sums are float64 for operands of that, else float32."""
 
-    So sparse, nested, complex and integer products are torch's (of integers its sums are exact in any order), and so is
-    all that torch.func and forward-mode gradients transform, which our operators have no rules for.
-    """
-    if not is_compiling() and _is_transforming():
-        return True
-    tensors = [x for x in operands if isinstance(x, torch.Tensor)]
-    return any(x.layout is not torch.strided or x.is_nested or not x.is_floating_point() for x in tensors)
+    a: torch.Tensor
+    b: torch.Tensor
 
 
-def is_at_once(x: Any) -> bool:
-    """Return whether the native library may be asked at once: of an eager call without autocast or transforms."""
-    return not is_compiling() and cast_dtype(x) is None and not _is_transforming()
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return (..., M, K) @ (..., K, N), each sum in the order of the depth."""
+    sums = a.new_zeros(*broadcast("product", a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    for k in range(a.shape[-1]):
+        sums += a[..., k : k + 1] * b[..., k : k + 1, :]
+    return sums
 
 
-def _is_transforming() -> bool:
-    """Return whether torch.func (vmap, grad, jacrev, …) or forward-mode differentiation is in force."""
-    interpreters = torch._C._functorch.peek_interpreter_stack()
-    return interpreters is not None or forward_ad._current_level >= 0
+def _as_matrices(a: MatmulArguments, dtype: torch.dtype) -> MatmulArguments:
+    x, y = (bare(operand).to(dtype) for operand in a)
+    return MatmulArguments(x.unsqueeze(0) if x.dim() == 1 else x, y.unsqueeze(1) if y.dim() == 1 else y)
 
 
-def torch_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return torch's a @ b: sparse matrices in a batch are taken by torch.bmm alone."""
-    if a.layout is not torch.strided and a.dim() == 3 == b.dim():
-        return torch.bmm(a, b)
-    return torch.matmul(a, b)
+def _as_operands(out: torch.Tensor, a: MatmulArguments) -> torch.Tensor:
+    """Return a product of matrices without the dimensions that vectors were given, in a's dtype."""
+    out = out.squeeze(-1) if a.b.dim() == 1 else out
+    return (out.squeeze(-1 if a.b.dim() == 1 else -2) if a.a.dim() == 1 else out).to(a.a.dtype)
 
 
-def cast(x: torch.Tensor) -> torch.Tensor:
-    """Return x as torch.autocast casts a product's operand; x itself without autocast."""
-    dtype = cast_dtype(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else None
-    return x if dtype is None else x.to(dtype)
+def _reference(a: MatmulArguments) -> torch.Tensor:
+    return _as_operands(matmul(*_as_matrices(a, torch.float64 if a.a.dtype == torch.float64 else torch.float32)), a)
 
 
-def has_kernel(x: Any) -> bool:
-    """Return whether the native library computes products of such tensors: where it is loaded, on the CPU."""
-    return not isinstance(x, torch.Tensor) or (native.available() and x.is_cpu)
+def _prepare(a: MatmulArguments) -> MatmulArguments | None:
+    return None if a.a.dtype == torch.float64 else _as_matrices(a, torch.float32)
 
 
-_OPERANDS = 4  # of matmul and attention come first: tensors, and a mask, which may be None
-_OPTIONS: tuple[Any, ...] = (False, None)  # attention's is_causal and scale, where the call leaves them out
+def _shape(a: MatmulArguments) -> tuple[int, ...]:
+    """Return the shape of a @ b, or raise ShapeError or DTypeError: both floating point, of one dtype."""
+    x, y = a
+    if not x.is_floating_point() or x.dtype != y.dtype:
+        raise DTypeError(f"a product of two activations takes floats of one dtype, got {x.dtype} and {y.dtype}")
+    if not x.dim() or not y.dim() or x.shape[-1] != y.shape[-2 if y.dim() > 1 else 0]:
+        raise ShapeError(f"no product of shapes {tuple(x.shape)} and {tuple(y.shape)}: (..., M, K) and (..., K, N)")
+    rows, columns = x.shape[-2:-1], y.shape[-1:] if y.dim() > 1 else ()
+    return (*broadcast("product", x.shape[:-2], y.shape[:-2]), *rows, *columns)
 
 
-def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001 - torch's names
-    ctx.save_for_backward(*inputs[:_OPERANDS])
-    ctx.rest = inputs[_OPERANDS:]
+def broadcast(name: str, *shapes: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that shapes broadcast to, or raise ShapeError."""
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ShapeError(f"no {name} of {' and '.join(str(tuple(shape)) for shape in shapes)}: {error}") from None
 
 
-def _product_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return _gradients(ctx, gradient, torch.matmul)
+def _keep(ctx: Any, a: MatmulArguments, _: torch.Tensor) -> None:
+    ctx.save_for_backward(*a)
 
 
-def _attention_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    is_causal, scale = ctx.rest + _OPTIONS[len(ctx.rest) :]
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        if ctx.is_again:  # torch's fused kernel has no gradient of its gradient
-            math = torch.ops.aten._scaled_dot_product_attention_math
-            out: torch.Tensor = math(q, k, v, mask, 0.0, is_causal, None, scale=scale)[0]
-            return out
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
-
-    return _gradients(ctx, gradient, attend)
+def _give(ctx: Any, gradient: torch.Tensor, needs: dict[str, bool]) -> dict[str, torch.Tensor | None]:
+    return gradients(ctx, gradient, needs, lambda a, b: a @ b)
 
 
-def _gradients(ctx: Any, gradient: torch.Tensor, run: Any) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of what torch's own function gives for the operands: nearly the same values.
+def gradients(
+    ctx: Any, gradient: torch.Tensor, needs: dict[str, bool], run: Callable[..., torch.Tensor]
+) -> dict[str, torch.Tensor | None]:
+    """Return the gradients of what torch's own function gives for the saved operands: nearly the same values.
 
     With create_graph they have gradients too: then they are computed from the operands themselves, not from twins.
     """
-    asked, ctx.is_again = ctx.needs_input_grad, torch.is_grad_enabled()
+    is_again = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
-        twins = [
-            None if x is None
-            else x.view_as(x) if ctx.is_again and asked[i]
-            else x.detach().requires_grad_(asked[i] and x.is_floating_point())
-            for i, x in enumerate(ctx.saved_tensors)
-        ]  # fmt: skip
-        wanted = [x for x in twins if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(run(*twins), wanted, gradient, create_graph=ctx.is_again))
-    given = [next(found) if x is not None and x.requires_grad else None for x in twins]
-    return (*given, *([None] * len(ctx.rest)))
+        twins = {
+            name: x.view_as(x) if is_again and needs[name]
+            else x.detach().requires_grad_(needs[name] and x.is_floating_point())
+            for name, x in zip(needs, ctx.saved_tensors, strict=False)
+            if x is not None
+        }  # fmt: skip
+        wanted = [name for name, x in twins.items() if x.requires_grad]
+        out = run(**twins)
+        found = torch.autograd.grad(out, [twins[name] for name in wanted], gradient, create_graph=is_again)
+    return dict(zip(wanted, found, strict=True))
 
 
-for _name, _gradient in (("matmul", _product_gradient), ("attention", _attention_gradient)):
-    torch.library.register_autograd(f"fxquant::{_name}", _gradient, setup_context=_keep_operands, lib=LIBRARY)
-
-
-def pair_product(equation: str) -> tuple[str, str, str, str, str, str] | None:
-    """Return how an einsum of two operands is a matrix product, or None where it is not.
-
-    (a's letters, b's, the result's, those of all three, those summed over, those of a alone); b's own are the others.
-    """
-    left, arrow, out = equation.replace(" ", "").partition("->")
-    a, comma, b = left.partition(",")
-    letters = a + b + out
-    if not (arrow and comma and letters.isalpha()) or any(len(set(part)) != len(part) for part in (a, b, out)):
-        return None
-    shared = "".join(c for c in out if c in a and c in b)
-    summed = "".join(c for c in a if c in b and c not in out)
-    if set(out) | set(summed) != set(a) | set(b) or not set(out) <= set(a) | set(b):
-        return None  # a letter of one operand alone that is summed over
-    return a, b, out, shared, summed, "".join(c for c in out if c in a and c not in b)
-
-
-def fits(plan: tuple[str, str, str, str, str, str], a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether operands have the dimensions of an einsum, each letter of one size, or of 1 in one of them."""
-    if a.dim() != len(plan[0]) or b.dim() != len(plan[1]):
-        return False
-    sizes = dict(zip(plan[0], a.shape, strict=True))
-    return all(size == sizes.get(c, size) or 1 in (size, sizes[c]) for c, size in zip(plan[1], b.shape, strict=True))
-
-
-def _expand(x: torch.Tensor, letters: str, other: torch.Tensor, others: str) -> torch.Tensor:
-    """Return x with the dimensions of size 1 as large as the other operand's, as torch.einsum broadcasts."""
-    sizes = dict(zip(others, other.shape, strict=True))
-    return x.expand([sizes.get(c, n) if n == 1 else n for c, n in zip(letters, x.shape, strict=True)])
-
-
-def as_matrices(
-    plan: tuple[str, str, str, str, str, str], a: torch.Tensor, b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
-    """Return (shared…, M, K) and (shared…, K, N) of an einsum's operands, and what shape and order its result has."""
-    letters_a, letters_b, out, shared, summed, own = plan
-    a, b = _expand(a, letters_a, b, letters_b), _expand(b, letters_b, a, letters_a)
-    other = "".join(c for c in out if c in letters_b and c not in letters_a)
-    size = {**dict(zip(letters_a, a.shape, strict=True)), **dict(zip(letters_b, b.shape, strict=True))}
-    rows = a.permute([letters_a.index(c) for c in shared + own + summed])
-    columns = b.permute([letters_b.index(c) for c in shared + summed + other])
-    outer = [size[c] for c in shared]
-    many = [torch.Size([size[c] for c in part]).numel() for part in (own, summed, other)]
-    rows, columns = rows.reshape(*outer, many[0], many[1]), columns.reshape(*outer, many[1], many[2])
-    made = shared + own + other
-    return rows, columns, [size[c] for c in made], [made.index(c) for c in out]
+_MATMUL = Kernel(
+    name="matmul",
+    schema="(Tensor a, Tensor b) -> Tensor",
+    arguments=MatmulArguments,
+    reference=_reference,
+    check=_shape,
+    fake=lambda a: a.a.new_empty(_shape(a)),
+    prepare=_prepare,
+    finish=_as_operands,
+    gradient=Gradient(_keep, _give),
+)
+_MATMUL.register()

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
-from fxquant.ops import native, reference, reference_recurrent
+from fxquant.ops import library
+from tests.native import native
+from tests.ops import reference
 
-LIBRARY = native._library
+LIBRARY = library._library
 ISAS: dict[str, str] = dict(LIBRARY.isas()) if LIBRARY else {}  # name -> why it cannot be used, "" if it can
 USUAL_SHARE = 1 << 17
 SIZES = (0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 25, 31, 32, 33, 48, 63, 64, 65, 70, 100, 129)
@@ -222,7 +224,7 @@ def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[
     args = (strided(x, rng), sizes, strided(h0, rng), strided(c0, rng), weights, scales, biases)
     return (
         native.lstm,
-        reference_recurrent.lstm,
+        reference.lstm,
         (*args, directions == 2, rng.random() < 0.7, rng.choice((255, 127))),
         not is_extreme,
     )
@@ -283,7 +285,7 @@ def rnn_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[A
     hidden_biases = [torch.randn(hidden) for _ in range(cells)] if biases and mode == "gru" else []
     state = strided(torch.randn(cells, h0.shape[1], hidden) * rng.choice((0.0, 1.0)), rng)
     args = (x, sizes, state, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax)
-    return native.rnn, reference_recurrent.rnn, args, is_rich and mode != "rnn_relu"
+    return native.rnn, reference.rnn, args, is_rich and mode != "rnn_relu"
 
 
 def table_case(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int]:

@@ -2,18 +2,18 @@
 
 import pytest
 
-from fxquant.ops import native
+from fxquant.ops import library
 from tests.native import cases
 
 
 def pytest_report_header():
     lacking = [f"{name} ({why})" for name, why in cases.ISAS.items() if why]
-    return f"{native.kernel_info()}; not on this machine: {', '.join(lacking) or 'none'}"
+    return f"{library.kernel_info()}; not on this machine: {', '.join(lacking) or 'none'}"
 
 
 def pytest_collection_modifyitems(items):
-    if not native.available():
-        skip = pytest.mark.skip(reason=native.kernel_info().why)
+    if not library.available():
+        skip = pytest.mark.skip(reason=library.kernel_info().why)
         for item in items:
             if "tests/native" in item.path.as_posix() and "without_library" not in item.name:
                 item.add_marker(skip)

@@ -10,9 +10,10 @@ import torch
 
 from fxquant import ops
 from fxquant.nn import DynamicQuantizedLinear, QuantizedEmbedding
-from fxquant.ops import native
+from fxquant.ops import library
 from tests.native import cases
 from tests.native.cases import int8, int16, same_bits
+from tests.ops import reference
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +37,7 @@ def test_an_instruction_set_can_be_forced(isa):
 def test_one_that_is_not_there_is_warned_about():
     result = run_python(SHOW, FXQUANT_ISA="z80")
     assert "RuntimeWarning: FXQUANT_ISA=z80: there is no such instruction set" in result.stderr
-    assert result.stdout.startswith(native._library.active_isa())
+    assert result.stdout.startswith(library._library.active_isa())
 
 
 def test_without_library_the_reference_runs_and_says_so():
@@ -78,12 +79,12 @@ def run_linear(x, weight=None, scale=None, bias=None, groups=(0, 0)):
     """Return what the library gives at once."""
     weight = int8(3, 4) if weight is None else weight
     scale = torch.rand(3) if scale is None else scale
-    return native.at_once.linear(True, x, weight, scale, bias, False, True, 255, *groups)
+    return library._library.linear(True, x, weight, scale, bias, False, True, 255, *groups)
 
 
 def test_a_plain_call_passes_the_dispatcher_by():
     x, weight, scale = torch.randn(2, 5, 4), int8(3, 4), torch.rand(3)
-    assert same_bits(run_linear(x, weight, scale), native.reference.linear(x, weight, scale))
+    assert same_bits(run_linear(x, weight, scale), reference.linear(x, weight, scale))
     assert run_linear(torch.nn.Parameter(x)) is None
     with torch.no_grad():
         assert run_linear(torch.nn.Parameter(x)) is not None
@@ -161,12 +162,12 @@ def test_an_unusual_operand_is_not_taken_at_once(operands):
 
 def test_an_option_that_is_no_number_is_pythons_own_error():
     with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
-        native.at_once.linear(True, torch.randn(2, 4), int8(3, 4), torch.rand(3), None, "no", True, 255, 0, 0)
+        library._library.linear(True, torch.randn(2, 4), int8(3, 4), torch.rand(3), None, "no", True, 255, 0, 0)
 
 
 def test_an_int16_call_passes_the_dispatcher_by():
     x, weight, scale = torch.randn(2, 5, 66), int16(3, 66), torch.rand(3)
-    assert same_bits(run_linear(x, weight=weight, scale=scale), native.reference.linear(x, weight, scale))
+    assert same_bits(run_linear(x, weight=weight, scale=scale), reference.linear(x, weight, scale))
 
 
 @pytest.mark.parametrize("operands", [{"weight": int16(3, 5)}, {"weight": int16(4, 3).t()}, {"groups": (64, 4)}])
@@ -179,7 +180,7 @@ INT4 = {"weight": int8(3, 33).view(torch.uint8), "scale": torch.rand(3, 2).bfloa
 
 def test_an_int4_call_passes_the_dispatcher_by():
     x = torch.randn(2, 5, 66)
-    expected = native.reference.linear(x, INT4["weight"], INT4["scale"], None, False, True, 255, 64, 66)
+    expected = reference.linear(x, INT4["weight"], INT4["scale"], None, False, True, 255, 64, 66)
     assert same_bits(run_linear(x, **INT4), expected)
 
 
@@ -248,26 +249,26 @@ def recurrent_operands():
 )
 def test_an_unusual_recurrent_operand_is_not_taken_at_once(place, operand):
     operands = recurrent_operands()
-    assert native.at_once.lstm(True, *operands) is not None
+    assert library._library.lstm(True, *operands) is not None
     operands[place] = operand
-    assert native.at_once.lstm(True, *operands) is None
+    assert library._library.lstm(True, *operands) is None
 
 
 def test_tensors_are_read_without_the_exchange_interface_too():
-    native._introduce_torch(native._library, None)
+    library._introduce_torch(library._library, None)
     try:
         x, args = torch.randn(2, 5, 4), (int8(3, 4), torch.rand(3), torch.randn(3))
-        assert same_bits(run_linear(x, *args), native.reference.linear(x, *args))
-        assert native.at_once.lstm(True, *recurrent_operands()) is not None
+        assert same_bits(run_linear(x, *args), reference.linear(x, *args))
+        assert library._library.lstm(True, *recurrent_operands()) is not None
         unusual = (strided(torch.randn(2, 4)), torch.randn(2, 4).double(), torch.randn(2, 4).to("meta"))
         unusual += (torch.randn(1, 1, 1, 1, 1, 1, 1, 2, 4), torch.randn(2, 4).to_sparse())
         assert [run_linear(tensor) for tensor in unusual] == [None] * 5
     finally:
-        native._introduce_torch(native._library, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+        library._introduce_torch(library._library, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
 
 
 def test_the_registered_operator_gives_the_same_bits(isa):
     x, args = torch.randn(5, 40), (int8(30, 40), torch.rand(30), torch.randn(30), True)
     with cases.kernels(isa, 1):
         assert same_bits(torch.ops.fxquant.linear(x, *args), ops.linear(x, *args))
-        assert same_bits(torch.ops.fxquant.linear(x, *args), native.reference.linear(x, *args))
+        assert same_bits(torch.ops.fxquant.linear(x, *args), reference.linear(x, *args))

@@ -7,9 +7,10 @@ import os
 import pytest
 import torch
 
-from fxquant.ops import native, reference
-from tests.native import cases
+from fxquant.ops import library
+from tests.native import cases, native
 from tests.native.cases import failures, int8, int16, kernels, same_bits
+from tests.ops import reference
 
 SETTINGS = [(isa, threads) for isa in cases.usable() for threads in (1, 2)]
 COUNTS = {
@@ -99,7 +100,7 @@ def test_rows_that_lie_anywhere_are_taken_at_once():
 
 
 def run_at_once(x, weight, scale):
-    return native.at_once.linear(True, x, weight, scale, None, False, True, 255, 0, 0)
+    return library._library.linear(True, x, weight, scale, None, False, True, 255, 0, 0)
 
 
 def test_step_by_step_equals_the_whole_sequence(isa):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fxquant.ops import native, reference_recurrent
+from tests.native import native
 from tests.native.cases import int8, kernels, same_bits, usable
+from tests.ops import reference
 
 
 def layer(steps, batch, hidden, seed):
@@ -21,7 +22,7 @@ def layer(steps, batch, hidden, seed):
 @pytest.mark.parametrize(("steps", "batch"), [(9, 1), (8, 2), (4, 3), (4, 4), (5, 5), (4, 16), (4, 21)])
 def test_sequences(isa, hidden, steps, batch):
     arguments = layer(steps, batch, hidden, seed=steps * batch + hidden)
-    expected = reference_recurrent.lstm(*arguments)
+    expected = reference.lstm(*arguments)
     for threads in (1, 2):
         with kernels(isa, threads):
             assert all(map(same_bits, native.lstm(*arguments), expected))
@@ -32,6 +33,6 @@ def test_sequences(isa, hidden, steps, batch):
 def test_special_values_reach_the_same_bits(isa, value):
     x, sizes, h0, c0, weights, scales, biases = layer(8, 3, 40, seed=1)
     x[2, 1, 3] = c0[0, 0, 5] = h0[0, 2, 7] = biases[0][50] = value
-    expected = reference_recurrent.lstm(x, sizes, h0, c0, weights, scales, biases)
+    expected = reference.lstm(x, sizes, h0, c0, weights, scales, biases)
     with kernels(isa, 1):
         assert all(map(same_bits, native.lstm(x, sizes, h0, c0, weights, scales, biases), expected))

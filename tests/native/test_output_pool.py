@@ -5,8 +5,9 @@ import gc
 import pytest
 import torch
 
-from fxquant.ops import native
+from fxquant.ops import library
 from fxquant.ops.output_pool import OutputPool
+from tests.native import native
 
 SHAPE, BYTES = (1024, 2048), 8 << 20
 
@@ -82,9 +83,9 @@ def test_a_pool_of_nothing_keeps_nothing():
 
 
 def test_small_outputs_are_left_to_torch():
-    native.output_pool.clear()
+    library.output_pool.clear()
     native.linear(torch.randn(4, 8), torch.ones(4, 8, dtype=torch.int8), torch.rand(4))
-    assert native.output_pool.held_bytes() == 0
+    assert library.output_pool.held_bytes() == 0
 
 
 def test_an_output_is_saved_with_its_own_size(pool, tmp_path):
@@ -94,7 +95,7 @@ def test_an_output_is_saved_with_its_own_size(pool, tmp_path):
 
 def test_large_products_use_it():
     x, weight, scale = torch.randn(64, 8), torch.randint(-9, 9, (40_000, 8), dtype=torch.int8), torch.rand(40_000)
-    native.output_pool.clear()
+    library.output_pool.clear()
     first = native.linear(x, weight, scale)
     kept, address = first.clone(), first.data_ptr()
     second = native.linear(x * 2, weight, scale)

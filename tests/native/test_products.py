@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fxquant.ops import native, reference_products
+from tests.native import native
 from tests.native.cases import kernels, same_bits, usable
+from tests.ops import reference
 
 PRODUCTS = [  # of a and b, without their batches
     (1, 1, 1),
@@ -50,7 +51,7 @@ def test_a_product_is_exact_but_for_the_roundings_of_its_sums(isa, shape, outer)
         got = native.matmul(a, b)
     assert got.shape == exact.shape
     assert ((got - exact).abs() <= slack).all()
-    assert ((reference_products.matmul(a, b) - exact).abs() <= 2 * slack).all()  # which rounds each product too
+    assert ((reference.matmul(a, b) - exact).abs() <= 2 * slack).all()  # which rounds each product too
 
 
 @pytest.mark.parametrize("shape", PRODUCTS)
@@ -150,7 +151,7 @@ def test_attention_is_torchs_but_for_rounding(isa, shape, is_causal):
         total = float((q.abs() @ k.abs().transpose(-2, -1)).amax()) if shape[3] and q.numel() else 0.0
         with kernels(isa, 2):
             got = native.attention(q, k, v, mask, is_causal)
-        plain = reference_products.attention(q, k, v, mask, is_causal)
+        plain = reference.attention(q, k, v, mask, is_causal)
         assert got.shape == plain.shape == exact.shape
         assert got.stride() == plain.stride() == exact.stride()
         if got.numel():
@@ -197,7 +198,7 @@ def test_a_query_that_sees_no_key_gets_zeros(isa):
     with kernels(isa, 1):
         got = native.attention(q, k, v, mask)
     assert torch.equal(got[0, 0, 2], torch.zeros(8))
-    assert torch.equal(reference_products.attention(q, k, v, mask)[0, 0, 2], torch.zeros(8))
+    assert torch.equal(reference.attention(q, k, v, mask)[0, 0, 2], torch.zeros(8))
     assert got[0, 0, [0, 1, 3]].abs().amin() > 0
 
 
@@ -209,5 +210,5 @@ def test_nan_stays_in_its_query(isa):
         got = native.attention(q, k, v)
     others = [i for i in range(20) if i != 5]
     assert got[0, 0, 5].isnan().all()
-    assert reference_products.attention(q, k, v)[0, 0, 5].isnan().all()
+    assert reference.attention(q, k, v)[0, 0, 5].isnan().all()
     assert same_bits(got[0, 0, others], clean[0, 0, others])

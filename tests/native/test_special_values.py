@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from fxquant.ops import native, reference
+from tests.native import native
 from tests.native.cases import kernels
+from tests.ops import reference
 
 COLUMNS, MAX = 70, torch.finfo(torch.float32).max
 WEIGHT = torch.ones(5, COLUMNS, dtype=torch.int8)

@@ -12,7 +12,8 @@ import time
 import pytest
 import torch
 
-from fxquant.ops import native
+from fxquant.ops import library
+from tests.native import native
 from tests.native.cases import LIBRARY, int8, kernels, same_bits, usable
 
 
@@ -35,9 +36,9 @@ def product():
 
 @pytest.fixture(params=["waking", "openmp"])
 def way(request):
-    if request.param == "openmp" and not (native.available() and LIBRARY.use_way("openmp")):
+    if request.param == "openmp" and not (library.available() and LIBRARY.use_way("openmp")):
         pytest.skip("torch has no OpenMP library that could be used here")
-    if native.available():
+    if library.available():
         LIBRARY.use_way(None)
     return request.param
 
@@ -90,7 +91,7 @@ def test_helpers_give_the_same_bits_whenever_they_come(product, stack, isa, way,
 OLD_POOL = """
 import faulthandler
 import torch
-from fxquant.ops import native
+from tests.native import native
 from tests.native.cases import LIBRARY, int8, kernels, same_bits, usable
 product = torch.randn(9, 200), int8(500, 200), torch.rand(500)
 with kernels(usable()[0], 1):
@@ -161,7 +162,7 @@ def test_child_processes_compute_the_same(product, method, way):
 
 FORK_AMID_A_JOB = """
 import os, signal, threading, torch
-from fxquant.ops import native
+from tests.native import native
 from tests.native.cases import int8, kernels, same_bits, usable
 x, weight, scale = torch.randn(16, 200), int8(500, 200), torch.rand(500)
 with kernels(usable()[0], 1):
@@ -193,7 +194,7 @@ def test_a_child_that_was_forked_amid_a_job_begins_anew():
 
 JOIN_IN_A_CHILD = """
 import faulthandler, os, torch
-from fxquant.ops import native
+from tests.native import native
 from tests.native.cases import LIBRARY, int8, kernels, usable
 x, weight, scale = torch.randn(9, 200), int8(500, 200), torch.rand(500)
 
@@ -222,7 +223,7 @@ def test_a_child_starts_helpers_of_its_own():
 
 FORK_AFTER_TORCH = """
 import os, torch
-from fxquant.ops import native
+from tests.native import native
 torch.set_num_threads(2)
 x, weight, scale = torch.randn(64, 2048), torch.ones(2048, 2048, dtype=torch.int8), torch.ones(2048)
 torch.randn(2000, 2000).exp()  # torch's own threads come to be, and no job of ours has run yet

@@ -11,8 +11,9 @@ from torch import nn
 from fxquant import DTypeError, ShapeError, ops, per_tensor_dynamic_qconfig
 from fxquant.nn import ConvReLU1d, ConvReLU2d, DynamicQuantizedConv
 from fxquant.nn import DynamicQuantizedConvReLU as WithReLU
-from fxquant.ops import native
+from fxquant.ops import library
 from tests.native.cases import kernels
+from tests.ops import reference
 
 CONV2D = [
     {"kernel_size": 1},
@@ -139,13 +140,13 @@ def test_windows_along_the_width_take_no_memory():
     assert images.untyped_storage().nbytes() == 3 * 2 * 6 * 10 * 40 * 4
 
 
-@pytest.mark.skipif(not native.available(), reason="no native library")
+@pytest.mark.skipif(not library.available(), reason="no native library")
 def test_the_library_reads_windows_as_they_lie():
     module = DynamicQuantizedConv.from_float(nn.Conv1d(6, 5, 9))
     windows = module._windows(torch.randn(2, 6, 40))
     given = module.own(("weight_int8", "weight_scale", "bias"))
-    got = native.at_once.linear(True, windows, *given, False, True, 255, 0, 0)
-    assert torch.equal(got, native.reference.linear(windows, *given))
+    got = library._library.linear(True, windows, *given, False, True, 255, 0, 0)
+    assert torch.equal(got, reference.linear(windows, *given))
 
 
 def test_channels_last_input_is_not_copied():
@@ -225,13 +226,13 @@ def test_it_prints_what_it_is():
     )
 
 
-@pytest.mark.skipif(not native.available(), reason="no native library")
+@pytest.mark.skipif(not library.available(), reason="no native library")
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 40, 70), (2, 33, 31), (1, 100, 64), (0, 20, 20), (1, 257, 16)])
 def test_the_library_swaps_rows_and_columns(shape):
     x = torch.randn(shape)
     for threads in (1, 3):
-        with kernels(native.kernel_info().isa, threads):
-            got = native.at_once.transpose(True, x)
+        with kernels(library.kernel_info().isa, threads):
+            got = library._library.transpose(True, x)
         assert torch.equal(got, x.transpose(1, 2))
         assert got.is_contiguous()
 
@@ -248,7 +249,7 @@ def test_the_library_swaps_rows_and_columns(shape):
 )
 def test_what_the_library_does_not_swap_torch_does(change):
     x = change(torch.randn(2, 20, 30))
-    assert native.at_once.transpose(True, x) is None
+    assert library._library.transpose(True, x) is None
     if x.dim() == 3:
         assert torch.equal(ops.transpose(x), x.transpose(1, 2))
         assert ops.transpose(x).is_contiguous()

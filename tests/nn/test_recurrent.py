@@ -23,7 +23,7 @@ OPTIONS = [
     {"proj_size": 5, "num_layers": 2, "bidirectional": True, "bias": False},
     {"dropout": 0.5, "num_layers": 2},
 ]
-ROUNDING = 2e-6  # float32 in the cell: see tests/ops/test_reference.py
+ROUNDING = 2e-6  # float32 in the cell: see tests/ops/test_elementwise.py
 
 
 def project(x, error, weight):

@@ -82,7 +82,7 @@ static void set_own_rows(const struct fxq_activations *x, int64_t first, int cou
     }
 }
 
-/* exp(x) - 1 for x clamped to ±43: fxquant.ops.reference.expm1_, which has the constants' meaning. */
+/* exp(x) - 1 for x clamped to ±43: fxquant.ops.elementwise.expm1_, which has the constants' meaning. */
 FXQ_INLINE float exp_minus_1(float x) {
     x = x < -43.0f ? -43.0f : x;
     x = x > 43.0f ? 43.0f : x;

@@ -17,7 +17,7 @@ from fxquant.graph.convert.invariant import PRODUCTS
 from fxquant.graph.module import Left, Record, Site, record_of
 from fxquant.graph.trace.trace import trace
 from fxquant.operators import OPERATORS
-from fxquant.ops import native
+from fxquant.ops import library
 from fxquant.qconfig_mapping import qconfig_name, type_name
 
 _Key: TypeAlias = tuple[str, str]
@@ -73,7 +73,7 @@ class _Side:
         """Return the qconfig of a node, why it stays float or changed, or what it was fused into."""
         node = self.nodes.get(name)
         is_fixed = (
-            node is not None and node.target in PRODUCTS and (native.available() or node.kwargs.get("anywhere", True))
+            node is not None and node.target in PRODUCTS and (library.available() or node.kwargs.get("anywhere", True))
         )
         told = "the same bits in any batch" if is_fixed else ""
         return self.scheme(name, path) or self._of(self.reasons, name, path) or told

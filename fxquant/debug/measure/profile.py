@@ -22,8 +22,7 @@ from fxquant.errors import ExampleInputsError, ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, as_arguments
 from fxquant.graph.module import Record, record_of
-from fxquant.ops import kernel_info
-from fxquant.ops.native import takes
+from fxquant.ops import KERNELS, kernel_info
 
 _PLAIN = "plain torch"
 _BUSY = 0.2
@@ -168,10 +167,7 @@ def _kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> tuple[str, 
     name = operator._schema.name.partition("::")[2]
     if operator.namespace != "fxquant":
         return f"{operator.namespace}.{name}", ""
-    values = {argument.name: value for argument, value in zip(operator._schema.arguments, args, strict=False)}
-    weights = [values["weight"]] if "weight" in values else values.get("weights", [])
-    others = weights or [value for value in args[1:] if isinstance(value, torch.Tensor)]  # a product of activations
-    return name, _usual() if takes(args[0], others) else _PLAIN
+    return name, _usual() if KERNELS[name].takes(args) else _PLAIN
 
 
 def _usual() -> str:

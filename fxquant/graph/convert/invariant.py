@@ -19,7 +19,7 @@ from fxquant import ops
 from fxquant.graph import edit
 from fxquant.graph.constants import constant_of
 from fxquant.nn import DynamicQuantizedMultiheadAttention, QuantizedModule
-from fxquant.ops.products import pair_product
+from fxquant.ops.activations import pair_product
 from fxquant.qconfig_mapping import type_name
 
 PRODUCTS = (ops.matmul, ops.add_product, ops.einsum, ops.attention, ops.float_linear)

@@ -13,7 +13,7 @@ from fxquant import convert_fx, explain, graph_diff, load, ops, quantize_dynamic
 from fxquant.graph.convert.invariant import DEPENDENT, find_dependent
 from fxquant.graph.module import record_of
 from fxquant.nn import DynamicQuantizedMultiheadAttention
-from fxquant.ops import native
+from fxquant.ops import activations, library, products
 from tests.samples import everything, prepare, quantize, same_bits
 
 asked = pytest.mark.parametrize("batch_invariant", [None, True, False])
@@ -95,13 +95,12 @@ def test_a_row_alone_has_the_same_bits(name):
 def test_where_no_native_kernel_is_torch_multiplies_unless_it_is_asked(monkeypatch):
     model, x = Attention(ATTENTIONS["operator"][0]), torch.randn(3, 5, 8)
     quantized = {asked: quantize(model, x, batch_invariant=asked) for asked in (None, True, False)}
-    monkeypatch.setattr(native, "available", lambda: False)
-    monkeypatch.setattr(ops, "at_once", native._NoLibrary())
-    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(library, "_library", None)
+    monkeypatch.setattr(activations, "_native_matmul", None)
     expected = quantized[False](x)
     assert same_bits(quantized[None](x), expected)
     calls = []
-    monkeypatch.setattr(ops.dispatch.reference_products, "matmul", lambda a, b: calls.append(1) or a @ b)
+    monkeypatch.setattr(products, "matmul", lambda a, b: calls.append(1) or a @ b)
     quantized[None](x)
     assert not calls
     quantized[True](x)
@@ -129,7 +128,7 @@ def test_einsum_is_torchs(equation):
 
 @pytest.mark.parametrize("equation", ["ii,ij->ij", "ij,jk", "...i,ij->...j", "ij,k->k", "ij,jk->k"])
 def test_what_einsum_does_not_know_stays_torchs(equation):
-    assert ops.products.pair_product(equation) is None
+    assert activations.pair_product(equation) is None
 
 
 @pytest.mark.parametrize("options", [{"dropout_p": 0.1}, {"enable_gqa": True}])
@@ -200,7 +199,7 @@ def test_explain_names_what_still_depends_on_the_batch():
 def test_graph_diff_says_why_a_product_changed_where_it_did(batch_invariant, is_native, monkeypatch):
     model, x = Attention(ATTENTIONS["operator"][0]), torch.randn(3, 5, 8)
     quantized = quantize(model, x, batch_invariant=batch_invariant)
-    monkeypatch.setattr(native, "available", lambda: is_native)
+    monkeypatch.setattr(library, "available", lambda: is_native)
     rows = {row.name: row for row in graph_diff(model, quantized).rows}
     note = "the same bits in any batch" if is_native or batch_invariant else ""
     assert (rows["matmul"].sign, rows["matmul"].before, rows["matmul"].after, rows["matmul"].note) == (

@@ -87,7 +87,7 @@ FXQ_INLINE struct unit_block begin_units(const struct fxq_lstm_step *s, int64_t 
     return b;
 }
 
-/* Some rows of blocks on their way from products to c and h: reference_recurrent.lstm_cell. */
+/* Some rows of blocks on their way from products to c and h: fxquant.ops.elementwise.lstm_cell. */
 struct unit_row {
     const struct unit_block *block;
     int64_t m;

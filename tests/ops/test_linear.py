@@ -1,20 +1,21 @@
-"""The plain-torch operators, against Python's whole numbers and float64."""
+"""The operator linear: its reference against the equations, and what it refuses."""
 
+import importlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fxquant import IndexRangeError
+from fxquant import DTypeError, ShapeError, ops
 from fxquant.numerics import pack_uint4, quantize_rows, quantize_rows_int16
-from fxquant.ops import reference
+from fxquant.ops.linear import integer_matmul
+from fxquant.qconfig import int16_dynamic_qconfig
+from tests.ops import reference
+from tests.ops.operands import quantized, quantized_int4, random_int8
 
+MODULE = importlib.import_module("fxquant.ops.linear")  # whose name in the package is the function's
 ULP = 2.0**-23
-
-
-def random_int8(*shape):
-    return torch.randint(-128, 128, shape, dtype=torch.int8)
 
 
 def products(q, zero_point, weight):
@@ -26,30 +27,30 @@ def products(q, zero_point, weight):
 @pytest.mark.parametrize("is_fast", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (2, 513, 3), (17, 64, 9), (1, 2000, 2)])
 def test_integer_matmul_is_exact(monkeypatch, shape, is_fast):
-    if is_fast and not reference.has_exact_int_mm():
+    if is_fast and not MODULE.has_exact_int_mm():
         pytest.skip("this CPU's torch._int_mm is not exact")
-    monkeypatch.setattr(reference, "has_exact_int_mm", lambda: is_fast)
+    monkeypatch.setattr(MODULE, "has_exact_int_mm", lambda: is_fast)
     m, k, n = shape
     q, zero_point = torch.randint(256, (m, k)).float(), torch.randint(256, (m, 1)).float()
     weight = random_int8(n, k)
-    assert reference.integer_matmul(q, zero_point, weight).tolist() == products(q, zero_point, weight)
+    assert integer_matmul(q, zero_point, weight).tolist() == products(q, zero_point, weight)
 
 
 @pytest.mark.parametrize("is_fast", [False, True])
 def test_integer_matmul_is_exact_at_the_extremes(monkeypatch, is_fast):
-    if is_fast and not reference.has_exact_int_mm():
+    if is_fast and not MODULE.has_exact_int_mm():
         pytest.skip("this CPU's torch._int_mm is not exact")
-    monkeypatch.setattr(reference, "has_exact_int_mm", lambda: is_fast)
+    monkeypatch.setattr(MODULE, "has_exact_int_mm", lambda: is_fast)
     columns = 60_001  # the sum, about 2**31 * 0.9, is odd: no float32 holds it
     q, weight = torch.full((2, columns), 255.0), torch.full((3, columns), 127, dtype=torch.int8)
-    sums = reference.integer_matmul(q, torch.zeros(2, 1), weight)
+    sums = integer_matmul(q, torch.zeros(2, 1), weight)
     assert set(sums.flatten().tolist()) == {columns * 255 * 127}
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 5, 0), (2, 0, 3)])
 def test_integer_matmul_of_nothing_is_zeros(shape):
     m, k, n = shape
-    sums = reference.integer_matmul(torch.zeros(m, k), torch.zeros(m, 1), random_int8(n, k))
+    sums = integer_matmul(torch.zeros(m, k), torch.zeros(m, 1), random_int8(n, k))
     assert torch.equal(sums, torch.zeros(m, n, dtype=torch.int32))
 
 
@@ -95,80 +96,6 @@ def test_linear_with_half_weights_is_the_float_product():
     expected = F.linear(x.double(), weight.double(), bias.double())
     bound = 32 * ULP / 2 * (x.abs().double() @ weight.abs().double().t() + bias.abs())
     assert bool(((reference.linear(x, weight, None, bias) - expected).abs() <= bound).all())
-
-
-def test_expm1_is_accurate():
-    x = torch.cat((torch.linspace(-43, 43, 20001), torch.logspace(-30, 0, 500), -torch.logspace(-30, 0, 500)))
-    exact = torch.expm1(x.double())
-    assert bool(((reference.expm1_(x.clone()) - exact).abs() <= 4e-7 * exact.abs()).all())
-
-
-def test_expm1_saturates_and_keeps_nan():
-    got = reference.expm1_(torch.tensor([math.inf, -math.inf, 0.0, math.nan]))
-    assert got[0] == reference.expm1_(torch.tensor([43.0]))
-    assert got[1] == -1
-    assert got[2] == 0
-    assert got[3].isnan()
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_embedding_is_its_equation(bits):
-    q = torch.randint(2**bits, (10, 5), dtype=torch.uint8)
-    scale, zero_point = torch.rand(10), torch.randn(10) * 5
-    indices = torch.tensor([[3, 9, 0], [3, 1, 1]])
-    got = reference.embedding(indices, pack_uint4(q) if bits == 4 else q, scale, zero_point, 5, bits)
-    expected = (q.double() - zero_point.double()[:, None]) * scale.double()[:, None]
-    bound = ULP * scale.double()[:, None] * (2**bits + zero_point.abs().double()[:, None])
-    assert bool(((got - expected[indices]).abs() <= bound[indices]).all())
-
-
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 0, 3), (2, 2, 2, 2)])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_embedding_takes_indices_of_any_rank(shape, dtype):
-    weight, scale = random_int8(10, 5), torch.rand(10)
-    indices = torch.randint(10, shape, dtype=dtype)
-    got = reference.embedding(indices, weight, scale, None, 5)
-    assert torch.equal(got, (weight.float() * scale[:, None])[indices.long()])
-
-
-@pytest.mark.parametrize("bad", [-1, 10])
-@pytest.mark.parametrize("name", ["embedding", "embedding_bag"])
-def test_indices_beyond_the_table_are_refused(bad, name):
-    with pytest.raises(IndexRangeError, match=f"of 10 rows got indices from {min(bad, 2)} to {max(bad, 2)}"):
-        getattr(reference, name)(torch.tensor([[2, bad]]), random_int8(10, 5), torch.rand(10), None, 5)
-
-
-@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-@pytest.mark.parametrize("padding_idx", [None, 3, -2])
-@pytest.mark.parametrize("form", ["2-D", "offsets", "last offset"])
-def test_embedding_bag_is_torchs_on_the_dequantized_table(mode, padding_idx, form):
-    weight, scale = random_int8(10, 5), torch.rand(10)
-    table = weight.float() * scale[:, None]
-    indices = torch.randint(10, (6, 4))
-    indices[2] = 3  # a bag of padding alone
-    offsets = {"2-D": None, "offsets": torch.tensor([0, 5, 5, 20]), "last offset": torch.tensor([0, 5, 5, 24])}[form]
-    options = {"offsets": offsets, "mode": mode, "padding_idx": padding_idx,
-               "include_last_offset": form == "last offset"}  # fmt: skip
-    indices = indices if offsets is None else indices.reshape(-1)
-    got = reference.embedding_bag(indices, weight, scale, None, 5, **options)
-    expected = F.embedding_bag(indices, table.double(), **options)
-    assert torch.allclose(got.double(), expected, rtol=0, atol=24 * ULP * float(table.abs().max()) * 12)
-
-
-def test_embedding_bag_weighs_samples():
-    weight, scale, indices = random_int8(10, 5), torch.rand(10), torch.randint(10, (3, 4))
-    samples = torch.randn(3, 4)
-    got = reference.embedding_bag(indices, weight, scale, None, 5, mode="sum", per_sample_weights=samples)
-    table = weight.double() * scale.double()[:, None]
-    expected = (table[indices] * samples.double()[..., None]).sum(1)
-    assert torch.allclose(got.double(), expected, rtol=0, atol=8 * ULP * float(table.abs().max()) * 4 * 4)
-
-
-def test_an_empty_bag_is_zeros():
-    got = reference.embedding_bag(
-        torch.tensor([1, 2]), random_int8(10, 5), torch.rand(10), None, 5, torch.tensor([0, 0, 2]), "mean"
-    )
-    assert torch.equal(got[[0, 2]], torch.zeros(2, 5))
 
 
 @pytest.mark.parametrize("columns", [1, 33, 64, 100])
@@ -217,3 +144,52 @@ def test_an_int16_sum_beyond_float32_is_rounded_once():
     y = reference.linear(torch.ones(1, 2049), weight, torch.ones(1))
     inverse = torch.tensor(1.0) / 32767
     assert y.item() == (torch.tensor(float(2048 * 32767**2 + 32767)) * inverse).item()
+
+
+LINEAR = quantized(4, 6)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (), (6, 3)])
+def test_linear_refuses_another_shape(shape):
+    with pytest.raises(ShapeError, match=r"of 6 inputs takes x of shape \(..., 6\), got"):
+        ops.linear(torch.zeros(shape), *LINEAR)
+
+
+@pytest.mark.parametrize("columns", [74, 76, 38])
+def test_int4_linear_refuses_another_shape(columns):
+    weight, groups = quantized_int4(4, 75)
+    with pytest.raises(ShapeError, match=rf"of 75 inputs takes x of shape \(..., 75\), got \(3, {columns}\)"):
+        ops.linear(torch.zeros(3, columns), *weight, None, False, True, 255, *groups)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "group_size"),
+    [((4, 37), (4, 3), 32), ((4, 38), (4, 2), 32), ((4, 38), (3, 3), 32), ((4, 38), (4, 3), 48), ((4, 38), (12,), 32)],
+)
+def test_int4_linear_refuses_weights_and_scales_that_do_not_fit(weight, scale, group_size):
+    operands = torch.zeros(weight, dtype=torch.uint8), torch.ones(scale, dtype=torch.bfloat16)
+    with pytest.raises(
+        ShapeError, match=rf"of 75 inputs in groups of {group_size} .* takes a weight of shape \(O, 38\)"
+    ):
+        ops.linear(torch.zeros(3, 75), *operands, None, False, True, 255, group_size, 75)
+
+
+@pytest.mark.parametrize(("weight", "scale"), [("int8", "bfloat16"), ("uint8", "float32")])
+def test_int4_linear_refuses_other_dtypes(weight, scale):
+    operands = torch.zeros(4, 38, dtype=getattr(torch, weight)), torch.ones(4, 3, dtype=getattr(torch, scale))
+    with pytest.raises(
+        DTypeError, match=rf"torch.uint8 with a scale of torch.bfloat16, got torch.{weight} and torch.{scale}"
+    ):
+        ops.linear(torch.zeros(3, 75), *operands, None, False, True, 255, 32, 75)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_linear_refuses_integers(dtype):
+    with pytest.raises(DTypeError, match=f"takes a float tensor, got {dtype}".replace(".", r"\.")):
+        ops.linear(torch.zeros(3, 6, dtype=dtype), *LINEAR)
+
+
+def test_activations_of_16_bits_have_a_greatest_integer_of_their_own():
+    weight, scale = int16_dynamic_qconfig.quantize_weight(torch.randn(4, 6))[:2]
+    x = torch.randn(3, 6)
+    assert torch.equal(ops.linear(x, weight, scale, None, False, True, 32767), reference.linear(x, weight, scale))

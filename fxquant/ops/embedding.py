@@ -1,0 +1,175 @@
+"""The operators embedding and embedding_bag: rows of a quantized table, and their sums, means or maxima."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fxquant.errors import DTypeError, IndexRangeError, ShapeError
+from fxquant.numerics import QuantizedTensor, dequantize_weight
+from fxquant.ops.library import floats, plain, vector
+from fxquant.ops.register import Kernel, arguments_of, public
+
+
+@public
+def embedding(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    embedding_dim: int,
+    bits: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Return the rows of a quantized table: (weight[i] - zero_point[i]) * scale[i]. docs/numerics.md, "embedding".
+
+    indices: any shape, int32 or int64; weight: (V, D) int8, uint8 or float16, or (V, ceil(D / 2)) uint8 with bits=4;
+    scale, zero_point: (V,) float32 or None -> (*indices.shape, D) of `dtype`.
+    """
+    return _run_embedding((indices, weight, scale, zero_point, embedding_dim, bits, dtype))
+
+
+@public
+def embedding_bag(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    embedding_dim: int,
+    offsets: torch.Tensor | None = None,
+    mode: str = "mean",
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+    bits: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Return a sum, mean or max of a quantized table's rows for each bag, as torch.nn.functional.embedding_bag does.
+
+    indices: (B, N), or (N,) with offsets (B,) or, with include_last_offset, (B + 1,); per_sample_weights: like indices,
+    mode "sum" only; table arguments as in `embedding` -> (B, D) of `dtype`.
+    """
+    return _run_bag(
+        (
+            indices,
+            weight,
+            scale,
+            zero_point,
+            embedding_dim,
+            offsets,
+            mode,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+            bits,
+            dtype,
+        )
+    )
+
+
+def _embed(a: Any) -> torch.Tensor:
+    """Return the float32 rows of a table that the indices, in one row, name."""
+    _check_range(a.indices, a.weight.shape[0])
+    flat = a.indices.reshape(-1)
+    scale, zero_point = (None if part is None else part[flat] for part in (a.scale, a.zero_point))
+    return dequantize_weight(QuantizedTensor(a.weight[flat], scale, zero_point), a.bits, a.embedding_dim)
+
+
+def _reference(a: Any) -> Any:
+    return _embed(a).to(a.dtype).reshape(*a.indices.shape, a.embedding_dim)
+
+
+def _bag_reference(a: Any) -> torch.Tensor:
+    rows, indices = _embed(a).to(torch.float32), a.indices
+    places = torch.arange(rows.shape[0], device=indices.device, dtype=indices.dtype).reshape(indices.shape)
+    padding = None
+    if a.padding_idx is not None:  # every padded place points at one extra row, which embedding_bag then leaves out
+        padding = rows.shape[0]
+        places = torch.where(indices == a.padding_idx % a.weight.shape[0], padding, places)
+        rows = torch.cat((rows, rows.new_zeros(1, a.embedding_dim)))
+    bags = F.embedding_bag(
+        places,
+        rows,
+        None if a.offsets is None else a.offsets.to(indices.dtype),
+        mode=a.mode,
+        per_sample_weights=None if a.per_sample_weights is None else a.per_sample_weights.to(torch.float32),
+        include_last_offset=a.include_last_offset,
+        padding_idx=padding,
+    )
+    return bags.to(a.dtype)
+
+
+def _check_range(indices: torch.Tensor, rows: int) -> None:
+    """Raise IndexRangeError unless every index lies in [0, rows)."""
+    if indices.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(indices))
+    if low < 0 or high >= rows:
+        raise IndexRangeError(f"a quantized table of {rows} rows got indices from {low} to {high}")
+
+
+def _check(a: Any, name: str = "embedding") -> None:
+    if a.indices.dtype not in (torch.int32, torch.int64):
+        raise DTypeError(f"a quantized {name} takes int32 or int64 indices, got {a.indices.dtype}")
+
+
+def _fake_bag(a: Any) -> Any:
+    bags = a.indices.shape[0] if a.offsets is None else a.offsets.shape[0] - int(a.include_last_offset)
+    return a.weight.new_empty((bags, a.embedding_dim), dtype=a.dtype)
+
+
+def _prepare_embedding(a: Any) -> tuple[Any, ...]:
+    weight, scale, zero_point = _prepare_table(a)
+    indices = plain(a.indices).reshape(-1)
+    return indices, weight, scale, zero_point, a.embedding_dim, a.bits, torch.float32
+
+
+def _prepare_bag(a: Any) -> Any:
+    weight, scale, zero_point = _prepare_table(a)
+    offsets = None if a.offsets is None else plain(a.offsets).to(torch.int64)
+    samples = None if a.per_sample_weights is None else floats(a.per_sample_weights)
+    table = a._replace(indices=plain(a.indices), weight=weight, scale=scale, zero_point=zero_point)
+    return table._replace(offsets=offsets, per_sample_weights=samples, dtype=torch.float32)
+
+
+def _prepare_table(a: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return a table's tensors as the library takes them, or raise DTypeError or ShapeError."""
+    rows, columns = a.weight.shape[0], a.embedding_dim
+    if a.weight.dtype not in (torch.int8, torch.uint8, torch.float16):
+        raise DTypeError(f"a quantized table holds torch.int8, torch.uint8 or float16, got {a.weight.dtype}")
+    if a.weight.shape != (rows, (columns + 1) // 2 if a.bits == 4 else columns):
+        raise ShapeError(f"a quantized table of {columns} columns at {a.bits} bits cannot be {tuple(a.weight.shape)}")
+    if a.weight.dtype is torch.float16:
+        return plain(a.weight), None, None
+    zero_point = None if a.zero_point is None else vector("zero_point", a.zero_point, rows)
+    return plain(a.weight), vector("scale", a.scale, rows), zero_point
+
+
+_EMBEDDING = Kernel[torch.Tensor](
+    name="embedding",
+    schema="(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, SymInt embedding_dim, int bits=8,"
+    " ScalarType dtype=float32) -> Tensor",
+    arguments=arguments_of(embedding),
+    reference=_reference,
+    check=_check,
+    fake=lambda a: a.weight.new_empty((*a.indices.shape, a.embedding_dim), dtype=a.dtype),
+    prepare=_prepare_embedding,
+    finish=lambda out, a: out.view(*a.indices.shape, a.embedding_dim).to(a.dtype),
+)
+_run_embedding = _EMBEDDING.register()
+
+_EMBEDDING_BAG = Kernel[torch.Tensor](
+    name="embedding_bag",
+    schema="(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, SymInt embedding_dim,"
+    " Tensor? offsets=None, str mode='mean', Tensor? per_sample_weights=None, bool include_last_offset=False,"
+    " int? padding_idx=None, int bits=8, ScalarType dtype=float32) -> Tensor",
+    arguments=arguments_of(embedding_bag),
+    reference=_bag_reference,
+    check=lambda a: _check(a, "embedding bag"),
+    fake=_fake_bag,
+    prepare=_prepare_bag,
+    finish=lambda out, a: out.to(a.dtype),
+)
+_run_bag = _EMBEDDING_BAG.register()

@@ -1,0 +1,150 @@
+"""The native library of CPU kernels (csrc/): how it is loaded, on which instruction set, and how it gets operands.
+
+The library keeps nothing: every call passes plain tensors. So there is nothing to pack, cache or save, and calls from
+several threads are independent. Its functions give None for what they do not take as it is: tensors that are not dense
+(of a linear's input only each row must be), not of their dtypes, or that somebody watches. FXQUANT_NATIVE=0 switches it
+off; FXQUANT_ISA=amx, avx512_vnni, avx_vnni, avx2, neon_dot or portable forces an instruction set; FXQUANT_OPENMP=0
+keeps it from the threads of torch's OpenMP. They are read once, the first two at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxquant.errors import ModelStateError, ShapeError
+from fxquant.ops.output_pool import OutputPool, limit_from_environment
+
+_INTERFACE = 9  # what module.c says it is: a library left from another version is not called
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """Which kernels run the quantized operators.
+
+    library: the library's path, None when plain torch does the work; isa: its instruction set; threads: how many
+    threads the next call may use; why: why not a better library or instruction set, empty when there is none.
+    """
+
+    library: str | None
+    isa: str | None
+    threads: int
+    why: str
+
+    def __str__(self) -> str:
+        name = f"{self.isa} kernels" if self.library else "plain torch, no native kernels"
+        threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
+        return f"fxquant runs on {name}, {threads}" + (f" ({self.why})" if self.why else "")
+
+
+def _load() -> tuple[Any, str]:
+    """Return the library, or None and why; a library that is there but cannot be used is warned about."""
+    if os.environ.get("FXQUANT_NATIVE", "1") == "0":
+        return None, "FXQUANT_NATIVE=0 switched the native library off"
+    try:
+        library = importlib.import_module("fxquant._native")
+    except ModuleNotFoundError:
+        return None, "the native library was not built: pip found no working C compiler"
+    except ImportError as error:
+        why = f"the native library cannot be loaded: {error}"
+    else:
+        if getattr(library, "interface", None) == _INTERFACE:
+            return library, ""
+        why = f"the native library {library.__file__} was built for another version of fxquant; install fxquant again"
+    warnings.warn(f"{why}. The quantized operators run in plain torch, much slower.", RuntimeWarning, stacklevel=2)
+    return None, why
+
+
+def _choose_isa(library: Any) -> str:
+    """Select FXQUANT_ISA where it is set and possible, and return why not a better instruction set."""
+    known: dict[str, str] = dict(library.isas())
+    forced = os.environ.get("FXQUANT_ISA", "")
+    if forced:
+        obstacle = known.get(forced, "there is no such instruction set here; there are " + ", ".join(known))
+        if not obstacle and library.select_isa(list(known).index(forced)):
+            return f"FXQUANT_ISA={forced}"
+        warnings.warn(
+            f"FXQUANT_ISA={forced}: {obstacle}. Using {library.active_isa()} instead.", RuntimeWarning, stacklevel=2
+        )
+    better = list(known)[: list(known).index(library.active_isa())]
+    return "; ".join(f"no {name}: {known[name]}" for name in better)
+
+
+def _introduce_torch(library: Any, exchange: object) -> None:
+    """Tell the library what it needs of torch; exchange: the capsule of DLPack's exchange interface, or None."""
+    library.set_torch(
+        (torch.Tensor, torch.nn.Parameter),
+        (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.int16, torch.float16),
+        (torch.empty, {"dtype": torch.float32, "device": torch.device("cpu")}),
+        (output_pool.empty, torch.get_num_threads, torch.is_grad_enabled),
+        (
+            torch._C._len_torch_dispatch_stack,
+            torch._C._len_torch_function_stack,
+            torch._C._are_functorch_transforms_active,
+            torch._C._get_tracing_state,
+        ),
+        exchange,
+    )
+
+
+_library, _why = _load()
+output_pool = OutputPool(limit_from_environment(), _library.use_huge_pages if _library is not None else lambda *_: None)
+if _library is not None:
+    _why = _choose_isa(_library)
+    _introduce_torch(_library, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+
+
+def function(name: str) -> Callable[..., Any] | None:
+    """Return a function of the library, None where no library is loaded; ModelStateError for one that it lacks.
+
+    An operator's is called with whether it is to look first if anybody watches, and the operator's arguments: it
+    returns the result, or None.
+    """
+    if _library is None:
+        return None
+    found: Callable[..., Any] | None = getattr(_library, name, None)
+    if found is None:
+        raise ModelStateError(f"the native library {_library.__file__} has no {name!r}; install fxquant again")
+    return found
+
+
+def available() -> bool:
+    """Return whether the native library is loaded."""
+    return _library is not None
+
+
+def kernel_info() -> KernelInfo:
+    """Return which library, instruction set and threads run the quantized operators, and why not better ones."""
+    threads = torch.get_num_threads()
+    if _library is None:
+        return KernelInfo(None, None, threads, _why)
+    return KernelInfo(_library.__file__, _library.active_isa(), threads, _why)
+
+
+def bare(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor, or a copy, of no subclass, its numbers in memory as they are."""
+    return tensor.as_subclass(torch.Tensor).resolve_neg()
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor, or a copy, bare and dense."""
+    return bare(tensor).contiguous()
+
+
+def floats(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor, or a copy, as dense float32."""
+    return plain(tensor).to(torch.float32)
+
+
+def vector(name: str, values: torch.Tensor | None, count: int) -> torch.Tensor:
+    """Return a scale or bias as dense floats, or raise ShapeError: the kernels read `count` of them."""
+    if values is None or values.numel() != count:
+        given = "none" if values is None else tuple(values.shape)
+        raise ShapeError(f"a quantized operator of {count} rows needs a {name} of shape ({count},), got {given}")
+    return floats(values).reshape(count)

@@ -1,0 +1,295 @@
+"""The operators lstm and rnn (GRU too): stacks of recurrent layers, whose weights may each have a scheme of its own.
+
+Shapes: B batch, T time, I in, H hidden, P projection (H without one), L layers times directions. Plain torch is what
+the kernels are held to, bit for bit: see `linear`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from fxquant.errors import ArgumentError, DTypeError, ShapeError
+from fxquant.numerics import group_size_of
+from fxquant.ops.elementwise import gru_cell, lstm_cell, tanh
+from fxquant.ops.library import floats, plain
+from fxquant.ops.linear import check_qmax, multiply
+from fxquant.ops.register import Kernel, arguments_of, public
+
+Tensors: TypeAlias = Sequence[torch.Tensor]
+Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # rows, what they are added to
+
+_KINDS = {"gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}  # the modes of rnn, and what each is called in errors
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}  # how many output channels of a weight a hidden unit has
+_INTEGERS = (torch.int8, torch.int16)  # with one scale an output channel; uint8 is int4 in groups, with a scale each
+_FLOATS = (torch.float16, torch.float32)  # whose scale is left out, or empty
+
+
+@public
+def lstm(
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    weights: Tensors,
+    scales: Tensors,
+    biases: Tensors,
+    bidirectional: bool = False,
+    per_row: bool = True,
+    qmax: int = 255,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (output, h, c) of a stack of LSTM layers. docs/numerics.md, "LSTM".
+
+    x: (T, B, I) float, or (N, I) rows of a packed sequence with batch_sizes (T,) int64; h0: (L, B, P), c0: (L, B, H),
+    L = layers × directions. weights: for each of the L cells weight_ih (4H, I), weight_hh (4H, P) and, with a
+    projection, weight_hr (P, H), gates in the order i, f, g, o, each of a scheme of its own (`linear.multiply`);
+    scales: as many, empty ones for float weights, or none at all; biases: L of (4H,), or none
+    -> output (T, B, D·P) or (N, D·P), h (L, B, P), c (L, B, H), in x's dtype.
+    """
+    return _run_lstm((x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax))
+
+
+@public
+def rnn(
+    x: torch.Tensor,
+    batch_sizes: torch.Tensor | None,
+    h0: torch.Tensor,
+    weights: Tensors,
+    scales: Tensors,
+    biases: Tensors,
+    hidden_biases: Tensors,
+    mode: str,
+    bidirectional: bool = False,
+    per_row: bool = True,
+    qmax: int = 255,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (output, h) of a stack of GRU or plain RNN layers. docs/numerics.md, "GRU and RNN".
+
+    mode: "gru" (G = 3 gates, in the order r, z, n), "rnn_tanh" or "rnn_relu" (G = 1). x, batch_sizes: as for `lstm`;
+    h0: (L, B, H). weights: for each cell weight_ih (G·H, I) and weight_hh (G·H, H); they and scales: as for `lstm`;
+    biases: L of (G·H,), or none: b_ih + b_hh, but a GRU's n part is b_in alone; hidden_biases: a GRU's L of b_hn (H,),
+    else none -> output (T, B, D·H) or (N, D·H), h (L, B, H), in x's dtype.
+    """
+    return _run_rnn((x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax))
+
+
+def _lstm_reference(a: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    h, c = a.h0.to(torch.float32, copy=True), a.c0.to(torch.float32, copy=True)
+
+    def step(cell: int, matrices: Sequence[Multiply], gates: torch.Tensor) -> torch.Tensor:
+        live = gates.shape[0]
+        c[cell, :live], hidden = lstm_cell(matrices[1](h[cell, :live], gates), c[cell, :live])
+        for project in matrices[2:]:
+            hidden = project(hidden, None)
+        return hidden
+
+    return _run_stack(a, h, step), h.to(a.x.dtype), c.to(a.x.dtype)
+
+
+def _rnn_reference(a: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    h = a.h0.to(torch.float32, copy=True)
+
+    def step(cell: int, matrices: Sequence[Multiply], gates: torch.Tensor) -> torch.Tensor:
+        before = h[cell, : gates.shape[0]]
+        if a.mode == "gru":
+            both = gates[:, : 2 * h.shape[2]]
+            own = a.hidden_biases[cell].to(torch.float32) if a.hidden_biases else gates.new_full((h.shape[2],), -0.0)
+            start = torch.cat((both, own.expand_as(before)), dim=1)  # y + -0 is y, to the bit
+            return gru_cell(matrices[1](before, start), gates[:, both.shape[1] :], before)
+        pre = matrices[1](before, gates)
+        return pre.relu_() if a.mode == "rnn_relu" else tanh(pre)
+
+    return _run_stack(a, h, step), h.to(a.x.dtype)
+
+
+def _run_stack(a: Any, h: torch.Tensor, step: Callable[[int, Sequence[Multiply], torch.Tensor], torch.Tensor]) -> Any:
+    """Run all layers and directions over time; h (L, B, P) is advanced in place. Returns the last layer's outputs.
+
+    step(cell, matrices, gates): the hidden rows (B', P) that follow from the input's part of the gates, (B', G·H).
+    """
+    cells, directions = h.shape[0], 2 if a.bidirectional else 1
+    per_cell = len(a.weights) // cells
+    sizes = [a.x.shape[1]] * a.x.shape[0] if a.batch_sizes is None else a.batch_sizes.tolist()
+    starts = [0, *itertools.accumulate(sizes)]
+    rows = a.x.reshape(starts[-1], a.x.shape[-1]).to(torch.float32)
+    for first in range(0, cells, directions):
+        output = rows.new_empty(rows.shape[0], directions * h.shape[2])
+        for cell in range(first, first + directions):
+            matrices = [_multiplier(a, i) for i in range(cell * per_cell, (cell + 1) * per_cell)]
+            gates = matrices[0](rows, a.biases[cell].to(torch.float32) if a.biases else None)
+            columns = slice((cell - first) * h.shape[2], (cell - first + 1) * h.shape[2])
+            for t in reversed(range(len(sizes))) if cell > first else range(len(sizes)):
+                live = slice(starts[t], starts[t + 1])  # a packed batch shrinks as sequences end
+                hidden = step(cell, matrices, gates[live])
+                h[cell, : sizes[t]] = output[live, columns] = hidden
+        rows = output
+    return rows.reshape(*a.x.shape[:-1], rows.shape[-1]).to(a.x.dtype)
+
+
+def _multiplier(a: Any, i: int) -> Multiply:
+    """Return the product with the weight i."""
+    weight, scale = a.weights[i], a.scales[i] if a.scales else None
+    if weight.dtype is torch.float16:  # widened once, not at each step
+        weight = weight.to(torch.float32)
+    return lambda rows, start: multiply(rows, weight, scale, start, a.per_row, a.qmax)
+
+
+def _check_lstm(a: Any) -> None:
+    _check("LSTM", a, (a.h0, a.c0), ())
+
+
+def _check_rnn(a: Any) -> None:
+    if a.mode not in _KINDS:
+        raise ArgumentError(f"the operator rnn takes one of the modes {', '.join(map(repr, _KINDS))}, got {a.mode!r}")
+    _check(_KINDS[a.mode], a, (a.h0,), a.hidden_biases)
+
+
+def _check(kind: str, a: Any, states: Tensors, hidden_biases: Tensors) -> None:
+    check_qmax(kind, a.qmax)
+    _check_sequence(kind, a, states)
+    _check_parts(kind, a, states, hidden_biases)
+
+
+def _check_sequence(kind: str, a: Any, states: Tensors) -> None:
+    """Raise unless x is (T, B, I) or packed (N, I), h0 (L, B, P), and an LSTM's c0 (L, B, H)."""
+    x, weights = a.x, a.weights
+    for name, tensor in (("input", x), *zip(("h0", "c0"), states, strict=False)):
+        if not tensor.is_floating_point():
+            raise DTypeError(f"a quantized {kind} takes float tensors, got {name} of {tensor.dtype}")
+    want, given = 3 if a.batch_sizes is None else 2, x.shape[-1] if x.dim() else 0
+    inputs = weights[0].shape[-1] if weights else given
+    if weights and weights[0].dtype is torch.uint8:  # two values a byte: the last may be one alone
+        inputs = given if (given + 1) // 2 == inputs else 2 * inputs
+    if x.dim() != want or given != inputs:
+        raise ShapeError(
+            f"a quantized {kind} of {inputs} inputs takes {want}-D input whose last dimension is {inputs}, "
+            f"got {tuple(x.shape)}"
+        )
+    batch = x.shape[1] if a.batch_sizes is None else None
+    for name, state in zip(("h0", "c0"), states, strict=False):
+        if state.dim() != 3 or (batch is not None and state.shape[1] != batch):
+            raise ShapeError(f"a quantized {kind} called with batch {batch} got {name} of shape {tuple(state.shape)}")
+    if states[0].shape[0] == 0 or states[0].shape[:2] != states[-1].shape[:2]:
+        shapes = " and ".join(str(tuple(state.shape)) for state in states)
+        raise ShapeError(f"a quantized {kind} takes states of the same cells, 1 or more, and batch, got {shapes}")
+
+
+def _check_parts(kind: str, a: Any, states: Tensors, hidden_biases: Tensors) -> None:
+    """Raise unless weights, scales and biases are those of cells for such columns and states."""
+    weights, scales, biases = a.weights, a.scales, a.biases
+    cells, outputs, hidden = states[0].shape[0], states[0].shape[2], states[-1].shape[2]
+    directions, rows = 2 if a.bidirectional else 1, _GATES[kind] * hidden
+    is_projected = kind == "LSTM" and len(weights) == 3 * cells
+    numbers = {
+        "weights": (weights, (3 if is_projected else 2) * cells),
+        "scales": (scales, len(weights) if scales else 0),
+        "biases": (biases, cells if biases else 0),
+        "hidden biases": (hidden_biases, cells if hidden_biases else 0),
+    }
+    layers = f"a quantized {kind} of {cells} cells with {hidden} hidden units and {outputs} outputs"
+    for name, (given, count) in numbers.items():
+        if len(given) != count:
+            raise ShapeError(f"{layers} takes {count} {name}, got {len(given)}")
+    if cells % directions or (hidden != outputs and not is_projected):
+        raise ShapeError(f"{layers} cannot be: {directions} directions, {'a' if is_projected else 'no'} projection")
+    for i, vector in enumerate((*biases, *hidden_biases)):
+        if vector.shape != (rows if i < len(biases) else hidden,):
+            raise ShapeError(f"{layers} got a bias of shape {tuple(vector.shape)}")
+    for i, weight in enumerate(weights):
+        cell, place = divmod(i, 3 if is_projected else 2)
+        inputs = a.x.shape[-1] if cell < directions else directions * outputs
+        shape = ((rows, inputs), (rows, outputs), (outputs, hidden))[place]
+        _check_matrix(f"{layers}: weight_{('ih', 'hh', 'hr')[place]} of cell {cell}", weight, scales[i : i + 1], shape)
+
+
+def _check_matrix(name: str, weight: torch.Tensor, scales: Tensors, shape: tuple[int, int]) -> None:
+    """Raise DTypeError or ShapeError unless weight and its scale, if it has one, are a matrix of this shape."""
+    (rows, columns), scale = shape, scales[0] if scales else None
+    is_int4, dtype = weight.dtype is torch.uint8, None if scale is None else scale.dtype
+    if dtype is not torch.bfloat16 if is_int4 else weight.dtype not in (*_INTEGERS, *_FLOATS):
+        known = "torch.int8, torch.int16, torch.uint8, torch.float16, torch.float32"
+        raise DTypeError(
+            f"{name} takes one of {known}, where uint8 has a scale of torch.bfloat16, got {weight.dtype}"
+            f" with a scale of {dtype}"
+        )
+    sizes = () if scale is None else tuple(scale.shape)
+    if is_int4:
+        fits = len(sizes) == 2 and sizes[0] == rows and (columns == 0 or group_size_of(columns, sizes[1]) > 0)
+    else:
+        fits = sizes == (rows,) if weight.dtype in _INTEGERS else scale is None or scale.numel() == 0
+    if weight.shape != (rows, (columns + 1) // 2 if is_int4 else columns) or not fits:
+        raise ShapeError(
+            f"{name} stands for {rows} x {columns} numbers, which {tuple(weight.shape)} of {weight.dtype}"
+            f" with {'no scale' if scale is None else f'a scale of shape {sizes}'} are not"
+        )
+
+
+def _fake(a: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    columns = a.h0.shape[-1] * (2 if a.bidirectional else 1)
+    return a.x.new_empty((*a.x.shape[:-1], columns)), a.x.new_empty(a.h0.shape)
+
+
+def _prepare_lstm(a: Any) -> Any:
+    is_empty = 0 in (a.x.numel(), a.h0.numel(), a.c0.numel())
+    return None if is_empty else a._replace(c0=floats(a.c0), **_prepare(a))
+
+
+def _prepare_rnn(a: Any) -> Any:
+    is_empty = 0 in (a.x.numel(), a.h0.numel())
+    return None if is_empty else a._replace(hidden_biases=[floats(own) for own in a.hidden_biases], **_prepare(a))
+
+
+def _prepare(a: Any) -> dict[str, Any]:
+    return {
+        "x": floats(a.x),
+        "batch_sizes": _sizes(a.batch_sizes, a.x.shape[0], a.h0.shape[1]),
+        "h0": floats(a.h0),
+        "weights": [plain(weight) for weight in a.weights],
+        "scales": [plain(scale) if scale.dtype is torch.bfloat16 else floats(scale) for scale in a.scales],
+        "biases": [floats(bias) for bias in a.biases],
+    }
+
+
+def _sizes(batch_sizes: torch.Tensor | None, rows: int, batch: int) -> torch.Tensor | None:
+    """Return the sizes as the library takes them; they fall from at most `batch` to at least 1, `rows` in all."""
+    if batch_sizes is None:
+        return None
+    given = batch_sizes.tolist()
+    falls = all(a >= b for a, b in zip([batch, *given], [*given, 1], strict=True))
+    if not falls or sum(given) != rows:
+        raise ShapeError(f"packed rows: {rows} rows of a batch of {batch} cannot have batch_sizes {given}")
+    return plain(batch_sizes).to(torch.int64)
+
+
+def _finish(out: Tensors, a: Any) -> Any:
+    return tuple(part.to(a.x.dtype) for part in out)
+
+
+_LSTM = Kernel[tuple[torch.Tensor, torch.Tensor, torch.Tensor]](
+    name="lstm",
+    schema="(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, Tensor[] scales, Tensor[] biases,"
+    " bool bidirectional=False, bool per_row=True, int qmax=255) -> (Tensor, Tensor, Tensor)",
+    arguments=arguments_of(lstm),
+    reference=_lstm_reference,
+    check=_check_lstm,
+    fake=lambda a: (*_fake(a), a.x.new_empty(a.c0.shape)),
+    prepare=_prepare_lstm,
+    finish=_finish,
+)
+_run_lstm = _LSTM.register()
+
+_RNN = Kernel[tuple[torch.Tensor, torch.Tensor]](
+    name="rnn",
+    schema="(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor[] weights, Tensor[] scales, Tensor[] biases,"
+    " Tensor[] hidden_biases, str mode, bool bidirectional=False, bool per_row=True, int qmax=255) -> (Tensor, Tensor)",
+    arguments=arguments_of(rnn),
+    reference=_rnn_reference,
+    check=_check_rnn,
+    fake=_fake,
+    prepare=_prepare_rnn,
+    finish=_finish,
+)
+_run_rnn = _RNN.register()

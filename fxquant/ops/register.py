@@ -1,0 +1,217 @@
+"""An operator as one row, and the one place that decides where a call of it runs.
+
+    compiled or exported          `torch.ops.fxquant`, which compilers hold, and which runs one of the last two later
+    eager, plain CPU tensors      the native kernel at once: torch's dispatcher would cost more than a small product
+    other strided CPU tensors     through the dispatcher, the native kernel on the operands that `Kernel.prepare` makes
+    everything else               through the dispatcher, the plain-torch reference
+
+An operator's signature is written twice: in its schema, for torch, and at its function of `fxquant.ops`, for callers.
+What the operator is made of takes its arguments as one named tuple, which `arguments_of` makes from the latter.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch.compiler import is_compiling
+
+from fxquant.errors import DTypeError, ModelStateError
+from fxquant.ops import library
+from fxquant.ops.autocast import cast_dtype
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LIBRARY = torch.library.Library("fxquant", "DEF")  # type: ignore[no-untyped-call]
+_COPIED = (torch.float32, torch.int32, torch.int64)  # of the dtypes that the native library takes
+
+OVERLOADS: dict[str, Callable[..., Any]] = {}
+"""The registered operators: what torch.compile and torch.export hold."""
+
+
+class Gradient(NamedTuple):
+    """How gradients pass an operator.
+
+    keep: (ctx, arguments, output), stores what the other needs. give: (ctx, the output's gradient, by name whether each
+    argument needs one), returns the gradients by name.
+    """
+
+    keep: Callable[[Any, Any, Any], None]
+    give: Callable[[Any, torch.Tensor, dict[str, bool]], dict[str, torch.Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Kernel(Generic[R]):
+    """An operator: what torch, its callers, the native library and the reference know of it.
+
+    schema: its arguments and results, as torch.library.define takes them; the native library's function of this name
+    takes the same arguments. arguments: they as a named tuple, which all that follows takes. reference: the operator in
+    plain torch, the specification. check: raises an error for arguments that do not fit each other. fake: returns empty
+    outputs. prepare: returns the arguments as the native library takes them (dense, float32), or None where the
+    reference is to run. finish: (what the library returned, arguments), returns the outputs. gradient: None where a
+    gradient that comes back is an error. is_cast: whether torch.autocast casts an eager call's output.
+    """
+
+    name: str
+    schema: str
+    arguments: Callable[..., Any]
+    reference: Callable[[Any], R]
+    check: Callable[[Any], object]
+    fake: Callable[[Any], R]
+    prepare: Callable[[Any], tuple[Any, ...] | None]
+    finish: Callable[[Any, Any], R]
+    gradient: Gradient | None = None
+    is_cast: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arguments' names."""
+        names: tuple[str, ...] = self.arguments._fields  # type: ignore[attr-defined]
+        return names
+
+    def takes(self, args: Sequence[Any]) -> bool:
+        """Return whether the native library computes with a call's tensors: on the CPU, the first of them strided."""
+        if not library.available() or args[0].layout is not torch.strided:
+            return False
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                if not value.is_cpu:
+                    return False
+            elif isinstance(value, (list, tuple)) and not all(tensor.is_cpu for tensor in value):
+                return False
+        return True
+
+    def _tensors(self, args: Sequence[Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in zip(self.names, args, strict=False):
+            if isinstance(value, torch.Tensor):
+                yield name, value
+            elif isinstance(value, (list, tuple)):
+                yield from ((name, tensor) for tensor in value)
+
+    def run_native(self, a: Any) -> R | None:
+        """Return what the native kernel gives for operands made dense, or None where the reference is to run."""
+        native = library.function(self.name)
+        prepared = self.prepare(a) if native is not None and self.takes(a) else None
+        if native is None or prepared is None:
+            return None
+        out = native(False, *prepared)
+        if out is None:
+            self._refuse_freed(a)
+            return None
+        return self.finish(out, a)
+
+    def run(self, *args: Any) -> R:
+        """Run the native kernel or the reference: the implementation of the registered operator."""
+        a = self.arguments(*args)
+        self.check(a)
+        try:
+            out = self.run_native(a)
+            return self.reference(a) if out is None else out
+        except Exception:
+            self._refuse_freed(a)
+            raise
+
+    def _refuse_freed(self, args: Sequence[Any]) -> None:
+        """Raise ModelStateError where a tensor's memory was given back: untyped_storage().resize_(0)."""
+        for i, (name, tensor) in enumerate(self._tensors(args)):
+            if tensor.layout is torch.strided and tensor.numel() and not tensor.untyped_storage().nbytes():
+                message = f"the {name if i else 'input'} of a quantized operator has no memory: its storage was freed"
+                raise ModelStateError(message) from None
+
+    def _run_fake(self, *args: Any, **kwargs: Any) -> R:
+        a = self.arguments(*args, **kwargs)
+        self.check(a)
+        return self.fake(a)
+
+    def dispatch(self, args: Sequence[Any]) -> R:
+        """Call the registered operator; a gradient that it cannot hand on is a ModelStateError, and never lost.
+
+        If only the first operand is not dense, the native library gets a dense copy of that.
+        """
+        if is_compiling():
+            return OVERLOADS[self.name](*args)  # type: ignore[no-any-return]
+        first, native = args[0], library.function(self.name)
+        check_dense(first, self.name.replace("_", " "))
+        is_tensor = native is not None and isinstance(first, torch.Tensor)
+        if is_tensor and first.dtype in _COPIED and not first.is_contiguous():
+            copied: R | None = native(True, first.contiguous(), *args[1:])  # type: ignore[misc]
+            if copied is not None:
+                return copied
+        out: R = OVERLOADS[self.name](*args)
+        for part in (out if isinstance(out, tuple) else (out,)) if self.gradient is None else ():
+            if isinstance(part, torch.Tensor) and part.requires_grad:
+                part.register_hook(functools.partial(_refuse_gradient, self.name))  # type: ignore[no-untyped-call]
+        return out
+
+    def register(self) -> Callable[[tuple[Any, ...]], R]:
+        """Register the operator with torch, and return what an eager call of it runs, with all its arguments."""
+        _LIBRARY.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"fxquant::{self.name}", self._run_fake, lib=_LIBRARY)
+        _LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        OVERLOADS[self.name] = getattr(torch.ops.fxquant, self.name).default
+        KERNELS[self.name] = self
+        if self.gradient is not None:
+            self._register_gradient(self.gradient)
+        native, dispatch, is_cast = library.function(self.name), self.dispatch, self.is_cast
+
+        def call(args: tuple[Any, ...]) -> R:
+            out: Any = None if native is None or is_compiling() else native(True, *args)
+            if out is None:
+                out = dispatch(args)
+            dtype = cast_dtype(args[0]) if is_cast else None
+            return out if dtype is None else out.to(dtype)  # type: ignore[no-any-return]
+
+        return call
+
+    def _register_gradient(self, gradient: Gradient) -> None:
+        def keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+            gradient.keep(ctx, self.arguments(*inputs), output)
+
+        def give(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            needs = dict.fromkeys(self.names, False) | dict(zip(self.names, ctx.needs_input_grad, strict=False))
+            gradients = gradient.give(ctx, grad, needs)
+            return tuple(gradients.get(name) for name in self.names)
+
+        torch.library.register_autograd(f"fxquant::{self.name}", give, setup_context=keep, lib=_LIBRARY)
+
+
+KERNELS: dict[str, Kernel[Any]] = {}
+"""The operators by name."""
+
+
+def arguments_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the named tuple of a function's arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    defaults = [parameter.default for parameter in parameters if parameter.default is not parameter.empty]
+    return namedtuple(function.__name__, [parameter.name for parameter in parameters], defaults=defaults)
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function as one of `fxquant.ops`: graphs, pickles and reports name it by where it is found."""
+    function.__module__ = "fxquant.ops"
+    return function
+
+
+def check_dense(x: Any, name: str) -> None:
+    """Raise DTypeError for what is no tensor, nor stands for one, and for a sparse or nested tensor."""
+    if not isinstance(x, torch.Tensor):
+        if not hasattr(type(x), "__torch_function__"):  # as what torch.fx traces with has
+            raise DTypeError(f"a quantized {name} takes a tensor, got {type(x).__name__}")
+    elif x.is_nested or x.layout is not torch.strided:
+        layout, cure = ("nested", "to_padded_tensor(0.0)") if x.is_nested else (str(x.layout), "to_dense()")
+        raise DTypeError(f"a quantized {name} takes a dense tensor, got a {layout} one; call x.{cure} before it")
+
+
+def _refuse_gradient(name: str, _: torch.Tensor) -> None:
+    raise ModelStateError(
+        f"a gradient came back to torch.ops.fxquant.{name}, which has none: quantized linears, convolutions and "
+        "attention hand gradients on to their inputs, recurrent layers and tables do not. Leave these float (a qconfig "
+        "of None), or train the float model and quantize it afterwards; where only answers are wanted, call the "
+        "quantized one under torch.no_grad()"
+    )

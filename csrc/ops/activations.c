@@ -1,9 +1,10 @@
-/* The quantization of activation rows: fxquant.numerics.quantize_rows, to the bit. */
+/* The quantization of activation rows (fxquant.numerics.quantize_rows, to the bit), and who multiplies them: the table of
+ * formats and two switches over forms. */
 #include <float.h>
 #include <math.h>
 #include <string.h>
 
-#include "fxquant.h"
+#include "kernels.h"
 
 #if FLT_EVAL_METHOD != 0
 #error "float arithmetic must be plain IEEE single precision: the results would differ from the reference"
@@ -16,14 +17,35 @@ int64_t fxq_depth(int64_t columns) { return (columns + FXQ_DEPTH - 1) / FXQ_DEPT
 
 int64_t fxq_nibble_depth(int64_t columns) { return (columns + 127) / 128 * 128; }
 
-/* 16 more rows: a block of 16 may be partly filled, and the dot form keeps a row of its own (see common-inl.h). */
-static int64_t packed_bytes(int64_t rows, int64_t columns) {
-    return (rows + 16) * fxq_depth(columns) * fxq_active->value_bytes;
+const struct fxq_format_row fxq_formats[FXQ_FORMATS] = {
+    [FXQ_INT8] = {8, false, FXQ_TO_UINT8},
+    [FXQ_INT16] = {16, false, FXQ_TO_INT16},
+    [FXQ_INT4] = {4, true, FXQ_TO_UINT8},
+    [FXQ_FLOAT16] = {16, false, FXQ_TO_FLOAT},
+    [FXQ_FLOAT32] = {32, false, FXQ_TO_FLOAT},
+    [FXQ_UINT8] = {8, false, FXQ_TO_FLOAT},
+    [FXQ_UINT4] = {4, false, FXQ_TO_FLOAT},
+};
+
+int64_t fxq_activation_bytes(const struct fxq_weight *weight, int64_t rows) {
+    if (weight->format == FXQ_NONE) return 0;
+    const int64_t values = rows * fxq_depth(weight->columns);
+    if (fxq_formats[weight->format].takes != FXQ_TO_UINT8) return values * 4; /* two int16 or a float */
+    /* 16 more rows: a block of 16 may be partly filled, and the gemv keeps a row of its own (see common-inl.h). */
+    const int64_t bytes = (rows + 16) * fxq_depth(weight->columns) * fxq_active->value_bytes;
+    const int64_t grouped = weight->group ? fxq_group_activation_bytes(weight, rows) : 0;
+    return bytes > grouped ? bytes : grouped;
 }
 
-int64_t fxq_activation_bytes(enum fxq_kind kind, int64_t rows, int64_t columns) {
-    if (kind == FXQ_KIND_UINT8) return packed_bytes(rows, columns);
-    return rows * fxq_depth(columns) * 4; /* two int16 or a float */
+void fxq_begin_activations(struct fxq_activations *x, const struct fxq_weight *weight) {
+    x->columns = weight->columns;
+    x->depth = fxq_depth(weight->columns);
+    switch (fxq_formats[weight->format].takes) {
+        case FXQ_TO_UINT8: x->form = FXQ_BYTES; break;
+        case FXQ_TO_INT16: x->form = FXQ_LOW_HIGH; break;
+        case FXQ_TO_FLOAT: x->form = FXQ_FLOATS; break;
+    }
+    if (weight->group && !x->is_row_major) fxq_begin_groups(x, weight); /* a packed weight takes whole rows */
 }
 
 void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax) {
@@ -50,6 +72,23 @@ void fxq_set_int16_row(struct fxq_row *row, const struct fxq_range *range) {
     *row = (struct fxq_row){.scale = scale, .inverse = 1.0f / scale};
 }
 
+struct fxq_range fxq_join_ranges(const struct fxq_range *ranges, int64_t count) {
+    struct fxq_range range = {0.0f, 0.0f, false};
+    for (int64_t i = 0; i < count; i++) {
+        range.low = ranges[i].low < range.low ? ranges[i].low : range.low;
+        range.high = ranges[i].high > range.high ? ranges[i].high : range.high;
+        range.is_nan |= ranges[i].is_nan;
+    }
+    return range;
+}
+
+void fxq_set_rows(const struct fxq_activations *x, int64_t first, int64_t last, const struct fxq_range *range) {
+    for (int64_t m = first; m < last && x->form != FXQ_FLOATS; m++) {
+        if (x->form == FXQ_LOW_HIGH) fxq_set_int16_row(&x->row[m], range);
+        else fxq_set_row(&x->row[m], range, x->qmax);
+    }
+}
+
 /* Floats stay as they are. */
 static void copy_floats(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
     const size_t columns = (size_t)x->columns, padding = (size_t)(x->depth - x->columns);
@@ -61,19 +100,30 @@ static void copy_floats(const struct fxq_activations *x, int64_t first, int coun
 }
 
 void fxq_quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
-    switch (x->kind) {
-        case FXQ_KIND_UINT8: fxq_active->quantize(x, first, count, rows); break;
-        case FXQ_KIND_INT16: fxq_active->quantize_int16(x, first, count, rows); break;
-        case FXQ_KIND_FLOAT: copy_floats(x, first, count, rows); break;
+    switch (x->form) {
+        case FXQ_BYTES: fxq_active->quantize(x, first, count, rows); break;
+        case FXQ_LOW_HIGH: fxq_active->quantize_int16(x, first, count, rows); break;
+        case FXQ_FLOATS: copy_floats(x, first, count, rows); break;
+        default: fxq_quantize_groups(x, first, count, rows);
     }
 }
 
 void fxq_multiply(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
-    switch (job->x->kind) {
-        case FXQ_KIND_UINT8: fxq_active->matmul(job, n0, n1, to, scratch); break;
-        case FXQ_KIND_INT16: fxq_active->matmul_int16(job, n0, n1, to); break;
-        case FXQ_KIND_FLOAT: fxq_active->matmul_floats(job, n0, n1, to, scratch); break;
+    switch (job->x->form) {
+        case FXQ_BYTES: fxq_active->matmul(job, n0, n1, to, scratch); break;
+        case FXQ_LOW_HIGH: fxq_active->matmul_int16(job, n0, n1, to); break;
+        case FXQ_FLOATS: fxq_active->matmul_floats(job, n0, n1, to, scratch); break;
+        default: fxq_multiply_groups(job, n0, n1, to, scratch);
     }
+}
+
+const float *fxq_find_row(const struct fxq_rows *rows, int64_t row) {
+    const float *found = rows->data;
+    for (int i = rows->dimensions - 1; i > 0; i--) {
+        found += row % rows->sizes[i] * rows->strides[i];
+        row /= rows->sizes[i];
+    }
+    return found + row * rows->strides[0];
 }
 
 void fxq_quantize_rows(const struct fxq_activations *x, const struct fxq_rows *source, int64_t first, int64_t last) {
@@ -85,8 +135,9 @@ void fxq_quantize_rows(const struct fxq_activations *x, const struct fxq_rows *s
     }
 }
 
-/* The copy of a weight's last rows (row_major-inl.h), 64 of them in the block form; or a packed part of it; or 4 rows of floats. */
-int64_t fxq_matmul_scratch_bytes(int64_t columns) {
-    const int64_t bytes = 64 * fxq_depth(columns);
-    return bytes < FXQ_PACKED_BYTES ? FXQ_PACKED_BYTES : bytes;
+/* The copy of a weight's last rows (row_major-inl.h), 64 of them in the tiled gemm; or a packed part of it; or 4 rows of floats. */
+int64_t fxq_product_scratch_bytes(const struct fxq_weight *weight) {
+    const int64_t rows = 64 * fxq_depth(weight->columns), bytes = rows < FXQ_PACKED_BYTES ? FXQ_PACKED_BYTES : rows;
+    const int64_t grouped = weight->group ? fxq_group_scratch_bytes(weight) : 0;
+    return fxq_aligned(bytes > grouped ? bytes : grouped);
 }

@@ -2,7 +2,8 @@
  *
  * A row's result depends on its query, its keys and their values alone; keys at the end that the mask keeps out change
  * nothing. So it is the same alone, in any batch, padded, and token by token with the earlier keys kept. */
-#include "fxquant.h"
+#include "kernels.h"
+#include "runtime/pool.h"
 
 enum {
     SCORE_BYTES = 96 << 10, /* of scores at a time */
@@ -18,8 +19,6 @@ struct job {
     int64_t pieces;                      /* into which all blocks are cut */
     bool packs_values;
 };
-
-static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
 static const float *find(const struct fxq_attention *call, const struct fxq_operand *operand, int index, int64_t head) {
     return operand->data + fxq_batch_offset(&call->batches, index, head);
@@ -105,7 +104,7 @@ int fxq_attention(const struct fxq_attention *call, int threads) {
     const struct fxq_hands hands = fxq_worthwhile(4 * products, call->batches.count * job.blocks, threads);
     job.pieces = fxq_piece_count(call->batches.count * job.blocks, hands);
     const int64_t values = job.packs_values ? call->keys * fxq_panel_columns(call->outputs) : 0;
-    job.thread_bytes = aligned((call->depth * job.width + job.block * job.width + values) * (int64_t)sizeof(float)) + 64;
+    job.thread_bytes = fxq_aligned((call->depth * job.width + job.block * job.width + values) * (int64_t)sizeof(float)) + 64;
     job.memory = fxq_scratch(hands.threads * job.thread_bytes);
     if (job.memory == NULL) return FXQ_NO_MEMORY;
     fxq_split(work, &job, job.pieces, hands, 4 * products);

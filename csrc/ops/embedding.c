@@ -2,7 +2,8 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#include "fxquant.h"
+#include "kernels.h"
+#include "runtime/pool.h"
 
 struct job {
     const struct fxq_table *table;

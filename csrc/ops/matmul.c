@@ -1,5 +1,6 @@
 /* Products of two activations: the same bits alone and in any batch, on every instruction set, with any number of threads. */
-#include "fxquant.h"
+#include "kernels.h"
+#include "runtime/pool.h"
 
 enum {
     DIRECT_ROWS = 12, /* for fewer rows a panel whose rows are dense is read where it lies */

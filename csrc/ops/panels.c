@@ -1,7 +1,7 @@
 /* Panels of a product's second operand: FXQ_PANEL columns side by side, row after row, for products-inl.h. */
 #include <string.h>
 
-#include "fxquant.h"
+#include "kernels.h"
 
 #if defined(__SSE__)
 #include <xmmintrin.h>

@@ -9,12 +9,9 @@ enum {
     GATES_TOGETHER = 1024,   /* rows times hidden units whose gates are finished together: 16 KiB, in the L1 cache */
     PACKED_STEPS = 4,        /* steps that repay the packing of an LSTM's weight_hh, */
     PACKED_ROWS = 8,         /* if they have so many rows together */
-    PACKED_BYTES = 8 << 20,  /* of it, or of 4-bit weights unpacked for all steps: the scratch memory is kept */
-    LEAST_GROUP = 32,
+    PACKED_BYTES = 8 << 20,  /* of it, or of grouped weights unpacked for all steps: the scratch memory is kept */
     PACKED_COLUMNS = 32768   /* row sums must fit make_pairs() */
 };
-
-static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
 /* Memory handed out piece by piece; without a base only the sum counts. */
 struct supply {
@@ -24,52 +21,59 @@ struct supply {
 
 static void *take(struct supply *supply, int64_t bytes) {
     void *taken = supply->base ? supply->base + supply->used : NULL;
-    supply->used += aligned(bytes);
+    supply->used += fxq_aligned(bytes);
     return taken;
 }
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-static struct fxq_grouped take_activations(struct supply *memory, const struct stack *s, int64_t rows, int64_t columns) {
-    struct fxq_activations x = {
-        .columns = columns, .depth = fxq_depth(columns), .qmax = s->call->qmax, .per_row = s->call->per_row};
-    const int64_t grouped = s->has_int4 ? fxq_grouped_bytes(rows, columns, LEAST_GROUP) : 0;
-    const int64_t wide = s->has_wide ? fxq_activation_bytes(FXQ_KIND_FLOAT, rows, columns) : 0; /* or FXQ_KIND_INT16 */
-    x.packed = take(memory, most(fxq_activation_bytes(FXQ_KIND_UINT8, rows, columns), most(grouped, wide)));
-    x.row = take(memory, rows * (int64_t)sizeof *x.row);
-    return (struct fxq_grouped){.x = x};
-}
-
-/* For a weight that each step multiplies with, many rows at a time: few are multiplied with nibbles as they lie. */
-static struct unpacked take_unpacked(struct supply *memory, const struct stack *s, int64_t outputs, int64_t columns) {
-    const int64_t groups = (columns + LEAST_GROUP - 1) / LEAST_GROUP, values = aligned(outputs * columns);
-    const int64_t scales = outputs * groups * (int64_t)sizeof(float);
-    if (!s->has_int4 || fxq_active->matmul_groups || s->call->steps == 1 || s->call->batch <= fxq_active->most_nibble_rows ||
-        values + scales > PACKED_BYTES) {
-        return (struct unpacked){NULL, NULL};
+/* What the weights of all cells take at most. */
+static void measure_weights(struct stack *s) {
+    for (int i = 0; i < s->call->layers * s->call->directions; i++) {
+        const struct fxq_recurrent_weights *w = &s->call->cells[i];
+        s->x_bytes = most(s->x_bytes, fxq_activation_bytes(&w->ih, s->chunk_rows));
+        s->h_bytes = most(s->h_bytes, fxq_activation_bytes(&w->hh, s->call->batch));
+        s->raw_bytes = most(s->raw_bytes, fxq_activation_bytes(&w->hr, s->call->batch));
+        s->hh_groups = most(s->hh_groups, w->hh.groups);
+        s->hr_groups = most(s->hr_groups, w->hr.groups);
+        const int64_t by_state = most(fxq_product_scratch_bytes(&w->hh), fxq_product_scratch_bytes(&w->hr));
+        s->scratch_bytes = most(s->scratch_bytes, most(fxq_product_scratch_bytes(&w->ih), by_state));
     }
-    int8_t *taken = take(memory, values);
-    return (struct unpacked){taken, take(memory, scales)};
 }
 
-static bool is_projected(const struct fxq_recurrent *call) { return !is_none(&call->cells->hr); }
+static struct fxq_activations take_activations(struct supply *memory, const struct stack *s, int64_t rows, int64_t bytes) {
+    struct fxq_activations x = {.qmax = s->call->qmax, .per_row = s->call->per_row, .packed = take(memory, bytes)};
+    x.row = take(memory, rows * (int64_t)sizeof *x.row);
+    return x;
+}
+
+/* For a grouped weight that each step multiplies with, many rows at a time: few are multiplied with nibbles as they lie. */
+static struct fxq_unpacked take_unpacked(struct supply *memory, const struct stack *s, int64_t outputs, int64_t columns,
+                                         int64_t groups) {
+    const int64_t values = fxq_aligned(outputs * columns), scales = outputs * groups * (int64_t)sizeof(float);
+    const bool is_repaid = s->call->steps > 1 && s->call->batch > fxq_active->most_nibble_rows && !fxq_active->matmul_groups;
+    if (groups == 0 || !is_repaid || values + scales > PACKED_BYTES) return (struct fxq_unpacked){NULL, NULL};
+    int8_t *taken = take(memory, values);
+    return (struct fxq_unpacked){taken, take(memory, scales)};
+}
+
+static bool is_projected(const struct fxq_recurrent *call) { return call->cells->hr.format != FXQ_NONE; }
 
 static void lay_out_cell(struct cell *cell, const struct fxq_recurrent *call, struct supply *memory) {
-    const int64_t columns = most(most(call->inputs, call->hidden), call->directions * call->outputs);
-    cell->h = take_activations(memory, cell->stack, call->batch, call->outputs);
-    cell->h.x.is_row_major = cell->stack->packs;
-    cell->raw = take_activations(memory, cell->stack, is_projected(call) ? call->batch : 0, call->hidden);
+    const struct stack *s = cell->stack;
+    cell->h = take_activations(memory, s, call->batch, s->h_bytes);
+    cell->h.is_row_major = s->packs;
+    cell->raw = take_activations(memory, s, is_projected(call) ? call->batch : 0, s->raw_bytes);
     cell->units = most(GATES_TOGETHER / call->batch / 64, 1) * 64;
     if (cell->units > call->hidden) cell->units = call->hidden;
-    cell->pre = take(memory, call->batch * cell->stack->gates * cell->units * (int64_t)sizeof(float));
-    const int64_t int4_bytes = cell->stack->has_int4 ? fxq_int4_scratch_bytes(cell->stack->int4_chunk, columns) : 0;
-    cell->scratch = take(memory, most(fxq_matmul_scratch_bytes(columns), int4_bytes));
+    cell->pre = take(memory, call->batch * s->gates * cell->units * (int64_t)sizeof(float));
+    cell->scratch = take(memory, s->scratch_bytes);
 }
 
 static void lay_out_stack(struct stack *s, const struct fxq_recurrent *call, int threads, struct supply *memory) {
     const int64_t floats = sizeof(float), width = call->directions * call->outputs;
     const bool needs_sums = call->steps > 1 && fxq_active->row_sums;
-    s->x = take_activations(memory, s, s->chunk_rows, most(call->inputs, width));
+    s->x = take_activations(memory, s, s->chunk_rows, s->x_bytes);
     s->ranges = take(memory, threads * (int64_t)sizeof *s->ranges);
     s->input_stride = s->gates * call->hidden + 16;
     s->input_part = take(memory, s->chunk_rows * s->input_stride * floats);
@@ -77,14 +81,14 @@ static void lay_out_stack(struct stack *s, const struct fxq_recurrent *call, int
     s->hidden = take(memory, is_projected(call) ? call->batch * call->hidden * floats : 0);
     const int64_t units = (call->hidden + 15) / 16 * 16;
     s->packed = take(memory, s->packs ? 4 * units * fxq_depth(call->outputs) : 0);
-    const int64_t groups = s->packs && s->has_int4 ? (call->outputs + LEAST_GROUP - 1) / LEAST_GROUP : 1;
-    s->packed_scale = take(memory, s->packs && s->has_int4 ? groups * s->gates * units * floats : 0);
-    void *sums = take(memory, groups * s->gates * units * floats);
+    const int64_t groups = s->packs ? s->hh_groups : 0;
+    s->packed_scale = take(memory, groups * s->gates * units * floats);
+    void *sums = take(memory, most(groups, 1) * s->gates * units * floats);
     s->hh_sums = needs_sums ? sums : NULL;
     sums = take(memory, call->outputs * floats);
     s->hr_sums = needs_sums ? sums : NULL;
-    s->hh_unpacked = take_unpacked(memory, s, s->gates * call->hidden, call->outputs);
-    s->hr_unpacked = take_unpacked(memory, s, is_projected(call) ? call->outputs : 0, call->hidden);
+    s->hh_unpacked = take_unpacked(memory, s, s->gates * call->hidden, call->outputs, s->hh_groups);
+    s->hr_unpacked = take_unpacked(memory, s, call->outputs, call->hidden, s->hr_groups);
     s->own = take(memory, threads * s->own_bytes);
 }
 
@@ -120,14 +124,6 @@ static bool packs_weights(const struct fxq_recurrent *call) {
            call->steps * call->batch >= PACKED_ROWS && bytes <= PACKED_BYTES && call->outputs <= PACKED_COLUMNS;
 }
 
-static void find_schemes(struct stack *s) {
-    for (int i = 0; i < s->call->layers * s->call->directions; i++) {
-        const struct fxq_recurrent_weights *w = &s->call->cells[i];
-        s->has_int4 |= is_int4(&w->ih) || is_int4(&w->hh) || is_int4(&w->hr);
-        s->has_wide |= is_wide(&w->ih) || is_wide(&w->hh) || is_wide(&w->hr);
-    }
-}
-
 int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
     struct stack s = {.call = call, .gates = call->mode == FXQ_LSTM ? 4 : call->mode == FXQ_GRU ? 3 : 1};
     const int64_t step_work = s.gates * call->hidden * call->outputs * call->batch; /* worth a barrier at each step? */
@@ -137,8 +133,7 @@ int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
     if (s.chunk_rows > s.rows) s.chunk_rows = s.rows;
 
     s.packs = packs_weights(call);
-    find_schemes(&s);
-    s.int4_chunk = fxq_int4_chunk(s.chunk_rows);
+    measure_weights(&s);
     struct cell any = {.stack = &s};
     struct supply measure_cell = {NULL, 0}, measure_all = {NULL, 0};
     lay_out_cell(&any, call, &measure_cell);

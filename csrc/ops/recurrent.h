@@ -8,13 +8,8 @@
 #ifndef FXQUANT_RECURRENT_H
 #define FXQUANT_RECURRENT_H
 
-#include "fxquant.h"
-
-/* 4-bit weights as int8, with their scales: fxq_unpack_groups(). NULL: unpacked on the way. */
-struct unpacked {
-    int8_t *values;
-    float *scale;
-};
+#include "kernels.h"
+#include "runtime/pool.h"
 
 /* A call's shared memory. */
 struct stack {
@@ -22,7 +17,8 @@ struct stack {
     int64_t gates; /* G: rows of the weights for each hidden unit */
     int64_t rows, chunk_rows;
     const int64_t *starts;    /* (steps + 1,) first row of each step */
-    struct fxq_grouped x;     /* of a chunk */
+    int64_t x_bytes, h_bytes, raw_bytes, scratch_bytes, hh_groups, hr_groups; /* the most of any cell */
+    struct fxq_activations x; /* of a chunk */
     struct fxq_range *ranges; /* a share */
     float *input_part;        /* (chunk_rows, input_stride >= G * H): the input's part of the gates, with the bias */
     int64_t input_stride;     /* 16 more: rows a power of two apart would share few sets of the L1 cache */
@@ -31,10 +27,8 @@ struct stack {
     int32_t *hh_sums, *hr_sums;
     bool packs; /* an LSTM's weight_hh is packed for its steps: see packs(); then hh_sums and packed_scale are written by that */
     void *packed;
-    float *packed_scale; /* of 4 bits */
-    bool has_int4, has_wide;
-    int64_t int4_chunk;
-    struct unpacked hh_unpacked, hr_unpacked;
+    float *packed_scale; /* of grouped weights */
+    struct fxq_unpacked hh_unpacked, hr_unpacked;
     char *own; /* each thread's memory */
     int64_t own_bytes;
 };
@@ -72,33 +66,22 @@ struct cell {
     int64_t shares; /* of the hidden units and of whatever else is shared out */
     struct chunk chunk;
     struct step step;
-    struct fxq_range range;  /* of all input rows, where they have one scale */
-    struct fxq_grouped x;    /* the chunk's rows */
-    struct fxq_grouped h;    /* the last step's outputs */
-    struct fxq_grouped raw;  /* hidden before the projection */
-    int64_t units;           /* hidden units at a time */
-    float *pre;              /* (batch, G, units) gates before their nonlinearities */
+    struct fxq_range range;     /* of all input rows, where they have one scale */
+    struct fxq_activations x;   /* the chunk's rows */
+    struct fxq_activations h;   /* the last step's outputs */
+    struct fxq_activations raw; /* hidden before the projection */
+    int64_t units;              /* hidden units at a time */
+    float *pre;                 /* (batch, G, units) gates before their nonlinearities */
     void *scratch;
 };
 
 /* Where a share of `count` things begins: shares are whole blocks of 16. */
 static inline int64_t share(int64_t count, int64_t index, int64_t parts) { return fxq_share(count, 16, index, parts); }
 
-static inline bool is_int4(const struct fxq_matrix *matrix) { return matrix->int4.nibbles != NULL; }
-
-static inline enum fxq_kind kind_of(const struct fxq_matrix *matrix) {
-    return matrix->int16 ? FXQ_KIND_INT16 : matrix->halves || matrix->floats ? FXQ_KIND_FLOAT : FXQ_KIND_UINT8;
+/* Whether each step takes the weight packed: others than int8 and grouped ones are multiplied as they lie. */
+static inline bool packs(const struct stack *s, const struct fxq_weight *hh) {
+    return s->packs && fxq_formats[hh->format].takes == FXQ_TO_UINT8;
 }
-
-/* Whether its activations take more than bytes. */
-static inline bool is_wide(const struct fxq_matrix *matrix) { return kind_of(matrix) != FXQ_KIND_UINT8; }
-
-static inline bool is_none(const struct fxq_matrix *matrix) {
-    return matrix->values == NULL && !is_wide(matrix) && !is_int4(matrix);
-}
-
-/* Whether each step takes the weight packed: wide ones are multiplied as they lie. */
-static inline bool packs(const struct stack *s, const struct fxq_matrix *hh) { return s->packs && !is_wide(hh); }
 
 static inline int64_t live_rows(const struct stack *s, int64_t step) { return s->starts[step + 1] - s->starts[step]; }
 

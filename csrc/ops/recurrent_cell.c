@@ -3,80 +3,35 @@
 
 #include "ops/recurrent.h"
 
-static void set_rows(const struct fxq_activations *x, int64_t first, int64_t last, const struct fxq_range *range) {
-    for (int64_t m = first; m < last && x->kind != FXQ_KIND_FLOAT; m++) {
-        if (x->kind == FXQ_KIND_INT16) fxq_set_int16_row(&x->row[m], range);
-        else fxq_set_row(&x->row[m], range, x->qmax);
-    }
-}
-
 static const float *previous_row(const struct previous *p, int64_t m) {
     return m < p->known ? p->outputs + m * p->outputs_stride : p->h0 + m * p->h0_stride;
 }
 
-/* A weight of this cell, for products with some rows. */
-struct weight {
-    const struct fxq_matrix *matrix;
-    int64_t outputs, columns;
-    const float *bias;
-    int32_t *sums; /* of int8 rows, or NULL */
-    const struct unpacked *unpacked; /* or NULL */
-};
-
-static void begin_rows(struct fxq_grouped *x, int64_t rows, const struct fxq_matrix *by) {
-    x->x.rows = rows;
-    x->x.kind = kind_of(by);
-    x->group = 0;
-    if (is_int4(by) && !x->x.is_row_major) fxq_begin_grouped(x, by->int4.group); /* a packed weight takes whole rows */
-}
-
-static void quantize_16(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows) {
-    if (x->group) fxq_quantize_grouped(x, first, count, rows);
-    else fxq_quantize(&x->x, first, count, rows);
-}
-
-/* Rows by rows [n0, n1) of the weight they were quantized for. */
-static void multiply(const struct cell *cell, const struct fxq_grouped *x, const struct weight *w, int64_t n0, int64_t n1,
-                     const struct fxq_target *to) {
-    if (x->group == 0) {
-        const struct fxq_matmul product = {.x = &x->x, .weight = w->matrix->values, .int16 = w->matrix->int16,
-                                           .halves = w->matrix->halves, .floats = w->matrix->floats, .outputs = w->outputs, .scale = w->matrix->scale, .bias = w->bias,
-                                           .sums = w->sums};
-        fxq_multiply(&product, n0, n1, to, cell->scratch);
-        return;
-    }
-    const struct fxq_int4_product product = {.x = x, .weight = &w->matrix->int4, .outputs = w->outputs, .bias = w->bias,
-                                             .values = w->unpacked ? w->unpacked->values : NULL,
-                                             .scale = w->unpacked ? w->unpacked->scale : NULL,
-                                             .chunk = cell->stack->int4_chunk};
-    fxq_multiply_int4(&product, n0, n1, to, cell->scratch);
-}
-
-static struct weight hh_of(const struct cell *cell) {
+/* Products with this cell's weights; `sums` are read of int8 alone. */
+static struct fxq_matmul by_hh(const struct cell *cell) {
     const struct stack *s = cell->stack;
-    return (struct weight){.matrix = &cell->weights->hh, .outputs = s->gates * s->call->hidden, .columns = s->call->outputs,
-                           .sums = s->hh_sums, .unpacked = &s->hh_unpacked};
+    return (struct fxq_matmul){.x = &cell->h, .weight = &cell->weights->hh, .sums = s->hh_sums, .unpacked = &s->hh_unpacked};
 }
 
-static struct weight hr_of(const struct cell *cell) {
+static struct fxq_matmul by_hr(const struct cell *cell) {
     const struct stack *s = cell->stack;
-    return (struct weight){.matrix = &cell->weights->hr, .outputs = s->call->outputs, .columns = s->call->hidden,
-                           .sums = s->hr_sums, .unpacked = &s->hr_unpacked};
+    return (struct fxq_matmul){.x = &cell->raw, .weight = &cell->weights->hr, .sums = s->hr_sums, .unpacked = &s->hr_unpacked};
 }
 
 /* Quantize the `rows` rows of a state. */
-static void quantize_state(struct fxq_grouped *x, int64_t rows, const struct fxq_matrix *by, const struct previous *from) {
-    begin_rows(x, rows, by);
-    if (!x->x.per_row) {
+static void quantize_state(struct fxq_activations *x, int64_t rows, const struct fxq_weight *by, const struct previous *from) {
+    x->rows = rows;
+    fxq_begin_activations(x, by);
+    if (!x->per_row) {
         struct fxq_range range = {0.0f, 0.0f, false};
-        for (int64_t m = 0; m < rows; m++) fxq_active->measure(previous_row(from, m), x->x.columns, &range);
-        set_rows(&x->x, 0, rows, &range);
+        for (int64_t m = 0; m < rows; m++) fxq_active->measure(previous_row(from, m), x->columns, &range);
+        fxq_set_rows(x, 0, rows, &range);
     }
     for (int64_t m = 0; m < rows; m += 16) {
         const float *pointers[16];
         const int count = rows - m < 16 ? (int)(rows - m) : 16;
         for (int i = 0; i < count; i++) pointers[i] = previous_row(from, m + i);
-        quantize_16(x, m, count, pointers);
+        fxq_quantize(x, m, count, pointers);
     }
 }
 
@@ -84,14 +39,11 @@ static void quantize_input(void *arg, int thread, int64_t first, int64_t last) {
     struct cell *cell = arg;
     const struct chunk *chunk = &cell->chunk;
     const int64_t begin = share(chunk->rows, first, cell->shares), end = share(chunk->rows, last, cell->shares);
+    const struct fxq_rows rows = {
+        .data = cell->input + chunk->first_row * cell->inputs, .dimensions = 1, .sizes = {chunk->rows}, .strides = {cell->inputs}};
     (void)thread;
-    if (!cell->x.x.per_row) set_rows(&cell->x.x, begin, end, &cell->range);
-    for (int64_t m = begin; m < end; m += 16) {
-        const float *pointers[16];
-        const int count = end - m < 16 ? (int)(end - m) : 16;
-        for (int i = 0; i < count; i++) pointers[i] = cell->input + (chunk->first_row + m + i) * cell->inputs;
-        quantize_16(&cell->x, m, count, pointers);
-    }
+    if (!cell->x.per_row) fxq_set_rows(&cell->x, begin, end, &cell->range);
+    fxq_quantize_rows(&cell->x, &rows, begin, end);
 }
 
 static void multiply_input(void *arg, int thread, int64_t first, int64_t last) {
@@ -99,40 +51,39 @@ static void multiply_input(void *arg, int thread, int64_t first, int64_t last) {
     struct stack *s = cell->stack;
     const int64_t hidden = s->call->hidden, outputs = s->gates * hidden;
     const int64_t u0 = share(hidden, first, cell->shares), u1 = share(hidden, last, cell->shares);
-    const struct weight weight = {.matrix = &cell->weights->ih, .outputs = outputs, .columns = cell->inputs, .bias = cell->weights->bias};
+    const struct fxq_matmul product = {.x = &cell->x, .weight = &cell->weights->ih, .bias = cell->weights->bias};
     const bool takes_all = u1 - u0 == hidden; /* then the gates' rows are one run */
     (void)thread;
     for (int64_t n = 0; n < outputs && u0 < u1; n += takes_all ? outputs : hidden) {
         const struct fxq_target to = {s->input_part + n + u0, s->input_stride, NULL, 0};
-        multiply(cell, &cell->x, &weight, n + u0, takes_all ? outputs : n + u1, &to);
+        fxq_multiply(&product, n + u0, takes_all ? outputs : n + u1, &to, cell->scratch);
     }
 }
 
 /* The products of a chunk's input rows with weight_ih, plus the bias. */
 static void project_input(struct cell *cell) {
     cell->x = cell->stack->x;
-    cell->x.x.columns = cell->inputs;
-    cell->x.x.depth = fxq_depth(cell->inputs);
-    begin_rows(&cell->x, cell->chunk.rows, &cell->weights->ih);
+    cell->x.rows = cell->chunk.rows;
+    fxq_begin_activations(&cell->x, &cell->weights->ih);
     fxq_round(cell->team, cell->shares, quantize_input, cell);
     fxq_round(cell->team, cell->shares, multiply_input, cell);
 }
 
 /* A run of gates: rows n .. n + count - 1 of weight_hh by the last h, plus the input's part of them. */
-static void multiply_hidden(struct cell *cell, const struct weight *hh, int64_t n, int64_t count, int64_t first_gate,
+static void multiply_hidden(struct cell *cell, const struct fxq_matmul *by_hidden, int64_t n, int64_t count, int64_t first_gate,
                             int64_t units, const float *input_part) {
     const struct fxq_target to = {cell->pre + first_gate * units, cell->stack->gates * units, input_part,
                                   cell->stack->input_stride};
-    multiply(cell, &cell->h, hh, n, n + count, &to);
+    fxq_multiply(by_hidden, n, n + count, &to, cell->scratch);
 }
 
 /* A GRU's n gate: the hidden part stays alone, with a bias of its own, the same for all rows, since r multiplies it. */
-static void multiply_hidden_n(struct cell *cell, const struct weight *hh, int64_t u, int64_t units) {
+static void multiply_hidden_n(struct cell *cell, const struct fxq_matmul *by_hidden, int64_t u, int64_t units) {
     const struct stack *s = cell->stack;
     const int64_t n = 2 * s->call->hidden + u;
     const float *bias = cell->weights->hidden_bias;
     const struct fxq_target to = {cell->pre + 2 * units, s->gates * units, bias ? bias + u : NULL, 0};
-    multiply(cell, &cell->h, hh, n, n + units, &to);
+    fxq_multiply(by_hidden, n, n + units, &to, cell->scratch);
 }
 
 /* `units` of row m from u on: `pre` has their gates, `stride` apart. */
@@ -153,17 +104,17 @@ static void advance(struct cell *cell, int64_t u0, int64_t u1) {
     const struct stack *s = cell->stack;
     const struct step *step = &cell->step;
     const int64_t hidden = s->call->hidden, added_gates = s->call->mode == FXQ_GRU ? 2 : s->gates;
-    const struct weight hh = hh_of(cell);
+    const struct fxq_matmul product = by_hh(cell);
     for (int64_t u = u0; u < u1; u += cell->units) {
         const int64_t units = u1 - u < cell->units ? u1 - u : cell->units;
         if (units == hidden) { /* then the gates' rows are one run */
-            multiply_hidden(cell, &hh, 0, added_gates * hidden, 0, units, step->input_part);
+            multiply_hidden(cell, &product, 0, added_gates * hidden, 0, units, step->input_part);
         } else {
             for (int64_t gate = 0; gate < added_gates; gate++) {
-                multiply_hidden(cell, &hh, gate * hidden + u, units, gate, units, step->input_part + gate * hidden + u);
+                multiply_hidden(cell, &product, gate * hidden + u, units, gate, units, step->input_part + gate * hidden + u);
             }
         }
-        if (s->call->mode == FXQ_GRU) multiply_hidden_n(cell, &hh, u, units);
+        if (s->call->mode == FXQ_GRU) multiply_hidden_n(cell, &product, u, units);
         for (int64_t m = 0; m < step->live; m++) {
             finish_row(cell, m, u, units, cell->pre + m * s->gates * units, units, step->input_part + m * s->input_stride,
                        previous_row(&step->previous, m), step->hidden + m * step->hidden_stride + u);
@@ -174,12 +125,10 @@ static void advance(struct cell *cell, int64_t u0, int64_t u1) {
 static void advance_packed(struct cell *cell, int64_t u0, int64_t u1) {
     const struct stack *s = cell->stack;
     const struct step *step = &cell->step;
-    const struct fxq_matrix *hh = &cell->weights->hh;
-    const struct fxq_lstm_step whole = {.h = &cell->h.x, .packed = s->packed, .pairs = s->hh_sums,
-        .scale = is_int4(hh) ? s->packed_scale : hh->scale, .group = hh->int4.group, .groups = hh->int4.groups,
-        .hidden = s->call->hidden, .u0 = u0, .u1 = u1, .input_part = step->input_part, .input_stride = s->input_stride,
-        .c = cell->c, .out = step->hidden, .out_stride = step->hidden_stride};
-    (is_int4(hh) ? fxq_active->lstm_step_int4 : fxq_active->lstm_step)(&whole);
+    const struct fxq_lstm_step whole = {.h = &cell->h, .weight = &cell->weights->hh, .packed = s->packed, .pairs = s->hh_sums,
+        .scale = s->packed_scale, .hidden = s->call->hidden, .u0 = u0, .u1 = u1, .input_part = step->input_part,
+        .input_stride = s->input_stride, .c = cell->c, .out = step->hidden, .out_stride = step->hidden_stride};
+    fxq_active->lstm_step(&whole);
 }
 
 /* Outputs [n0, n1) of the rows whose last step this is are their last ones. Time may run backward. */
@@ -203,28 +152,28 @@ static void advance_shares(void *arg, int thread, int64_t first, int64_t last) {
     cell->step.has_state = true;
     if (u0 == u1) return;
     (packs(cell->stack, &cell->weights->hh) ? advance_packed : advance)(cell, u0, u1);
-    if (is_none(&cell->weights->hr)) keep_last(cell, u0, u1);
+    if (cell->weights->hr.format == FXQ_NONE) keep_last(cell, u0, u1);
 }
 
 static void project_shares(void *arg, int thread, int64_t first, int64_t last) {
     struct cell *cell = arg;
     const struct fxq_recurrent *call = cell->stack->call;
     const struct previous hidden = {cell->step.hidden, NULL, call->hidden, 0, cell->step.live};
-    const struct weight hr = hr_of(cell);
+    const struct fxq_matmul product = by_hr(cell);
     const int64_t n0 = share(call->outputs, first, cell->shares), n1 = share(call->outputs, last, cell->shares);
     const struct fxq_target to = {cell->step.out + n0, cell->out_stride, NULL, 0};
     (void)thread;
     if (!cell->step.has_raw) quantize_state(&cell->raw, cell->step.live, &cell->weights->hr, &hidden);
     cell->step.has_raw = true;
     if (n0 == n1) return;
-    multiply(cell, &cell->raw, &hr, n0, n1, &to);
+    fxq_multiply(&product, n0, n1, &to, cell->scratch);
     keep_last(cell, n0, n1);
 }
 
 static void run_step(struct cell *cell, int64_t index, bool is_first) {
     const struct stack *s = cell->stack;
     const int64_t before = cell->is_backward ? index + 1 : index - 1;
-    const bool is_projected = !is_none(&cell->weights->hr);
+    const bool is_projected = cell->weights->hr.format != FXQ_NONE;
     float *out = cell->out + s->starts[index] * cell->out_stride;
     cell->step = (struct step){.index = index, .live = live_rows(s, index), .out = out,
         .previous = {NULL, cell->h0, cell->out_stride, s->call->outputs, 0},
@@ -238,16 +187,13 @@ static void run_step(struct cell *cell, int64_t index, bool is_first) {
     if (is_projected) fxq_round(cell->team, cell->shares, project_shares, cell);
 }
 
-/* What every step needs again of rows [n0, n1) of a weight: their sums, or of 4 bits the integers. */
-static void prepare_rows(const struct cell *cell, const struct weight *w, int64_t n0, int64_t n1) {
-    const struct fxq_matrix *matrix = w->matrix;
+/* What every step needs again of rows [n0, n1) of a weight: their sums, or of a grouped one the integers. */
+static void prepare_rows(const struct cell *cell, const struct fxq_matmul *by, int64_t n0, int64_t n1) {
+    const struct fxq_weight *weight = by->weight;
+    int32_t *sums = weight == &cell->weights->hh ? cell->stack->hh_sums : cell->stack->hr_sums;
     if (n0 >= n1) return;
-    if (matrix->values && w->sums) {
-        fxq_active->row_sums(matrix->values, w->outputs, w->columns, n0, n1, w->sums + n0, cell->scratch);
-    }
-    if (is_int4(matrix) && w->unpacked->values) {
-        fxq_unpack_groups(&matrix->int4, w->outputs, w->columns, n0, n1, w->unpacked->values, w->unpacked->scale);
-    }
+    if (weight->format == FXQ_INT8 && sums) fxq_active->row_sums(weight, n0, n1, sums + n0, cell->scratch);
+    if (weight->group && by->unpacked->values) fxq_unpack_groups(weight, n0, n1, by->unpacked);
 }
 
 static void prepare_shares(void *arg, int thread, int64_t first, int64_t last) {
@@ -255,17 +201,14 @@ static void prepare_shares(void *arg, int thread, int64_t first, int64_t last) {
     const struct stack *s = cell->stack;
     const int64_t hidden = s->call->hidden, outputs = s->call->outputs;
     const int64_t u0 = share(hidden, first, cell->shares), u1 = share(hidden, last, cell->shares);
-    const struct weight hh = hh_of(cell), hr = hr_of(cell);
-    const bool is_packed = packs(s, hh.matrix);
+    const struct fxq_matmul hh = by_hh(cell), hr = by_hr(cell);
     (void)thread;
-    if (is_packed && is_int4(hh.matrix)) {
-        fxq_active->pack_lstm_int4(&hh.matrix->int4, hidden, outputs, u0, u1, s->packed, s->hh_sums, s->packed_scale,
-                                   cell->scratch);
-    } else if (is_packed) {
-        fxq_active->pack_lstm(hh.matrix->values, hidden, outputs, u0, u1, s->packed, s->hh_sums);
+    if (packs(s, hh.weight)) {
+        fxq_active->pack_lstm(hh.weight, u0, u1, s->packed, s->hh_sums, s->packed_scale, cell->scratch);
+    } else {
+        for (int64_t n = 0; n < hh.weight->outputs && u0 < u1; n += hidden) prepare_rows(cell, &hh, n + u0, n + u1);
     }
-    for (int64_t n = 0; !is_packed && n < hh.outputs && u0 < u1; n += hidden) prepare_rows(cell, &hh, n + u0, n + u1);
-    if (is_none(hr.matrix)) return;
+    if (hr.weight->format == FXQ_NONE) return;
     prepare_rows(cell, &hr, share(outputs, first, cell->shares), share(outputs, last, cell->shares));
 }
 
@@ -283,7 +226,7 @@ static void measure_shares(void *arg, int thread, int64_t first, int64_t last) {
 void fxq_run_cell(struct cell *cell) {
     const struct stack *s = cell->stack;
     const int64_t steps = s->call->steps;
-    if (!s->x.x.per_row) {
+    if (!s->x.per_row) {
         fxq_round(cell->team, cell->shares, measure_shares, cell);
         cell->range = fxq_join_ranges(s->ranges, cell->shares);
     }

@@ -4,22 +4,14 @@
 #include "python/calls.h"
 
 /* indices, weight, scale, zero_point, embedding_dim as the operators have them */
-static bool read_table(PyObject *const *args, int bits, PyObject *dtype, struct fxq_table *table, struct fxq_indices *indices,
-                       struct tensor *index) {
-    struct tensor weight;
-    const int64_t columns = INTEGER(args[4]), width = bits == 4 ? (columns + 1) / 2 : columns;
+static bool read_look_up(PyObject *const *args, PyObject *bits, PyObject *dtype, struct fxq_table *table, struct fxq_indices *indices,
+                         struct tensor *index) {
     if (!is_float32(dtype) || !read_tensor(args[0], index) || (index->kind != INT32 && index->kind != INT64) ||
-        index->dimensions == MOST_DIMENSIONS || !read_tensor(args[1], &weight) || weight.dimensions != 2 ||
-        (weight.kind != INT8 && weight.kind != UINT8 && weight.kind != FLOAT16) || weight.shape[1] != width) {
+        index->dimensions == MOST_DIMENSIONS || !read_table(args[1], args[2], args[3], INTEGER(args[4]), INTEGER(bits), table)) {
         return false;
     }
-    const bool is_half = weight.kind == FLOAT16;
-    *table = (struct fxq_table){.values = weight.data, .rows = weight.shape[0], .columns = columns, .bits = is_half ? 16 : bits,
-                                .is_signed = weight.kind == INT8};
     *indices = (struct fxq_indices){index->data, index->count, index->kind == INT64};
-    if (is_half) return bits != 4 && args[2] == Py_None && args[3] == Py_None;
-    if (bits != 4 && bits != 8) return false;
-    return read_vector(args[2], table->rows, &table->scale) && read_optional_vector(args[3], table->rows, &table->zero_point);
+    return true;
 }
 
 /* embedding(asks, indices, weight, scale, zero_point, embedding_dim, bits, dtype); None too for an index beyond the table */
@@ -29,7 +21,7 @@ PyObject *embedding(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     struct fxq_table table;
     struct fxq_indices indices;
     if (count != 8) return nothing();
-    if (!may_run(args[0], args[1]) || !read_table(args + 1, (int)INTEGER(args[6]), args[7], &table, &indices, &index)) {
+    if (!may_run(args[0], args[1]) || !read_look_up(args + 1, args[6], args[7], &table, &indices, &index)) {
         return nothing();
     }
     const int threads = thread_count();
@@ -79,7 +71,7 @@ PyObject *embedding_bag(PyObject *self, PyObject *const *args, Py_ssize_t count)
     struct fxq_bags bags = {.padding = -1};
     if (count != 13) return nothing();
     if (!may_run(args[0], args[1]) || (args[8] != Py_None && !may_run(args[0], args[8])) ||
-        !read_table(args + 1, (int)INTEGER(args[11]), args[12], &table, &indices, &index) ||
+        !read_look_up(args + 1, args[11], args[12], &table, &indices, &index) ||
         !read_bags(args[7], args[6], args[8], INTEGER(args[9]) != 0, &index, &bags)) {
         return nothing();
     }

@@ -1,25 +1,6 @@
 /* The module's calls of a linear and of a transpose. */
 #include "python/calls.h"
 
-/* The weight and scale of a linear of so many columns: int8, int16, float16 without a scale or, with a group size, int4. */
-static bool read_weight(PyObject *weight, PyObject *scale, int64_t columns, int64_t group, struct fxq_linear *call) {
-    struct tensor matrix, scales;
-    if (!read_tensor(weight, &matrix) || matrix.dimensions != 2) return false;
-    if (group ? matrix.kind != UINT8 : matrix.kind != INT8 && matrix.kind != INT16 && matrix.kind != FLOAT16) return false;
-    call->outputs = matrix.shape[0];
-    call->columns = columns;
-    if (group == 0) {
-        call->kind = matrix.kind == INT16 ? FXQ_KIND_INT16 : matrix.kind == FLOAT16 ? FXQ_KIND_FLOAT : FXQ_KIND_UINT8;
-        call->weight = matrix.data;
-        return matrix.shape[1] == columns && (call->kind == FXQ_KIND_FLOAT || read_vector(scale, call->outputs, &call->scale));
-    }
-    if ((group != 32 && group != 64 && group != 128) || columns == 0) return false;
-    call->int4 = (struct fxq_linear_int4){matrix.data, NULL, group, (columns + group - 1) / group};
-    if (matrix.shape[1] != (columns + 1) / 2 || !read_kind(scale, BFLOAT16, 2, &scales)) return false;
-    call->int4.scale = scales.data;
-    return scales.shape[0] == call->outputs && scales.shape[1] == call->int4.groups;
-}
-
 /* The rows of a call's input of any strides, if each of them is dense; dimensions are joined where one goes on as the other. */
 static bool read_rows(PyObject *object, struct tensor *x, struct fxq_linear *call) {
     if (!read_strided(object, x) || x->kind != FLOAT32 || x->dimensions < 1 || x->count > INT64_MAX >> 10) return false;
@@ -43,16 +24,18 @@ PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     struct tensor x, out;
     struct fxq_linear call = {0};
+    struct fxq_weight *weight = &call.weight;
     if (count != 10) return nothing();
     const int64_t group = INTEGER(args[8]);
     const bool trains_bias = args[0] == Py_True && args[4] != Py_None && is_trained(args[4]);
-    if (!may_run(args[0], args[1]) || trains_bias || !read_rows(args[1], &x, &call) ||
-        !read_weight(args[2], args[3], x.shape[x.dimensions - 1], group, &call) ||
-        (group && INTEGER(args[9]) != call.columns) || !read_optional_vector(args[4], call.outputs, &call.bias) ||
-        (call.kind == FXQ_KIND_UINT8 && !read_qmax(args[7], &call.qmax))) {
+    if (group < 0 || !may_run(args[0], args[1]) || trains_bias || !read_rows(args[1], &x, &call) ||
+        !read_weight(args[2], args[3], x.shape[x.dimensions - 1], group, weight) ||
+        weight->format == FXQ_FLOAT32 || (group && INTEGER(args[9]) != weight->columns) ||
+        !read_optional_vector(args[4], weight->outputs, &call.bias) ||
+        (fxq_formats[weight->format].takes == FXQ_TO_UINT8 && !read_qmax(args[7], &call.qmax))) {
         return nothing();
     }
-    x.shape[x.dimensions - 1] = call.outputs;
+    x.shape[x.dimensions - 1] = weight->outputs;
     call.relu = INTEGER(args[5]) != 0;
     call.per_row = INTEGER(args[6]) != 0;
     const int threads = thread_count();
@@ -61,7 +44,7 @@ PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     call.out = out.data;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = (group ? fxq_linear_int4 : fxq_linear)(&call, threads);
+    status = fxq_linear(&call, threads);
     Py_END_ALLOW_THREADS
     return finish(status, made);
 }

@@ -11,34 +11,10 @@ static PyObject *item(PyObject *sequence, Py_ssize_t i) {
     return tensor;
 }
 
-/* The least group size that gives so many groups, or 0. */
-static int64_t group_size_of(int64_t columns, int64_t groups) {
-    for (int64_t size = 32; size <= 128; size *= 2) {
-        if ((columns + size - 1) / size == groups) return size;
-    }
-    return 0;
-}
-
-/* Item i of the weights with item i of the scales; floats have none, or one of any kind. */
-static bool read_matrix(PyObject *weights, PyObject *scales, Py_ssize_t i, int64_t rows, int64_t columns,
-                        struct fxq_matrix *matrix) {
-    struct tensor values, scale;
-    PyObject *weight = item(weights, i), *of_weight = PySequence_Size(scales) ? item(scales, i) : Py_None;
-    if (!weight || !of_weight || !read_tensor(weight, &values) || values.dimensions != 2 || values.shape[0] != rows) return false;
-    if (values.kind == FLOAT16 || values.kind == FLOAT32) {
-        if (values.kind == FLOAT16) matrix->halves = values.data;
-        else matrix->floats = values.data;
-        return values.shape[1] == columns;
-    }
-    if (values.kind == INT8 || values.kind == INT16) {
-        if (values.kind == INT8) matrix->values = values.data;
-        else matrix->int16 = values.data;
-        return values.shape[1] == columns && read_vector(of_weight, rows, &matrix->scale);
-    }
-    if (values.kind != UINT8 || values.shape[1] != (columns + 1) / 2 || !read_kind(of_weight, BFLOAT16, 2, &scale)) return false;
-    const int64_t groups = scale.shape[1], group = group_size_of(columns, groups);
-    matrix->int4 = (struct fxq_linear_int4){values.data, scale.data, group, groups};
-    return scale.shape[0] == rows && group > 0;
+/* Item i of the weights with item i of the scales, whose shape tells a grouped one's group size. */
+static bool read_matrix(PyObject *weights, PyObject *scales, Py_ssize_t i, int64_t rows, int64_t columns, struct fxq_weight *weight) {
+    PyObject *matrix = item(weights, i), *scale = PySequence_Size(scales) ? item(scales, i) : Py_None;
+    return matrix && scale && read_weight(matrix, scale, columns, ANY_GROUP, weight) && weight->outputs == rows;
 }
 
 static bool read_item(PyObject *tensors, Py_ssize_t i, int64_t count, const float **data) {

@@ -1,7 +1,9 @@
 /* The Python module: its table of methods, and its settings. The operators stand in call_*.c, after the manner of calls.h. */
 #include <sys/mman.h>
 
+#include "kernels.h"
 #include "python/calls.h"
+#include "runtime/pool.h"
 
 /* isas() -> ((name, obstacle), ...), best first; an empty obstacle: it can be used */
 static PyObject *isas(PyObject *self, PyObject *unused) {

@@ -5,7 +5,7 @@
 #ifndef FXQUANT_ISA_H
 #define FXQUANT_ISA_H
 
-#include "fxquant.h"
+#include "kernels.h"
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 6)
 #define FXQ_HAS_AVX2 1

@@ -2,7 +2,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 
-#include "fxquant.h"
+#include "kernels.h"
 
 #define KEPT_BYTES ((int64_t)16 << 20) /* larger blocks are given back after the call */
 

@@ -5,7 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "fxquant.h"
+#include "kernels.h"
+#include "runtime/pool.h"
 
 static uint64_t state, hash;
 
@@ -22,13 +23,13 @@ static void *take(int64_t bytes) {
     return memory;
 }
 
-static int8_t *weights(int64_t count) {
+static int8_t *int8s(int64_t count) {
     int8_t *w = take(count);
     for (int64_t i = 0; i < count; i++) w[i] = (int8_t)below(256);
     return w;
 }
 
-static int16_t *int16_weights(int64_t count) {
+static int16_t *int16s(int64_t count) {
     int16_t *w = take(count * 2);
     for (int64_t i = 0; i < count; i++) w[i] = (int16_t)(below(65536) - 32768);
     return w;
@@ -56,23 +57,43 @@ static void mix(const float *x, int64_t count) {
     }
 }
 
-static void linear_case(int threads) {
-    const int64_t columns = below(200), outputs = below(150), inner = 1 + below(9), outer = below(9), rows = inner * outer;
+/* Of one of the first `formats` formats: any bytes, and finite scales of little size. */
+static struct fxq_weight weight(int64_t outputs, int64_t columns, int formats) {
+    static const enum fxq_format all[] = {FXQ_INT8, FXQ_INT16, FXQ_FLOAT16, FXQ_INT4, FXQ_FLOAT32};
+    struct fxq_weight w = {.format = all[below(formats)], .outputs = outputs, .columns = columns};
+    const int64_t count = outputs * columns, group = 32 << below(3);
+    switch (w.format) {
+        case FXQ_INT8: w.data = int8s(count), w.scale = floats(outputs, 1e-6f, false); break;
+        case FXQ_INT16: w.data = int16s(count), w.scale = floats(outputs, 1e-8f, false); break;
+        case FXQ_FLOAT16: w.data = halves(count); break;
+        case FXQ_FLOAT32: w.data = floats(count, 1e-4f, true); break;
+        default: w.group = group, w.groups = (columns + group - 1) / group;
+    }
+    if (w.group == 0) return w;
+    uint16_t *scale = take(outputs * w.groups * 2);
+    for (int64_t i = 0; i < outputs * w.groups; i++) scale[i] = (uint16_t)(below(2) << 15 | (0x3b00 + below(256)));
+    w.data = int8s(outputs * fxq_row_bytes(FXQ_INT4, columns)), w.scale = scale;
+    return w;
+}
+
+static void release(const struct fxq_weight *w) { free((void *)w->data), free((void *)w->scale); }
+
+/* Large ones are packed, and if their outputs are many streamed. */
+static void linear_case(int threads, bool is_large) {
+    const int64_t columns = below(is_large ? 50 : 200), outputs = is_large && below(2) ? 8 << 10 : below(150);
+    const int64_t inner = is_large ? 260 : 1 + below(9), outer = is_large ? 1 : below(9), rows = inner * outer;
     const int64_t stride = below(2) ? columns : below(columns + 3), outer_stride = below(2) ? inner * stride : below(300);
     const int64_t count = rows ? (inner - 1) * stride + (outer - 1) * outer_stride + columns : 0;
-    float *x = floats(count, 1e-3f, true), *scale = floats(outputs, 1e-6f, false), *bias = floats(outputs, 1e-4f, true);
+    float *x = floats(count, 1e-3f, true), *bias = floats(outputs, 1e-4f, true);
     float *out = take(rows * outputs * 4);
-    const enum fxq_kind kind = (enum fxq_kind)below(3);
-    void *w = kind == FXQ_KIND_UINT8 ? (void *)weights(outputs * columns)
-            : kind == FXQ_KIND_INT16 ? (void *)int16_weights(outputs * columns) : (void *)halves(outputs * columns);
+    const struct fxq_weight w = weight(outputs, columns, columns ? 4 : 3); /* groups have columns */
     if (below(10) == 0 && count > 0) x[below(count)] = NAN;
     if (below(10) == 0 && count > 0) x[below(count)] = -INFINITY;
     const struct fxq_linear call = {.x = {.data = x, .dimensions = 2, .sizes = {outer, inner}, .strides = {outer_stride, stride}},
-        .rows = rows, .columns = columns, .kind = kind, .weight = w, .outputs = outputs, .scale = scale,
-        .bias = below(3) ? bias : NULL, .out = out, .relu = below(3) == 0, .per_row = below(3) > 0, .qmax = below(3) ? 255 : 127};
+        .rows = rows, .weight = w, .bias = below(3) ? bias : NULL, .out = out, .relu = below(3) == 0, .per_row = below(3) > 0, .qmax = below(3) ? 255 : 127};
     if (fxq_linear(&call, threads) != FXQ_OK) abort();
     mix(out, rows * outputs);
-    free(x), free(scale), free(bias), free(out), free(w);
+    free(x), free(bias), free(out), release(&w);
 }
 
 static void product_case(int threads) {
@@ -106,40 +127,28 @@ static void attention_case(int threads) {
     free(q), free(k), free(v), free(mask), free(out);
 }
 
-/* int8, float16 or 4 bits: any bytes, and any finite scales of little size. */
-static struct fxq_matrix matrix(int64_t rows, int64_t columns) {
-    if (below(4) == 0) return (struct fxq_matrix){.halves = halves(rows * columns)};
-    if (below(2)) return (struct fxq_matrix){.values = weights(rows * columns), .scale = floats(rows, 1e-6f, false)};
-    const int64_t group = 32 << below(3), groups = (columns + group - 1) / group;
-    uint16_t *scale = take(rows * groups * 2);
-    for (int64_t i = 0; i < rows * groups; i++) scale[i] = (uint16_t)(below(2) << 15 | (0x3b00 + below(256)));
-    return (struct fxq_matrix){.int4 = {(const uint8_t *)weights(rows * ((columns + 1) / 2)), scale, group, groups}};
-}
-
-static void release(const struct fxq_matrix *m) {
-    free((void *)m->values), free((void *)m->halves), free((void *)m->scale), free((void *)m->int4.nibbles), free((void *)m->int4.scale);
-}
-
 static void recurrent_case(int threads) {
     const int64_t steps = 1 + below(6), batch = 1 + below(20), inputs = 1 + below(80), hidden = 1 + below(90);
     const enum fxq_mode mode = (enum fxq_mode)below(4);
+    const int64_t outputs = mode == FXQ_LSTM && below(3) == 0 ? 1 + below(40) : hidden;
     const int64_t gates = (mode == FXQ_LSTM ? 4 : mode == FXQ_GRU ? 3 : 1) * hidden;
     const int directions = 1 + (int)below(2);
     struct fxq_recurrent_weights cells[2] = {0};
     for (int i = 0; i < directions; i++) {
-        cells[i] = (struct fxq_recurrent_weights){.ih = matrix(gates, inputs), .hh = matrix(gates, hidden), .bias = floats(gates, 1e-4f, true), .hidden_bias = mode == FXQ_GRU ? floats(hidden, 1e-4f, true) : NULL};
+        cells[i] = (struct fxq_recurrent_weights){.ih = weight(gates, inputs, 5), .hh = weight(gates, outputs, 5), .bias = floats(gates, 1e-4f, true), .hidden_bias = mode == FXQ_GRU ? floats(hidden, 1e-4f, true) : NULL};
+        if (outputs != hidden) cells[i].hr = weight(outputs, hidden, 5);
     }
-    float *x = floats(steps * batch * inputs, 1e-3f, true), *h0 = floats(directions * batch * hidden, 1e-4f, true);
-    float *h = take(directions * batch * hidden * 4), *c = floats(directions * batch * hidden, 1e-4f, true);
-    float *out = take(steps * batch * directions * hidden * 4);
-    const struct fxq_recurrent call = {.mode = mode, .x = x, .steps = steps, .batch = batch, .inputs = inputs, .hidden = hidden, .outputs = hidden,
+    float *x = floats(steps * batch * inputs, 1e-3f, true), *h0 = floats(directions * batch * outputs, 1e-4f, true);
+    float *h = take(directions * batch * outputs * 4), *c = floats(directions * batch * hidden, 1e-4f, true);
+    float *out = take(steps * batch * directions * outputs * 4);
+    const struct fxq_recurrent call = {.mode = mode, .x = x, .steps = steps, .batch = batch, .inputs = inputs, .hidden = hidden, .outputs = outputs,
         .layers = 1, .directions = directions, .cells = cells, .h0 = h0, .h = h, .c = c, .out = out, .per_row = below(3) > 0, .qmax = 255};
     if (fxq_recurrent(&call, threads) != FXQ_OK) abort();
-    mix(out, steps * batch * directions * hidden);
-    mix(h, directions * batch * hidden);
+    mix(out, steps * batch * directions * outputs);
+    mix(h, directions * batch * outputs);
     mix(c, directions * batch * hidden);
     for (int i = 0; i < directions; i++) {
-        release(&cells[i].ih), release(&cells[i].hh), free((void *)cells[i].bias), free((void *)cells[i].hidden_bias);
+        release(&cells[i].ih), release(&cells[i].hh), release(&cells[i].hr), free((void *)cells[i].bias), free((void *)cells[i].hidden_bias);
     }
     free(x), free(h0), free(h), free(c), free(out);
 }
@@ -156,7 +165,7 @@ int main(int count, char **arguments) {
         state = 1;
         hash = 14695981039346656037u;
         for (int i = 0; i < cases; i++) {
-            linear_case(threads);
+            linear_case(threads, i % 32 == 0);
             if (i % 4 == 0) recurrent_case(threads);
             if (i % 2 == 0) product_case(threads);
             if (i % 8 == 0) attention_case(threads);

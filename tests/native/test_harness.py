@@ -13,7 +13,7 @@ import pytest
 from tests.native.build import ROOT, build
 
 # written for Python
-PYTHON = {"module.c", "tensors.c", "call_linear.c", "call_matmul.c", "call_recurrent.c", "call_embedding.c"}
+PYTHON = {"module.c", "tensors.c", "call_linear.c", "call_matmul.c", "call_recurrent.c", "call_embedding.c", "weights.c"}
 SOURCES = [ROOT / "tests/native/harness.c", *(path for path in (ROOT / "csrc").rglob("*.c") if path.name not in PYTHON)]
 
 pytestmark = pytest.mark.long

@@ -11,6 +11,7 @@ FXQ_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 
 #define FXQ_VALUE uint8_t
 #include "kernels/generic/row_major-inl.h"
+#include "kernels/generic/epilogue-inl.h"
 #include "kernels/generic/int16-inl.h"
 #include "kernels/arm/neon_floats-inl.h"
 
@@ -40,45 +41,33 @@ FXQ_INLINE int32x4_t dot_4(const int8_t *w, int64_t stride, int64_t depth, const
     return vpaddq_s32(vpaddq_s32(s0, s1), vpaddq_s32(s2, s3));
 }
 
-static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1, int32_t *sums,
-                     void *scratch) {
-    (void)outputs, (void)scratch;
+static void row_sums(const struct fxq_weight *weight, int64_t n0, int64_t n1, int32_t *sums, void *scratch) {
+    (void)scratch;
     for (int64_t n = n0; n < n1; n++) {
+        const int8_t *w = (const int8_t *)weight->data + n * weight->columns;
         int32_t sum = 0;
-        for (int64_t k = 0; k < columns; k++) sum += weight[n * columns + k];
+        for (int64_t k = 0; k < weight->columns; k++) sum += w[k];
         sums[n - n0] = sum;
-    }
-}
-
-static void finish_outputs(const struct fxq_matmul *job, const struct fxq_target *to, int64_t m, int64_t n, int64_t n0,
-                           int count, const int32_t *sums) {
-    float *out = to->out + m * to->out_stride + n - n0;
-    const float *addend = to->addend ? to->addend + m * to->addend_stride + n - n0 : NULL;
-    for (int i = 0; i < count; i++) {
-        float y = (float)sums[i] * (job->x->row[m].scale * job->scale[n + i]);
-        if (job->bias) y += job->bias[n + i];
-        if (addend) y += addend[i];
-        if (job->relu) y = y < 0.0f ? 0.0f : y;
-        out[i] = y;
     }
 }
 
 static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
     const struct fxq_activations *x = job->x;
     const uint8_t *values = x->packed;
-    struct weight_reader reader = read_weight(job->weight, job->outputs, x->columns, scratch);
+    struct weight_reader reader = read_weight(job->weight, scratch);
     for (int64_t n = n0; n < n1; n += 4) {
         const int count = n1 - n < 4 ? (int)(n1 - n) : 4;
         int64_t stride;
         const int8_t *w = weight_rows(&reader, n, 4, &stride);
-        int32_t given[4] = {0}, sums[4];
+        int32_t given[4] = {0};
+        float sums[4];
         if (job->sums) memcpy(given, job->sums + n, (size_t)count * sizeof *given);
         const uint8_t *ones = values + x->rows * x->depth;
         const int32x4_t row_sums = job->sums ? vld1q_s32(given) : dot_4(w, stride, x->depth, ones);
         for (int64_t m = 0; m < x->rows; m++) {
             const int32x4_t dots = dot_4(w, stride, x->depth, values + m * x->depth);
-            vst1q_s32(sums, vmlaq_n_s32(dots, row_sums, 128 - x->row[m].zero_point));
-            finish_outputs(job, to, m, n, n0, count, sums);
+            vst1q_f32(sums, vcvtq_f32_s32(vmlaq_n_s32(dots, row_sums, 128 - x->row[m].zero_point)));
+            finish_sums(job, to, m, n, n0, count, sums);
         }
     }
 }

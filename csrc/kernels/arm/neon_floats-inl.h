@@ -1,4 +1,5 @@
-/* The registers of floats-inl.h in NEON: four for sixteen lanes. 24 of 32 hold the sums of 3 rows by 2 outputs. */
+/* The registers of floats-inl.h in NEON: four for sixteen lanes. 24 of 32 hold the sums of 3 rows by 2 outputs.
+ * Expects: what floats-inl.h does. */
 #define FXQ_REALS struct reals
 #define FXQ_REAL_ROWS 3
 #define FXQ_REAL_OUTPUTS 2

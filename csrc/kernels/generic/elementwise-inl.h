@@ -1,6 +1,9 @@
 /* The arithmetic on single elements, in plain C, included by each instruction set's file and vectorized for it by the
- * compiler: so that it is the same arithmetic everywhere. The includer defines FXQ_VALUE, the type of a packed
- * activation: uint8_t (q) or int16_t (q - zero_point).
+ * compiler: so that it is the same arithmetic everywhere.
+ *
+ * Expects: FXQ_VALUE, the type of a packed activation: uint8_t (q) or int16_t (q - zero_point). What the includer has in its own
+ * instructions it defines before, and says so: measure and quantize_values by FXQ_OWN_QUANTIZATION, unpack by FXQ_OWN_UNPACK, put_row
+ * and add_rows by FXQ_OWN_TABLES; without that one, floats-inl.h must follow.
  *
  * The order of a comparison's operands matters: a < b ? b : a keeps a where a is NaN. */
 #include <string.h>
@@ -136,9 +139,11 @@ static void rnn_cell(const float *restrict gates, int64_t units, bool is_relu, f
 }
 
 #ifndef FXQ_OWN_UNPACK
-static void unpack(const uint8_t *restrict nibbles, int64_t stride, int64_t rows, int64_t columns,
+static void unpack(const struct fxq_weight *weight, int64_t n, int64_t count, int64_t k0, int64_t columns,
                    int8_t *restrict values) {
-    for (int64_t i = 0; i < rows; i++, nibbles += stride, values += columns) {
+    const int64_t stride = fxq_row_bytes(weight->format, weight->columns);
+    const uint8_t *nibbles = (const uint8_t *)weight->data + n * stride + k0 / 2;
+    for (int64_t i = 0; i < count; i++, nibbles += stride, values += columns) {
         for (int64_t k = 0; k < columns / 2; k++) {
             values[2 * k] = (int8_t)((nibbles[k] & 15) - 8);
             values[2 * k + 1] = (int8_t)((nibbles[k] >> 4) - 8);
@@ -154,19 +159,19 @@ static void widen(const uint16_t *halves, int64_t count, float *out); /* floats-
 /* Columns [first, first + count) of a table's row. first is even. */
 static void put_columns(const struct fxq_table *table, int64_t row, int64_t first, int64_t count, float *restrict out) {
     const int64_t columns = table->columns;
-    if (table->bits == 16) {
+    if (table->format == FXQ_FLOAT16) {
         widen((const uint16_t *)table->values + row * columns + first, count, out);
         return;
     }
     const float scale = table->scale[row], zero = table->zero_point ? table->zero_point[row] : 0.0f;
-    if (table->bits == 4) {
-        const uint8_t *packed = (const uint8_t *)table->values + row * ((columns + 1) / 2) + first / 2;
+    if (table->format == FXQ_UINT4) {
+        const uint8_t *packed = (const uint8_t *)table->values + row * fxq_row_bytes(FXQ_UINT4, columns) + first / 2;
         for (int64_t k = 0; k < count / 2; k++) {
             out[2 * k] = ((float)(packed[k] & 15) - zero) * scale;
             out[2 * k + 1] = ((float)(packed[k] >> 4) - zero) * scale;
         }
         if (count % 2) out[count - 1] = ((float)(packed[count / 2] & 15) - zero) * scale;
-    } else if (table->is_signed) {
+    } else if (table->format == FXQ_INT8) {
         const int8_t *values = (const int8_t *)table->values + row * columns + first;
         for (int64_t k = 0; k < count; k++) out[k] = ((float)values[k] - zero) * scale;
     } else {

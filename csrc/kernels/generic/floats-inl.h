@@ -9,7 +9,7 @@
  * rows stays in the L1 cache while all outputs of a block pass. Halves are widened once for all rows, but for a single row
  * on the way.
  *
- * The includer, inside its target, describes registers; without FXQ_REALS there is plain C:
+ * Expects: elementwise-inl.h and an epilogue-inl.h. The includer describes registers; without FXQ_REALS there is plain C:
  *
  * FXQ_REALS                                           sixteen floats
  * FXQ_REAL_ROWS, FXQ_REAL_OUTPUTS                     the tile
@@ -241,21 +241,6 @@ static void multiply_tile_rows(const float *x, int64_t depth, const float *weigh
     }
 }
 
-/* Sums of row m by outputs [n, n + count), plus the bias and the addend. */
-static void finish_floats(const struct fxq_matmul *job, const struct fxq_target *to, int64_t m, int64_t n, int64_t n0,
-                          int64_t count, const float *restrict sums) {
-    const float *bias = job->bias ? job->bias + n : NULL;
-    const float *addend = to->addend ? to->addend + m * to->addend_stride + n - n0 : NULL;
-    float *out = to->out + m * to->out_stride + n - n0;
-    for (int64_t i = 0; i < count; i++) {
-        float y = sums[i];
-        if (bias) y += bias[i];
-        if (addend) y += addend[i];
-        if (job->relu) y = y < 0.0f ? 0.0f : y;
-        out[i] = y;
-    }
-}
-
 /* Rows [m0, m1), which stay in the L2 cache while all outputs pass. */
 static void multiply_float_block(const struct fxq_matmul *job, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                                  const struct fxq_target *to, float *wide) {
@@ -266,19 +251,20 @@ static void multiply_float_block(const struct fxq_matmul *job, int64_t m0, int64
     for (int64_t n = n0; n < n1; n += block) {
         const int64_t count = n1 - n < block ? n1 - n : block;
         float_sums sums;
-        if (job->halves && x->rows == 1) {
-            const struct float_rows w = {job->halves + n * x->columns, x->columns, true};
+        const uint16_t *halves = job->weight->format == FXQ_FLOAT16 ? (const uint16_t *)job->weight->data + n * x->columns : NULL;
+        if (halves && x->rows == 1) {
+            const struct float_rows w = {halves, x->columns, true};
             multiply_float_rows(values, x->depth, w, count, 1, sums);
-            finish_floats(job, to, 0, n, n0, count, sums[0]);
+            finish_sums(job, to, 0, n, n0, count, sums[0]);
             continue;
         }
-        const float *weights = job->halves ? wide : job->floats + n * x->columns;
-        if (job->halves) widen(job->halves + n * x->columns, count * x->columns, wide);
+        const float *weights = halves ? wide : (const float *)job->weight->data + n * x->columns;
+        if (halves) widen(halves, count * x->columns, wide);
         const int64_t rows = m1 - m0, tiles = (rows + FXQ_REAL_ROWS - 1) / FXQ_REAL_ROWS; /* of nearly the same rows each */
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t m = rows * tile / tiles, end = rows * (tile + 1) / tiles;
             multiply_tile_rows(values + m * x->depth, x->depth, weights, x->columns, count, end - m, sums);
-            for (int64_t i = m; i < end; i++) finish_floats(job, to, m0 + i, n, n0, count, sums[i - m]);
+            for (int64_t i = m; i < end; i++) finish_sums(job, to, m0 + i, n, n0, count, sums[i - m]);
         }
     }
 }

@@ -4,7 +4,7 @@
  * sum(q w) = sum(low w) + 256 sum(high w). A product is below 2^23 then, so that 256 of them always fit an int32; after
  * that many the sums are widened to int64. Activations are 0 beyond the last column, and no weight is read there.
  *
- * The includer, inside its target, may describe registers; without FXQ_LANES there is plain C:
+ * Expects: elementwise-inl.h and an epilogue-inl.h. The includer may describe registers; without FXQ_LANES there is plain C:
  *
  * FXQ_LANES, FXQ_TILE                               a register, and how many int64 sums are formed at once
  * static FXQ_LANES load_16(const int16_t *p);       all 16-bit lanes
@@ -47,17 +47,12 @@ static void quantize_int16(const struct fxq_activations *x, int64_t first, int c
     }
 }
 
-/* y of row m and outputs [n, n + count). The conversion of a sum rounds once, to nearest. */
+/* The conversion of a sum rounds once, to nearest. */
 FXQ_INLINE void finish_int16(const struct fxq_matmul *job, const struct fxq_target *to, int64_t m, int64_t n, int64_t n0,
                              int64_t count, const int64_t *restrict sums) {
-    const float row_scale = job->x->row[m].scale, *restrict scale = job->scale + n;
-    float *restrict out = to->out + m * to->out_stride + n - n0, y[BLOCK_16];
-    const float *addend = to->addend ? to->addend + m * to->addend_stride + n - n0 : NULL; /* may be out */
-    for (int64_t i = 0; i < count; i++) y[i] = (float)sums[i] * (row_scale * scale[i]);
-    for (int64_t i = 0; job->bias && i < count; i++) y[i] += job->bias[n + i];
-    for (int64_t i = 0; addend && i < count; i++) y[i] += addend[i];
-    for (int64_t i = 0; job->relu && i < count; i++) y[i] = y[i] < 0.0f ? 0.0f : y[i];
-    for (int64_t i = 0; i < count; i++) out[i] = y[i];
+    float rounded[BLOCK_16];
+    for (int64_t i = 0; i < count; i++) rounded[i] = (float)sums[i];
+    finish_sums(job, to, m, n, n0, count, rounded);
 }
 
 #ifdef FXQ_LANES
@@ -107,7 +102,7 @@ FXQ_INLINE void multiply_rows(const struct fxq_matmul *job, int64_t m, int rows,
         const int16_t *w[FXQ_TILE];
         int64_t tile[FXQ_TILE];
         for (int i = 0; i < outputs; i++) {
-            w[i] = job->int16 + (n + (at + i < count ? at + i : count - 1)) * x->columns;
+            w[i] = (const int16_t *)job->weight->data + (n + (at + i < count ? at + i : count - 1)) * x->columns;
         }
         multiply_tile(a, x->depth, w, x->columns, rows, tile);
         for (int i = 0; i < rows; i++) memcpy(&sums[i][at], tile + i * outputs, (size_t)outputs * sizeof *tile);
@@ -122,7 +117,7 @@ FXQ_INLINE void multiply_rows(const struct fxq_matmul *job, int64_t m, int rows,
     for (int i = 0; i < rows; i++) {
         const int16_t *low = (const int16_t *)x->packed + 2 * (m + i) * x->depth, *high = low + x->depth;
         for (int64_t j = 0; j < count; j++) {
-            const int16_t *w = job->int16 + (n + j) * x->columns;
+            const int16_t *w = (const int16_t *)job->weight->data + (n + j) * x->columns;
             sums[i][j] = 0;
             for (int64_t k = 0; k < x->columns;) {
                 const int64_t end = x->columns - k < EXACT_PRODUCTS ? x->columns : k + EXACT_PRODUCTS;

@@ -1,6 +1,7 @@
 /* Plain C for any processor, as fast as the compiler's own vectorization makes it. */
 #define FXQ_VALUE int16_t
 #include "kernels/generic/row_major-inl.h"
+#include "kernels/generic/epilogue-inl.h"
 #include "kernels/generic/int16-inl.h"
 #include "kernels/generic/floats-inl.h"
 
@@ -16,17 +17,17 @@ static int32_t dot(const int16_t *a, const int8_t *w, int64_t count) {
 }
 
 static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+    enum { TOGETHER = 16 };
     (void)scratch;
     const struct fxq_activations *x = job->x;
+    const int8_t *w = job->weight->data;
     for (int64_t m = 0; m < x->rows; m++) {
         const int16_t *a = (const int16_t *)x->packed + m * x->depth;
-        for (int64_t n = n0; n < n1; n++) {
-            const int32_t sum = dot(a, job->weight + n * x->columns, x->columns);
-            float y = (float)sum * (x->row[m].scale * job->scale[n]);
-            if (job->bias) y += job->bias[n];
-            if (to->addend) y += to->addend[m * to->addend_stride + n - n0];
-            if (job->relu) y = y < 0.0f ? 0.0f : y;
-            to->out[m * to->out_stride + n - n0] = y;
+        for (int64_t n = n0; n < n1; n += TOGETHER) {
+            const int64_t count = n1 - n < TOGETHER ? n1 - n : TOGETHER;
+            float sums[TOGETHER];
+            for (int64_t i = 0; i < count; i++) sums[i] = (float)dot(a, w + (n + i) * x->columns, x->columns);
+            finish_sums(job, to, m, n, n0, count, sums);
         }
     }
 }

@@ -1,4 +1,5 @@
-/* Products of two activations, and the softmax of attention, included by floats-inl.h, which describes the registers.
+/* Products of two activations, and the softmax of attention. Expects: the registers that floats-inl.h has, at whose end this is
+ * included.
  *
  * Each sum goes through the depth in order, by fused multiply-adds from 0: sum = fma(a[m][k], b[k][n], sum), k = 0, 1, ….
  * So an element depends on its row and its column alone, not on how many others there are nor where they lie; and terms

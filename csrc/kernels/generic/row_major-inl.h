@@ -30,8 +30,8 @@ struct weight_reader {
     int64_t copied; /* the row that `copy` begins with */
 };
 
-static inline struct weight_reader read_weight(const int8_t *weight, int64_t outputs, int64_t columns, void *scratch) {
-    return (struct weight_reader){weight, outputs, columns, fxq_depth(columns), scratch, -1};
+static inline struct weight_reader read_weight(const struct fxq_weight *weight, void *scratch) {
+    return (struct weight_reader){weight->data, weight->outputs, weight->columns, fxq_depth(weight->columns), scratch, -1};
 }
 
 /* Return where rows n .. n + count - 1 are, `stride` bytes apart. Rows beyond the last output hold anything. */

@@ -8,6 +8,7 @@ FXQ_TARGET_BEGIN("avx2,fma,f16c")
 #define FXQ_VALUE int16_t
 #include "kernels/x86/unpack-inl.h"
 #include "kernels/generic/row_major-inl.h"
+#include "kernels/x86/ymm_epilogue-inl.h"
 #include "kernels/x86/ymm-inl.h"
 
 /* 8 words of two columns. */

@@ -8,6 +8,7 @@ FXQ_TARGET_BEGIN("avx2,avxvnni,fma,f16c")
 #define FXQ_VALUE uint8_t
 #include "kernels/x86/unpack-inl.h"
 #include "kernels/generic/row_major-inl.h"
+#include "kernels/x86/ymm_epilogue-inl.h"
 #include "kernels/x86/ymm-inl.h"
 
 FXQ_INLINE __m256i load_bytes(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
@@ -49,12 +50,11 @@ static void dot_4x2(const struct group *g, int first, const uint8_t *a, const ui
     sums[1] = sum_4(more[0], more[1], more[2], more[3]);
 }
 
-static void row_sums(const int8_t *weight, int64_t outputs, int64_t columns, int64_t n0, int64_t n1, int32_t *sums,
-                     void *scratch) {
-    struct weight_reader reader = read_weight(weight, outputs, columns, scratch);
+static void row_sums(const struct fxq_weight *weight, int64_t n0, int64_t n1, int32_t *sums, void *scratch) {
+    struct weight_reader reader = read_weight(weight, scratch);
     uint8_t *ones = (uint8_t *)scratch + 8 * reader.depth;
-    memset(ones, 1, (size_t)columns);
-    memset(ones + columns, 0, (size_t)(reader.depth - columns));
+    memset(ones, 1, (size_t)reader.columns);
+    memset(ones + reader.columns, 0, (size_t)(reader.depth - reader.columns));
     for (int64_t n = n0; n < n1; n += 8) {
         int64_t stride;
         const int8_t *w = weight_rows(&reader, n, 8, &stride);

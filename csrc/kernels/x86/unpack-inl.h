@@ -1,11 +1,13 @@
-/* elementwise-inl.h's unpack in x86 instructions: compilers do not find the interleaving. The includer has begun its target. */
+/* elementwise-inl.h's unpack in x86 instructions: compilers do not find the interleaving. Expects: a target with AVX begun. */
 #include <immintrin.h>
 
 #define FXQ_OWN_UNPACK
 
-static void unpack(const uint8_t *nibbles, int64_t stride, int64_t rows, int64_t columns, int8_t *values) {
+static void unpack(const struct fxq_weight *weight, int64_t n, int64_t count, int64_t k0, int64_t columns, int8_t *values) {
+    const int64_t stride = fxq_row_bytes(weight->format, weight->columns);
+    const uint8_t *nibbles = (const uint8_t *)weight->data + n * stride + k0 / 2;
     const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-    for (int64_t i = 0; i < rows; i++, nibbles += stride, values += columns) {
+    for (int64_t i = 0; i < count; i++, nibbles += stride, values += columns) {
         int64_t k = 0;
         for (; k + 32 <= columns; k += 32) {
             const __m128i v = _mm_loadu_si128((const __m128i *)(nibbles + k / 2));

@@ -1,6 +1,7 @@
-/* The product on 256-bit registers, in two forms, around what the includer defines for its instruction set.
+/* The product on 256-bit registers, in two forms. Expects: row_major-inl.h, ymm_epilogue-inl.h, and what the includer defines for its
+ * instruction set:
  *
- * Few rows: the weights are read as they lie.
+ * gemv, few rows: the weights are read as they lie.
  *
  * static __m128i dot_4x1(const struct group *g, int first, const FXQ_VALUE *a);
  * static void dot_4x2(const struct group *g, int first, const FXQ_VALUE *a, const FXQ_VALUE *b, __m128i sums[2]);
@@ -8,7 +9,7 @@
  * give the sums of products of outputs first .. first + 3 of a group of 8 with one or two rows of activations. 4 x 2: 8
  * accumulators, 4 weights and 2 activations fit the 16 registers, and 6 loads serve 8 products.
  *
- * Many rows: 16 outputs' weights are copied to a panel, word by word (a word: 32 bits of activations, 4 uint8 or 2
+ * Packed gemm, many rows: 16 outputs' weights are copied to a panel, word by word (a word: 32 bits of activations, 4 uint8 or 2
  * int16). Lanes are outputs then, so that no register's lanes are added up, which for 256 columns took as long as the
  * products. 4 rows by 16 outputs: 8 accumulators, 2 weights, and a word of a row in all lanes: 6 loads for 8 products.
  *
@@ -49,40 +50,6 @@ FXQ_INLINE void dot_8x2(const struct group *g, const FXQ_VALUE *a, const FXQ_VAL
     dot_4x2(g, 4, a, b, high);
     sums[0] = _mm256_set_m128i(high[0], low[0]);
     sums[1] = _mm256_set_m128i(high[1], low[1]);
-}
-
-/* What the last steps of 8 outputs need. */
-struct outputs_8 {
-    const struct fxq_matmul *job;
-    const struct fxq_target *to;
-    int64_t at; /* n - n0 */
-    __m256i lanes, row_sums;
-    __m256 scale, bias;
-};
-
-FXQ_INLINE struct outputs_8 begin_outputs(const struct fxq_matmul *job, const struct fxq_target *to, int64_t n,
-                                          int64_t n0, int64_t n1) {
-    const __m256i left = _mm256_set1_epi32(n1 - n < 8 ? (int)(n1 - n) : 8);
-    struct outputs_8 o = {.job = job, .to = to, .at = n - n0};
-    o.row_sums = _mm256_setzero_si256();
-    o.bias = _mm256_setzero_ps();
-    o.lanes = _mm256_cmpgt_epi32(left, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    o.scale = _mm256_maskload_ps(job->scale + n, o.lanes);
-    if (job->bias) o.bias = _mm256_maskload_ps(job->bias + n, o.lanes);
-    return o;
-}
-
-FXQ_INLINE void finish_outputs(const struct outputs_8 *o, int64_t m, __m256i sums) {
-    const struct fxq_row *row = &o->job->x->row[m];
-    if (sizeof(FXQ_VALUE) == 1) {
-        sums = _mm256_sub_epi32(sums, _mm256_mullo_epi32(_mm256_set1_epi32(row->zero_point), o->row_sums));
-    }
-    __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_mul_ps(_mm256_set1_ps(row->scale), o->scale));
-    if (o->job->bias) y = _mm256_add_ps(y, o->bias);
-    const struct fxq_target *to = o->to;
-    if (to->addend) y = _mm256_add_ps(y, _mm256_maskload_ps(to->addend + m * to->addend_stride + o->at, o->lanes));
-    if (o->job->relu) y = _mm256_max_ps(_mm256_setzero_ps(), y); /* the second operand where one is NaN */
-    _mm256_maskstore_ps(o->to->out + m * o->to->out_stride + o->at, o->lanes, y);
 }
 
 static void matmul_group(const struct fxq_matmul *job, const struct group *g, struct outputs_8 *o, int64_t n) {
@@ -184,7 +151,7 @@ static void matmul_panels(const struct fxq_matmul *job, int64_t n0, int64_t n1, 
                           void *scratch) {
     const struct fxq_activations *x = job->x;
     const FXQ_VALUE *packed = x->packed, *ones = packed + x->rows * x->depth;
-    struct weight_reader reader = read_weight(job->weight, job->outputs, x->columns, scratch);
+    struct weight_reader reader = read_weight(job->weight, scratch);
     int32_t *panel = (int32_t *)((char *)scratch + PANEL * x->depth);
     for (int64_t n = n0; n < n1; n += PANEL) {
         int64_t stride;
@@ -210,7 +177,7 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
         matmul_panels(job, n0, n1, to, scratch);
         return;
     }
-    struct weight_reader reader = read_weight(job->weight, job->outputs, job->x->columns, scratch);
+    struct weight_reader reader = read_weight(job->weight, scratch);
     for (int64_t n = n0; n < n1; n += 8) {
         int64_t stride;
         const int8_t *w = weight_rows(&reader, n, 8, &stride);

@@ -1,4 +1,5 @@
-/* The registers of floats-inl.h in 256 bits: two for sixteen lanes. 12 of 16 hold the sums of 3 rows by 2 outputs. */
+/* The registers of floats-inl.h in 256 bits: two for sixteen lanes. 12 of 16 hold the sums of 3 rows by 2 outputs.
+ * Expects: what floats-inl.h does. */
 #define FXQ_REALS struct reals
 #define FXQ_REAL_ROWS 3
 #define FXQ_REAL_OUTPUTS 2

@@ -1,4 +1,4 @@
-/* The registers of int16-inl.h in 256 bits. The includer defines add_pairs. */
+/* The registers of int16-inl.h in 256 bits. Expects: add_pairs, and what int16-inl.h does. */
 #define FXQ_LANES __m256i
 #define FXQ_TILE 4
 

@@ -9,7 +9,7 @@ FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int
 FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,amx-bf16,prfchw,prefer-vector-width=512")
 #endif
 
-#define DOT_FORM_ROWS 2 /* beyond, a tile product is faster even with most of its columns empty */
+#define MOST_GEMV_ROWS 2 /* beyond, a tile product is faster even with most of its columns empty */
 #define MOST_NIBBLE_ROWS 6 /* beyond, unpacking them for the tiles is repaid */
 #define GROUP_VALUE_BYTES 2 /* bfloat16: see amx_groups-inl.h */
 #include "kernels/x86/avx512/common-inl.h"
@@ -239,13 +239,17 @@ static void step_tiles(const struct fxq_lstm_step *s, int64_t m, int count) {
 }
 
 static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
-    if (job->x->is_row_major) matmul_packed_form(job, n0, n1, to, scratch);
-    else (is_dot_form(job->x) ? matmul_dot_form : matmul_block_form)(job, n0, n1, to, scratch);
+    if (job->x->is_row_major) matmul_packed(job, n0, n1, to, scratch);
+    else (uses_gemv(job->x) ? matmul_gemv : matmul_tiled)(job, n0, n1, to, scratch);
 }
 
 enum { MOST_ROWS_WITHOUT_TILES = 4 }; /* a register of weights serves four rows; loading tiles takes longer than that */
 
 static void lstm_step(const struct fxq_lstm_step *s) {
+    if (s->weight->group) {
+        lstm_step_by_groups(s);
+        return;
+    }
     if (s->h->rows <= MOST_ROWS_WITHOUT_TILES) {
         lstm_step_by_rows(s);
         return;
@@ -256,6 +260,6 @@ static void lstm_step(const struct fxq_lstm_step *s) {
 
 const struct fxq_kernels fxq_amx = {.name = "amx", .value_bytes = 1, .begin = begin, .end = end, .quantize = quantize,
                                     .row_sums = row_sums, .matmul = matmul, .packs_weight = packs_weight, .pack_lstm = pack_lstm,
-                                    .lstm_step = lstm_step, FXQ_LSTM_INT4, FXQ_NIBBLES, FXQ_GROUPS, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
+                                    .lstm_step = lstm_step, FXQ_NIBBLES, FXQ_GROUPS, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

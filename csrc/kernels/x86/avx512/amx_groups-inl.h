@@ -31,18 +31,18 @@ FXQ_INLINE __m512i bfloat16_of_bytes(__m256i bytes, __m512i zero_point) {
 }
 
 /* Blocks of 16 rows: [depth / 32][16][32] bfloat16. Rows beyond the last hold anything: they are multiplied for nothing. */
-static void quantize_groups(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows) {
-    const int64_t columns = x->x.columns, depth = fxq_depth(columns);
+static void quantize_groups(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
+    const int64_t columns = x->columns, depth = fxq_depth(columns);
     const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
     for (int i = 0; i < count; i++) {
-        const struct fxq_row *row = &x->x.row[first + i];
+        const struct fxq_row *row = &x->row[first + i];
         const __m512i zero_point = _mm512_set1_epi16((short)row->zero_point);
-        char *to = (char *)x->x.packed + first * depth * GROUP_VALUE_BYTES + 64 * i;
+        char *to = (char *)x->packed + first * depth * GROUP_VALUE_BYTES + 64 * i;
         for (int64_t k = 0; k < columns; k += 64, to += 2 * 1024) {
             _Alignas(64) uint8_t q[64];
             const int64_t width = columns - k < 64 ? columns - k : 64;
             if (width < 64) memset(q, row->zero_point, sizeof q);
-            quantize_values(rows[i] + k, width, row, x->x.qmax, q);
+            quantize_values(rows[i] + k, width, row, x->qmax, q);
             const __m512i v = _mm512_shuffle_epi8(_mm512_load_si512(q), order);
             _mm512_store_si512(to, bfloat16_of_bytes(_mm512_castsi512_si256(v), zero_point));
             _mm512_store_si512(to + 1024, bfloat16_of_bytes(_mm512_extracti64x4_epi64(v, 1), zero_point));
@@ -101,18 +101,18 @@ FXQ_INLINE void finish_group_tile(struct group_stream *s, const struct group_til
     _Alignas(64) float row_scale[16] = {0};
     __m512 y[16];
     for (int i = 0; i < t->rows; i++) row_scale[i] = t->row[i].scale;
-    FXQ_UNROLL(16) for (int i = 0; i < rows; i++) y[i] = begin_sum(t, i);
+    FXQ_UNROLL(16) for (int i = 0; i < rows; i++) y[i] = begin_tile_sum(t, i);
     for (int64_t g = 0; g < groups; g++) {
         advance_groups(s, sums);
         add_group(sums, row_scale, t->scale + 16 * g, rows, y);
     }
     FXQ_UNROLL(16) for (int i = 0; i < rows; i++) {
-        if (i < t->rows) store_sum(t, i, y[i]);
+        if (i < t->rows) store_tile_sum(t, i, y[i]);
     }
 }
 
 static void multiply_strip(const struct group_strip *strip) {
-    struct group_stream s = {.strip = strip, .steps = strip->job->x->group / 32, .all = (strip->job->x->x.columns + 31) / 32};
+    struct group_stream s = {.strip = strip, .steps = strip->job->x->group / 32, .all = (strip->job->x->columns + 31) / 32};
     _Alignas(64) float sums[256];
     enter_tile(&s);
     for (int i = 0; i < 4; i++) advance_groups(&s, sums);

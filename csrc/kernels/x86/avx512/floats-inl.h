@@ -1,4 +1,5 @@
-/* The registers of floats-inl.h in AVX512: 24 of 32 hold the sums of 6 rows by 4 outputs, and 10 loads serve 24 products. */
+/* The registers of floats-inl.h in AVX512: 24 of 32 hold the sums of 6 rows by 4 outputs, and 10 loads serve 24 products.
+ * Expects: common-inl.h. */
 #define FXQ_REALS __m512
 #define FXQ_REAL_ROWS 6
 #define FXQ_REAL_OUTPUTS 4

@@ -1,4 +1,4 @@
-/* An LSTM's gates: from the products of a block of 16 hidden units to c and h. For lstm-inl.h. */
+/* An LSTM's gates: from the products of a block of 16 hidden units to c and h. Expects: common-inl.h. */
 
 enum { UNIT_BLOCK = 16, UNIT_BLOCK_GATES = 4 * UNIT_BLOCK };
 
@@ -81,7 +81,7 @@ struct unit_block {
 FXQ_INLINE struct unit_block begin_units(const struct fxq_lstm_step *s, int64_t u) {
     struct unit_block b = {.u = u, .lanes = first_lanes(s->u1 - u)};
     FXQ_UNROLL(4) for (int gate = 0; gate < 4; gate++) {
-        b.scale[gate] = _mm512_maskz_loadu_ps(b.lanes, s->scale + gate * s->hidden + u);
+        b.scale[gate] = _mm512_maskz_loadu_ps(b.lanes, (const float *)s->weight->scale + gate * s->hidden + u);
         b.pairs[gate] = _mm512_load_si512(s->pairs + u * 4 + gate * UNIT_BLOCK);
     }
     return b;

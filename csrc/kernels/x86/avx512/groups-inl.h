@@ -1,9 +1,10 @@
-/* Many rows by 4-bit weights: a tile of 16 rows by 16 outputs keeps its float sums in registers while all groups of columns
- * pass, so that each output is written once. Around what the includer defines for its instruction set:
+/* The packed gemm of 4-bit weights: a tile of 16 rows by 16 outputs keeps its float sums in registers while all groups of columns
+ * pass, so that each output is written once. Expects: nibbles-inl.h,
+ * stream-inl.h, and what the includer defines for its instruction set:
  *
  * #define GROUP_VALUE_BYTES of an unpacked weight
  * static void unpack_words(__m512i words, void *to);                8 columns of 16 outputs, a nibble each
- * static void quantize_groups(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows);
+ * static void quantize_groups(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
  * static void multiply_groups(const struct group_tile *t);          all groups of a tile
  *
  * The weights of 16 outputs are unpacked at a time, for 32 rows; for more rows as many as the L2 cache holds are kept. */
@@ -13,7 +14,7 @@ enum { GROUP_OUTPUTS = 16, GROUPED_ROWS = 32 /* activations that stay in the L1 
 /* Some outputs, [n0, n1), by at most GROUPED_ROWS rows, [m0, m1), in tiles of 16 by 16. blocks: for 16 outputs their unpacked
  * weights, [depth / 8][what unpack_words makes], then their scales, (groups, 16). */
 struct group_strip {
-    const struct fxq_int4_product *job;
+    const struct fxq_matmul *job;
     const struct fxq_target *to; /* of row m0, output n0 */
     int64_t n0, n1, m0, m1, tiles;
     const char *blocks;
@@ -25,44 +26,35 @@ struct group_tile {
     const struct fxq_row *row;
     const char *q, *weights;
     const float *scale;
-    const float *start; /* start_stride apart; NULL: none */
-    int64_t start_stride;
-    float *out;
-    int64_t out_stride;
-    __mmask16 lanes;
-    bool relu;
+    struct fxq_target to; /* of its first row and output */
+    struct outputs_16 outputs;
 };
 
 FXQ_INLINE void unpack_words(__m512i words, void *to);
 static void multiply_strip(const struct group_strip *strip);
 
-FXQ_INLINE __m512 begin_sum(const struct group_tile *t, int i) {
-    if (!t->start || i >= t->rows) return _mm512_set1_ps(-0.0f); /* y + -0 is y, to the bit */
-    return _mm512_maskz_loadu_ps(t->lanes, t->start + i * t->start_stride);
+FXQ_INLINE __m512 begin_tile_sum(const struct group_tile *t, int i) {
+    return begin_sum(&t->outputs, t->to.addend && i < t->rows ? t->to.addend + i * t->to.addend_stride : NULL);
 }
 
-FXQ_INLINE void store_sum(const struct group_tile *t, int i, __m512 y) {
-    if (t->relu) y = _mm512_max_ps(_mm512_setzero_ps(), y); /* the second operand where one is NaN */
-    _mm512_mask_storeu_ps(t->out + i * t->out_stride, t->lanes, y);
+FXQ_INLINE void store_tile_sum(const struct group_tile *t, int i, __m512 y) {
+    store_outputs(&t->outputs, end_outputs(&t->outputs, y), t->to.out + i * t->to.out_stride);
 }
 
 FXQ_INLINE struct group_tile group_tile_at(const struct group_strip *s, int64_t index) {
     const int64_t by = (s->m1 - s->m0 + 15) / 16, m = s->m0 + index % by * 16, at = index / by * GROUP_OUTPUTS, n = s->n0 + at;
-    const struct fxq_int4_product *job = s->job;
-    const struct fxq_target *to = s->to;
-    struct group_tile t = {.rows = (int)(s->m1 - m < 16 ? s->m1 - m : 16), .row = job->x->x.row + m,
-        .q = (const char *)job->x->x.packed + m * s->depth * GROUP_VALUE_BYTES, .weights = s->blocks + index / by * s->block_bytes,
-        .out = to->out + (m - s->m0) * to->out_stride + at, .out_stride = to->out_stride, .lanes = first_lanes(s->n1 - n), .relu = job->relu};
+    const struct fxq_matmul *job = s->job;
+    struct group_tile t = {.rows = (int)(s->m1 - m < 16 ? s->m1 - m : 16), .row = job->x->row + m,
+        .q = (const char *)job->x->packed + m * s->depth * GROUP_VALUE_BYTES, .weights = s->blocks + index / by * s->block_bytes,
+        .to = fxq_target_at(s->to, m - s->m0, at), .outputs = begin_outputs(job, n, s->n1)};
     t.scale = (const float *)(t.weights + GROUP_OUTPUTS * s->depth * GROUP_VALUE_BYTES);
-    if (to->addend) t.start = to->addend + (m - s->m0) * to->addend_stride + at, t.start_stride = to->addend_stride;
-    else if (job->bias) t.start = job->bias + n;
     return t;
 }
 
 /* Outputs [n, n + 16), as far as there are `left`. */
-static void unpack_group_block(const struct fxq_linear_int4 *weight, int64_t columns, int64_t n, int64_t left, void *block) {
-    const int64_t row_bytes = (columns + 1) / 2, groups = weight->groups;
-    const uint8_t *nibbles = weight->nibbles + n * row_bytes;
+static void unpack_group_block(const struct fxq_weight *weight, int64_t n, int64_t left, void *block) {
+    const int64_t row_bytes = fxq_row_bytes(FXQ_INT4, weight->columns), groups = weight->groups;
+    const uint8_t *nibbles = (const uint8_t *)weight->data + n * row_bytes;
     const __mmask16 lanes = first_lanes(left);
     char *to = block;
     for (int64_t k = 0; k < row_bytes; k += 64) {
@@ -82,7 +74,7 @@ static void unpack_group_block(const struct fxq_linear_int4 *weight, int64_t col
     for (int64_t g = 0; g < groups; g += 4) {
         const int count = groups - g < 4 ? (int)(groups - g) : 4;
         __m512 s[4];
-        load_scales(weight->scale + n * groups + g, groups, count, lanes, g == 0, s);
+        load_scales((const uint16_t *)weight->scale + n * groups + g, groups, count, lanes, g == 0, s);
         for (int i = 0; i < count; i++) _mm512_store_ps(scale + 16 * (g + i), s[i]);
     }
 }
@@ -101,10 +93,10 @@ static void stream_strip(struct group_strip *strip, const struct streamed_block 
 }
 
 /* scratch: FXQ_PACKED_BYTES of unpacked weights, or 64 outputs where those are more. */
-static void matmul_groups(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
-    const int64_t rows = job->x->x.rows, columns = job->x->x.columns, depth = fxq_depth(columns);
+static void matmul_groups(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+    const int64_t rows = job->x->rows, depth = job->x->depth;
     const int64_t block_bytes = GROUP_OUTPUTS * (depth * GROUP_VALUE_BYTES + job->x->groups * (int64_t)sizeof(float));
-    const bool streams = !to->addend && is_streamed(rows, job->outputs);
+    const bool streams = !to->addend && is_streamed(rows, job->weight->outputs);
     int64_t chunk = GROUP_OUTPUTS; /* in the L1 cache, if no other rows need it again */
     if (rows > GROUPED_ROWS || streams) chunk = FXQ_PACKED_BYTES / (4 * block_bytes) * STREAM_OUTPUTS;
     if (chunk == 0) chunk = STREAM_OUTPUTS;
@@ -114,14 +106,12 @@ static void matmul_groups(const struct fxq_int4_product *job, int64_t n0, int64_
         for (int64_t first = n0; first < n1; first += chunk) {
             const int64_t end = n1 - first < chunk ? n1 : first + chunk;
             for (int64_t n = first, at = 0; n < end; n += GROUP_OUTPUTS, at += block_bytes) {
-                unpack_group_block(job->weight, columns, n, n1 - n, (char *)scratch + at);
+                unpack_group_block(job->weight, n, n1 - n, (char *)scratch + at);
             }
             const int64_t width = streams ? STREAM_OUTPUTS : chunk;
             for (int64_t m0 = m; m0 < m_end; m0 += GROUPED_ROWS) {
                 for (int64_t n = first; n < end; n += width) {
-                    const struct fxq_target part = {
-                        to->out + m0 * to->out_stride + n - n0, to->out_stride,
-                        to->addend ? to->addend + m0 * to->addend_stride + n - n0 : NULL, to->addend_stride};
+                    const struct fxq_target part = fxq_target_at(to, m0, n - n0);
                     struct group_strip strip = {
                         .job = job, .to = &part, .n0 = n, .n1 = end - n < width ? end : n + width, .m0 = m0,
                         .m1 = m_end - m0 < GROUPED_ROWS ? m_end : m0 + GROUPED_ROWS, .depth = depth,

@@ -1,8 +1,10 @@
 /* int16 weights in AVX512-VNNI.
  *
- * Few rows: int16-inl.h, with the registers described here. Lanes are columns, and are added up at the end.
+ * Expects: common-inl.h.
  *
- * More rows: 32 outputs' weights are copied, 256 columns at a time, to a panel of words: two columns. Lanes are outputs
+ * gemv, few rows: int16-inl.h, with the registers described here. Lanes are columns, and are added up at the end.
+ *
+ * Packed gemm, more rows: 32 outputs' weights are copied, 256 columns at a time, to a panel of words: two columns. Lanes are outputs
  * then, so that nothing is added up across lanes, and a word of a row goes to all lanes. 4 rows by 32 outputs, low and
  * high: 16 accumulators, and 10 loads serve 16 products. */
 #define FXQ_LANES __m512i
@@ -112,7 +114,7 @@ static void pack_piece(const struct fxq_matmul *job, struct int16_panel *p, int6
     const int64_t stride = job->x->columns;
     for (int half = 0; half < 2; half++, n += 16) {
         for (int64_t at = 0; at < columns; at += LANES_16) {
-            const int16_t *w = job->int16 + k + at;
+            const int16_t *w = (const int16_t *)job->weight->data + k + at;
             __m512i v[16];
             FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
                 const int16_t *row = w + (n + i < n1 ? n + i : n1 - 1) * stride;
@@ -127,14 +129,12 @@ static void pack_piece(const struct fxq_matmul *job, struct int16_panel *p, int6
 static void finish_panel(const struct fxq_matmul *job, const struct fxq_target *to, const struct int16_panel *p, int64_t m0,
                          int rows, int64_t at) {
     for (int64_t i = 0; i < rows; i++) {
-        const float row_scale = job->x->row[m0 + i].scale, *addend = NULL;
-        float *out = to->out + (m0 + i) * to->out_stride + at;
-        if (to->addend) addend = to->addend + (m0 + i) * to->addend_stride + at;
+        const float row_scale = job->x->row[m0 + i].scale;
+        const struct fxq_target row = fxq_target_at(to, m0 + i, at);
         FXQ_UNROLL(2) for (int half = 0; half < 2; half++) {
             const struct outputs_16 *o = &p->outputs[half];
             const __m512 sums = in_order_16(p->sums[i][2 * half], p->sums[i][2 * half + 1]);
-            const __m512 y = scale_outputs(o, sums, row_scale, addend ? addend + 16 * half : NULL);
-            _mm512_mask_storeu_ps(out + 16 * half, o->lanes, y);
+            store_outputs(o, scale_outputs(o, sums, row_scale, row.addend ? row.addend + 16 * half : NULL), row.out + 16 * half);
         }
     }
 }

@@ -1,4 +1,4 @@
-/* The steps of an LSTM, for the includers of common-inl.h. A sequence uses weight_hh again at each step, so it is packed once:
+/* The steps of an LSTM. Expects: tiled-inl.h. A sequence uses weight_hh again at each step, so it is packed once:
  * for 16 hidden units at a time [depth / 4][4 gates][16 units][4 columns], four registers of 64 products each a step of
  * 4 columns. Lanes are units: no sums within a register, and a row's four gates are finished without leaving registers.
  * With AMX the same bytes are "B" tiles (16 rows, 256 bytes apart), and the activations, row by row, "A" tiles. */
@@ -6,29 +6,29 @@
 #include "kernels/x86/avx512/gates-inl.h"
 
 /* Units [u0, u1) of weight (4 * hidden, columns) to packed, and their row sums as pairs (see make_pairs). */
-static void pack_lstm(const int8_t *weight, int64_t hidden, int64_t columns, int64_t u0, int64_t u1, void *packed,
-                      int32_t *pairs) {
-    const int64_t depth = fxq_depth(columns);
+static void pack_rows(const struct fxq_weight *weight, int64_t u0, int64_t u1, void *packed, int32_t *pairs) {
+    const int64_t columns = weight->columns, depth = fxq_depth(columns), hidden = weight->outputs / 4;
     for (int64_t u = u0; u < u1; u += UNIT_BLOCK) {
         const int64_t count = u1 - u < UNIT_BLOCK ? u1 - u : UNIT_BLOCK;
         for (int gate = 0; gate < 4; gate++) {
             int8_t *to = (int8_t *)packed + u * 4 * depth + gate * 64;
-            const __m512i sums = pack_16(weight + (gate * hidden + u) * columns, count, columns, to);
+            const __m512i sums = pack_16((const int8_t *)weight->data + (gate * hidden + u) * columns, count, columns, to);
             _mm512_store_si512(pairs + u * 4 + gate * UNIT_BLOCK, sums);
         }
     }
 }
 
-/* The same of 4 bits: packed as int8, with pairs and scales for each group, (groups, 4 * hidden) in the order of the units. */
-static void pack_lstm_int4(const struct fxq_linear_int4 *weight, int64_t hidden, int64_t columns, int64_t u0, int64_t u1,
-                           void *packed, int32_t *pairs, float *scale, void *scratch) {
-    const int64_t depth = fxq_depth(columns), row_bytes = (columns + 1) / 2, groups = weight->groups;
+/* The same of a grouped weight: packed as int8, with pairs and scales for each group, (groups, 4 * hidden) in the order of the
+ * units. */
+static void pack_groups(const struct fxq_weight *weight, int64_t u0, int64_t u1, void *packed, int32_t *pairs, float *scale,
+                        void *scratch) {
+    const int64_t columns = weight->columns, depth = fxq_depth(columns), groups = weight->groups, hidden = weight->outputs / 4;
     const int64_t all = (hidden + UNIT_BLOCK - 1) / UNIT_BLOCK * UNIT_BLOCK_GATES;
     for (int64_t at = u0 * 4, end = (u1 + UNIT_BLOCK - 1) / UNIT_BLOCK * UNIT_BLOCK_GATES; at < end; at += UNIT_BLOCK) {
         const int64_t u = at / UNIT_BLOCK_GATES * UNIT_BLOCK, gate = at / UNIT_BLOCK % 4, row = gate * hidden + u;
         const int64_t count = u1 - u < UNIT_BLOCK ? u1 - u : UNIT_BLOCK;
         int8_t *to = (int8_t *)packed + u * 4 * depth + gate * 64;
-        unpack(weight->nibbles + row * row_bytes, row_bytes, count, columns, scratch);
+        unpack(weight, row, count, 0, columns, scratch);
         pack_16(scratch, count, columns, to);
         for (int64_t g = 0; g < groups; g++) {
             const int64_t group_end = g + 1 < groups ? (g + 1) * weight->group : depth;
@@ -38,11 +38,17 @@ static void pack_lstm_int4(const struct fxq_linear_int4 *weight, int64_t hidden,
             }
             _mm512_store_si512(pairs + g * all + at, make_pairs(sums));
             for (int64_t i = 0; i < count; i++) {
-                const uint32_t bits = (uint32_t)weight->scale[(row + i) * groups + g] << 16;
+                const uint32_t bits = (uint32_t)((const uint16_t *)weight->scale)[(row + i) * groups + g] << 16;
                 memcpy(&scale[g * all + at + i], &bits, sizeof bits);
             }
         }
     }
+}
+
+static void pack_lstm(const struct fxq_weight *weight, int64_t u0, int64_t u1, void *packed, int32_t *pairs, float *scale,
+                      void *scratch) {
+    if (weight->group) pack_groups(weight, u0, u1, packed, pairs, scale, scratch);
+    else pack_rows(weight, u0, u1, packed, pairs);
 }
 
 /* One row: 8 accumulators, since a product's result takes 5 cycles and two begin in each. */
@@ -125,7 +131,7 @@ static void step_one_row(const struct fxq_lstm_step *s, int64_t m) {
     }
 }
 
-/* The gates of `count` rows (a constant, 1 to 4) by 4-bit weights: a group's products are added to those before it. */
+/* The gates of `count` rows (a constant, 1 to 4) by a grouped weight: a group's products are added to those before it. */
 FXQ_INLINE void add_groups(const struct fxq_lstm_step *s, const struct unit_block *b, int64_t m, int count, __m512 *e) {
     const int64_t depth = s->h->depth, all = (s->hidden + UNIT_BLOCK - 1) / UNIT_BLOCK * UNIT_BLOCK_GATES;
     const int8_t *w = (const int8_t *)s->packed + b->u * 4 * depth;
@@ -134,8 +140,9 @@ FXQ_INLINE void add_groups(const struct fxq_lstm_step *s, const struct unit_bloc
         const float *input = s->input_part + (m + i / 4) * s->input_stride + b->u + i % 4 * s->hidden;
         e[i] = _mm512_maskz_loadu_ps(b->lanes, input);
     }
-    for (int64_t g = 0, k = 0; g < s->groups; g++, k += s->group) {
-        const int64_t columns = g + 1 < s->groups ? s->group : depth - k, at = g * all + b->u * 4;
+    const int64_t group = s->weight->group, groups = s->weight->groups;
+    for (int64_t g = 0, k = 0; g < groups; g++, k += group) {
+        const int64_t columns = g + 1 < groups ? group : depth - k, at = g * all + b->u * 4;
         __m512i sums[4][4];
         if (count == 1) multiply_units_1(w + k * UNIT_BLOCK_GATES, columns, q + k, sums[0]);
         else multiply_units(w + k * UNIT_BLOCK_GATES, columns, q + k, depth, count, sums);
@@ -153,7 +160,7 @@ FXQ_INLINE void add_groups(const struct fxq_lstm_step *s, const struct unit_bloc
     }
 }
 
-FXQ_INLINE void step_rows_int4(const struct fxq_lstm_step *s, int64_t u, int64_t m, int count) {
+FXQ_INLINE void step_group_rows(const struct fxq_lstm_step *s, int64_t u, int64_t m, int count) {
     const struct unit_block b = {.u = u, .lanes = first_lanes(s->u1 - u)};
     __m512 x[16];
     add_groups(s, &b, m, count, x);
@@ -167,7 +174,7 @@ FXQ_INLINE void step_rows_int4(const struct fxq_lstm_step *s, int64_t u, int64_t
 }
 
 /* A single row: two blocks of units together, so that there are 8 exponentials side by side. */
-static void step_one_row_int4(const struct fxq_lstm_step *s, int64_t m) {
+static void step_one_group_row(const struct fxq_lstm_step *s, int64_t m) {
     int64_t u = s->u0;
     for (; u + UNIT_BLOCK < s->u1; u += 2 * UNIT_BLOCK) {
         const struct unit_block b0 = {.u = u, .lanes = 0xffff};
@@ -178,18 +185,18 @@ static void step_one_row_int4(const struct fxq_lstm_step *s, int64_t m) {
         add_groups(s, &b1, m, 1, e.x + 4);
         finish_gates(s, rows, &e, 2);
     }
-    if (u < s->u1) step_rows_int4(s, u, m, 1);
+    if (u < s->u1) step_group_rows(s, u, m, 1);
 }
 
-static void lstm_step_int4(const struct fxq_lstm_step *s) {
+static void lstm_step_by_groups(const struct fxq_lstm_step *s) {
     const int64_t rows = s->h->rows, most = rows % 4 == 1 ? rows - 1 : rows;
     for (int64_t u = s->u0; most && u < s->u1; u += UNIT_BLOCK) {
         int64_t m = 0;
-        for (; m + 4 <= most; m += 4) step_rows_int4(s, u, m, 4);
-        if (most - m == 3) step_rows_int4(s, u, m, 3);
-        else if (most - m == 2) step_rows_int4(s, u, m, 2);
+        for (; m + 4 <= most; m += 4) step_group_rows(s, u, m, 4);
+        if (most - m == 3) step_group_rows(s, u, m, 3);
+        else if (most - m == 2) step_group_rows(s, u, m, 2);
     }
-    if (most < rows) step_one_row_int4(s, most);
+    if (most < rows) step_one_group_row(s, most);
     finish_hidden(s);
 }
 
@@ -206,4 +213,3 @@ static void lstm_step_by_rows(const struct fxq_lstm_step *s) {
     if (most < rows) step_one_row(s, most);
     finish_hidden(s);
 }
-#define FXQ_LSTM_INT4 .pack_lstm_int4 = pack_lstm_int4, .lstm_step_int4 = lstm_step_int4

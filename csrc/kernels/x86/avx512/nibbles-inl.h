@@ -1,4 +1,5 @@
-/* Few rows by 4-bit weights: the weights' bytes are the limit, so they are read as they lie, and unpacked in registers.
+/* The gemv of 4-bit weights: their bytes are the limit, so they are read as they lie, and unpacked in registers.
+ * Expects: common-inl.h and MOST_NIBBLE_ROWS.
  *
  * 64 bytes hold 128 columns, u = w + 8 in each nibble. The low nibbles are the even columns and the high ones the odd, so
  * that the activations lie in that order too, 64 even ones and 64 odd: nothing is interleaved. vpdpbusd takes u as the
@@ -21,17 +22,17 @@ FXQ_INLINE void part_columns(const uint8_t *values, int8_t *out) {
     }
 }
 
-static void quantize_nibbles(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows) {
-    const int64_t group = x->group, columns = x->x.columns, depth = fxq_nibble_depth(columns);
+static void quantize_nibbles(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
+    const int64_t group = x->group, columns = x->columns, depth = fxq_nibble_depth(columns);
     for (int r = 0; r < count; r++) {
-        const struct fxq_row *row = &x->x.row[first + r];
-        int8_t *out = (int8_t *)x->x.packed + (first + r) * depth;
+        const struct fxq_row *row = &x->row[first + r];
+        int8_t *out = (int8_t *)x->packed + (first + r) * depth;
         int32_t *less = x->less + (first + r) * x->groups;
         for (int64_t k = 0; k < columns; k += NIBBLE_COLUMNS, out += NIBBLE_COLUMNS) {
             const int64_t width = columns - k < NIBBLE_COLUMNS ? columns - k : NIBBLE_COLUMNS;
             uint8_t values[NIBBLE_COLUMNS];
             memset(values, 128, sizeof values);
-            quantize_values(rows[r] + k, width, row, x->x.qmax, values);
+            quantize_values(rows[r] + k, width, row, x->qmax, values);
             for (int64_t i = 0; i < width; i += group) {
                 const int64_t in_group = width - i < group ? width - i : group;
                 int32_t sum = 0;
@@ -128,20 +129,20 @@ FXQ_INLINE void multiply_nibbles(const struct nibble_step *s, const struct fxq_r
 }
 
 /* `rows` rows from m on by outputs [n, n + 16), as far as there are `left`. */
-FXQ_INLINE void matmul_nibbles_16(const struct fxq_int4_product *job, int64_t m, int rows, int64_t n, int64_t left,
+FXQ_INLINE void matmul_nibbles_16(const struct fxq_matmul *job, int64_t m, int rows, int64_t n, int64_t left,
                                   int64_t n0, const struct fxq_target *to, int64_t group) {
-    const struct fxq_grouped *x = job->x;
-    const int64_t columns = x->x.columns, row_bytes = (columns + 1) / 2, groups = x->groups;
+    const struct fxq_activations *x = job->x;
+    const int64_t columns = x->columns, row_bytes = fxq_row_bytes(FXQ_INT4, columns), groups = x->groups;
     const int each = (int)(NIBBLE_COLUMNS / group);
-    const __mmask16 lanes = first_lanes(left);
-    struct nibble_step s = {.nibbles = job->weight->nibbles + n * row_bytes, .row_bytes = row_bytes,
+    const struct outputs_16 o = begin_outputs(job, n, n + left);
+    const struct fxq_target target = fxq_target_at(to, m, n - n0);
+    struct nibble_step s = {.nibbles = (const uint8_t *)job->weight->data + n * row_bytes, .row_bytes = row_bytes,
         .depth = fxq_nibble_depth(columns), .bytes = ~0ull, .even_ones = _mm512_set1_epi8(1),
         .odd_ones = _mm512_set1_epi8(1)};
-    s.values = (const int8_t *)x->x.packed + m * s.depth;
+    s.values = (const int8_t *)x->packed + m * s.depth;
     __m512 y[NIBBLE_ROWS];
     FXQ_UNROLL(4) for (int i = 0; i < rows; i++) {
-        y[i] = job->bias ? _mm512_maskz_loadu_ps(lanes, job->bias + n) : _mm512_set1_ps(-0.0f);
-        if (to->addend) y[i] = _mm512_maskz_loadu_ps(lanes, to->addend + (m + i) * to->addend_stride + n - n0);
+        y[i] = begin_sum(&o, target.addend ? target.addend + i * target.addend_stride : NULL);
     }
     for (int64_t g = 0, k = 0; k < columns; g += each, k += NIBBLE_COLUMNS) {
         const int64_t width = columns - k;
@@ -151,14 +152,14 @@ FXQ_INLINE void matmul_nibbles_16(const struct fxq_int4_product *job, int64_t m,
             s.odd_ones = _mm512_maskz_set1_epi8(s.bytes >> (width % 2), 1);
         }
         __m512i t[NIBBLE_ROWS][16];
-        multiply_nibbles(&s, x->x.row + m, rows, left, t);
+        multiply_nibbles(&s, x->row + m, rows, left, t);
         const int count = groups - g < each ? (int)(groups - g) : each;
         __m512 scale[4];
-        load_scales(job->weight->scale + n * groups + g, groups, count, lanes, g == 0, scale);
+        load_scales((const uint16_t *)job->weight->scale + n * groups + g, groups, count, o.lanes, g == 0, scale);
         FXQ_UNROLL(4) for (int i = 0; i < rows; i++) {
             __m512i sums[4];
             sum_groups(t[i], group, sums);
-            const __m512 row_scale = _mm512_set1_ps(x->x.row[m + i].scale);
+            const __m512 row_scale = _mm512_set1_ps(x->row[m + i].scale);
             FXQ_UNROLL(4) for (int j = 0; j < each; j++) {
                 if (j >= count) break;
                 const __m512i less = _mm512_set1_epi32(x->less[(m + i) * groups + g + j]);
@@ -169,13 +170,10 @@ FXQ_INLINE void matmul_nibbles_16(const struct fxq_int4_product *job, int64_t m,
         s.nibbles += 64;
         s.values += NIBBLE_COLUMNS;
     }
-    FXQ_UNROLL(4) for (int i = 0; i < rows; i++) {
-        if (job->relu) y[i] = _mm512_max_ps(_mm512_setzero_ps(), y[i]); /* the second operand where one is NaN */
-        _mm512_mask_storeu_ps(to->out + (m + i) * to->out_stride + n - n0, lanes, y[i]);
-    }
+    FXQ_UNROLL(4) for (int i = 0; i < rows; i++) store_outputs(&o, end_outputs(&o, y[i]), target.out + i * target.out_stride);
 }
 
-FXQ_INLINE void matmul_nibbles_in(const struct fxq_int4_product *job, int64_t m, int rows, int64_t n0, int64_t n1,
+FXQ_INLINE void matmul_nibbles_in(const struct fxq_matmul *job, int64_t m, int rows, int64_t n0, int64_t n1,
                                   const struct fxq_target *to, int64_t group) {
     int64_t n = n0;
     for (; n + 16 <= n1; n += 16) matmul_nibbles_16(job, m, rows, n, 16, n0, to, group);
@@ -183,7 +181,7 @@ FXQ_INLINE void matmul_nibbles_in(const struct fxq_int4_product *job, int64_t m,
 }
 
 /* The compiler makes a form for each number of rows and size of a group. */
-FXQ_INLINE void matmul_nibbles_of(const struct fxq_int4_product *job, int64_t m, int rows, int64_t n0, int64_t n1,
+FXQ_INLINE void matmul_nibbles_of(const struct fxq_matmul *job, int64_t m, int rows, int64_t n0, int64_t n1,
                                   const struct fxq_target *to) {
     switch (job->x->group) {
         case 32: matmul_nibbles_in(job, m, rows, n0, n1, to, 32); break;
@@ -192,9 +190,9 @@ FXQ_INLINE void matmul_nibbles_of(const struct fxq_int4_product *job, int64_t m,
     }
 }
 
-static void matmul_nibbles(const struct fxq_int4_product *job, int64_t n0, int64_t n1, const struct fxq_target *to) {
-    for (int64_t m = 0; m < job->x->x.rows;) {
-        const int64_t left = job->x->x.rows - m;
+static void matmul_nibbles(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to) {
+    for (int64_t m = 0; m < job->x->rows;) {
+        const int64_t left = job->x->rows - m;
         const int rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
         if (rows == 4) matmul_nibbles_of(job, m, 4, n0, n1, to);
         else if (rows == 2) matmul_nibbles_of(job, m, 2, n0, n1, to);

@@ -1,4 +1,4 @@
-/* The packed form of a product, for many rows, around a tile product that the includer defines:
+/* The packed gemm, for many rows. Expects: tiled-inl.h, stream-inl.h, and a tile product that the includer defines:
  *
  * static void multiply_packed(const uint8_t *q, int64_t depth, int blocks, const int8_t *w, int32_t (*c)[PACKED_OUTPUTS],
  *                             struct finished_rows *earlier);
@@ -19,7 +19,7 @@ enum {
 
 static bool packs_weight(int64_t rows, int64_t columns, int64_t outputs) {
     return rows >= (is_streamed(rows, outputs) ? STREAMED_ROWS : UNSTREAMED_ROWS) && columns > 0 &&
-           columns <= MOST_BLOCK_FORM_COLUMNS;
+           columns <= MOST_GEMM_COLUMNS;
 }
 
 /* The rows of a block that wait for dequantization. */
@@ -29,9 +29,7 @@ struct finished_rows {
     struct outputs_16 outputs[4];
     __m512i pairs[4];
     int next, count;
-    float *out;
-    const float *addend;
-    int64_t out_stride, addend_stride;
+    struct fxq_target to; /* of the first row */
     float (*carried)[16]; /* each row's last 16 outputs, or NULL: no streaming */
     struct streamed_block block;
 };
@@ -40,18 +38,17 @@ FXQ_INLINE void finish_rows(struct finished_rows *e, int count) {
     for (; count > 0 && e->next < e->count; count--, e->next++) {
         const struct fxq_row row = e->row[e->next];
         const int32_t *c = e->c[e->next];
-        float *out = e->out + e->next * e->out_stride;
-        const float *addend = e->addend ? e->addend + e->next * e->addend_stride : NULL;
+        const struct fxq_target to = fxq_target_at(&e->to, e->next, 0);
         __m512 y[4];
         FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
             const __m512i sums = correct(_mm512_load_si512(c + 16 * i), e->pairs[i], row.zero_pair);
-            y[i] = dequantize_outputs(&e->outputs[i], sums, row.scale, addend ? addend + 16 * i : NULL);
+            y[i] = dequantize_outputs(&e->outputs[i], sums, row.scale, to.addend ? to.addend + 16 * i : NULL);
         }
         if (e->carried) {
-            stream_row(&e->block, y, out, e->carried[e->next]);
+            stream_row(&e->block, y, to.out, e->carried[e->next]);
             continue;
         }
-        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) _mm512_mask_storeu_ps(out + 16 * i, e->outputs[i].lanes, y[i]);
+        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) store_outputs(&e->outputs[i], y[i], to.out + 16 * i);
     }
 }
 
@@ -70,12 +67,8 @@ struct packed_chunk {
 
 FXQ_INLINE struct finished_rows begin_finish(const struct packed_chunk *p, int64_t m, int64_t n,
                                              const int32_t (*c)[PACKED_OUTPUTS]) {
-    const struct fxq_target *to = p->to;
     struct finished_rows e = {
-        .c = c, .row = p->job->x->row + m, .count = (int)(p->m1 - m < 32 ? p->m1 - m : 32),
-        .out = to->out + m * to->out_stride + n - p->n0,
-        .addend = to->addend ? to->addend + m * to->addend_stride + n - p->n0 : NULL,
-        .out_stride = to->out_stride, .addend_stride = to->addend_stride,
+        .c = c, .row = p->job->x->row + m, .count = (int)(p->m1 - m < 32 ? p->m1 - m : 32), .to = fxq_target_at(p->to, m, n - p->n0),
         .carried = p->carried ? p->carried + (m - p->m0) : NULL,
         .block = streamed_block_at(n, p->n0, p->n1)};
     FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
@@ -106,20 +99,20 @@ static void multiply_chunk(const struct packed_chunk *p) {
 static void pack_block(const struct fxq_matmul *job, int64_t n, int64_t n1, int8_t *packed, int32_t *pairs) {
     for (int i = 0; i < PACKED_OUTPUTS; i += 16) {
         const int64_t left = n1 - n - i, columns = job->x->columns;
-        const __m512i sums = pack_16(job->weight + (n + i) * columns, left < 0 ? 0 : left, columns, packed + 4 * i);
+        const __m512i sums = pack_16((const int8_t *)job->weight->data + (n + i) * columns, left < 0 ? 0 : left, columns, packed + 4 * i);
         _mm512_store_si512(pairs + i, sums);
     }
 }
 
 /* scratch: FXQ_PACKED_BYTES, or one block of 64 outputs where that is more. */
-static void matmul_packed_form(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
+static void matmul_packed(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
                                void *scratch) {
     const int64_t depth = job->x->depth, rows = job->x->rows;
     const int64_t fits = FXQ_PACKED_BYTES / depth / PACKED_OUTPUTS * PACKED_OUTPUTS;
     const int64_t chunk = fits < PACKED_OUTPUTS ? PACKED_OUTPUTS : fits > MOST_CHUNK_ROWS ? MOST_CHUNK_ROWS : fits;
     _Alignas(64) int32_t pairs[MOST_CHUNK_ROWS];
     _Alignas(64) float carried[STREAM_ROWS][16];
-    const bool streams = !to->addend && is_streamed(rows, job->outputs);
+    const bool streams = !to->addend && is_streamed(rows, job->weight->outputs);
     for (int64_t m = 0; m < rows; m += STREAM_ROWS) {
         const int64_t m1 = rows - m < STREAM_ROWS ? rows : m + STREAM_ROWS;
         for (int64_t first = n0; first < n1; first += chunk) {

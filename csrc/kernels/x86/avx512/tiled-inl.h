@@ -1,4 +1,4 @@
-/* The block form of a product (see common-inl.h), around a tile product that the includer defines:
+/* The tiled gemm (see common-inl.h). Expects: common-inl.h, and a tile product that the includer defines:
  *
  * static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int blocks, int tiles,
  *                      int32_t (*c)[256], struct epilogue *earlier, const int8_t *next);
@@ -8,6 +8,8 @@
  * the last block fill the time in which this block waits for its tiles. next: the weights to come, or NULL when they are
  * in the L2 cache already. */
 
+enum { BLOCK_ROWS = 64 /* outputs of one step: 4 tiles */ };
+
 /* The finished tiles of a block that wait for dequantization. */
 struct epilogue {
     const struct fxq_matmul *job;
@@ -16,9 +18,7 @@ struct epilogue {
     int64_t n, n1, m;        /* first output, end of the outputs, first activation row */
     int32_t *pairs;          /* corrections of these outputs: see correct() */
     int ones;                /* in which row of the last activation block the ones are, or -1 */
-    float *out;              /* of (m, n) */
-    const float *addend;
-    int64_t out_stride, addend_stride;
+    struct fxq_target to;    /* of (m, n) */
 };
 
 static void finish_tile(struct epilogue *e, int group, int block) {
@@ -35,13 +35,13 @@ static void finish_tile(struct epilogue *e, int group, int block) {
     const __m512i pairs = _mm512_loadu_si512(e->pairs + 16 * group);
     const struct outputs_16 o = begin_outputs(e->job, n, e->n1);
     const struct fxq_row *row = e->job->x->row + e->m + 16 * block;
-    float *out = e->out + 16 * block * e->out_stride + 16 * group;
-    const float *addend = e->addend ? e->addend + 16 * block * e->addend_stride + 16 * group : NULL;
+    const struct fxq_target to = fxq_target_at(&e->to, 16 * block, 16 * group);
     FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
         if (i >= rows) break;
-        __builtin_prefetch(out + i * e->out_stride + BLOCK_ROWS, 1); /* the line of the next block */
-        finish_outputs(&o, correct(v[i], pairs, row[i].zero_pair), row[i].scale, out + i * e->out_stride,
-                       addend ? addend + i * e->addend_stride : NULL);
+        __builtin_prefetch(to.out + i * to.out_stride + BLOCK_ROWS, 1); /* the line of the next block */
+        const __m512i sums = correct(v[i], pairs, row[i].zero_pair);
+        const __m512 y = dequantize_outputs(&o, sums, row[i].scale, to.addend ? to.addend + i * to.addend_stride : NULL);
+        store_outputs(&o, y, to.out + i * to.out_stride);
     }
 }
 
@@ -73,18 +73,16 @@ static void matmul_strip(const struct fxq_matmul *job, struct weight_reader *rea
         finish_tiles(&earlier, 8);
         earlier = (struct epilogue){
             .job = job, .c = (const int32_t(*)[256])c[parity], .count = tiles * blocks, .blocks = blocks, .n = n,
-            .n1 = n1, .m = m, .pairs = pairs + (n - n0), .ones = ones, .out = to->out + m * to->out_stride + n - n0,
-            .addend = to->addend ? to->addend + m * to->addend_stride + n - n0 : NULL,
-            .out_stride = to->out_stride, .addend_stride = to->addend_stride};
+            .n1 = n1, .m = m, .pairs = pairs + (n - n0), .ones = ones, .to = fxq_target_at(to, m, n - n0)};
     }
     finish_tiles(&earlier, 8);
 }
 
 /* scratch: BLOCK_ROWS * depth bytes for the weight's end. */
-static void matmul_block_form(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
+static void matmul_tiled(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
                               void *scratch) {
     const struct fxq_activations *x = job->x;
-    struct weight_reader reader = read_weight(job->weight, job->outputs, x->columns, scratch);
+    struct weight_reader reader = read_weight(job->weight, scratch);
     _Alignas(64) int32_t pairs[MOST_CHUNK_ROWS + 16];
     int64_t chunk = CHUNK_BYTES / (x->depth ? x->depth : 1) / BLOCK_ROWS * BLOCK_ROWS;
     chunk = chunk < BLOCK_ROWS ? BLOCK_ROWS : chunk > MOST_CHUNK_ROWS ? MOST_CHUNK_ROWS : chunk;
@@ -95,7 +93,7 @@ static void matmul_block_form(const struct fxq_matmul *job, int64_t n0, int64_t 
         const int64_t end = n1 - n < chunk ? n1 : n + chunk;
         if (ones < 0) {
             if (job->sums) memcpy(pairs, job->sums + n, (size_t)(end - n) * sizeof *pairs);
-            else row_sums(job->weight, job->outputs, x->columns, n, end, pairs, scratch);
+            else row_sums(job->weight, n, end, pairs, scratch);
             reader.copied = -1;
             for (int64_t i = 0; i < end - n; i += 16) {
                 _mm512_store_si512(pairs + i, make_pairs(_mm512_load_si512(pairs + i)));
@@ -104,8 +102,7 @@ static void matmul_block_form(const struct fxq_matmul *job, int64_t n0, int64_t 
         for (int64_t block = 0; block < blocks; block += 2) {
             const int64_t m = 16 * block;
             const int count = blocks - block < 2 ? 1 : 2;
-            const float *addend = to->addend ? to->addend + n - n0 : NULL;
-            const struct fxq_target target = {to->out + n - n0, to->out_stride, addend, to->addend_stride};
+            const struct fxq_target target = fxq_target_at(to, 0, n - n0);
             matmul_strip(job, &reader, n, end, m, count, pairs, ones, &target);
         }
     }

@@ -1,4 +1,4 @@
-/* What groups-inl.h needs, in vpdpbusd: rows of q and the weights as int8, 4 columns of 16 outputs a register. Lanes are
+/* What groups-inl.h, which it expects, needs, in vpdpbusd: rows of q and the weights as int8, 4 columns of 16 outputs a register. Lanes are
  * outputs. Of each 8 columns, 0 to 7, both sides have 0 2 4 6 1 3 5 7: the low nibbles of four bytes, then the high ones. */
 
 enum { GROUP_ROWS_TOGETHER = 8 }; /* so many integer sums and as many float ones, half of the registers */
@@ -11,17 +11,17 @@ FXQ_INLINE void unpack_words(__m512i words, void *to) {
 }
 
 /* Rows of `depth` bytes. Beyond the last column lie zero points, whose products the correction takes away again. */
-static void quantize_groups(const struct fxq_grouped *x, int64_t first, int count, const float *const *rows) {
-    const int64_t columns = x->x.columns, depth = fxq_depth(columns);
+static void quantize_groups(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
+    const int64_t columns = x->columns, depth = fxq_depth(columns);
     const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
     for (int i = 0; i < count; i++) {
-        const struct fxq_row *row = &x->x.row[first + i];
-        uint8_t *to = (uint8_t *)x->x.packed + (first + i) * depth;
+        const struct fxq_row *row = &x->row[first + i];
+        uint8_t *to = (uint8_t *)x->packed + (first + i) * depth;
         for (int64_t k = 0; k < columns; k += 64) {
             _Alignas(64) uint8_t q[64];
             const int64_t width = columns - k < 64 ? columns - k : 64;
             if (width < 64) memset(q, row->zero_point, sizeof q);
-            quantize_values(rows[i] + k, width, row, x->x.qmax, q);
+            quantize_values(rows[i] + k, width, row, x->qmax, q);
             _mm512_store_si512(to + k, _mm512_shuffle_epi8(_mm512_load_si512(q), order));
         }
     }
@@ -38,7 +38,7 @@ static void multiply_group_rows(const struct group_strip *s, const struct group_
         row_scale[i] = t->row[first + i].scale;
         zero_pair[i] = t->row[first + i].zero_pair;
     }
-    FXQ_UNROLL(8) for (int i = 0; i < GROUP_ROWS_TOGETHER; i++) y[i] = begin_sum(t, first + i);
+    FXQ_UNROLL(8) for (int i = 0; i < GROUP_ROWS_TOGETHER; i++) y[i] = begin_tile_sum(t, first + i);
     for (int64_t g = 0; g < groups; g++) {
         const int64_t end = (g + 1) * group < depth ? (g + 1) * group : depth;
         __m512i sums[GROUP_ROWS_TOGETHER], weights_sum = _mm512_setzero_si512();
@@ -60,7 +60,7 @@ static void multiply_group_rows(const struct group_strip *s, const struct group_
         }
     }
     FXQ_UNROLL(8) for (int i = 0; i < GROUP_ROWS_TOGETHER; i++) {
-        if (first + i < t->rows) store_sum(t, first + i, y[i]);
+        if (first + i < t->rows) store_tile_sum(t, first + i, y[i]);
     }
 }
 

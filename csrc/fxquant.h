@@ -30,13 +30,13 @@ enum fxq_format {
  * says; or themselves. */
 enum fxq_activation { FXQ_TO_UINT8, FXQ_TO_INT16, FXQ_TO_FLOAT };
 
-/* One row a format: activations.c. */
-struct fxq_format_row {
+/* What a format is: activations.c. */
+struct fxq_format_entry {
     int bits;
     bool is_grouped; /* a scale for each group of a row's columns, not for the row */
     enum fxq_activation takes;
 };
-extern const struct fxq_format_row fxq_formats[FXQ_FORMATS];
+extern const struct fxq_format_entry fxq_formats[FXQ_FORMATS];
 
 static inline int64_t fxq_row_bytes(enum fxq_format format, int64_t columns) {
     return (columns * fxq_formats[format].bits + 7) / 8;

@@ -117,7 +117,8 @@ struct fxq_kernels {
 
     /* int8. Quantize rows [first, first + count) of x, found at rows[0..count). first % 16 == 0, count <= 16. */
     void (*quantize)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
-    void (*row_sums)(const struct fxq_weight *weight, int64_t n0, int64_t n1, int32_t *sums, void *scratch); /* NULL where value_bytes is 2 */
+    /* NULL where value_bytes is 2 */
+    void (*row_sums)(const struct fxq_weight *weight, int64_t n0, int64_t n1, int32_t *sums, void *scratch);
     /* Whether a product of these sizes repays a packed copy of the weights: then x must be row by row. NULL: never. */
     bool (*packs_weight)(int64_t rows, int64_t columns, int64_t outputs);
     void (*matmul)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
@@ -167,6 +168,10 @@ void fxq_trim_scratch(void); /* gives back an unusually large block */
 
 /* Bytes in whole cache lines. */
 static inline int64_t fxq_aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
+
+static inline int64_t fxq_clamp(int64_t value, int64_t least, int64_t most) {
+    return value < least ? least : value > most ? most : value;
+}
 
 /* Where the index-th of `parts` shares of `count` things begins, in whole units. */
 static inline int64_t fxq_share(int64_t count, int64_t unit, int64_t index, int64_t parts) {

@@ -17,7 +17,7 @@ int64_t fxq_depth(int64_t columns) { return (columns + FXQ_DEPTH - 1) / FXQ_DEPT
 
 int64_t fxq_nibble_depth(int64_t columns) { return (columns + 127) / 128 * 128; }
 
-const struct fxq_format_row fxq_formats[FXQ_FORMATS] = {
+const struct fxq_format_entry fxq_formats[FXQ_FORMATS] = {
     [FXQ_INT8] = {8, false, FXQ_TO_UINT8},
     [FXQ_INT16] = {16, false, FXQ_TO_INT16},
     [FXQ_INT4] = {4, true, FXQ_TO_UINT8},

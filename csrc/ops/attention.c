@@ -94,7 +94,7 @@ int fxq_attention(const struct fxq_attention *call, int threads) {
     if (call->batches.count == 0 || call->rows == 0 || call->outputs == 0) return FXQ_OK;
     struct job job = {.call = call, .width = fxq_panel_columns(call->keys)};
     const int64_t fits = SCORE_BYTES / (int64_t)sizeof(float) / (job.width + 1);
-    const int64_t most = fits < LEAST_ROWS ? LEAST_ROWS : fits > MOST_ROWS ? MOST_ROWS : fits;
+    const int64_t most = fxq_clamp(fits, LEAST_ROWS, MOST_ROWS);
     job.blocks = (call->rows + most - 1) / most;
     job.block = (call->rows + job.blocks - 1) / job.blocks;
     /* Few rows read values where they lie, if whole registers may be read there. */

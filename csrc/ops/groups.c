@@ -116,7 +116,7 @@ static struct fxq_weight group_of(const struct fxq_matmul *job, int64_t group, i
 static void multiply_separately(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
     const int64_t groups = job->x->groups, outputs = job->weight->outputs, row_bytes = job->x->rows * (int64_t)sizeof(float);
     const int64_t fits = CHUNK_BYTES / (row_bytes + MOST_GROUP) / LEAST_CHUNK * LEAST_CHUNK;
-    const int64_t chunk = fits < LEAST_CHUNK ? LEAST_CHUNK : fits > MOST_CHUNK ? MOST_CHUNK : fits;
+    const int64_t chunk = fxq_clamp(fits, LEAST_CHUNK, MOST_CHUNK);
     int8_t *values = scratch;
     float *scale = (float *)(values + MOST_CHUNK * MOST_GROUP);
     const struct fxq_unpacked *all = job->unpacked && job->unpacked->values ? job->unpacked : NULL;

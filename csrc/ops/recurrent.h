@@ -25,7 +25,7 @@ struct stack {
     float *layer[2];          /* outputs of the layers between */
     float *hidden;            /* (batch, H), before a projection */
     int32_t *hh_sums, *hr_sums;
-    bool packs; /* an LSTM's weight_hh is packed for its steps: see packs(); then hh_sums and packed_scale are written by that */
+    bool packs; /* an LSTM's weight_hh is packed for its steps: see packs(); then that writes hh_sums and packed_scale */
     void *packed;
     float *packed_scale; /* of grouped weights */
     struct fxq_unpacked hh_unpacked, hr_unpacked;

@@ -17,15 +17,16 @@
 #define FXQ_HAS_NEON_DOT 1
 #endif
 
+/* FXQ_FOR(8, int i = 0; i < count; i++): a loop that is unrolled, up to 8 times. */
 #define FXQ_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define FXQ_TARGET_BEGIN(features) FXQ_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define FXQ_TARGET_END FXQ_PRAGMA(clang attribute pop)
-#define FXQ_UNROLL(count) FXQ_PRAGMA(clang loop unroll_count(count))
+#define FXQ_FOR(count, ...) FXQ_PRAGMA(clang loop unroll_count(count)) for (__VA_ARGS__)
 #else
 #define FXQ_TARGET_BEGIN(features) FXQ_PRAGMA(GCC push_options) FXQ_PRAGMA(GCC target(features))
 #define FXQ_TARGET_END FXQ_PRAGMA(GCC pop_options)
-#define FXQ_UNROLL(count) FXQ_PRAGMA(GCC unroll count)
+#define FXQ_FOR(count, ...) FXQ_PRAGMA(GCC unroll count) for (__VA_ARGS__)
 #endif
 #define FXQ_INLINE static inline __attribute__((always_inline))
 

@@ -195,6 +195,7 @@ def test_an_int4_call_passes_the_dispatcher_by():
         {"scale": torch.rand(6).bfloat16()},
         {"groups": (48, 66)},
         {"groups": (64, 65)},
+        {"groups": (-1, 66)},
         {"bias": torch.rand(4)},
     ],
 )

@@ -183,7 +183,7 @@ def test_an_int16_row_gives_the_same_bits_alone_and_in_any_batch(isa):
             assert same_bits(native.linear(x[5 : 5 + rows], weight, scale), together[5 : 5 + rows]), rows
 
 
-@pytest.mark.parametrize("columns", [32768, 32769, 70000])  # the tiles' form ends at 32768; 66,000 can pass 2**31
+@pytest.mark.parametrize("columns", [32768, 32769, 70000])  # the tiled gemm ends at 32768; 66,000 can pass 2**31
 def test_very_deep_products_give_the_references_bits(isa, columns):
     x, weight, scale = torch.randn(20, columns), int8(3, columns), torch.rand(3)
     with kernels(isa, 2):

@@ -14,6 +14,8 @@ FXQ_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 #include "kernels/generic/epilogue-inl.h"
 #include "kernels/generic/int16-inl.h"
 #include "kernels/arm/neon_floats-inl.h"
+#include "kernels/generic/tables-inl.h"
+#include "kernels/generic/unpack-inl.h"
 
 /* SDOT takes signed values: rows hold q - 128, 0 in the padding, so that
  * sum((q - zero_point) w) = sum((q - 128) w) + (128 - zero_point) sum(w). After the last row comes one of ones. */

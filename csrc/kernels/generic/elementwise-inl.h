@@ -1,9 +1,8 @@
 /* The arithmetic on single elements, in plain C, included by each instruction set's file and vectorized for it by the
  * compiler: so that it is the same arithmetic everywhere.
  *
- * Expects: FXQ_VALUE, the type of a packed activation: uint8_t (q) or int16_t (q - zero_point). What the includer has in its own
- * instructions it defines before, and says so: measure and quantize_values by FXQ_OWN_QUANTIZATION, unpack by FXQ_OWN_UNPACK, put_row
- * and add_rows by FXQ_OWN_TABLES; without that one, floats-inl.h must follow.
+ * Expects: FXQ_VALUE, the type of a packed activation: uint8_t (q) or int16_t (q - zero_point); before it measure and quantize_values, if
+ * FXQ_OWN_QUANTIZATION says that the includer has its own; and in the same file one of each tables-inl.h and unpack-inl.h.
  *
  * The order of a comparison's operands matters: a < b ? b : a keeps a where a is NaN. */
 #include <string.h>
@@ -137,67 +136,6 @@ static void rnn_cell(const float *restrict gates, int64_t units, bool is_relu, f
         for (int64_t u = 0; u < units; u++) h[u] = tanh_of(gates[u]);
     }
 }
-
-#ifndef FXQ_OWN_UNPACK
-static void unpack(const struct fxq_weight *weight, int64_t n, int64_t count, int64_t k0, int64_t columns,
-                   int8_t *restrict values) {
-    const int64_t stride = fxq_row_bytes(weight->format, weight->columns);
-    const uint8_t *nibbles = (const uint8_t *)weight->data + n * stride + k0 / 2;
-    for (int64_t i = 0; i < count; i++, nibbles += stride, values += columns) {
-        for (int64_t k = 0; k < columns / 2; k++) {
-            values[2 * k] = (int8_t)((nibbles[k] & 15) - 8);
-            values[2 * k + 1] = (int8_t)((nibbles[k] >> 4) - 8);
-        }
-        if (columns % 2) values[columns - 1] = (int8_t)((nibbles[columns / 2] & 15) - 8);
-    }
-}
-#endif
-
-#ifndef FXQ_OWN_TABLES
-static void widen(const uint16_t *halves, int64_t count, float *out); /* floats-inl.h */
-
-/* Columns [first, first + count) of a table's row. first is even. */
-static void put_columns(const struct fxq_table *table, int64_t row, int64_t first, int64_t count, float *restrict out) {
-    const int64_t columns = table->columns;
-    if (table->format == FXQ_FLOAT16) {
-        widen((const uint16_t *)table->values + row * columns + first, count, out);
-        return;
-    }
-    const float scale = table->scale[row], zero = table->zero_point ? table->zero_point[row] : 0.0f;
-    if (table->format == FXQ_UINT4) {
-        const uint8_t *packed = (const uint8_t *)table->values + row * fxq_row_bytes(FXQ_UINT4, columns) + first / 2;
-        for (int64_t k = 0; k < count / 2; k++) {
-            out[2 * k] = ((float)(packed[k] & 15) - zero) * scale;
-            out[2 * k + 1] = ((float)(packed[k] >> 4) - zero) * scale;
-        }
-        if (count % 2) out[count - 1] = ((float)(packed[count / 2] & 15) - zero) * scale;
-    } else if (table->format == FXQ_INT8) {
-        const int8_t *values = (const int8_t *)table->values + row * columns + first;
-        for (int64_t k = 0; k < count; k++) out[k] = ((float)values[k] - zero) * scale;
-    } else {
-        const uint8_t *values = (const uint8_t *)table->values + row * columns + first;
-        for (int64_t k = 0; k < count; k++) out[k] = ((float)values[k] - zero) * scale;
-    }
-}
-
-static void put_row(const struct fxq_table *table, int64_t row, float *out) {
-    put_columns(table, row, 0, table->columns, out);
-}
-
-static void add_rows(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count, float *out) {
-    enum { TOGETHER = 256 };
-    float part[TOGETHER];
-    for (int64_t first = 0; first < table->columns; first += TOGETHER) {
-        const int64_t width = table->columns - first < TOGETHER ? table->columns - first : TOGETHER;
-        float *restrict sums = out + first;
-        for (int64_t i = 0; i < count; i++) {
-            put_columns(table, rows[i], first, width, part);
-            const float weight = weights ? weights[i] : 1.0f;
-            for (int64_t k = 0; k < width; k++) sums[k] += part[k] * weight;
-        }
-    }
-}
-#endif
 
 static void take_greater(float *restrict out, const float *restrict x, int64_t count) {
     for (int64_t k = 0; k < count; k++) out[k] = x[k] > out[k] ? x[k] : out[k];

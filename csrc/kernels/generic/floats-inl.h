@@ -9,7 +9,7 @@
  * rows stays in the L1 cache while all outputs of a block pass. Halves are widened once for all rows, but for a single row
  * on the way.
  *
- * Expects: elementwise-inl.h and an epilogue-inl.h. The includer describes registers; without FXQ_REALS there is plain C:
+ * Expects: elementwise-inl.h, an epilogue-inl.h, and a description of registers; without FXQ_REALS there is plain C:
  *
  * FXQ_REALS                                           sixteen floats
  * FXQ_REAL_ROWS, FXQ_REAL_OUTPUTS                     the tile
@@ -25,7 +25,7 @@
  * static FXQ_REALS keep_from(FXQ_REALS x, float limit, FXQ_REALS y);   x < limit ? 0 : y
  * FXQ_TILE_ROWS, FXQ_TILE_REALS                       the tile of products-inl.h
  * static FXQ_REALS fuse(FXQ_REALS a, FXQ_REALS b, FXQ_REALS sum);  a b + sum, rounded once
- * static void sum_4_reals(const FXQ_REALS v[4], float *sums);      sums[i]: the sum of v[i]'s lanes, in the order above */
+ * static void sum_4_reals(const FXQ_REALS v[4], float *sums);      sums[i]: the sum of v[i]'s lanes, in that order */
 
 #define FXQ_FLOATS .matmul_floats = matmul_floats, .multiply_tiles = multiply_tiles, .softmax_row = softmax_row
 
@@ -166,16 +166,16 @@ FXQ_INLINE void add_float_columns(const float *x, int64_t depth, struct float_ro
                                   int rows, int outputs, float_tile sums) {
     for (; k + REALS <= end; k += REALS) {
         FXQ_REALS weights[FXQ_ROW_OUTPUTS];
-        FXQ_UNROLL(8) for (int j = 0; j < outputs; j++) weights[j] = weights_at(w, n + j, k, true);
-        FXQ_UNROLL(8) for (int i = 0; i < rows; i++) {
+        FXQ_FOR(8, int j = 0; j < outputs; j++) weights[j] = weights_at(w, n + j, k, true);
+        FXQ_FOR(8, int i = 0; i < rows; i++) {
             const FXQ_REALS values = load_reals(x + i * depth + k);
-            FXQ_UNROLL(8) for (int j = 0; j < outputs; j++) sums[i][j] = fuse(values, weights[j], sums[i][j]);
+            FXQ_FOR(8, int j = 0; j < outputs; j++) sums[i][j] = fuse(values, weights[j], sums[i][j]);
         }
     }
     if (k >= end) return;
-    FXQ_UNROLL(8) for (int j = 0; j < outputs; j++) {
+    FXQ_FOR(8, int j = 0; j < outputs; j++) {
         const FXQ_REALS weights = weights_at(w, n + j, k, false);
-        FXQ_UNROLL(8) for (int i = 0; i < rows; i++) sums[i][j] = fuse(load_reals(x + i * depth + k), weights, sums[i][j]);
+        FXQ_FOR(8, int i = 0; i < rows; i++) sums[i][j] = fuse(load_reals(x + i * depth + k), weights, sums[i][j]);
     }
 }
 
@@ -185,7 +185,7 @@ typedef float float_sums[FXQ_REAL_ROWS][MOST_BLOCK_OUTPUTS];
 
 FXQ_INLINE void sum_tile_row(const FXQ_REALS *row, int outputs, float *sums) {
     if (outputs % 4 == 0) {
-        FXQ_UNROLL(2) for (int j = 0; j < outputs; j += 4) sum_4_reals(row + j, sums + j);
+        FXQ_FOR(2, int j = 0; j < outputs; j += 4) sum_4_reals(row + j, sums + j);
         return;
     }
     const FXQ_REALS four[4] = {row[0], row[outputs - 1], row[0], row[0]};
@@ -197,14 +197,14 @@ FXQ_INLINE void sum_tile_row(const FXQ_REALS *row, int outputs, float *sums) {
 FXQ_INLINE void multiply_float_tile(const float *x, int64_t depth, struct float_rows w, int64_t n, int64_t k, int64_t end,
                                     int rows, int outputs, float_lanes lanes, float_sums sums) {
     float_tile tile;
-    FXQ_UNROLL(8) for (int i = 0; i < rows; i++) {
-        FXQ_UNROLL(8) for (int j = 0; j < outputs; j++) tile[i][j] = k ? load_reals(lanes[i][n + j]) : no_reals();
+    FXQ_FOR(8, int i = 0; i < rows; i++) {
+        FXQ_FOR(8, int j = 0; j < outputs; j++) tile[i][j] = k ? load_reals(lanes[i][n + j]) : no_reals();
     }
     add_float_columns(x, depth, w, n, k, end, rows, outputs, tile);
-    FXQ_UNROLL(8) for (int i = 0; i < rows; i++) {
+    FXQ_FOR(8, int i = 0; i < rows; i++) {
         if (end == w.columns) sum_tile_row(tile[i], outputs, sums[i] + n);
         if (end == w.columns) continue;
-        FXQ_UNROLL(8) for (int j = 0; j < outputs; j++) store_reals(lanes[i][n + j], tile[i][j]);
+        FXQ_FOR(8, int j = 0; j < outputs; j++) store_reals(lanes[i][n + j], tile[i][j]);
     }
 }
 
@@ -247,7 +247,7 @@ static void multiply_float_block(const struct fxq_matmul *job, int64_t m0, int64
     const struct fxq_activations *x = job->x;
     const float *values = (const float *)x->packed + m0 * x->depth;
     const int64_t fits = WIDE_BYTES / (int64_t)sizeof(float) / (x->depth + 1) / FXQ_REAL_OUTPUTS * FXQ_REAL_OUTPUTS;
-    const int64_t block = fits < FXQ_REAL_OUTPUTS ? FXQ_REAL_OUTPUTS : fits > MOST_BLOCK_OUTPUTS ? MOST_BLOCK_OUTPUTS : fits;
+    const int64_t block = fxq_clamp(fits, FXQ_REAL_OUTPUTS, MOST_BLOCK_OUTPUTS);
     for (int64_t n = n0; n < n1; n += block) {
         const int64_t count = n1 - n < block ? n1 - n : block;
         float_sums sums;

@@ -64,12 +64,12 @@ FXQ_INLINE void add_tile_columns(const int16_t *a, int64_t depth, const int16_t 
                             FXQ_LANES low[FXQ_TILE], FXQ_LANES high[FXQ_TILE]) {
     const int outputs = FXQ_TILE / rows;
     FXQ_LANES weights[FXQ_TILE];
-    FXQ_UNROLL(8) for (int i = 0; i < outputs; i++) {
+    FXQ_FOR(8, int i = 0; i < outputs; i++) {
         weights[i] = left >= LANES_16 ? load_16(w[i] + k) : load_first_16(w[i] + k, left);
     }
-    FXQ_UNROLL(2) for (int m = 0; m < rows; m++) {
+    FXQ_FOR(2, int m = 0; m < rows; m++) {
         const FXQ_LANES a_low = load_16(a + 2 * m * depth + k), a_high = load_16(a + (2 * m + 1) * depth + k);
-        FXQ_UNROLL(8) for (int i = 0; i < outputs; i++) {
+        FXQ_FOR(8, int i = 0; i < outputs; i++) {
             low[m * outputs + i] = add_pairs(low[m * outputs + i], a_low, weights[i]);
             high[m * outputs + i] = add_pairs(high[m * outputs + i], a_high, weights[i]);
         }
@@ -80,14 +80,14 @@ FXQ_INLINE void add_tile_columns(const int16_t *a, int64_t depth, const int16_t 
 FXQ_INLINE void multiply_tile(const int16_t *a, int64_t depth, const int16_t *const *w, int64_t columns, int rows,
                               int64_t *sums) {
     FXQ_LANES total[FXQ_TILE], low[FXQ_TILE], high[FXQ_TILE];
-    FXQ_UNROLL(8) for (int i = 0; i < FXQ_TILE; i++) total[i] = (FXQ_LANES){0};
+    FXQ_FOR(8, int i = 0; i < FXQ_TILE; i++) total[i] = (FXQ_LANES){0};
     for (int64_t k = 0; k < columns;) {
         const int64_t end = columns - k < WIDEN_AFTER ? columns : k + WIDEN_AFTER;
-        FXQ_UNROLL(8) for (int i = 0; i < FXQ_TILE; i++) low[i] = high[i] = (FXQ_LANES){0};
+        FXQ_FOR(8, int i = 0; i < FXQ_TILE; i++) low[i] = high[i] = (FXQ_LANES){0};
         for (; k + LANES_16 <= end; k += LANES_16) add_tile_columns(a, depth, w, k, LANES_16, rows, low, high);
         if (k < end) add_tile_columns(a, depth, w, k, end - k, rows, low, high);
         k = end;
-        FXQ_UNROLL(8) for (int i = 0; i < FXQ_TILE; i++) total[i] = add_wide(total[i], low[i], high[i]);
+        FXQ_FOR(8, int i = 0; i < FXQ_TILE; i++) total[i] = add_wide(total[i], low[i], high[i]);
     }
     sum_lanes(total, sums);
 }

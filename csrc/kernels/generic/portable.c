@@ -4,6 +4,8 @@
 #include "kernels/generic/epilogue-inl.h"
 #include "kernels/generic/int16-inl.h"
 #include "kernels/generic/floats-inl.h"
+#include "kernels/generic/tables-inl.h"
+#include "kernels/generic/unpack-inl.h"
 
 static void quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
     set_own_rows(x, first, count, rows);

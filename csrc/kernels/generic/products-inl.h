@@ -1,9 +1,10 @@
-/* Products of two activations, and the softmax of attention. Expects: the registers that floats-inl.h has, at whose end this is
- * included.
+/* Products of two activations, and the softmax of attention.
  *
  * Each sum goes through the depth in order, by fused multiply-adds from 0: sum = fma(a[m][k], b[k][n], sum), k = 0, 1, ….
  * So an element depends on its row and its column alone, not on how many others there are nor where they lie; and terms
- * of 0 at the end, as of keys that a mask keeps out, change nothing. Lanes are columns: nothing is added across them. */
+ * of 0 at the end, as of keys that a mask keeps out, change nothing. Lanes are columns: nothing is added across them.
+ *
+ * Expects: the registers that floats-inl.h has, at whose end this is included. */
 
 #include <math.h>
 
@@ -12,21 +13,21 @@ FXQ_INLINE void multiply_one_tile(const struct fxq_tiles *t, int64_t m, int64_t 
     const float *a = t->a + m * t->a_row, *b = t->b + n * REALS;
     const int64_t a_row = t->a_row, a_column = t->a_column, b_row = t->b_row;
     FXQ_REALS sums[FXQ_TILE_ROWS][FXQ_TILE_REALS];
-    FXQ_UNROLL(8) for (int i = 0; i < rows; i++) {
-        FXQ_UNROLL(8) for (int j = 0; j < reals; j++) sums[i][j] = no_reals();
+    FXQ_FOR(8, int i = 0; i < rows; i++) {
+        FXQ_FOR(8, int j = 0; j < reals; j++) sums[i][j] = no_reals();
     }
     for (int64_t k = 0; k < t->depth; k++, a += a_column, b += b_row) {
         FXQ_REALS values[FXQ_TILE_REALS];
-        FXQ_UNROLL(8) for (int j = 0; j < reals; j++) values[j] = load_reals(b + j * REALS);
-        FXQ_UNROLL(8) for (int i = 0; i < rows; i++) {
+        FXQ_FOR(8, int j = 0; j < reals; j++) values[j] = load_reals(b + j * REALS);
+        FXQ_FOR(8, int i = 0; i < rows; i++) {
             const FXQ_REALS factor = spread(a[i * a_row]);
-            FXQ_UNROLL(8) for (int j = 0; j < reals; j++) sums[i][j] = fuse(factor, values[j], sums[i][j]);
+            FXQ_FOR(8, int j = 0; j < reals; j++) sums[i][j] = fuse(factor, values[j], sums[i][j]);
         }
     }
     const int64_t left = t->columns - n * REALS;
-    FXQ_UNROLL(8) for (int i = 0; i < rows; i++) {
+    FXQ_FOR(8, int i = 0; i < rows; i++) {
         float *out = t->out + (m + i) * t->out_row + n * REALS;
-        FXQ_UNROLL(8) for (int j = 0; j < reals; j++) {
+        FXQ_FOR(8, int j = 0; j < reals; j++) {
             if (left - j * REALS >= REALS) {
                 store_reals(out + j * REALS, sums[i][j]);
                 continue;

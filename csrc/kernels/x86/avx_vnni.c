@@ -24,10 +24,10 @@ FXQ_INLINE const int8_t *group_row(const struct group *g, int row) { return g->w
 static __m128i dot_4x1(const struct group *g, int first, const uint8_t *a) {
     const int8_t *w = group_row(g, first);
     __m256i acc[4];
-    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) acc[i] = _mm256_setzero_si256();
+    FXQ_FOR(4, int i = 0; i < 4; i++) acc[i] = _mm256_setzero_si256();
     for (int64_t k = 0; k < g->depth; k += 32) {
         const __m256i values = load_bytes(a + k);
-        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
+        FXQ_FOR(4, int i = 0; i < 4; i++) {
             acc[i] = _mm256_dpbusd_avx_epi32(acc[i], values, load_bytes(w + i * g->stride + k));
         }
     }
@@ -37,10 +37,10 @@ static __m128i dot_4x1(const struct group *g, int first, const uint8_t *a) {
 static void dot_4x2(const struct group *g, int first, const uint8_t *a, const uint8_t *b, __m128i sums[2]) {
     const int8_t *w = group_row(g, first);
     __m256i acc[4], more[4];
-    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) acc[i] = more[i] = _mm256_setzero_si256();
+    FXQ_FOR(4, int i = 0; i < 4; i++) acc[i] = more[i] = _mm256_setzero_si256();
     for (int64_t k = 0; k < g->depth; k += 32) {
         const __m256i values = load_bytes(a + k), others = load_bytes(b + k);
-        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
+        FXQ_FOR(4, int i = 0; i < 4; i++) {
             const __m256i weights = load_bytes(w + i * g->stride + k);
             acc[i] = _mm256_dpbusd_avx_epi32(acc[i], values, weights);
             more[i] = _mm256_dpbusd_avx_epi32(more[i], others, weights);
@@ -69,6 +69,7 @@ FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) { return _mm256_
 
 #include "kernels/x86/ymm_int16-inl.h"
 #include "kernels/x86/ymm_floats-inl.h"
+#include "kernels/generic/tables-inl.h"
 
 const struct fxq_kernels fxq_avx_vnni = {.name = "avx_vnni", .value_bytes = 1, .quantize = quantize,
                                          .row_sums = row_sums, .matmul = matmul, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};

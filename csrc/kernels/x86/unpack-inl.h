@@ -1,7 +1,7 @@
-/* elementwise-inl.h's unpack in x86 instructions: compilers do not find the interleaving. Expects: a target with AVX begun. */
+/* generic/unpack-inl.h in x86 instructions: compilers do not find the interleaving.
+ *
+ * Expects: a target with AVX begun. */
 #include <immintrin.h>
-
-#define FXQ_OWN_UNPACK
 
 static void unpack(const struct fxq_weight *weight, int64_t n, int64_t count, int64_t k0, int64_t columns, int8_t *values) {
     const int64_t stride = fxq_row_bytes(weight->format, weight->columns);

@@ -1,5 +1,4 @@
-/* The product on 256-bit registers, in two forms. Expects: row_major-inl.h, ymm_epilogue-inl.h, and what the includer defines for its
- * instruction set:
+/* The product on 256-bit registers, in two forms. Expects: row_major-inl.h, ymm_epilogue-inl.h, and these functions.
  *
  * gemv, few rows: the weights are read as they lie.
  *
@@ -78,21 +77,21 @@ static void matmul_group(const struct fxq_matmul *job, const struct group *g, st
 
 FXQ_INLINE void transpose_8x8(__m256i v[8]) {
     __m256i t[8];
-    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
+    FXQ_FOR(4, int i = 0; i < 4; i++) {
         t[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
         t[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
     }
-    FXQ_UNROLL(2) for (int i = 0; i < 8; i += 4) { /* now v[i + j] has, in each half, column j (or j + 4) of 4 rows */
+    FXQ_FOR(2, int i = 0; i < 8; i += 4) { /* now v[i + j] has, in each half, column j (or j + 4) of 4 rows */
         v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
         v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
         v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
         v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
-    FXQ_UNROLL(4) for (int j = 0; j < 4; j++) {
+    FXQ_FOR(4, int j = 0; j < 4; j++) {
         t[j] = _mm256_permute2x128_si256(v[j], v[4 + j], 0x20);
         t[4 + j] = _mm256_permute2x128_si256(v[j], v[4 + j], 0x31);
     }
-    FXQ_UNROLL(8) for (int i = 0; i < 8; i++) v[i] = t[i];
+    FXQ_FOR(8, int i = 0; i < 8; i++) v[i] = t[i];
 }
 
 FXQ_INLINE __m256i word_in_all_lanes(const FXQ_VALUE *a) {
@@ -109,9 +108,9 @@ static void pack_panel(const int8_t *w, int64_t stride, int64_t depth, const FXQ
         __m256i sum = _mm256_setzero_si256();
         for (int64_t k = 0; k < depth; k += 8 * WORD_VALUES) {
             __m256i v[8];
-            FXQ_UNROLL(8) for (int i = 0; i < 8; i++) v[i] = load_words(rows + i * stride + k);
+            FXQ_FOR(8, int i = 0; i < 8; i++) v[i] = load_words(rows + i * stride + k);
             transpose_8x8(v);
-            FXQ_UNROLL(8) for (int i = 0; i < 8; i++) {
+            FXQ_FOR(8, int i = 0; i < 8; i++) {
                 _mm256_store_si256((__m256i *)(panel + (k / WORD_VALUES + i) * PANEL + 8 * half), v[i]);
                 if (sizeof(FXQ_VALUE) == 1) {
                     sum = add_product(sum, word_in_all_lanes(ones + k + i * WORD_VALUES), v[i]);
@@ -125,16 +124,16 @@ static void pack_panel(const int8_t *w, int64_t stride, int64_t depth, const FXQ
 /* `count` (at most PANEL_ROWS, a constant wherever this is inlined) rows of activations by a panel. */
 FXQ_INLINE void multiply_panel_as(const int32_t *panel, const FXQ_VALUE *a, int64_t depth, __m256i sums[][2], int count) {
     __m256i acc[PANEL_ROWS][2];
-    FXQ_UNROLL(4) for (int i = 0; i < count; i++) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
+    FXQ_FOR(4, int i = 0; i < count; i++) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
     for (int64_t k = 0; k < depth; k += WORD_VALUES, panel += PANEL) {
         const __m256i w0 = _mm256_load_si256((const __m256i *)panel), w1 = _mm256_load_si256((const __m256i *)panel + 1);
-        FXQ_UNROLL(4) for (int i = 0; i < count; i++) {
+        FXQ_FOR(4, int i = 0; i < count; i++) {
             const __m256i values = word_in_all_lanes(a + i * depth + k);
             acc[i][0] = add_product(acc[i][0], values, w0);
             acc[i][1] = add_product(acc[i][1], values, w1);
         }
     }
-    FXQ_UNROLL(4) for (int i = 0; i < count; i++) sums[i][0] = acc[i][0], sums[i][1] = acc[i][1];
+    FXQ_FOR(4, int i = 0; i < count; i++) sums[i][0] = acc[i][0], sums[i][1] = acc[i][1];
 }
 
 static void multiply_panel(const int32_t *panel, const FXQ_VALUE *a, int64_t depth, __m256i sums[][2], int count) {

@@ -20,7 +20,7 @@ FXQ_INLINE __m256i add_wide(__m256i total, __m256i low, __m256i high) {
 
 FXQ_INLINE void sum_lanes(const __m256i v[4], int64_t *sums) {
     __m256i pair[2];
-    FXQ_UNROLL(2) for (int i = 0; i < 2; i++) { /* 128 bits: of v[2 i] and v[2 i + 1] */
+    FXQ_FOR(2, int i = 0; i < 2; i++) { /* 128 bits: of v[2 i] and v[2 i + 1] */
         pair[i] = _mm256_add_epi64(_mm256_unpacklo_epi64(v[2 * i], v[2 * i + 1]),
                                    _mm256_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
     }

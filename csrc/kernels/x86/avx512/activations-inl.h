@@ -1,5 +1,6 @@
-/* The quantization of activations in AVX512, as elementwise-inl.h and activations.c have it, to the bit. Expects what common-inl.h
- * has before its includes. */
+/* The quantization of activations in AVX512, as elementwise-inl.h and activations.c have it, to the bit.
+ *
+ * Expects: what common-inl.h has before its includes. */
 
 /* Widen 16 ranges by x's values; whether there is a NaN among them. */
 FXQ_INLINE bool measure_lanes(const float *x, int64_t count, __m512 *least, __m512 *greatest) {

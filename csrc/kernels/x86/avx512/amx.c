@@ -38,7 +38,22 @@ static void end(void) { _tile_release(); }
 /* The weights of the block after this one, which lie right behind it: the tiles' strided loads alone would each wait
  * for the L3 cache. A step of 64 columns fetches as many lines as it uses. */
 FXQ_INLINE void fetch_rows(const int8_t *from, int lines) {
-    FXQ_UNROLL(16) for (int i = 0; i < lines; i++) _mm_prefetch((const char *)from + 64 * i, _MM_HINT_T1);
+    FXQ_FOR(16, int i = 0; i < lines; i++) _mm_prefetch((const char *)from + 64 * i, _MM_HINT_T1);
+}
+
+FXQ_INLINE void zero_accumulators(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* To every step-th tile of c. */
+FXQ_INLINE void store_accumulators(int32_t (*c)[256], int step) {
+    _tile_stored(0, c[0], 64);
+    _tile_stored(1, c[step], 64);
+    _tile_stored(2, c[2 * step], 64);
+    _tile_stored(3, c[3 * step], 64);
 }
 
 /* 32 outputs by 32 activations: accumulators 0–3, weights 4 and 5, activations 6 and 7. A product takes 16 cycles and
@@ -47,10 +62,7 @@ FXQ_INLINE void multiply_2x2(const int8_t *w, int64_t stride, int64_t depth, con
                              struct epilogue *earlier, int pace, const int8_t *next) {
     const int8_t *w1 = w + 16 * stride;
     const uint8_t *b1 = b + 16 * depth;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_accumulators();
     for (int64_t k = 0; k < depth; k += 64) {
         _tile_loadd(4, w + k, stride);
         _tile_loadd(6, b + 16 * k, 64);
@@ -63,20 +75,14 @@ FXQ_INLINE void multiply_2x2(const int8_t *w, int64_t stride, int64_t depth, con
         if (next) fetch_rows(next + 32 * k, 32);
         finish_tiles(earlier, pace);
     }
-    _tile_stored(0, c[0], 64);
-    _tile_stored(1, c[1], 64);
-    _tile_stored(2, c[2], 64);
-    _tile_stored(3, c[3], 64);
+    store_accumulators(c, 1);
 }
 
 /* 64 outputs by 16 activations: accumulators 0–3, weights 4–6 in turn, activations 7. */
 FXQ_INLINE void multiply_4x1(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int32_t (*c)[256],
                              struct epilogue *earlier, int pace, const int8_t *next) {
     const int8_t *w1 = w + 16 * stride, *w2 = w + 32 * stride, *w3 = w + 48 * stride;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_accumulators();
     for (int64_t k = 0; k < depth; k += 64) {
         _tile_loadd(7, b + 16 * k, 64);
         _tile_loadd(4, w + k, stride);
@@ -90,10 +96,7 @@ FXQ_INLINE void multiply_4x1(const int8_t *w, int64_t stride, int64_t depth, con
         if (next) fetch_rows(next + 64 * k, 64);
         finish_tiles(earlier, pace);
     }
-    _tile_stored(0, c[0], 64);
-    _tile_stored(1, c[2], 64);
-    _tile_stored(2, c[4], 64);
-    _tile_stored(3, c[6], 64);
+    store_accumulators(c, 2);
 }
 
 /* 32 outputs by 16 activations: accumulators 0 and 1, weights 4 and 5, activations 7. */
@@ -132,13 +135,6 @@ static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8
 }
 
 /* 16 rows by the 4 gates of 16 units: accumulators 0–3, activations 4, weights 5–7 in turn. */
-FXQ_INLINE void zero_units(void) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-
 FXQ_INLINE void add_units(const int8_t *w, int64_t depth, const uint8_t *q, int64_t k) {
     w += k * UNIT_BLOCK_GATES;
     _tile_loadd(4, q + k, depth);
@@ -152,22 +148,12 @@ FXQ_INLINE void add_units(const int8_t *w, int64_t depth, const uint8_t *q, int6
     _tile_dpbusd(3, 4, 5);
 }
 
-FXQ_INLINE void store_units(int32_t (*c)[256]) {
-    _tile_stored(0, c[0], 64);
-    _tile_stored(1, c[1], 64);
-    _tile_stored(2, c[2], 64);
-    _tile_stored(3, c[3], 64);
-}
-
 /* 32 rows by 64 outputs, half of the outputs at a time: accumulators 0–3, activations 4 and 5, weights 6 and 7. */
 FXQ_INLINE void multiply_packed_2(const uint8_t *q, int64_t depth, const int8_t *w, int32_t (*c)[PACKED_OUTPUTS],
                                   struct finished_rows *earlier, int pace) {
     const uint8_t *q1 = q + 16 * depth;
     for (int half = 0; half < 2; half++) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_accumulators();
         for (int64_t k = 0; k < depth; k += 64) {
             const int8_t *weights = w + k * PACKED_OUTPUTS + 128 * half;
             _tile_loadd(6, weights, 4 * PACKED_OUTPUTS);
@@ -190,7 +176,7 @@ FXQ_INLINE void multiply_packed_2(const uint8_t *q, int64_t depth, const int8_t 
 /* 16 rows by 64 outputs: accumulators 0–3, activations 4, weights 5–7 in turn. */
 FXQ_INLINE void multiply_packed_1(const uint8_t *q, int64_t depth, const int8_t *w, int32_t (*c)[PACKED_OUTPUTS],
                                   struct finished_rows *earlier, int pace) {
-    zero_units();
+    zero_accumulators();
     for (int64_t k = 0; k < depth; k += 64) {
         add_units(w, depth, q, k);
         finish_rows(earlier, pace);
@@ -215,26 +201,26 @@ static void step_tiles(const struct fxq_lstm_step *s, int64_t m, int count) {
     const int8_t *w = (const int8_t *)s->packed + s->u0 * 4 * depth;
     _Alignas(64) int32_t c[2][4][256];
     int parity = 0;
-    zero_units();
+    zero_accumulators();
     for (int64_t k = 0; k < depth; k += 64) add_units(w, depth, q, k);
-    store_units(c[parity]);
+    store_accumulators(c[parity], 1);
     for (int64_t u = s->u0; u < s->u1; u += UNIT_BLOCK, parity ^= 1) {
         const struct unit_block b = begin_units(s, u);
         const bool has_next = u + UNIT_BLOCK < s->u1;
         int64_t k = 0;
         w += 4 * UNIT_BLOCK * depth;
-        if (has_next) zero_units();
+        if (has_next) zero_accumulators();
         for (int i = 0; i < count; i += 2) {
             const int64_t due = has_next ? depth * (i + 2) / count : 0;
             for (; k < due && k < depth; k += 64) add_units(w, depth, q, k);
             struct unit_row rows[2] = {{.block = &b, .m = m + i}, {.block = &b, .m = m + i + 1}};
-            FXQ_UNROLL(8) for (int j = 0; j < 8; j++) {
+            FXQ_FOR(8, int j = 0; j < 8; j++) {
                 rows[j / 4].sums[j % 4] = _mm512_load_si512(c[parity][j % 4] + 16 * (i + j / 4));
             }
             if (i + 1 < count) finish_states(s, rows, 2);
             else finish_states(s, rows, 1);
         }
-        if (has_next) store_units(c[parity ^ 1]);
+        if (has_next) store_accumulators(c[parity ^ 1], 1);
     }
 }
 

@@ -2,7 +2,9 @@
  * and the weights are whole numbers of at most 8 bits, exact in bfloat16, and so are their sums in float32, far below
  * 2^24: a group's sums come out as floats, without a correction.
  *
- * Of each 8 columns, 0 to 7, both sides have 0 4 1 5 2 6 3 7, in pairs: a shift away from the nibbles of two int16. */
+ * Of each 8 columns, 0 to 7, both sides have 0 4 1 5 2 6 3 7, in pairs: a shift away from the nibbles of two int16.
+ *
+ * Expects: groups-inl.h, and a target with AMX for bfloat16 begun. */
 
 /* A word's lowest nibble, whatever is above, to bfloat16: -8 … 7. */
 FXQ_INLINE __m512i bfloat16_of_nibbles(__m512i words) {
@@ -90,7 +92,7 @@ FXQ_INLINE void advance_groups(struct group_stream *s, float *sums) {
 
 FXQ_INLINE void add_group(const float *sums, const float *row_scale, const float *scale, int rows, __m512 *y) {
     const __m512 group_scale = _mm512_load_ps(scale);
-    FXQ_UNROLL(16) for (int i = 0; i < rows; i++) {
+    FXQ_FOR(16, int i = 0; i < rows; i++) {
         const __m512 both = _mm512_mul_ps(_mm512_set1_ps(row_scale[i]), group_scale);
         y[i] = _mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(sums + 16 * i), both), y[i]);
     }
@@ -101,12 +103,12 @@ FXQ_INLINE void finish_group_tile(struct group_stream *s, const struct group_til
     _Alignas(64) float row_scale[16] = {0};
     __m512 y[16];
     for (int i = 0; i < t->rows; i++) row_scale[i] = t->row[i].scale;
-    FXQ_UNROLL(16) for (int i = 0; i < rows; i++) y[i] = begin_tile_sum(t, i);
+    FXQ_FOR(16, int i = 0; i < rows; i++) y[i] = begin_tile_sum(t, i);
     for (int64_t g = 0; g < groups; g++) {
         advance_groups(s, sums);
         add_group(sums, row_scale, t->scale + 16 * g, rows, y);
     }
-    FXQ_UNROLL(16) for (int i = 0; i < rows; i++) {
+    FXQ_FOR(16, int i = 0; i < rows; i++) {
         if (i < t->rows) store_tile_sum(t, i, y[i]);
     }
 }

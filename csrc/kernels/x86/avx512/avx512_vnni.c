@@ -32,16 +32,16 @@ FXQ_INLINE __m512i broadcast_4(const int8_t *w) {
  * the two product units stay busy. Lanes are activations, 4 columns a lane. */
 FXQ_INLINE void multiply_8x2(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int32_t *c) {
     __m512i acc[8][2];
-    FXQ_UNROLL(8) for (int i = 0; i < 8; i++) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
+    FXQ_FOR(8, int i = 0; i < 8; i++) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
     for (int64_t k = 0; k < depth; k += 4) {
         const __m512i b0 = _mm512_load_si512(b + 16 * k), b1 = _mm512_load_si512(b + 16 * (depth + k));
-        FXQ_UNROLL(8) for (int i = 0; i < 8; i++) {
+        FXQ_FOR(8, int i = 0; i < 8; i++) {
             const __m512i weights = broadcast_4(w + i * stride + k);
             acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], b0, weights);
             acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], b1, weights);
         }
     }
-    FXQ_UNROLL(8) for (int i = 0; i < 8; i++) {
+    FXQ_FOR(8, int i = 0; i < 8; i++) {
         _mm512_store_si512(c + 16 * i, acc[i][0]);
         _mm512_store_si512(c + 256 + 16 * i, acc[i][1]);
     }
@@ -50,14 +50,14 @@ FXQ_INLINE void multiply_8x2(const int8_t *w, int64_t stride, int64_t depth, con
 /* 16 outputs by 16 activations: 16 accumulators, one register of activations, the weights broadcast from memory. */
 FXQ_INLINE void multiply_16x1(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int32_t *c) {
     __m512i acc[16];
-    FXQ_UNROLL(16) for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_si512();
+    FXQ_FOR(16, int i = 0; i < 16; i++) acc[i] = _mm512_setzero_si512();
     for (int64_t k = 0; k < depth; k += 4) {
         const __m512i b0 = _mm512_load_si512(b + 16 * k);
-        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+        FXQ_FOR(16, int i = 0; i < 16; i++) {
             acc[i] = _mm512_dpbusd_epi32(acc[i], b0, broadcast_4(w + i * stride + k));
         }
     }
-    FXQ_UNROLL(16) for (int i = 0; i < 16; i++) _mm512_store_si512(c + 16 * i, acc[i]);
+    FXQ_FOR(16, int i = 0; i < 16; i++) _mm512_store_si512(c + 16 * i, acc[i]);
 }
 
 static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int blocks, int tiles,

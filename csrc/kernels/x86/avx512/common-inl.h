@@ -20,7 +20,6 @@
 
 #define FXQ_VALUE uint8_t
 #define FXQ_OWN_QUANTIZATION
-#define FXQ_OWN_TABLES
 #include "kernels/x86/unpack-inl.h"
 
 enum {
@@ -43,7 +42,7 @@ FXQ_INLINE __mmask16 first_lanes(int64_t count) {
     FXQ_INLINE type name##_lanes(type a, type b) { return combine(shuffle(a, b, 0x88), shuffle(a, b, 0xdd)); }             \
     FXQ_INLINE type name(const type v[16]) {                                                                               \
         type fours[4];                                                                                                     \
-        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {                                                                        \
+        FXQ_FOR(4, int i = 0; i < 4; i++) {                                                                        \
             const type a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];                                 \
             const type ab = combine(unpacklo_32(a, b), unpackhi_32(a, b)), cd = combine(unpacklo_32(c, d), unpackhi_32(c, d)); \
             fours[i] = combine(unpacklo_64(ab, cd), unpackhi_64(ab, cd));                                                  \
@@ -65,17 +64,17 @@ FXQ_REDUCE_16(greatest_16, __m512, _mm512_max_ps, _mm512_unpacklo_ps, _mm512_unp
 
 FXQ_INLINE void transpose_16x16(__m512i v[16]) {
     __m512i t[16];
-    FXQ_UNROLL(8) for (int i = 0; i < 8; i++) {
+    FXQ_FOR(8, int i = 0; i < 8; i++) {
         t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
     }
-    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) { /* now v[4i + j] has, in each 128-bit lane l, column 4l + j of 4 rows */
+    FXQ_FOR(4, int i = 0; i < 4; i++) { /* now v[4i + j] has, in each 128-bit lane l, column 4l + j of 4 rows */
         v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
         v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
         v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
         v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
     }
-    FXQ_UNROLL(4) for (int j = 0; j < 4; j++) { /* transpose the 4 x 4 lanes of v[j], v[4 + j], v[8 + j], v[12 + j] */
+    FXQ_FOR(4, int j = 0; j < 4; j++) { /* transpose the 4 x 4 lanes of v[j], v[4 + j], v[8 + j], v[12 + j] */
         const __m512i a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88), b = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd);
         const __m512i c = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
         const __m512i d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
@@ -84,7 +83,7 @@ FXQ_INLINE void transpose_16x16(__m512i v[16]) {
         t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
         t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
     }
-    FXQ_UNROLL(16) for (int i = 0; i < 16; i++) v[i] = t[i];
+    FXQ_FOR(16, int i = 0; i < 16; i++) v[i] = t[i];
 }
 
 #include "kernels/x86/avx512/activations-inl.h"

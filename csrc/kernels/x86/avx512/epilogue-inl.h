@@ -1,8 +1,10 @@
-/* The last steps of 16 outputs of a row: from sums to what is stored. Expects first_lanes() of common-inl.h.
+/* The last steps of 16 outputs of a row: from sums to what is stored.
  *
  * correct() takes the zero point out of integer sums; scale_outputs() makes floats of them, plus bias and addend;
  * begin_outputs() and end_outputs() are the same for sums over groups, which scale themselves. Whatever becomes of an output
- * after that (relu, another dtype) belongs in end_outputs() and store_outputs(). */
+ * after that (relu, another dtype) belongs in end_outputs() and store_outputs().
+ *
+ * Expects: first_lanes() of common-inl.h. */
 
 /* A row sum s as two int16, s = 128 * high + low with 0 <= low < 128: then one vpdpwssd with the row's zero_pair,
  * (-zero_point, -128 * zero_point), subtracts s * zero_point exactly. |high| < 2^15 up to 32768 columns. */

@@ -1,4 +1,6 @@
-/* An LSTM's gates: from the products of a block of 16 hidden units to c and h. Expects: common-inl.h. */
+/* An LSTM's gates: from the products of a block of 16 hidden units to c and h.
+ *
+ * Expects: common-inl.h. */
 
 enum { UNIT_BLOCK = 16, UNIT_BLOCK_GATES = 4 * UNIT_BLOCK };
 
@@ -16,7 +18,7 @@ struct exponentials {
 };
 enum { EXP_PARTS = 8 };
 
-#define EACH FXQ_UNROLL(8) for (int i = 0; i < count; i++)
+#define EACH FXQ_FOR(8, int i = 0; i < count; i++)
 FXQ_INLINE void exp_minus_1_part(struct exponentials *e, int count, int part) {
     __m512 *x = e->x, *shifted = e->shifted, *n = e->n, *p = e->p;
     switch (part) {
@@ -67,7 +69,7 @@ FXQ_INLINE void exp_minus_1_part(struct exponentials *e, int count, int part) {
 }
 
 FXQ_INLINE void exp_minus_1_of(struct exponentials *e, int count) {
-    FXQ_UNROLL(8) for (int part = 0; part < EXP_PARTS; part++) exp_minus_1_part(e, count, part);
+    FXQ_FOR(8, int part = 0; part < EXP_PARTS; part++) exp_minus_1_part(e, count, part);
 }
 
 /* What a block of 16 units needs at the end of each row. */
@@ -80,7 +82,7 @@ struct unit_block {
 
 FXQ_INLINE struct unit_block begin_units(const struct fxq_lstm_step *s, int64_t u) {
     struct unit_block b = {.u = u, .lanes = first_lanes(s->u1 - u)};
-    FXQ_UNROLL(4) for (int gate = 0; gate < 4; gate++) {
+    FXQ_FOR(4, int gate = 0; gate < 4; gate++) {
         b.scale[gate] = _mm512_maskz_loadu_ps(b.lanes, (const float *)s->weight->scale + gate * s->hidden + u);
         b.pairs[gate] = _mm512_load_si512(s->pairs + u * 4 + gate * UNIT_BLOCK);
     }
@@ -99,7 +101,7 @@ struct unit_row {
 FXQ_INLINE void find_arguments(const struct fxq_lstm_step *s, const struct unit_row *unit, __m512 *x) {
     const struct unit_block *b = unit->block;
     const struct fxq_row *row = &s->h->row[unit->m];
-    FXQ_UNROLL(4) for (int gate = 0; gate < 4; gate++) {
+    FXQ_FOR(4, int gate = 0; gate < 4; gate++) {
         const float *input = s->input_part + unit->m * s->input_stride + b->u + gate * s->hidden;
         const __m512 part = _mm512_maskz_loadu_ps(b->lanes, input);
         const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(gate == 2 ? row->scale : -row->scale), b->scale[gate]);
@@ -125,12 +127,12 @@ FXQ_INLINE void finish_unit(const struct fxq_lstm_step *s, const struct unit_row
 /* count (1 or 2) rows, of which e has the arguments. */
 FXQ_INLINE void finish_gates(const struct fxq_lstm_step *s, const struct unit_row *rows, struct exponentials *e, int count) {
     exp_minus_1_of(e, 4 * count);
-    FXQ_UNROLL(2) for (int i = 0; i < count; i++) finish_unit(s, &rows[i], e->x + 4 * i);
+    FXQ_FOR(2, int i = 0; i < count; i++) finish_unit(s, &rows[i], e->x + 4 * i);
 }
 
 FXQ_INLINE void finish_states(const struct fxq_lstm_step *s, const struct unit_row *rows, int count) {
     struct exponentials e;
-    FXQ_UNROLL(2) for (int i = 0; i < count; i++) find_arguments(s, &rows[i], e.x + 4 * i);
+    FXQ_FOR(2, int i = 0; i < count; i++) find_arguments(s, &rows[i], e.x + 4 * i);
     finish_gates(s, rows, &e, count);
 }
 

@@ -1,4 +1,6 @@
-/* The gemv: few rows, weights read as they lie. Expects common-inl.h's reductions and epilogue-inl.h. */
+/* The gemv: few rows, weights read as they lie.
+ *
+ * Expects: common-inl.h's reductions, and epilogue-inl.h. */
 
 /* sum + the products of 64 columns, 4 a lane. Not the intrinsic: gcc 12 copies and spills its accumulators. */
 FXQ_INLINE __m512i add_products(__m512i sum, __m512i q, const int8_t *w) {
@@ -20,7 +22,7 @@ FXQ_INLINE struct rows_16 begin_rows(const int8_t *w, int64_t stride) {
 FXQ_INLINE const int8_t *row_of(const struct rows_16 *rows, int i) { return rows->row[i / 4] + i % 4 * rows->stride; }
 
 FXQ_INLINE void advance_rows(struct rows_16 *rows) {
-    FXQ_UNROLL(4) for (int j = 0; j < 4; j++) {
+    FXQ_FOR(4, int j = 0; j < 4; j++) {
         rows->row[j] += 64;
         __asm__("" : "+r"(rows->row[j])); /* hides the sum */
     }
@@ -30,10 +32,10 @@ FXQ_INLINE void advance_rows(struct rows_16 *rows) {
 FXQ_INLINE __m512i dot_16(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *q) {
     struct rows_16 rows = begin_rows(w, stride);
     __m512i acc[16];
-    FXQ_UNROLL(16) for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_si512();
+    FXQ_FOR(16, int i = 0; i < 16; i++) acc[i] = _mm512_setzero_si512();
     for (int64_t k = 0; k < depth; k += 64) {
         const __m512i a = _mm512_load_si512(q + k);
-        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) acc[i] = add_products(acc[i], a, row_of(&rows, i));
+        FXQ_FOR(16, int i = 0; i < 16; i++) acc[i] = add_products(acc[i], a, row_of(&rows, i));
         advance_rows(&rows);
     }
     return sum_16(acc);
@@ -42,23 +44,23 @@ FXQ_INLINE __m512i dot_16(const int8_t *w, int64_t stride, int64_t depth, const 
 /* The same minus the products with a second row `z`: each weight is read once. 8 outputs at a time: 16 accumulators. */
 FXQ_INLINE __m512i dot_16_minus(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *q, const uint8_t *z) {
     __m512i difference[16];
-    FXQ_UNROLL(2) for (int half = 0; half < 16; half += 8) {
+    FXQ_FOR(2, int half = 0; half < 16; half += 8) {
         struct rows_16 rows = begin_rows(w + half * stride, stride);
         /* These rows' places in the next group: the weights come from the L3 cache. Of long rows only the next lines,
          * for which the L1 cache has room: 1.1 to 1.3 times faster from 1536 columns on. */
         const int64_t ahead = stride < 1536 ? 16 * stride : 512;
         __m512i acc[8], less[8];
-        FXQ_UNROLL(8) for (int i = 0; i < 8; i++) acc[i] = less[i] = _mm512_setzero_si512();
+        FXQ_FOR(8, int i = 0; i < 8; i++) acc[i] = less[i] = _mm512_setzero_si512();
         for (int64_t k = 0; k < depth; k += 64) {
             const __m512i a = _mm512_load_si512(q + k), b = _mm512_load_si512(z + k);
-            FXQ_UNROLL(8) for (int i = 0; i < 8; i++) {
+            FXQ_FOR(8, int i = 0; i < 8; i++) {
                 acc[i] = add_products(acc[i], a, row_of(&rows, i));
                 less[i] = add_products(less[i], b, row_of(&rows, i));
                 _mm_prefetch((const char *)row_of(&rows, i) + ahead, _MM_HINT_T0);
             }
             advance_rows(&rows);
         }
-        FXQ_UNROLL(8) for (int i = 0; i < 8; i++) difference[half + i] = _mm512_sub_epi32(acc[i], less[i]);
+        FXQ_FOR(8, int i = 0; i < 8; i++) difference[half + i] = _mm512_sub_epi32(acc[i], less[i]);
     }
     return sum_16(difference);
 }
@@ -73,10 +75,10 @@ static void row_sums(const struct fxq_weight *weight, int64_t n0, int64_t n1, in
         const int8_t *w = weight_rows(&reader, n, 16, &stride);
         struct rows_16 rows = begin_rows(w, stride);
         __m512i acc[16];
-        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_si512();
+        FXQ_FOR(16, int i = 0; i < 16; i++) acc[i] = _mm512_setzero_si512();
         for (int64_t k = 0; k < reader.depth; k += 64) {
             const __m512i a = k + 64 < reader.depth ? ones : last;
-            FXQ_UNROLL(16) for (int i = 0; i < 16; i++) acc[i] = add_products(acc[i], a, row_of(&rows, i));
+            FXQ_FOR(16, int i = 0; i < 16; i++) acc[i] = add_products(acc[i], a, row_of(&rows, i));
             advance_rows(&rows);
         }
         _mm512_mask_storeu_epi32(sums + n - n0, first_lanes(n1 - n), sum_16(acc));

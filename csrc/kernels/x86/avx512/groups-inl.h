@@ -60,14 +60,14 @@ static void unpack_group_block(const struct fxq_weight *weight, int64_t n, int64
     for (int64_t k = 0; k < row_bytes; k += 64) {
         const __mmask64 bytes = row_bytes - k < 64 ? ~0ull >> (64 - (row_bytes - k)) : ~0ull;
         __m512i v[16];
-        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+        FXQ_FOR(16, int i = 0; i < 16; i++) {
             _mm_prefetch((const char *)nibbles + (16 + i) * row_bytes + k, _MM_HINT_T0);
             v[i] = _mm512_maskz_loadu_epi8(i < left ? bytes : 0, nibbles + i * row_bytes + k);
         }
         transpose_16x16(v);
         for (int i = 0; i < 16; i += 8) { /* depth is a multiple of 64: of half a step */
             if (i == 8 && row_bytes - k <= 32) break;
-            FXQ_UNROLL(8) for (int j = 0; j < 8; j++, to += 8 * GROUP_OUTPUTS * GROUP_VALUE_BYTES) unpack_words(v[i + j], to);
+            FXQ_FOR(8, int j = 0; j < 8; j++, to += 8 * GROUP_OUTPUTS * GROUP_VALUE_BYTES) unpack_words(v[i + j], to);
         }
     }
     float *scale = (float *)to;
@@ -87,7 +87,7 @@ static void stream_strip(struct group_strip *strip, const struct streamed_block 
     multiply_strip(strip);
     for (int64_t m = 0; m < strip->m1 - strip->m0; m++) {
         __m512 y[4];
-        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) y[i] = _mm512_load_ps(stage + m * STREAM_OUTPUTS + 16 * i);
+        FXQ_FOR(4, int i = 0; i < 4; i++) y[i] = _mm512_load_ps(stage + m * STREAM_OUTPUTS + 16 * i);
         stream_row(block, y, to->out + m * to->out_stride, carried[m]);
     }
 }

@@ -39,11 +39,11 @@ FXQ_INLINE __m512i add_wide(__m512i total, __m512i low, __m512i high) {
 
 FXQ_INLINE void sum_lanes(const __m512i v[8], int64_t *sums) {
     __m512i pair[4], half[2];
-    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) { /* 128 bits: of v[2 i] and v[2 i + 1] */
+    FXQ_FOR(4, int i = 0; i < 4; i++) { /* 128 bits: of v[2 i] and v[2 i + 1] */
         pair[i] = _mm512_add_epi64(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]),
                                    _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
     }
-    FXQ_UNROLL(2) for (int i = 0; i < 2; i++) {
+    FXQ_FOR(2, int i = 0; i < 2; i++) {
         half[i] = _mm512_add_epi64(_mm512_shuffle_i64x2(pair[2 * i], pair[2 * i + 1], 0x88),
                                    _mm512_shuffle_i64x2(pair[2 * i], pair[2 * i + 1], 0xdd));
     }
@@ -78,10 +78,10 @@ FXQ_INLINE __m512 in_order_16(__m512i even, __m512i odd) {
 FXQ_INLINE void multiply_words(const struct int16_panel *p, const int16_t *a, int64_t depth, int64_t words, bool is_first,
                                __m512i (*sums)[4], int rows) {
     __m512i low[GROUP_ROWS][2], high[GROUP_ROWS][2];
-    FXQ_UNROLL(4) for (int m = 0; m < rows; m++) low[m][0] = low[m][1] = high[m][0] = high[m][1] = _mm512_setzero_si512();
+    FXQ_FOR(4, int m = 0; m < rows; m++) low[m][0] = low[m][1] = high[m][0] = high[m][1] = _mm512_setzero_si512();
     for (int64_t i = 0; i < words; i++) {
         const __m512i w0 = p->words[i][0], w1 = p->words[i][1];
-        FXQ_UNROLL(4) for (int m = 0; m < rows; m++) {
+        FXQ_FOR(4, int m = 0; m < rows; m++) {
             const __m512i a_low = word_to_all(a + 2 * m * depth + 2 * i), a_high = word_to_all(a + (2 * m + 1) * depth + 2 * i);
             low[m][0] = add_pairs(low[m][0], a_low, w0);
             low[m][1] = add_pairs(low[m][1], a_low, w1);
@@ -89,8 +89,8 @@ FXQ_INLINE void multiply_words(const struct int16_panel *p, const int16_t *a, in
             high[m][1] = add_pairs(high[m][1], a_high, w1);
         }
     }
-    FXQ_UNROLL(4) for (int m = 0; m < rows; m++) {
-        FXQ_UNROLL(2) for (int half = 0; half < 2; half++) {
+    FXQ_FOR(4, int m = 0; m < rows; m++) {
+        FXQ_FOR(2, int half = 0; half < 2; half++) {
             const __m512i even = widen_even(low[m][half], high[m][half]), odd = widen_odd(low[m][half], high[m][half]);
             sums[m][2 * half] = is_first ? even : _mm512_add_epi64(sums[m][2 * half], even);
             sums[m][2 * half + 1] = is_first ? odd : _mm512_add_epi64(sums[m][2 * half + 1], odd);
@@ -116,12 +116,12 @@ static void pack_piece(const struct fxq_matmul *job, struct int16_panel *p, int6
         for (int64_t at = 0; at < columns; at += LANES_16) {
             const int16_t *w = (const int16_t *)job->weight->data + k + at;
             __m512i v[16];
-            FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+            FXQ_FOR(16, int i = 0; i < 16; i++) {
                 const int16_t *row = w + (n + i < n1 ? n + i : n1 - 1) * stride;
                 v[i] = columns - at >= LANES_16 ? load_16(row) : load_first_16(row, columns - at);
             }
             transpose_16x16(v);
-            FXQ_UNROLL(16) for (int i = 0; i < 16; i++) p->words[at / 2 + i][half] = v[i];
+            FXQ_FOR(16, int i = 0; i < 16; i++) p->words[at / 2 + i][half] = v[i];
         }
     }
 }
@@ -131,7 +131,7 @@ static void finish_panel(const struct fxq_matmul *job, const struct fxq_target *
     for (int64_t i = 0; i < rows; i++) {
         const float row_scale = job->x->row[m0 + i].scale;
         const struct fxq_target row = fxq_target_at(to, m0 + i, at);
-        FXQ_UNROLL(2) for (int half = 0; half < 2; half++) {
+        FXQ_FOR(2, int half = 0; half < 2; half++) {
             const struct outputs_16 *o = &p->outputs[half];
             const __m512 sums = in_order_16(p->sums[i][2 * half], p->sums[i][2 * half + 1]);
             store_outputs(o, scale_outputs(o, sums, row_scale, row.addend ? row.addend + 16 * half : NULL), row.out + 16 * half);

@@ -1,7 +1,9 @@
-/* The steps of an LSTM. Expects: tiled-inl.h. A sequence uses weight_hh again at each step, so it is packed once:
+/* The steps of an LSTM. A sequence uses weight_hh again at each step, so it is packed once:
  * for 16 hidden units at a time [depth / 4][4 gates][16 units][4 columns], four registers of 64 products each a step of
  * 4 columns. Lanes are units: no sums within a register, and a row's four gates are finished without leaving registers.
- * With AMX the same bytes are "B" tiles (16 rows, 256 bytes apart), and the activations, row by row, "A" tiles. */
+ * With AMX the same bytes are "B" tiles (16 rows, 256 bytes apart), and the activations, row by row, "A" tiles.
+ *
+ * Expects: tiled-inl.h. */
 
 #include "kernels/x86/avx512/gates-inl.h"
 
@@ -57,7 +59,7 @@ FXQ_INLINE void add_products_1(const int8_t *w, int64_t columns, const uint8_t *
         int32_t four[2];
         memcpy(four, q + k, sizeof four);
         const __m512i a = _mm512_set1_epi32(four[0]), b = _mm512_set1_epi32(four[1]);
-        FXQ_UNROLL(4) for (int gate = 0; gate < 4; gate++) {
+        FXQ_FOR(4, int gate = 0; gate < 4; gate++) {
             sums[0][gate] = add_products(sums[0][gate], a, w + 64 * gate);
             sums[1][gate] = add_products(sums[1][gate], b, w + 256 + 64 * gate);
         }
@@ -66,23 +68,23 @@ FXQ_INLINE void add_products_1(const int8_t *w, int64_t columns, const uint8_t *
 
 FXQ_INLINE void multiply_units_1(const int8_t *w, int64_t columns, const uint8_t *q, __m512i sums[4]) {
     __m512i both[2][4];
-    FXQ_UNROLL(4) for (int gate = 0; gate < 4; gate++) both[0][gate] = both[1][gate] = _mm512_setzero_si512();
+    FXQ_FOR(4, int gate = 0; gate < 4; gate++) both[0][gate] = both[1][gate] = _mm512_setzero_si512();
     add_products_1(w, columns, q, both);
-    FXQ_UNROLL(4) for (int gate = 0; gate < 4; gate++) sums[gate] = _mm512_add_epi32(both[0][gate], both[1][gate]);
+    FXQ_FOR(4, int gate = 0; gate < 4; gate++) sums[gate] = _mm512_add_epi32(both[0][gate], both[1][gate]);
 }
 
 /* `count` rows (a constant, 2 to 4): count * 4 accumulators, each weight read once. */
 FXQ_INLINE void multiply_units(const int8_t *w, int64_t columns, const uint8_t *q, int64_t depth, int count,
                                __m512i (*sums)[4]) {
-    FXQ_UNROLL(16) for (int i = 0; i < 4 * count; i++) sums[i / 4][i % 4] = _mm512_setzero_si512();
+    FXQ_FOR(16, int i = 0; i < 4 * count; i++) sums[i / 4][i % 4] = _mm512_setzero_si512();
     for (int64_t k = 0; k < columns; k += 4, w += 256) {
         __m512i weights[4];
-        FXQ_UNROLL(4) for (int gate = 0; gate < 4; gate++) weights[gate] = _mm512_load_si512(w + 64 * gate);
-        FXQ_UNROLL(4) for (int m = 0; m < count; m++) {
+        FXQ_FOR(4, int gate = 0; gate < 4; gate++) weights[gate] = _mm512_load_si512(w + 64 * gate);
+        FXQ_FOR(4, int m = 0; m < count; m++) {
             int32_t four;
             memcpy(&four, q + m * depth + k, sizeof four);
             const __m512i a = _mm512_set1_epi32(four);
-            FXQ_UNROLL(4) for (int gate = 0; gate < 4; gate++) {
+            FXQ_FOR(4, int gate = 0; gate < 4; gate++) {
                 __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[m][gate]) : "v"(a), "v"(weights[gate])); /* as add_products */
             }
         }
@@ -95,7 +97,7 @@ FXQ_INLINE void step_rows(const struct fxq_lstm_step *s, const struct unit_block
     __m512i sums[4][4];
     multiply_units(w, depth, (const uint8_t *)s->h->packed + m * depth, depth, count, sums);
     struct unit_row rows[4];
-    FXQ_UNROLL(4) for (int i = 0; i < count; i++) {
+    FXQ_FOR(4, int i = 0; i < count; i++) {
         rows[i] = (struct unit_row){b, m + i, {sums[i][0], sums[i][1], sums[i][2], sums[i][3]}};
     }
     finish_states(s, rows, count < 2 ? count : 2);
@@ -117,13 +119,13 @@ static void step_one_row(const struct fxq_lstm_step *s, int64_t m) {
         find_arguments(s, &unit, e.x);
         if (u + UNIT_BLOCK < s->u1) {
             __m512i sums[2][4];
-            FXQ_UNROLL(4) for (int gate = 0; gate < 4; gate++) sums[0][gate] = sums[1][gate] = _mm512_setzero_si512();
+            FXQ_FOR(4, int gate = 0; gate < 4; gate++) sums[0][gate] = sums[1][gate] = _mm512_setzero_si512();
             w += 4 * UNIT_BLOCK * depth;
-            FXQ_UNROLL(8) for (int i = 0; i < EXP_PARTS; i++) {
+            FXQ_FOR(8, int i = 0; i < EXP_PARTS; i++) {
                 add_products_1(w + i * part * UNIT_BLOCK_GATES, part, q + i * part, sums);
                 exp_minus_1_part(&e, 4, i);
             }
-            FXQ_UNROLL(4) for (int gate = 0; gate < 4; gate++) unit.sums[gate] = _mm512_add_epi32(sums[0][gate], sums[1][gate]);
+            FXQ_FOR(4, int gate = 0; gate < 4; gate++) unit.sums[gate] = _mm512_add_epi32(sums[0][gate], sums[1][gate]);
         } else {
             exp_minus_1_of(&e, 4);
         }
@@ -136,7 +138,7 @@ FXQ_INLINE void add_groups(const struct fxq_lstm_step *s, const struct unit_bloc
     const int64_t depth = s->h->depth, all = (s->hidden + UNIT_BLOCK - 1) / UNIT_BLOCK * UNIT_BLOCK_GATES;
     const int8_t *w = (const int8_t *)s->packed + b->u * 4 * depth;
     const uint8_t *q = (const uint8_t *)s->h->packed + m * depth;
-    FXQ_UNROLL(16) for (int i = 0; i < 4 * count; i++) {
+    FXQ_FOR(16, int i = 0; i < 4 * count; i++) {
         const float *input = s->input_part + (m + i / 4) * s->input_stride + b->u + i % 4 * s->hidden;
         e[i] = _mm512_maskz_loadu_ps(b->lanes, input);
     }
@@ -146,7 +148,7 @@ FXQ_INLINE void add_groups(const struct fxq_lstm_step *s, const struct unit_bloc
         __m512i sums[4][4];
         if (count == 1) multiply_units_1(w + k * UNIT_BLOCK_GATES, columns, q + k, sums[0]);
         else multiply_units(w + k * UNIT_BLOCK_GATES, columns, q + k, depth, count, sums);
-        FXQ_UNROLL(16) for (int i = 0; i < 4 * count; i++) {
+        FXQ_FOR(16, int i = 0; i < 4 * count; i++) {
             const struct fxq_row *row = &s->h->row[m + i / 4];
             const int64_t gate = at + i % 4 * UNIT_BLOCK;
             const __m512i whole = correct(sums[i / 4][i % 4], _mm512_load_si512(s->pairs + gate), row->zero_pair);
@@ -154,7 +156,7 @@ FXQ_INLINE void add_groups(const struct fxq_lstm_step *s, const struct unit_bloc
             e[i] = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(whole), scale), e[i]);
         }
     }
-    FXQ_UNROLL(16) for (int i = 0; i < 4 * count; i++) {
+    FXQ_FOR(16, int i = 0; i < 4 * count; i++) {
         const __m512 y = e[i];
         e[i] = i % 4 == 2 ? _mm512_add_ps(y, y) : _mm512_sub_ps(_mm512_setzero_ps(), y);
     }
@@ -164,11 +166,11 @@ FXQ_INLINE void step_group_rows(const struct fxq_lstm_step *s, int64_t u, int64_
     const struct unit_block b = {.u = u, .lanes = first_lanes(s->u1 - u)};
     __m512 x[16];
     add_groups(s, &b, m, count, x);
-    FXQ_UNROLL(2) for (int first = 0; first < count; first += 2) {
+    FXQ_FOR(2, int first = 0; first < count; first += 2) {
         struct unit_row rows[2] = {{.block = &b, .m = m + first}, {.block = &b, .m = m + first + 1}};
         struct exponentials e;
         const int both = count - first < 2 ? 1 : 2;
-        FXQ_UNROLL(8) for (int i = 0; i < 4 * both; i++) e.x[i] = x[4 * first + i];
+        FXQ_FOR(8, int i = 0; i < 4 * both; i++) e.x[i] = x[4 * first + i];
         finish_gates(s, rows, &e, both);
     }
 }

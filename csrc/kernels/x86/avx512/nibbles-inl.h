@@ -1,5 +1,4 @@
 /* The gemv of 4-bit weights: their bytes are the limit, so they are read as they lie, and unpacked in registers.
- * Expects: common-inl.h and MOST_NIBBLE_ROWS.
  *
  * 64 bytes hold 128 columns, u = w + 8 in each nibble. The low nibbles are the even columns and the high ones the odd, so
  * that the activations lie in that order too, 64 even ones and 64 odd: nothing is interleaved. vpdpbusd takes u as the
@@ -8,7 +7,9 @@
  *   sum((q - z) w) = sum(a u) + (128 - z) sum(u) - 8 sum(q - z)
  *
  * where the last term is the row's alone (`less`), and a and the ones of sum(u) are 0 beyond the last column. A lane has
- * the sums of 8 columns; 4, 8 or 16 lanes are a group, added up for 16 outputs at once. */
+ * the sums of 8 columns; 4, 8 or 16 lanes are a group, added up for 16 outputs at once.
+ *
+ * Expects: common-inl.h and MOST_NIBBLE_ROWS. */
 
 enum { NIBBLE_COLUMNS = 128, NIBBLE_ROWS = 4 /* that a register of weights serves */ };
 
@@ -47,7 +48,7 @@ static void quantize_nibbles(const struct fxq_activations *x, int64_t first, int
 /* Lane L of 128 bits of f[j] has the sums of 32 columns, of outputs 4 j .. 4 j + 3. Gives the groups' sums, lanes: outputs. */
 FXQ_INLINE void sum_groups(const __m512i v[16], int64_t group, __m512i sums[4]) {
     __m512i f[4];
-    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
+    FXQ_FOR(4, int i = 0; i < 4; i++) {
         const __m512i a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];
         const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
         const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
@@ -111,17 +112,17 @@ FXQ_INLINE void multiply_nibbles(const struct nibble_step *s, const struct fxq_r
                                  __m512i t[][16]) {
     const __m512i low = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
     __m512i even[NIBBLE_ROWS], odd[NIBBLE_ROWS], factor[NIBBLE_ROWS];
-    FXQ_UNROLL(4) for (int m = 0; m < rows; m++) {
+    FXQ_FOR(4, int m = 0; m < rows; m++) {
         even[m] = _mm512_loadu_si512(s->values + m * s->depth);
         odd[m] = _mm512_loadu_si512(s->values + m * s->depth + 64);
         factor[m] = _mm512_set1_epi32(128 - row[m].zero_point); /* the high half meets a 0: a lane's sum(u) is small */
     }
-    FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+    FXQ_FOR(16, int i = 0; i < 16; i++) {
         _mm_prefetch((const char *)s->nibbles + (16 + i) * s->row_bytes, _MM_HINT_T0); /* for the next 16 outputs */
         const __m512i v = _mm512_maskz_loadu_epi8(i < outputs ? s->bytes : 0, s->nibbles + i * s->row_bytes);
         const __m512i u = _mm512_and_si512(v, low), u_odd = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
         const __m512i sum = dot_nibbles(dot_nibbles(zero, u, s->even_ones), u_odd, s->odd_ones);
-        FXQ_UNROLL(4) for (int m = 0; m < rows; m++) {
+        FXQ_FOR(4, int m = 0; m < rows; m++) {
             const __m512i products = dot_nibbles(dot_nibbles(zero, u, even[m]), u_odd, odd[m]);
             t[m][i] = _mm512_dpwssd_epi32(products, sum, factor[m]);
         }
@@ -141,7 +142,7 @@ FXQ_INLINE void matmul_nibbles_16(const struct fxq_matmul *job, int64_t m, int r
         .odd_ones = _mm512_set1_epi8(1)};
     s.values = (const int8_t *)x->packed + m * s.depth;
     __m512 y[NIBBLE_ROWS];
-    FXQ_UNROLL(4) for (int i = 0; i < rows; i++) {
+    FXQ_FOR(4, int i = 0; i < rows; i++) {
         y[i] = begin_sum(&o, target.addend ? target.addend + i * target.addend_stride : NULL);
     }
     for (int64_t g = 0, k = 0; k < columns; g += each, k += NIBBLE_COLUMNS) {
@@ -156,11 +157,11 @@ FXQ_INLINE void matmul_nibbles_16(const struct fxq_matmul *job, int64_t m, int r
         const int count = groups - g < each ? (int)(groups - g) : each;
         __m512 scale[4];
         load_scales((const uint16_t *)job->weight->scale + n * groups + g, groups, count, o.lanes, g == 0, scale);
-        FXQ_UNROLL(4) for (int i = 0; i < rows; i++) {
+        FXQ_FOR(4, int i = 0; i < rows; i++) {
             __m512i sums[4];
             sum_groups(t[i], group, sums);
             const __m512 row_scale = _mm512_set1_ps(x->row[m + i].scale);
-            FXQ_UNROLL(4) for (int j = 0; j < each; j++) {
+            FXQ_FOR(4, int j = 0; j < each; j++) {
                 if (j >= count) break;
                 const __m512i less = _mm512_set1_epi32(x->less[(m + i) * groups + g + j]);
                 const __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[j], less));
@@ -170,7 +171,7 @@ FXQ_INLINE void matmul_nibbles_16(const struct fxq_matmul *job, int64_t m, int r
         s.nibbles += 64;
         s.values += NIBBLE_COLUMNS;
     }
-    FXQ_UNROLL(4) for (int i = 0; i < rows; i++) store_outputs(&o, end_outputs(&o, y[i]), target.out + i * target.out_stride);
+    FXQ_FOR(4, int i = 0; i < rows; i++) store_outputs(&o, end_outputs(&o, y[i]), target.out + i * target.out_stride);
 }
 
 FXQ_INLINE void matmul_nibbles_in(const struct fxq_matmul *job, int64_t m, int rows, int64_t n0, int64_t n1,

@@ -40,7 +40,7 @@ FXQ_INLINE void finish_rows(struct finished_rows *e, int count) {
         const int32_t *c = e->c[e->next];
         const struct fxq_target to = fxq_target_at(&e->to, e->next, 0);
         __m512 y[4];
-        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
+        FXQ_FOR(4, int i = 0; i < 4; i++) {
             const __m512i sums = correct(_mm512_load_si512(c + 16 * i), e->pairs[i], row.zero_pair);
             y[i] = dequantize_outputs(&e->outputs[i], sums, row.scale, to.addend ? to.addend + 16 * i : NULL);
         }
@@ -48,7 +48,7 @@ FXQ_INLINE void finish_rows(struct finished_rows *e, int count) {
             stream_row(&e->block, y, to.out, e->carried[e->next]);
             continue;
         }
-        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) store_outputs(&e->outputs[i], y[i], to.out + 16 * i);
+        FXQ_FOR(4, int i = 0; i < 4; i++) store_outputs(&e->outputs[i], y[i], to.out + 16 * i);
     }
 }
 
@@ -71,7 +71,7 @@ FXQ_INLINE struct finished_rows begin_finish(const struct packed_chunk *p, int64
         .c = c, .row = p->job->x->row + m, .count = (int)(p->m1 - m < 32 ? p->m1 - m : 32), .to = fxq_target_at(p->to, m, n - p->n0),
         .carried = p->carried ? p->carried + (m - p->m0) : NULL,
         .block = streamed_block_at(n, p->n0, p->n1)};
-    FXQ_UNROLL(4) for (int i = 0; i < 4; i++) {
+    FXQ_FOR(4, int i = 0; i < 4; i++) {
         e.outputs[i] = begin_outputs(p->job, n + 16 * i, p->n1);
         e.pairs[i] = _mm512_load_si512(p->pairs + n - p->first + 16 * i);
     }
@@ -109,7 +109,7 @@ static void matmul_packed(const struct fxq_matmul *job, int64_t n0, int64_t n1, 
                                void *scratch) {
     const int64_t depth = job->x->depth, rows = job->x->rows;
     const int64_t fits = FXQ_PACKED_BYTES / depth / PACKED_OUTPUTS * PACKED_OUTPUTS;
-    const int64_t chunk = fits < PACKED_OUTPUTS ? PACKED_OUTPUTS : fits > MOST_CHUNK_ROWS ? MOST_CHUNK_ROWS : fits;
+    const int64_t chunk = fxq_clamp(fits, PACKED_OUTPUTS, MOST_CHUNK_ROWS);
     _Alignas(64) int32_t pairs[MOST_CHUNK_ROWS];
     _Alignas(64) float carried[STREAM_ROWS][16];
     const bool streams = !to->addend && is_streamed(rows, job->weight->outputs);

@@ -1,6 +1,8 @@
 /* Large outputs leave by non-temporal stores, which write whole lines without reading them first: 20 GB/s instead of 8. A
  * row need not begin at a line (33278 floats are no whole number of lines), so that the end of each row's last outputs is
- * carried on to the next. */
+ * carried on to the next.
+ *
+ * Expects: first_lanes() of common-inl.h. */
 
 enum {
     STREAM_OUTPUTS = 64,
@@ -29,7 +31,7 @@ FXQ_INLINE void stream_row(const struct streamed_block *b, const __m512 y[4], fl
     const __mmask16 in_line = (__mmask16)(0xffff << before), left_over = (__mmask16)~(0xffff >> before);
     if (b->outputs < STREAM_OUTPUTS) {
         if (!b->is_first) _mm512_mask_storeu_ps(out - 16, left_over, _mm512_load_ps(carried));
-        FXQ_UNROLL(4) for (int i = 0; i < 4; i++) _mm512_mask_storeu_ps(out + 16 * i, first_lanes(b->outputs - 16 * i), y[i]);
+        FXQ_FOR(4, int i = 0; i < 4; i++) _mm512_mask_storeu_ps(out + 16 * i, first_lanes(b->outputs - 16 * i), y[i]);
         return;
     }
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -38,7 +40,7 @@ FXQ_INLINE void stream_row(const struct streamed_block *b, const __m512 y[4], fl
     float *line = out - before;
     if (b->is_first) _mm512_mask_store_ps(line, in_line, first);
     else _mm512_stream_ps(line, first);
-    FXQ_UNROLL(3) for (int i = 1; i < 4; i++) {
+    FXQ_FOR(3, int i = 1; i < 4; i++) {
         _mm512_stream_ps(line + 16 * i, _mm512_permutex2var_ps(y[i - 1], from, y[i]));
     }
     if (b->is_last) _mm512_mask_storeu_ps(out + 48, left_over, y[3]);

@@ -1,6 +1,8 @@
-/* Rows of quantized tables. Expects: first_lanes() of common-inl.h. real = (value - zero_point) * scale, as in elementwise-inl.h. Rows may be short, so
+/* Rows of quantized tables: real = (value - zero_point) * scale, as in generic/tables-inl.h. Rows may be short, so
  * that 16 columns at a time and a masked end serve them better than what compilers find; and the sums of 64 columns of
- * a bag stay in registers until all its rows are added. `format` is a constant where it is used, so that each has loops of its own. */
+ * a bag stay in registers until all its rows are added. `format` is a constant where it is used, so that each has loops of its own.
+ *
+ * Expects: first_lanes() of common-inl.h. */
 
 struct table_row {
     const uint8_t *values;
@@ -53,15 +55,15 @@ static void put_row(const struct fxq_table *table, int64_t row, float *out) {
 FXQ_INLINE void add_table_columns(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count,
                             int64_t k, int vectors, __mmask16 lanes, float *out, enum fxq_format format) {
     __m512 sums[4];
-    FXQ_UNROLL(4) for (int j = 0; j < vectors; j++) sums[j] = _mm512_maskz_loadu_ps(lanes, out + k + 16 * j);
+    FXQ_FOR(4, int j = 0; j < vectors; j++) sums[j] = _mm512_maskz_loadu_ps(lanes, out + k + 16 * j);
     for (int64_t i = 0; i < count; i++) {
         const struct table_row row = row_at(table, rows[i], format);
         const __m512 weight = _mm512_set1_ps(weights ? weights[i] : 1.0f);
-        FXQ_UNROLL(4) for (int j = 0; j < vectors; j++) {
+        FXQ_FOR(4, int j = 0; j < vectors; j++) {
             sums[j] = _mm512_add_ps(sums[j], _mm512_mul_ps(reals_at(row, k + 16 * j, lanes, format), weight));
         }
     }
-    FXQ_UNROLL(4) for (int j = 0; j < vectors; j++) _mm512_mask_storeu_ps(out + k + 16 * j, lanes, sums[j]);
+    FXQ_FOR(4, int j = 0; j < vectors; j++) _mm512_mask_storeu_ps(out + k + 16 * j, lanes, sums[j]);
 }
 
 FXQ_INLINE void add_rows_of(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count,

@@ -25,7 +25,7 @@ static void finish_tile(struct epilogue *e, int group, int block) {
     const int64_t n = e->n + 16 * group, rows = e->job->x->rows - e->m - 16 * block;
     const int32_t *c = e->c[2 * group + block];
     __m512i v[16];
-    FXQ_UNROLL(16) for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(c + 16 * i);
+    FXQ_FOR(16, int i = 0; i < 16; i++) v[i] = _mm512_load_si512(c + 16 * i);
     transpose_16x16(v);
     if (e->ones >= 0 && block == e->blocks - 1) {
         const __m512i column = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
@@ -36,7 +36,7 @@ static void finish_tile(struct epilogue *e, int group, int block) {
     const struct outputs_16 o = begin_outputs(e->job, n, e->n1);
     const struct fxq_row *row = e->job->x->row + e->m + 16 * block;
     const struct fxq_target to = fxq_target_at(&e->to, 16 * block, 16 * group);
-    FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+    FXQ_FOR(16, int i = 0; i < 16; i++) {
         if (i >= rows) break;
         __builtin_prefetch(to.out + i * to.out_stride + BLOCK_ROWS, 1); /* the line of the next block */
         const __m512i sums = correct(v[i], pairs, row[i].zero_pair);
@@ -84,8 +84,8 @@ static void matmul_tiled(const struct fxq_matmul *job, int64_t n0, int64_t n1, c
     const struct fxq_activations *x = job->x;
     struct weight_reader reader = read_weight(job->weight, scratch);
     _Alignas(64) int32_t pairs[MOST_CHUNK_ROWS + 16];
-    int64_t chunk = CHUNK_BYTES / (x->depth ? x->depth : 1) / BLOCK_ROWS * BLOCK_ROWS;
-    chunk = chunk < BLOCK_ROWS ? BLOCK_ROWS : chunk > MOST_CHUNK_ROWS ? MOST_CHUNK_ROWS : chunk;
+    const int64_t fits = CHUNK_BYTES / (x->depth ? x->depth : 1) / BLOCK_ROWS * BLOCK_ROWS;
+    const int64_t chunk = fxq_clamp(fits, BLOCK_ROWS, MOST_CHUNK_ROWS);
     const int64_t blocks = (x->rows + 15) / 16;
     /* The ones' product comes with the last activation rows; more than two blocks would need it before. */
     const int ones = blocks <= 2 && x->rows % 16 && !job->sums ? (int)(x->rows % 16) : -1;
@@ -117,11 +117,11 @@ FXQ_INLINE __m512i pack_16(const int8_t *rows, int64_t count, int64_t columns, i
     for (int64_t k = 0; k < columns; k += 64) {
         const __mmask64 real = columns - k < 64 ? ~0ull >> (64 - (columns - k)) : ~0ull;
         __m512i v[16];
-        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+        FXQ_FOR(16, int i = 0; i < 16; i++) {
             v[i] = _mm512_maskz_loadu_epi8(i < count ? real : 0, rows + i * columns + k);
         }
         transpose_16x16(v);
-        FXQ_UNROLL(16) for (int i = 0; i < 16; i++) {
+        FXQ_FOR(16, int i = 0; i < 16; i++) {
             _mm512_store_si512(packed + 64 * k + 256 * i, v[i]);
             sums = sum_columns(sums, v[i]);
         }

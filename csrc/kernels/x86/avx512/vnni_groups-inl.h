@@ -1,5 +1,7 @@
-/* What groups-inl.h, which it expects, needs, in vpdpbusd: rows of q and the weights as int8, 4 columns of 16 outputs a register. Lanes are
- * outputs. Of each 8 columns, 0 to 7, both sides have 0 2 4 6 1 3 5 7: the low nibbles of four bytes, then the high ones. */
+/* What groups-inl.h needs, in vpdpbusd: rows of q and the weights as int8, 4 columns of 16 outputs a register. Lanes are
+ * outputs. Of each 8 columns, 0 to 7, both sides have 0 2 4 6 1 3 5 7: the low nibbles of four bytes, then the high ones.
+ *
+ * Expects: groups-inl.h. */
 
 enum { GROUP_ROWS_TOGETHER = 8 }; /* so many integer sums and as many float ones, half of the registers */
 
@@ -38,15 +40,15 @@ static void multiply_group_rows(const struct group_strip *s, const struct group_
         row_scale[i] = t->row[first + i].scale;
         zero_pair[i] = t->row[first + i].zero_pair;
     }
-    FXQ_UNROLL(8) for (int i = 0; i < GROUP_ROWS_TOGETHER; i++) y[i] = begin_tile_sum(t, first + i);
+    FXQ_FOR(8, int i = 0; i < GROUP_ROWS_TOGETHER; i++) y[i] = begin_tile_sum(t, first + i);
     for (int64_t g = 0; g < groups; g++) {
         const int64_t end = (g + 1) * group < depth ? (g + 1) * group : depth;
         __m512i sums[GROUP_ROWS_TOGETHER], weights_sum = _mm512_setzero_si512();
-        FXQ_UNROLL(8) for (int i = 0; i < GROUP_ROWS_TOGETHER; i++) sums[i] = _mm512_setzero_si512();
+        FXQ_FOR(8, int i = 0; i < GROUP_ROWS_TOGETHER; i++) sums[i] = _mm512_setzero_si512();
         for (int64_t k = g * group; k < end; k += 4) {
             const __m512i w = _mm512_load_si512(t->weights + k * GROUP_OUTPUTS);
             weights_sum = _mm512_dpbusd_epi32(weights_sum, _mm512_set1_epi8(1), w);
-            FXQ_UNROLL(8) for (int i = 0; i < GROUP_ROWS_TOGETHER; i++) {
+            FXQ_FOR(8, int i = 0; i < GROUP_ROWS_TOGETHER; i++) {
                 int32_t four;
                 memcpy(&four, q + i * depth + k, sizeof four);
                 sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_set1_epi32(four), w);
@@ -54,12 +56,12 @@ static void multiply_group_rows(const struct group_strip *s, const struct group_
         }
         const __m512i pairs = make_pairs(weights_sum);
         const __m512 scale = _mm512_load_ps(t->scale + 16 * g);
-        FXQ_UNROLL(8) for (int i = 0; i < GROUP_ROWS_TOGETHER; i++) {
+        FXQ_FOR(8, int i = 0; i < GROUP_ROWS_TOGETHER; i++) {
             const __m512 whole = _mm512_cvtepi32_ps(correct(sums[i], pairs, zero_pair[i]));
             y[i] = _mm512_add_ps(_mm512_mul_ps(whole, _mm512_mul_ps(_mm512_set1_ps(row_scale[i]), scale)), y[i]);
         }
     }
-    FXQ_UNROLL(8) for (int i = 0; i < GROUP_ROWS_TOGETHER; i++) {
+    FXQ_FOR(8, int i = 0; i < GROUP_ROWS_TOGETHER; i++) {
         if (first + i < t->rows) store_tile_sum(t, first + i, y[i]);
     }
 }

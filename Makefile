@@ -13,6 +13,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-versi
 # Tests run in a process for each core; more than four wait for memory and for each other.
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
+C_FILES := $(foreach depth,* */* */*/* */*/*/*,$(wildcard csrc/$(depth).c csrc/$(depth).h))
+
 .PHONY: demo test lint types tutorials docs clean
 
 demo: $(VENV)/.fxquant
@@ -24,6 +26,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES) tests/native/harness.c
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
@@ -35,7 +38,7 @@ docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 # The package, built in place where there is a C compiler, and what the demo needs.
-$(VENV)/.fxquant: pyproject.toml constraints.txt $(wildcard setup.py csrc/*/* csrc/*/*/* csrc/*/*/*/*)
+$(VENV)/.fxquant: pyproject.toml constraints.txt setup.py $(C_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) setuptools wheel
 	$(INSTALL) --no-build-isolation -e '.[demo]'

@@ -1,10 +1,11 @@
-/* The kernel library's operators, and what is passed to them. Pointers are raw, tensors are dense and row-major, no call keeps
- * anything.
+/* The kernel library's operators, and what is passed to them. Pointers are raw, tensors are dense and row-major, no
+ * call keeps anything.
  *
  * Words: M rows of activations, K columns (the depth of a product), N outputs. A product is
  *   y[m][n] = float(sum_k (q[m][k] - zero_point[m]) * weight[n][k]) * (row_scale[m] * scale[n])
  * with every float operation single and in this order: fxquant/ops/ has the specification, to the bit. So
- * this code is compiled with -ffp-contract=off and uses no fused multiply-add, but for products of floats: see floats-inl.h. */
+ * this code is compiled with -ffp-contract=off and uses no fused multiply-add, but for products of floats: see
+ * floats-inl.h. */
 #ifndef FXQUANT_H
 #define FXQUANT_H
 
@@ -12,8 +13,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* How a matrix's values are stored. 4 bits: two values a byte, the low nibble first, and rows of whole bytes; INT4 holds a
- * value plus 8. */
+/* How a matrix's values are stored. 4 bits: two values a byte, the low nibble first, and rows of whole bytes; INT4
+ * holds a value plus 8. */
 enum fxq_format {
     FXQ_NONE,
     FXQ_INT8,
@@ -26,8 +27,8 @@ enum fxq_format {
     FXQ_FORMATS
 };
 
-/* What activations become for a weight's products: uint8 with a zero point a row; -32767 … 32767 without one, as int16-inl.h
- * says; or themselves. */
+/* What activations become for a weight's products: uint8 with a zero point a row; -32767 … 32767 without one, as
+ * int16-inl.h says; or themselves. */
 enum fxq_activation { FXQ_TO_UINT8, FXQ_TO_INT16, FXQ_TO_FLOAT };
 
 /* What a format is: activations.c. */
@@ -54,8 +55,8 @@ struct fxq_weight {
 /* The operators return one of these. */
 enum { FXQ_OK = 0, FXQ_NO_MEMORY = -1, FXQ_BAD_INDEX = -2, FXQ_BAD_OFFSETS = -3 };
 
-/* Rows of floats, each of them dense, that may lie anywhere, one over another too: those of a tensor of `dimensions` and
- * one dimension more. There are as few dimensions as the strides allow: 1 where rows lie evenly. */
+/* Rows of floats, each of them dense, that may lie anywhere, one over another too: those of a tensor of `dimensions`
+ * and one dimension more. There are as few dimensions as the strides allow: 1 where rows lie evenly. */
 enum { FXQ_DIMENSIONS = 8 };
 struct fxq_rows {
     const float *data;
@@ -107,7 +108,7 @@ struct fxq_operand {
     int64_t row, column;
 };
 struct fxq_attention {
-    struct fxq_batches batches; /* (batch, heads) of q, k, v and the mask */
+    struct fxq_batches batches;       /* (batch, heads) of q, k, v and the mask */
     struct fxq_operand q, k, v, mask; /* (rows, depth), (keys, depth), (keys, outputs), (rows, keys) */
     int64_t rows, keys, depth, outputs;
     float scale;
@@ -125,9 +126,9 @@ struct fxq_recurrent_weights {
 };
 struct fxq_recurrent {
     enum fxq_mode mode;
-    const float *x; /* (rows, inputs), steps one after another */
+    const float *x;                                /* (rows, inputs), steps one after another */
     int64_t steps, batch, inputs, hidden, outputs; /* outputs: P, which is H without a projection */
-    const int64_t *sizes; /* (steps,) rows a step, or NULL: batch in each */
+    const int64_t *sizes;                          /* (steps,) rows a step, or NULL: batch in each */
     int layers, directions;
     const struct fxq_recurrent_weights *cells; /* layers * directions */
     const float *h0;                           /* (cells, batch, outputs) */

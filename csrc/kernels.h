@@ -4,7 +4,7 @@
 
 #include "fxquant.h"
 
-#define FXQ_DEPTH 64 /* activations are padded with zeros to whole steps of 64 columns */
+#define FXQ_DEPTH 64                 /* activations are padded with zeros to whole steps of 64 columns */
 #define FXQ_PACKED_BYTES (256 << 10) /* of a weight that a thread packs at a time: see packed-inl.h */
 
 /* How the values of one row of activations were quantized. */
@@ -60,7 +60,8 @@ struct fxq_matmul {
     bool relu;
 };
 
-/* Where a thread's outputs [n0, n1) go: out[m * out_stride + n - n0], after adding addend[m * addend_stride + n - n0]. */
+/* Where a thread's outputs [n0, n1) go: out[m * out_stride + n - n0], after adding addend[m * addend_stride + n - n0].
+ */
 struct fxq_target {
     float *out;
     int64_t out_stride;
@@ -88,8 +89,8 @@ struct fxq_lstm_step {
     int64_t out_stride;
 };
 
-/* A part of a product of two activations: (rows, depth) a by (depth, columns) b, of at most FXQ_PANEL columns. b's rows are
- * dense, and readable, whatever is there, up to a whole number of sixteen columns. */
+/* A part of a product of two activations: (rows, depth) a by (depth, columns) b, of at most FXQ_PANEL columns. b's rows
+ * are dense, and readable, whatever is there, up to a whole number of sixteen columns. */
 enum { FXQ_PANEL = 64 };
 struct fxq_tiles {
     const float *a, *b;
@@ -108,11 +109,12 @@ struct fxq_scores {
     int64_t mask_stride;
 };
 
-/* What an instruction set provides. n0, n1: the outputs to compute. scratch: fxq_product_scratch_bytes() of the weight. */
+/* What an instruction set provides. n0, n1: the outputs to compute. scratch: fxq_product_scratch_bytes() of the weight.
+ */
 struct fxq_kernels {
     const char *name;
     int value_bytes; /* of a packed activation: 1 for uint8, 2 for int16 that the zero point is already taken from */
-    void (*begin)(void), (*end)(void); /* around a thread's work; may be NULL */
+    void (*begin)(void), (*end)(void);                                       /* around a thread's work; may be NULL */
     void (*measure)(const float *x, int64_t count, struct fxq_range *range); /* widens *range */
 
     /* int8. Quantize rows [first, first + count) of x, found at rows[0..count). first % 16 == 0, count <= 16. */
@@ -126,16 +128,19 @@ struct fxq_kernels {
     /* int16, without packing or scratch; float16 and float32. */
     void (*quantize_int16)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
     void (*matmul_int16)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to);
-    void (*matmul_floats)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
+    void (*matmul_floats)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
+                          void *scratch);
 
     /* Grouped weights. Rows [n, n + count) of columns [k, k + columns) to int8, (count, columns). */
-    void (*unpack)(const struct fxq_weight *weight, int64_t n, int64_t count, int64_t k, int64_t columns, int8_t *values);
+    void (*unpack)(const struct fxq_weight *weight, int64_t n, int64_t count, int64_t k, int64_t columns,
+                   int8_t *values);
     int64_t most_nibble_rows; /* so many rows by 4 bits go through the next two; 0: none */
     void (*quantize_nibbles)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
     void (*matmul_nibbles)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to);
     /* More rows, all groups in one pass. NULL: a product a group. */
     void (*quantize_groups)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
-    void (*matmul_groups)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
+    void (*matmul_groups)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
+                          void *scratch);
 
     /* Products of two activations, and a softmax between two of them: products-inl.h. */
     void (*multiply_tiles)(const struct fxq_tiles *tiles);
@@ -147,22 +152,24 @@ struct fxq_kernels {
     void (*gru_cell)(const float *gates, int64_t gate_stride, int64_t units, const float *x_n, const float *before,
                      float *h);
     void (*rnn_cell)(const float *gates, int64_t units, bool is_relu, float *h);
-    /* For sequences: an int8 or grouped weight (4 * hidden, columns) packed once, then whole steps. NULL: matmul and lstm_cell
-     * do it. packed: 4 * hidden rows of fxq_depth(columns) bytes, pairs: 4 * hidden, with hidden rounded up to 16; of a
-     * grouped weight so many pairs, and scales, for each group. */
-    void (*pack_lstm)(const struct fxq_weight *weight, int64_t u0, int64_t u1, void *packed, int32_t *pairs, float *scale,
-                      void *scratch);
+    /* For sequences: an int8 or grouped weight (4 * hidden, columns) packed once, then whole steps. NULL: matmul and
+     * lstm_cell do it. packed: 4 * hidden rows of fxq_depth(columns) bytes, pairs: 4 * hidden, with hidden rounded up
+     * to 16; of a grouped weight so many pairs, and scales, for each group. */
+    void (*pack_lstm)(const struct fxq_weight *weight, int64_t u0, int64_t u1, void *packed, int32_t *pairs,
+                      float *scale, void *scratch);
     void (*lstm_step)(const struct fxq_lstm_step *step);
 
     void (*put_row)(const struct fxq_table *table, int64_t row, float *out);
     /* out += the rows, one after another, each times its weight; weights NULL: all 1 */
-    void (*add_rows)(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count, float *out);
+    void (*add_rows)(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count,
+                     float *out);
     void (*take_greater)(float *out, const float *x, int64_t count); /* out[i] = the greater of the two */
 };
 
 extern const struct fxq_kernels *fxq_active; /* set by fxq_select_isa */
 
-/* scratch.c: this thread's reusable memory, at least `bytes`, aligned to 64, or NULL. One block: a later call moves it. */
+/* scratch.c: this thread's reusable memory, at least `bytes`, aligned to 64, or NULL. One block: a later call moves it.
+ */
 void *fxq_scratch(int64_t bytes);
 void fxq_trim_scratch(void); /* gives back an unusually large block */
 
@@ -186,8 +193,9 @@ void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax);
 void fxq_set_int16_row(struct fxq_row *row, const struct fxq_range *range);
 struct fxq_range fxq_join_ranges(const struct fxq_range *ranges, int64_t count);
 
-/* Activations for products with a weight: the memory of so many rows (or fewer); then, with x's rows and what the caller chooses
- * filled in, the choice of their form; then one range for rows [first, last), where they share it; then as fxq_kernels.quantize. */
+/* Activations for products with a weight: the memory of so many rows (or fewer); then, with x's rows and what the
+ * caller chooses filled in, the choice of their form; then one range for rows [first, last), where they share it; then
+ * as fxq_kernels.quantize. */
 int64_t fxq_activation_bytes(const struct fxq_weight *weight, int64_t rows);
 void fxq_begin_activations(struct fxq_activations *x, const struct fxq_weight *weight);
 void fxq_set_rows(const struct fxq_activations *x, int64_t first, int64_t last, const struct fxq_range *range);
@@ -195,7 +203,8 @@ void fxq_quantize(const struct fxq_activations *x, int64_t first, int count, con
 void fxq_quantize_rows(const struct fxq_activations *x, const struct fxq_rows *source, int64_t first, int64_t last);
 const float *fxq_find_row(const struct fxq_rows *rows, int64_t row);
 
-/* The product of x with the weight that it was begun for, as fxq_kernels.matmul; one thread's scratch in it, and in row_sums. */
+/* The product of x with the weight that it was begun for, as fxq_kernels.matmul; one thread's scratch in it, and in
+ * row_sums. */
 void fxq_multiply(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
 int64_t fxq_product_scratch_bytes(const struct fxq_weight *weight);
 
@@ -203,12 +212,13 @@ int64_t fxq_product_scratch_bytes(const struct fxq_weight *weight);
 int64_t fxq_group_activation_bytes(const struct fxq_weight *weight, int64_t rows);
 void fxq_begin_groups(struct fxq_activations *x, const struct fxq_weight *weight);
 void fxq_quantize_groups(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
-void fxq_multiply_groups(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
+void fxq_multiply_groups(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
+                         void *scratch);
 int64_t fxq_group_scratch_bytes(const struct fxq_weight *weight);
 void fxq_unpack_groups(const struct fxq_weight *weight, int64_t n0, int64_t n1, const struct fxq_unpacked *to);
 
-/* panels.c: how many floats columns take in whole panels, and `columns` columns of a matrix (depth, columns) of any strides
- * as panels, one after another: (depth, FXQ_PANEL) each, the last one (depth, a whole number of sixteen). */
+/* panels.c: how many floats columns take in whole panels, and `columns` columns of a matrix (depth, columns) of any
+ * strides as panels, one after another: (depth, FXQ_PANEL) each, the last one (depth, a whole number of sixteen). */
 int64_t fxq_panel_columns(int64_t columns);
 void fxq_pack_panels(const float *b, int64_t row, int64_t column, int64_t depth, int64_t columns, float *panels);
 

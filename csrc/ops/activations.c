@@ -1,5 +1,5 @@
-/* The quantization of activation rows (fxquant.numerics.quantize_rows, to the bit), and who multiplies them: the table of
- * formats and two switches over forms. */
+/* The quantization of activation rows (fxquant.numerics.quantize_rows, to the bit), and who multiplies them: the table
+ * of formats and two switches over forms. */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -18,12 +18,9 @@ int64_t fxq_depth(int64_t columns) { return (columns + FXQ_DEPTH - 1) / FXQ_DEPT
 int64_t fxq_nibble_depth(int64_t columns) { return (columns + 127) / 128 * 128; }
 
 const struct fxq_format_entry fxq_formats[FXQ_FORMATS] = {
-    [FXQ_INT8] = {8, false, FXQ_TO_UINT8},
-    [FXQ_INT16] = {16, false, FXQ_TO_INT16},
-    [FXQ_INT4] = {4, true, FXQ_TO_UINT8},
-    [FXQ_FLOAT16] = {16, false, FXQ_TO_FLOAT},
-    [FXQ_FLOAT32] = {32, false, FXQ_TO_FLOAT},
-    [FXQ_UINT8] = {8, false, FXQ_TO_FLOAT},
+    [FXQ_INT8] = {8, false, FXQ_TO_UINT8},     [FXQ_INT16] = {16, false, FXQ_TO_INT16},
+    [FXQ_INT4] = {4, true, FXQ_TO_UINT8},      [FXQ_FLOAT16] = {16, false, FXQ_TO_FLOAT},
+    [FXQ_FLOAT32] = {32, false, FXQ_TO_FLOAT}, [FXQ_UINT8] = {8, false, FXQ_TO_FLOAT},
     [FXQ_UINT4] = {4, false, FXQ_TO_FLOAT},
 };
 
@@ -135,7 +132,8 @@ void fxq_quantize_rows(const struct fxq_activations *x, const struct fxq_rows *s
     }
 }
 
-/* The copy of a weight's last rows (row_major-inl.h), 64 of them in the tiled gemm; or a packed part of it; or 4 rows of floats. */
+/* The copy of a weight's last rows (row_major-inl.h), 64 of them in the tiled gemm; or a packed part of it; or 4 rows
+ * of floats. */
 int64_t fxq_product_scratch_bytes(const struct fxq_weight *weight) {
     const int64_t rows = 64 * fxq_depth(weight->columns), bytes = rows < FXQ_PACKED_BYTES ? FXQ_PACKED_BYTES : rows;
     const int64_t grouped = weight->group ? fxq_group_scratch_bytes(weight) : 0;

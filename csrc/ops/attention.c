@@ -25,26 +25,42 @@ static const float *find(const struct fxq_attention *call, const struct fxq_oper
 }
 
 /* scores = q k^T of some rows by the first `keys` keys, which lie in panels. */
-static void score(const struct job *job, const float *q, int64_t rows, int64_t keys, const float *panels, float *scores) {
+static void score(const struct job *job, const float *q, int64_t rows, int64_t keys, const float *panels,
+                  float *scores) {
     const struct fxq_attention *call = job->call;
     for (int64_t n = 0; n < keys; n += FXQ_PANEL) {
         const int64_t columns = job->width - n < FXQ_PANEL ? job->width - n : FXQ_PANEL;
-        const struct fxq_tiles tiles = {.a = q, .b = panels + n * call->depth, .a_row = call->q.row, .a_column = call->q.column,
-            .b_row = columns, .rows = rows, .depth = call->depth, .columns = columns, .out = scores + n, .out_row = job->width};
+        const struct fxq_tiles tiles = {.a = q,
+                                        .b = panels + n * call->depth,
+                                        .a_row = call->q.row,
+                                        .a_column = call->q.column,
+                                        .b_row = columns,
+                                        .rows = rows,
+                                        .depth = call->depth,
+                                        .columns = columns,
+                                        .out = scores + n,
+                                        .out_row = job->width};
         fxq_active->multiply_tiles(&tiles);
     }
 }
 
 /* out = scores v, each row over its sum. */
-static void weigh(const struct job *job, const float *scores, const float *sums, int64_t rows, int64_t keys, const float *v,
-                  float *out) {
+static void weigh(const struct job *job, const float *scores, const float *sums, int64_t rows, int64_t keys,
+                  const float *v, float *out) {
     const struct fxq_attention *call = job->call;
     const int64_t out_row = call->batches.sizes[1] * call->outputs;
     for (int64_t n = 0; n < call->outputs; n += FXQ_PANEL) {
         const int64_t columns = call->outputs - n < FXQ_PANEL ? call->outputs - n : FXQ_PANEL;
-        const struct fxq_tiles tiles = {.a = scores, .b = job->packs_values ? v + n * call->keys : v + n, .a_row = job->width, .a_column = 1,
-            .b_row = job->packs_values ? fxq_panel_columns(columns) : call->v.row, .rows = rows, .depth = keys, .columns = columns,
-            .out = out + n, .out_row = out_row};
+        const struct fxq_tiles tiles = {.a = scores,
+                                        .b = job->packs_values ? v + n * call->keys : v + n,
+                                        .a_row = job->width,
+                                        .a_column = 1,
+                                        .b_row = job->packs_values ? fxq_panel_columns(columns) : call->v.row,
+                                        .rows = rows,
+                                        .depth = keys,
+                                        .columns = columns,
+                                        .out = out + n,
+                                        .out_row = out_row};
         fxq_active->multiply_tiles(&tiles);
     }
     for (int64_t i = 0; i < rows; i++) {
@@ -53,16 +69,22 @@ static void weigh(const struct job *job, const float *scores, const float *sums,
     }
 }
 
-static void attend(const struct job *job, int64_t head, int64_t m0, int64_t m1, const float *panels, const float *v, float *scores) {
+static void attend(const struct job *job, int64_t head, int64_t m0, int64_t m1, const float *panels, const float *v,
+                   float *scores) {
     const struct fxq_attention *call = job->call;
-    const int64_t rows = m1 - m0, keys = call->is_causal && m1 < call->keys ? m1 : call->keys, heads = call->batches.sizes[1];
+    const int64_t rows = m1 - m0, keys = call->is_causal && m1 < call->keys ? m1 : call->keys,
+                  heads = call->batches.sizes[1];
     const float *mask = call->mask.data ? find(call, &call->mask, 3, head) + m0 * call->mask.row : NULL;
     float sums[MOST_ROWS];
     score(job, find(call, &call->q, 0, head) + m0 * call->q.row, rows, keys, panels, scores);
     for (int64_t i = 0; i < rows; i++) {
         const int64_t own = call->is_causal && m0 + i + 1 < keys ? m0 + i + 1 : keys;
-        const struct fxq_scores row = {.values = scores + i * job->width, .count = own, .padded = keys, .scale = call->scale,
-            .mask = mask ? mask + i * call->mask.row : NULL, .mask_stride = call->mask.column};
+        const struct fxq_scores row = {.values = scores + i * job->width,
+                                       .count = own,
+                                       .padded = keys,
+                                       .scale = call->scale,
+                                       .mask = mask ? mask + i * call->mask.row : NULL,
+                                       .mask_stride = call->mask.column};
         sums[i] = fxq_active->softmax_row(&row);
     }
     float *out = call->out + ((head / heads * call->rows + m0) * heads + head % heads) * call->outputs;
@@ -104,7 +126,8 @@ int fxq_attention(const struct fxq_attention *call, int threads) {
     const struct fxq_hands hands = fxq_worthwhile(4 * products, call->batches.count * job.blocks, threads);
     job.pieces = fxq_piece_count(call->batches.count * job.blocks, hands);
     const int64_t values = job.packs_values ? call->keys * fxq_panel_columns(call->outputs) : 0;
-    job.thread_bytes = fxq_aligned((call->depth * job.width + job.block * job.width + values) * (int64_t)sizeof(float)) + 64;
+    job.thread_bytes =
+        fxq_aligned((call->depth * job.width + job.block * job.width + values) * (int64_t)sizeof(float)) + 64;
     job.memory = fxq_scratch(hands.threads * job.thread_bytes);
     if (job.memory == NULL) return FXQ_NO_MEMORY;
     fxq_split(work, &job, job.pieces, hands, 4 * products);

@@ -39,8 +39,11 @@ static void take_rows(void *arg, int thread, int64_t first, int64_t last) {
 int fxq_embedding(const struct fxq_table *table, const struct fxq_indices *indices, float *out, int threads) {
     const int64_t work = indices->count * table->columns;
     const struct fxq_hands hands = fxq_worthwhile(work, indices->count, threads);
-    struct job job = {.table = table, .indices = indices, .out = out, .status = FXQ_OK,
-        .pieces = fxq_piece_count(indices->count, hands)};
+    struct job job = {.table = table,
+                      .indices = indices,
+                      .out = out,
+                      .status = FXQ_OK,
+                      .pieces = fxq_piece_count(indices->count, hands)};
     fxq_split(take_rows, &job, job.pieces, hands, work);
     return atomic_load(&job.status);
 }

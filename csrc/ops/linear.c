@@ -12,7 +12,9 @@ struct job {
     int64_t scratch_bytes; /* a thread */
 };
 
-static int64_t row_at(const struct job *job, int64_t piece) { return fxq_share(job->call->rows, 16, piece, job->row_pieces); }
+static int64_t row_at(const struct job *job, int64_t piece) {
+    return fxq_share(job->call->rows, 16, piece, job->row_pieces);
+}
 
 static void measure_rows(const struct fxq_linear *call, int64_t first, int64_t last, struct fxq_range *range) {
     const int64_t columns = call->weight.columns;
@@ -41,7 +43,8 @@ static void quantize(void *arg, int thread, int64_t first, int64_t last) {
 static void multiply(void *arg, int thread, int64_t first, int64_t last) {
     struct job *job = arg;
     const int64_t outputs = job->call->weight.outputs;
-    const int64_t n0 = fxq_share(outputs, 64, first, job->output_pieces), n1 = fxq_share(outputs, 64, last, job->output_pieces);
+    const int64_t n0 = fxq_share(outputs, 64, first, job->output_pieces),
+                  n1 = fxq_share(outputs, 64, last, job->output_pieces);
     const struct fxq_target to = {job->call->out + n0, outputs, NULL, 0};
     if (n0 < n1) fxq_multiply(&job->matmul, n0, n1, &to, job->scratch + thread * job->scratch_bytes);
 }
@@ -62,17 +65,23 @@ int fxq_linear(const struct fxq_linear *call, int threads) {
     const int64_t work = call->rows * outputs * columns;
     const struct fxq_hands hands = fxq_worthwhile(work, strips, threads);
 
-    struct job job = {.call = call, .scratch_bytes = fxq_product_scratch_bytes(weight),
-        .row_pieces = fxq_piece_count((call->rows + 15) / 16, hands), .output_pieces = fxq_piece_count(strips, hands)};
+    struct job job = {.call = call,
+                      .scratch_bytes = fxq_product_scratch_bytes(weight),
+                      .row_pieces = fxq_piece_count((call->rows + 15) / 16, hands),
+                      .output_pieces = fxq_piece_count(strips, hands)};
     const int64_t packed = fxq_aligned(fxq_activation_bytes(weight, call->rows));
     const int64_t rows = fxq_aligned(call->rows * (int64_t)sizeof(struct fxq_row));
     const int64_t ranges = fxq_aligned(job.row_pieces * (int64_t)sizeof(struct fxq_range));
     char *memory = fxq_scratch(packed + rows + ranges + hands.threads * job.scratch_bytes);
     if (memory == NULL) return FXQ_NO_MEMORY;
-    job.x = (struct fxq_activations){.rows = call->rows, .qmax = call->qmax, .per_row = call->per_row,
-        .row = (struct fxq_row *)(memory + packed), .packed = memory};
+    job.x = (struct fxq_activations){.rows = call->rows,
+                                     .qmax = call->qmax,
+                                     .per_row = call->per_row,
+                                     .row = (struct fxq_row *)(memory + packed),
+                                     .packed = memory};
     fxq_begin_activations(&job.x, weight);
-    if (job.x.form == FXQ_BYTES && fxq_active->packs_weight) job.x.is_row_major = fxq_active->packs_weight(call->rows, columns, outputs);
+    if (job.x.form == FXQ_BYTES && fxq_active->packs_weight)
+        job.x.is_row_major = fxq_active->packs_weight(call->rows, columns, outputs);
     if (!call->per_row && job.x.form != FXQ_FLOATS) job.ranges = (struct fxq_range *)(memory + packed + rows);
     job.scratch = memory + packed + rows + ranges;
     job.matmul = (struct fxq_matmul){.x = &job.x, .weight = weight, .bias = call->bias, .relu = call->relu};

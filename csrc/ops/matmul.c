@@ -1,4 +1,5 @@
-/* Products of two activations: the same bits alone and in any batch, on every instruction set, with any number of threads. */
+/* Products of two activations: the same bits alone and in any batch, on every instruction set, with any number of
+ * threads. */
 #include "kernels.h"
 #include "runtime/pool.h"
 
@@ -9,18 +10,27 @@ enum {
 
 struct job {
     const struct fxq_product *call;
-    float *panels; /* one a thread */
+    float *panels;                                     /* one a thread */
     int64_t row_blocks, column_blocks, blocks, pieces; /* of a batch; of all; into how many pieces those are cut */
 };
 
 /* Rows [m0, m1) of a batch by the columns of a panel. */
-static void multiply_block(const struct fxq_product *call, int64_t batch, int64_t m0, int64_t m1, int64_t n, float *panel) {
+static void multiply_block(const struct fxq_product *call, int64_t batch, int64_t m0, int64_t m1, int64_t n,
+                           float *panel) {
     const float *a = call->a + fxq_batch_offset(&call->batches, 0, batch);
     const float *b = call->b + fxq_batch_offset(&call->batches, 1, batch) + n * call->b_column;
-    const int64_t columns = call->columns - n < FXQ_PANEL ? call->columns - n : FXQ_PANEL, width = fxq_panel_columns(columns);
-    struct fxq_tiles tiles = {.a = a + m0 * call->a_row, .b = b, .a_row = call->a_row, .a_column = call->a_column,
-        .b_row = call->b_row, .rows = m1 - m0, .depth = call->depth, .columns = columns,
-        .out = call->out + (batch * call->rows + m0) * call->columns + n, .out_row = call->columns};
+    const int64_t columns = call->columns - n < FXQ_PANEL ? call->columns - n : FXQ_PANEL,
+                  width = fxq_panel_columns(columns);
+    struct fxq_tiles tiles = {.a = a + m0 * call->a_row,
+                              .b = b,
+                              .a_row = call->a_row,
+                              .a_column = call->a_column,
+                              .b_row = call->b_row,
+                              .rows = m1 - m0,
+                              .depth = call->depth,
+                              .columns = columns,
+                              .out = call->out + (batch * call->rows + m0) * call->columns + n,
+                              .out_row = call->columns};
     if (call->b_column != 1 || columns != width || tiles.rows >= DIRECT_ROWS) {
         fxq_pack_panels(b, call->b_row, call->b_column, call->depth, columns, panel);
         tiles.b = panel;
@@ -46,7 +56,8 @@ static struct fxq_product join_rows(struct fxq_product call) {
     while (call.batches.dimensions > 0) {
         const int last = call.batches.dimensions - 1;
         const int64_t size = call.batches.sizes[last];
-        const bool is_shared = call.batches.strides[1][last] == 0, is_even = call.batches.strides[0][last] == call.rows * call.a_row;
+        const bool is_shared = call.batches.strides[1][last] == 0,
+                   is_even = call.batches.strides[0][last] == call.rows * call.a_row;
         if (size != 1 && !(is_shared && is_even)) break;
         call.batches.dimensions = last;
         call.batches.count /= size;
@@ -61,7 +72,8 @@ int fxq_product(const struct fxq_product *given, int threads) {
     struct job job = {.call = &call, .row_blocks = 1, .column_blocks = (call.columns + FXQ_PANEL - 1) / FXQ_PANEL};
     const int64_t blocks = call.batches.count * job.column_blocks, most = (call.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int64_t each = call.rows * (call.depth + 1) * (call.columns < 16 ? 16 : call.columns);
-    const int64_t products = 4 * call.batches.count * each; /* an instruction multiplies a quarter as many floats as bytes */
+    const int64_t products =
+        4 * call.batches.count * each; /* an instruction multiplies a quarter as many floats as bytes */
     const struct fxq_hands hands = fxq_worthwhile(products, blocks * most, threads);
     if (hands.threads > 1 && blocks < 4 * hands.threads) job.row_blocks = (4 * hands.threads + blocks - 1) / blocks;
     if (job.row_blocks > most) job.row_blocks = most;

@@ -44,7 +44,8 @@ static void pack_panel(const float *b, int64_t row, int64_t column, int64_t dept
         for (int64_t k = 0; k < depth; k++) {
             float *to = out + k * width;
             if (column == 1) memcpy(to, b + k * row, (size_t)columns * sizeof *to);
-            else for (int64_t n = 0; n < columns; n++) to[n] = b[k * row + n * column];
+            else
+                for (int64_t n = 0; n < columns; n++) to[n] = b[k * row + n * column];
         }
     }
     for (int64_t k = 0; columns < width && k < depth; k++) {
@@ -54,6 +55,7 @@ static void pack_panel(const float *b, int64_t row, int64_t column, int64_t dept
 
 void fxq_pack_panels(const float *b, int64_t row, int64_t column, int64_t depth, int64_t columns, float *panels) {
     for (int64_t n = 0; n < columns; n += FXQ_PANEL) {
-        pack_panel(b + n * column, row, column, depth, columns - n < FXQ_PANEL ? columns - n : FXQ_PANEL, panels + n * depth);
+        pack_panel(b + n * column, row, column, depth, columns - n < FXQ_PANEL ? columns - n : FXQ_PANEL,
+                   panels + n * depth);
     }
 }

@@ -41,17 +41,20 @@ static void measure_weights(struct stack *s) {
     }
 }
 
-static struct fxq_activations take_activations(struct supply *memory, const struct stack *s, int64_t rows, int64_t bytes) {
+static struct fxq_activations take_activations(struct supply *memory, const struct stack *s, int64_t rows,
+                                               int64_t bytes) {
     struct fxq_activations x = {.qmax = s->call->qmax, .per_row = s->call->per_row, .packed = take(memory, bytes)};
     x.row = take(memory, rows * (int64_t)sizeof *x.row);
     return x;
 }
 
-/* For a grouped weight that each step multiplies with, many rows at a time: few are multiplied with nibbles as they lie. */
+/* For a grouped weight that each step multiplies with, many rows at a time: few are multiplied with nibbles as they
+ * lie. */
 static struct fxq_unpacked take_unpacked(struct supply *memory, const struct stack *s, int64_t outputs, int64_t columns,
                                          int64_t groups) {
     const int64_t values = fxq_aligned(outputs * columns), scales = outputs * groups * (int64_t)sizeof(float);
-    const bool is_repaid = s->call->steps > 1 && s->call->batch > fxq_active->most_nibble_rows && !fxq_active->matmul_groups;
+    const bool is_repaid =
+        s->call->steps > 1 && s->call->batch > fxq_active->most_nibble_rows && !fxq_active->matmul_groups;
     if (groups == 0 || !is_repaid || values + scales > PACKED_BYTES) return (struct fxq_unpacked){NULL, NULL};
     int8_t *taken = take(memory, values);
     return (struct fxq_unpacked){taken, take(memory, scales)};
@@ -150,7 +153,9 @@ int fxq_recurrent(const struct fxq_recurrent *call, int threads) {
     lay_out_stack(&s, call, hands.threads, &memory);
     const int64_t states = (int64_t)call->layers * call->directions * call->batch * call->outputs;
     memcpy(call->h, call->h0, (size_t)states * sizeof *call->h); /* which rows that no step reaches keep */
-    fxq_run(run, &s, hands, (step_work * call->steps + s.rows * s.gates * call->hidden * call->inputs) * call->layers * call->directions);
+    fxq_run(run, &s, hands,
+            (step_work * call->steps + s.rows * s.gates * call->hidden * call->inputs) * call->layers *
+                call->directions);
     fxq_trim_scratch();
     return FXQ_OK;
 }

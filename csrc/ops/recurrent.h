@@ -1,10 +1,10 @@
 /* What the two files of the recurrent layers share: recurrent_cell.c runs one cell through time, recurrent.c a stack.
  *
  * A cell (one direction of one layer) takes its input in chunks of steps: quantize the chunk's rows, multiply them with
- * weight_ih all at once, then step through time. Hidden units are shared out, with their gates and states: a round of the
- * threads' team for each step, in which every thread keeps to its own units as long as all of them come along. A share needs the others'
- * units only as the quantized h of the step before, which each thread makes for itself from the output rows: they are
- * never written twice, so one round a step is enough. */
+ * weight_ih all at once, then step through time. Hidden units are shared out, with their gates and states: a round of
+ * the threads' team for each step, in which every thread keeps to its own units as long as all of them come along. A
+ * share needs the others' units only as the quantized h of the step before, which each thread makes for itself from the
+ * output rows: they are never written twice, so one round a step is enough. */
 #ifndef FXQUANT_RECURRENT_H
 #define FXQUANT_RECURRENT_H
 
@@ -16,16 +16,17 @@ struct stack {
     const struct fxq_recurrent *call;
     int64_t gates; /* G: rows of the weights for each hidden unit */
     int64_t rows, chunk_rows;
-    const int64_t *starts;    /* (steps + 1,) first row of each step */
+    const int64_t *starts;                                                    /* (steps + 1,) first row of each step */
     int64_t x_bytes, h_bytes, raw_bytes, scratch_bytes, hh_groups, hr_groups; /* the most of any cell */
-    struct fxq_activations x; /* of a chunk */
-    struct fxq_range *ranges; /* a share */
-    float *input_part;        /* (chunk_rows, input_stride >= G * H): the input's part of the gates, with the bias */
-    int64_t input_stride;     /* 16 more: rows a power of two apart would share few sets of the L1 cache */
-    float *layer[2];          /* outputs of the layers between */
-    float *hidden;            /* (batch, H), before a projection */
+    struct fxq_activations x;                                                 /* of a chunk */
+    struct fxq_range *ranges;                                                 /* a share */
+    float *input_part;    /* (chunk_rows, input_stride >= G * H): the input's part of the gates, with the bias */
+    int64_t input_stride; /* 16 more: rows a power of two apart would share few sets of the L1 cache */
+    float *layer[2];      /* outputs of the layers between */
+    float *hidden;        /* (batch, H), before a projection */
     int32_t *hh_sums, *hr_sums;
-    bool packs; /* an LSTM's weight_hh is packed for its steps: see packs(); then that writes hh_sums and packed_scale */
+    bool
+        packs; /* an LSTM's weight_hh is packed for its steps: see packs(); then that writes hh_sums and packed_scale */
     void *packed;
     float *packed_scale; /* of grouped weights */
     struct fxq_unpacked hh_unpacked, hr_unpacked;
@@ -45,11 +46,11 @@ struct previous {
 };
 
 struct step {
-    int64_t index, live;       /* rows that take part */
+    int64_t index, live; /* rows that take part */
     struct previous previous;
-    bool has_state, has_raw;   /* whether this thread has quantized what it multiplies */
-    const float *input_part;   /* of its rows */
-    float *hidden, *out;       /* where hidden rows go, which are the outputs where there is no projection */
+    bool has_state, has_raw; /* whether this thread has quantized what it multiplies */
+    const float *input_part; /* of its rows */
+    float *hidden, *out;     /* where hidden rows go, which are the outputs where there is no projection */
     int64_t hidden_stride;
 };
 

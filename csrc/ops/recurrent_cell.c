@@ -10,16 +10,19 @@ static const float *previous_row(const struct previous *p, int64_t m) {
 /* Products with this cell's weights; `sums` are read of int8 alone. */
 static struct fxq_matmul by_hh(const struct cell *cell) {
     const struct stack *s = cell->stack;
-    return (struct fxq_matmul){.x = &cell->h, .weight = &cell->weights->hh, .sums = s->hh_sums, .unpacked = &s->hh_unpacked};
+    return (struct fxq_matmul){
+        .x = &cell->h, .weight = &cell->weights->hh, .sums = s->hh_sums, .unpacked = &s->hh_unpacked};
 }
 
 static struct fxq_matmul by_hr(const struct cell *cell) {
     const struct stack *s = cell->stack;
-    return (struct fxq_matmul){.x = &cell->raw, .weight = &cell->weights->hr, .sums = s->hr_sums, .unpacked = &s->hr_unpacked};
+    return (struct fxq_matmul){
+        .x = &cell->raw, .weight = &cell->weights->hr, .sums = s->hr_sums, .unpacked = &s->hr_unpacked};
 }
 
 /* Quantize the `rows` rows of a state. */
-static void quantize_state(struct fxq_activations *x, int64_t rows, const struct fxq_weight *by, const struct previous *from) {
+static void quantize_state(struct fxq_activations *x, int64_t rows, const struct fxq_weight *by,
+                           const struct previous *from) {
     x->rows = rows;
     fxq_begin_activations(x, by);
     if (!x->per_row) {
@@ -39,8 +42,10 @@ static void quantize_input(void *arg, int thread, int64_t first, int64_t last) {
     struct cell *cell = arg;
     const struct chunk *chunk = &cell->chunk;
     const int64_t begin = share(chunk->rows, first, cell->shares), end = share(chunk->rows, last, cell->shares);
-    const struct fxq_rows rows = {
-        .data = cell->input + chunk->first_row * cell->inputs, .dimensions = 1, .sizes = {chunk->rows}, .strides = {cell->inputs}};
+    const struct fxq_rows rows = {.data = cell->input + chunk->first_row * cell->inputs,
+                                  .dimensions = 1,
+                                  .sizes = {chunk->rows},
+                                  .strides = {cell->inputs}};
     (void)thread;
     if (!cell->x.per_row) fxq_set_rows(&cell->x, begin, end, &cell->range);
     fxq_quantize_rows(&cell->x, &rows, begin, end);
@@ -70,8 +75,8 @@ static void project_input(struct cell *cell) {
 }
 
 /* A run of gates: rows n .. n + count - 1 of weight_hh by the last h, plus the input's part of them. */
-static void multiply_hidden(struct cell *cell, const struct fxq_matmul *by_hidden, int64_t n, int64_t count, int64_t first_gate,
-                            int64_t units, const float *input_part) {
+static void multiply_hidden(struct cell *cell, const struct fxq_matmul *by_hidden, int64_t n, int64_t count,
+                            int64_t first_gate, int64_t units, const float *input_part) {
     const struct fxq_target to = {cell->pre + first_gate * units, cell->stack->gates * units, input_part,
                                   cell->stack->input_stride};
     fxq_multiply(by_hidden, n, n + count, &to, cell->scratch);
@@ -111,13 +116,15 @@ static void advance(struct cell *cell, int64_t u0, int64_t u1) {
             multiply_hidden(cell, &product, 0, added_gates * hidden, 0, units, step->input_part);
         } else {
             for (int64_t gate = 0; gate < added_gates; gate++) {
-                multiply_hidden(cell, &product, gate * hidden + u, units, gate, units, step->input_part + gate * hidden + u);
+                multiply_hidden(cell, &product, gate * hidden + u, units, gate, units,
+                                step->input_part + gate * hidden + u);
             }
         }
         if (s->call->mode == FXQ_GRU) multiply_hidden_n(cell, &product, u, units);
         for (int64_t m = 0; m < step->live; m++) {
-            finish_row(cell, m, u, units, cell->pre + m * s->gates * units, units, step->input_part + m * s->input_stride,
-                       previous_row(&step->previous, m), step->hidden + m * step->hidden_stride + u);
+            finish_row(cell, m, u, units, cell->pre + m * s->gates * units, units,
+                       step->input_part + m * s->input_stride, previous_row(&step->previous, m),
+                       step->hidden + m * step->hidden_stride + u);
         }
     }
 }
@@ -125,9 +132,19 @@ static void advance(struct cell *cell, int64_t u0, int64_t u1) {
 static void advance_packed(struct cell *cell, int64_t u0, int64_t u1) {
     const struct stack *s = cell->stack;
     const struct step *step = &cell->step;
-    const struct fxq_lstm_step whole = {.h = &cell->h, .weight = &cell->weights->hh, .packed = s->packed, .pairs = s->hh_sums,
-        .scale = s->packed_scale, .hidden = s->call->hidden, .u0 = u0, .u1 = u1, .input_part = step->input_part,
-        .input_stride = s->input_stride, .c = cell->c, .out = step->hidden, .out_stride = step->hidden_stride};
+    const struct fxq_lstm_step whole = {.h = &cell->h,
+                                        .weight = &cell->weights->hh,
+                                        .packed = s->packed,
+                                        .pairs = s->hh_sums,
+                                        .scale = s->packed_scale,
+                                        .hidden = s->call->hidden,
+                                        .u0 = u0,
+                                        .u1 = u1,
+                                        .input_part = step->input_part,
+                                        .input_stride = s->input_stride,
+                                        .c = cell->c,
+                                        .out = step->hidden,
+                                        .out_stride = step->hidden_stride};
     fxq_active->lstm_step(&whole);
 }
 
@@ -175,10 +192,14 @@ static void run_step(struct cell *cell, int64_t index, bool is_first) {
     const int64_t before = cell->is_backward ? index + 1 : index - 1;
     const bool is_projected = cell->weights->hr.format != FXQ_NONE;
     float *out = cell->out + s->starts[index] * cell->out_stride;
-    cell->step = (struct step){.index = index, .live = live_rows(s, index), .out = out,
-        .previous = {NULL, cell->h0, cell->out_stride, s->call->outputs, 0},
-        .input_part = s->input_part + (s->starts[index] - cell->chunk.first_row) * s->input_stride,
-        .hidden = is_projected ? s->hidden : out, .hidden_stride = is_projected ? s->call->hidden : cell->out_stride};
+    cell->step =
+        (struct step){.index = index,
+                      .live = live_rows(s, index),
+                      .out = out,
+                      .previous = {NULL, cell->h0, cell->out_stride, s->call->outputs, 0},
+                      .input_part = s->input_part + (s->starts[index] - cell->chunk.first_row) * s->input_stride,
+                      .hidden = is_projected ? s->hidden : out,
+                      .hidden_stride = is_projected ? s->call->hidden : cell->out_stride};
     if (!is_first) {
         cell->step.previous.outputs = cell->out + s->starts[before] * cell->out_stride;
         cell->step.previous.known = live_rows(s, before);

@@ -1,8 +1,8 @@
 /* Matrices with rows and columns swapped: what a convolution's input and output take, to be rows and back.
  *
- * A plain loop reads or writes one value of each cache line, and where a row is a power of two long, always the same few
- * sets of the cache. So squares go through a buffer. 32 wide: 16 would be a line, but lines that a row's length leaves
- * unaligned are written in two parts, and cost several times as much where the part is half of it. */
+ * A plain loop reads or writes one value of each cache line, and where a row is a power of two long, always the same
+ * few sets of the cache. So squares go through a buffer. 32 wide: 16 would be a line, but lines that a row's length
+ * leaves unaligned are written in two parts, and cost several times as much where the part is half of it. */
 #include "kernels.h"
 #include "runtime/pool.h"
 

@@ -4,17 +4,19 @@
 #include "python/calls.h"
 
 /* indices, weight, scale, zero_point, embedding_dim as the operators have them */
-static bool read_look_up(PyObject *const *args, PyObject *bits, PyObject *dtype, struct fxq_table *table, struct fxq_indices *indices,
-                         struct tensor *index) {
+static bool read_look_up(PyObject *const *args, PyObject *bits, PyObject *dtype, struct fxq_table *table,
+                         struct fxq_indices *indices, struct tensor *index) {
     if (!is_float32(dtype) || !read_tensor(args[0], index) || (index->kind != INT32 && index->kind != INT64) ||
-        index->dimensions == MOST_DIMENSIONS || !read_table(args[1], args[2], args[3], INTEGER(args[4]), INTEGER(bits), table)) {
+        index->dimensions == MOST_DIMENSIONS ||
+        !read_table(args[1], args[2], args[3], INTEGER(args[4]), INTEGER(bits), table)) {
         return false;
     }
     *indices = (struct fxq_indices){index->data, index->count, index->kind == INT64};
     return true;
 }
 
-/* embedding(asks, indices, weight, scale, zero_point, embedding_dim, bits, dtype); None too for an index beyond the table */
+/* embedding(asks, indices, weight, scale, zero_point, embedding_dim, bits, dtype); None too for an index beyond the
+ * table */
 PyObject *embedding(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     struct tensor index, out;
@@ -41,7 +43,8 @@ static bool read_bags(PyObject *mode, PyObject *offsets, PyObject *weights, bool
                       struct fxq_bags *bags) {
     static const char *const modes[] = {"sum", "mean", "max"}; /* FXQ_SUM, FXQ_MEAN, FXQ_MAX */
     struct tensor tensor;
-    for (bags->mode = 0; bags->mode < 3 && PyUnicode_CompareWithASCIIString(mode, modes[bags->mode]) != 0;) bags->mode++;
+    for (bags->mode = 0; bags->mode < 3 && PyUnicode_CompareWithASCIIString(mode, modes[bags->mode]) != 0;)
+        bags->mode++;
     if (bags->mode == 3 || index->dimensions != (offsets == Py_None ? 2 : 1)) return false;
     bags->count = index->shape[0];
     bags->width = offsets == Py_None ? index->shape[1] : 0;
@@ -61,8 +64,8 @@ static bool read_bags(PyObject *mode, PyObject *offsets, PyObject *weights, bool
 }
 
 /* embedding_bag(asks, indices, weight, scale, zero_point, embedding_dim, offsets, mode, per_sample_weights,
- *               include_last_offset, padding_idx, bits, dtype); None too for an index beyond the table, or offsets that do
- * not rise from 0 to the number of indices */
+ *               include_last_offset, padding_idx, bits, dtype); None too for an index beyond the table, or offsets that
+ * do not rise from 0 to the number of indices */
 PyObject *embedding_bag(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     struct tensor index, out;

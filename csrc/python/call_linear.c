@@ -1,7 +1,8 @@
 /* The module's calls of a linear and of a transpose. */
 #include "python/calls.h"
 
-/* The rows of a call's input of any strides, if each of them is dense; dimensions are joined where one goes on as the other. */
+/* The rows of a call's input of any strides, if each of them is dense; dimensions are joined where one goes on as the
+ * other. */
 static bool read_rows(PyObject *object, struct tensor *x, struct fxq_linear *call) {
     if (!read_strided(object, x) || x->kind != FLOAT32 || x->dimensions < 1 || x->count > INT64_MAX >> 10) return false;
     const int last = x->dimensions - 1;
@@ -29,9 +30,8 @@ PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     const int64_t group = INTEGER(args[8]);
     const bool trains_bias = args[0] == Py_True && args[4] != Py_None && is_trained(args[4]);
     if (group < 0 || !may_run(args[0], args[1]) || trains_bias || !read_rows(args[1], &x, &call) ||
-        !read_weight(args[2], args[3], x.shape[x.dimensions - 1], group, weight) ||
-        weight->format == FXQ_FLOAT32 || (group && INTEGER(args[9]) != weight->columns) ||
-        !read_optional_vector(args[4], weight->outputs, &call.bias) ||
+        !read_weight(args[2], args[3], x.shape[x.dimensions - 1], group, weight) || weight->format == FXQ_FLOAT32 ||
+        (group && INTEGER(args[9]) != weight->columns) || !read_optional_vector(args[4], weight->outputs, &call.bias) ||
         (fxq_formats[weight->format].takes == FXQ_TO_UINT8 && !read_qmax(args[7], &call.qmax))) {
         return nothing();
     }
@@ -53,7 +53,8 @@ PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
 PyObject *transpose(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     struct tensor x, out;
-    if (count != 2 || !may_run(args[0], args[1]) || !read_kind(args[1], FLOAT32, 3, &x) || x.shape[1] < 16 || x.shape[2] < 16) {
+    if (count != 2 || !may_run(args[0], args[1]) || !read_kind(args[1], FLOAT32, 3, &x) || x.shape[1] < 16 ||
+        x.shape[2] < 16) {
         return nothing();
     }
     const int threads = thread_count();

@@ -28,9 +28,17 @@ PyObject *matmul(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         return nothing();
     }
     const int dimensions = a.dimensions > b.dimensions ? a.dimensions : b.dimensions;
-    const int64_t *shape = a.shape + a.dimensions - 2, *a_stride = a.strides + a.dimensions - 2, *b_stride = b.strides + b.dimensions - 2;
-    struct fxq_product call = {.a = a.data, .b = b.data, .a_row = a_stride[0], .a_column = a_stride[1], .b_row = b_stride[0],
-        .b_column = b_stride[1], .rows = shape[0], .depth = shape[1], .columns = b.shape[b.dimensions - 1]};
+    const int64_t *shape = a.shape + a.dimensions - 2, *a_stride = a.strides + a.dimensions - 2,
+                  *b_stride = b.strides + b.dimensions - 2;
+    struct fxq_product call = {.a = a.data,
+                               .b = b.data,
+                               .a_row = a_stride[0],
+                               .a_column = a_stride[1],
+                               .b_row = b_stride[0],
+                               .b_column = b_stride[1],
+                               .rows = shape[0],
+                               .depth = shape[1],
+                               .columns = b.shape[b.dimensions - 1]};
     call.batches.dimensions = dimensions - 2;
     for (int i = 0; i < dimensions - 2; i++) call.batches.sizes[i] = 1;
     if (!add_batches(&a, 0, &call.batches) || !add_batches(&b, 1, &call.batches)) return nothing();
@@ -51,7 +59,8 @@ PyObject *matmul(PyObject *self, PyObject *const *args, Py_ssize_t count) {
 }
 
 /* Whether a tensor expands to (batch, heads, m, n) with the call's batch and heads; how it does. */
-static bool read_heads(const struct tensor *x, int operand, int64_t m, int64_t n, struct fxq_batches *batches, struct fxq_operand *to) {
+static bool read_heads(const struct tensor *x, int operand, int64_t m, int64_t n, struct fxq_batches *batches,
+                       struct fxq_operand *to) {
     const int64_t sizes[4] = {batches->sizes[0], batches->sizes[1], m, n};
     int64_t strides[4];
     for (int i = 0; i < 4; i++) {
@@ -79,9 +88,14 @@ PyObject *attention(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         (args[4] != Py_None && (!read_strided(args[4], &mask) || mask.kind != FLOAT32 || mask.dimensions > 4))) {
         return nothing();
     }
-    struct fxq_attention call = {.rows = q.shape[2], .keys = k.shape[2], .depth = q.shape[3], .outputs = v.shape[3],
-        .is_causal = PyObject_IsTrue(args[5]) == 1, .scale = (float)PyFloat_AsDouble(args[6])};
-    call.batches = (struct fxq_batches){.dimensions = 2, .count = q.shape[0] * q.shape[1], .sizes = {q.shape[0], q.shape[1]}};
+    struct fxq_attention call = {.rows = q.shape[2],
+                                 .keys = k.shape[2],
+                                 .depth = q.shape[3],
+                                 .outputs = v.shape[3],
+                                 .is_causal = PyObject_IsTrue(args[5]) == 1,
+                                 .scale = (float)PyFloat_AsDouble(args[6])};
+    call.batches =
+        (struct fxq_batches){.dimensions = 2, .count = q.shape[0] * q.shape[1], .sizes = {q.shape[0], q.shape[1]}};
     if (!read_heads(&q, 0, call.rows, call.depth, &call.batches, &call.q) ||
         !read_heads(&k, 1, call.keys, call.depth, &call.batches, &call.k) ||
         !read_heads(&v, 2, call.keys, call.outputs, &call.batches, &call.v) ||
@@ -89,7 +103,8 @@ PyObject *attention(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         return nothing();
     }
     const int threads = thread_count();
-    PyObject *made = PyErr_Occurred() ? NULL : new_tensor((int64_t[]){q.shape[0], call.rows, q.shape[1], call.outputs}, 4, &out);
+    PyObject *made =
+        PyErr_Occurred() ? NULL : new_tensor((int64_t[]){q.shape[0], call.rows, q.shape[1], call.outputs}, 4, &out);
     if (made == NULL) return NULL;
     call.out = out.data;
     int status;

@@ -12,7 +12,8 @@ static PyObject *item(PyObject *sequence, Py_ssize_t i) {
 }
 
 /* Item i of the weights with item i of the scales, whose shape tells a grouped one's group size. */
-static bool read_matrix(PyObject *weights, PyObject *scales, Py_ssize_t i, int64_t rows, int64_t columns, struct fxq_weight *weight) {
+static bool read_matrix(PyObject *weights, PyObject *scales, Py_ssize_t i, int64_t rows, int64_t columns,
+                        struct fxq_weight *weight) {
     PyObject *matrix = item(weights, i), *scale = PySequence_Size(scales) ? item(scales, i) : Py_None;
     return matrix && scale && read_weight(matrix, scale, columns, ANY_GROUP, weight) && weight->outputs == rows;
 }
@@ -27,7 +28,8 @@ enum { WEIGHTS, SCALES, BIASES, HIDDEN_BIASES }; /* the sequences of a recurrent
 /* Fill in the weights of all cells of a call whose sizes are known; whether they all fit. */
 static bool read_cells(PyObject *const *parts, const struct fxq_recurrent *call, int gates,
                        struct fxq_recurrent_weights *weights) {
-    const Py_ssize_t cells = (Py_ssize_t)call->layers * call->directions, each = PySequence_Size(parts[WEIGHTS]) / cells;
+    const Py_ssize_t cells = (Py_ssize_t)call->layers * call->directions,
+                     each = PySequence_Size(parts[WEIGHTS]) / cells;
     const bool has_bias = PySequence_Size(parts[BIASES]) > 0, has_own = PySequence_Size(parts[HIDDEN_BIASES]) > 0;
     const int64_t rows = gates * call->hidden;
     for (Py_ssize_t i = 0, at = 0; i < cells; i++, at += each) {
@@ -39,7 +41,8 @@ static bool read_cells(PyObject *const *parts, const struct fxq_recurrent *call,
             (has_own && !read_item(parts[HIDDEN_BIASES], i, call->hidden, &w->hidden_bias))) {
             return false;
         }
-        if (each == 3 && !read_matrix(parts[WEIGHTS], parts[SCALES], at + 2, call->outputs, call->hidden, &w->hr)) return false;
+        if (each == 3 && !read_matrix(parts[WEIGHTS], parts[SCALES], at + 2, call->outputs, call->hidden, &w->hr))
+            return false;
     }
     return true;
 }
@@ -84,14 +87,16 @@ static bool read_sequence(struct fxq_recurrent *call, PyObject *x, PyObject *bat
         return false;
     }
     if (!is_packed) return input.shape[1] == call->batch;
-    if (!read_kind(batch_sizes, INT64, 1, &sizes) || !are_sizes_sound(&sizes, input.shape[0], call->batch)) return false;
+    if (!read_kind(batch_sizes, INT64, 1, &sizes) || !are_sizes_sound(&sizes, input.shape[0], call->batch))
+        return false;
     call->steps = sizes.count;
     call->sizes = sizes.data;
     return true;
 }
 
 /* The outputs of a call as a tuple (output, h, or output, h, c), with the initial states copied where they advance. */
-static PyObject *new_outputs(struct fxq_recurrent *call, PyObject *x, const struct tensor *h0, const struct tensor *c0) {
+static PyObject *new_outputs(struct fxq_recurrent *call, PyObject *x, const struct tensor *h0,
+                             const struct tensor *c0) {
     struct tensor out, h, c;
     if (!read_tensor(x, &out)) return NULL;
     out.shape[out.dimensions - 1] = call->directions * call->outputs;
@@ -119,7 +124,8 @@ static PyObject *new_outputs(struct fxq_recurrent *call, PyObject *x, const stru
     return outputs;
 }
 
-/* args: asks, x, batch_sizes, h0; parts: weights, scales, biases, hidden_biases; options: bidirectional, per_row, qmax */
+/* args: asks, x, batch_sizes, h0; parts: weights, scales, biases, hidden_biases; options: bidirectional, per_row, qmax
+ */
 static PyObject *recurrent(struct fxq_recurrent call, int gates, PyObject *const *args, PyObject *c0,
                            PyObject *const *parts, PyObject *const *options) {
     struct tensor h, c;
@@ -163,7 +169,8 @@ PyObject *lstm(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     return outputs;
 }
 
-/* rnn(asks, x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax) -> (output, h) */
+/* rnn(asks, x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax) -> (output,
+ * h) */
 PyObject *rnn(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     static const char *const modes[] = {"gru", "rnn_tanh", "rnn_relu"}; /* in the order of enum fxq_mode */

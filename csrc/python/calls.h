@@ -2,9 +2,9 @@
  * kernel runs.
  *
  * Each operator takes what its schema (fxquant/ops/) says, after `asks`: whether it is to look first if anybody
- * watches. It gives None, having done nothing, where somebody does, where arguments are left out, or where a tensor is not
- * dense (the input of a linear: in its last dimension), not of the dtype or shape that the kernels want, or a number is out
- * of range: its caller, fxquant/ops, then makes dense copies, or lets the reference say what is wrong. */
+ * watches. It gives None, having done nothing, where somebody does, where arguments are left out, or where a tensor is
+ * not dense (the input of a linear: in its last dimension), not of the dtype or shape that the kernels want, or a
+ * number is out of range: its caller, fxquant/ops, then makes dense copies, or lets the reference say what is wrong. */
 #ifndef FXQ_CALLS_H
 #define FXQ_CALLS_H
 
@@ -28,11 +28,12 @@ static inline bool read_qmax(PyObject *number, int *qmax) {
     return value >= 1 && value <= 255;
 }
 
-/* weights.c. A matrix of so many columns, with its scales. group: columns that share a scale, 0: none do; ANY_GROUP: as the scales'
- * shape says. */
+/* weights.c. A matrix of so many columns, with its scales. group: columns that share a scale, 0: none do; ANY_GROUP: as
+ * the scales' shape says. */
 enum { ANY_GROUP = -1 };
 bool read_weight(PyObject *object, PyObject *scale, int64_t columns, int64_t group, struct fxq_weight *weight);
-bool read_table(PyObject *object, PyObject *scale, PyObject *zero_point, int64_t columns, int64_t bits, struct fxq_table *table);
+bool read_table(PyObject *object, PyObject *scale, PyObject *zero_point, int64_t columns, int64_t bits,
+                struct fxq_table *table);
 
 /* The outputs, or for a status that is not FXQ_OK nothing, or MemoryError. Takes the outputs over. */
 static inline PyObject *finish(int status, PyObject *outputs) {

@@ -1,4 +1,5 @@
-/* The Python module: its table of methods, and its settings. The operators stand in call_*.c, after the manner of calls.h. */
+/* The Python module: its table of methods, and its settings. The operators stand in call_*.c, after the manner of
+ * calls.h. */
 #include <sys/mman.h>
 
 #include "kernels.h"
@@ -86,7 +87,8 @@ static PyObject *use_way(PyObject *self, PyObject *name) {
     return PyBool_FromLong(fxq_only_way != FXQ_WAYS);
 }
 
-/* pool_counts() -> how many jobs went each way, times that a thread joined one, workers woken, waits that ended in sleep */
+/* pool_counts() -> how many jobs went each way, times that a thread joined one, workers woken, waits that ended in
+ * sleep */
 static PyObject *pool_counts(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
     const struct fxq_pool_counts counts = fxq_count_pool();
@@ -103,18 +105,25 @@ static PyObject *pool_counts(PyObject *self, PyObject *unused) {
 }
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
-static PyMethodDef methods[] = {
-    FAST(set_torch), FAST(linear), FAST(transpose), FAST(matmul), FAST(attention), FAST(lstm), FAST(rnn), FAST(embedding), FAST(embedding_bag),
-    FAST(use_huge_pages),
-    {"isas", isas, METH_NOARGS, NULL},
-    {"active_isa", active_isa, METH_NOARGS, NULL},
-    {"select_isa", select_isa, METH_O, NULL},
-    {"set_least_share", set_least_share, METH_O, NULL},
-    {"hold_helpers", hold_helpers, METH_O, NULL},
-    {"skip_rounds", skip_rounds, METH_O, NULL},
-    {"use_way", use_way, METH_O, NULL},
-    {"pool_counts", pool_counts, METH_NOARGS, NULL},
-    {NULL, NULL, 0, NULL}};
+static PyMethodDef methods[] = {FAST(set_torch),
+                                FAST(linear),
+                                FAST(transpose),
+                                FAST(matmul),
+                                FAST(attention),
+                                FAST(lstm),
+                                FAST(rnn),
+                                FAST(embedding),
+                                FAST(embedding_bag),
+                                FAST(use_huge_pages),
+                                {"isas", isas, METH_NOARGS, NULL},
+                                {"active_isa", active_isa, METH_NOARGS, NULL},
+                                {"select_isa", select_isa, METH_O, NULL},
+                                {"set_least_share", set_least_share, METH_O, NULL},
+                                {"hold_helpers", hold_helpers, METH_O, NULL},
+                                {"skip_rounds", skip_rounds, METH_O, NULL},
+                                {"use_way", use_way, METH_O, NULL},
+                                {"pool_counts", pool_counts, METH_NOARGS, NULL},
+                                {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "_native", "fxquant's CPU kernels.", -1, methods, NULL, NULL, NULL, NULL};
@@ -123,6 +132,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     fxq_select_isa(-1);
     fxq_watch_forks();
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "interface", 9) != 0) Py_CLEAR(module); /* of library.py's _INTERFACE */
+    if (module && PyModule_AddIntConstant(module, "interface", 9) != 0)
+        Py_CLEAR(module); /* of library.py's _INTERFACE */
     return module;
 }

@@ -1,7 +1,7 @@
 /* torch's tensors, seen from C without torch's headers.
  *
- * A model's Python code runs on cold caches, between kernels that fill them: each line of it costs several times what it
- * does in a loop. So tensors are taken apart here, with one call each: DLPack's exchange interface, a table of C
+ * A model's Python code runs on cold caches, between kernels that fill them: each line of it costs several times what
+ * it does in a loop. So tensors are taken apart here, with one call each: DLPack's exchange interface, a table of C
  * functions that the tensor type carries (https://dmlc.github.io/dlpack/latest/c_api.html). Where torch is older than
  * that, their Python methods are called. */
 #include "python/tensors.h"
@@ -26,9 +26,9 @@ struct dl_exchange {
     int (*view)(void *object, struct dl_tensor *out); /* -1: an exception is set */
 };
 enum { DL_CPU = 1, DL_MAJOR = 1 };
-static const struct dl_type dl_types[KINDS] = {
-    [FLOAT32] = {2, 32, 1}, [INT8] = {0, 8, 1}, [UINT8] = {1, 8, 1}, [INT32] = {0, 32, 1}, [INT64] = {0, 64, 1},
-    [BFLOAT16] = {4, 16, 1}, [INT16] = {0, 16, 1}, [FLOAT16] = {2, 16, 1}};
+static const struct dl_type dl_types[KINDS] = {[FLOAT32] = {2, 32, 1}, [INT8] = {0, 8, 1},    [UINT8] = {1, 8, 1},
+                                               [INT32] = {0, 32, 1},   [INT64] = {0, 64, 1},  [BFLOAT16] = {4, 16, 1},
+                                               [INT16] = {0, 16, 1},   [FLOAT16] = {2, 16, 1}};
 
 enum { WATCHERS = 4 };
 
@@ -53,22 +53,20 @@ static bool make_names(void) {
     return (name.requires_grad = PyUnicode_InternFromString("requires_grad")) &&
            (name.is_neg = PyUnicode_InternFromString("is_neg")) &&
            (name.is_cpu = PyUnicode_InternFromString("is_cpu")) && (name.dtype = PyUnicode_InternFromString("dtype")) &&
-           (name.shape = PyUnicode_InternFromString("shape")) &&
-           (name.stride = PyUnicode_InternFromString("stride")) &&
+           (name.shape = PyUnicode_InternFromString("shape")) && (name.stride = PyUnicode_InternFromString("stride")) &&
            (name.data_ptr = PyUnicode_InternFromString("data_ptr"));
 }
 
-/* set_torch((Tensor, Parameter), (float32, int8, uint8, int32, int64, bfloat16, int16, float16), (empty, its keywords), (new_large, get_num_threads,
- *           is_grad_enabled), watchers, the exchange interface's capsule or None) */
+/* set_torch((Tensor, Parameter), (float32, int8, uint8, int32, int64, bfloat16, int16, float16), (empty, its keywords),
+ * (new_large, get_num_threads, is_grad_enabled), watchers, the exchange interface's capsule or None) */
 PyObject *set_torch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    PyObject **targets[5][KINDS] = {
-        {&torch.tensor, &torch.parameter},
-        {&torch.dtypes[0], &torch.dtypes[1], &torch.dtypes[2], &torch.dtypes[3], &torch.dtypes[4],
-         &torch.dtypes[5], &torch.dtypes[6], &torch.dtypes[7]},
-        {&torch.empty, &torch.float32_on_cpu},
-        {&torch.new_large, &torch.get_num_threads, &torch.is_grad_enabled},
-        {&torch.watchers[0], &torch.watchers[1], &torch.watchers[2], &torch.watchers[3]}};
+    PyObject **targets[5][KINDS] = {{&torch.tensor, &torch.parameter},
+                                    {&torch.dtypes[0], &torch.dtypes[1], &torch.dtypes[2], &torch.dtypes[3],
+                                     &torch.dtypes[4], &torch.dtypes[5], &torch.dtypes[6], &torch.dtypes[7]},
+                                    {&torch.empty, &torch.float32_on_cpu},
+                                    {&torch.new_large, &torch.get_num_threads, &torch.is_grad_enabled},
+                                    {&torch.watchers[0], &torch.watchers[1], &torch.watchers[2], &torch.watchers[3]}};
     static const Py_ssize_t sizes[5] = {2, KINDS, 2, 3, WATCHERS};
     if (count != 6) return PyErr_Format(PyExc_TypeError, "set_torch takes 6 arguments, got %zd", count);
     if (!make_names()) return NULL;
@@ -105,7 +103,8 @@ static bool find_kind(const struct dl_type *type, enum kind *kind) {
 static bool read_exchanged(PyObject *object, struct tensor *tensor) {
     struct dl_tensor seen;
     if (torch.exchange->view(object, &seen) != 0) return false;
-    if (seen.device_type != DL_CPU || seen.dimensions > MOST_DIMENSIONS || !find_kind(&seen.type, &tensor->kind)) return false;
+    if (seen.device_type != DL_CPU || seen.dimensions > MOST_DIMENSIONS || !find_kind(&seen.type, &tensor->kind))
+        return false;
     tensor->data = (char *)seen.data + seen.byte_offset;
     tensor->dimensions = seen.dimensions;
     tensor->count = 1;
@@ -136,7 +135,8 @@ static bool has_known_dtype(PyObject *object, enum kind *kind) {
 }
 
 static bool read_by_methods(PyObject *object, struct tensor *tensor) {
-    if (!has_known_dtype(object, &tensor->kind) || integer_from(PyObject_GetAttr(object, name.is_cpu)) != 1) return false;
+    if (!has_known_dtype(object, &tensor->kind) || integer_from(PyObject_GetAttr(object, name.is_cpu)) != 1)
+        return false;
     PyObject *shape = PyObject_GetAttr(object, name.shape);
     PyObject *strides = shape ? PyObject_CallMethodObjArgs(object, name.stride, NULL) : NULL;
     tensor->dimensions = strides ? (int)PyTuple_Size(strides) : MOST_DIMENSIONS + 1;
@@ -203,7 +203,8 @@ static bool is_true(PyObject *value) {
 }
 
 bool is_trained(PyObject *object) {
-    return is_true(PyObject_GetAttr(object, name.requires_grad)) && is_true(PyObject_CallObject(torch.is_grad_enabled, NULL));
+    return is_true(PyObject_GetAttr(object, name.requires_grad)) &&
+           is_true(PyObject_CallObject(torch.is_grad_enabled, NULL));
 }
 
 bool is_watched(PyObject *object) {

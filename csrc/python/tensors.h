@@ -27,11 +27,11 @@ bool is_float32(PyObject *dtype);
 bool read_tensor(PyObject *object, struct tensor *tensor);
 bool read_strided(PyObject *object, struct tensor *tensor);
 bool read_kind(PyObject *object, enum kind kind, int dimensions, struct tensor *tensor);
-bool read_vector(PyObject *object, int64_t count, const float **data); /* float32, (count,) */
+bool read_vector(PyObject *object, int64_t count, const float **data);          /* float32, (count,) */
 bool read_optional_vector(PyObject *object, int64_t count, const float **data); /* None: NULL */
 
-/* Whether a compiler, a tracer, a mode, a function transform or a gradient wants to see what happens to this tensor: then
- * it must go through torch's dispatcher. Also true, with an exception set, when torch cannot be asked. */
+/* Whether a compiler, a tracer, a mode, a function transform or a gradient wants to see what happens to this tensor:
+ * then it must go through torch's dispatcher. Also true, with an exception set, when torch cannot be asked. */
 bool is_watched(PyObject *object);
 
 /* Whether a gradient of a tensor is wanted. */

@@ -36,7 +36,8 @@ static int64_t group_size_of(int64_t columns, int64_t groups) {
 
 static bool read_groups(PyObject *object, int64_t group, struct fxq_weight *weight) {
     struct tensor scale;
-    if (!read_kind(object, BFLOAT16, 2, &scale) || scale.shape[0] != weight->outputs || weight->columns == 0) return false;
+    if (!read_kind(object, BFLOAT16, 2, &scale) || scale.shape[0] != weight->outputs || weight->columns == 0)
+        return false;
     weight->scale = scale.data;
     weight->groups = scale.shape[1];
     weight->group = group == ANY_GROUP ? group_size_of(weight->columns, weight->groups) : group;
@@ -49,8 +50,10 @@ bool read_weight(PyObject *object, PyObject *scale, int64_t columns, int64_t gro
     const float *row_scale = NULL;
     if (!read_tensor(object, &matrix) || matrix.dimensions != 2) return false;
     const bool is_grouped = group == ANY_GROUP ? matrix.kind == UINT8 : group > 0;
-    *weight = (struct fxq_weight){.format = format_of(matrix.kind, is_grouped), .data = matrix.data, .outputs = matrix.shape[0],
-        .columns = columns};
+    *weight = (struct fxq_weight){.format = format_of(matrix.kind, is_grouped),
+                                  .data = matrix.data,
+                                  .outputs = matrix.shape[0],
+                                  .columns = columns};
     if (weight->format == FXQ_NONE || matrix.shape[1] != width_of(weight->format, columns)) return false;
     if (is_grouped) return read_groups(scale, group, weight);
     if (fxq_formats[weight->format].takes == FXQ_TO_FLOAT) return true; /* which have no scale, or one of any kind */
@@ -59,12 +62,16 @@ bool read_weight(PyObject *object, PyObject *scale, int64_t columns, int64_t gro
     return is_scaled;
 }
 
-bool read_table(PyObject *object, PyObject *scale, PyObject *zero_point, int64_t columns, int64_t bits, struct fxq_table *table) {
+bool read_table(PyObject *object, PyObject *scale, PyObject *zero_point, int64_t columns, int64_t bits,
+                struct fxq_table *table) {
     struct tensor matrix;
     if (!read_tensor(object, &matrix) || matrix.dimensions != 2) return false;
-    *table = (struct fxq_table){.format = table_format_of(matrix.kind, bits), .values = matrix.data, .rows = matrix.shape[0],
-        .columns = columns};
+    *table = (struct fxq_table){.format = table_format_of(matrix.kind, bits),
+                                .values = matrix.data,
+                                .rows = matrix.shape[0],
+                                .columns = columns};
     if (table->format == FXQ_NONE || matrix.shape[1] != width_of(table->format, columns)) return false;
     if (table->format == FXQ_FLOAT16) return scale == Py_None && zero_point == Py_None;
-    return read_vector(scale, table->rows, &table->scale) && read_optional_vector(zero_point, table->rows, &table->zero_point);
+    return read_vector(scale, table->rows, &table->scale) &&
+           read_optional_vector(zero_point, table->rows, &table->zero_point);
 }

@@ -26,7 +26,8 @@ void fxq_begin_rounds(struct fxq_team *team);
 void fxq_end_rounds(const struct fxq_team *team);
 void fxq_reset_rounds(void);
 
-/* Of the job that runs: when the first helper came, 0 if none has; and for how long threads slept for want of others. */
+/* Of the job that runs: when the first helper came, 0 if none has; and for how long threads slept for want of others.
+ */
 void fxq_note_arrival(void);
 extern _Atomic int64_t fxq_first_arrival, fxq_waited_ns;
 extern atomic_bool fxq_holds_helpers;

@@ -20,7 +20,8 @@
 /* FXQ_FOR(8, int i = 0; i < count; i++): a loop that is unrolled, up to 8 times. */
 #define FXQ_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define FXQ_TARGET_BEGIN(features) FXQ_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define FXQ_TARGET_BEGIN(features) \
+    FXQ_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define FXQ_TARGET_END FXQ_PRAGMA(clang attribute pop)
 #define FXQ_FOR(count, ...) FXQ_PRAGMA(clang loop unroll_count(count)) for (__VA_ARGS__)
 #else

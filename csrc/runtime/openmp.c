@@ -1,9 +1,10 @@
-/* The threads of torch's OpenMP. Between two float operators they spin on their cores for milliseconds, and a worker of ours
- * would have to fight one of them for its core; but they join a job of ours as quickly as one of torch's.
+/* The threads of torch's OpenMP. Between two float operators they spin on their cores for milliseconds, and a worker of
+ * ours would have to fight one of them for its core; but they join a job of ours as quickly as one of torch's.
  *
  * The library is the one that is already loaded; nothing is linked. A team has as many threads as torch's (up to
- * FXQ_MOST_THREADS), since a smaller one makes GNU's library end the others. Its region ends when all of them have come: pool.c measures what that takes.
- * In the child of a fork the team's threads are gone and a region would wait for them for ever, so there it is not used. */
+ * FXQ_MOST_THREADS), since a smaller one makes GNU's library end the others. Its region ends when all of them have
+ * come: pool.c measures what that takes. In the child of a fork the team's threads are gone and a region would wait for
+ * them for ever, so there it is not used. */
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
@@ -15,7 +16,7 @@
 #include "runtime/crew.h"
 
 static void (*parallel)(void (*fn)(void *), void *arg, unsigned threads, unsigned flags); /* GOMP_parallel */
-static int (*thread_number)(void);                                                      /* omp_get_thread_num */
+static int (*thread_number)(void);                                                        /* omp_get_thread_num */
 static atomic_bool is_forgotten;
 
 #if defined(__linux__)

@@ -1,10 +1,10 @@
 /* Who helps with a job: see pool.h.
  *
  * Each way to get help has its price: how long it took lately until somebody came, and how long threads then waited for
- * others that had lost their cores. A job goes the way that saves most, or is done alone where none saves anything: on a
- * machine whose cores are busy all prices rise by themselves. Prices fall with time, so that a way is tried again now and
- * then. Waking pays for later jobs too, so what sleepers would have saved is added up from job to job, as long as these
- * follow each other closely.
+ * others that had lost their cores. A job goes the way that saves most, or is done alone where none saves anything: on
+ * a machine whose cores are busy all prices rise by themselves. Prices fall with time, so that a way is tried again now
+ * and then. Waking pays for later jobs too, so what sleepers would have saved is added up from job to job, as long as
+ * these follow each other closely.
  *
  * After fork() the child has no threads but its own, so it starts with an empty pool. */
 #include <pthread.h>
@@ -12,16 +12,18 @@
 #include "runtime/crew.h"
 
 enum {
-    CLOSE_NS = 100000,        /* jobs so close follow each other: a worker would have stayed awake (workers.c) */
+    CLOSE_NS = 100000, /* jobs so close follow each other: a worker would have stayed awake (workers.c) */
     MOST_PRICE_NS = 20000000,
-    SIZES = 64,               /* of jobs that are remembered */
-    STALE_NS = 100000000,     /* after this time, or this many times its length, what is known of a job is looked at anew */
+    SIZES = 64,           /* of jobs that are remembered */
+    STALE_NS = 100000000, /* after this time, or this many times its length, what is known of a job is looked at anew */
     STALE_TIMES = 200,
-    BAD = 16,                 /* times the usual price */
-    SURE = 2                  /* a job must save so many prices */
+    BAD = 16, /* times the usual price */
+    SURE = 2  /* a job must save so many prices */
 };
-/* OpenMP's price is the only one that the caller must pay in full, even if nobody comes: it is tried again less often. */
-static const int64_t half_life_ns[FXQ_WAYS] = {[FXQ_READY] = 100000000, [FXQ_WAKING] = 100000000, [FXQ_OPENMP] = 500000000};
+/* OpenMP's price is the only one that the caller must pay in full, even if nobody comes: it is tried again less often.
+ */
+static const int64_t half_life_ns[FXQ_WAYS] = {
+    [FXQ_READY] = 100000000, [FXQ_WAKING] = 100000000, [FXQ_OPENMP] = 500000000};
 static const int64_t least_price_ns[FXQ_WAYS] = {[FXQ_READY] = 500, [FXQ_WAKING] = 15000, [FXQ_OPENMP] = 2000};
 
 static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER; /* held while a job runs; guards what follows */
@@ -88,7 +90,8 @@ static void note_price(enum fxq_way way, int64_t paid, int64_t now) {
 
 static struct experience *recall(int64_t work, int threads) {
     struct experience *found = &experiences[(uint64_t)work * 0x9e3779b97f4a7c15u >> 58];
-    if (found->work != work || found->threads != threads) *found = (struct experience){.work = work, .threads = threads};
+    if (found->work != work || found->threads != threads)
+        *found = (struct experience){.work = work, .threads = threads};
     return found;
 }
 
@@ -120,7 +123,8 @@ static enum fxq_way choose_way(struct fxq_hands hands, const struct experience *
     enum fxq_way best = FXQ_ALONE;
     for (int way = 0; way < FXQ_WAYS; way++) {
         const int helpers = way == FXQ_READY ? ready : hands.threads - 1;
-        if (helpers == 0 || (way == FXQ_WAKING && ready >= others) || (way == FXQ_OPENMP && !fxq_has_openmp())) continue;
+        if (helpers == 0 || (way == FXQ_WAKING && ready >= others) || (way == FXQ_OPENMP && !fxq_has_openmp()))
+            continue;
         const double credit = way == FXQ_WAKING ? (double)habit.missed_ns : 0.0;
         const double saved = credit + alone_ns * helpers / (helpers + 1) - SURE * (double)price_of(way, now);
         if (saved > most) {
@@ -139,7 +143,8 @@ static void learn(enum fxq_way way, struct fxq_hands hands, struct experience *o
     habit.ns_a_multiplication += (ns - habit.ns_a_multiplication) / 8;
     remember(of, way == FXQ_ALONE ? ALONE : SHARED, took, now);
     if (way != FXQ_ALONE) note_price(way, (came ? came - began : took) + atomic_load(&fxq_waited_ns), now);
-    habit.missed_ns = way == FXQ_WAKING || way == FXQ_OPENMP ? 0 : habit.missed_ns + took * (hands.threads - threads) / hands.threads;
+    habit.missed_ns =
+        way == FXQ_WAKING || way == FXQ_OPENMP ? 0 : habit.missed_ns + took * (hands.threads - threads) / hands.threads;
     habit.ended = now;
 }
 

@@ -1,9 +1,9 @@
 /* The rounds of a job: which pieces are begun, and how many are done. See pool.h.
  *
- * Each thread's share of a round is one word, (round, first, end): its owner takes pieces from the front, others take them from
- * the back, each by one compare-and-swap. The word of an earlier round stands for a share that nobody has touched yet, so nobody
- * has to set up a round; the word of a later round says that this one is over. Rounds and done pieces are counted on from
- * job to job, so nothing has to be reset either. */
+ * Each thread's share of a round is one word, (round, first, end): its owner takes pieces from the front, others take
+ * them from the back, each by one compare-and-swap. The word of an earlier round stands for a share that nobody has
+ * touched yet, so nobody has to set up a round; the word of a later round says that this one is over. Rounds and done
+ * pieces are counted on from job to job, so nothing has to be reset either. */
 #include "runtime/crew.h"
 
 static struct {
@@ -66,7 +66,8 @@ void fxq_end_rounds(const struct fxq_team *team) {
     const bool is_long_ago = team->round >> 30 != rounds_so_far >> 30;
     rounds_so_far = team->round;
     due_so_far = team->due;
-    if (is_long_ago) touch_shares(); /* a share that no job has touched for 2^31 rounds would seem to be of a later one */
+    if (is_long_ago)
+        touch_shares(); /* a share that no job has touched for 2^31 rounds would seem to be of a later one */
 }
 
 void fxq_reset_rounds(void) { /* in the child of a fork: a job may have been half done */

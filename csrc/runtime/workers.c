@@ -1,10 +1,10 @@
 /* Threads of our own: how they wait for a job, join it and leave it. See pool.h.
  *
- * The gate is one word, (job, threads, open, inside). The caller opens it with the next job's number, does what it can, closes it,
- * and waits only for workers that are inside. A worker enters by counting itself in while the gate is open.
+ * The gate is one word, (job, threads, open, inside). The caller opens it with the next job's number, does what it can,
+ * closes it, and waits only for workers that are inside. A worker enters by counting itself in while the gate is open.
  *
- * An idle worker spins for a while, since the operators of a model follow each other closely, and lets others have its core
- * while it does. Then it sleeps. Time is read from a clock, never counted in pauses: a pause is 40 cycles on one
+ * An idle worker spins for a while, since the operators of a model follow each other closely, and lets others have its
+ * core while it does. Then it sleeps. Time is read from a clock, never counted in pauses: a pause is 40 cycles on one
  * processor and 140 on another. */
 #include <pthread.h>
 #include <sched.h>
@@ -46,7 +46,7 @@ static int inside_of(uint64_t word) { return (int)(word & 0xffff); }
 
 static struct fxq_offer job; /* written while the gate is closed and nobody inside, like the next */
 static bool wakes_others;
-static int started; /* workers that exist; touched by the thread alone that holds the pool */
+static int started;                            /* workers that exist; touched by the thread alone that holds the pool */
 static atomic_bool is_awake[FXQ_MOST_THREADS]; /* each worker: whether it spins or works */
 
 int64_t fxq_now_ns(void) {
@@ -124,7 +124,8 @@ static void wake_two(int thread, int threads) {
 
 static bool enter(int thread) {
     uint64_t word = atomic_load(&gate);
-    while ((word & OPEN) && thread < threads_in(word) && !atomic_load_explicit(&fxq_holds_helpers, memory_order_relaxed)) {
+    while ((word & OPEN) && thread < threads_in(word) &&
+           !atomic_load_explicit(&fxq_holds_helpers, memory_order_relaxed)) {
         if (atomic_compare_exchange_weak(&gate, &word, word + 1)) return true;
     }
     return false;

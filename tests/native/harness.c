@@ -1,5 +1,5 @@
-/* The kernels without Python: random cases on every instruction set, hashed. One line an instruction set; the hashes are
- * equal on all of them, and on all processors. argv: cases, threads. Used by test_harness.py. */
+/* The kernels without Python: random cases on every instruction set, hashed. One line an instruction set; the hashes
+ * are equal on all of them, and on all processors. argv: cases, threads. Used by test_harness.py. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -82,15 +82,23 @@ static void release(const struct fxq_weight *w) { free((void *)w->data), free((v
 static void linear_case(int threads, bool is_large) {
     const int64_t columns = below(is_large ? 50 : 200), outputs = is_large && below(2) ? 8 << 10 : below(150);
     const int64_t inner = is_large ? 260 : 1 + below(9), outer = is_large ? 1 : below(9), rows = inner * outer;
-    const int64_t stride = below(2) ? columns : below(columns + 3), outer_stride = below(2) ? inner * stride : below(300);
+    const int64_t stride = below(2) ? columns : below(columns + 3),
+                  outer_stride = below(2) ? inner * stride : below(300);
     const int64_t count = rows ? (inner - 1) * stride + (outer - 1) * outer_stride + columns : 0;
     float *x = floats(count, 1e-3f, true), *bias = floats(outputs, 1e-4f, true);
     float *out = take(rows * outputs * 4);
     const struct fxq_weight w = weight(outputs, columns, columns ? 4 : 3); /* groups have columns */
     if (below(10) == 0 && count > 0) x[below(count)] = NAN;
     if (below(10) == 0 && count > 0) x[below(count)] = -INFINITY;
-    const struct fxq_linear call = {.x = {.data = x, .dimensions = 2, .sizes = {outer, inner}, .strides = {outer_stride, stride}},
-        .rows = rows, .weight = w, .bias = below(3) ? bias : NULL, .out = out, .relu = below(3) == 0, .per_row = below(3) > 0, .qmax = below(3) ? 255 : 127};
+    const struct fxq_linear call = {
+        .x = {.data = x, .dimensions = 2, .sizes = {outer, inner}, .strides = {outer_stride, stride}},
+        .rows = rows,
+        .weight = w,
+        .bias = below(3) ? bias : NULL,
+        .out = out,
+        .relu = below(3) == 0,
+        .per_row = below(3) > 0,
+        .qmax = below(3) ? 255 : 127};
     if (fxq_linear(&call, threads) != FXQ_OK) abort();
     mix(out, rows * outputs);
     free(x), free(bias), free(out), release(&w);
@@ -102,26 +110,52 @@ static void product_case(int threads) {
     float *a = floats(batch * rows * depth, 1e-3f, true), *b = floats(batch * depth * columns, 1e-3f, true);
     float *out = take(batch * rows * columns * 4);
     if (below(10) == 0 && rows * depth > 0) a[below(rows * depth)] = NAN;
-    const struct fxq_product call = {.batches = {.dimensions = 1, .count = batch, .sizes = {batch}, .strides = {{rows * depth}, {is_shared ? 0 : depth * columns}}},
-        .a = a, .b = b, .a_row = depth, .a_column = 1, .b_row = is_turned ? 1 : columns, .b_column = is_turned ? depth : 1,
-        .rows = rows, .depth = depth, .columns = columns, .out = out};
+    const struct fxq_product call = {.batches = {.dimensions = 1,
+                                                 .count = batch,
+                                                 .sizes = {batch},
+                                                 .strides = {{rows * depth}, {is_shared ? 0 : depth * columns}}},
+                                     .a = a,
+                                     .b = b,
+                                     .a_row = depth,
+                                     .a_column = 1,
+                                     .b_row = is_turned ? 1 : columns,
+                                     .b_column = is_turned ? depth : 1,
+                                     .rows = rows,
+                                     .depth = depth,
+                                     .columns = columns,
+                                     .out = out};
     if (fxq_product(&call, threads) != FXQ_OK) abort();
     mix(out, batch * rows * columns);
     free(a), free(b), free(out);
 }
 
 static void attention_case(int threads) {
-    const int64_t batch = 1 + below(3), heads = 1 + below(3), rows = below(40), keys = below(150), depth = below(40), outputs = below(80);
+    const int64_t batch = 1 + below(3), heads = 1 + below(3), rows = below(40), keys = below(150), depth = below(40),
+                  outputs = below(80);
     const int64_t all = batch * heads;
     float *q = floats(all * rows * depth, 1e-4f, true), *k = floats(all * keys * depth, 1e-4f, true);
-    float *v = floats(all * keys * outputs, 1e-4f, true), *mask = floats(rows * keys, 1e-3f, true), *out = take(all * rows * outputs * 4);
+    float *v = floats(all * keys * outputs, 1e-4f, true), *mask = floats(rows * keys, 1e-3f, true),
+          *out = take(all * rows * outputs * 4);
     for (int64_t i = 0; i < rows * keys; i++) mask[i] = below(4) ? mask[i] : -INFINITY;
     if (below(10) == 0 && rows * depth > 0) q[below(rows * depth)] = NAN;
-    const struct fxq_attention call = {
-        .batches = {.dimensions = 2, .count = all, .sizes = {batch, heads}, .strides = {{heads * rows * depth, rows * depth},
-            {heads * keys * depth, keys * depth}, {heads * keys * outputs, keys * outputs}, {0, 0}}},
-        .q = {q, depth, 1}, .k = {k, depth, 1}, .v = {v, outputs, 1}, .mask = {below(2) ? mask : NULL, keys, 1}, .rows = rows, .keys = keys,
-        .depth = depth, .outputs = outputs, .scale = 0.3f, .is_causal = below(2), .out = out};
+    const struct fxq_attention call = {.batches = {.dimensions = 2,
+                                                   .count = all,
+                                                   .sizes = {batch, heads},
+                                                   .strides = {{heads * rows * depth, rows * depth},
+                                                               {heads * keys * depth, keys * depth},
+                                                               {heads * keys * outputs, keys * outputs},
+                                                               {0, 0}}},
+                                       .q = {q, depth, 1},
+                                       .k = {k, depth, 1},
+                                       .v = {v, outputs, 1},
+                                       .mask = {below(2) ? mask : NULL, keys, 1},
+                                       .rows = rows,
+                                       .keys = keys,
+                                       .depth = depth,
+                                       .outputs = outputs,
+                                       .scale = 0.3f,
+                                       .is_causal = below(2),
+                                       .out = out};
     if (fxq_attention(&call, threads) != FXQ_OK) abort();
     mix(out, all * rows * outputs);
     free(q), free(k), free(v), free(mask), free(out);
@@ -135,20 +169,38 @@ static void recurrent_case(int threads) {
     const int directions = 1 + (int)below(2);
     struct fxq_recurrent_weights cells[2] = {0};
     for (int i = 0; i < directions; i++) {
-        cells[i] = (struct fxq_recurrent_weights){.ih = weight(gates, inputs, 5), .hh = weight(gates, outputs, 5), .bias = floats(gates, 1e-4f, true), .hidden_bias = mode == FXQ_GRU ? floats(hidden, 1e-4f, true) : NULL};
+        cells[i] = (struct fxq_recurrent_weights){.ih = weight(gates, inputs, 5),
+                                                  .hh = weight(gates, outputs, 5),
+                                                  .bias = floats(gates, 1e-4f, true),
+                                                  .hidden_bias = mode == FXQ_GRU ? floats(hidden, 1e-4f, true) : NULL};
         if (outputs != hidden) cells[i].hr = weight(outputs, hidden, 5);
     }
     float *x = floats(steps * batch * inputs, 1e-3f, true), *h0 = floats(directions * batch * outputs, 1e-4f, true);
     float *h = take(directions * batch * outputs * 4), *c = floats(directions * batch * hidden, 1e-4f, true);
     float *out = take(steps * batch * directions * outputs * 4);
-    const struct fxq_recurrent call = {.mode = mode, .x = x, .steps = steps, .batch = batch, .inputs = inputs, .hidden = hidden, .outputs = outputs,
-        .layers = 1, .directions = directions, .cells = cells, .h0 = h0, .h = h, .c = c, .out = out, .per_row = below(3) > 0, .qmax = 255};
+    const struct fxq_recurrent call = {.mode = mode,
+                                       .x = x,
+                                       .steps = steps,
+                                       .batch = batch,
+                                       .inputs = inputs,
+                                       .hidden = hidden,
+                                       .outputs = outputs,
+                                       .layers = 1,
+                                       .directions = directions,
+                                       .cells = cells,
+                                       .h0 = h0,
+                                       .h = h,
+                                       .c = c,
+                                       .out = out,
+                                       .per_row = below(3) > 0,
+                                       .qmax = 255};
     if (fxq_recurrent(&call, threads) != FXQ_OK) abort();
     mix(out, steps * batch * directions * outputs);
     mix(h, directions * batch * outputs);
     mix(c, directions * batch * hidden);
     for (int i = 0; i < directions; i++) {
-        release(&cells[i].ih), release(&cells[i].hh), release(&cells[i].hr), free((void *)cells[i].bias), free((void *)cells[i].hidden_bias);
+        release(&cells[i].ih), release(&cells[i].hh), release(&cells[i].hr), free((void *)cells[i].bias),
+            free((void *)cells[i].hidden_bias);
     }
     free(x), free(h0), free(h), free(c), free(out);
 }

@@ -74,7 +74,13 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
     }
 }
 
-const struct fxq_kernels fxq_neon_dot = {.name = "neon_dot", .value_bytes = 1, .quantize = quantize,
-                                         .row_sums = row_sums, .matmul = matmul, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
+const struct fxq_kernels fxq_neon_dot = {.name = "neon_dot",
+                                         .value_bytes = 1,
+                                         .quantize = quantize,
+                                         .row_sums = row_sums,
+                                         .matmul = matmul,
+                                         FXQ_INT16,
+                                         FXQ_FLOATS,
+                                         FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -1,8 +1,9 @@
 /* The arithmetic on single elements, in plain C, included by each instruction set's file and vectorized for it by the
  * compiler: so that it is the same arithmetic everywhere.
  *
- * Expects: FXQ_VALUE, the type of a packed activation: uint8_t (q) or int16_t (q - zero_point); before it measure and quantize_values, if
- * FXQ_OWN_QUANTIZATION says that the includer has its own; and in the same file one of each tables-inl.h and unpack-inl.h.
+ * Expects: FXQ_VALUE, the type of a packed activation: uint8_t (q) or int16_t (q - zero_point); before it measure and
+ * quantize_values, if FXQ_OWN_QUANTIZATION says that the includer has its own; and in the same file one of each
+ * tables-inl.h and unpack-inl.h.
  *
  * The order of a comparison's operands matters: a < b ? b : a keeps a where a is NaN. */
 #include <string.h>
@@ -10,8 +11,9 @@
 #include "runtime/isa.h"
 
 #define ROUND 12582912.0f /* 1.5 * 2^23: see activations.c */
-#define FXQ_ELEMENTWISE .measure = measure, \
-    .lstm_cell = lstm_cell, .gru_cell = gru_cell, .rnn_cell = rnn_cell, .unpack = unpack, .put_row = put_row, .add_rows = add_rows, .take_greater = take_greater
+#define FXQ_ELEMENTWISE                                                                                       \
+    .measure = measure, .lstm_cell = lstm_cell, .gru_cell = gru_cell, .rnn_cell = rnn_cell, .unpack = unpack, \
+    .put_row = put_row, .add_rows = add_rows, .take_greater = take_greater
 
 FXQ_INLINE uint32_t float_bits(float x) {
     uint32_t bits;

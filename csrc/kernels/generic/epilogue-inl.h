@@ -1,11 +1,12 @@
-/* The last steps of an output: from its sum to what is stored. In plain C, for kernels whose sums are in memory; registers of x86
- * have epilogues of their own.
+/* The last steps of an output: from its sum to what is stored. In plain C, for kernels whose sums are in memory;
+ * registers of x86 have epilogues of their own.
  *
- * y = ((sum * (row_scale * scale)) + bias) + addend, then relu, each step rounded by itself: fxquant/ops/reference.py.
+ * y = ((sum * (row_scale * scale)) + bias) + addend, then relu, each step rounded by itself: fxquant/ops/.
  *
  * Expects: nothing. */
 
-/* Outputs [n, n + count) of row m, from sums as floats; those of floats have no scale. The addend may be the output itself. */
+/* Outputs [n, n + count) of row m, from sums as floats; those of floats have no scale. The addend may be the output
+ * itself. */
 FXQ_INLINE void finish_sums(const struct fxq_matmul *job, const struct fxq_target *to, int64_t m, int64_t n, int64_t n0,
                             int64_t count, const float *sums) {
     const struct fxq_target row = fxq_target_at(to, m, n - n0);

@@ -6,8 +6,8 @@
  * Activations lie row by row as floats, 0 beyond the last column.
  *
  * A tile of some rows by some outputs stays in registers while the columns go by, DEPTH_BLOCK at a time: so much of the
- * rows stays in the L1 cache while all outputs of a block pass. Halves are widened once for all rows, but for a single row
- * on the way.
+ * rows stays in the L1 cache while all outputs of a block pass. Halves are widened once for all rows, but for a single
+ * row on the way.
  *
  * Expects: elementwise-inl.h, an epilogue-inl.h, and a description of registers; without FXQ_REALS there is plain C:
  *
@@ -58,10 +58,12 @@ FXQ_INLINE struct reals load_reals(const float *p) {
     return v;
 }
 
-/* Without a float16 type: its bits moved up, and the exponent's bias made float32's; subnormals are multiples of 2^-24. */
+/* Without a float16 type: its bits moved up, and the exponent's bias made float32's; subnormals are multiples of 2^-24.
+ */
 FXQ_INLINE float widen_half(uint16_t half) {
     const uint32_t magnitude = half & 0x7fffu, sign = (uint32_t)(half & 0x8000u) << 16, bias = 112u << 23;
-    const uint32_t normal = (magnitude << 13) + bias + (magnitude >= 0x7c00u ? bias : 0); /* infinity and NaN keep theirs */
+    const uint32_t normal =
+        (magnitude << 13) + bias + (magnitude >= 0x7c00u ? bias : 0); /* infinity and NaN keep theirs */
     return bits_float(sign | (magnitude < 0x400u ? float_bits((float)magnitude * 0x1p-24f) : normal));
 }
 
@@ -194,8 +196,8 @@ FXQ_INLINE void sum_tile_row(const FXQ_REALS *row, int outputs, float *sums) {
     for (int j = 0; j < outputs; j++) sums[j] = summed[j];
 }
 
-FXQ_INLINE void multiply_float_tile(const float *x, int64_t depth, struct float_rows w, int64_t n, int64_t k, int64_t end,
-                                    int rows, int outputs, float_lanes lanes, float_sums sums) {
+FXQ_INLINE void multiply_float_tile(const float *x, int64_t depth, struct float_rows w, int64_t n, int64_t k,
+                                    int64_t end, int rows, int outputs, float_lanes lanes, float_sums sums) {
     float_tile tile;
     FXQ_FOR(8, int i = 0; i < rows; i++) {
         FXQ_FOR(8, int j = 0; j < outputs; j++) tile[i][j] = k ? load_reals(lanes[i][n + j]) : no_reals();
@@ -217,7 +219,8 @@ FXQ_INLINE void multiply_float_rows(const float *x, int64_t depth, struct float_
         const int64_t end = w.columns - k < DEPTH_BLOCK ? w.columns : k + DEPTH_BLOCK;
         const int outputs = rows == 1 ? FXQ_ROW_OUTPUTS : FXQ_REAL_OUTPUTS;
         int64_t n = 0;
-        for (; n + outputs <= count; n += outputs) multiply_float_tile(x, depth, w, n, k, end, rows, outputs, lanes, sums);
+        for (; n + outputs <= count; n += outputs)
+            multiply_float_tile(x, depth, w, n, k, end, rows, outputs, lanes, sums);
         for (; n < count; n++) multiply_float_tile(x, depth, w, n, k, end, rows, 1, lanes, sums);
         k = end;
     } while (k < w.columns);
@@ -251,7 +254,8 @@ static void multiply_float_block(const struct fxq_matmul *job, int64_t m0, int64
     for (int64_t n = n0; n < n1; n += block) {
         const int64_t count = n1 - n < block ? n1 - n : block;
         float_sums sums;
-        const uint16_t *halves = job->weight->format == FXQ_FLOAT16 ? (const uint16_t *)job->weight->data + n * x->columns : NULL;
+        const uint16_t *halves =
+            job->weight->format == FXQ_FLOAT16 ? (const uint16_t *)job->weight->data + n * x->columns : NULL;
         if (halves && x->rows == 1) {
             const struct float_rows w = {halves, x->columns, true};
             multiply_float_rows(values, x->depth, w, count, 1, sums);
@@ -260,7 +264,8 @@ static void multiply_float_block(const struct fxq_matmul *job, int64_t m0, int64
         }
         const float *weights = halves ? wide : (const float *)job->weight->data + n * x->columns;
         if (halves) widen(halves, count * x->columns, wide);
-        const int64_t rows = m1 - m0, tiles = (rows + FXQ_REAL_ROWS - 1) / FXQ_REAL_ROWS; /* of nearly the same rows each */
+        const int64_t rows = m1 - m0,
+                      tiles = (rows + FXQ_REAL_ROWS - 1) / FXQ_REAL_ROWS; /* of nearly the same rows each */
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t m = rows * tile / tiles, end = rows * (tile + 1) / tiles;
             multiply_tile_rows(values + m * x->depth, x->depth, weights, x->columns, count, end - m, sums);
@@ -269,7 +274,8 @@ static void multiply_float_block(const struct fxq_matmul *job, int64_t m0, int64
     }
 }
 
-static void matmul_floats(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+static void matmul_floats(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
+                          void *scratch) {
     const struct fxq_activations *x = job->x;
     const int64_t row_bytes = x->depth * (int64_t)sizeof(float) + 1, most = ROW_BYTES / row_bytes + FXQ_REAL_ROWS;
     for (int64_t m = 0; m < x->rows; m += most) {

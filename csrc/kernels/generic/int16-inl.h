@@ -4,7 +4,8 @@
  * sum(q w) = sum(low w) + 256 sum(high w). A product is below 2^23 then, so that 256 of them always fit an int32; after
  * that many the sums are widened to int64. Activations are 0 beyond the last column, and no weight is read there.
  *
- * Expects: elementwise-inl.h and an epilogue-inl.h. The includer may describe registers; without FXQ_LANES there is plain C:
+ * Expects: elementwise-inl.h and an epilogue-inl.h. The includer may describe registers; without FXQ_LANES there is
+ * plain C:
  *
  * FXQ_LANES, FXQ_TILE                               a register, and how many int64 sums are formed at once
  * static FXQ_LANES load_16(const int16_t *p);       all 16-bit lanes
@@ -48,8 +49,8 @@ static void quantize_int16(const struct fxq_activations *x, int64_t first, int c
 }
 
 /* The conversion of a sum rounds once, to nearest. */
-FXQ_INLINE void finish_int16(const struct fxq_matmul *job, const struct fxq_target *to, int64_t m, int64_t n, int64_t n0,
-                             int64_t count, const int64_t *restrict sums) {
+FXQ_INLINE void finish_int16(const struct fxq_matmul *job, const struct fxq_target *to, int64_t m, int64_t n,
+                             int64_t n0, int64_t count, const int64_t *restrict sums) {
     float rounded[BLOCK_16];
     for (int64_t i = 0; i < count; i++) rounded[i] = (float)sums[i];
     finish_sums(job, to, m, n, n0, count, rounded);
@@ -60,8 +61,8 @@ FXQ_INLINE void finish_int16(const struct fxq_matmul *job, const struct fxq_targ
 enum { LANES_16 = sizeof(FXQ_LANES) / 2, WIDEN_AFTER = EXACT_PRODUCTS * sizeof(FXQ_LANES) / 4 };
 
 /* A tile: `rows` rows (1 or 2, a constant wherever this is inlined) by FXQ_TILE / rows outputs, from column k on. */
-FXQ_INLINE void add_tile_columns(const int16_t *a, int64_t depth, const int16_t *const *w, int64_t k, int64_t left, int rows,
-                            FXQ_LANES low[FXQ_TILE], FXQ_LANES high[FXQ_TILE]) {
+FXQ_INLINE void add_tile_columns(const int16_t *a, int64_t depth, const int16_t *const *w, int64_t k, int64_t left,
+                                 int rows, FXQ_LANES low[FXQ_TILE], FXQ_LANES high[FXQ_TILE]) {
     const int outputs = FXQ_TILE / rows;
     FXQ_LANES weights[FXQ_TILE];
     FXQ_FOR(8, int i = 0; i < outputs; i++) {

@@ -34,5 +34,10 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
     }
 }
 
-const struct fxq_kernels fxq_portable = {
-    .name = "portable", .value_bytes = 2, .quantize = quantize, .matmul = matmul, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
+const struct fxq_kernels fxq_portable = {.name = "portable",
+                                         .value_bytes = 2,
+                                         .quantize = quantize,
+                                         .matmul = matmul,
+                                         FXQ_INT16,
+                                         FXQ_FLOATS,
+                                         FXQ_ELEMENTWISE};

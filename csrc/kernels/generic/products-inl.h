@@ -1,8 +1,9 @@
 /* Products of two activations, and the softmax of attention.
  *
- * Each sum goes through the depth in order, by fused multiply-adds from 0: sum = fma(a[m][k], b[k][n], sum), k = 0, 1, ….
- * So an element depends on its row and its column alone, not on how many others there are nor where they lie; and terms
- * of 0 at the end, as of keys that a mask keeps out, change nothing. Lanes are columns: nothing is added across them.
+ * Each sum goes through the depth in order, by fused multiply-adds from 0: sum = fma(a[m][k], b[k][n], sum), k = 0, 1,
+ * …. So an element depends on its row and its column alone, not on how many others there are nor where they lie; and
+ * terms of 0 at the end, as of keys that a mask keeps out, change nothing. Lanes are columns: nothing is added across
+ * them.
  *
  * Expects: the registers that floats-inl.h has, at whose end this is included. */
 
@@ -74,10 +75,12 @@ static void multiply_tiles(const struct fxq_tiles *t) {
     }
 }
 
-/* exp(x) for x ≤ 0, and 0 below -87: exp_minus_1's reduction and series (elementwise-inl.h), here by fused multiply-adds. */
+/* exp(x) for x ≤ 0, and 0 below -87: exp_minus_1's reduction and series (elementwise-inl.h), here by fused
+ * multiply-adds. */
 FXQ_INLINE FXQ_REALS exp_of_negative(FXQ_REALS x) {
     const FXQ_REALS clamped = greater(spread(-87.0f), x); /* NaN stays NaN */
-    const FXQ_REALS shifted = fuse(clamped, spread(1.4426950408889634f), spread(ROUND)), n = plus(shifted, spread(-ROUND));
+    const FXQ_REALS shifted = fuse(clamped, spread(1.4426950408889634f), spread(ROUND)),
+                    n = plus(shifted, spread(-ROUND));
     const FXQ_REALS r = fuse(n, spread(2.1219444e-4f), fuse(n, spread(-0.693359375f), clamped));
     FXQ_REALS p = fuse(r, spread((float)(1.0 / 5040)), spread((float)(1.0 / 720)));
     p = fuse(p, r, spread((float)(1.0 / 120)));
@@ -89,8 +92,8 @@ FXQ_INLINE FXQ_REALS exp_of_negative(FXQ_REALS x) {
     return keep_from(x, -87.0f, fuse(p, power, power));
 }
 
-/* Scores become scale score + mask, and -inf beyond them up to a whole number of sixteen; returns the greatest, NaN left
- * aside. */
+/* Scores become scale score + mask, and -inf beyond them up to a whole number of sixteen; returns the greatest, NaN
+ * left aside. */
 FXQ_INLINE float scale_scores(const struct fxq_scores *row) {
     const FXQ_REALS scale = spread(row->scale);
     FXQ_REALS greatest = spread(-INFINITY);
@@ -116,8 +119,8 @@ FXQ_INLINE float scale_scores(const struct fxq_scores *row) {
     return lanes[0];
 }
 
-/* Returns the sum of what it leaves in the row: sixteen sums side by side, of the keys k, k + 16, k + 32, …, added up as
- * floats-inl.h says. Where all keys are kept out (-inf) everything is 0, and so is the sum. */
+/* Returns the sum of what it leaves in the row: sixteen sums side by side, of the keys k, k + 16, k + 32, …, added up
+ * as floats-inl.h says. Where all keys are kept out (-inf) everything is 0, and so is the sum. */
 static float softmax_row(const struct fxq_scores *row) {
     const float most = scale_scores(row);
     const FXQ_REALS less = spread(most == -INFINITY ? 0.0f : -most);

@@ -1,9 +1,9 @@
 /* Activations row by row, and weights as they lie: what every form of product but the tiled gemm uses.
  *
  * FXQ_VALUE int16_t: rows of q - zero_point, `depth` values apart; sums need no correction.
- * FXQ_VALUE uint8_t: rows of q, and one more row, for sum((q - zero_point) w) = sum(q w) - zero_point sum(w): ones (in the
- * real columns), whose product is sum(w). For a single row of activations it is the zero point itself, whose product is
- * the whole correction: then each weight is read once.
+ * FXQ_VALUE uint8_t: rows of q, and one more row, for sum((q - zero_point) w) = sum(q w) - zero_point sum(w): ones (in
+ * the real columns), whose product is sum(w). For a single row of activations it is the zero point itself, whose
+ * product is the whole correction: then each weight is read once.
  *
  * Expects: what elementwise-inl.h does. */
 #include "kernels/generic/elementwise-inl.h"
@@ -33,7 +33,8 @@ struct weight_reader {
 };
 
 static inline struct weight_reader read_weight(const struct fxq_weight *weight, void *scratch) {
-    return (struct weight_reader){weight->data, weight->outputs, weight->columns, fxq_depth(weight->columns), scratch, -1};
+    return (struct weight_reader){
+        weight->data, weight->outputs, weight->columns, fxq_depth(weight->columns), scratch, -1};
 }
 
 /* Return where rows n .. n + count - 1 are, `stride` bytes apart. Rows beyond the last output hold anything. */

@@ -28,7 +28,8 @@ static void put_row(const struct fxq_table *table, int64_t row, float *out) {
     put_columns(table, row, 0, table->columns, out);
 }
 
-static void add_rows(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count, float *out) {
+static void add_rows(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count,
+                     float *out) {
     enum { TOGETHER = 256 };
     float part[TOGETHER];
     for (int64_t first = 0; first < table->columns; first += TOGETHER) {

@@ -12,9 +12,7 @@ FXQ_TARGET_BEGIN("avx2,fma,f16c")
 #include "kernels/x86/ymm-inl.h"
 
 /* 8 words of two columns. */
-FXQ_INLINE __m256i load_words(const int8_t *w) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
-}
+FXQ_INLINE __m256i load_words(const int8_t *w) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w)); }
 
 FXQ_INLINE __m256i load_values(const int16_t *a) { return _mm256_loadu_si256((const __m256i *)a); }
 
@@ -25,7 +23,8 @@ FXQ_INLINE __m256i add_product(__m256i sum, __m256i values, __m256i weights) {
 FXQ_INLINE const int8_t *row_of(const struct group *g, int row) { return g->weights + row * g->stride; }
 
 static __m128i dot_4x1(const struct group *g, int first, const int16_t *a) {
-    const int8_t *w0 = row_of(g, first), *w1 = row_of(g, first + 1), *w2 = row_of(g, first + 2), *w3 = row_of(g, first + 3);
+    const int8_t *w0 = row_of(g, first), *w1 = row_of(g, first + 1), *w2 = row_of(g, first + 2),
+                 *w3 = row_of(g, first + 3);
     __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0;
     for (int64_t k = 0, depth = g->depth; k < depth; k += 16) {
         const __m256i values = load_values(a + k);
@@ -38,7 +37,8 @@ static __m128i dot_4x1(const struct group *g, int first, const int16_t *a) {
 }
 
 static void dot_4x2(const struct group *g, int first, const int16_t *a, const int16_t *b, __m128i sums[2]) {
-    const int8_t *w0 = row_of(g, first), *w1 = row_of(g, first + 1), *w2 = row_of(g, first + 2), *w3 = row_of(g, first + 3);
+    const int8_t *w0 = row_of(g, first), *w1 = row_of(g, first + 1), *w2 = row_of(g, first + 2),
+                 *w3 = row_of(g, first + 3);
     __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0, t0 = s0, t1 = s0, t2 = s0, t3 = s0;
     for (int64_t k = 0, depth = g->depth; k < depth; k += 16) {
         const __m256i values = load_values(a + k), others = load_values(b + k);
@@ -65,7 +65,7 @@ FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) { return add_pro
 #include "kernels/x86/ymm_floats-inl.h"
 #include "kernels/generic/tables-inl.h"
 
-const struct fxq_kernels fxq_avx2 = {.name = "avx2", .value_bytes = 2, .quantize = quantize, .matmul = matmul,
-                                     FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
+const struct fxq_kernels fxq_avx2 = {
+    .name = "avx2", .value_bytes = 2, .quantize = quantize, .matmul = matmul, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -71,7 +71,13 @@ FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) { return _mm256_
 #include "kernels/x86/ymm_floats-inl.h"
 #include "kernels/generic/tables-inl.h"
 
-const struct fxq_kernels fxq_avx_vnni = {.name = "avx_vnni", .value_bytes = 1, .quantize = quantize,
-                                         .row_sums = row_sums, .matmul = matmul, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
+const struct fxq_kernels fxq_avx_vnni = {.name = "avx_vnni",
+                                         .value_bytes = 1,
+                                         .quantize = quantize,
+                                         .row_sums = row_sums,
+                                         .matmul = matmul,
+                                         FXQ_INT16,
+                                         FXQ_FLOATS,
+                                         FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -3,7 +3,8 @@
  * Expects: a target with AVX begun. */
 #include <immintrin.h>
 
-static void unpack(const struct fxq_weight *weight, int64_t n, int64_t count, int64_t k0, int64_t columns, int8_t *values) {
+static void unpack(const struct fxq_weight *weight, int64_t n, int64_t count, int64_t k0, int64_t columns,
+                   int8_t *values) {
     const int64_t stride = fxq_row_bytes(weight->format, weight->columns);
     const uint8_t *nibbles = (const uint8_t *)weight->data + n * stride + k0 / 2;
     const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);

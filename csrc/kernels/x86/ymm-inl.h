@@ -8,9 +8,10 @@
  * give the sums of products of outputs first .. first + 3 of a group of 8 with one or two rows of activations. 4 x 2: 8
  * accumulators, 4 weights and 2 activations fit the 16 registers, and 6 loads serve 8 products.
  *
- * Packed gemm, many rows: 16 outputs' weights are copied to a panel, word by word (a word: 32 bits of activations, 4 uint8 or 2
- * int16). Lanes are outputs then, so that no register's lanes are added up, which for 256 columns took as long as the
- * products. 4 rows by 16 outputs: 8 accumulators, 2 weights, and a word of a row in all lanes: 6 loads for 8 products.
+ * Packed gemm, many rows: 16 outputs' weights are copied to a panel, word by word (a word: 32 bits of activations, 4
+ * uint8 or 2 int16). Lanes are outputs then, so that no register's lanes are added up, which for 256 columns took as
+ * long as the products. 4 rows by 16 outputs: 8 accumulators, 2 weights, and a word of a row in all lanes: 6 loads for
+ * 8 products.
  *
  * static __m256i load_words(const int8_t *w);                                  8 words of a weight's row
  * static __m256i add_product(__m256i sum, __m256i values, __m256i weights);    a word of each a lane */
@@ -122,11 +123,13 @@ static void pack_panel(const int8_t *w, int64_t stride, int64_t depth, const FXQ
 }
 
 /* `count` (at most PANEL_ROWS, a constant wherever this is inlined) rows of activations by a panel. */
-FXQ_INLINE void multiply_panel_as(const int32_t *panel, const FXQ_VALUE *a, int64_t depth, __m256i sums[][2], int count) {
+FXQ_INLINE void multiply_panel_as(const int32_t *panel, const FXQ_VALUE *a, int64_t depth, __m256i sums[][2],
+                                  int count) {
     __m256i acc[PANEL_ROWS][2];
     FXQ_FOR(4, int i = 0; i < count; i++) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
     for (int64_t k = 0; k < depth; k += WORD_VALUES, panel += PANEL) {
-        const __m256i w0 = _mm256_load_si256((const __m256i *)panel), w1 = _mm256_load_si256((const __m256i *)panel + 1);
+        const __m256i w0 = _mm256_load_si256((const __m256i *)panel),
+                      w1 = _mm256_load_si256((const __m256i *)panel + 1);
         FXQ_FOR(4, int i = 0; i < count; i++) {
             const __m256i values = word_in_all_lanes(a + i * depth + k);
             acc[i][0] = add_product(acc[i][0], values, w0);

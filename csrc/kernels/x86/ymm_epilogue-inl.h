@@ -1,7 +1,7 @@
 /* The last steps of 8 outputs of a row: from sums to what is stored.
  *
- * finish_outputs() takes the zero point out of integer sums and makes floats of them; end_outputs() is the rest, and the place for
- * whatever else may become of an output.
+ * finish_outputs() takes the zero point out of integer sums and makes floats of them; end_outputs() is the rest, and
+ * the place for whatever else may become of an output.
  *
  * Expects: FXQ_VALUE, and a target with AVX2 begun. */
 

@@ -13,7 +13,9 @@ struct reals {
 
 FXQ_INLINE struct reals no_reals(void) { return (struct reals){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 
-FXQ_INLINE struct reals load_reals(const float *p) { return (struct reals){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+FXQ_INLINE struct reals load_reals(const float *p) {
+    return (struct reals){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
 
 FXQ_INLINE struct reals load_halves(const uint16_t *p) {
     return (struct reals){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
@@ -40,10 +42,13 @@ FXQ_INLINE struct reals greater(struct reals a, struct reals b) { /* b where one
 }
 
 FXQ_INLINE __m256 powers_8(__m256 shifted) {
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000)));
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000)));
 }
 
-FXQ_INLINE struct reals powers(struct reals shifted) { return (struct reals){powers_8(shifted.low), powers_8(shifted.high)}; }
+FXQ_INLINE struct reals powers(struct reals shifted) {
+    return (struct reals){powers_8(shifted.low), powers_8(shifted.high)};
+}
 
 FXQ_INLINE struct reals keep_from(struct reals x, float limit, struct reals y) {
     const __m256 limits = _mm256_set1_ps(limit);

@@ -36,7 +36,8 @@ static void measure(const float *x, int64_t count, struct fxq_range *range) {
 
 FXQ_INLINE void quantize_values(const float *x, int64_t count, const struct fxq_row *row, int qmax, uint8_t *q) {
     const __m512 inverse = _mm512_set1_ps(row->inverse), round = _mm512_set1_ps(12582912.0f); /* 1.5 * 2^23 */
-    const __m512 least = _mm512_set1_ps((float)-row->zero_point), most = _mm512_set1_ps((float)(qmax - row->zero_point));
+    const __m512 least = _mm512_set1_ps((float)-row->zero_point),
+                 most = _mm512_set1_ps((float)(qmax - row->zero_point));
     const __m512i offset = _mm512_set1_epi32(row->zero_point);
     for (int64_t k = 0; k < count; k += 16) {
         const __mmask16 lanes = first_lanes(count - k);
@@ -61,11 +62,14 @@ static void set_rows_16(struct fxq_row *row, int count, __m512 low, __m512 high,
     scale = _mm512_mask_mov_ps(scale, _mm512_cmp_ps_mask(scale, _mm512_set1_ps(1.17549435e-38f), _CMP_LT_OQ), one);
     scale = _mm512_mask_mov_ps(scale, nan, _mm512_set1_ps(__builtin_nanf("")));
     const __m512 inverse = _mm512_div_ps(one, scale);
-    const __m512 minus = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(inverse), _mm512_set1_epi32(INT32_MIN)));
+    const __m512 minus =
+        _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(inverse), _mm512_set1_epi32(INT32_MIN)));
     __m512 zero = _mm512_sub_ps(_mm512_add_ps(_mm512_mul_ps(low, minus), round), round);
     zero = _mm512_min_ps(_mm512_max_ps(zero, _mm512_setzero_ps()), most); /* NaN: 0 */
-    const __m512i zero_point = _mm512_cvttps_epi32(zero), minus_zero = _mm512_sub_epi32(_mm512_setzero_si512(), zero_point);
-    const __m512i pair = _mm512_or_si512(_mm512_slli_epi32(minus_zero, 16 + 7), _mm512_and_si512(minus_zero, _mm512_set1_epi32(0xffff)));
+    const __m512i zero_point = _mm512_cvttps_epi32(zero),
+                  minus_zero = _mm512_sub_epi32(_mm512_setzero_si512(), zero_point);
+    const __m512i pair =
+        _mm512_or_si512(_mm512_slli_epi32(minus_zero, 16 + 7), _mm512_and_si512(minus_zero, _mm512_set1_epi32(0xffff)));
     _Alignas(64) float scales[16], inverses[16];
     _Alignas(64) int32_t zero_points[16], pairs[16];
     _mm512_store_ps(scales, scale);

@@ -6,11 +6,12 @@
 #ifdef __clang__
 FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,amx-bf16,prfchw")
 #else
-FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,amx-bf16,prfchw,prefer-vector-width=512")
+FXQ_TARGET_BEGIN(
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,amx-bf16,prfchw,prefer-vector-width=512")
 #endif
 
-#define MOST_GEMV_ROWS 2 /* beyond, a tile product is faster even with most of its columns empty */
-#define MOST_NIBBLE_ROWS 6 /* beyond, unpacking them for the tiles is repaid */
+#define MOST_GEMV_ROWS 2    /* beyond, a tile product is faster even with most of its columns empty */
+#define MOST_NIBBLE_ROWS 6  /* beyond, unpacking them for the tiles is repaid */
 #define GROUP_VALUE_BYTES 2 /* bfloat16: see amx_groups-inl.h */
 #include "kernels/x86/avx512/common-inl.h"
 #include "kernels/x86/avx512/tiled-inl.h"
@@ -244,8 +245,20 @@ static void lstm_step(const struct fxq_lstm_step *s) {
     finish_hidden(s);
 }
 
-const struct fxq_kernels fxq_amx = {.name = "amx", .value_bytes = 1, .begin = begin, .end = end, .quantize = quantize,
-                                    .row_sums = row_sums, .matmul = matmul, .packs_weight = packs_weight, .pack_lstm = pack_lstm,
-                                    .lstm_step = lstm_step, FXQ_NIBBLES, FXQ_GROUPS, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
+const struct fxq_kernels fxq_amx = {.name = "amx",
+                                    .value_bytes = 1,
+                                    .begin = begin,
+                                    .end = end,
+                                    .quantize = quantize,
+                                    .row_sums = row_sums,
+                                    .matmul = matmul,
+                                    .packs_weight = packs_weight,
+                                    .pack_lstm = pack_lstm,
+                                    .lstm_step = lstm_step,
+                                    FXQ_NIBBLES,
+                                    FXQ_GROUPS,
+                                    FXQ_INT16,
+                                    FXQ_FLOATS,
+                                    FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -1,6 +1,6 @@
-/* Tiles of bfloat16 for 4-bit weights in groups (TDPBF16PS: 16 x 16 products of 32 columns, the least group). q - zero_point
- * and the weights are whole numbers of at most 8 bits, exact in bfloat16, and so are their sums in float32, far below
- * 2^24: a group's sums come out as floats, without a correction.
+/* Tiles of bfloat16 for 4-bit weights in groups (TDPBF16PS: 16 x 16 products of 32 columns, the least group). q -
+ * zero_point and the weights are whole numbers of at most 8 bits, exact in bfloat16, and so are their sums in float32,
+ * far below 2^24: a group's sums come out as floats, without a correction.
  *
  * Of each 8 columns, 0 to 7, both sides have 0 4 1 5 2 6 3 7, in pairs: a shift away from the nibbles of two int16.
  *
@@ -8,9 +8,9 @@
 
 /* A word's lowest nibble, whatever is above, to bfloat16: -8 … 7. */
 FXQ_INLINE __m512i bfloat16_of_nibbles(__m512i words) {
-    const __m512i values = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-        (short)0xc100, (short)0xc0e0, (short)0xc0c0, (short)0xc0a0, (short)0xc080, (short)0xc040, (short)0xc000, (short)0xbf80,
-        0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
+    const __m512i values = _mm512_broadcast_i64x4(
+        _mm256_setr_epi16((short)0xc100, (short)0xc0e0, (short)0xc0c0, (short)0xc0a0, (short)0xc080, (short)0xc040,
+                          (short)0xc000, (short)0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
     return _mm512_permutexvar_epi16(words, values);
 }
 
@@ -32,7 +32,8 @@ FXQ_INLINE __m512i bfloat16_of_bytes(__m256i bytes, __m512i zero_point) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(low_half), high_half, 1);
 }
 
-/* Blocks of 16 rows: [depth / 32][16][32] bfloat16. Rows beyond the last hold anything: they are multiplied for nothing. */
+/* Blocks of 16 rows: [depth / 32][16][32] bfloat16. Rows beyond the last hold anything: they are multiplied for
+ * nothing. */
 static void quantize_groups(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
     const int64_t columns = x->columns, depth = fxq_depth(columns);
     const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
@@ -68,7 +69,8 @@ FXQ_INLINE void enter_tile(struct group_stream *s) {
     s->k = 0;
 }
 
-/* Store what an accumulator has, the group of four steps ago, and begin the next group in it: so that no store waits. */
+/* Store what an accumulator has, the group of four steps ago, and begin the next group in it: so that no store waits.
+ */
 #define ACCUMULATOR(c, a, b)                        \
     case c:                                         \
         _tile_stored(c, sums, 64);                  \
@@ -114,7 +116,8 @@ FXQ_INLINE void finish_group_tile(struct group_stream *s, const struct group_til
 }
 
 static void multiply_strip(const struct group_strip *strip) {
-    struct group_stream s = {.strip = strip, .steps = strip->job->x->group / 32, .all = (strip->job->x->columns + 31) / 32};
+    struct group_stream s = {
+        .strip = strip, .steps = strip->job->x->group / 32, .all = (strip->job->x->columns + 31) / 32};
     _Alignas(64) float sums[256];
     enter_tile(&s);
     for (int i = 0; i < 4; i++) advance_groups(&s, sums);

@@ -9,7 +9,7 @@ FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
 #endif
 
-#define MOST_GEMV_ROWS 6 /* beyond, 16 activations in the lanes beat adding up lanes, even if not all 16 are used */
+#define MOST_GEMV_ROWS 6   /* beyond, 16 activations in the lanes beat adding up lanes, even if not all 16 are used */
 #define MOST_NIBBLE_ROWS 6 /* beyond, unpacking them is repaid */
 #define GROUP_VALUE_BYTES 1
 #include "kernels/x86/avx512/common-inl.h"
@@ -79,10 +79,21 @@ static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const s
     (uses_gemv(job->x) ? matmul_gemv : matmul_tiled)(job, n0, n1, to, scratch);
 }
 
-static void lstm_step(const struct fxq_lstm_step *s) { (s->weight->group ? lstm_step_by_groups : lstm_step_by_rows)(s); }
+static void lstm_step(const struct fxq_lstm_step *s) {
+    (s->weight->group ? lstm_step_by_groups : lstm_step_by_rows)(s);
+}
 
-const struct fxq_kernels fxq_avx512_vnni = {.name = "avx512_vnni", .value_bytes = 1, .quantize = quantize,
-                                            .row_sums = row_sums, .matmul = matmul, .pack_lstm = pack_lstm,
-                                            .lstm_step = lstm_step, FXQ_NIBBLES, FXQ_GROUPS, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
+const struct fxq_kernels fxq_avx512_vnni = {.name = "avx512_vnni",
+                                            .value_bytes = 1,
+                                            .quantize = quantize,
+                                            .row_sums = row_sums,
+                                            .matmul = matmul,
+                                            .pack_lstm = pack_lstm,
+                                            .lstm_step = lstm_step,
+                                            FXQ_NIBBLES,
+                                            FXQ_GROUPS,
+                                            FXQ_INT16,
+                                            FXQ_FLOATS,
+                                            FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -1,8 +1,8 @@
 /* The last steps of 16 outputs of a row: from sums to what is stored.
  *
  * correct() takes the zero point out of integer sums; scale_outputs() makes floats of them, plus bias and addend;
- * begin_outputs() and end_outputs() are the same for sums over groups, which scale themselves. Whatever becomes of an output
- * after that (relu, another dtype) belongs in end_outputs() and store_outputs().
+ * begin_outputs() and end_outputs() are the same for sums over groups, which scale themselves. Whatever becomes of an
+ * output after that (relu, another dtype) belongs in end_outputs() and store_outputs().
  *
  * Expects: first_lanes() of common-inl.h. */
 
@@ -27,7 +27,8 @@ struct outputs_16 {
 FXQ_INLINE struct outputs_16 begin_outputs(const struct fxq_matmul *job, int64_t n, int64_t n1) {
     const __m512 no_bias = _mm512_set1_ps(-0.0f); /* y + -0 is y, to the bit */
     struct outputs_16 o = {job->relu, first_lanes(n1 - n), _mm512_setzero_ps(), no_bias};
-    if (!job->weight->group && job->weight->scale) o.scale = _mm512_maskz_loadu_ps(o.lanes, (const float *)job->weight->scale + n);
+    if (!job->weight->group && job->weight->scale)
+        o.scale = _mm512_maskz_loadu_ps(o.lanes, (const float *)job->weight->scale + n);
     if (job->bias) o.bias = _mm512_mask_loadu_ps(o.bias, o.lanes, job->bias + n);
     return o;
 }
@@ -36,7 +37,9 @@ FXQ_INLINE __m512 end_outputs(const struct outputs_16 *o, __m512 y) {
     return o->relu ? _mm512_max_ps(_mm512_setzero_ps(), y) : y; /* the second operand where one is NaN */
 }
 
-FXQ_INLINE void store_outputs(const struct outputs_16 *o, __m512 y, float *out) { _mm512_mask_storeu_ps(out, o->lanes, y); }
+FXQ_INLINE void store_outputs(const struct outputs_16 *o, __m512 y, float *out) {
+    _mm512_mask_storeu_ps(out, o->lanes, y);
+}
 
 FXQ_INLINE __m512 add_bias(const struct outputs_16 *o, __m512 y, const float *addend) {
     y = _mm512_add_ps(y, o->bias);
@@ -65,6 +68,8 @@ FXQ_INLINE void finish_sums(const struct fxq_matmul *job, const struct fxq_targe
         const struct outputs_16 o = begin_outputs(job, n + i, n + count);
         const float *addend = row.addend ? row.addend + i : NULL;
         const __m512 v = _mm512_maskz_loadu_ps(o.lanes, sums + i);
-        store_outputs(&o, job->weight->scale ? scale_outputs(&o, v, job->x->row[m].scale, addend) : add_bias(&o, v, addend), row.out + i);
+        store_outputs(&o,
+                      job->weight->scale ? scale_outputs(&o, v, job->x->row[m].scale, addend) : add_bias(&o, v, addend),
+                      row.out + i);
     }
 }

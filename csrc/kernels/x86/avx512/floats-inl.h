@@ -1,5 +1,5 @@
-/* The registers of floats-inl.h in AVX512: 24 of 32 hold the sums of 6 rows by 4 outputs, and 10 loads serve 24 products.
- * Expects: common-inl.h. */
+/* The registers of floats-inl.h in AVX512: 24 of 32 hold the sums of 6 rows by 4 outputs, and 10 loads serve 24
+ * products. Expects: common-inl.h. */
 #define FXQ_REALS __m512
 #define FXQ_REAL_ROWS 6
 #define FXQ_REAL_OUTPUTS 4
@@ -24,7 +24,8 @@ FXQ_INLINE __m512 times(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
 FXQ_INLINE __m512 greater(__m512 a, __m512 b) { return _mm512_max_ps(a, b); } /* b where one is NaN */
 
 FXQ_INLINE __m512 powers(__m512 shifted) {
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23), _mm512_set1_epi32(0x3f800000)));
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23), _mm512_set1_epi32(0x3f800000)));
 }
 
 FXQ_INLINE __m512 keep_from(__m512 x, float limit, __m512 y) {

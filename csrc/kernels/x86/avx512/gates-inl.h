@@ -10,9 +10,9 @@ FXQ_INLINE __m512 in_order(__m512 x) {
     return x;
 }
 
-/* count x exp(x) - 1, as exp_minus_1 in elementwise-inl.h, to the bit: the fused multiply-adds here have exact products. An
- * operation takes 4 cycles and two begin in each, so that 8 values side by side keep both units busy; fewer can be given
- * part by part between other instructions. */
+/* count x exp(x) - 1, as exp_minus_1 in elementwise-inl.h, to the bit: the fused multiply-adds here have exact
+ * products. An operation takes 4 cycles and two begin in each, so that 8 values side by side keep both units busy;
+ * fewer can be given part by part between other instructions. */
 struct exponentials {
     __m512 x[8], shifted[8], n[8], p[8];
 };
@@ -96,8 +96,8 @@ struct unit_row {
     __m512i sums[4];
 };
 
-/* The four gates' arguments of the exponentials. The gates i, f and o come out negated, as the exponential wants them, by a
- * negated scale; so a zero may have another sign, which e + 2 does not show. */
+/* The four gates' arguments of the exponentials. The gates i, f and o come out negated, as the exponential wants them,
+ * by a negated scale; so a zero may have another sign, which e + 2 does not show. */
 FXQ_INLINE void find_arguments(const struct fxq_lstm_step *s, const struct unit_row *unit, __m512 *x) {
     const struct unit_block *b = unit->block;
     const struct fxq_row *row = &s->h->row[unit->m];
@@ -125,7 +125,8 @@ FXQ_INLINE void finish_unit(const struct fxq_lstm_step *s, const struct unit_row
 }
 
 /* count (1 or 2) rows, of which e has the arguments. */
-FXQ_INLINE void finish_gates(const struct fxq_lstm_step *s, const struct unit_row *rows, struct exponentials *e, int count) {
+FXQ_INLINE void finish_gates(const struct fxq_lstm_step *s, const struct unit_row *rows, struct exponentials *e,
+                             int count) {
     exp_minus_1_of(e, 4 * count);
     FXQ_FOR(2, int i = 0; i < count; i++) finish_unit(s, &rows[i], e->x + 4 * i);
 }

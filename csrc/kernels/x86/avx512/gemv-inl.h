@@ -85,7 +85,8 @@ static void row_sums(const struct fxq_weight *weight, int64_t n0, int64_t n1, in
     }
 }
 
-static void matmul_gemv(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+static void matmul_gemv(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
+                        void *scratch) {
     const struct fxq_activations *x = job->x;
     const uint8_t *q = x->packed, *extra = q + x->rows * x->depth;
     struct weight_reader reader = read_weight(job->weight, scratch);

@@ -1,18 +1,19 @@
-/* The packed gemm of 4-bit weights: a tile of 16 rows by 16 outputs keeps its float sums in registers while all groups of columns
- * pass, so that each output is written once. Expects: nibbles-inl.h,
- * stream-inl.h, and what the includer defines for its instruction set:
+/* The packed gemm of 4-bit weights: a tile of 16 rows by 16 outputs keeps its float sums in registers while all groups
+ * of columns pass, so that each output is written once. Expects: nibbles-inl.h, stream-inl.h, and what the includer
+ * defines for its instruction set:
  *
  * #define GROUP_VALUE_BYTES of an unpacked weight
  * static void unpack_words(__m512i words, void *to);                8 columns of 16 outputs, a nibble each
  * static void quantize_groups(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
  * static void multiply_groups(const struct group_tile *t);          all groups of a tile
  *
- * The weights of 16 outputs are unpacked at a time, for 32 rows; for more rows as many as the L2 cache holds are kept. */
+ * The weights of 16 outputs are unpacked at a time, for 32 rows; for more rows as many as the L2 cache holds are kept.
+ */
 
 enum { GROUP_OUTPUTS = 16, GROUPED_ROWS = 32 /* activations that stay in the L1 cache while the weights pass */ };
 
-/* Some outputs, [n0, n1), by at most GROUPED_ROWS rows, [m0, m1), in tiles of 16 by 16. blocks: for 16 outputs their unpacked
- * weights, [depth / 8][what unpack_words makes], then their scales, (groups, 16). */
+/* Some outputs, [n0, n1), by at most GROUPED_ROWS rows, [m0, m1), in tiles of 16 by 16. blocks: for 16 outputs their
+ * unpacked weights, [depth / 8][what unpack_words makes], then their scales, (groups, 16). */
 struct group_strip {
     const struct fxq_matmul *job;
     const struct fxq_target *to; /* of row m0, output n0 */
@@ -42,11 +43,15 @@ FXQ_INLINE void store_tile_sum(const struct group_tile *t, int i, __m512 y) {
 }
 
 FXQ_INLINE struct group_tile group_tile_at(const struct group_strip *s, int64_t index) {
-    const int64_t by = (s->m1 - s->m0 + 15) / 16, m = s->m0 + index % by * 16, at = index / by * GROUP_OUTPUTS, n = s->n0 + at;
+    const int64_t by = (s->m1 - s->m0 + 15) / 16, m = s->m0 + index % by * 16, at = index / by * GROUP_OUTPUTS,
+                  n = s->n0 + at;
     const struct fxq_matmul *job = s->job;
-    struct group_tile t = {.rows = (int)(s->m1 - m < 16 ? s->m1 - m : 16), .row = job->x->row + m,
-        .q = (const char *)job->x->packed + m * s->depth * GROUP_VALUE_BYTES, .weights = s->blocks + index / by * s->block_bytes,
-        .to = fxq_target_at(s->to, m - s->m0, at), .outputs = begin_outputs(job, n, s->n1)};
+    struct group_tile t = {.rows = (int)(s->m1 - m < 16 ? s->m1 - m : 16),
+                           .row = job->x->row + m,
+                           .q = (const char *)job->x->packed + m * s->depth * GROUP_VALUE_BYTES,
+                           .weights = s->blocks + index / by * s->block_bytes,
+                           .to = fxq_target_at(s->to, m - s->m0, at),
+                           .outputs = begin_outputs(job, n, s->n1)};
     t.scale = (const float *)(t.weights + GROUP_OUTPUTS * s->depth * GROUP_VALUE_BYTES);
     return t;
 }
@@ -93,7 +98,8 @@ static void stream_strip(struct group_strip *strip, const struct streamed_block 
 }
 
 /* scratch: FXQ_PACKED_BYTES of unpacked weights, or 64 outputs where those are more. */
-static void matmul_groups(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
+static void matmul_groups(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
+                          void *scratch) {
     const int64_t rows = job->x->rows, depth = job->x->depth;
     const int64_t block_bytes = GROUP_OUTPUTS * (depth * GROUP_VALUE_BYTES + job->x->groups * (int64_t)sizeof(float));
     const bool streams = !to->addend && is_streamed(rows, job->weight->outputs);
@@ -112,10 +118,16 @@ static void matmul_groups(const struct fxq_matmul *job, int64_t n0, int64_t n1, 
             for (int64_t m0 = m; m0 < m_end; m0 += GROUPED_ROWS) {
                 for (int64_t n = first; n < end; n += width) {
                     const struct fxq_target part = fxq_target_at(to, m0, n - n0);
-                    struct group_strip strip = {
-                        .job = job, .to = &part, .n0 = n, .n1 = end - n < width ? end : n + width, .m0 = m0,
-                        .m1 = m_end - m0 < GROUPED_ROWS ? m_end : m0 + GROUPED_ROWS, .depth = depth,
-                        .blocks = (const char *)scratch + (n - first) / GROUP_OUTPUTS * block_bytes, .block_bytes = block_bytes};
+                    struct group_strip strip = {.job = job,
+                                                .to = &part,
+                                                .n0 = n,
+                                                .n1 = end - n < width ? end : n + width,
+                                                .m0 = m0,
+                                                .m1 = m_end - m0 < GROUPED_ROWS ? m_end : m0 + GROUPED_ROWS,
+                                                .depth = depth,
+                                                .blocks =
+                                                    (const char *)scratch + (n - first) / GROUP_OUTPUTS * block_bytes,
+                                                .block_bytes = block_bytes};
                     strip.tiles = (strip.n1 - n + GROUP_OUTPUTS - 1) / GROUP_OUTPUTS * ((strip.m1 - m0 + 15) / 16);
                     const struct streamed_block block = streamed_block_at(n, n0, n1);
                     if (streams) stream_strip(&strip, &block, carried + m0 - m);

@@ -4,9 +4,9 @@
  *
  * gemv, few rows: int16-inl.h, with the registers described here. Lanes are columns, and are added up at the end.
  *
- * Packed gemm, more rows: 32 outputs' weights are copied, 256 columns at a time, to a panel of words: two columns. Lanes are outputs
- * then, so that nothing is added up across lanes, and a word of a row goes to all lanes. 4 rows by 32 outputs, low and
- * high: 16 accumulators, and 10 loads serve 16 products. */
+ * Packed gemm, more rows: 32 outputs' weights are copied, 256 columns at a time, to a panel of words: two columns.
+ * Lanes are outputs then, so that nothing is added up across lanes, and a word of a row goes to all lanes. 4 rows by 32
+ * outputs, low and high: 16 accumulators, and 10 loads serve 16 products. */
 #define FXQ_LANES __m512i
 #define FXQ_TILE 8
 #define FXQ_LEAST_PANEL_ROWS 8
@@ -70,19 +70,21 @@ FXQ_INLINE __m512i word_to_all(const int16_t *p) {
 
 FXQ_INLINE __m512 in_order_16(__m512i even, __m512i odd) {
     const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512 a = _mm512_castps256_ps512(_mm512_cvtepi64_ps(even)), b = _mm512_castps256_ps512(_mm512_cvtepi64_ps(odd));
+    const __m512 a = _mm512_castps256_ps512(_mm512_cvtepi64_ps(even)),
+                 b = _mm512_castps256_ps512(_mm512_cvtepi64_ps(odd));
     return _mm512_permutex2var_ps(a, order, b);
 }
 
 /* `rows` rows (a constant wherever this is inlined) by the panel, from the piece's first column on. */
-FXQ_INLINE void multiply_words(const struct int16_panel *p, const int16_t *a, int64_t depth, int64_t words, bool is_first,
-                               __m512i (*sums)[4], int rows) {
+FXQ_INLINE void multiply_words(const struct int16_panel *p, const int16_t *a, int64_t depth, int64_t words,
+                               bool is_first, __m512i (*sums)[4], int rows) {
     __m512i low[GROUP_ROWS][2], high[GROUP_ROWS][2];
     FXQ_FOR(4, int m = 0; m < rows; m++) low[m][0] = low[m][1] = high[m][0] = high[m][1] = _mm512_setzero_si512();
     for (int64_t i = 0; i < words; i++) {
         const __m512i w0 = p->words[i][0], w1 = p->words[i][1];
         FXQ_FOR(4, int m = 0; m < rows; m++) {
-            const __m512i a_low = word_to_all(a + 2 * m * depth + 2 * i), a_high = word_to_all(a + (2 * m + 1) * depth + 2 * i);
+            const __m512i a_low = word_to_all(a + 2 * m * depth + 2 * i),
+                          a_high = word_to_all(a + (2 * m + 1) * depth + 2 * i);
             low[m][0] = add_pairs(low[m][0], a_low, w0);
             low[m][1] = add_pairs(low[m][1], a_low, w1);
             high[m][0] = add_pairs(high[m][0], a_high, w0);
@@ -98,7 +100,8 @@ FXQ_INLINE void multiply_words(const struct int16_panel *p, const int16_t *a, in
     }
 }
 
-static void multiply_piece(struct int16_panel *p, const int16_t *a, int64_t depth, int64_t words, bool is_first, int rows) {
+static void multiply_piece(struct int16_panel *p, const int16_t *a, int64_t depth, int64_t words, bool is_first,
+                           int rows) {
     int m = 0;
     for (; m + 4 <= rows; m += 4) multiply_words(p, a + 2 * m * depth, depth, words, is_first, p->sums + m, 4);
     if (m + 2 <= rows) {
@@ -126,15 +129,16 @@ static void pack_piece(const struct fxq_matmul *job, struct int16_panel *p, int6
     }
 }
 
-static void finish_panel(const struct fxq_matmul *job, const struct fxq_target *to, const struct int16_panel *p, int64_t m0,
-                         int rows, int64_t at) {
+static void finish_panel(const struct fxq_matmul *job, const struct fxq_target *to, const struct int16_panel *p,
+                         int64_t m0, int rows, int64_t at) {
     for (int64_t i = 0; i < rows; i++) {
         const float row_scale = job->x->row[m0 + i].scale;
         const struct fxq_target row = fxq_target_at(to, m0 + i, at);
         FXQ_FOR(2, int half = 0; half < 2; half++) {
             const struct outputs_16 *o = &p->outputs[half];
             const __m512 sums = in_order_16(p->sums[i][2 * half], p->sums[i][2 * half + 1]);
-            store_outputs(o, scale_outputs(o, sums, row_scale, row.addend ? row.addend + 16 * half : NULL), row.out + 16 * half);
+            store_outputs(o, scale_outputs(o, sums, row_scale, row.addend ? row.addend + 16 * half : NULL),
+                          row.out + 16 * half);
         }
     }
 }

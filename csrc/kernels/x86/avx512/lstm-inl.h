@@ -14,17 +14,19 @@ static void pack_rows(const struct fxq_weight *weight, int64_t u0, int64_t u1, v
         const int64_t count = u1 - u < UNIT_BLOCK ? u1 - u : UNIT_BLOCK;
         for (int gate = 0; gate < 4; gate++) {
             int8_t *to = (int8_t *)packed + u * 4 * depth + gate * 64;
-            const __m512i sums = pack_16((const int8_t *)weight->data + (gate * hidden + u) * columns, count, columns, to);
+            const __m512i sums =
+                pack_16((const int8_t *)weight->data + (gate * hidden + u) * columns, count, columns, to);
             _mm512_store_si512(pairs + u * 4 + gate * UNIT_BLOCK, sums);
         }
     }
 }
 
-/* The same of a grouped weight: packed as int8, with pairs and scales for each group, (groups, 4 * hidden) in the order of the
- * units. */
-static void pack_groups(const struct fxq_weight *weight, int64_t u0, int64_t u1, void *packed, int32_t *pairs, float *scale,
-                        void *scratch) {
-    const int64_t columns = weight->columns, depth = fxq_depth(columns), groups = weight->groups, hidden = weight->outputs / 4;
+/* The same of a grouped weight: packed as int8, with pairs and scales for each group, (groups, 4 * hidden) in the order
+ * of the units. */
+static void pack_groups(const struct fxq_weight *weight, int64_t u0, int64_t u1, void *packed, int32_t *pairs,
+                        float *scale, void *scratch) {
+    const int64_t columns = weight->columns, depth = fxq_depth(columns), groups = weight->groups,
+                  hidden = weight->outputs / 4;
     const int64_t all = (hidden + UNIT_BLOCK - 1) / UNIT_BLOCK * UNIT_BLOCK_GATES;
     for (int64_t at = u0 * 4, end = (u1 + UNIT_BLOCK - 1) / UNIT_BLOCK * UNIT_BLOCK_GATES; at < end; at += UNIT_BLOCK) {
         const int64_t u = at / UNIT_BLOCK_GATES * UNIT_BLOCK, gate = at / UNIT_BLOCK % 4, row = gate * hidden + u;
@@ -47,8 +49,8 @@ static void pack_groups(const struct fxq_weight *weight, int64_t u0, int64_t u1,
     }
 }
 
-static void pack_lstm(const struct fxq_weight *weight, int64_t u0, int64_t u1, void *packed, int32_t *pairs, float *scale,
-                      void *scratch) {
+static void pack_lstm(const struct fxq_weight *weight, int64_t u0, int64_t u1, void *packed, int32_t *pairs,
+                      float *scale, void *scratch) {
     if (weight->group) pack_groups(weight, u0, u1, packed, pairs, scale, scratch);
     else pack_rows(weight, u0, u1, packed, pairs);
 }
@@ -104,8 +106,8 @@ FXQ_INLINE void step_rows(const struct fxq_lstm_step *s, const struct unit_block
     if (count > 2) finish_states(s, rows + 2, count - 2);
 }
 
-/* A single row. The exponentials of a block come part by part between the products of the next one: those wait for the L2
- * cache, these for each other. */
+/* A single row. The exponentials of a block come part by part between the products of the next one: those wait for the
+ * L2 cache, these for each other. */
 static void step_one_row(const struct fxq_lstm_step *s, int64_t m) {
     const int64_t depth = s->h->depth, part = depth / EXP_PARTS; /* a multiple of 8 */
     const uint8_t *q = (const uint8_t *)s->h->packed + m * depth;
@@ -133,7 +135,8 @@ static void step_one_row(const struct fxq_lstm_step *s, int64_t m) {
     }
 }
 
-/* The gates of `count` rows (a constant, 1 to 4) by a grouped weight: a group's products are added to those before it. */
+/* The gates of `count` rows (a constant, 1 to 4) by a grouped weight: a group's products are added to those before it.
+ */
 FXQ_INLINE void add_groups(const struct fxq_lstm_step *s, const struct unit_block *b, int64_t m, int count, __m512 *e) {
     const int64_t depth = s->h->depth, all = (s->hidden + UNIT_BLOCK - 1) / UNIT_BLOCK * UNIT_BLOCK_GATES;
     const int8_t *w = (const int8_t *)s->packed + b->u * 4 * depth;

@@ -1,13 +1,13 @@
 /* The gemv of 4-bit weights: their bytes are the limit, so they are read as they lie, and unpacked in registers.
  *
- * 64 bytes hold 128 columns, u = w + 8 in each nibble. The low nibbles are the even columns and the high ones the odd, so
- * that the activations lie in that order too, 64 even ones and 64 odd: nothing is interleaved. vpdpbusd takes u as the
- * unsigned side and a = q - 128 as the signed one:
+ * 64 bytes hold 128 columns, u = w + 8 in each nibble. The low nibbles are the even columns and the high ones the odd,
+ * so that the activations lie in that order too, 64 even ones and 64 odd: nothing is interleaved. vpdpbusd takes u as
+ * the unsigned side and a = q - 128 as the signed one:
  *
  *   sum((q - z) w) = sum(a u) + (128 - z) sum(u) - 8 sum(q - z)
  *
- * where the last term is the row's alone (`less`), and a and the ones of sum(u) are 0 beyond the last column. A lane has
- * the sums of 8 columns; 4, 8 or 16 lanes are a group, added up for 16 outputs at once.
+ * where the last term is the row's alone (`less`), and a and the ones of sum(u) are 0 beyond the last column. A lane
+ * has the sums of 8 columns; 4, 8 or 16 lanes are a group, added up for 16 outputs at once.
  *
  * Expects: common-inl.h and MOST_NIBBLE_ROWS. */
 
@@ -45,7 +45,8 @@ static void quantize_nibbles(const struct fxq_activations *x, int64_t first, int
     }
 }
 
-/* Lane L of 128 bits of f[j] has the sums of 32 columns, of outputs 4 j .. 4 j + 3. Gives the groups' sums, lanes: outputs. */
+/* Lane L of 128 bits of f[j] has the sums of 32 columns, of outputs 4 j .. 4 j + 3. Gives the groups' sums, lanes:
+ * outputs. */
 FXQ_INLINE void sum_groups(const __m512i v[16], int64_t group, __m512i sums[4]) {
     __m512i f[4];
     FXQ_FOR(4, int i = 0; i < 4; i++) {
@@ -72,7 +73,8 @@ FXQ_INLINE void sum_groups(const __m512i v[16], int64_t group, __m512i sums[4]) 
 }
 
 /* The scales of groups [g, g + count) of 16 outputs, `stride` groups a row: a word holds two of them. */
-FXQ_INLINE void load_scales(const uint16_t *scale, int64_t stride, int count, __mmask16 lanes, bool is_first, __m512 s[4]) {
+FXQ_INLINE void load_scales(const uint16_t *scale, int64_t stride, int count, __mmask16 lanes, bool is_first,
+                            __m512 s[4]) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i at = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)stride)), none = _mm512_setzero_si512();
     const __m512i high = _mm512_set1_epi32((int)0xffff0000);
@@ -86,7 +88,8 @@ FXQ_INLINE void load_scales(const uint16_t *scale, int64_t stride, int count, __
     if (stride == 1) { /* the rows' only one: they lie next to each other */
         const __m512i one = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, scale));
         s[g] = _mm512_castsi512_ps(_mm512_slli_epi32(one, 16));
-    } else { /* with the one before it, since after a row's last one may come nothing; a row's first has none before it */
+    } else { /* with the one before it, since after a row's last one may come nothing; a row's first has none before it
+              */
         const bool has_before = g > 0 || !is_first;
         const __m512i two = _mm512_mask_i32gather_epi32(none, lanes, at, scale + g - has_before, 2);
         s[g] = _mm512_castsi512_ps(has_before ? _mm512_and_si512(two, high) : _mm512_slli_epi32(two, 16));
@@ -137,9 +140,12 @@ FXQ_INLINE void matmul_nibbles_16(const struct fxq_matmul *job, int64_t m, int r
     const int each = (int)(NIBBLE_COLUMNS / group);
     const struct outputs_16 o = begin_outputs(job, n, n + left);
     const struct fxq_target target = fxq_target_at(to, m, n - n0);
-    struct nibble_step s = {.nibbles = (const uint8_t *)job->weight->data + n * row_bytes, .row_bytes = row_bytes,
-        .depth = fxq_nibble_depth(columns), .bytes = ~0ull, .even_ones = _mm512_set1_epi8(1),
-        .odd_ones = _mm512_set1_epi8(1)};
+    struct nibble_step s = {.nibbles = (const uint8_t *)job->weight->data + n * row_bytes,
+                            .row_bytes = row_bytes,
+                            .depth = fxq_nibble_depth(columns),
+                            .bytes = ~0ull,
+                            .even_ones = _mm512_set1_epi8(1),
+                            .odd_ones = _mm512_set1_epi8(1)};
     s.values = (const int8_t *)x->packed + m * s.depth;
     __m512 y[NIBBLE_ROWS];
     FXQ_FOR(4, int i = 0; i < rows; i++) {
@@ -201,4 +207,5 @@ static void matmul_nibbles(const struct fxq_matmul *job, int64_t n0, int64_t n1,
         m += rows;
     }
 }
-#define FXQ_NIBBLES .most_nibble_rows = MOST_NIBBLE_ROWS, .quantize_nibbles = quantize_nibbles, .matmul_nibbles = matmul_nibbles
+#define FXQ_NIBBLES \
+    .most_nibble_rows = MOST_NIBBLE_ROWS, .quantize_nibbles = quantize_nibbles, .matmul_nibbles = matmul_nibbles

@@ -1,7 +1,7 @@
 /* The packed gemm, for many rows. Expects: tiled-inl.h, stream-inl.h, and a tile product that the includer defines:
  *
- * static void multiply_packed(const uint8_t *q, int64_t depth, int blocks, const int8_t *w, int32_t (*c)[PACKED_OUTPUTS],
- *                             struct finished_rows *earlier);
+ * static void multiply_packed(const uint8_t *q, int64_t depth, int blocks, const int8_t *w, int32_t
+ * (*c)[PACKED_OUTPUTS], struct finished_rows *earlier);
  *
  * gives c = 16 * blocks (blocks <= 2) rows of q, `depth` bytes apart, by 64 outputs; meanwhile it calls
  * finish_rows(earlier, ...) now and then, as in tiled-inl.h.
@@ -13,7 +13,7 @@
 
 enum {
     PACKED_OUTPUTS = 64,
-    STREAMED_ROWS = 48,    /* repay the packing where outputs are streamed, */
+    STREAMED_ROWS = 48,   /* repay the packing where outputs are streamed, */
     UNSTREAMED_ROWS = 256 /* and where they are not */
 };
 
@@ -67,10 +67,12 @@ struct packed_chunk {
 
 FXQ_INLINE struct finished_rows begin_finish(const struct packed_chunk *p, int64_t m, int64_t n,
                                              const int32_t (*c)[PACKED_OUTPUTS]) {
-    struct finished_rows e = {
-        .c = c, .row = p->job->x->row + m, .count = (int)(p->m1 - m < 32 ? p->m1 - m : 32), .to = fxq_target_at(p->to, m, n - p->n0),
-        .carried = p->carried ? p->carried + (m - p->m0) : NULL,
-        .block = streamed_block_at(n, p->n0, p->n1)};
+    struct finished_rows e = {.c = c,
+                              .row = p->job->x->row + m,
+                              .count = (int)(p->m1 - m < 32 ? p->m1 - m : 32),
+                              .to = fxq_target_at(p->to, m, n - p->n0),
+                              .carried = p->carried ? p->carried + (m - p->m0) : NULL,
+                              .block = streamed_block_at(n, p->n0, p->n1)};
     FXQ_FOR(4, int i = 0; i < 4; i++) {
         e.outputs[i] = begin_outputs(p->job, n + 16 * i, p->n1);
         e.pairs[i] = _mm512_load_si512(p->pairs + n - p->first + 16 * i);
@@ -89,7 +91,7 @@ static void multiply_chunk(const struct packed_chunk *p) {
             const int8_t *w = p->packed + (n - p->first) * x->depth;
             multiply_packed(q, x->depth, p->m1 - m > 16 ? 2 : 1, w, c[parity], &earlier);
             finish_rows(&earlier, 32);
-            earlier = begin_finish(p, m, n, (const int32_t(*)[PACKED_OUTPUTS])c[parity]);
+            earlier = begin_finish(p, m, n, (const int32_t (*)[PACKED_OUTPUTS])c[parity]);
         }
     }
     finish_rows(&earlier, 32);
@@ -99,14 +101,15 @@ static void multiply_chunk(const struct packed_chunk *p) {
 static void pack_block(const struct fxq_matmul *job, int64_t n, int64_t n1, int8_t *packed, int32_t *pairs) {
     for (int i = 0; i < PACKED_OUTPUTS; i += 16) {
         const int64_t left = n1 - n - i, columns = job->x->columns;
-        const __m512i sums = pack_16((const int8_t *)job->weight->data + (n + i) * columns, left < 0 ? 0 : left, columns, packed + 4 * i);
+        const __m512i sums = pack_16((const int8_t *)job->weight->data + (n + i) * columns, left < 0 ? 0 : left,
+                                     columns, packed + 4 * i);
         _mm512_store_si512(pairs + i, sums);
     }
 }
 
 /* scratch: FXQ_PACKED_BYTES, or one block of 64 outputs where that is more. */
 static void matmul_packed(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
-                               void *scratch) {
+                          void *scratch) {
     const int64_t depth = job->x->depth, rows = job->x->rows;
     const int64_t fits = FXQ_PACKED_BYTES / depth / PACKED_OUTPUTS * PACKED_OUTPUTS;
     const int64_t chunk = fxq_clamp(fits, PACKED_OUTPUTS, MOST_CHUNK_ROWS);
@@ -120,8 +123,17 @@ static void matmul_packed(const struct fxq_matmul *job, int64_t n0, int64_t n1, 
             for (int64_t n = first; n < end; n += PACKED_OUTPUTS) {
                 pack_block(job, n, n1, (int8_t *)scratch + (n - first) * depth, pairs + n - first);
             }
-            const struct packed_chunk p = {.job = job, .to = to, .n0 = n0, .n1 = n1, .first = first, .end = end, .m0 = m,
-                .m1 = m1, .packed = scratch, .pairs = pairs, .carried = streams ? carried : NULL};
+            const struct packed_chunk p = {.job = job,
+                                           .to = to,
+                                           .n0 = n0,
+                                           .n1 = n1,
+                                           .first = first,
+                                           .end = end,
+                                           .m0 = m,
+                                           .m1 = m1,
+                                           .packed = scratch,
+                                           .pairs = pairs,
+                                           .carried = streams ? carried : NULL};
             multiply_chunk(&p);
         }
     }

@@ -1,6 +1,6 @@
-/* Large outputs leave by non-temporal stores, which write whole lines without reading them first: 20 GB/s instead of 8. A
- * row need not begin at a line (33278 floats are no whole number of lines), so that the end of each row's last outputs is
- * carried on to the next.
+/* Large outputs leave by non-temporal stores, which write whole lines without reading them first: 20 GB/s instead of 8.
+ * A row need not begin at a line (33278 floats are no whole number of lines), so that the end of each row's last
+ * outputs is carried on to the next.
  *
  * Expects: first_lanes() of common-inl.h. */
 
@@ -28,7 +28,7 @@ FXQ_INLINE struct streamed_block streamed_block_at(int64_t n, int64_t n0, int64_
 /* 64 outputs y that belong at `out`, in whole lines: the first begins with what is carried. */
 FXQ_INLINE void stream_row(const struct streamed_block *b, const __m512 y[4], float *out, float *carried) {
     const int before = (int)((uintptr_t)out % 64 / 4); /* how many floats of out's line are before it */
-    const __mmask16 in_line = (__mmask16)(0xffff << before), left_over = (__mmask16)~(0xffff >> before);
+    const __mmask16 in_line = (__mmask16)(0xffff << before), left_over = (__mmask16) ~(0xffff >> before);
     if (b->outputs < STREAM_OUTPUTS) {
         if (!b->is_first) _mm512_mask_storeu_ps(out - 16, left_over, _mm512_load_ps(carried));
         FXQ_FOR(4, int i = 0; i < 4; i++) _mm512_mask_storeu_ps(out + 16 * i, first_lanes(b->outputs - 16 * i), y[i]);
@@ -46,4 +46,3 @@ FXQ_INLINE void stream_row(const struct streamed_block *b, const __m512 y[4], fl
     if (b->is_last) _mm512_mask_storeu_ps(out + 48, left_over, y[3]);
     else _mm512_store_ps(carried, y[3]);
 }
-

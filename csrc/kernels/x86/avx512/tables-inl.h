@@ -1,6 +1,7 @@
 /* Rows of quantized tables: real = (value - zero_point) * scale, as in generic/tables-inl.h. Rows may be short, so
  * that 16 columns at a time and a masked end serve them better than what compilers find; and the sums of 64 columns of
- * a bag stay in registers until all its rows are added. `format` is a constant where it is used, so that each has loops of its own.
+ * a bag stay in registers until all its rows are added. `format` is a constant where it is used, so that each has loops
+ * of its own.
  *
  * Expects: first_lanes() of common-inl.h. */
 
@@ -52,8 +53,9 @@ static void put_row(const struct fxq_table *table, int64_t row, float *out) {
 }
 
 /* `vectors` (a constant, 1 to 4) of 16 columns from k on; only a single one has a mask. */
-FXQ_INLINE void add_table_columns(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count,
-                            int64_t k, int vectors, __mmask16 lanes, float *out, enum fxq_format format) {
+FXQ_INLINE void add_table_columns(const struct fxq_table *table, const int64_t *rows, const float *weights,
+                                  int64_t count, int64_t k, int vectors, __mmask16 lanes, float *out,
+                                  enum fxq_format format) {
     __m512 sums[4];
     FXQ_FOR(4, int j = 0; j < vectors; j++) sums[j] = _mm512_maskz_loadu_ps(lanes, out + k + 16 * j);
     for (int64_t i = 0; i < count; i++) {
@@ -75,7 +77,8 @@ FXQ_INLINE void add_rows_of(const struct fxq_table *table, const int64_t *rows, 
     }
 }
 
-static void add_rows(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count, float *out) {
+static void add_rows(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count,
+                     float *out) {
     switch (table->format) {
         case FXQ_INT8: add_rows_of(table, rows, weights, count, out, FXQ_INT8); break;
         case FXQ_UINT4: add_rows_of(table, rows, weights, count, out, FXQ_UINT4); break;

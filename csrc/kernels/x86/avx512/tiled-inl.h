@@ -5,8 +5,8 @@
  *
  * gives c[2 * i + j] = tile of outputs 16 i .. 16 i + 15 (i < tiles <= 4) by activation block j (j < blocks <= 2), each
  * [16 outputs][16 rows]; meanwhile it calls finish_tiles(earlier, ...) now and then, so that the stores and shuffles of
- * the last block fill the time in which this block waits for its tiles. next: the weights to come, or NULL when they are
- * in the L2 cache already. */
+ * the last block fill the time in which this block waits for its tiles. next: the weights to come, or NULL when they
+ * are in the L2 cache already. */
 
 enum { BLOCK_ROWS = 64 /* outputs of one step: 4 tiles */ };
 
@@ -28,7 +28,8 @@ static void finish_tile(struct epilogue *e, int group, int block) {
     FXQ_FOR(16, int i = 0; i < 16; i++) v[i] = _mm512_load_si512(c + 16 * i);
     transpose_16x16(v);
     if (e->ones >= 0 && block == e->blocks - 1) {
-        const __m512i column = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+        const __m512i column =
+            _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
         const __m512i sums = _mm512_i32gather_epi32(column, c + e->ones, 4);
         _mm512_storeu_si512(e->pairs + 16 * group, make_pairs(sums));
     }
@@ -40,7 +41,8 @@ static void finish_tile(struct epilogue *e, int group, int block) {
         if (i >= rows) break;
         __builtin_prefetch(to.out + i * to.out_stride + BLOCK_ROWS, 1); /* the line of the next block */
         const __m512i sums = correct(v[i], pairs, row[i].zero_pair);
-        const __m512 y = dequantize_outputs(&o, sums, row[i].scale, to.addend ? to.addend + i * to.addend_stride : NULL);
+        const __m512 y =
+            dequantize_outputs(&o, sums, row[i].scale, to.addend ? to.addend + i * to.addend_stride : NULL);
         store_outputs(&o, y, to.out + i * to.out_stride);
     }
 }
@@ -71,16 +73,23 @@ static void matmul_strip(const struct fxq_matmul *job, struct weight_reader *rea
         multiply(w, stride, x->depth, (const uint8_t *)x->packed + m * x->depth, blocks, tiles, c[parity], &earlier,
                  is_new ? w + BLOCK_ROWS * stride : NULL);
         finish_tiles(&earlier, 8);
-        earlier = (struct epilogue){
-            .job = job, .c = (const int32_t(*)[256])c[parity], .count = tiles * blocks, .blocks = blocks, .n = n,
-            .n1 = n1, .m = m, .pairs = pairs + (n - n0), .ones = ones, .to = fxq_target_at(to, m, n - n0)};
+        earlier = (struct epilogue){.job = job,
+                                    .c = (const int32_t (*)[256])c[parity],
+                                    .count = tiles * blocks,
+                                    .blocks = blocks,
+                                    .n = n,
+                                    .n1 = n1,
+                                    .m = m,
+                                    .pairs = pairs + (n - n0),
+                                    .ones = ones,
+                                    .to = fxq_target_at(to, m, n - n0)};
     }
     finish_tiles(&earlier, 8);
 }
 
 /* scratch: BLOCK_ROWS * depth bytes for the weight's end. */
 static void matmul_tiled(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
-                              void *scratch) {
+                         void *scratch) {
     const struct fxq_activations *x = job->x;
     struct weight_reader reader = read_weight(job->weight, scratch);
     _Alignas(64) int32_t pairs[MOST_CHUNK_ROWS + 16];
@@ -108,10 +117,12 @@ static void matmul_tiled(const struct fxq_matmul *job, int64_t n0, int64_t n1, c
     }
 }
 
-FXQ_INLINE __m512i sum_columns(__m512i sums, __m512i four) { return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), four); }
+FXQ_INLINE __m512i sum_columns(__m512i sums, __m512i four) {
+    return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), four);
+}
 
-/* 16 rows of a weight, `count` of them real, to every fourth 64 bytes of packed, 4 columns of each row there. Returns their
- * sums as pairs (see make_pairs). */
+/* 16 rows of a weight, `count` of them real, to every fourth 64 bytes of packed, 4 columns of each row there. Returns
+ * their sums as pairs (see make_pairs). */
 FXQ_INLINE __m512i pack_16(const int8_t *rows, int64_t count, int64_t columns, int8_t *packed) {
     __m512i sums = _mm512_setzero_si512();
     for (int64_t k = 0; k < columns; k += 64) {

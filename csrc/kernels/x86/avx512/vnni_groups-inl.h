@@ -1,5 +1,6 @@
-/* What groups-inl.h needs, in vpdpbusd: rows of q and the weights as int8, 4 columns of 16 outputs a register. Lanes are
- * outputs. Of each 8 columns, 0 to 7, both sides have 0 2 4 6 1 3 5 7: the low nibbles of four bytes, then the high ones.
+/* What groups-inl.h needs, in vpdpbusd: rows of q and the weights as int8, 4 columns of 16 outputs a register. Lanes
+ * are outputs. Of each 8 columns, 0 to 7, both sides have 0 2 4 6 1 3 5 7: the low nibbles of four bytes, then the high
+ * ones.
  *
  * Expects: groups-inl.h. */
 

@@ -12,9 +12,8 @@ import pytest
 
 from tests.native.build import ROOT, build
 
-# written for Python
-PYTHON = {"module.c", "tensors.c", "call_linear.c", "call_matmul.c", "call_recurrent.c", "call_embedding.c", "weights.c"}
-SOURCES = [ROOT / "tests/native/harness.c", *(path for path in (ROOT / "csrc").rglob("*.c") if path.name not in PYTHON)]
+C_FILES = (path for path in (ROOT / "csrc").rglob("*.c") if path.parent.name != "python")
+SOURCES = [ROOT / "tests/native/harness.c", *C_FILES]
 
 pytestmark = pytest.mark.long
 

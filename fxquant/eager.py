@@ -15,9 +15,9 @@ from fxquant.graph.calibrate import gather
 from fxquant.graph.call import bind_inputs
 from fxquant.graph.check.check import checked
 from fxquant.graph.eager import convert_tree, plain_mirror, prepare_tree
-from fxquant.graph.module import need_stage, refuse_ours
 from fxquant.graph.plan.outcome import judge
 from fxquant.graph.plan.rules import check_mapping
+from fxquant.graph.record import need_stage, refuse_ours
 from fxquant.graph.trace.exported import adopt
 from fxquant.graph.trace.trace import check_kind, names_of
 from fxquant.operators import OPERATORS, Operator

@@ -22,7 +22,7 @@ from fxquant.errors import ExampleInputsError, warn
 from fxquant.gptq import round_with_feedback
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, each_batch, run
-from fxquant.graph.module import Site, record_of
+from fxquant.graph.record import Rounded, Site, record_of
 from fxquant.graph.trace.writes import without_writes
 from fxquant.nn.base import quantize_alone
 from fxquant.numerics import QuantizedTensor
@@ -38,10 +38,8 @@ _FACTORS = {
 }
 """Where the operators that all products end in have their factors."""
 
-Rounding: TypeAlias = Callable[[torch.Tensor, QConfig], tuple[QuantizedTensor, str]]
-"""Gives a weight as a qconfig wants it, and in words how it was rounded, if there is anything to say."""
-
-FEEDBACK = "with error feedback"
+Rounding: TypeAlias = Callable[[torch.Tensor, QConfig], tuple[QuantizedTensor, Rounded]]
+"""Gives a weight as a qconfig wants it, and how it was rounded."""
 
 
 class Moments:
@@ -52,15 +50,15 @@ class Moments:
 
     def __init__(self, sums: dict[tuple[str, int], torch.Tensor]) -> None:
         self.sums = sums
-        self._done: dict[tuple[Any, ...], tuple[QuantizedTensor, str]] = {}
+        self._done: dict[tuple[Any, ...], tuple[QuantizedTensor, Rounded]] = {}
 
     def rounding(self, module: nn.Module) -> Rounding:
-        """Return what gives a weight of a mirror, (O, I), as a qconfig wants it, and in words how it was rounded."""
+        """Return what gives a weight of a mirror, (O, I), as a qconfig wants it, and how it was rounded."""
         names = _names(module)
 
-        def quantize(weight: torch.Tensor, qconfig: QConfig) -> tuple[QuantizedTensor, str]:
+        def quantize(weight: torch.Tensor, qconfig: QConfig) -> tuple[QuantizedTensor, Rounded]:
             if not profits(qconfig):
-                return quantize_alone(weight, qconfig), ""
+                return quantize_alone(weight, qconfig), Rounded.TO_NEAREST
             name = names.get(weight.data_ptr())
             if name is None:
                 return self._round(weight, None, qconfig)
@@ -73,11 +71,10 @@ class Moments:
 
     def _round(
         self, weight: torch.Tensor, moments: torch.Tensor | None, qconfig: QConfig
-    ) -> tuple[QuantizedTensor, str]:
+    ) -> tuple[QuantizedTensor, Rounded]:
         if moments is not None and moments.isfinite().all():
-            return round_with_feedback(weight, moments, qconfig.weight), FEEDBACK
-        reason = "it met no input in data" if moments is None else "its inputs in data were not finite, or too large"
-        return quantize_alone(weight, qconfig), f"to nearest: {reason}"
+            return round_with_feedback(weight, moments, qconfig.weight), Rounded.GPTQ
+        return quantize_alone(weight, qconfig), Rounded.NO_INPUT if moments is None else Rounded.NOT_FINITE
 
 
 def profits(qconfig: QConfig) -> bool:

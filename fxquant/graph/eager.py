@@ -12,8 +12,8 @@ from fxquant.graph.call import Example, Inputs
 from fxquant.graph.convert.clean import own_tensors
 from fxquant.graph.convert.convert import WeightCache, convert_modules
 from fxquant.graph.fingerprint.architecture import describe
-from fxquant.graph.module import Record, keep_record, record_of
 from fxquant.graph.plan.planner import plan_modules
+from fxquant.graph.record import Record, keep_record, record_of
 from fxquant.graph.trace.leaves import make_plain
 from fxquant.operators import Operator
 from fxquant.qconfig_mapping import QConfigMapping
@@ -38,8 +38,8 @@ def prepare_tree(
     record = Record(
         stage="prepared",
         is_traced=False,
-        sites=tuple(decided.sites),
-        left=tuple(decided.left),
+        sites=decided.sites,
+        skipped=decided.skipped,
         mapping=mapping,
         operators=tuple(operators),
         untraced=dict(untraced or {}),

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxquant.graph import edit
-from fxquant.graph.module import Fusion, Unfused
 from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Preserved
+from fxquant.graph.record import Fusion, Unfused
 from fxquant.nn.fused import WITH_RELU, linear_relu
 
 _NORMS: dict[type[nn.Module], tuple[type[nn.Module], int]] = {

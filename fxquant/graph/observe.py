@@ -12,15 +12,15 @@ from torch import fx, nn
 
 from fxquant.graph import edit
 from fxquant.graph.constants import recast, transpose
-from fxquant.graph.module import Site
 from fxquant.graph.plan.planner import Plan
+from fxquant.graph.record import Site
 
 
 def observe(module: fx.GraphModule, plan: Plan) -> tuple[Site, ...]:
     """Insert the observers, each shown its weight once, and return the plan's sites with their observers' paths."""
-    placed = {id(site): site for site in plan.sites}
-    for site, target in plan.calls:
-        node, weight = target.node, target.weight
+    sites = list(plan.sites)
+    for number, target in plan.targets.items():
+        site, node, weight = sites[number], target.node, target.weight
         path = edit.free_name(module, f"{site.path}_observer")
         observer = site.qconfig.make_observer() or nn.Identity()
         tensor = edit.get_tensor(module, site.path)
@@ -35,6 +35,6 @@ def observe(module: fx.GraphModule, plan: Plan) -> tuple[Site, ...]:
         observed.meta.update(weight.meta)
         node.replace_input_with(target.operand, given)
         edit.erase_dead(module.graph, [target.operand])
-        placed[id(site)] = replace(site, observer=path)
+        sites[number] = replace(site, observer=path)
     module.recompile()
-    return tuple(placed[id(site)] for site in plan.sites)
+    return tuple(sites)

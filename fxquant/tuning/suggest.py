@@ -18,8 +18,7 @@ from fxquant.debug.report.report import Column, Report
 from fxquant.debug.report.table import megabytes
 from fxquant.errors import ArgumentError, QConfigError, each_warning_once, warn
 from fxquant.graph import edit
-from fxquant.graph.calibrate import FEEDBACK
-from fxquant.graph.module import record_of
+from fxquant.graph.record import Rounded, record_of
 from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping
 from fxquant.tuning.curve import Dot, draw_curve
 from fxquant.tuning.ladder import LADDER, check_schemes, scheme_name
@@ -104,7 +103,7 @@ class Suggestion(Report):
     def has_feedback(self) -> bool:
         """Whether any weights of the model were rounded with error feedback: without data the mapping gives another."""
         record = record_of(self.model)
-        return record is not None and any(FEEDBACK in site.rounding for site in record.sites)
+        return record is not None and any(Rounded.GPTQ in site.rounded for site in record.sites)
 
     @property
     def footer(self) -> tuple[str, ...]:

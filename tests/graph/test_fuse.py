@@ -168,7 +168,7 @@ def test_conv_norm_relu_is_fused_and_left_float_with_a_reason():
     x = torch.randn(2, 3, 8, 8)
     quantized = quantize(model, x)
     assert calls(quantized) == [ConvReLU2d]
-    (left,) = quantized.record.left
+    (left,) = quantized.record.skipped
     assert left.reason.endswith("3 → 4 channels, kernel 3×3")
     assert torch.allclose(quantized(x), model(x), atol=1e-5)
 

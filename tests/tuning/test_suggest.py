@@ -31,9 +31,8 @@ from fxquant.debug.measure import trial
 from fxquant.errors import ArgumentError, ModelStateError
 from fxquant.gptq import round_with_feedback
 from fxquant.graph import calibrate
-from fxquant.graph.calibrate import FEEDBACK
 from fxquant.graph.edit import byte_count
-from fxquant.graph.module import record_of
+from fxquant.graph.record import Rounded, record_of
 from fxquant.tuning import search
 from fxquant.tuning.ladder import scheme_name
 from fxquant.tuning.suggest import _rows
@@ -158,7 +157,7 @@ def test_what_it_states_is_measured_on_the_model_that_its_mapping_gives(model, d
 def test_int4_weights_are_rounded_with_error_feedback_from_the_data(model, data):
     found = suggest_mapping(model, data, budget=1.0, schemes=("int4",))
     assert found.has_feedback
-    assert {site.rounding for site in record_of(found.model).sites} == {FEEDBACK}
+    assert {site.rounded for site in record_of(found.model).sites} == {(Rounded.GPTQ,)}
     assert "convert_fx(prepare_fx(model, found.mapping, …), data=data) gives it again" in str(found)
     plain = suggest_mapping(model, data, budget=1.0, schemes=("int4",), error_feedback=False)
     assert not plain.has_feedback

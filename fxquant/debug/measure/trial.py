@@ -27,8 +27,8 @@ from fxquant.errors import ArgumentError, CheckpointError, ExampleInputsError, M
 from fxquant.graph import edit
 from fxquant.graph.calibrate import Moments, gather, profits
 from fxquant.graph.call import as_arguments, check_data, run
-from fxquant.graph.module import keep_record, need_stage
 from fxquant.graph.outputs import named_floats
+from fxquant.graph.record import keep_record, need_stage
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
 from fxquant.quantize_fx import convert_fx, convert_with, prepare_fx

@@ -13,8 +13,8 @@ from fxquant.graph import edit
 from fxquant.graph.calibrate import Rounding
 from fxquant.graph.constants import constant_of, is_cast
 from fxquant.graph.convert.invariant import bring_products
-from fxquant.graph.module import Site
 from fxquant.graph.plan.targets import name_operands
+from fxquant.graph.record import Rounded, Site
 from fxquant.graph.references import repoint
 from fxquant.nn import QuantizedModule
 from fxquant.nn.base import key_of, quantize_alone
@@ -31,33 +31,33 @@ class WeightCache:
     """
 
     def __init__(self, rounding: Rounding | None = None) -> None:
-        self._done: dict[tuple[Any, ...], tuple[torch.Tensor, QuantizedTensor, str]] = {}
-        self._modules: dict[tuple[int, QConfig], tuple[nn.Module, nn.Module, str]] = {}
-        self._round: Rounding = rounding or (lambda *weight: (quantize_alone(*weight), ""))
-        self._notes: list[str] = []
+        self._done: dict[tuple[Any, ...], tuple[torch.Tensor, QuantizedTensor, Rounded]] = {}
+        self._modules: dict[tuple[int, QConfig], tuple[nn.Module, nn.Module, tuple[Rounded, ...]]] = {}
+        self._round: Rounding = rounding or (lambda *weight: (quantize_alone(*weight), Rounded.TO_NEAREST))
+        self._rounded: list[Rounded] = []
 
     def quantize(self, weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
         """Return a weight as the qconfig wants it: the same tensors for the same weight and qconfig."""
         key = self._key(weight, qconfig)
         if key not in self._done:  # the weight is kept so that its key stays its own
             self._done[key] = (weight, *self._round(weight, qconfig))
-        _, quantized, note = self._done[key]
-        self._notes.append(note)
+        _, quantized, rounded = self._done[key]
+        self._rounded.append(rounded)
         return quantized
 
-    def take_note(self) -> str:
-        """Return how the weights asked for since the last time were rounded."""
-        told, self._notes = [note for note in self._notes if note], []
-        return "; ".join(dict.fromkeys(told))
+    def take_rounded(self) -> tuple[Rounded, ...]:
+        """Return how the weights asked for since the last time were rounded, each way once, if not just to nearest."""
+        found, self._rounded = dict.fromkeys(self._rounded), []
+        return tuple(rounded for rounded in found if rounded is not Rounded.TO_NEAREST)
 
     def convert(self, float_module: nn.Module, qconfig: QConfig, row: Operator) -> nn.Module:
         """Return a row's quantized form of a module: the same for the same module and qconfig."""
         key = id(float_module), qconfig
         if key not in self._modules:  # the float module is kept so that its id stays its own
             module = row.convert_module(float_module, qconfig, self.quantize).train(False)
-            self._modules[key] = float_module, module, self.take_note()
-        _, module, note = self._modules[key]
-        self._notes.append(note)
+            self._modules[key] = float_module, module, self.take_rounded()
+        _, module, rounded = self._modules[key]
+        self._rounded += rounded
         return module
 
     def stand_in(self, root: nn.Module) -> None:
@@ -81,7 +81,7 @@ class WeightCache:
 
     def give(self, weight: torch.Tensor, qconfig: QConfig, quantized: QuantizedTensor) -> None:
         """Let a weight have these integers, found elsewhere, under a qconfig."""
-        self._done[self._key(weight, qconfig)] = (weight, quantized, "")
+        self._done[self._key(weight, qconfig)] = (weight, quantized, Rounded.TO_NEAREST)
 
     def _key(self, weight: torch.Tensor, qconfig: QConfig) -> tuple[Any, ...]:
         place = weight.untyped_storage().data_ptr() or weight.untyped_storage()._cdata  # on the meta device
@@ -159,7 +159,7 @@ def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ..
     edit.swap_module(module, site.path, quantized)
     floats = [quantized.get_buffer(name) for name, qconfig in site.qconfig.parts if qconfig is None]
     size = edit.byte_count(quantized) - sum(tensor.nbytes for tensor in floats)
-    return replace(site, int_bytes=size, rounding=cache.take_note())
+    return replace(site, int_bytes=size, rounded=cache.take_rounded())
 
 
 def rescue_reads(module: fx.GraphModule, path: str) -> None:
@@ -205,7 +205,7 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     edit.erase_dead(graph, [given, *(node for node in cast if not node.users)])
     module.delete_submodule(str(site.observer))  # it may stand inside a leaf, which is kept whole
     size = sum(part.numel() * part.element_size() for part in quantized if part is not None)
-    return replace(site, int_bytes=size, rounding=cache.take_note())
+    return replace(site, int_bytes=size, rounded=cache.take_rounded())
 
 
 def _uncast(operand: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 
 import fxquant
 from fxquant import AttributeNameError, FixedAttributeError, explain, fuse_fx, graph_diff
-from fxquant.graph.module import Fusion, Unfused
+from fxquant.graph.record import Fusion, Unfused
 from fxquant.nn import DynamicQuantizedLinear
 from tests.samples import prepare, quantize, same_bits, sqnr
 
@@ -706,7 +706,7 @@ class Loud(nn.Module):
 def test_the_weight_that_a_method_sets_stays_float_and_others_do_not(name):
     prepared = prepare(Owner().eval(), torch.randn(4, 32), preserved_attributes=(name,))
     assert [site.path for site in prepared.record.sites] == ["b"]
-    assert [left.path for left in prepared.record.left] == ["a"]
+    assert [left.path for left in prepared.record.skipped] == ["a"]
 
 
 @pytest.mark.parametrize("name", ["louder", "nested"])

@@ -27,7 +27,7 @@ from fxquant.graph.plan.rules import check_mapping
 from fxquant.graph.preserve.preserve import Keep, preserve
 from fxquant.graph.record import Record, need_stage, preserved_of, refuse_ours
 from fxquant.graph.trace.exported import adopt
-from fxquant.graph.trace.trace import Traced, check_model, first_line, names_of, trace
+from fxquant.graph.trace.trace import check_model, first_line, names_of, trace
 from fxquant.graph.trace.verify import GraphFailsError, capture, check_runs, verify
 from fxquant.nn.fused import SPELT
 from fxquant.operators import OPERATORS, Operator
@@ -79,33 +79,18 @@ def prepare_fx(
     functions = [SPELT.get(node.target, node.target) for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
     architecture = describe(traced.module, model)  # before it is fused
-    record = _decide(traced, mapping, operators).advance(
-        float_bytes=edit.byte_count(model),
+    fusions, unfused = fuse(traced.module, traced.hooked, traced.keep.preserved)
+    record = observe(traced.module, plan(traced, mapping, operators)).record(
+        model,
+        traced,
+        fusions=fusions,
+        unfused=unfused,
         example=Example(inputs),
         architecture=architecture,
         batch_invariant=batch_invariant,
     )
     judge(type(model).__name__, record, traced.names, functions, strict=strict)
     return finish(traced.module, model, record)
-
-
-def _decide(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator]) -> Record:
-    """Return the record of a traced model once it is fused, planned and observed."""
-    fusions, unfused = fuse(traced.module, traced.hooked, traced.keep.preserved)
-    decided = plan(traced, mapping, operators)
-    return Record(
-        stage="prepared",
-        sites=observe(traced.module, decided),
-        skipped=decided.skipped,
-        fusions=fusions,
-        unfused=unfused,
-        mapping=mapping,
-        operators=tuple(operators),
-        **traced.kept,
-        constants=traced.constants,
-        untraced=traced.untraced,
-        coverage=decided.coverage,
-    )
 
 
 def _prepare_whole(

@@ -13,11 +13,10 @@ from torch import fx, nn
 from fxquant.graph import edit
 from fxquant.graph.constants import recast, transpose
 from fxquant.graph.plan.planner import Plan
-from fxquant.graph.record import Site
 
 
-def observe(module: fx.GraphModule, plan: Plan) -> tuple[Site, ...]:
-    """Insert the observers, each shown its weight once, and return the plan's sites with their observers' paths."""
+def observe(module: fx.GraphModule, plan: Plan) -> Plan:
+    """Insert the observers, each shown its weight once, and return the plan with their paths."""
     sites = list(plan.sites)
     for number, target in plan.targets.items():
         site, node, weight = sites[number], target.node, target.weight
@@ -37,4 +36,4 @@ def observe(module: fx.GraphModule, plan: Plan) -> tuple[Site, ...]:
         edit.erase_dead(module.graph, [target.operand])
         sites[number] = replace(site, observer=path)
     module.recompile()
-    return tuple(sites)
+    return replace(plan, sites=tuple(sites))

@@ -24,7 +24,7 @@ from fxquant.graph.module import finish
 from fxquant.graph.observe import observe
 from fxquant.graph.plan.planner import plan, plan_modules
 from fxquant.graph.plan.targets import name_operands
-from fxquant.graph.record import Record, keep_record, record_of
+from fxquant.graph.record import keep_record, record_of
 from fxquant.graph.trace.trace import Traced, trace
 from fxquant.graph.trace.tracer import SCOPE
 from fxquant.graph.trace.verify import tensors_meta
@@ -117,18 +117,8 @@ def _as_tree(architecture: nn.Module, found: Found) -> nn.Module:
     cache = _fill(root, found, architecture)
     decided = plan_modules(root, found.mapping, OPERATORS)
     root, sites = convert_modules(root, decided.sites, OPERATORS, cache)
-    record = Record(
-        stage="quantized",
-        is_traced=False,
-        sites=sites,
-        skipped=decided.skipped,
-        mapping=found.mapping,
-        operators=OPERATORS,
-        coverage=decided.coverage,
-        float_bytes=edit.byte_count(architecture),
-        architecture=described,
-    )
-    return keep_record(root, record)
+    record = decided.record(architecture, architecture=described)
+    return keep_record(root, record.advance(stage="quantized", sites=sites))
 
 
 def _as_graph(architecture: nn.Module, found: Found) -> nn.Module:
@@ -139,20 +129,10 @@ def _as_graph(architecture: nn.Module, found: Found) -> nn.Module:
     fusions, _ = fuse(traced.module, traced.hooked | norms)
     _place_calls(traced, found)
     cache = _fill(traced.module, found, architecture)
-    decided = plan(traced, found.mapping, OPERATORS)
-    sites = convert(traced.module, observe(traced.module, decided), OPERATORS, cache)
-    record = Record(
-        stage="quantized",
-        sites=sites,
-        skipped=decided.skipped,
-        fusions=fusions,
-        mapping=found.mapping,
-        operators=OPERATORS,
-        untraced=traced.untraced,
-        coverage=decided.coverage,
-        float_bytes=edit.byte_count(architecture),
-        architecture=described,
-    )
+    decided = observe(traced.module, plan(traced, found.mapping, OPERATORS))
+    sites = convert(traced.module, decided.sites, OPERATORS, cache)
+    record = decided.record(architecture, traced, fusions=fusions, architecture=described)
+    record = record.advance(stage="quantized", sites=sites)
     return finish(clean(traced.module, architecture), architecture, record)
 
 

@@ -100,13 +100,13 @@ def convert(
     cache: integers that are known already; batch_invariant: as `bring_products` has it.
     """
     cache = cache or WeightCache()
-    done = []
+    calls, done = {node.name: node for node in module.graph.nodes}, []
     for site in sites:
         if site.observer is None:
             rescue_reads(module, site.path)
             done.append(_convert_module(module, site, operators, cache))
         else:
-            done.append(_convert_call(module, site, operators, cache))
+            done.append(_convert_call(module, calls[str(site.call)], site, operators, cache))
     cache.stand_in(module)  # preserved code may use the other names
     cache.settle(module)
     _keep_swapped_called(module)
@@ -167,8 +167,8 @@ def rescue_reads(module: fx.GraphModule, path: str) -> None:
 
     A read that nothing uses (of `weight.shape`, say) goes: the quantized module may have no tensor of that name.
     """
-    for node in list(module.graph.nodes):
-        if node.op == "get_attr" and str(node.target).startswith(f"{path}."):
+    for node in module.graph.find_nodes(op="get_attr"):
+        if str(node.target).startswith(f"{path}."):
             tensor = edit.get_tensor(module, str(node.target))
             if not node.users:
                 module.graph.erase_node(node)
@@ -178,11 +178,13 @@ def rescue_reads(module: fx.GraphModule, path: str) -> None:
                 node.target = kept
 
 
-def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator, ...], cache: WeightCache) -> Site:
+def _convert_call(
+    module: fx.GraphModule, node: fx.Node, site: Site, operators: tuple[Operator, ...], cache: WeightCache
+) -> Site:
     """Rewrite one functional call: the node keeps its name, place and stack trace."""
     graph = module.graph
-    observed = next(n for n in graph.nodes if n.op == "call_module" and n.target == site.observer)
-    node = next(n for n in graph.nodes if n.name == site.call)
+    function: Any = node.target
+    (observed,) = graph.find_nodes(op="call_module", target=site.observer)
     row = _row(operators, site)
     name = row.weights[0]
     operands = name_operands(row, node)
@@ -200,7 +202,7 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     operands = {key: _uncast(operand) for key, operand in operands.items()}
     operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
     like = torch.empty_like(tensor, device="meta")
-    node.target, kwargs = row.convert_function(Call(node.target, operands, {name: like}, site.qconfig))
+    node.target, kwargs = row.convert_function(Call(function, operands, {name: like}, site.qconfig))
     node.op, node.args, node.kwargs = "call_function", (), kwargs  # it may have been a method
     edit.erase_dead(graph, [given, *(node for node in cast if not node.users)])
     module.delete_submodule(str(site.observer))  # it may stand inside a leaf, which is kept whole

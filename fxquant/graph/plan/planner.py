@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 
@@ -18,7 +19,7 @@ from fxquant.graph.plan.modules import ModuleWalk
 from fxquant.graph.plan.rules import Rules
 from fxquant.graph.plan.targets import Target, find_target
 from fxquant.graph.preserve.preserve import NOTHING_PRESERVED
-from fxquant.graph.record import NOTHING, Coverage, Site, Skipped
+from fxquant.graph.record import NOTHING, Coverage, Record, Site, Skipped
 from fxquant.graph.trace.trace import Traced, names_of
 from fxquant.operators import Operator, find_row
 from fxquant.qconfig_mapping import QConfigMapping
@@ -26,12 +27,29 @@ from fxquant.qconfig_mapping import QConfigMapping
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided. targets: where the functional sites' weights are, by the sites' numbers."""
+    """What was decided by a mapping and a table. targets: where the calls' weights are, by their sites' numbers."""
 
+    mapping: QConfigMapping
+    operators: tuple[Operator, ...]
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...] = ()
     coverage: Coverage = NOTHING
     targets: Mapping[int, Target] = field(default_factory=dict)
+
+    def record(self, model: nn.Module, traced: Traced | None = None, **more: Any) -> Record:
+        """Return what a model that is prepared so remembers. model: the float one; traced: its graph, if it has one."""
+        of_graph = {} if traced is None else {**traced.kept, "constants": traced.constants, "untraced": traced.untraced}
+        return Record(
+            stage="prepared",
+            is_traced=traced is not None,
+            sites=self.sites,
+            skipped=self.skipped,
+            coverage=self.coverage,
+            mapping=self.mapping,
+            operators=self.operators,
+            float_bytes=edit.byte_count(model),
+            **{**of_graph, **more},
+        )
 
 
 def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator]) -> Plan:
@@ -49,7 +67,7 @@ def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator])
             calls.visit(node)
     modules.visit_preserved()
     rules.check_orders()
-    return Plan(tuple(decisions.sites), decisions.skipped, decisions.coverage, calls.targets)
+    return _plan(mapping, operators, decisions, calls.targets)
 
 
 def plan_modules(
@@ -62,7 +80,7 @@ def plan_modules(
     rules, decisions = Rules(mapping, names_of(module)), _decisions(module, written)
     ModuleWalk(module, operators, NOTHING_PRESERVED, rules, decisions).visit("", module)
     rules.check_orders()
-    return Plan(tuple(decisions.sites), decisions.skipped, decisions.coverage)
+    return _plan(mapping, operators, decisions, {})
 
 
 def replay(module: fx.GraphModule, sites: Sequence[Site], operators: Sequence[Operator]) -> Plan:
@@ -80,7 +98,14 @@ def replay(module: fx.GraphModule, sites: Sequence[Site], operators: Sequence[Op
         if target is None or target.weight.target != site.path:
             raise LookupError(f"no call {site.call!r} of {site.kind} on {site.path!r}")
         targets[number] = target
-    return Plan(tuple(sites), targets=targets)
+    return Plan(QConfigMapping(), tuple(operators), tuple(sites), targets=targets)
+
+
+def _plan(
+    mapping: QConfigMapping, operators: Sequence[Operator], decisions: Decisions, targets: Mapping[int, Target]
+) -> Plan:
+    sites, skipped = tuple(decisions.sites), decisions.skipped
+    return Plan(mapping, tuple(operators), sites, skipped, decisions.coverage, targets)
 
 
 def _decisions(module: nn.Module, written: frozenset[str]) -> Decisions:

@@ -22,10 +22,12 @@ from fxquant.errors import ExampleInputsError, warn
 from fxquant.gptq import round_with_feedback
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, each_batch, run
-from fxquant.graph.record import Rounded, Site, record_of
+from fxquant.graph.record import Site, record_of
 from fxquant.graph.trace.writes import without_writes
+from fxquant.graph.why import Rounded
 from fxquant.nn.base import quantize_alone
 from fxquant.numerics import QuantizedTensor
+from fxquant.observers import Observer
 from fxquant.qconfig import QConfig
 
 aten = torch.ops.aten
@@ -38,8 +40,13 @@ _FACTORS = {
 }
 """Where the operators that all products end in have their factors."""
 
-Rounding: TypeAlias = Callable[[torch.Tensor, QConfig], tuple[QuantizedTensor, Rounded]]
-"""Gives a weight as a qconfig wants it, and how it was rounded."""
+Rounding: TypeAlias = Callable[[torch.Tensor, QConfig, Observer | None], tuple[QuantizedTensor, Rounded]]
+"""Gives a weight as a qconfig wants it, and how it was rounded. An observer has seen its range already."""
+
+
+def to_nearest(weight: torch.Tensor, qconfig: QConfig, observer: Observer | None) -> QuantizedTensor:
+    """Return a weight as a qconfig wants it, rounded to nearest, by the range that an observer has seen, if any."""
+    return quantize_alone(weight, qconfig) if observer is None else observer.quantize(weight.contiguous())
 
 
 class Moments:
@@ -56,25 +63,28 @@ class Moments:
         """Return what gives a weight of a mirror, (O, I), as a qconfig wants it, and how it was rounded."""
         names = _names(module)
 
-        def quantize(weight: torch.Tensor, qconfig: QConfig) -> tuple[QuantizedTensor, Rounded]:
+        def quantize(
+            weight: torch.Tensor, qconfig: QConfig, observer: Observer | None
+        ) -> tuple[QuantizedTensor, Rounded]:
             if not profits(qconfig):
-                return quantize_alone(weight, qconfig), Rounded.TO_NEAREST
+                return to_nearest(weight, qconfig, observer), Rounded.TO_NEAREST
             name = names.get(weight.data_ptr())
             if name is None:
-                return self._round(weight, None, qconfig)
+                return self._round(weight, None, qconfig, observer)
             key = name, weight.shape, weight.stride(), qconfig.weight, qconfig.weight_observer
             if key not in self._done:
-                self._done[key] = self._round(weight, self.sums.get((name, weight.shape[-1])), qconfig)
+                moments = self.sums.get((name, weight.shape[-1]))
+                self._done[key] = self._round(weight, moments, qconfig, observer)
             return self._done[key]
 
         return quantize
 
     def _round(
-        self, weight: torch.Tensor, moments: torch.Tensor | None, qconfig: QConfig
+        self, weight: torch.Tensor, moments: torch.Tensor | None, qconfig: QConfig, observer: Observer | None
     ) -> tuple[QuantizedTensor, Rounded]:
         if moments is not None and moments.isfinite().all():
             return round_with_feedback(weight, moments, qconfig.weight), Rounded.GPTQ
-        return quantize_alone(weight, qconfig), Rounded.NO_INPUT if moments is None else Rounded.NOT_FINITE
+        return to_nearest(weight, qconfig, observer), Rounded.NO_INPUT if moments is None else Rounded.NOT_FINITE
 
 
 def profits(qconfig: QConfig) -> bool:

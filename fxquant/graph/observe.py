@@ -24,7 +24,7 @@ def observe(module: fx.GraphModule, plan: Plan) -> Plan:
         observer = site.qconfig.make_observer() or nn.Identity()
         tensor = edit.get_tensor(module, site.path)
         if tensor is not None:
-            observer(tensor.t() if target.is_stored_transposed else tensor)
+            observer(tensor.t() if target.is_stored_transposed else tensor)  # by this range it is quantized
         module.add_submodule(path, observer)
         with module.graph.inserting_before(node):
             shown = transpose(module.graph, weight) if target.is_stored_transposed else weight

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxquant.graph.record import Reason, Rounded, Site, Skipped, Why
+from fxquant.graph.record import Site, Skipped
+from fxquant.graph.why import Reason, Rounded, Why
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import Entry, Setter
 

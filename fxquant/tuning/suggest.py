@@ -18,7 +18,8 @@ from fxquant.debug.report.report import Column, Report
 from fxquant.debug.report.table import megabytes
 from fxquant.errors import ArgumentError, QConfigError, each_warning_once, warn
 from fxquant.graph import edit
-from fxquant.graph.record import Rounded, record_of
+from fxquant.graph.record import record_of
+from fxquant.graph.why import Rounded
 from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping
 from fxquant.tuning.curve import Dot, draw_curve
 from fxquant.tuning.ladder import LADDER, check_schemes, scheme_name

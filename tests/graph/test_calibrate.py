@@ -9,7 +9,8 @@ import fxquant
 from fxquant import ExampleInputsError, convert_fx, int4_dynamic_qconfig, quantize_dynamic
 from fxquant.gptq import round_with_feedback
 from fxquant.graph.calibrate import _Counter, _unfused, gather
-from fxquant.graph.record import Rounded, record_of
+from fxquant.graph.record import record_of
+from fxquant.graph.why import Rounded
 from fxquant.operators import OPERATORS
 from fxquant.operators.base import INT4_DYNAMIC
 from tests.samples import SAMPLES, Call, WordLM, everything, lm_inputs, prepare

@@ -6,7 +6,8 @@ import pytest
 
 from fxquant import default_dynamic_qconfig
 from fxquant.graph.plain import plain_site, plain_skipped, read_site, read_skipped
-from fxquant.graph.record import Rounded, Site, Skipped, Why, because
+from fxquant.graph.record import Site, Skipped
+from fxquant.graph.why import Rounded, Why, because
 from fxquant.qconfig_mapping import Entry, Setter
 
 SITE = Site(

@@ -32,7 +32,8 @@ from fxquant.errors import ArgumentError, ModelStateError
 from fxquant.gptq import round_with_feedback
 from fxquant.graph import calibrate
 from fxquant.graph.edit import byte_count
-from fxquant.graph.record import Rounded, record_of
+from fxquant.graph.record import record_of
+from fxquant.graph.why import Rounded
 from fxquant.tuning import search
 from fxquant.tuning.ladder import scheme_name
 from fxquant.tuning.suggest import _rows

@@ -19,8 +19,9 @@ from fxquant.errors import CheckError, warn
 from fxquant.graph import edit
 from fxquant.graph.check.example_run import NOISE_DB, Pass, Uses
 from fxquant.graph.outputs import Error
-from fxquant.graph.record import Coverage, Reason, Record, Site, Skipped, Why, because, keep_record, record_of
+from fxquant.graph.record import Coverage, Record, Site, Skipped, keep_record, record_of
 from fxquant.graph.references import repoint
+from fxquant.graph.why import Reason, Why, because
 
 LEAST_SQNR_DB = 10.0
 """The SQNR of an output below which a warning names the sites that come off worst: the error is a third of it."""

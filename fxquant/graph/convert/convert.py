@@ -10,16 +10,18 @@ import torch
 from torch import fx, nn
 
 from fxquant.graph import edit
-from fxquant.graph.calibrate import Rounding
+from fxquant.graph.calibrate import Rounding, to_nearest
 from fxquant.graph.constants import constant_of, is_cast
 from fxquant.graph.convert.invariant import bring_products
 from fxquant.graph.plan.targets import name_operands
-from fxquant.graph.record import Rounded, Site
+from fxquant.graph.record import Site
 from fxquant.graph.references import repoint
+from fxquant.graph.why import Rounded
 from fxquant.nn import QuantizedModule
-from fxquant.nn.base import key_of, quantize_alone
+from fxquant.nn.base import key_of
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.numerics import QuantizedTensor
+from fxquant.observers import Observer
 from fxquant.operators import Call, Operator, find_row
 from fxquant.qconfig import QConfig
 
@@ -33,14 +35,17 @@ class WeightCache:
     def __init__(self, rounding: Rounding | None = None) -> None:
         self._done: dict[tuple[Any, ...], tuple[torch.Tensor, QuantizedTensor, Rounded]] = {}
         self._modules: dict[tuple[int, QConfig], tuple[nn.Module, nn.Module, tuple[Rounded, ...]]] = {}
-        self._round: Rounding = rounding or (lambda *weight: (quantize_alone(*weight), Rounded.TO_NEAREST))
+        self._round: Rounding = rounding or (lambda *weight: (to_nearest(*weight), Rounded.TO_NEAREST))
         self._rounded: list[Rounded] = []
 
-    def quantize(self, weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
-        """Return a weight as the qconfig wants it: the same tensors for the same weight and qconfig."""
+    def quantize(self, weight: torch.Tensor, qconfig: QConfig, observer: Observer | None = None) -> QuantizedTensor:
+        """Return a weight as the qconfig wants it: the same tensors for the same weight and qconfig.
+
+        observer: what has seen the weight's range already.
+        """
         key = self._key(weight, qconfig)
         if key not in self._done:  # the weight is kept so that its key stays its own
-            self._done[key] = (weight, *self._round(weight, qconfig))
+            self._done[key] = (weight, *self._round(weight, qconfig, observer))
         _, quantized, rounded = self._done[key]
         self._rounded.append(rounded)
         return quantized
@@ -100,13 +105,14 @@ def convert(
     cache: integers that are known already; batch_invariant: as `bring_products` has it.
     """
     cache = cache or WeightCache()
-    calls, done = {node.name: node for node in module.graph.nodes}, []
+    nodes, done = {node.name: node for node in module.graph.nodes}, []
+    observers = {site.observer: module.get_submodule(site.observer) for site in sites if site.observer is not None}
     for site in sites:
         if site.observer is None:
             rescue_reads(module, site.path)
             done.append(_convert_module(module, site, operators, cache))
         else:
-            done.append(_convert_call(module, calls[str(site.call)], site, operators, cache))
+            done.append(_convert_call(module, nodes[str(site.call)], observers[site.observer], site, operators, cache))
     cache.stand_in(module)  # preserved code may use the other names
     cache.settle(module)
     _keep_swapped_called(module)
@@ -179,7 +185,12 @@ def rescue_reads(module: fx.GraphModule, path: str) -> None:
 
 
 def _convert_call(
-    module: fx.GraphModule, node: fx.Node, site: Site, operators: tuple[Operator, ...], cache: WeightCache
+    module: fx.GraphModule,
+    node: fx.Node,
+    observer: nn.Module,  # which stood in a module that may have been swapped since
+    site: Site,
+    operators: tuple[Operator, ...],
+    cache: WeightCache,
 ) -> Site:
     """Rewrite one functional call: the node keeps its name, place and stack trace."""
     graph = module.graph
@@ -195,7 +206,7 @@ def _convert_call(
     tensor = edit.get_tensor(module, path)
     assert tensor is not None, path
     tensor = tensor.t() if shown.is_transposed else tensor
-    quantized = cache.quantize(tensor, site.qconfig)
+    quantized = cache.quantize(tensor, site.qconfig, observer if isinstance(observer, Observer) else None)
     with graph.inserting_before(node):
         nodes = _place(module, graph, path, quantized, key_of(path, site.qconfig.weight))
     # Casts go: the operators take float32 and give what they compute in their input's dtype.

@@ -13,10 +13,10 @@ from fxquant.graph.plan.decisions import Candidate, Decisions
 from fxquant.graph.plan.reasons import refuse_call, why_no_form
 from fxquant.graph.plan.rules import Rules
 from fxquant.graph.plan.targets import Target, call_name, example_shape, find_target
-from fxquant.graph.record import Reason, Why, because
 from fxquant.graph.trace.fold import SOURCE, storage_of, written
 from fxquant.graph.trace.trace import Traced
 from fxquant.graph.trace.tracer import SCOPE
+from fxquant.graph.why import Reason, Why, because
 from fxquant.nn.fused import SPELT
 from fxquant.operators import Operator, find_function_row
 from fxquant.qconfig_mapping import Rule

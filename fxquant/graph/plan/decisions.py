@@ -10,7 +10,8 @@ import torch
 
 from fxquant.graph import edit
 from fxquant.graph.plan.rules import join, refusal
-from fxquant.graph.record import Coverage, Reason, Site, Skipped, Why, because
+from fxquant.graph.record import Coverage, Site, Skipped
+from fxquant.graph.why import Reason, Why, because
 from fxquant.operators import Operator
 from fxquant.qconfig_mapping import Entry, Rule, opt_out
 

@@ -16,8 +16,8 @@ from fxquant.graph.plan.rules import Rules, main_rule
 from fxquant.graph.plan.same import is_linear
 from fxquant.graph.plan.targets import example_shape
 from fxquant.graph.preserve.preserve import Preserved
-from fxquant.graph.record import Reason, Why, because
 from fxquant.graph.trace.leaves import base_of, redefined
+from fxquant.graph.why import Reason, Why, because
 from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES
 from fxquant.operators import Operator, find_module_row

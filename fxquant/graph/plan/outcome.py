@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fxquant.errors import QConfigError, warn
-from fxquant.graph.record import Record, Site, Skipped, Why
+from fxquant.graph.record import Record, Site, Skipped
 from fxquant.graph.trace.trace import Names
+from fxquant.graph.why import Why
 from fxquant.qconfig_mapping import Entry, QConfigMapping, Setter, order_entry, type_name
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from fxquant.errors import MappingNameError, QConfigError, nearest, warn
-from fxquant.graph.record import Reason, Why, because
 from fxquant.graph.trace.trace import Names
+from fxquant.graph.why import Reason, Why, because
 from fxquant.operators import Operator
 from fxquant.qconfig_mapping import Entry, QConfigMapping, Rule, Setter, opt_out, opt_out_one, type_name
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import fxquant
 from fxquant import CheckError, CheckpointError, QConfigMapping, convert_fx, prepare_fx, quantize_dynamic
-from fxquant.graph.record import Why
+from fxquant.graph.why import Why
 from tests.samples import everything, prepare
 
 LAYERS, FLOATS = {}, {}

@@ -38,11 +38,11 @@ from fxquant.graph.fuse import fuse
 from fxquant.graph.module import finish
 from fxquant.graph.observe import observe
 from fxquant.graph.old_keys import take_old_keys
-from fxquant.graph.plain import plain_site, plain_skipped, read_site, read_skipped
+from fxquant.graph.plain import plain_site, plain_skipped, plain_unfused, read_site, read_skipped, read_unfused
 from fxquant.graph.plan.planner import replay
 from fxquant.graph.preserve.extra_state import SUFFIX, tensors_of
 from fxquant.graph.preserve.preserve import preserve
-from fxquant.graph.record import Coverage, Fusion, Record, Unfused, keep_record, need_stage, refuse_ours
+from fxquant.graph.record import Coverage, Fusion, Record, keep_record, need_stage, refuse_ours
 from fxquant.graph.trace.exported import adopt
 from fxquant.graph.trace.trace import check_model, trace
 from fxquant.graph.why import Why
@@ -190,7 +190,7 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str], states:
         "preserved": list(record.preserved.names),
         "live": {path: _live(model, path) for path in record.live},
         "written": sorted(record.written),
-        "unfused": [asdict(chain) for chain in record.unfused],
+        "unfused": list(map(plain_unfused, record.unfused)),
         "constants": dict(record.constants),
         "untraced": dict(record.untraced),
         "float_bytes": record.float_bytes,
@@ -267,7 +267,7 @@ def _record(
         fusions=tuple(Fusion(path=f["path"], chain=tuple(f["chain"])) for f in plan["fusions"]),
         mapping=_mapping(plan["mapping"], model, operators),
         operators=tuple(operators),
-        unfused=tuple(Unfused(chain=tuple(u["chain"]), used=u["used"]) for u in plan.get("unfused", ())),
+        unfused=tuple(map(read_unfused, plan.get("unfused", ()))),
         preserved=preserve(model, tuple(plan["preserved"])),
         live=tuple(plan.get("live", ())),
         written=frozenset(plan.get("written", ())),

@@ -21,6 +21,8 @@ from fxquant.graph.record import Coverage, Record, Site, record_of
 from fxquant.nn import QuantizedModule
 from fxquant.qconfig_mapping import qconfig_name
 
+_SHOWN = 3  # chains that are not fused for the same reason
+
 
 @dataclass(frozen=True)
 class ExplainRow:
@@ -132,7 +134,7 @@ def explain(model: nn.Module) -> Explanation:
             "the mapping given to prepare_fx is what decides"
         )
     fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
-    unfused = tuple(f"{' → '.join(chain.chain)}: code beside the graph uses {chain.used}" for chain in record.unfused)
+    unfused = tuple(_unfused(record))
     untraced = tuple(f"{path or 'the whole model'}: {why}" for path, why in record.untraced.items())
     quantized, sites = (model, record.sites) if record.stage == "quantized" else _foreseen(model, record)
     saved = record.float_bytes - edit.byte_count(quantized)
@@ -140,6 +142,14 @@ def explain(model: nn.Module) -> Explanation:
     dependent = tuple(_dependent(quantized, record)) if record.batch_invariant else ()
     told = (record.outcome, saved, record.unchecked, unfused, dependent, _readers(model))
     return Explanation(rows, fusions, untraced, record.stage, record.coverage, *told)
+
+
+def _unfused(record: Record) -> Iterator[str]:
+    """Yield a line for each reason for which chains were not fused, with those chains."""
+    for why in dict.fromkeys(unfused.why for unfused in record.unfused):
+        chains = [" → ".join(unfused.chain) for unfused in record.unfused if unfused.why == why]
+        more = f" and {len(chains) - _SHOWN} more" if len(chains) > _SHOWN else ""
+        yield f"{', '.join(chains[:_SHOWN])}{more}: {why}"
 
 
 def _dependent(quantized: nn.Module, record: Record) -> Iterator[str]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxquant.graph.record import Site, Skipped
-from fxquant.graph.why import Reason, Rounded, Why
+from fxquant.graph.record import Site, Skipped, Unfused
+from fxquant.graph.why import NotFused, Reason, Rounded, Why
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import Entry, Setter
 
@@ -52,8 +52,7 @@ def read_site(plain: dict[str, Any]) -> Site:
 
 def plain_skipped(skipped: Skipped) -> dict[str, Any]:
     """Return a skipped candidate as JSON values."""
-    why = [skipped.why.why.name, *skipped.why.details]
-    return {**vars(skipped), "why": why, "entry": _plain_entry(skipped.entry)}
+    return {**vars(skipped), "why": _plain_reason(skipped.why), "entry": _plain_entry(skipped.entry)}
 
 
 def read_skipped(plain: dict[str, Any]) -> Skipped:
@@ -61,8 +60,26 @@ def read_skipped(plain: dict[str, Any]) -> Skipped:
     if "rule" in plain:
         rest = {name: value for name, value in plain.items() if name not in ("rule", "reason")}
         plain = {**rest, "why": [Why.TOLD.name, plain["reason"]], "entry": [Setter.OLD_FILE.name, plain["rule"]]}
-    code, *details = plain["why"]
-    return Skipped(**{**plain, "why": Reason(Why[code], tuple(details)), "entry": _read_entry(plain["entry"])})
+    return Skipped(**{**plain, "why": _read_reason(Why, plain["why"]), "entry": _read_entry(plain["entry"])})
+
+
+def plain_unfused(unfused: Unfused) -> dict[str, Any]:
+    """Return a chain that was not fused as JSON values."""
+    return {"chain": list(unfused.chain), "why": _plain_reason(unfused.why)}
+
+
+def read_unfused(plain: dict[str, Any]) -> Unfused:
+    """Return the chain that JSON values describe; LookupError or TypeError for others."""
+    why = plain["why"] if "why" in plain else [NotFused.USED_BESIDE.name, plain["used"]]
+    return Unfused(chain=tuple(plain["chain"]), why=_read_reason(NotFused, why))
+
+
+def _plain_reason(reason: Reason) -> list[str]:
+    return [reason.why.name, *reason.details]
+
+
+def _read_reason(codes: type[Why] | type[NotFused], plain: list[str]) -> Reason:
+    return Reason(codes[plain[0]], tuple(plain[1:]))
 
 
 def _plain_entry(entry: Entry) -> list[str | int]:

@@ -123,10 +123,10 @@ class Fusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Unfused:
-    """One chain that stayed several nodes, because code beside the graph uses `used`, as it is."""
+    """One chain that stayed several nodes, and why; of a BatchNorm with no layer before it, that alone."""
 
     chain: tuple[str, ...]
-    used: str
+    why: Reason
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -49,17 +49,32 @@ class Why(enum.Enum):
     )
 
 
-class Reason(NamedTuple):
-    """Why one candidate stays float: a code, and what its sentence speaks of."""
+class NotFused(enum.Enum):
+    """Why a chain stays several nodes; the value is the sentence, as with Why."""
 
-    why: Why
+    USED_BESIDE = "code beside the graph uses {}"
+    HOOKED = "{} has a hook, which would see something else"
+    READ_ELSEWHERE = "something else reads what {} gives"
+    CALLED_ELSEWHERE = "{} is called, or its tensors are read, elsewhere too"
+    NO_LAYER = "no nn.Linear or convolution module that it could be folded into stands right before it"
+    OTHER_NORM = "a {} is not folded into a {}"
+    TRAINING = "the normalization is in training mode"
+    NO_STATISTICS = "the normalization keeps no running statistics"
+    OTHER_CHANNELS = "the normalization is of {} channels, the layer gives {}"
+    OTHER_RANK = "the layer gives {}-D values; only of {}-D ones its outputs are what is normalized"
+
+
+class Reason(NamedTuple):
+    """Why one candidate stays float, or one chain is not fused: a code, and what its sentence speaks of."""
+
+    why: Why | NotFused
     details: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self.why.value.format(*self.details)
+        return str(self.why.value).format(*self.details)
 
 
-def because(why: Why, *details: object) -> Reason:
+def because(why: Why | NotFused, *details: object) -> Reason:
     """Return a reason, its details as text."""
     return Reason(why, tuple(map(str, details)))
 

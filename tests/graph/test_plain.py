@@ -5,9 +5,9 @@ import json
 import pytest
 
 from fxquant import default_dynamic_qconfig
-from fxquant.graph.plain import plain_site, plain_skipped, read_site, read_skipped
-from fxquant.graph.record import Site, Skipped
-from fxquant.graph.why import Rounded, Why, because
+from fxquant.graph.plain import plain_site, plain_skipped, plain_unfused, read_site, read_skipped, read_unfused
+from fxquant.graph.record import Site, Skipped, Unfused
+from fxquant.graph.why import NotFused, Rounded, Why, because
 from fxquant.qconfig_mapping import Entry, Setter
 
 SITE = Site(
@@ -69,3 +69,14 @@ def test_a_skipped_candidate_of_an_old_file_says_what_it_said():
     skipped = read_skipped(old(SKIPPED, rule="no entry", reason="it has {braces}"))
     assert (skipped.rule, skipped.reason, skipped.why.why) == ("no entry", "it has {braces}", Why.TOLD)
     assert read_skipped(through_json(plain_skipped(skipped))) == skipped
+
+
+@pytest.mark.parametrize("why", NotFused)
+def test_a_chain_that_was_not_fused_comes_back(why):
+    unfused = Unfused(chain=("a", "b"), why=because(why, "{x}", 2))
+    assert read_unfused(through_json(plain_unfused(unfused))) == unfused
+
+
+def test_a_chain_of_an_old_file_says_what_it_said():
+    unfused = read_unfused({"chain": ["a", "b"], "used": "a"})
+    assert unfused == Unfused(chain=("a", "b"), why=because(NotFused.USED_BESIDE, "a"))

@@ -66,7 +66,7 @@ def quantize_dynamic(
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
     batch_invariant: as for `prepare_fx`, of the modules that are swapped; products in the model's own code stay
     torch's.
-    data: batches, with which int4 weights are rounded with error feedback, as in `convert_fx`.
+    data: batches, with which int4 weights are rounded with GPTQ, as in `convert_fx`.
     example_inputs, example_kwargs: one call's arguments, as for prepare_fx. On them the quantized model is checked as
     `convert_fx` does it; without them nothing is run, and nothing is checked.
 

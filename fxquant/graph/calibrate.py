@@ -108,12 +108,12 @@ def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> M
     weights = _weights(twin, sites)
     if any(tensor.is_meta for tensor in twin.parameters()):
         warn(
-            "data was given to round weights with error feedback, but the model is on the meta device and has no values"
+            "data was given to round weights with GPTQ, but the model is on the meta device and has no values"
         )
         return Moments({})
     if not weights:
         warn(
-            "data was given to round weights with error feedback, but no weight becomes int4: others are rounded to "
+            "data was given to round weights with GPTQ, but no weight becomes int4: others are rounded to "
             "nearest, which is as good for them; leave data out, or give int4_dynamic_qconfig to a Linear"
         )
         return Moments({})

@@ -56,7 +56,7 @@ def plain_mirror(model: nn.Module, device: str | None = None, written: frozenset
 def convert_tree(prepared: nn.Module, moments: Moments | None = None) -> nn.Module:
     """Return the quantized model that `prepare_tree` decided on, of the same class; that one is left as it was.
 
-    moments: of its weights' inputs, for rounding with error feedback.
+    moments: of its weights' inputs, for rounding with GPTQ.
     """
     record = record_of(prepared)
     assert record is not None

@@ -27,7 +27,7 @@ from fxquant.tuning.mapping import by_name, by_type
 from fxquant.tuning.search import Point, Search
 
 _SHOWN_SITES = 12
-_AGAIN = "int4 rounded with error feedback: convert_fx(prepare_fx(model, found.mapping, …), data=data) gives it again"
+_AGAIN = "int4 rounded with GPTQ: convert_fx(prepare_fx(model, found.mapping, …), data=data) gives it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class Suggestion(Report):
 
     @property
     def has_feedback(self) -> bool:
-        """Whether any weights of the model were rounded with error feedback: without data the mapping gives another."""
+        """Whether any weights of the model were rounded with GPTQ: without data the mapping gives another."""
         record = record_of(self.model)
         return record is not None and any(Rounded.GPTQ in site.rounded for site in record.sites)
 

@@ -43,7 +43,7 @@ __all__ = ["data", "model"]  # fixtures
 
 
 def quantize(model, mapping, data):
-    """Return the model quantized, int4 weights with error feedback from the data."""
+    """Return the model quantized, int4 weights with GPTQ from the data."""
     prepared = prepare_fx(model, mapping, data[0])
     has_int4 = any(site.qconfig.weight.dtype == "int4" for site in record_of(prepared).sites)
     return convert_fx(prepared, data=data if has_int4 else None, check=False)  # coarse on purpose, some
@@ -162,7 +162,7 @@ def test_int4_weights_are_rounded_with_error_feedback_from_the_data(model, data)
     assert "convert_fx(prepare_fx(model, found.mapping, …), data=data) gives it again" in str(found)
     plain = suggest_mapping(model, data, budget=1.0, schemes=("int4",), error_feedback=False)
     assert not plain.has_feedback
-    assert "error feedback" not in str(plain)
+    assert "with GPTQ" not in str(plain)
     nearest = convert_fx(prepare_fx(model, plain.mapping, data[0]))
     assert torch.equal(plain.model(data[0][0]), nearest(data[0][0]))
     assert found.metric < plain.metric

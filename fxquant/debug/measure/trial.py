@@ -170,7 +170,7 @@ class Trial:
         return convert_with(self._prepare(model, mapping), self._moments)
 
     def watch(self, qconfigs: Iterable[tuple[int, QConfig]]) -> None:
-        """Let int4 weights be rounded with error feedback from the data from now on, where these qconfigs make some.
+        """Let int4 weights be rounded with GPTQ from the data from now on, where these qconfigs make some.
 
         qconfigs: all that the sites, by number, will be tried with.
         """

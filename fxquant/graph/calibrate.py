@@ -107,9 +107,7 @@ def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> M
     twin = edit.mirror(prepared)
     weights = _weights(twin, sites)
     if any(tensor.is_meta for tensor in twin.parameters()):
-        warn(
-            "data was given to round weights with GPTQ, but the model is on the meta device and has no values"
-        )
+        warn("data was given to round weights with GPTQ, but the model is on the meta device and has no values")
         return Moments({})
     if not weights:
         warn(

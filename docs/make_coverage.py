@@ -3,7 +3,7 @@
 import pathlib
 
 from fxquant.graph.edit import byte_count
-from fxquant.graph.module import record_of
+from fxquant.graph.record import record_of
 from tests.architectures.base import Architecture, byte_sum, coverable_bytes, matrices, measure, sqnr
 from tests.architectures.collection import ARCHITECTURES
 

@@ -29,32 +29,23 @@ from fxquant import tensor_file
 from fxquant._version import __version__
 from fxquant.errors import CheckpointError, FxQuantError, TraceError, nearest, warn
 from fxquant.graph import edit
-from fxquant.graph.check.check import PASSED_BY
 from fxquant.graph.convert.clean import clean
 from fxquant.graph.convert.convert import convert, convert_modules
 from fxquant.graph.convert.dtypes import set_table_dtypes, table_dtypes
 from fxquant.graph.eager import plain_mirror
 from fxquant.graph.fingerprint.architecture import Architecture, describe, differences
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import (
-    Coverage,
-    Fusion,
-    Left,
-    Record,
-    Site,
-    Unfused,
-    finish,
-    keep_record,
-    need_stage,
-    refuse_ours,
-    take_old_keys,
-)
+from fxquant.graph.module import finish
 from fxquant.graph.observe import observe
+from fxquant.graph.old_keys import take_old_keys
+from fxquant.graph.plain import plain_site, plain_skipped, plain_unfused, read_site, read_skipped, read_unfused
 from fxquant.graph.plan.planner import replay
 from fxquant.graph.preserve.extra_state import SUFFIX, tensors_of
 from fxquant.graph.preserve.preserve import preserve
+from fxquant.graph.record import Coverage, Fusion, Record, keep_record, need_stage, refuse_ours
 from fxquant.graph.trace.exported import adopt
 from fxquant.graph.trace.trace import check_model, trace
+from fxquant.graph.why import Why
 from fxquant.nn.base import dtype_errors
 from fxquant.operators import OPERATORS, Operator, find_row
 from fxquant.plain_values import decode, encode
@@ -74,7 +65,7 @@ def save(quantized: nn.Module, path: str | os.PathLike[str]) -> None:
     other extra state.
     """
     record = need_stage(quantized, "quantized", "save", "convert_fx(prepared)")
-    astray = [left.path for left in record.left if left.reason == PASSED_BY]
+    astray = [part.path for part in record.skipped if part.why.why is Why.PASSED_BY]
     if astray:
         raise CheckpointError(
             f"{path}: not written: forward calls {', '.join(map(repr, astray))} by a reference from outside of the "
@@ -188,8 +179,8 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str], states:
         "version": __version__,
         "model": type(model).__name__,
         "is_traced": record.is_traced,
-        "sites": [{**vars(site), "qconfig": site.qconfig.to_dict()} for site in record.sites],
-        "left": [asdict(left) for left in record.left],
+        "sites": [plain_site(site) for site in record.sites],
+        "left": [plain_skipped(part) for part in record.skipped],
         "fusions": [asdict(fusion) for fusion in record.fusions],
         "mapping": {
             key: _plain(value) if key == "" else [[_plain(part) for part in entry] for entry in value]
@@ -199,7 +190,7 @@ def _describe(model: nn.Module, record: Record, aliases: dict[str, str], states:
         "preserved": list(record.preserved.names),
         "live": {path: _live(model, path) for path in record.live},
         "written": sorted(record.written),
-        "unfused": [asdict(chain) for chain in record.unfused],
+        "unfused": list(map(plain_unfused, record.unfused)),
         "constants": dict(record.constants),
         "untraced": dict(record.untraced),
         "float_bytes": record.float_bytes,
@@ -261,7 +252,7 @@ def _record(
     model: nn.Module, plan: dict[str, Any], operators: Sequence[Operator], path: str | os.PathLike[str]
 ) -> Record:
     """Return the record that a plan's JSON describes."""
-    sites = tuple(_site(site) for site in plan["sites"])
+    sites = tuple(map(read_site, plan["sites"]))
     for site in sites:
         if find_row(operators, site.operator) is None:
             raise CheckpointError(
@@ -272,11 +263,11 @@ def _record(
         stage="quantized",
         is_traced=plan["is_traced"],
         sites=sites,
-        left=tuple(Left(**left) for left in plan["left"]),
+        skipped=tuple(map(read_skipped, plan["left"])),
         fusions=tuple(Fusion(path=f["path"], chain=tuple(f["chain"])) for f in plan["fusions"]),
         mapping=_mapping(plan["mapping"], model, operators),
         operators=tuple(operators),
-        unfused=tuple(Unfused(chain=tuple(u["chain"]), used=u["used"]) for u in plan.get("unfused", ())),
+        unfused=tuple(map(read_unfused, plan.get("unfused", ()))),
         preserved=preserve(model, tuple(plan["preserved"])),
         live=tuple(plan.get("live", ())),
         written=frozenset(plan.get("written", ())),
@@ -287,12 +278,6 @@ def _record(
         architecture=Architecture.from_plain(plan["architecture"]) if plan.get("architecture") else None,
         batch_invariant=plan.get("batch_invariant"),  # files from before it was asked have none
     )
-
-
-def _site(plain: dict[str, Any]) -> Site:
-    """Return the site that JSON values describe."""
-    tuples = {name: tuple(plain[name]) for name in ("shape", "part_rules")}
-    return Site(**{**plain, **tuples, "qconfig": QConfig.from_dict(plain["qconfig"])})
 
 
 def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operator]) -> QConfigMapping:
@@ -350,9 +335,9 @@ def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None)
     traced = trace(model, record.operators, "meta", record.constants, record.untraced, keep=record.keep)
     _match(saved, traced.module, model)
     fuse(traced.module, traced.hooked, traced.keep.preserved, only=record.fusions)
-    sites = observe(traced.module, replay(traced.module, record.sites, record.operators))
+    plan = observe(traced.module, replay(traced.module, record.sites, record.operators))
     module: fx.GraphModule = traced.module
-    convert(module, sites, record.operators, batch_invariant=record.batch_invariant)
+    convert(module, plan.sites, record.operators, batch_invariant=record.batch_invariant)
     record = record.advance(**traced.kept)
     return finish(clean(module, model, record.preserved), model, record, is_skeleton=True)
 

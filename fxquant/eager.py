@@ -15,9 +15,9 @@ from fxquant.graph.calibrate import gather
 from fxquant.graph.call import bind_inputs
 from fxquant.graph.check.check import checked
 from fxquant.graph.eager import convert_tree, plain_mirror, prepare_tree
-from fxquant.graph.module import need_stage, refuse_ours
 from fxquant.graph.plan.outcome import judge
 from fxquant.graph.plan.rules import check_mapping
+from fxquant.graph.record import need_stage, refuse_ours
 from fxquant.graph.trace.exported import adopt
 from fxquant.graph.trace.trace import check_kind, names_of
 from fxquant.operators import OPERATORS, Operator
@@ -66,7 +66,7 @@ def quantize_dynamic(
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
     batch_invariant: as for `prepare_fx`, of the modules that are swapped; products in the model's own code stay
     torch's.
-    data: batches, with which int4 weights are rounded with error feedback, as in `convert_fx`.
+    data: batches, with which int4 weights are rounded with GPTQ, as in `convert_fx`.
     example_inputs, example_kwargs: one call's arguments, as for prepare_fx. On them the quantized model is checked as
     `convert_fx` does it; without them nothing is run, and nothing is checked.
 

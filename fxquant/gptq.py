@@ -1,4 +1,4 @@
-"""Rounding with error feedback: each weight makes up for the rounding errors of those before it.
+"""Rounding with GPTQ: each weight makes up for the rounding errors of those before it.
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv:2210.17323. What a weight W does to its inputs x is kept, not W itself: with H = Σ x xᵀ over some data, the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fxquant.errors import QConfigError
+from fxquant.errors import QConfigError, ShapeError
 from fxquant.numerics import RANGE_SHARES, QuantizedTensor, choose_qparams, quantize_with, weight_range
 from fxquant.spec import TensorSpec
 
@@ -18,13 +18,15 @@ _VALUES_AT_ONCE = 1 << 16  # as many as stay in a core's cache
 class Observer(nn.Module):
     """A pass-through that measures. Subclasses say how a range is found; quantization follows from it.
 
-    spec: how the tensor will become integers. min_val, max_val: (N,) float32, one an index of dimension 0 (equal ones
-    for axis "tensor"), empty until something was observed. Observing the same tensor again changes nothing.
+    spec: how the tensor will become integers. min_val, max_val: float32, the range of all that was observed: (N,), one
+    an index of dimension 0, (N, groups) or, for axis "tensor", (1,); empty until something was. How values come in
+    batches makes no difference.
     """
 
     axis = "tensor"
     min_val: torch.Tensor
     max_val: torch.Tensor
+    total: torch.Tensor
 
     def __init__(self, spec: TensorSpec) -> None:
         super().__init__()
@@ -33,13 +35,26 @@ class Observer(nn.Module):
         self.spec = spec
         self.register_buffer("min_val", torch.empty(0), persistent=False)
         self.register_buffer("max_val", torch.empty(0), persistent=False)
+        self.register_buffer("total", torch.empty(0), persistent=False)  # of the tensor seen; NaN if there were several
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x itself, its range remembered."""
-        low, high = self.measure(x.detach().to(torch.float32))
-        if self.min_val.shape == low.shape and self.min_val.device == low.device:
-            low, high = torch.minimum(low, self.min_val), torch.maximum(high, self.max_val)
-        self.min_val, self.max_val = low, high
+        """Return x itself, its range remembered. ShapeError for one of other channels or groups than those seen."""
+        values = x.detach().to(torch.float32).contiguous()
+        if not values.numel():
+            return x
+        (low, high), total = self.measure(values), _total(values)
+        if self.axis == "tensor":
+            low, high = low.amin().reshape(1), high.amax().reshape(1)
+        if self.min_val.numel():
+            if low.shape != self.min_val.shape:
+                raise ShapeError(
+                    f"{type(self).__name__} measures per {self.axis} and has seen ranges of shape "
+                    f"{tuple(self.min_val.shape)}, got a tensor of {tuple(low.shape)}; use one observer for each tensor"
+                )
+            low = torch.minimum(low, self.min_val.to(low.device))
+            high = torch.maximum(high, self.max_val.to(high.device))
+            total = torch.where(total == self.total.to(total.device), total, torch.nan)
+        self.min_val, self.max_val, self.total = low, high, total
         return x
 
     def measure(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,23 +62,36 @@ class Observer(nn.Module):
         return weight_range(x, self.spec)
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (scale, zero_point), each (N,) float32, for the range seen. QConfigError if nothing was seen."""
+        """Return (scale, zero_point), shaped like the range seen. QConfigError if nothing was seen."""
         if self.min_val.numel() == 0:
             raise QConfigError(f"{type(self).__name__} has seen no tensor yet; call it on one first")
         return choose_qparams(self.min_val, self.max_val, self.spec)
 
     def quantize(self, weight: torch.Tensor) -> QuantizedTensor:
-        """Return the weight as integers, by its own range."""
+        """Return the weight as integers, by the range seen of it; by that of now if none was, or if it has changed."""
         weight = weight.detach().to(torch.float32)
-        low, high = self.measure(weight)
+        low, high = (self.min_val, self.max_val) if self._has_seen(weight) else self.measure(weight)
+        if self.axis == "tensor":
+            low, high = low[:1].expand(len(weight)), high[:1].expand(len(weight))
         scale, zero_point = choose_qparams(low, high, self.spec)
         values = quantize_with(weight, scale, zero_point, self.spec)
         return QuantizedTensor(values, scale, None if self.spec.symmetric else zero_point)
+
+    def _has_seen(self, weight: torch.Tensor) -> bool:
+        """Return whether this float32 tensor, as it is now, is all that was seen; casts make the range another's."""
+        if weight.is_meta or not self.min_val.numel() or self.min_val.dtype != torch.float32:
+            return False
+        return bool(self.total.to(weight.device) == _total(weight))
 
     def extra_repr(self) -> str:
         """Return what print shows: the spec and the range seen."""
         seen = f", range [{self.min_val.min():.4g}, {self.max_val.max():.4g}]" if self.min_val.numel() else ""
         return f"{self.spec}{seen}"
+
+
+def _total(values: torch.Tensor) -> torch.Tensor:
+    """Return a sum that tells whether a tensor is the one that was seen: a version counter misses writes to `.data`."""
+    return values.sum(dtype=torch.float64)
 
 
 class MinMaxObserver(Observer):

@@ -6,6 +6,7 @@ The setters, their precedence and the dict form are torch.ao's, so that its user
 from __future__ import annotations
 
 import copy
+import enum
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,16 +20,37 @@ Choice = QConfig | None
 _KEYS = ("", "object_type", "module_name_regex", "module_name", "module_name_object_type_order")
 
 
+class Setter(enum.Enum):
+    """What kind of entry it is, highest precedence first; the value is how reports name such an entry."""
+
+    MODULE_NAME_OBJECT_TYPE_ORDER = "module_name_object_type_order ({!r}, {}, {})"
+    MODULE_NAME = "module_name {!r}"
+    MODULE_NAME_REGEX = "module_name_regex {!r}"
+    OBJECT_TYPE = "object_type {}"
+    GLOBAL = "global"
+    NONE = "no entry"
+    OLD_FILE = "{}"  # in a checkpoint of before entries had codes
+
+
+class Entry(NamedTuple):
+    """One entry of a mapping: its kind, and its arguments but for the qconfig, types and functions by `type_name`."""
+
+    setter: Setter
+    key: tuple[str | int, ...] = ()
+
+    def __str__(self) -> str:
+        return self.setter.value.format(*self.key)
+
+
 class Rule(NamedTuple):
     """Which entry of a mapping decided, and what it says.
 
-    text: the entry, as its setter is called, or "no entry". direct: it names this very module, type or call, so that
-    a qconfig the operator cannot take is the user's mistake and not a by-catch. opt_out: the entry that would leave
-    this candidate float, where the planner knows it.
+    direct: it names this very module, type or call, so that a qconfig the operator cannot take is the user's mistake
+    and not a by-catch. opt_out: the entry that would leave this candidate float, where the planner knows it.
     """
 
     qconfig: Choice
-    text: str
+    entry: Entry
     direct: bool
     opt_out: str = ""
 
@@ -99,19 +121,19 @@ class QConfigMapping:
         for kind in types:
             key = (scope, kind, index)
             if key in self.module_name_object_type_order_qconfigs:
-                return Rule(self.module_name_object_type_order_qconfigs[key], order_text(*key), True)
+                return Rule(self.module_name_object_type_order_qconfigs[key], order_entry(*key), True)
         named = (weight, path) if weight else (path,)
         for name in (*named[:-1], *_enclosing(path)):
             if name in self.module_name_qconfigs:
-                return Rule(self.module_name_qconfigs[name], name_text(name), name in named)
+                return Rule(self.module_name_qconfigs[name], Entry(Setter.MODULE_NAME, (name,)), name in named)
         own = named if weight.rpartition(".")[0] == path else (path,)
         for pattern, qconfig in self.module_name_regex_qconfigs.items():
             if any(re.match(pattern, name) for name in own):
-                return Rule(qconfig, f"module_name_regex {pattern!r}", False)
+                return Rule(qconfig, Entry(Setter.MODULE_NAME_REGEX, (pattern,)), False)
         for kind in types:
             if kind in self.object_type_qconfigs:
-                return Rule(self.object_type_qconfigs[kind], f"object_type {type_name(kind)}", True)
-        return Rule(self.global_qconfig, "global" if self.global_qconfig is not None else "no entry", False)
+                return Rule(self.object_type_qconfigs[kind], Entry(Setter.OBJECT_TYPE, (type_name(kind),)), True)
+        return Rule(self.global_qconfig, Entry(Setter.NONE if self.global_qconfig is None else Setter.GLOBAL), False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping in torch.ao's dict form, which `from_dict` takes back."""
@@ -207,14 +229,9 @@ def type_name(kind: ObjectType) -> str:
     return f"{module}.{name}" if module and not module.startswith(("torch", "fxquant")) else name
 
 
-def name_text(name: str) -> str:
-    """Return how reports name an entry of set_module_name."""
-    return f"module_name {name!r}"
-
-
-def order_text(scope: str, kind: ObjectType, index: int) -> str:
-    """Return how reports name an entry of set_module_name_object_type_order."""
-    return f"module_name_object_type_order ({scope!r}, {type_name(kind)}, {index})"
+def order_entry(scope: str, kind: ObjectType, index: int) -> Entry:
+    """Return an entry of set_module_name_object_type_order."""
+    return Entry(Setter.MODULE_NAME_OBJECT_TYPE_ORDER, (scope, type_name(kind), index))
 
 
 def opt_out(path: str) -> str:

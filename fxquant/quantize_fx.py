@@ -19,15 +19,16 @@ from fxquant.graph.convert.convert import WeightCache, convert
 from fxquant.graph.eager import convert_tree, plain_mirror, prepare_tree
 from fxquant.graph.fingerprint.architecture import describe
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import FxModule, Record, finish, need_stage, preserved_of, refuse_ours
+from fxquant.graph.module import FxModule, finish
 from fxquant.graph.observe import observe
 from fxquant.graph.plan.outcome import judge
 from fxquant.graph.plan.planner import plan
 from fxquant.graph.plan.rules import check_mapping
 from fxquant.graph.preserve.preserve import Keep, preserve
+from fxquant.graph.record import Record, need_stage, preserved_of, refuse_ours
 from fxquant.graph.trace.exported import adopt
-from fxquant.graph.trace.trace import Traced, check_model, names_of, trace
-from fxquant.graph.trace.verify import capture, check_runs, verify
+from fxquant.graph.trace.trace import check_model, first_line, names_of, trace
+from fxquant.graph.trace.verify import GraphFailsError, capture, check_runs, verify
 from fxquant.nn.fused import SPELT
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig_mapping import QConfigMapping
@@ -78,33 +79,18 @@ def prepare_fx(
     functions = [SPELT.get(node.target, node.target) for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
     architecture = describe(traced.module, model)  # before it is fused
-    record = _decide(traced, mapping, operators).advance(
-        float_bytes=edit.byte_count(model),
+    fusions, unfused = fuse(traced.module, traced.hooked, traced.keep.preserved)
+    record = observe(traced.module, plan(traced, mapping, operators)).record(
+        model,
+        traced,
+        fusions=fusions,
+        unfused=unfused,
         example=Example(inputs),
         architecture=architecture,
         batch_invariant=batch_invariant,
     )
     judge(type(model).__name__, record, traced.names, functions, strict=strict)
     return finish(traced.module, model, record)
-
-
-def _decide(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator]) -> Record:
-    """Return the record of a traced model once it is fused, planned and observed."""
-    fusions, unfused = fuse(traced.module, traced.hooked, traced.keep.preserved)
-    decided = plan(traced, mapping, operators)
-    return Record(
-        stage="prepared",
-        sites=observe(traced.module, decided),
-        left=tuple(decided.left),
-        fusions=fusions,
-        unfused=unfused,
-        mapping=mapping,
-        operators=tuple(operators),
-        **traced.kept,
-        constants=traced.constants,
-        untraced=traced.untraced,
-        coverage=decided.coverage,
-    )
 
 
 def _prepare_whole(
@@ -119,7 +105,7 @@ def _prepare_whole(
     """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
     written = check_runs(model, inputs, cause)
     if isinstance(cause, ExampleInputsError):  # the model does run on them
-        told = str(cause).splitlines()[0].replace("the model fails on example_inputs", "its graph fails")
+        told = f"its graph fails {cause.place}" if isinstance(cause, GraphFailsError) else first_line(cause)
         cause = TraceError(f"{type(model).__name__} runs, but not as it was traced (it may ask for a type): {told}")
     check_mapping(mapping, names_of(plain_mirror(model)))
     why = " ".join(line.strip() for line in str(cause).splitlines()[:2])

@@ -30,7 +30,7 @@ from fxquant import (
 )
 from fxquant.checkpoint import FORMAT
 from fxquant.graph.fingerprint.architecture import ModuleKind
-from fxquant.graph.module import Coverage, Fusion, Left, Site
+from fxquant.graph.record import Coverage, Fusion, Site, Skipped
 from fxquant.spec import TensorSpec
 from tests.samples import SCHEMES, Call, WordLM, everything, leaves, lm_inputs, prepare, quantize, same_bits
 
@@ -200,7 +200,7 @@ def test_what_the_mapping_left_float(path):
     model = WordLM()
     mapping = everything().set_module_name("decoder", None).set_module_name_regex("enc.*", None)
     quantized, loaded = round_trip(model, on_meta(WordLM), path, *lm_inputs(model), mapping=mapping)
-    assert loaded.record.left == quantized.record.left
+    assert loaded.record.skipped == quantized.record.skipped
     assert type(loaded.decoder) is nn.Linear
 
 
@@ -392,8 +392,8 @@ def test_another_format_is_refused(saved, number, cure):
 
 FIELDS = {
     1: {
-        Site: "path kind operator qconfig rule call observer float_bytes int_bytes opt_out shape part_rules rounding",
-        Left: "path kind reason rule call float_bytes opt_out",
+        Site: "path kind operator qconfig entry call observer float_bytes int_bytes opt_out shape part_entries rounded",
+        Skipped: "path kind why entry call float_bytes opt_out tied",
         Fusion: "path chain",
         Coverage: "quantized_bytes total_bytes",
         QConfig: "activation weight weight_observer parts",

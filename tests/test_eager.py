@@ -20,7 +20,7 @@ from fxquant import (
     float16_dynamic_qconfig,
     quantize_dynamic,
 )
-from fxquant.graph.module import record_of
+from fxquant.graph.record import record_of
 from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLSTM
 from tests.samples import WordLM, everything, kinds, lm_inputs, quantize, same_bits
 
@@ -228,14 +228,14 @@ def test_a_layer_that_is_referred_to_elsewhere_is_quantized_there_too():
     for one, other in (*twins, *copy.deepcopy(twins)):
         assert type(one) is type(other) is DynamicQuantizedLinear
         assert one.weight is other.weight
-    assert record_of(quantized).left == ()
+    assert record_of(quantized).skipped == ()
 
 
 def test_a_layer_whose_forward_an_attribute_holds_stays_float():
     model, x = Refers().eval(), torch.randn(2, 8)
     model.partial = model.net.forward
     quantized = quantize_dynamic(model)
-    (left,) = record_of(quantized).left
+    (left,) = record_of(quantized).skipped
     assert (left.path, left.reason) == (
         "net",
         "self.partial of tests.test_eager.Refers holds its forward; let it hold the module",
@@ -257,7 +257,7 @@ class Hides(nn.Module):
 
 def test_layers_in_plain_containers_are_told_and_count():
     record = record_of(quantize_dynamic(Hides().eval()))
-    assert {left.path: left.reason.partition(",")[0] for left in record.left} == {
+    assert {left.path: left.reason.partition(",")[0] for left in record.skipped} == {
         "steps[0]": "it is in a plain list",
         "heads[0]": "it is in a plain dict",
     }
@@ -339,7 +339,7 @@ def test_a_graph_module_inside_is_quantized():
 def test_a_layer_whose_forward_a_container_holds_stays_float_too(hold):
     model = Refers().eval()
     model.held = hold(model.net.forward)
-    (left,) = record_of(quantize_dynamic(model)).left
+    (left,) = record_of(quantize_dynamic(model)).skipped
     assert left.reason == "self.held of tests.test_eager.Refers holds its forward; let it hold the module"
 
 

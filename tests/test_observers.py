@@ -12,6 +12,7 @@ from fxquant import (
     PerChannelMinMaxObserver,
     QConfig,
     QConfigError,
+    ShapeError,
     TensorSpec,
     float_qparams_weight_only_qconfig_4bit,
     uint4_weight_only_qconfig,
@@ -31,7 +32,7 @@ def test_it_returns_the_very_tensor(kind):
 def test_min_max_of_the_whole_tensor():
     observer = MinMaxObserver()
     observer(X)
-    assert (observer.min_val.tolist(), observer.max_val.tolist()) == ([-1, -1], [4, 4])
+    assert (observer.min_val.tolist(), observer.max_val.tolist()) == ([-1], [4])
 
 
 def test_min_max_per_channel():
@@ -46,6 +47,63 @@ def test_ranges_grow_over_several_tensors():
     observer(X * 2)
     observer(X / 2)
     assert (observer.min_val.tolist(), observer.max_val.tolist()) == ([-2, 1], [8, 6])
+
+
+@pytest.mark.parametrize("kind", [MinMaxObserver, PerChannelMinMaxObserver, GroupMinMaxObserver, LeastErrorObserver])
+def test_an_empty_batch_says_nothing(kind):
+    observer = kind()
+    observer(torch.empty(2, 0))
+    assert observer.min_val.numel() == 0
+    observer(X)
+    before = observer.min_val.clone(), observer.max_val.clone()
+    observer(torch.empty(0, 2))
+    assert torch.equal(observer.min_val, before[0])
+    assert torch.equal(observer.max_val, before[1])
+
+
+@pytest.mark.parametrize("sizes", [[1, 6], [3, 4], [2, 2, 3], [7], [5, 0, 2]])
+def test_the_range_of_a_tensor_does_not_depend_on_how_it_comes_in_batches(sizes):
+    x, observer = torch.randn(7, 5), MinMaxObserver()
+    for batch in x.split(sizes):
+        observer(batch)
+    assert (observer.min_val, observer.max_val) == (x.min(), x.max())
+    assert [part.shape for part in observer.calculate_qparams()] == [(1,), (1,)]
+
+
+@pytest.mark.parametrize("kind", [PerChannelMinMaxObserver, GroupMinMaxObserver, LeastErrorObserver])
+def test_other_channels_than_those_seen_are_an_error(kind):
+    observer = kind()
+    observer(torch.randn(2, 8))
+    with pytest.raises(ShapeError, match=rf"{kind.__name__} measures per .* shape \(2.*, got a tensor of \(3"):
+        observer(torch.randn(3, 8))
+
+
+def test_a_weight_that_was_seen_is_not_measured_again(monkeypatch):
+    observer, weight = PerChannelMinMaxObserver(), torch.randn(3, 8)
+    plain = observer.quantize(weight)
+    observer(weight)
+    monkeypatch.setattr(observer, "measure", None)
+    assert all(torch.equal(a, b) for a, b in zip(observer.quantize(weight)[:2], plain[:2], strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda o, w: w.data.mul_(2),
+        lambda o, w: w.data[0].fill_(9),
+        lambda o, w: o(w * 2),
+        lambda o, w: o.half(),
+        lambda o, w: o.double(),
+    ],
+    ids=["data", "an entry", "another seen", "half", "double"],
+)
+def test_a_weight_that_changed_since_is_measured_anew(change):
+    observer, weight = PerChannelMinMaxObserver(), torch.randn(3, 8)
+    observer(weight)
+    change(observer, weight)
+    found, plain = (o.quantize(weight) for o in (observer, PerChannelMinMaxObserver()))
+    assert torch.equal(found.values, plain.values)
+    assert torch.equal(found.scale, plain.scale)
 
 
 def test_observing_the_same_again_changes_nothing():

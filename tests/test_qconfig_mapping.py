@@ -24,6 +24,7 @@ from fxquant import (
     int4_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
 )
+from fxquant.qconfig_mapping import Entry, Setter
 from tests.samples import WordLM, everything, kinds, lm_inputs, prepare, quantize
 
 A, B, C = default_dynamic_qconfig, per_tensor_dynamic_qconfig, float16_dynamic_qconfig
@@ -68,7 +69,7 @@ ALL = [f"blocks.{i}.{name}" for i in range(2) for name in ("first", "second", "w
 def test_nothing_is_quantized_by_an_empty_mapping():
     prepared = prepare(Nested(), torch.randn(2, 4), mapping=QConfigMapping())
     assert prepared.record.sites == ()
-    assert {left.reason for left in prepared.record.left} == {"no mapping entry covers it"}
+    assert {left.reason for left in prepared.record.skipped} == {"no mapping entry covers it"}
 
 
 def test_global_reaches_everything():
@@ -184,7 +185,7 @@ def test_an_order_never_reached_is_an_error(index):
 def test_none_means_float(mapping):
     quantized = quantize(Nested(), torch.randn(2, 4), mapping=mapping)
     assert type(quantized.head) is nn.Linear
-    (left,) = quantized.record.left
+    (left,) = quantized.record.skipped
     assert left.path == "head"
     assert "the mapping says float" in left.reason
 
@@ -252,7 +253,7 @@ def test_a_relu_that_was_fused_away_is_no_warning():
 def test_a_global_qconfig_that_an_operator_cannot_take_is_its_reason():
     prepared = prepare(Nested(), torch.randn(2, 4), mapping=everything(float_qparams_weight_only_qconfig))
     assert prepared.record.sites == ()
-    assert "is for other operators; this one takes: int8 weights" in prepared.record.left[0].reason
+    assert "is for other operators; this one takes: int8 weights" in prepared.record.skipped[0].reason
 
 
 @pytest.mark.parametrize(
@@ -451,3 +452,32 @@ def test_an_int4_preset_of_another_group_size_reads_as_the_call_that_made_it(siz
     (line,) = repr(QConfigMapping().set_global(int4_dynamic_qconfig.with_group_size(size))).splitlines()[1:]
     suffix = "" if size == int4_dynamic_qconfig.weight.group_size else f".with_group_size({size})"
     assert line == f"  .set_global(int4_dynamic_qconfig{suffix})"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "entry", "told"),
+    [
+        (QConfigMapping(), Entry(Setter.NONE), "no entry"),
+        (everything(), Entry(Setter.GLOBAL), "global"),
+        (
+            QConfigMapping().set_object_type(nn.Linear, None),
+            Entry(Setter.OBJECT_TYPE, ("nn.Linear",)),
+            "object_type nn.L",
+        ),
+        (
+            QConfigMapping().set_module_name_regex("a|b", None),
+            Entry(Setter.MODULE_NAME_REGEX, ("a|b",)),
+            "module_name_r",
+        ),
+        (QConfigMapping().set_module_name("a", None), Entry(Setter.MODULE_NAME, ("a",)), "module_name 'a'"),
+        (
+            QConfigMapping().set_module_name_object_type_order("", nn.Linear, 0, None),
+            Entry(Setter.MODULE_NAME_OBJECT_TYPE_ORDER, ("", "nn.Linear", 0)),
+            "module_name_object_type_order ('', nn.Linear, 0)",
+        ),
+    ],
+)
+def test_a_rule_names_its_entry_as_data_and_in_words(mapping, entry, told):
+    found = mapping.resolve("a", "", (nn.Linear,), 0).entry
+    assert found == entry
+    assert str(found).startswith(told)

@@ -20,7 +20,7 @@ from fxquant import (
     prepare_fx,
     quantize_dynamic,
 )
-from fxquant.graph.module import record_of
+from fxquant.graph.record import record_of
 from tests.samples import everything, kinds, prepare, quantize, same_bits
 
 
@@ -211,4 +211,4 @@ def test_what_a_hooked_module_reads_itself_is_the_float_weight():
     for quantized in (quantize(model, i), quantize_dynamic(model)):
         assert (quantized(i) - model(i)).norm() <= 0.03 * model(i).norm()
         assert len(explain(quantized).readers) == 1
-        assert not record_of(quantized).left
+        assert not record_of(quantized).skipped

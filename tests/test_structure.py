@@ -161,3 +161,24 @@ def test_everything_exported_exists_and_is_sorted():
     }
     constants_first = sorted(numbers, key=lambda name: (not name.isupper(), not name[0].isupper(), numbers[name]))
     assert fxquant.__all__ == constants_first
+
+
+def test_no_decision_is_taken_by_a_sentence():
+    told = {"reason", "rule", "part_rules", "rounding", "note", "decision"}
+    methods = {"startswith", "endswith", "removeprefix", "removesuffix", "replace", "partition", "split", "find"}
+    codes = {"fxquant.debug.diff.fold": {"decision"}, "fxquant.debug.diff.svg": {"decision"}}  # there one of few words
+
+    def is_told(node, name):
+        return isinstance(node, ast.Attribute) and node.attr in told - codes.get(name, set())
+
+    found = []
+    for name, path in NAMES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                parts = [node.left, *node.comparators]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in methods:
+                parts = [node.func.value]
+            else:
+                continue
+            found += [f"{name}:{node.lineno}" for part in parts if is_told(part, name)]
+    assert not found

@@ -9,7 +9,7 @@ from torch import nn
 
 import fxquant
 from fxquant import convert_fx, explain, prepare_fx, quantize_dynamic
-from fxquant.graph.module import record_of
+from fxquant.graph.record import record_of
 from fxquant.nn import QuantizedModule
 from tests.samples import everything, linear_bound, same_bits
 
@@ -80,7 +80,7 @@ def test_every_large_matrix_is_quantized(case):
     layers = [path for path, module in model.named_modules() if is_layer(module)]
     assert sorted(site.path for site in record_of(quantized).sites) == sorted(layers)
     assert all(isinstance(quantized.get_submodule(path), QuantizedModule) for path in layers)
-    lefts = {left.path: left.reason for left in record_of(quantized).left}
+    lefts = {left.path: left.reason for left in record_of(quantized).skipped}
     matrices = {path for path, p in quantized.named_parameters() if p.dim() > 1 and p.numel() > 64 * 64}
     assert {path.rpartition(".")[0] for path in matrices} <= lefts.keys()
     assert all("convolutions" in why or "out of reach" in why for why in lefts.values())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx, nn
 
-from fxquant.debug.regressions import Loss, losses_of
+from fxquant.debug.regressions import Regression, regressions_of
 from fxquant.debug.report.report import Column, Report
 from fxquant.debug.report.table import megabytes, site_name
 from fxquant.errors import ModelStateError
@@ -16,9 +17,11 @@ from fxquant.graph import edit
 from fxquant.graph.convert.clean import clean
 from fxquant.graph.convert.convert import convert, convert_modules
 from fxquant.graph.convert.invariant import find_dependent
-from fxquant.graph.module import Coverage, Record, Site, record_of
+from fxquant.graph.record import Coverage, Record, Site, record_of
 from fxquant.nn import QuantizedModule
 from fxquant.qconfig_mapping import qconfig_name
+
+_SHOWN = 3  # chains that are not fused for the same reason
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class ExplainRow:
     saved_bytes counts a weight at each site that shares it; Explanation.saved_bytes counts it once.
     path: of a functional call its weight's, and call its node's name, else "". source: "file.py:12", the line of the
     user's code that makes the call, or "" where the graph does not have it.
-    losses: where it comes out larger or slower than float.
+    regressions: where it comes out larger or slower than float.
     """
 
     path: str
@@ -41,7 +44,13 @@ class ExplainRow:
     float_bytes: int
     saved_bytes: int
     source: str
-    losses: tuple[Loss, ...] = ()
+    regressions: tuple[Regression, ...] = ()
+
+    @property
+    def losses(self) -> tuple[Regression, ...]:
+        """The old name of `regressions`."""
+        warnings.warn("ExplainRow.losses is now .regressions", DeprecationWarning, stacklevel=2)
+        return self.regressions
 
 
 def _path(row: ExplainRow) -> str:
@@ -81,8 +90,8 @@ class Explanation(Report):
     @property
     def remarks(self) -> tuple[str, ...]:
         """The lines between the table and the last: fusions, what is not fused, traced or checked, slow, lossy."""
-        losses = [loss for row in self.rows for loss in row.losses]
-        sources = dict.fromkeys(loss.source for loss in losses if loss.source)
+        regressions = [each for row in self.rows for each in row.regressions]
+        sources = dict.fromkeys(each.source for each in regressions if each.source)
         return (
             *(f"fused: {fusion}" for fusion in self.fusions),
             *(f"not fused: {chain}" for chain in self.unfused),
@@ -90,7 +99,7 @@ class Explanation(Report):
             *(f"slow: {reader}" for reader in self.readers),
             *([f"not checked on example inputs: {self.unchecked}"] if self.unchecked else []),
             *(f"other bits in another batch (docs/numerics.md): {place}" for place in self.dependent),
-            *map(str, losses),
+            *map(str, regressions),
             *(f"such times were measured on {source}; yours may differ" for source in sources),
         )
 
@@ -125,7 +134,7 @@ def explain(model: nn.Module) -> Explanation:
             "the mapping given to prepare_fx is what decides"
         )
     fusions = tuple(f"{' → '.join(fusion.chain)}, at {fusion.path}" for fusion in record.fusions)
-    unfused = tuple(f"{' → '.join(chain.chain)}: code beside the graph uses {chain.used}" for chain in record.unfused)
+    unfused = tuple(_unfused(record))
     untraced = tuple(f"{path or 'the whole model'}: {why}" for path, why in record.untraced.items())
     quantized, sites = (model, record.sites) if record.stage == "quantized" else _foreseen(model, record)
     saved = record.float_bytes - edit.byte_count(quantized)
@@ -133,6 +142,14 @@ def explain(model: nn.Module) -> Explanation:
     dependent = tuple(_dependent(quantized, record)) if record.batch_invariant else ()
     told = (record.outcome, saved, record.unchecked, unfused, dependent, _readers(model))
     return Explanation(rows, fusions, untraced, record.stage, record.coverage, *told)
+
+
+def _unfused(record: Record) -> Iterator[str]:
+    """Yield a line for each reason for which chains were not fused, with those chains."""
+    for why in dict.fromkeys(unfused.why for unfused in record.unfused):
+        chains = [" → ".join(unfused.chain) for unfused in record.unfused if unfused.why == why]
+        more = f" and {len(chains) - _SHOWN} more" if len(chains) > _SHOWN else ""
+        yield f"{', '.join(chains[:_SHOWN])}{more}: {why}"
 
 
 def _dependent(quantized: nn.Module, record: Record) -> Iterator[str]:
@@ -188,23 +205,23 @@ def _rows(record: Record, sources: dict[tuple[str, str], str]) -> tuple[ExplainR
             float_bytes=site.float_bytes,
             saved_bytes=site.float_bytes - site.int_bytes,
             source=_source(sources, site.path, site.call),
-            losses=losses_of(site),
+            regressions=regressions_of(site),
         )
         for site in record.sites
     ]
-    left = [
+    skipped = [
         ExplainRow(
-            path=entry.path,
-            call="" if entry.call in (None, entry.path) else entry.call,
-            kind=entry.kind,
+            path=part.path,
+            call="" if part.call in (None, part.path) else part.call,
+            kind=part.kind,
             operator="",
             is_quantized=False,
-            decision=f"float: {entry.reason}",
-            rule=entry.rule,
-            float_bytes=entry.float_bytes,
+            decision=f"float: {part.reason}",
+            rule=part.rule,
+            float_bytes=part.float_bytes,
             saved_bytes=0,
-            source=_source(sources, entry.path, entry.call),
+            source=_source(sources, part.path, part.call),
         )
-        for entry in record.left
+        for part in record.skipped
     ]
-    return tuple(quantized + left)
+    return tuple(quantized + skipped)

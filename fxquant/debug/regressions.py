@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from fxquant.debug.report.table import megabytes, shorten
-from fxquant.graph.module import Site
+from fxquant.graph.record import Site
 from fxquant.qconfig import (
     QConfig,
     default_dynamic_qconfig,
@@ -47,7 +49,7 @@ _LIKE_LINEAR = ("matmul", "mm", "addmm", "einsum")  # other spellings of the sam
 
 
 @dataclass(frozen=True)
-class Loss:
+class Regression:
     """What one site costs more than float. kind: "larger" or "slower"; quantized, unquantized: bytes, or microseconds.
 
     what: of what the two figures are; opt_out: the mapping entry that would leave the site float; source: where they
@@ -125,14 +127,24 @@ def speed_table() -> SpeedTable:
     return SpeedTable(source, speeds)
 
 
-def losses_of(site: Site) -> tuple[Loss, ...]:
+def regressions_of(site: Site) -> tuple[Regression, ...]:
     """Return what a converted site costs more than float: bytes, and time where its shape is known."""
-    losses = []
+    found = []
     if site.int_bytes > site.float_bytes:
-        losses.append(Loss(site.path, "larger", site.int_bytes, site.float_bytes, "its tensors", site.opt_out))
+        found.append(Regression(site.path, "larger", site.int_bytes, site.float_bytes, "its tensors", site.opt_out))
     table = speed_table()
     speed = table.find(site.operator, site.qconfig, site.shape)
     if speed is not None and speed.is_slower:
         what = f"{speed.rows} rows of {speed.size} → {speed.size}"
-        losses.append(Loss(site.path, "slower", speed.quantized_us, speed.float_us, what, site.opt_out, table.source))
-    return tuple(losses)
+        found.append(
+            Regression(site.path, "slower", speed.quantized_us, speed.float_us, what, site.opt_out, table.source)
+        )
+    return tuple(found)
+
+
+def __getattr__(name: str) -> Any:
+    """Return Regression by the name that it had, with a DeprecationWarning."""
+    if name != "Loss":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("fxquant.debug.regressions.Loss is now Regression", DeprecationWarning, stacklevel=2)
+    return Regression

@@ -22,10 +22,12 @@ from fxquant.errors import ExampleInputsError, warn
 from fxquant.gptq import round_with_feedback
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, each_batch, run
-from fxquant.graph.module import Site, record_of
+from fxquant.graph.record import Site, record_of
 from fxquant.graph.trace.writes import without_writes
+from fxquant.graph.why import Rounded
 from fxquant.nn.base import quantize_alone
 from fxquant.numerics import QuantizedTensor
+from fxquant.observers import Observer
 from fxquant.qconfig import QConfig
 
 aten = torch.ops.aten
@@ -38,10 +40,13 @@ _FACTORS = {
 }
 """Where the operators that all products end in have their factors."""
 
-Rounding: TypeAlias = Callable[[torch.Tensor, QConfig], tuple[QuantizedTensor, str]]
-"""Gives a weight as a qconfig wants it, and in words how it was rounded, if there is anything to say."""
+Rounding: TypeAlias = Callable[[torch.Tensor, QConfig, Observer | None], tuple[QuantizedTensor, Rounded]]
+"""Gives a weight as a qconfig wants it, and how it was rounded. An observer has seen its range already."""
 
-FEEDBACK = "with error feedback"
+
+def to_nearest(weight: torch.Tensor, qconfig: QConfig, observer: Observer | None) -> QuantizedTensor:
+    """Return a weight as a qconfig wants it, rounded to nearest, by the range that an observer has seen, if any."""
+    return quantize_alone(weight, qconfig) if observer is None else observer.quantize(weight.contiguous())
 
 
 class Moments:
@@ -52,32 +57,34 @@ class Moments:
 
     def __init__(self, sums: dict[tuple[str, int], torch.Tensor]) -> None:
         self.sums = sums
-        self._done: dict[tuple[Any, ...], tuple[QuantizedTensor, str]] = {}
+        self._done: dict[tuple[Any, ...], tuple[QuantizedTensor, Rounded]] = {}
 
     def rounding(self, module: nn.Module) -> Rounding:
-        """Return what gives a weight of a mirror, (O, I), as a qconfig wants it, and in words how it was rounded."""
+        """Return what gives a weight of a mirror, (O, I), as a qconfig wants it, and how it was rounded."""
         names = _names(module)
 
-        def quantize(weight: torch.Tensor, qconfig: QConfig) -> tuple[QuantizedTensor, str]:
+        def quantize(
+            weight: torch.Tensor, qconfig: QConfig, observer: Observer | None
+        ) -> tuple[QuantizedTensor, Rounded]:
             if not profits(qconfig):
-                return quantize_alone(weight, qconfig), ""
+                return to_nearest(weight, qconfig, observer), Rounded.TO_NEAREST
             name = names.get(weight.data_ptr())
             if name is None:
-                return self._round(weight, None, qconfig)
+                return self._round(weight, None, qconfig, observer)
             key = name, weight.shape, weight.stride(), qconfig.weight, qconfig.weight_observer
             if key not in self._done:
-                self._done[key] = self._round(weight, self.sums.get((name, weight.shape[-1])), qconfig)
+                moments = self.sums.get((name, weight.shape[-1]))
+                self._done[key] = self._round(weight, moments, qconfig, observer)
             return self._done[key]
 
         return quantize
 
     def _round(
-        self, weight: torch.Tensor, moments: torch.Tensor | None, qconfig: QConfig
-    ) -> tuple[QuantizedTensor, str]:
+        self, weight: torch.Tensor, moments: torch.Tensor | None, qconfig: QConfig, observer: Observer | None
+    ) -> tuple[QuantizedTensor, Rounded]:
         if moments is not None and moments.isfinite().all():
-            return round_with_feedback(weight, moments, qconfig.weight), FEEDBACK
-        reason = "it met no input in data" if moments is None else "its inputs in data were not finite, or too large"
-        return quantize_alone(weight, qconfig), f"to nearest: {reason}"
+            return round_with_feedback(weight, moments, qconfig.weight), Rounded.GPTQ
+        return to_nearest(weight, qconfig, observer), Rounded.NO_INPUT if moments is None else Rounded.NOT_FINITE
 
 
 def profits(qconfig: QConfig) -> bool:
@@ -100,13 +107,11 @@ def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> M
     twin = edit.mirror(prepared)
     weights = _weights(twin, sites)
     if any(tensor.is_meta for tensor in twin.parameters()):
-        warn(
-            "data was given to round weights with error feedback, but the model is on the meta device and has no values"
-        )
+        warn("data was given to round weights with GPTQ, but the model is on the meta device and has no values")
         return Moments({})
     if not weights:
         warn(
-            "data was given to round weights with error feedback, but no weight becomes int4: others are rounded to "
+            "data was given to round weights with GPTQ, but no weight becomes int4: others are rounded to "
             "nearest, which is as good for them; leave data out, or give int4_dynamic_qconfig to a Linear"
         )
         return Moments({})

@@ -12,8 +12,8 @@ from fxquant.graph.call import Example, Inputs
 from fxquant.graph.convert.clean import own_tensors
 from fxquant.graph.convert.convert import WeightCache, convert_modules
 from fxquant.graph.fingerprint.architecture import describe
-from fxquant.graph.module import Record, keep_record, record_of
 from fxquant.graph.plan.planner import plan_modules
+from fxquant.graph.record import keep_record, record_of
 from fxquant.graph.trace.leaves import make_plain
 from fxquant.operators import Operator
 from fxquant.qconfig_mapping import QConfigMapping
@@ -35,17 +35,10 @@ def prepare_tree(
     """
     root = plain_mirror(model, written=written)
     decided = plan_modules(root, mapping, operators, written)
-    record = Record(
-        stage="prepared",
-        is_traced=False,
-        sites=tuple(decided.sites),
-        left=tuple(decided.left),
-        mapping=mapping,
-        operators=tuple(operators),
+    record = decided.record(
+        model,
         untraced=dict(untraced or {}),
         written=written,
-        float_bytes=edit.byte_count(model),
-        coverage=decided.coverage,
         example=None if inputs is None else Example(inputs),
         architecture=describe(root),
         batch_invariant=batch_invariant,
@@ -63,7 +56,7 @@ def plain_mirror(model: nn.Module, device: str | None = None, written: frozenset
 def convert_tree(prepared: nn.Module, moments: Moments | None = None) -> nn.Module:
     """Return the quantized model that `prepare_tree` decided on, of the same class; that one is left as it was.
 
-    moments: of its weights' inputs, for rounding with error feedback.
+    moments: of its weights' inputs, for rounding with GPTQ.
     """
     record = record_of(prepared)
     assert record is not None

@@ -8,16 +8,18 @@ nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, .relu(), .relu_().
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxquant.graph import edit
-from fxquant.graph.module import Fusion, Unfused
 from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Preserved
+from fxquant.graph.record import Fusion, Unfused
+from fxquant.graph.why import NotFused, Reason, because
 from fxquant.nn.fused import WITH_RELU, linear_relu
 
 _NORMS: dict[type[nn.Module], tuple[type[nn.Module], int]] = {
@@ -36,13 +38,32 @@ _RELU_FUNCTIONS: tuple[Callable[..., Any], ...] = (F.relu, F.relu_, torch.relu, 
 _RELU_METHODS = ("relu", "relu_")
 
 
+class _Scene(NamedTuple):
+    """What is fused. hooked: modules that must stay callable by themselves, for their hooks. kept: those, by id, that
+    code beside the graph uses; untouched: those of them that must stay as they are.
+    """
+
+    module: fx.GraphModule
+    hooked: frozenset[str]
+    kept: set[int]
+    untouched: set[int]
+
+
+class _Step(NamedTuple):
+    """What may be fused with a node: whether what follows is of that kind, why it cannot be, and how it is done."""
+
+    follows: Callable[[fx.GraphModule, fx.Node, fx.Node], bool]
+    refuse: Callable[[fx.GraphModule, fx.Node, fx.Node], Reason | None]
+    apply: Callable[[fx.GraphModule, fx.Node, fx.Node, bool], None]
+
+
 def fuse(
     module: fx.GraphModule,
     hooked: frozenset[str] = frozenset(),
     preserved: Preserved = NOTHING_PRESERVED,
     only: tuple[Fusion, ...] | None = None,
 ) -> tuple[tuple[Fusion, ...], tuple[Unfused, ...]]:
-    """Fuse in place and return what was fused, and what was not because code beside the graph uses it.
+    """Fuse in place and return what was fused, and what was not and why.
 
     hooked: modules that must stay callable by themselves, for their hooks. only: the fusions to repeat (a
     checkpoint's); None: all that apply.
@@ -50,42 +71,82 @@ def fuse(
     fusions: list[Fusion] = []
     unfused: list[Unfused] = []
     kept = set(map(id, preserved.modules(module)))
-    untouched = kept if only is None else set()  # what was fused when the file was made may be fused again
-    allowed = None if only is None else {fusion.path: fusion.chain for fusion in only}
+    scene = _Scene(module, hooked, kept, kept if only is None else set())  # what a file has fused may be fused again
+    lengths = None if only is None else {fusion.path: len(fusion.chain) for fusion in only}
     for node in list(module.graph.nodes):
-        path = str(node.target) if node.op == "call_module" else node.name
-        chain = [path]
-        for can_fuse, step in ((_is_normed, _fold_norm), (_is_rectified, _absorb_relu)):
-            if allowed is None or len(allowed.get(path, ())) > len(chain):
-                follower = _single_follower(module, node, hooked)
-                if follower is None and step is _absorb_relu:
-                    chain += _absorb_relus(module, node, hooked, kept, untouched)
-                if follower is None or not can_fuse(module, node, follower):
-                    continue
-                link = str(follower.target) if follower.op == "call_module" else follower.name
-                used = _used(module, node, follower, untouched)
-                if used:
-                    unfused.append(Unfused(chain=(path, link), used=used))
+        chain = [_place(node)]
+        for step in (_NORM, _RELU):
+            if lengths is None or lengths.get(chain[0], 0) > len(chain):
+                found = _fuse_next(scene, node, step, lengths is None)
+                if isinstance(found, Unfused):
+                    unfused.append(found)
                     break
-                step(module, node, follower, allowed is None)
-                chain.append(link)
-                follower.replace_all_uses_with(node)
-                module.graph.erase_node(follower)
-                _drop_unused(module, follower, kept)
+                chain += found
         if len(chain) > 1:
-            fusions.append(Fusion(path=path, chain=tuple(chain)))
+            fusions.append(Fusion(path=chain[0], chain=tuple(chain)))
     module.recompile()
-    return tuple(fusions), tuple(unfused)
+    told = {part for chain in unfused for part in chain.chain}
+    return tuple(fusions), (*unfused, *(alone for alone in _lone_norms(module) if alone.chain[0] not in told))
 
 
-def _used(module: fx.GraphModule, node: fx.Node, follower: fx.Node, kept: set[int]) -> str:
-    """Return the path of the module that kept code uses and fusing would change, "" for none: a ReLU stays one."""
+def _fuse_next(scene: _Scene, node: fx.Node, step: _Step, may_guard: bool) -> list[str] | Unfused:
+    """Fuse a node with what follows it and return what that was, nothing if it is of another kind, or why not."""
+    module = scene.module
+    followers = [user for user in node.users if user.all_input_nodes == [node] and step.follows(module, node, user)]
+    if not followers:
+        return []
+    follower = followers[0]
+    reason = _refuse(scene, node, follower)
+    if reason is not None and step is _RELU and (relus := _absorb_relus(scene, node)):
+        return relus
+    reason = reason or step.refuse(module, node, follower) or _refuse_used(scene, node, follower)
+    if reason is not None:
+        return Unfused(chain=(_place(node), _place(follower)), why=reason)
+    step.apply(module, node, follower, may_guard)
+    follower.replace_all_uses_with(node)
+    module.graph.erase_node(follower)
+    _drop_unused(module, follower, scene.kept)
+    return [_place(follower)]
+
+
+def _place(node: fx.Node) -> str:
+    """Return the path of the module that a node calls, else its name."""
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _refuse(scene: _Scene, node: fx.Node, follower: fx.Node) -> Reason | None:
+    """Return why a node and what follows it must stay two, whatever they are."""
+    if len(node.users) > 1:
+        return because(NotFused.READ_ELSEWHERE, _place(node))
+    for part in (node, follower):
+        if part.op == "call_module" and part.target in scene.hooked:
+            return because(NotFused.HOOKED, part.target)
+        if part.op == "call_module" and not _is_called_once(scene.module, part):
+            return because(NotFused.CALLED_ELSEWHERE, part.target)
+    return None
+
+
+def _refuse_used(scene: _Scene, node: fx.Node, follower: fx.Node) -> Reason | None:
+    """Return which module code beside the graph uses that fusing would change, if so: a ReLU stays one."""
     for part in (node, follower):
         if part.op == "call_module":
-            used = module.get_submodule(str(part.target))
-            if id(used) in kept and type(used) is not nn.ReLU:
-                return str(part.target)
-    return ""
+            used = scene.module.get_submodule(str(part.target))
+            if id(used) in scene.untouched and type(used) is not nn.ReLU:
+                return because(NotFused.USED_BESIDE, part.target)
+    return None
+
+
+def _lone_norms(module: fx.GraphModule) -> Iterator[Unfused]:
+    """Yield the normalizations of the graph, none of which is folded, as chains of one."""
+    norms = [n for n in module.graph.nodes if _module_of(module, n, _BatchNorm) is not None]
+    for place in dict.fromkeys(map(_place, norms)):
+        yield Unfused(chain=(place,), why=because(NotFused.NO_LAYER))
+
+
+def _module_of(module: fx.GraphModule, node: fx.Node, kind: Any) -> Any:
+    """Return the module that a node calls if it is of a kind, else None."""
+    called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return called if isinstance(called, kind) else None
 
 
 def _drop_unused(module: fx.GraphModule, follower: fx.Node, kept: set[int]) -> None:
@@ -95,19 +156,6 @@ def _drop_unused(module: fx.GraphModule, follower: fx.Node, kept: set[int]) -> N
         places = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
         if not any(place == target or place.startswith(f"{target}.") for place in places):
             module.delete_submodule(target)
-
-
-def _single_follower(module: fx.GraphModule, node: fx.Node, hooked: frozenset[str]) -> fx.Node | None:
-    """Return the one node that consumes this one and nothing else, if the two may become one."""
-    if len(node.users) != 1 or node.op not in ("call_module", "call_function"):
-        return None
-    follower = next(iter(node.users))
-    if follower.all_input_nodes != [node] or follower.op == "output":
-        return None
-    for part in (node, follower):
-        if part.op == "call_module" and (part.target in hooked or not _is_called_once(module, part)):
-            return None
-    return follower
 
 
 def _is_called_once(module: fx.GraphModule, node: fx.Node) -> bool:
@@ -120,16 +168,28 @@ def _is_called_once(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _is_normed(module: fx.GraphModule, node: fx.Node, follower: fx.Node) -> bool:
-    """Return whether a normalization follows that can be folded into a node's module."""
-    if node.op != "call_module" or follower.op != "call_module":
-        return False
-    float_module, norm = module.get_submodule(str(node.target)), module.get_submodule(str(follower.target))
-    kind, rank = _NORMS.get(type(float_module), (None, 0))
-    if type(norm) is not kind or norm.training or norm.running_mean is None:
-        return False
-    outputs = float_module.out_features if isinstance(float_module, nn.Linear) else float_module.out_channels
+    """Return whether a batch normalization follows a layer."""
+    layer = _module_of(module, node, tuple(_NORMS))
+    return type(layer) in _NORMS and _module_of(module, follower, _BatchNorm) is not None
+
+
+def _refuse_norm(module: fx.GraphModule, node: fx.Node, follower: fx.Node) -> Reason | None:
+    """Return why a normalization cannot be folded into a node's module, or None."""
+    layer, norm = module.get_submodule(str(node.target)), module.get_submodule(str(follower.target))
+    kind, rank = _NORMS[type(layer)]
+    if type(norm) is not kind:
+        return because(NotFused.OTHER_NORM, type(norm).__name__, type(layer).__name__)
+    if norm.training:
+        return because(NotFused.TRAINING)
+    if norm.running_mean is None:
+        return because(NotFused.NO_STATISTICS)
+    outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    if norm.num_features != outputs:
+        return because(NotFused.OTHER_CHANNELS, norm.num_features, outputs)
     known = node.meta.get("tensor_meta")
-    return bool(norm.num_features == outputs and (known is None or len(known.shape) == rank))
+    if known is not None and len(known.shape) != rank:
+        return because(NotFused.OTHER_RANK, len(known.shape), rank)
+    return None
 
 
 def _fold_norm(module: fx.GraphModule, node: fx.Node, follower: fx.Node, may_guard: bool) -> None:
@@ -175,11 +235,11 @@ def _folded(module: Any, norm: Any) -> nn.Module:
 
 def _is_rectified(module: fx.GraphModule, node: fx.Node, follower: fx.Node) -> bool:
     """Return whether a ReLU follows that a node can do itself."""
-    if not _is_relu(module, follower):
-        return False
     if node.op == "call_function":
-        return node.target in (F.linear, linear_relu)
-    return type(module.get_submodule(str(node.target))) in WITH_RELU
+        is_layer = node.target in (F.linear, linear_relu)
+    else:
+        is_layer = type(_module_of(module, node, nn.Module)) in WITH_RELU
+    return is_layer and _is_relu(module, follower)
 
 
 def _absorb_relu(module: fx.GraphModule, node: fx.Node, _follower: fx.Node, _may_guard: bool) -> None:
@@ -193,12 +253,10 @@ def _absorb_relu(module: fx.GraphModule, node: fx.Node, _follower: fx.Node, _may
     edit.swap_module(module, str(node.target), fused)
 
 
-def _absorb_relus(
-    module: fx.GraphModule, node: fx.Node, hooked: frozenset[str], kept: set[int], untouched: set[int]
-) -> list[str]:
+def _absorb_relus(scene: _Scene, node: fx.Node) -> list[str]:
     """Let a module that is called several times, each time followed by a ReLU, do those; return what they were."""
-    target = str(node.target)
-    if node.op != "call_module" or target in hooked or _reads(module, target):
+    module, target = scene.module, str(node.target)
+    if node.op != "call_module" or target in scene.hooked or _reads(module, target):
         return []
     calls = [n for n in module.graph.nodes if n.op == "call_module" and n.target == target]
     relus = [next(iter(call.users)) for call in calls if len(call.users) == 1]
@@ -207,14 +265,14 @@ def _absorb_relus(
     if not all(_is_rectified(module, node, relu) for relu in relus):
         return []
     taken = [str(relu.target) for relu in relus if relu.op == "call_module"]
-    if set(taken) & hooked or any(_used(module, node, relu, untouched) for relu in relus):
+    if set(taken) & scene.hooked or any(_refuse_used(scene, node, relu) for relu in relus):
         return []
     _absorb_relu(module, node, relus[0], False)
     for call, relu in zip(calls, relus, strict=True):
         relu.replace_all_uses_with(call)
         module.graph.erase_node(relu)
-        _drop_unused(module, relu, kept)
-    return [str(relu.target) if relu.op == "call_module" else relu.name for relu in relus]
+        _drop_unused(module, relu, scene.kept)
+    return list(map(_place, relus))
 
 
 def _reads(module: fx.GraphModule, target: str) -> list[fx.Node]:
@@ -228,3 +286,11 @@ def _is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in _RELU_FUNCTIONS
     return node.op == "call_method" and node.target in _RELU_METHODS
+
+
+def _never(_module: fx.GraphModule, _node: fx.Node, _follower: fx.Node) -> None:
+    """Refuse no ReLU."""
+
+
+_NORM = _Step(_is_normed, _refuse_norm, _fold_norm)
+_RELU = _Step(_is_rectified, _never, _absorb_relu)

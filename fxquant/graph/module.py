@@ -1,176 +1,25 @@
-"""The GraphModule that fxquant gives back, and what it remembers."""
+"""The GraphModule that fxquant gives back."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxquant.errors import ModelStateError
 from fxquant.graph import edit
-from fxquant.graph.call import Example
 from fxquant.graph.convert import dtypes
-from fxquant.graph.fingerprint.architecture import Architecture
+from fxquant.graph.old_keys import take_old_call_keys, take_old_keys
 from fxquant.graph.preserve.attributes import Part, check_settable, seal
 from fxquant.graph.preserve.bound import carry, install
 from fxquant.graph.preserve.extra_state import key_of, lost_states, tensors_of
-from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Keep, Preserved
+from fxquant.graph.record import Record, keep_record, record_of
 from fxquant.graph.references import copy_attributes
 from fxquant.graph.trace.tracer import TRACING
 from fxquant.nn.base import QuantizedModule, dtype_errors, refuse_script
-from fxquant.nn.training import trainable, warn_of_training
-from fxquant.operators import Operator
-from fxquant.qconfig import QConfig
-from fxquant.qconfig_mapping import QConfigMapping
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How many bytes of the weights are quantized, or will be.
-
-    Weights are the tensors of two or more dimensions that candidates hold. Tied ones count once, and as float where
-    one of their candidates stays so.
-    """
-
-    quantized_bytes: int = 0
-    total_bytes: int = 0
-
-    @property
-    def share(self) -> float:
-        """The quantized part, 0 to 1; 1 where there is no weight."""
-        return self.quantized_bytes / self.total_bytes if self.total_bytes else 1.0
-
-
-NOTHING = Coverage()
-"""The coverage of a model without weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """One decision to quantize.
-
-    path: the module's path, or its weight's path for a call. kind: what it was ("nn.Linear", "F.linear"). operator: the
-    row's name. rule: the mapping entry that decided. call, observer: a call's node name and the path of its weight's
-    observer, None for a module. float_bytes, int_bytes: what its tensors take before and after (0 before convert_fx).
-    opt_out: the mapping entry that would leave it float. shape: rows, inputs and outputs of its first call on the
-    example inputs, () where they are not known. part_rules: further entries, which decided for weights of it. Its float
-    weights are candidates of their own, each `Left`, and in none of its bytes. rounding: how weights were rounded where
-    data was given for that.
-    """
-
-    path: str
-    kind: str
-    operator: str
-    qconfig: QConfig
-    rule: str
-    call: str | None = None
-    observer: str | None = None
-    float_bytes: int = 0
-    int_bytes: int = 0
-    opt_out: str = ""
-    shape: tuple[int, ...] = ()
-    part_rules: tuple[str, ...] = ()
-    rounding: str = ""
-
-
-ASKED = "the mapping says float"
-"""The reason of those candidates that stay float because an entry of the mapping says so."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Left:
-    """One candidate, or one weight of a Site, that stays float, and why. call: a call's node name, None for a module.
-    opt_out: the mapping entry that would say so.
-    """
-
-    path: str
-    kind: str
-    reason: str
-    rule: str = ""
-    call: str | None = None
-    float_bytes: int = 0
-    opt_out: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fusion:
-    """One chain that became one node. path: where it stands now; chain: what it was, in order."""
-
-    path: str
-    chain: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unfused:
-    """One chain that stayed several nodes, because code beside the graph uses `used`, as it is."""
-
-    chain: tuple[str, ...]
-    used: str
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Record:
-    """All that a model of ours remembers beside its graph. stage: "fused", "prepared" or "quantized".
-
-    is_traced: whether it is an FxModule; quantize_dynamic gives the user's own class instead. example: of a prepared
-    one, the arguments that it is checked on once it is quantized. architecture: of the float model, for checkpoints.
-    unchecked: why that check was not possible. live, checked: the paths of the attributes that its graph reads at each
-    call, to use and to compare; fixed: of those that forward read when it was traced; baked: the plain values that it
-    read. written: the parameters that forward writes into. batch_invariant: what was asked of its float products:
-    graph/convert/invariant.py. extra_states: what get_extra_state gave, by the paths of modules that were traced
-    through. trainable: of a quantized one with sites, the parameters that required a gradient when it was made.
-    """
-
-    stage: str
-    is_traced: bool = True
-    sites: tuple[Site, ...] = ()
-    left: tuple[Left, ...] = ()
-    fusions: tuple[Fusion, ...] = ()
-    mapping: QConfigMapping = field(default_factory=QConfigMapping)
-    operators: tuple[Operator, ...] = ()
-    unfused: tuple[Unfused, ...] = ()
-    preserved: Preserved = NOTHING_PRESERVED
-    live: tuple[str, ...] = ()
-    checked: tuple[str, ...] = ()
-    fixed: frozenset[str] = frozenset()
-    baked: Mapping[str, Any] = field(default_factory=dict)
-    written: frozenset[str] = frozenset()
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    untraced: Mapping[str, str] = field(default_factory=dict)
-    float_bytes: int = 0
-    coverage: Coverage = NOTHING
-    extra_states: Mapping[str, Any] = field(default_factory=dict)
-    example: Example | None = field(default=None, compare=False)
-    architecture: Architecture | None = None
-    unchecked: str = ""
-    batch_invariant: bool | None = None
-    trainable: frozenset[str] | None = field(default=None, compare=False)
-
-    @property
-    def outcome(self) -> str:
-        """In a line: how many candidates, and how many bytes of their weights, are quantized or will be."""
-        done, tense = len(self.sites), "quantized" if self.stage == "quantized" else "to be quantized by convert_fx"
-        return (
-            f"{done} of {done + len(self.left)} candidates, {self.coverage.quantized_bytes:,} of "
-            f"{self.coverage.total_bytes:,} weight bytes {tense} ({100 * self.coverage.share:.1f} %)"
-        )
-
-    @property
-    def keep(self) -> Keep:
-        """What another trace of the same model has to take care of."""
-        return Keep(self.preserved, self.live, self.written)
-
-    def __repr__(self) -> str:
-        return f"<fused: {len(self.fusions)} chains>" if self.stage == "fused" else f"<{self.stage}: {self.outcome}>"
-
-    def advance(self, **changes: Any) -> Record:
-        """Return a record with some fields changed."""
-        return replace(self, **changes)
+from fxquant.nn.training import warn_of_training
 
 
 class FxModule(fx.GraphModule):
@@ -279,7 +128,7 @@ class FxModule(fx.GraphModule):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _, strict, missing, *_ = args
         _take_extra_states(self, state_dict, prefix, strict, missing)
-        _take_old_call_keys(self, state_dict, prefix)
+        take_old_call_keys(self, self._fxquant_record, state_dict, prefix)
         own = {prefix + name: tensor for name, tensor in tensors_of(self).items()}
         errors: list[str] = args[-1]
         errors.extend(dtype_errors(own, state_dict))  # as a part of a larger model, whose load_state_dict is not ours
@@ -326,57 +175,6 @@ def _take_extra_states(
         keep_record(model, record.advance(extra_states={**record.extra_states, **states}))
 
 
-def take_old_keys(root: nn.Module, state_dict: Any) -> None:
-    """Rename in place what a state_dict of a quantized model holds under the keys that fxquant wrote before 0.1.0."""
-    for path, module in root.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        if isinstance(module, FxModule):
-            _take_old_call_keys(module, state_dict, prefix)
-        elif isinstance(module, QuantizedModule):
-            module.take_old_keys(state_dict, prefix)
-
-
-def _take_old_call_keys(model: FxModule, state_dict: dict[str, Any], prefix: str) -> None:
-    """Rename in place what a state_dict holds of quantized calls under their old keys.
-
-    Those were named by the dtype of the values: all of 4 bits were `_uint8`, numbered where there were several. A
-    state_dict is taken for an old one where it has none of the keys that are new, one that is no more, and only
-    tensors that fit.
-    """
-    old_of = _old_call_keys(model)
-    old = {key: name for key, name in old_of.items() if prefix + name in state_dict}
-    has_new = any(prefix + key in state_dict for key in old_of.keys() - old_of.values())
-    if has_new or not set(old.values()) - old_of.keys():
-        return
-    held = {key: state_dict[prefix + name] for key, name in old.items()}
-    if all(_fits(edit.get_tensor(model, key), tensor) for key, tensor in held.items()):
-        for name in old.values():
-            del state_dict[prefix + name]
-        state_dict.update({prefix + key: tensor for key, tensor in held.items()})
-
-
-def _fits(own: torch.Tensor | None, tensor: Any) -> bool:
-    """Return whether what a state_dict holds could be the values of a tensor."""
-    return (
-        own is not None and isinstance(tensor, torch.Tensor) and (own.dtype, own.shape) == (tensor.dtype, tensor.shape)
-    )
-
-
-def _old_call_keys(model: FxModule) -> dict[str, str]:
-    """Return the old key of the values of each quantized call whose values are stored as uint8."""
-    old_of: dict[str, str] = {}
-    calls = {node.name: node for node in model.graph.nodes}
-    for site in model._fxquant_record.sites:
-        spec, node = site.qconfig.weight, calls.get(site.call or "")
-        for part in node.all_input_nodes if node is not None and spec.torch_dtype == torch.uint8 else ():
-            key = str(part.target)
-            stem, found, _ = key.rpartition(f"_{spec.dtype}")
-            if part.op == "get_attr" and found and key not in old_of:
-                names = (f"{stem}_uint8{f'_{n}' if n else ''}" for n in itertools.count())
-                old_of[key] = next(name for name in names if name not in old_of.values())
-    return old_of
-
-
 def _restore(
     reduced: tuple[Any, ...], name: str, nodes: list[tuple[str, dict[str, Any]]], hooks: dict[str, Any]
 ) -> FxModule:
@@ -410,39 +208,3 @@ def finish(module: fx.GraphModule, source: nn.Module, record: Record, is_skeleto
         if path in places and edit.has_hooks(original):
             edit.carry_hooks(original, places[path])
     return result
-
-
-def keep_record(model: nn.Module, record: Record) -> nn.Module:
-    """Return a model of the user's own class that carries a record, in copies and pickles too."""
-    if record.stage == "quantized" and record.sites and record.trainable is None:
-        record = record.advance(trainable=trainable(model))
-    model.__dict__["_fxquant_record"] = record
-    return model
-
-
-def record_of(model: Any) -> Record | None:
-    """Return what a model of ours remembers, None for any other."""
-    found = vars(model).get("_fxquant_record") if isinstance(model, nn.Module) else None
-    return found if isinstance(found, Record) else None
-
-
-def preserved_of(model: nn.Module) -> Preserved:
-    """Return what a model keeps of the user's beside forward: of a fused one, what fuse_fx kept."""
-    record = record_of(model)
-    return NOTHING_PRESERVED if record is None else record.preserved
-
-
-def refuse_ours(model: Any, caller: str, stages: Sequence[str] = ("fused", "prepared", "quantized")) -> None:
-    """Raise ModelStateError for a model that went through fxquant already, to one of these stages."""
-    record = record_of(model)
-    if record is not None and record.stage in stages:
-        raise ModelStateError(f"{caller} needs the float model, got a model that is {record.stage} already")
-
-
-def need_stage(model: Any, stage: str, caller: str, cure: str) -> Record:
-    """Return the model's record if it is at the stage that a call needs, else raise ModelStateError."""
-    record = record_of(model)
-    if record is not None and record.stage == stage:
-        return record
-    got = f"a model that is {record.stage} already" if record is not None else type(model).__name__
-    raise ModelStateError(f"{caller} needs the result of {cure}, got {got}")

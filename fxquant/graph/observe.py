@@ -12,20 +12,19 @@ from torch import fx, nn
 
 from fxquant.graph import edit
 from fxquant.graph.constants import recast, transpose
-from fxquant.graph.module import Site
 from fxquant.graph.plan.planner import Plan
 
 
-def observe(module: fx.GraphModule, plan: Plan) -> tuple[Site, ...]:
-    """Insert the observers, each shown its weight once, and return the plan's sites with their observers' paths."""
-    placed = {id(site): site for site in plan.sites}
-    for site, target in plan.calls:
-        node, weight = target.node, target.weight
+def observe(module: fx.GraphModule, plan: Plan) -> Plan:
+    """Insert the observers, each shown its weight once, and return the plan with their paths."""
+    sites = list(plan.sites)
+    for number, target in plan.targets.items():
+        site, node, weight = sites[number], target.node, target.weight
         path = edit.free_name(module, f"{site.path}_observer")
         observer = site.qconfig.make_observer() or nn.Identity()
         tensor = edit.get_tensor(module, site.path)
         if tensor is not None:
-            observer(tensor.t() if target.is_stored_transposed else tensor)
+            observer(tensor.t() if target.is_stored_transposed else tensor)  # by this range it is quantized
         module.add_submodule(path, observer)
         with module.graph.inserting_before(node):
             shown = transpose(module.graph, weight) if target.is_stored_transposed else weight
@@ -35,6 +34,6 @@ def observe(module: fx.GraphModule, plan: Plan) -> tuple[Site, ...]:
         observed.meta.update(weight.meta)
         node.replace_input_with(target.operand, given)
         edit.erase_dead(module.graph, [target.operand])
-        placed[id(site)] = replace(site, observer=path)
+        sites[number] = replace(site, observer=path)
     module.recompile()
-    return tuple(placed[id(site)] for site in plan.sites)
+    return replace(plan, sites=tuple(sites))

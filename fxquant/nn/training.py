@@ -80,7 +80,7 @@ def warn_of_training(module: nn.Module, kind: type[nn.Module]) -> None:
 
 def _known(module: nn.Module) -> frozenset[str] | None:
     """Return which parameters required a gradient when a quantized model was made, None for any other module."""
-    record = module.__dict__.get("_fxquant_record")  # graph/module.py keeps it: a floor above this one
+    record = module.__dict__.get("_fxquant_record")  # graph/record.py keeps it: a floor above this one
     known: frozenset[str] | None = getattr(record, "trainable", None)
     return known
 

@@ -137,15 +137,18 @@ class Operator:
         return any(scheme.accepts(qconfig) for scheme in self.schemes)
 
 
-def refuse_weight(weight: torch.Tensor, sums: bool = True) -> str | None:
-    """Return why a weight cannot become integers, or None. sums: whether its products along a row are added up."""
+def refuse_weight(weight: torch.Tensor, sums: bool = True, name: str = "weight") -> str | None:
+    """Return why a weight, of this name, cannot become integers, or None.
+
+    sums: whether its products along a row are added up.
+    """
     if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not floating point"
+        return f"its {name} is {weight.dtype}, not floating point"
     if sums and weight.shape[-1] > MAX_COLUMNS:
-        return f"its weight has {weight.shape[-1]} columns; int32 sums are exact up to {MAX_COLUMNS}"
+        return f"its {name} has {weight.shape[-1]} columns; int32 sums are exact up to {MAX_COLUMNS}"
     # The two ends tell of all: aminmax hands NaN on, and takes no memory, as torch.isfinite of the whole would.
     if weight.numel() and weight.device.type != "meta" and not all(map(torch.isfinite, weight.detach().aminmax())):
-        return "its weight holds NaN or infinity"
+        return f"its {name} holds NaN or infinity"
     return None
 
 
@@ -154,7 +157,7 @@ def refuse_parameters(module: nn.Module, sums: bool = True) -> str | None:
     if module.training:
         return "it is in training mode; call .eval() on it"
     for name, weight in module.named_parameters(recurse=False):
-        reason = refuse_weight(weight, sums and weight.dim() > 1)
+        reason = refuse_weight(weight, sums and weight.dim() > 1, name)
         if reason is not None:
-            return reason.replace("its weight", f"its {name}", 1)
+            return reason
     return None

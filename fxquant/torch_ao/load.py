@@ -20,10 +20,11 @@ from fxquant.graph.convert.clean import clean
 from fxquant.graph.convert.convert import WeightCache, convert, convert_modules
 from fxquant.graph.fingerprint.architecture import describe
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import Record, finish, keep_record, record_of
+from fxquant.graph.module import finish
 from fxquant.graph.observe import observe
 from fxquant.graph.plan.planner import plan, plan_modules
 from fxquant.graph.plan.targets import name_operands
+from fxquant.graph.record import keep_record, record_of
 from fxquant.graph.trace.trace import Traced, trace
 from fxquant.graph.trace.tracer import SCOPE
 from fxquant.graph.trace.verify import tensors_meta
@@ -115,19 +116,9 @@ def _as_tree(architecture: nn.Module, found: Found) -> nn.Module:
     described = describe(root)
     cache = _fill(root, found, architecture)
     decided = plan_modules(root, found.mapping, OPERATORS)
-    root, sites = convert_modules(root, tuple(decided.sites), OPERATORS, cache)
-    record = Record(
-        stage="quantized",
-        is_traced=False,
-        sites=sites,
-        left=tuple(decided.left),
-        mapping=found.mapping,
-        operators=OPERATORS,
-        coverage=decided.coverage,
-        float_bytes=edit.byte_count(architecture),
-        architecture=described,
-    )
-    return keep_record(root, record)
+    root, sites = convert_modules(root, decided.sites, OPERATORS, cache)
+    record = decided.record(architecture, architecture=described)
+    return keep_record(root, record.advance(stage="quantized", sites=sites))
 
 
 def _as_graph(architecture: nn.Module, found: Found) -> nn.Module:
@@ -138,20 +129,10 @@ def _as_graph(architecture: nn.Module, found: Found) -> nn.Module:
     fusions, _ = fuse(traced.module, traced.hooked | norms)
     _place_calls(traced, found)
     cache = _fill(traced.module, found, architecture)
-    decided = plan(traced, found.mapping, OPERATORS)
-    sites = convert(traced.module, observe(traced.module, decided), OPERATORS, cache)
-    record = Record(
-        stage="quantized",
-        sites=sites,
-        left=tuple(decided.left),
-        fusions=fusions,
-        mapping=found.mapping,
-        operators=OPERATORS,
-        untraced=traced.untraced,
-        coverage=decided.coverage,
-        float_bytes=edit.byte_count(architecture),
-        architecture=described,
-    )
+    decided = observe(traced.module, plan(traced, found.mapping, OPERATORS))
+    sites = convert(traced.module, decided.sites, OPERATORS, cache)
+    record = decided.record(architecture, traced, fusions=fusions, architecture=described)
+    record = record.advance(stage="quantized", sites=sites)
     return finish(clean(traced.module, architecture), architecture, record)
 
 
@@ -220,7 +201,7 @@ def _check_filled(result: nn.Module) -> None:
     assert record is not None
     for name, tensor in (*result.named_parameters(), *result.named_buffers()):
         if tensor.is_meta:
-            why = next((left.reason for left in record.left if name in (left.path, f"{left.path}.weight")), "")
+            why = next((part.reason for part in record.skipped if name in (part.path, f"{part.path}.weight")), "")
             raise TorchAoError(
                 f"{name!r} would have no value: "
                 + (

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fxquant.errors import QConfigError, nearest
-from fxquant.graph.module import Site
+from fxquant.graph.record import Site
 from fxquant.operators import Operator
 from fxquant.qconfig import (
     QConfig,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxquant.graph.module import Left, Record, Site
+from fxquant.graph.record import Record, Site, Skipped
 from fxquant.graph.trace.tracer import SCOPE
 from fxquant.nn.fused import FLOAT_TYPES, SPELT
 from fxquant.qconfig import QConfig
@@ -81,7 +81,7 @@ def _place(prepared: nn.Module, record: Record, site: Site) -> tuple[str, Any, i
     """Return a functional site's scope, function, and number among the candidates of both."""
     assert isinstance(prepared, fx.GraphModule)
     nodes = {node.name: node for node in prepared.graph.nodes}
-    entries: list[Site | Left] = [*record.sites, *record.left]
+    entries: list[Site | Skipped] = [*record.sites, *record.skipped]
     in_order = sorted((str(entry.call) for entry in entries if entry.call in nodes), key=list(nodes).index)
     places = [_scope_and_function(nodes[call]) for call in in_order]
     own = in_order.index(str(site.call))

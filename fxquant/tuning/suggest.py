@@ -18,8 +18,8 @@ from fxquant.debug.report.report import Column, Report
 from fxquant.debug.report.table import megabytes
 from fxquant.errors import ArgumentError, QConfigError, each_warning_once, warn
 from fxquant.graph import edit
-from fxquant.graph.calibrate import FEEDBACK
-from fxquant.graph.module import record_of
+from fxquant.graph.record import record_of
+from fxquant.graph.why import Rounded
 from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping
 from fxquant.tuning.curve import Dot, draw_curve
 from fxquant.tuning.ladder import LADDER, check_schemes, scheme_name
@@ -27,7 +27,7 @@ from fxquant.tuning.mapping import by_name, by_type
 from fxquant.tuning.search import Point, Search
 
 _SHOWN_SITES = 12
-_AGAIN = "int4 rounded with error feedback: convert_fx(prepare_fx(model, found.mapping, …), data=data) gives it again"
+_AGAIN = "int4 rounded with GPTQ: convert_fx(prepare_fx(model, found.mapping, …), data=data) gives it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +102,9 @@ class Suggestion(Report):
 
     @property
     def has_feedback(self) -> bool:
-        """Whether any weights of the model were rounded with error feedback: without data the mapping gives another."""
+        """Whether any weights of the model were rounded with GPTQ: without data the mapping gives another."""
         record = record_of(self.model)
-        return record is not None and any(FEEDBACK in site.rounding for site in record.sites)
+        return record is not None and any(Rounded.GPTQ in site.rounded for site in record.sites)
 
     @property
     def footer(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxquant import explain, prepare_fx, quantize_dynamic
 from fxquant.graph.convert.invariant import PRODUCTS
-from fxquant.graph.module import record_of
+from fxquant.graph.record import record_of
 from tests.architectures.base import (
     FORMS,
     byte_sum,

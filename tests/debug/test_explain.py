@@ -229,4 +229,4 @@ def test_int16_sites_say_so_and_what_they_save():
     (row,) = explain(quantized).rows
     assert row.decision == "int16_dynamic_qconfig"
     assert row.saved_bytes == 64 * 128 * 2 - 64 * 4
-    assert row.losses == ()
+    assert row.regressions == ()

@@ -38,7 +38,8 @@ def measured(monkeypatch):
 
 def told(model):
     return {
-        row.path: [(loss.kind, loss.quantized, loss.unquantized) for loss in row.losses] for row in explain(model).rows
+        row.path: [(loss.kind, loss.quantized, loss.unquantized) for loss in row.regressions]
+        for row in explain(model).rows
     }
 
 
@@ -85,8 +86,8 @@ def test_every_spelling_of_a_linear_is_looked_up_as_one(measured):
 
     rows = explain(prepare(Model(), torch.randn(3, 64))).rows
     assert [row.operator for row in rows] == ["linear", "matmul", "addmm"]
-    assert [[loss.kind for loss in row.losses] for row in rows] == [["slower"]] * 3
-    assert rows[2].losses[0].opt_out == "set_module_name_object_type_order('', torch.addmm, 0, None)"
+    assert [[loss.kind for loss in row.regressions] for row in rows] == [["slower"]] * 3
+    assert rows[2].regressions[0].opt_out == "set_module_name_object_type_order('', torch.addmm, 0, None)"
 
 
 def test_what_was_not_measured_is_not_told(measured):
@@ -115,7 +116,7 @@ def test_a_layer_of_mixed_weights_is_as_fast_as_nothing_that_was_measured(measur
 
 def test_the_opt_out_leaves_the_site_float(measured):
     model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(3, 64)
-    loss = explain(prepare(model, x)).rows[1].losses[0]
+    loss = explain(prepare(model, x)).rows[1].regressions[0]
     mapping = everything()
     eval(f"mapping.{loss.opt_out}", {"mapping": mapping})
     assert [row.is_quantized for row in explain(prepare(model, x, mapping=mapping)).rows] == [True, False]
@@ -191,3 +192,11 @@ def test_a_call_knows_the_shape_of_its_example():
 
     sites = prepare(Model(), torch.zeros(3, dtype=torch.long)).record.sites
     assert {site.kind: site.shape for site in sites} == {"F.embedding": (3, 6, 6), "torch.addmm": (3, 6, 10)}
+
+
+def test_old_names_warn():
+    (row,) = explain(prepare(nn.Sequential(nn.Embedding(20, 1)), torch.tensor([3]))).rows
+    with pytest.warns(DeprecationWarning, match=r"is now \.regressions"):
+        assert row.losses == row.regressions
+    with pytest.warns(DeprecationWarning, match="Loss is now Regression"):
+        assert regressions.Loss is type(row.regressions[0])

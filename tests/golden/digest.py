@@ -46,7 +46,7 @@ def figures(quantized: nn.Module) -> str:
     """Return the hash of explain's numbers, none of its sentences, and of the model's size."""
     told = fxquant.explain(quantized)
     rows = sorted(
-        (row.path, row.call, row.is_quantized, row.float_bytes, row.saved_bytes, [_numbers(x) for x in row.losses])
+        (row.path, row.call, row.is_quantized, row.float_bytes, row.saved_bytes, [_numbers(x) for x in row.regressions])
         for row in told.rows
     )
     size = sum(t.nbytes for t in quantized.state_dict().values() if isinstance(t, torch.Tensor))

@@ -8,8 +8,9 @@ from torch import nn
 import fxquant
 from fxquant import ExampleInputsError, convert_fx, int4_dynamic_qconfig, quantize_dynamic
 from fxquant.gptq import round_with_feedback
-from fxquant.graph.calibrate import FEEDBACK, _Counter, _unfused, gather
-from fxquant.graph.module import record_of
+from fxquant.graph.calibrate import _Counter, _unfused, gather
+from fxquant.graph.record import record_of
+from fxquant.graph.why import Rounded
 from fxquant.operators import OPERATORS
 from fxquant.operators.base import INT4_DYNAMIC
 from tests.samples import SAMPLES, Call, WordLM, everything, lm_inputs, prepare
@@ -37,8 +38,11 @@ def count(weights, call):
     return {name: total for (name, _), total in counter.close().items()}
 
 
+GPTQ = (Rounded.GPTQ,)
+
+
 def notes(quantized):
-    return {site.call or site.path: site.rounding for site in record_of(quantized).sites}
+    return {site.call or site.path: site.rounded for site in record_of(quantized).sites}
 
 
 def two_layers():
@@ -62,7 +66,7 @@ def test_the_second_moments_of_each_layer_s_inputs(form):
 def test_every_operator_that_takes_int4_weights_has_its_inputs_seen(sample):
     model = sample.model().eval()
     quantized = convert_fx(prepare(model, *sample.inputs(), mapping=INT4), data=[sample.inputs() for _ in range(3)])
-    assert list(notes(quantized).values()) == [FEEDBACK]
+    assert list(notes(quantized).values()) == [GPTQ]
 
 
 def test_a_weight_s_integers_are_those_of_its_second_moments():
@@ -87,7 +91,7 @@ def test_rounding_with_data_costs_less_than_to_nearest():
     prepared = prepare(model, x, mapping=INT4)
     fed, plain = (convert_fx(prepared, **options) for options in ({"data": x.split(100)}, {}))
     assert (fed(x) - model(x)).square().mean() < (plain(x) - model(x)).square().mean() / 3
-    assert (notes(fed), notes(plain)) == ({"0": FEEDBACK}, {"0": ""})
+    assert (notes(fed), notes(plain)) == ({"0": GPTQ}, {"0": ()})
 
 
 def test_eager_and_graph_give_the_same_integers():
@@ -95,7 +99,7 @@ def test_eager_and_graph_give_the_same_integers():
     graph = convert_fx(prepare(model, x, mapping=INT4), data=[x])
     eager = quantize_dynamic(model, INT4, data=[x])
     assert torch.equal(graph.get_submodule("0").weight_int4, eager[0].weight_int4)
-    assert notes(eager) == notes(graph) == {"0": FEEDBACK, "2": FEEDBACK}
+    assert notes(eager) == notes(graph) == {"0": GPTQ, "2": GPTQ}
 
 
 def test_the_same_data_gives_the_same_model():
@@ -135,7 +139,7 @@ def test_a_table_tied_to_a_decoder_keeps_its_own_rounding():
     mapping = everything(int4_dynamic_qconfig).set_object_type(nn.Embedding, rows).set_object_type(nn.LSTM, None)
     inputs = lm_inputs(model)
     quantized = convert_fx(prepare(model, *inputs, mapping=mapping), data=[inputs])
-    assert notes(quantized) == {"encoder": "", "decoder": FEEDBACK}
+    assert notes(quantized) == {"encoder": (), "decoder": GPTQ}
     assert torch.equal(quantized.encoder.weight_uint4, rows.quantize_weight(model.encoder.weight).values)
 
 
@@ -161,7 +165,7 @@ def test_neither_the_model_nor_the_prepared_one_is_changed():
     assert same_snapshot(snapshot(model), before)
     assert same_snapshot(snapshot(prepared), prepared_before)
     assert torch.equal(quantized.calls, prepared.calls)
-    assert set(notes(quantized).values()) == {FEEDBACK}
+    assert set(notes(quantized).values()) == {GPTQ}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,7 @@ def test_neither_the_model_nor_the_prepared_one_is_changed():
 def test_attention_takes_no_fast_path_past_its_products(quantizer):
     layer = nn.TransformerEncoderLayer(24, 2, 48, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-    assert set(notes(quantizer(model, torch.randn(3, 5, 24))).values()) == {FEEDBACK}
+    assert set(notes(quantizer(model, torch.randn(3, 5, 24))).values()) == {GPTQ}
 
 
 def test_inference_mode_in_forward_hides_nothing():
@@ -260,7 +264,7 @@ def test_data_for_a_model_without_int4_weights_is_said_to_be_of_no_use():
     prepared = prepare(two_layers(), torch.randn(4, 24))
     with pytest.warns(UserWarning, match="no weight becomes int4"):
         quantized = convert_fx(prepared, data=[])
-    assert set(notes(quantized).values()) == {""}
+    assert set(notes(quantized).values()) == {()}
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
@@ -269,7 +273,7 @@ def test_a_layer_whose_inputs_have_no_second_moments_is_rounded_to_nearest_and_s
     x[3, 4] = value
     prepared = prepare(model, torch.randn(4, 24), mapping=INT4)
     fed, plain = (convert_fx(prepared, **options) for options in ({"data": [x]}, {}))
-    assert notes(fed)["0"] == "to nearest: its inputs in data were not finite, or too large"
+    assert notes(fed)["0"] == (Rounded.NOT_FINITE,)
     assert torch.equal(fed.get_submodule("0").weight_int4, plain.get_submodule("0").weight_int4)
 
 
@@ -285,7 +289,7 @@ class Chooses(nn.Module):
 def test_a_layer_that_data_never_reaches_is_rounded_to_nearest_and_says_so():
     model, x = Chooses().eval(), torch.randn(40, 24)
     quantized = quantize_dynamic(model, INT4, data=[x])
-    assert notes(quantized) == {"often": FEEDBACK, "never": "to nearest: it met no input in data"}
+    assert notes(quantized) == {"often": GPTQ, "never": (Rounded.NO_INPUT,)}
     assert torch.equal(quantized.never.weight_int4, quantize_dynamic(model, INT4).never.weight_int4)
 
 

@@ -5,10 +5,13 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fxquant
-from fxquant import convert_fx, fuse_fx
+from fxquant import convert_fx, explain, fuse_fx, load, save
+from fxquant.graph.fuse import fuse
+from fxquant.graph.record import Unfused
+from fxquant.graph.why import NotFused, because
 from fxquant.nn import ConvReLU1d, ConvReLU2d, ConvReLU3d, LinearReLU, linear_relu
 from tests.samples import everything, kinds, prepare, quantize, same_bits
 
@@ -168,7 +171,7 @@ def test_conv_norm_relu_is_fused_and_left_float_with_a_reason():
     x = torch.randn(2, 3, 8, 8)
     quantized = quantize(model, x)
     assert calls(quantized) == [ConvReLU2d]
-    (left,) = quantized.record.left
+    (left,) = quantized.record.skipped
     assert left.reason.endswith("3 → 4 channels, kernel 3×3")
     assert torch.allclose(quantized(x), model(x), atol=1e-5)
 
@@ -320,3 +323,108 @@ def test_a_layer_called_twice_takes_in_the_relus_behind_both_calls(relus, tmp_pa
     quantized = quantize(model, x)
     fxquant.save(quantized, tmp_path / "twice.safetensors")
     assert torch.equal(fxquant.load(model, tmp_path / "twice.safetensors")(x), quantized(x))
+
+
+def untracked():
+    return nn.BatchNorm1d(4, track_running_stats=False)
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+class Normed(nn.Module):
+    """A layer and a normalization, called by a function."""
+
+    def __init__(self, layer, norm, forward=lambda self, x: self.norm(self.layer(x))):
+        super().__init__()
+        self.layer, self.norm, self.call = layer, norm, forward
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+CASES = {
+    "untracked": (lambda: Normed(nn.Linear(4, 4), untracked()), "the normalization keeps no running statistics"),
+    "other rank": (
+        lambda: Normed(
+            nn.Linear(4, 5), nn.BatchNorm1d(5), lambda self, x: self.norm(self.layer(x[:, None].expand(3, 5, 4)))
+        ),
+        "the layer gives 3-D values; only of 2-D ones its outputs are what is normalized",
+    ),
+    "hook": (lambda: Normed(hooked(nn.Linear(4, 4)), nn.BatchNorm1d(4)), "layer has a hook, which would see something"),
+    "read": (
+        lambda: Normed(nn.Linear(4, 4), nn.BatchNorm1d(4), lambda self, x: (y := self.layer(x)) + self.norm(y)),
+        "something else reads what layer gives",
+    ),
+    "called twice": (
+        lambda: Normed(nn.Linear(4, 4), nn.BatchNorm1d(4), lambda self, x: self.norm(self.layer(self.layer(x)))),
+        "layer is called, or its tensors are read, elsewhere too",
+    ),
+    "tensor read": (
+        lambda: Normed(
+            nn.Linear(4, 4), nn.BatchNorm1d(4), lambda self, x: self.norm(self.layer(x)) @ self.layer.weight
+        ),
+        "layer is called, or its tensors are read, elsewhere too",
+    ),
+    "another norm": (
+        lambda: Normed(nn.Linear(4, 4), OtherNorm(4)),
+        "a OtherNorm is not folded into a Linear",
+    ),
+}
+
+
+class OtherNorm(nn.BatchNorm1d):
+    """A subclass, which may compute something else."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_normalization_that_is_not_folded_says_why(name):
+    make, reason = CASES[name]
+    model, x = make().eval(), torch.randn(3, 4)
+    told = [line for line in explain(prepare(model, x)).remarks if line.startswith("not fused")]
+    assert len(told) == 1
+    assert told[0].startswith(f"not fused: layer → norm: {reason}")
+
+
+def test_a_normalization_in_training_mode_or_of_other_channels_says_why():
+    module = fx.symbolic_trace(Normed(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval())
+    module.norm.train()
+    assert fuse(module)[1] == (Unfused(chain=("layer", "norm"), why=because(NotFused.TRAINING)),)
+    module.norm = nn.BatchNorm1d(6).eval()
+    assert fuse(module)[1] == (Unfused(chain=("layer", "norm"), why=because(NotFused.OTHER_CHANNELS, 6, 4)),)
+
+
+def test_a_normalization_without_a_layer_says_so_once_with_the_others():
+    model = nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(5)), nn.Linear(4, 4)).eval()
+    prepared = prepare(model, torch.randn(3, 4))
+    assert {unfused.why for unfused in prepared.record.unfused} == {because(NotFused.NO_LAYER)}
+    assert [unfused.chain for unfused in prepared.record.unfused] == [(str(i),) for i in range(5)]
+    assert any(line.startswith("not fused: 0, 1, 2 and 2 more: no nn.Linear") for line in explain(prepared).remarks)
+
+
+def test_a_relu_that_is_not_fused_says_why():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return y + F.relu(y)
+
+    (unfused,) = prepare(Model(), torch.randn(3, 4)).record.unfused
+    assert (unfused.chain, unfused.why) == (("layer", "relu"), because(NotFused.READ_ELSEWHERE, "layer"))
+
+
+def test_what_is_fused_has_no_reason():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Linear(3, 3), nn.ReLU()).eval()
+    assert prepare(model, torch.randn(1, 1, 3, 3)).record.unfused == ()
+
+
+def test_reasons_come_through_save_and_load(tmp_path):
+    make, _ = CASES["read"]
+    quantized = quantize(make(), torch.randn(3, 4))
+    save(quantized, tmp_path / "model.safetensors")
+    assert load(make().eval(), tmp_path / "model.safetensors").record.unfused == quantized.record.unfused != ()

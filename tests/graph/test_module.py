@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxquant import FxQuantError, convert_fx, explain, fuse_fx
-from fxquant.graph.module import FxModule, record_of
+from fxquant.graph.module import FxModule
+from fxquant.graph.record import record_of
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize, same_bits
 
 
@@ -250,3 +251,9 @@ def test_an_error_in_the_graph_keeps_its_traceback_and_prints_nothing(capsys, tw
         twin(torch.randn(3, 4))
     assert "view" in str(caught.traceback[-1].statement)
     assert capsys.readouterr().err == ""
+
+
+def test_the_old_name_of_what_was_skipped_warns():
+    record = prepare(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), mapping=everything(None)).record
+    with pytest.warns(DeprecationWarning, match=r"record\.left is now record\.skipped"):
+        assert record.left == record.skipped != ()

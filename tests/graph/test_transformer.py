@@ -11,7 +11,7 @@ from torch import nn
 
 import fxquant
 from fxquant import QConfigMapping, convert_fx, default_dynamic_qconfig, quantize_dynamic
-from fxquant.graph.module import record_of
+from fxquant.graph.record import record_of
 from tests.samples import everything, kinds, prepare, quantize, same_bits, sqnr
 
 D, H, FF, T, B = 16, 2, 32, 6, 3
@@ -96,7 +96,7 @@ def test_an_encoder_keeps_its_bits_when_prepared_and_its_answers_when_quantized(
     quantized, swapped = convert_fx(prepared), quantize_dynamic(model)
     for result in (quantized, swapped):
         assert len(record_of(result).sites) == 6
-        assert record_of(result).left == ()
+        assert record_of(result).skipped == ()
     assert sqnr(expected, quantized(x, *call)) > 25
     with torch.no_grad():  # where torch would take the fast path
         assert torch.equal(quantized(x, *call), swapped(x, *call))
@@ -138,7 +138,7 @@ def test_a_whole_transformer_with_masks(batch_first):
     assert torch.equal(prepared(*call), expected)
     quantized, swapped = convert_fx(prepared), quantize_dynamic(model)
     assert len(quantized.record.sites) == 2 * 3 + 2 * 4
-    assert quantized.record.left == ()
+    assert quantized.record.skipped == ()
     assert sqnr(expected, quantized(*call)) > 25
     with torch.no_grad():
         assert torch.equal(swapped(*call), quantized(*call))

@@ -102,7 +102,7 @@ def test_the_sample_is_one_site(case):
     row, sample, _, _, prepared = case
     (site,) = prepared.record.sites
     assert site.operator == row.name
-    assert prepared.record.left == ()
+    assert prepared.record.skipped == ()
     assert (site.call is None) == isinstance(sample.covers, type)
 
 
@@ -197,7 +197,7 @@ def test_float_weights_that_are_not_finite_are_left_with_a_reason(case):
     _, _sample, model, inputs, prepared = case
     with torch.no_grad():
         next(model.parameters()).view(-1)[3] = float("nan")
-    (left,) = prepare(model, *inputs, mapping=prepared.record.mapping).record.left
+    (left,) = prepare(model, *inputs, mapping=prepared.record.mapping).record.skipped
     assert "NaN or infinity" in left.reason
 
 

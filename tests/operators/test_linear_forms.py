@@ -74,7 +74,7 @@ def test_the_prepared_model_gives_the_models_bits_and_nothing_is_left(spelling):
     model, x = Forms(SPELLINGS[spelling]).eval(), torch.randn(3, 6)
     prepared = prepare(model, x)
     assert torch.equal(prepared(x), model(x))
-    assert prepared.record.left == ()
+    assert prepared.record.skipped == ()
     (observer,) = (m for m in prepared.modules() if isinstance(m, fxquant.observers.Observer))
     assert torch.equal(observer.max_val, model.net.oi.detach().amax(1))  # one range an output channel
 
@@ -190,7 +190,7 @@ def test_other_forms_stay_float_with_their_reason(path, function, reason):
     model.net.vector = nn.Parameter(torch.randn(6))
     with torch.no_grad():
         prepared, expected = prepare(model, x), model(x)
-    assert (path, reason) in {(left.path, left.reason) for left in prepared.record.left}
+    assert (path, reason) in {(left.path, left.reason) for left in prepared.record.skipped}
     assert path not in {site.path for site in prepared.record.sites}
     with torch.no_grad():
         assert (fxquant.convert_fx(prepared)(x) - expected).norm() <= 0.03 * expected.norm()
@@ -207,7 +207,7 @@ def test_products_of_activations_and_vectors_are_no_candidates():
             return torch.einsum("bqk,bkd->bqd", scores, x) @ self.vector
 
     record = prepare(Attention(), torch.randn(2, 3, 6)).record
-    assert (record.sites, record.left) == ((), ())
+    assert (record.sites, record.skipped) == ((), ())
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_modules_that_are_no_linear_form_say_why(kind, reason):
         def forward(self, x):
             return self.layer(x, x) if isinstance(self.layer, nn.Bilinear) else self.layer(x)
 
-    (left,) = prepare(Model(), torch.randn(6, 6)).record.left
+    (left,) = prepare(Model(), torch.randn(6, 6)).record.skipped
     assert left.reason.startswith(reason)
 
 
@@ -317,7 +317,7 @@ def test_mapping_entries_reach_each_spelling(kind, function, tmp_path):
     mapping = everything().set_object_type(kind, None)
     quantized = quantize(model, x, mapping=mapping)
     assert [site.path for site in quantized.record.sites] == ["net.buffer"]
-    assert [left.reason for left in quantized.record.left] == ["the mapping says float"]
+    assert [left.reason for left in quantized.record.skipped] == ["the mapping says float"]
     fxquant.save(quantized, tmp_path / "q")
     assert fxquant.load(model, tmp_path / "q").record.mapping == mapping
 

@@ -15,7 +15,7 @@ def reasons(model, *inputs, mapping=None):
     prepared = prepare(model, *inputs, mapping=mapping)
     assert prepared.record.sites == ()
     assert same_bits(quantize(model, *inputs, mapping=mapping)(*inputs), model(*inputs))
-    return [left.reason for left in prepared.record.left]
+    return [left.reason for left in prepared.record.skipped]
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
@@ -35,7 +35,7 @@ def test_functional_max_norm_stays_float():
 
     model = Model()
     prepared = prepare(model, indices(3))
-    assert [left.reason for left in prepared.record.left] == ["max_norm rescales its float rows at each call"]
+    assert [left.reason for left in prepared.record.skipped] == ["max_norm rescales its float rows at each call"]
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
@@ -129,7 +129,7 @@ def wrap_out_proj(attention):
 def test_attention_that_cannot_be_quantized_says_why(change, reason):
     model = SelfAttention(8, 2)
     change(model.attention)
-    (left,) = prepare(model, torch.randn(3, 2, 8)).record.left
+    (left,) = prepare(model, torch.randn(3, 2, 8)).record.skipped
     assert (left.path, left.reason) == ("attention", reason)
 
 
@@ -175,7 +175,7 @@ def test_linear_on_a_plain_tensor_is_quantized_and_saved(where, tmp_path):
     fxquant.save(quantized, tmp_path / "model.safetensors")
     assert torch.equal(fxquant.load(model, tmp_path / "model.safetensors")(x), expected(x))
     name = "0.weight" if where == "child" else "weight"
-    (left,) = prepare(model, x, mapping=everything().set_module_name(name, None)).record.left
+    (left,) = prepare(model, x, mapping=everything().set_module_name(name, None)).record.skipped
     assert left.rule == f"module_name {name!r}"
 
 

@@ -24,7 +24,8 @@ from fxquant import (
     load_torch_ao,
     per_tensor_dynamic_qconfig,
 )
-from fxquant.graph.module import FxModule, record_of
+from fxquant.graph.module import FxModule
+from fxquant.graph.record import record_of
 from fxquant.numerics import unpack_uint4
 from tests.samples import WordLM, kinds, leaves, lm_inputs, same_bits
 

@@ -31,9 +31,9 @@ from fxquant.debug.measure import trial
 from fxquant.errors import ArgumentError, ModelStateError
 from fxquant.gptq import round_with_feedback
 from fxquant.graph import calibrate
-from fxquant.graph.calibrate import FEEDBACK
 from fxquant.graph.edit import byte_count
-from fxquant.graph.module import record_of
+from fxquant.graph.record import record_of
+from fxquant.graph.why import Rounded
 from fxquant.tuning import search
 from fxquant.tuning.ladder import scheme_name
 from fxquant.tuning.suggest import _rows
@@ -43,7 +43,7 @@ __all__ = ["data", "model"]  # fixtures
 
 
 def quantize(model, mapping, data):
-    """Return the model quantized, int4 weights with error feedback from the data."""
+    """Return the model quantized, int4 weights with GPTQ from the data."""
     prepared = prepare_fx(model, mapping, data[0])
     has_int4 = any(site.qconfig.weight.dtype == "int4" for site in record_of(prepared).sites)
     return convert_fx(prepared, data=data if has_int4 else None, check=False)  # coarse on purpose, some
@@ -158,11 +158,11 @@ def test_what_it_states_is_measured_on_the_model_that_its_mapping_gives(model, d
 def test_int4_weights_are_rounded_with_error_feedback_from_the_data(model, data):
     found = suggest_mapping(model, data, budget=1.0, schemes=("int4",))
     assert found.has_feedback
-    assert {site.rounding for site in record_of(found.model).sites} == {FEEDBACK}
+    assert {site.rounded for site in record_of(found.model).sites} == {(Rounded.GPTQ,)}
     assert "convert_fx(prepare_fx(model, found.mapping, …), data=data) gives it again" in str(found)
     plain = suggest_mapping(model, data, budget=1.0, schemes=("int4",), error_feedback=False)
     assert not plain.has_feedback
-    assert "error feedback" not in str(plain)
+    assert "with GPTQ" not in str(plain)
     nearest = convert_fx(prepare_fx(model, plain.mapping, data[0]))
     assert torch.equal(plain.model(data[0][0]), nearest(data[0][0]))
     assert found.metric < plain.metric

@@ -21,7 +21,7 @@ from fxquant.debug.report.report import Column, Report
 from fxquant.debug.report.table import megabytes, paint, printable, shorten, text_table, wants_color
 from fxquant.errors import ArgumentError, ModelStateError
 from fxquant.graph import edit
-from fxquant.graph.module import Record, record_of
+from fxquant.graph.record import Record, record_of
 
 LAYOUTS = ("unified", "side_by_side")
 _ANSI = {"removed": "31", "added": "32", "changed": "33", "float": "35", "dim": "2", "": ""}
@@ -234,7 +234,7 @@ def graph_diff(
         edit.byte_count(before),
         edit.byte_count(after),
         quantized=len(record.sites),
-        candidates=len(record.sites) + len(record.left),
+        candidates=len(record.sites) + len(record.skipped),
         outcome=record.outcome,
         context=0 if only_changed and context is None else context,
         is_folded=fold,

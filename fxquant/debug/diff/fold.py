@@ -20,6 +20,7 @@ class DiffRow:
 
     before, after: what it is; after is "" where nothing changed. note_before: where only a scheme, a dtype or an
     argument changed, what it was. path: of the module that it calls. inputs_before, inputs_after: the nodes it reads.
+    is_float: whether it is a candidate that stays float; fused_into: where what it did is done now, or "".
     sqnr_db, kernel, ms, float_ms: of its site, as `compare` and `profile` measured it; None and "" where they did not.
 
     In what is shown, a row of sign "⋮" stands for unchanged ones left out, one of sign "×" for changed ones repeated:
@@ -41,11 +42,13 @@ class DiffRow:
     kernel: str = ""
     ms: float | None = None
     float_ms: float | None = None
+    is_float: bool = False
+    fused_into: str = ""
 
     @property
     def decision(self) -> str:
         """What became of it in a word: "changed", "added", "removed", "float" (and why is in its note) or "same"."""
-        if self.sign == " " and self.note.startswith("float:"):
+        if self.sign == " " and self.is_float:
             return "float"
         return {"~": "changed", "×": "changed", "+": "added", "-": "removed"}.get(self.sign, "same")
 
@@ -79,7 +82,10 @@ def sides(row: DiffRow) -> tuple[list[Line], list[Line]]:
     if row.sign in "×⋮" or (row.sign == " " and row.after):  # stands for others
         return [(row.before, "dim")], [(row.after, "dim")] if row.after else []
     if row.sign == " ":
-        return [(row.before, "")], [(now, ""), *((text, row.decision.replace("same", "dim")) for text, _ in notes)]
+        return [(row.before, "")], [
+            (now, ""),
+            *((text, "dim" if row.decision == "same" else row.decision) for text, _ in notes),
+        ]
     if row.sign in "+-":
         return [(row.before, "removed")] * (row.sign == "-"), [(row.after, "added")] * (row.sign == "+") + notes
     if row.before == row.after:

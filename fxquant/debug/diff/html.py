@@ -129,8 +129,7 @@ def _row(
     run: str = "",
 ) -> str:
     """Return one node as a table row of sign, both graphs' cells and its kernel's."""
-    into = row.note.removeprefix("fused into ")
-    fused = modules.get(into, "") if into != row.note else ""
+    fused = modules.get(row.fused_into, "")
     marks = (f' data-run="{run}"' if run else "") + (f' data-with="{fused}"' if fused else "")
     was, now = sides(row)
     cells = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import fx, nn
@@ -14,7 +14,7 @@ from fxquant.debug.diff.fold import DiffRow
 from fxquant.errors import TraceError
 from fxquant.graph import edit
 from fxquant.graph.convert.invariant import PRODUCTS
-from fxquant.graph.module import Left, Record, Site, record_of
+from fxquant.graph.record import Record, Site, Skipped, record_of
 from fxquant.graph.trace.trace import trace
 from fxquant.operators import OPERATORS
 from fxquant.ops import library
@@ -22,6 +22,17 @@ from fxquant.qconfig_mapping import qconfig_name, type_name
 
 _Key: TypeAlias = tuple[str, str]
 """A node's name and "", or "" and a module's path: a call may have the name that a module has as its path."""
+
+
+_T = TypeVar("_T")
+
+
+class _Decided(NamedTuple):
+    """What is told of a node: in words, whether it is a candidate that stays float, and what it was fused into."""
+
+    note: str
+    is_float: bool = False
+    fused_into: str = ""
 
 
 class _Side:
@@ -33,7 +44,7 @@ class _Side:
     def __init__(self, model: nn.Module, graph: fx.Graph, root: nn.Module) -> None:
         self.root = root
         self.nodes = {node.name: node for node in graph.nodes}
-        self.schemes, self.reasons, candidates = _notes(record_of(model))
+        self.schemes, self.others, candidates = _decisions(record_of(model))
         self._modules = dict(self.root.named_modules())
         callers: dict[str, str] = {}
         for node in graph.find_nodes(op="call_module", sort=True):
@@ -67,23 +78,23 @@ class _Side:
 
     def scheme(self, name: str, path: str) -> str:
         """Return the qconfig of a site's node, else ""."""
-        return self._of(self.schemes, name, path)
+        return self._of(self.schemes, name, path) or ""
 
-    def note(self, name: str, path: str) -> str:
-        """Return the qconfig of a node, why it stays float or changed, or what it was fused into."""
-        node = self.nodes.get(name)
+    def decided(self, name: str, path: str) -> _Decided:
+        """Return what is told of a node: its qconfig, why it stays float or changed, or what it was fused into."""
+        node, scheme = self.nodes.get(name), self.scheme(name, path)
         is_fixed = (
             node is not None and node.target in PRODUCTS and (library.available() or node.kwargs.get("anywhere", True))
         )
-        told = "the same bits in any batch" if is_fixed else ""
-        return self.scheme(name, path) or self._of(self.reasons, name, path) or told
+        otherwise = _Decided("the same bits in any batch" if is_fixed else "")
+        return _Decided(scheme) if scheme else self._of(self.others, name, path) or otherwise
 
-    def _of(self, told: dict[_Key, str], name: str, path: str) -> str:
+    def _of(self, told: dict[_Key, _T], name: str, path: str) -> _T | None:
         """Return what is told of a call by its name, or of the module that it calls; inputs may be named as either."""
         node = self.nodes.get(name)
         if node is not None and node.op == "placeholder":
-            return ""
-        return told.get((name, ""), "") or (told.get(("", path), "") if path else "")
+            return None
+        return told.get((name, "")) or (told.get(("", path)) if path else None)
 
 
 def diff_rows(before: nn.Module, after: nn.Module) -> tuple[tuple[DiffRow, ...], str]:
@@ -111,7 +122,8 @@ def _row(name: str, old: _Side, new: _Side, apart: list[str]) -> DiffRow:
     was, old_details, size_before = old.describe(name, apart)
     now, new_details, size_after = new.describe(name, apart)
     path = new.path(name) or old.path(name)
-    note_before, note = "", new.note(name, path)
+    decided = new.decided(name, path)
+    note_before, note = "", decided.note
     sign = "+" if not was else "-" if not now else "~" if was != now else " "
     schemes = old.scheme(name, path), new.scheme(name, path)
     if was == now and all(schemes) and schemes[0] != schemes[1]:
@@ -130,6 +142,8 @@ def _row(name: str, old: _Side, new: _Side, apart: list[str]) -> DiffRow:
         path=path,
         inputs_before=old.inputs(name),
         inputs_after=new.inputs(name),
+        is_float=decided.is_float,
+        fused_into=decided.fused_into,
     )
 
 
@@ -201,19 +215,20 @@ def _constants(node: fx.Node) -> Iterator[str]:
             yield f"{name}={value!r}" if not name.isdigit() else f"argument {name} {value!r}"
 
 
-def _key(part: Site | Left) -> _Key:
+def _key(part: Site | Skipped) -> _Key:
     return (part.call, "") if part.call else ("", part.path)
 
 
-def _notes(record: Record | None) -> tuple[dict[_Key, str], dict[_Key, str], list[str]]:
-    """Return, by node name or module path, qconfigs and the reasons of what has none; and the paths of candidates."""
+def _decisions(record: Record | None) -> tuple[dict[_Key, str], dict[_Key, _Decided], list[str]]:
+    """Return, by node name or module path, qconfigs and what is told where there is none; and candidates' paths."""
     if record is None:
         return {}, {}, []
     schemes = {_key(site): qconfig_name(site.qconfig) for site in record.sites}
-    reasons = {_key(left): f"float: {left.reason}" for left in record.left}
+    others = {_key(part): _Decided(f"float: {part.reason}", is_float=True) for part in record.skipped}
     for fusion in record.fusions:
         for part in fusion.chain[1:]:
-            reasons.update(dict.fromkeys([(part, ""), ("", part)], f"fused into {fusion.path}"))
+            told = _Decided(f"fused into {fusion.path}", fused_into=fusion.path)
+            others.update(dict.fromkeys([(part, ""), ("", part)], told))
     candidates = [site.path for site in record.sites if site.call is None]
-    candidates += [left.path for left in record.left if left.call is None]
-    return schemes, reasons, candidates
+    candidates += [part.path for part in record.skipped if part.call is None]
+    return schemes, others, candidates

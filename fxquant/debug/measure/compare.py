@@ -34,8 +34,8 @@ from fxquant.debug.report.report import Column, Report
 from fxquant.debug.report.table import site_name
 from fxquant.errors import ExampleInputsError
 from fxquant.graph.call import each_batch, run
-from fxquant.graph.module import Site, need_stage
 from fxquant.graph.outputs import Error, energy, named_floats, wide
+from fxquant.graph.record import Site, need_stage
 
 _SHOWN_OUTPUTS = 8
 

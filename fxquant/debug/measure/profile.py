@@ -21,7 +21,7 @@ from fxquant.debug.report.table import megabytes, site_name
 from fxquant.errors import ExampleInputsError, ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, as_arguments
-from fxquant.graph.module import Record, record_of
+from fxquant.graph.record import Record, record_of
 from fxquant.ops import KERNELS, kernel_info
 
 _PLAIN = "plain torch"

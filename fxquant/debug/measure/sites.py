@@ -19,7 +19,8 @@ from fxquant.graph import edit
 from fxquant.graph.convert.convert import rescue_reads
 from fxquant.graph.eager import plain_mirror
 from fxquant.graph.fuse import fuse
-from fxquant.graph.module import Record, Site, finish, record_of
+from fxquant.graph.module import finish
+from fxquant.graph.record import Record, Site, record_of
 from fxquant.graph.trace.trace import trace
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.operators import OPERATORS

@@ -27,8 +27,8 @@ from fxquant.errors import ArgumentError, CheckpointError, ExampleInputsError, M
 from fxquant.graph import edit
 from fxquant.graph.calibrate import Moments, gather, profits
 from fxquant.graph.call import as_arguments, check_data, run
-from fxquant.graph.module import keep_record, need_stage
 from fxquant.graph.outputs import named_floats
+from fxquant.graph.record import keep_record, need_stage
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
 from fxquant.quantize_fx import convert_fx, convert_with, prepare_fx
@@ -170,7 +170,7 @@ class Trial:
         return convert_with(self._prepare(model, mapping), self._moments)
 
     def watch(self, qconfigs: Iterable[tuple[int, QConfig]]) -> None:
-        """Let int4 weights be rounded with error feedback from the data from now on, where these qconfigs make some.
+        """Let int4 weights be rounded with GPTQ from the data from now on, where these qconfigs make some.
 
         qconfigs: all that the sites, by number, will be tried with.
         """

@@ -18,28 +18,16 @@ from torch import nn
 from fxquant.errors import CheckError, warn
 from fxquant.graph import edit
 from fxquant.graph.check.example_run import NOISE_DB, Pass, Uses
-from fxquant.graph.module import Coverage, Left, Record, Site, keep_record, record_of
 from fxquant.graph.outputs import Error
+from fxquant.graph.record import Coverage, Record, Site, Skipped, keep_record, record_of
 from fxquant.graph.references import repoint
+from fxquant.graph.why import Reason, Why, because
 
 LEAST_SQNR_DB = 10.0
 """The SQNR of an output below which a warning names the sites that come off worst: the error is a third of it."""
 
 REPEATABLE_DB = 40.0
 """The SQNR of the float model's output against itself below which it draws random numbers that no seed fixes."""
-
-PASSED_BY = (
-    "forward calls the float layer by a reference that no copy of the model can follow (in a global, a class, a local "
-    "class); let it call the layer by an attribute of the model"
-)
-UNCALLED = (
-    "the example calls it in float and no longer once it alone is quantized: forward picks layers by their type "
-    "(isinstance)"
-)
-CALLED_LESS = (
-    "the example calls it {} times in float and {} once it alone is quantized: forward picks layers by their type "
-    "(isinstance)"
-)
 
 _ROUNDS, _SHOWN, _SHAKES = 3, 3, 8
 
@@ -60,7 +48,7 @@ def checked(prepared: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> n
         told = f"prepared, it fails on its example inputs now ({type(expected.error).__name__}: {expected.error})"
         warn(f"this {name} was converted without a check: {told}; was it moved or cast in between?")
         return keep_record(quantized, _record(quantized).advance(unchecked=told))
-    floats: dict[int, str] = {}
+    floats: dict[int, Reason] = {}
     found = _compare(expected, quantized)
     for _ in range(_ROUNDS):
         if not found.missed:
@@ -98,7 +86,7 @@ class _Found(NamedTuple):
     off worst; output: its name. error: where it failed.
     """
 
-    missed: dict[int, str]
+    missed: dict[int, Reason]
     remarks: list[str]
     sqnr_db: float = float("inf")
     output: str = ""
@@ -118,15 +106,15 @@ def _compare(expected: Pass, quantized: nn.Module) -> _Found:
     places = {(site.path, site.call): number for number, site in enumerate(_record(expected.model).sites)}
     sites = {places[site.path, site.call]: site for site in _record(quantized).sites}
     got = Pass(quantized, sites, expected.inputs, expected.uses)
-    missed = {number: PASSED_BY for number in sites if number in got.used}
+    missed = {number: because(Why.PASSED_BY) for number in sites if number in got.used}
     lost = ((expected.ran.keys() | expected.used) & sites.keys()) - got.ran.keys() - got.read - missed.keys()
     lost = {number for number in lost if _avoids(expected, quantized, number, sites[number])}
-    missed = {**dict.fromkeys(sorted(lost), UNCALLED), **missed}
+    missed = {**dict.fromkeys(sorted(lost), because(Why.UNCALLED)), **missed}
     fewer = [number for number in sorted(got.ran) if got.ran[number] < expected.ran[number] and number not in missed]
     for number in fewer if got.error is None else ():
         if number not in got.read:
             calls = _calls_alone(expected, quantized, number, sites[number])
-            missed.update({} if calls is None else {number: CALLED_LESS.format(expected.ran[number], calls)})
+            missed.update({} if calls is None else {number: because(Why.CALLED_LESS, expected.ran[number], calls)})
     if got.error is not None:
         return _Found(missed, [], error=got.error)
     worst = min(_sqnrs(expected.floats, got.floats), default=(float("inf"), ""))
@@ -205,23 +193,23 @@ def _kind(tensor: torch.Tensor) -> str:
     return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _leave(prepared: nn.Module, record: Record, floats: Mapping[int, str]) -> nn.Module:
+def _leave(prepared: nn.Module, record: Record, floats: Mapping[int, Reason]) -> nn.Module:
     """Return a mirror of a prepared model in which some sites, by number, stay float for these reasons."""
     sites = tuple(site for number, site in enumerate(record.sites) if number not in floats)
-    left = tuple(
-        Left(
+    skipped = tuple(
+        Skipped(
             path=record.sites[number].path,
             kind=record.sites[number].kind,
-            reason=reason,
-            rule=record.sites[number].rule,
+            why=floats[number],
+            entry=record.sites[number].entry,
             float_bytes=record.sites[number].float_bytes,
             opt_out=record.sites[number].opt_out,
         )
-        for number, reason in sorted(floats.items())
+        for number in sorted(floats)
     )
     coverage = _coverage(prepared, record, [record.sites[number] for number in floats])
     return keep_record(
-        edit.mirror(prepared), record.advance(sites=sites, left=(*record.left, *left), coverage=coverage)
+        edit.mirror(prepared), record.advance(sites=sites, skipped=(*record.skipped, *skipped), coverage=coverage)
     )
 
 
@@ -237,12 +225,12 @@ def _coverage(prepared: nn.Module, record: Record, floats: Sequence[Site]) -> Co
         return {edit.identity(t): t.numel() * t.element_size() for t in held if t.dim() > 1}
 
     modules = dict(prepared.named_modules(remove_duplicate=False))
-    already = {key for left in record.left for key in weights(left.path)}
+    already = {key for part in record.skipped for key in weights(part.path)}
     lost = {key: size for site in floats for key, size in weights(site.path).items() if key not in already}
     return Coverage(record.coverage.quantized_bytes - sum(lost.values()), record.coverage.total_bytes)
 
 
-def _told_floats(record: Record, floats: Mapping[int, str]) -> list[str]:
+def _told_floats(record: Record, floats: Mapping[int, Reason]) -> list[str]:
     """Return a line for each reason for which sites stay float, with their names."""
     lines = []
     for reason in dict.fromkeys(floats.values()):

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, copies, repeatable
 from fxquant.graph.convert.clean import own_tensors
-from fxquant.graph.module import Site
 from fxquant.graph.outputs import drained, named_floats, named_tensors
+from fxquant.graph.record import Site
 from fxquant.graph.trace.verify import Shapes
 from fxquant.nn.base import QuantizedModule
 from fxquant.nn.transformer import avoid_fast_path

@@ -10,16 +10,18 @@ import torch
 from torch import fx, nn
 
 from fxquant.graph import edit
-from fxquant.graph.calibrate import Rounding
+from fxquant.graph.calibrate import Rounding, to_nearest
 from fxquant.graph.constants import constant_of, is_cast
 from fxquant.graph.convert.invariant import bring_products
-from fxquant.graph.module import Site
 from fxquant.graph.plan.targets import name_operands
+from fxquant.graph.record import Site
 from fxquant.graph.references import repoint
+from fxquant.graph.why import Rounded
 from fxquant.nn import QuantizedModule
-from fxquant.nn.base import key_of, quantize_alone
+from fxquant.nn.base import key_of
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.numerics import QuantizedTensor
+from fxquant.observers import Observer
 from fxquant.operators import Call, Operator, find_row
 from fxquant.qconfig import QConfig
 
@@ -31,33 +33,36 @@ class WeightCache:
     """
 
     def __init__(self, rounding: Rounding | None = None) -> None:
-        self._done: dict[tuple[Any, ...], tuple[torch.Tensor, QuantizedTensor, str]] = {}
-        self._modules: dict[tuple[int, QConfig], tuple[nn.Module, nn.Module, str]] = {}
-        self._round: Rounding = rounding or (lambda *weight: (quantize_alone(*weight), ""))
-        self._notes: list[str] = []
+        self._done: dict[tuple[Any, ...], tuple[torch.Tensor, QuantizedTensor, Rounded]] = {}
+        self._modules: dict[tuple[int, QConfig], tuple[nn.Module, nn.Module, tuple[Rounded, ...]]] = {}
+        self._round: Rounding = rounding or (lambda *weight: (to_nearest(*weight), Rounded.TO_NEAREST))
+        self._rounded: list[Rounded] = []
 
-    def quantize(self, weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
-        """Return a weight as the qconfig wants it: the same tensors for the same weight and qconfig."""
+    def quantize(self, weight: torch.Tensor, qconfig: QConfig, observer: Observer | None = None) -> QuantizedTensor:
+        """Return a weight as the qconfig wants it: the same tensors for the same weight and qconfig.
+
+        observer: what has seen the weight's range already.
+        """
         key = self._key(weight, qconfig)
         if key not in self._done:  # the weight is kept so that its key stays its own
-            self._done[key] = (weight, *self._round(weight, qconfig))
-        _, quantized, note = self._done[key]
-        self._notes.append(note)
+            self._done[key] = (weight, *self._round(weight, qconfig, observer))
+        _, quantized, rounded = self._done[key]
+        self._rounded.append(rounded)
         return quantized
 
-    def take_note(self) -> str:
-        """Return how the weights asked for since the last time were rounded."""
-        told, self._notes = [note for note in self._notes if note], []
-        return "; ".join(dict.fromkeys(told))
+    def take_rounded(self) -> tuple[Rounded, ...]:
+        """Return how the weights asked for since the last time were rounded, each way once, if not just to nearest."""
+        found, self._rounded = dict.fromkeys(self._rounded), []
+        return tuple(rounded for rounded in found if rounded is not Rounded.TO_NEAREST)
 
     def convert(self, float_module: nn.Module, qconfig: QConfig, row: Operator) -> nn.Module:
         """Return a row's quantized form of a module: the same for the same module and qconfig."""
         key = id(float_module), qconfig
         if key not in self._modules:  # the float module is kept so that its id stays its own
             module = row.convert_module(float_module, qconfig, self.quantize).train(False)
-            self._modules[key] = float_module, module, self.take_note()
-        _, module, note = self._modules[key]
-        self._notes.append(note)
+            self._modules[key] = float_module, module, self.take_rounded()
+        _, module, rounded = self._modules[key]
+        self._rounded += rounded
         return module
 
     def stand_in(self, root: nn.Module) -> None:
@@ -81,7 +86,7 @@ class WeightCache:
 
     def give(self, weight: torch.Tensor, qconfig: QConfig, quantized: QuantizedTensor) -> None:
         """Let a weight have these integers, found elsewhere, under a qconfig."""
-        self._done[self._key(weight, qconfig)] = (weight, quantized, "")
+        self._done[self._key(weight, qconfig)] = (weight, quantized, Rounded.TO_NEAREST)
 
     def _key(self, weight: torch.Tensor, qconfig: QConfig) -> tuple[Any, ...]:
         place = weight.untyped_storage().data_ptr() or weight.untyped_storage()._cdata  # on the meta device
@@ -100,13 +105,14 @@ def convert(
     cache: integers that are known already; batch_invariant: as `bring_products` has it.
     """
     cache = cache or WeightCache()
-    done = []
+    nodes, done = {node.name: node for node in module.graph.nodes}, []
+    observers = {site.observer: module.get_submodule(site.observer) for site in sites if site.observer is not None}
     for site in sites:
         if site.observer is None:
             rescue_reads(module, site.path)
             done.append(_convert_module(module, site, operators, cache))
         else:
-            done.append(_convert_call(module, site, operators, cache))
+            done.append(_convert_call(module, nodes[str(site.call)], observers[site.observer], site, operators, cache))
     cache.stand_in(module)  # preserved code may use the other names
     cache.settle(module)
     _keep_swapped_called(module)
@@ -159,7 +165,7 @@ def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ..
     edit.swap_module(module, site.path, quantized)
     floats = [quantized.get_buffer(name) for name, qconfig in site.qconfig.parts if qconfig is None]
     size = edit.byte_count(quantized) - sum(tensor.nbytes for tensor in floats)
-    return replace(site, int_bytes=size, rounding=cache.take_note())
+    return replace(site, int_bytes=size, rounded=cache.take_rounded())
 
 
 def rescue_reads(module: fx.GraphModule, path: str) -> None:
@@ -167,8 +173,8 @@ def rescue_reads(module: fx.GraphModule, path: str) -> None:
 
     A read that nothing uses (of `weight.shape`, say) goes: the quantized module may have no tensor of that name.
     """
-    for node in list(module.graph.nodes):
-        if node.op == "get_attr" and str(node.target).startswith(f"{path}."):
+    for node in module.graph.find_nodes(op="get_attr"):
+        if str(node.target).startswith(f"{path}."):
             tensor = edit.get_tensor(module, str(node.target))
             if not node.users:
                 module.graph.erase_node(node)
@@ -178,11 +184,18 @@ def rescue_reads(module: fx.GraphModule, path: str) -> None:
                 node.target = kept
 
 
-def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator, ...], cache: WeightCache) -> Site:
+def _convert_call(
+    module: fx.GraphModule,
+    node: fx.Node,
+    observer: nn.Module,  # which stood in a module that may have been swapped since
+    site: Site,
+    operators: tuple[Operator, ...],
+    cache: WeightCache,
+) -> Site:
     """Rewrite one functional call: the node keeps its name, place and stack trace."""
     graph = module.graph
-    observed = next(n for n in graph.nodes if n.op == "call_module" and n.target == site.observer)
-    node = next(n for n in graph.nodes if n.name == site.call)
+    function: Any = node.target
+    (observed,) = graph.find_nodes(op="call_module", target=site.observer)
     row = _row(operators, site)
     name = row.weights[0]
     operands = name_operands(row, node)
@@ -193,19 +206,19 @@ def _convert_call(module: fx.GraphModule, site: Site, operators: tuple[Operator,
     tensor = edit.get_tensor(module, path)
     assert tensor is not None, path
     tensor = tensor.t() if shown.is_transposed else tensor
-    quantized = cache.quantize(tensor, site.qconfig)
+    quantized = cache.quantize(tensor, site.qconfig, observer if isinstance(observer, Observer) else None)
     with graph.inserting_before(node):
         nodes = _place(module, graph, path, quantized, key_of(path, site.qconfig.weight))
     # Casts go: the operators take float32 and give what they compute in their input's dtype.
     operands = {key: _uncast(operand) for key, operand in operands.items()}
     operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
     like = torch.empty_like(tensor, device="meta")
-    node.target, kwargs = row.convert_function(Call(node.target, operands, {name: like}, site.qconfig))
+    node.target, kwargs = row.convert_function(Call(function, operands, {name: like}, site.qconfig))
     node.op, node.args, node.kwargs = "call_function", (), kwargs  # it may have been a method
     edit.erase_dead(graph, [given, *(node for node in cast if not node.users)])
     module.delete_submodule(str(site.observer))  # it may stand inside a leaf, which is kept whole
     size = sum(part.numel() * part.element_size() for part in quantized if part is not None)
-    return replace(site, int_bytes=size, rounding=cache.take_note())
+    return replace(site, int_bytes=size, rounded=cache.take_rounded())
 
 
 def _uncast(operand: Any) -> Any:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from fxquant.errors import QConfigError, warn
-from fxquant.graph.module import ASKED, Left, Record, Site
+from fxquant.graph.record import Record, Site, Skipped
 from fxquant.graph.trace.trace import Names
-from fxquant.qconfig_mapping import QConfigMapping, order_text, type_name
+from fxquant.graph.why import Why
+from fxquant.qconfig_mapping import Entry, QConfigMapping, Setter, order_entry, type_name
 
 
 def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (), *, strict: bool = False) -> None:
@@ -20,31 +21,31 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
 
     strict: raise QConfigError, which lists them, where candidates stay float that the mapping does not ask to.
     """
-    mapping, left = record.mapping, record.left
+    mapping, skipped = record.mapping, record.skipped
     if strict:
-        _refuse_left(model, record)
-    decided: list[Site | Left] = [*record.sites, *left]
-    used = {rule for site in record.sites for rule in (site.rule, *site.part_rules)}
-    entries = list(_entries(mapping, known.kinds | set(functions)))
+        _refuse_unasked(model, record)
+    decided: list[Site | Skipped] = [*record.sites, *skipped]
+    used = {entry for site in record.sites for entry in (site.entry, *site.part_entries)}
+    entries = list(_asking(mapping, known.kinds | set(functions)))
     if not used:
         if entries or mapping.global_qconfig is not None:
-            reasons = list(dict.fromkeys(f"{part.path or model} ({part.kind}): {part.reason}" for part in left))
+            reasons = list(dict.fromkeys(f"{part.path or model} ({part.kind}): {part.reason}" for part in skipped))
             more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
             why = "; ".join(reasons[:3]) + more or "no module or call in it has a weight of two or more dimensions"
             warn(f"nothing in this {model} is to be quantized: {why}")
         return
     for entry in entries:
-        if entry.text not in used:
-            own = [part for part in left if part.rule == entry.text]
+        if entry not in used:
+            own = [part for part in skipped if part.entry == entry]
             reasons = [f"{part.path or model} ({part.kind}) stays float: {part.reason}" for part in own]
-            if reasons or not any(entry.covers(part, known) for part in decided):
+            if reasons or not any(_covers(entry, part, known) for part in decided):
                 why = reasons[0] if reasons else "nothing there has a weight that can be quantized"
-                warn(f"the mapping's {entry.text} quantizes nothing: {why}; in all, {record.outcome}")
+                warn(f"the mapping's {entry} quantizes nothing: {why}; in all, {record.outcome}")
 
 
-def _refuse_left(model: str, record: Record) -> None:
+def _refuse_unasked(model: str, record: Record) -> None:
     """Raise QConfigError for the candidates that stay float unasked."""
-    unasked = [part for part in record.left if part.reason != ASKED]
+    unasked = [part for part in record.skipped if part.why.why is not Why.ASKED]
     if unasked:
         told = "".join(f"\n  {part.path or model} ({part.kind}): {part.reason}; {part.opt_out}" for part in unasked)
         raise QConfigError(
@@ -53,31 +54,30 @@ def _refuse_left(model: str, record: Record) -> None:
         )
 
 
-class _Entry(NamedTuple):
-    """An entry of a mapping, as rules name it, and what it speaks of: paths that match, or a type's name."""
+def _covers(entry: Entry, part: Site | Skipped, known: Names) -> bool:
+    """Return whether an entry speaks of a candidate or of a weight of it."""
+    if entry.setter is Setter.OBJECT_TYPE:
+        return entry.key == (part.kind,)
+    if entry.setter not in (Setter.MODULE_NAME, Setter.MODULE_NAME_REGEX):
+        return False
+    named = str(entry.key[0])
+    if entry.setter is Setter.MODULE_NAME:
+        named = rf"{re.escape(named)}(\.|$)" if named else ""
+    inside = f"{part.path}." if part.path else ""
+    return any(re.match(named, path) for path in (part.path, *(p for p in known.weights if p.startswith(inside))))
 
-    text: str
-    paths: str | None = None
-    kind: str | None = None
 
-    def covers(self, part: Site | Left, known: Names) -> bool:
-        """Return whether the entry speaks of a candidate or of a weight of it."""
-        inside = f"{part.path}." if part.path else ""
-        paths = (part.path, *(path for path in known.weights if path.startswith(inside)))
-        return part.kind == self.kind or (self.paths is not None and any(re.match(self.paths, path) for path in paths))
-
-
-def _entries(mapping: QConfigMapping, present: set[Any] | frozenset[Any]) -> Iterator[_Entry]:
+def _asking(mapping: QConfigMapping, present: set[Any] | frozenset[Any]) -> Iterator[Entry]:
     """Yield the entries that ask for a qconfig, but for the global one and types that are not in the model."""
     for name, qconfig in mapping.module_name_qconfigs.items():
         if qconfig is not None:
-            yield _Entry(f"module_name {name!r}", rf"{re.escape(name)}(\.|$)" if name else "")
+            yield Entry(Setter.MODULE_NAME, (name,))
     for pattern, qconfig in mapping.module_name_regex_qconfigs.items():
         if qconfig is not None:
-            yield _Entry(f"module_name_regex {pattern!r}", pattern)
+            yield Entry(Setter.MODULE_NAME_REGEX, (pattern,))
     for kind, qconfig in mapping.object_type_qconfigs.items():
         if qconfig is not None and kind in present:
-            yield _Entry(f"object_type {type_name(kind)}", kind=type_name(kind))
+            yield Entry(Setter.OBJECT_TYPE, (type_name(kind),))
     for key, qconfig in mapping.module_name_object_type_order_qconfigs.items():
         if qconfig is not None:
-            yield _Entry(order_text(*key))
+            yield order_entry(*key)

@@ -6,52 +6,52 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
+from torch.nn.modules.conv import _ConvNd
 from torch.optim.swa_utils import AveragedModel
 
 from fxquant.graph.constants import method_of
-from fxquant.graph.plan.targets import Target, name_operands
+from fxquant.graph.plan.targets import Target, call_name, name_operands
 from fxquant.graph.preserve.extra_state import has_extra_state
 from fxquant.graph.trace.leaves import known_base, redefined
 from fxquant.graph.trace.trace import wrapped_in
 from fxquant.graph.trace.tracer import forward_of
+from fxquant.graph.why import Reason, Why, because
 from fxquant.nn.transformer import PLAIN_FORWARDS
 from fxquant.operators import Operator
 from fxquant.operators.base import refuse_weight
 from fxquant.qconfig_mapping import type_name
 
-WHY_KEPT = "code beside the graph uses it as it is"
-"""The reason of weights that are no module's and that preserved methods, or modules that are not traced, may read."""
+_CONVOLUTIONS = (
+    *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    *(F.conv_tbc, torch.convolution),
+)
 
 
-WHY_SET = "preserved code may write into it"
-"""The reason of weights that methods change, and that the graph must share with them."""
-
-WHY_WRITTEN = "forward writes into its weight or bias as it runs"
-"""The reason of weights that are no constants."""
-
-
-def refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> str | None:
+def refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> Reason | None:
     """Return why a call of a row stays float, or None."""
     operands = name_operands(row, target.node)
     if tensor.dim() != 2 and (target.is_stored_transposed or target.is_taken_transposed):
-        return f"its weight is {tensor.dim()}-D, not 2-D"
+        return because(Why.NOT_2D, tensor.dim())
     if len(target.node.args) > len(row.operands) or not operands.keys() <= set(row.operands):
-        return f"it is called with more than {', '.join(row.operands)}"
+        return because(Why.MORE_OPERANDS, ", ".join(row.operands))
     if sum(operand is target.operand for operand in operands.values()) > 1:
-        return "its weight is its input too"
+        return because(Why.WEIGHT_IS_INPUT)
     examples = fx.node.map_arg(operands, lambda node: node.meta.get("tensor_meta"))
     if any(not _keeps_dtype(cast, tensor.dtype) for cast in target.casts) and not _multiplies(row, examples):
-        return "its weight is cast to another dtype at each call"
-    return row.refuse_call(examples) or refuse_weight(tensor.t() if target.is_stored_transposed else tensor)
+        return because(Why.CAST)
+    told = row.refuse_call(examples) or refuse_weight(tensor.t() if target.is_stored_transposed else tensor)
+    return because(Why.TOLD, told) if told else None
 
 
-def refuse_module(row: Operator, module: nn.Module) -> str | None:
+def refuse_module(row: Operator, module: nn.Module) -> Reason | None:
     """Return why a module of a row stays float, or None."""
     if has_extra_state(type(module)):
-        return "it keeps extra state (get_extra_state), for which its quantized form has no place"
-    return row.refuse_module(module)
+        return because(Why.EXTRA_STATE)
+    told = row.refuse_module(module)
+    return because(Why.TOLD, told) if told else None
 
 
 def _keeps_dtype(cast: fx.Node, dtype: torch.dtype) -> bool:
@@ -82,32 +82,30 @@ def calls_children(module: nn.Module) -> bool:
     return forward in PLAIN_FORWARDS or not module_name.startswith("torch.")
 
 
-def why_hidden(module: nn.Module) -> str:
+def why_hidden(module: nn.Module) -> Reason | None:
     """Return why a module's type does not say what it computes, if so."""
     if isinstance(module, torch.jit.ScriptModule):
-        return "it is compiled to TorchScript; put the nn.Module that it was made from in its place"
+        return because(Why.SCRIPTED)
     if wrapped_in(module):
-        return f"{type(module).__name__} is a wrapper; put what it holds, its .{wrapped_in(module)}, in its place"
-    return "its forward was replaced on the instance" if "forward" in vars(module) else ""
+        return because(Why.WRAPPER, type(module).__name__, wrapped_in(module))
+    return because(Why.REPLACED_FORWARD) if "forward" in vars(module) else None
 
 
-def why_unknown(kind: type[nn.Module], operators: Sequence[Operator]) -> str:
+def why_unknown(kind: type[nn.Module], operators: Sequence[Operator]) -> Reason:
     """Return why a weight-bearing module without a row stays float."""
     known = known_base(kind, operators)
     if known is not None:
-        own = "has a forward of its own" if kind.forward is not known.forward else "redefines"
-        names = "" if kind.forward is not known.forward else f" {', '.join(redefined(kind, known))}"
-        return f"it is a subclass of {type_name(known)} that {own}{names}"
+        if kind.forward is not known.forward:
+            return because(Why.OWN_FORWARD, type_name(known))
+        return because(Why.REDEFINES, type_name(known), ", ".join(redefined(kind, known)))
     if not kind.forward.__module__.startswith("torch."):
-        return "its forward is not traced, so calls with weights of its own are out of reach"
-    return why_no_form(type_name(kind))
+        return because(Why.UNTRACED)
+    return why_no_form(kind)
 
 
-def why_no_form(name: str) -> str:
-    """Return why a module or call that no row knows stays float."""
-    library, _, kind = name.lower().partition(".")
-    if library in ("nn", "torch") and "conv" in kind:
-        return f"{name} has no dynamic form: of convolutions, the modules nn.Conv1d and nn.Conv2d have one"
-    if library in ("nn", "torch") and kind == "bilinear":
-        return f"{name} multiplies two inputs with each other; only forms of one input are quantized"
-    return f"there is no quantized form of {name}"
+def why_no_form(kind: Any) -> Reason:
+    """Return why a type of module, or a function or method, that no row knows stays float."""
+    is_convolution = issubclass(kind, _ConvNd) if isinstance(kind, type) else kind in _CONVOLUTIONS
+    if is_convolution:
+        return because(Why.NO_CONVOLUTION, call_name(kind))
+    return because(Why.NO_BILINEAR if kind in (F.bilinear, nn.Bilinear) else Why.NO_FORM, call_name(kind))

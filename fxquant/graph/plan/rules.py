@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from fxquant.errors import MappingNameError, QConfigError, nearest, warn
-from fxquant.graph.module import ASKED
 from fxquant.graph.trace.trace import Names
+from fxquant.graph.why import Reason, Why, because
 from fxquant.operators import Operator
-from fxquant.qconfig_mapping import QConfigMapping, Rule, type_name
+from fxquant.qconfig_mapping import Entry, QConfigMapping, Rule, Setter, opt_out, opt_out_one, type_name
+
+_PRECEDENCE = list(Setter)
 
 
 def check_mapping(mapping: QConfigMapping, known: Names, functions: Iterable[Any] = ()) -> None:
@@ -30,7 +35,7 @@ def check_mapping(mapping: QConfigMapping, known: Names, functions: Iterable[Any
                 raise MappingNameError(f"the mapping names {told} {name!r}, {lacks}{nearest(name, there)}")
     for pattern in mapping.module_name_regex_qconfigs:
         probe = QConfigMapping().set_module_name_regex(pattern, None)
-        if not any(probe.resolve(name, "", (), 0).text.startswith("module_name_regex") for name in (*names, "")):
+        if not any(probe.resolve(name, "", (), 0).entry.setter is Setter.MODULE_NAME_REGEX for name in (*names, "")):
             raise MappingNameError(
                 f"the mapping's regular expression {pattern!r} matches no module or weight from its start (re.match)"
                 f"{nearest(pattern, names)}"
@@ -41,9 +46,63 @@ def check_mapping(mapping: QConfigMapping, known: Names, functions: Iterable[Any
             warn(f"the mapping has an entry for {type_name(kind)}, which occurs nowhere in the model")
 
 
-def rank(rule: Rule) -> int:
-    """Return how far back a rule stands among several."""
-    return next(place for place, start in enumerate(("module_name", "object_type", "")) if rule.text.startswith(start))
+class Rules:
+    """Finds the mapping's entries for the candidates of a model, which come in the order in which they are counted."""
+
+    def __init__(self, mapping: QConfigMapping, names: Names) -> None:
+        self._mapping, self._names = mapping, names
+        self._counts = collections.Counter[tuple[str, Any]]()
+
+    def find(
+        self, path: str, scope: str, kind: Any, base: Any = None, is_whole: bool = False, weights: Iterable[str] = ()
+    ) -> dict[str, Rule]:
+        """Return the rules that decide: for the next candidate under "", for each of its weights under its path.
+
+        base: the type that a subclass derives from, whose entries decide where there is none for its own. is_whole:
+        whether the candidate is all that is at the path: no call, and no module with candidates inside.
+        """
+        kinds = (kind,) if base is None or base is kind else (kind, base)
+        found = {weight: self._resolve(path, scope, kinds, weight) for weight in ("", *weights)}
+        is_named = any(weight and rule.entry == Entry(Setter.MODULE_NAME, (weight,)) for weight, rule in found.items())
+        is_last = is_whole and not is_named  # else an entry for the path does not decide for all of the candidate
+        out = opt_out(path) if is_last else opt_out_one(scope, kind, self._counts[(scope, kind)])
+        self._counts.update((scope, k) for k in kinds)
+        return {weight: rule._replace(opt_out=out) for weight, rule in found.items()}
+
+    def _resolve(self, path: str, scope: str, kinds: tuple[Any, ...], weight: str) -> Rule:
+        """Return the rule that decides for a candidate, or a weight, by any of the names of a shared module."""
+        aliases = [name for name in self._names.aliases.get(path, ()) if name != path]
+        own = weight.removeprefix(f"{path}.")
+        names = [(path, weight), *((name, weight if own == weight else f"{name}.{own}") for name in aliases)]
+        names.sort(key=lambda pair: pair[1] not in self._mapping.module_name_qconfigs)
+        at = [(kind, self._counts[(scope, kind)]) for kind in kinds]
+        rules = [self._mapping.resolve(n, scope, (kind,), number, w) for kind, number in at for n, w in names]
+        return min(rules, key=lambda rule: _PRECEDENCE.index(rule.entry.setter))
+
+    def check_parts(self, path: str, module: nn.Module, rule: Rule, apart: Collection[str]) -> None:
+        """Raise QConfigError for an entry by name or pattern that wants a part of a module that is one Site otherwise.
+
+        apart: the names of the weights that may have schemes of their own.
+        """
+        weights = [name for name, weight in module.named_parameters() if weight.dim() > 1 and name not in apart]
+        for name in [*(name for name, _ in module.named_modules() if name), *weights]:
+            part = self._mapping.resolve(f"{path}.{name}" if path else name, "", (), 0)
+            is_meant = part.entry.setter in (Setter.MODULE_NAME, Setter.MODULE_NAME_REGEX)
+            if is_meant and part.qconfig != rule.qconfig:
+                raise QConfigError(
+                    f"{part.entry} decides for {name!r}, a part of {path!r}, for which {rule.entry} decides otherwise; "
+                    f"a {type_name(type(module))} is quantized as a whole: name {path!r}"
+                )
+
+    def check_orders(self) -> None:
+        """Raise MappingNameError for a set_module_name_object_type_order entry whose index is never reached."""
+        for name, kind, index in self._mapping.module_name_object_type_order_qconfigs:
+            count = self._counts[(name, kind)]
+            if index >= count or index < 0:
+                raise MappingNameError(
+                    f"set_module_name_object_type_order({name!r}, {type_name(kind)}, {index}): "
+                    f"{name!r} has {count} quantizable {type_name(kind)}, numbered from 0"
+                )
 
 
 def main_rule(own: Rule, rules: Iterable[Rule]) -> Rule:
@@ -51,24 +110,24 @@ def main_rule(own: Rule, rules: Iterable[Rule]) -> Rule:
     return min(rules, key=lambda rule: (rule.qconfig is None, rule != own), default=own)
 
 
-def refusal(path: str, told: str, row: Operator | None, rule: Rule, reason: str | None = None) -> str | None:
+def refusal(path: str, told: str, row: Operator | None, rule: Rule, reason: Reason | None = None) -> Reason | None:
     """Return why a candidate or weight stays float under a rule, or None. reason: why it does under any.
 
     Raises QConfigError where the rule names it directly and its operator cannot take the qconfig.
     """
     if rule.qconfig is None:
-        return ASKED if rule.text != "no entry" else "no mapping entry covers it"
+        return because(Why.NO_ENTRY if rule.entry.setter is Setter.NONE else Why.ASKED)
     if reason is not None or row is None or row.accepts(rule.qconfig):
         return reason
     takes = "; ".join(scheme.name for scheme in row.schemes)
     if rule.direct:
         raise QConfigError(
-            f"{path!r} ({told}) cannot take the qconfig that {rule.text} gives it: {rule.qconfig}. It takes: {takes}"
+            f"{path!r} ({told}) cannot take the qconfig that {rule.entry} gives it: {rule.qconfig}. It takes: {takes}"
         )
-    return f"its qconfig ({rule.qconfig}) is for other operators; this one takes: {takes}"
+    return because(Why.OTHER_QCONFIG, rule.qconfig, takes)
 
 
-def join(path: str, told: str, own: Rule, rules: Mapping[str, Rule | None]) -> tuple[Rule, tuple[str, ...]]:
+def join(path: str, told: str, own: Rule, rules: Mapping[str, Rule | None]) -> tuple[Rule, tuple[Entry, ...]]:
     """Return one rule for a module whose weights have these (None: float32), and the other entries that decided.
 
     own: the module's. Raises QConfigError where the weights' activations do not go together.
@@ -78,7 +137,7 @@ def join(path: str, told: str, own: Rule, rules: Mapping[str, Rule | None]) -> t
     _check_activations(path, told, rules)
     chosen = {name: rule and rule.qconfig for name, rule in rules.items()}
     parts = tuple((name, qconfig) for name, qconfig in chosen.items() if qconfig != main.qconfig)
-    others = dict.fromkeys(rule.text for rule in rules.values() if rule is not None and rule.text != main.text)
+    others = dict.fromkeys(rule.entry for rule in rules.values() if rule is not None and rule.entry != main.entry)
     return main._replace(qconfig=replace(main.qconfig, parts=parts)), tuple(others)
 
 
@@ -89,7 +148,7 @@ def _check_activations(path: str, told: str, rules: Mapping[str, Rule | None]) -
     for (name, rule, way), (other_name, other_rule, other) in itertools.combinations(ways, 2):
         if way.axis != other.axis or (way.dtype == other.dtype and way != other):
             raise QConfigError(
-                f"{path!r} ({told}) quantizes its activations in one way, but {rule.text} gives {name!r} '{way}', "
-                f"{other_rule.text} gives {other_name!r} '{other}'; give both the same activation, or one of them a "
+                f"{path!r} ({told}) quantizes its activations in one way, but {rule.entry} gives {name!r} '{way}', "
+                f"{other_rule.entry} gives {other_name!r} '{other}'; give both the same activation, or one of them a "
                 "weight-only qconfig (float16_dynamic_qconfig) or None"
             )

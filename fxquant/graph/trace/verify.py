@@ -133,6 +133,12 @@ def check_runs(model: nn.Module, inputs: Inputs, cause: Exception) -> frozenset[
         ) from error
 
 
+class GraphFailsError(ExampleInputsError):
+    """A node of a traced graph fails on the example inputs. place: which, on what, and how."""
+
+    place = ""
+
+
 class Shapes(fx.Interpreter):
     """Runs a graph once and records what each node gave. given: the call's arguments by name."""
 
@@ -156,12 +162,14 @@ class Shapes(fx.Interpreter):
         except Exception as error:
             given = pytree.tree_leaves([self.env[node] for node in n.all_input_nodes])
             told = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in given if isinstance(t, torch.Tensor))
-            raise ExampleInputsError(
-                f"the model fails on example_inputs at {n.name!r}"
-                f"{f', {edit.node_frame(n)}' if edit.node_frame(n) else ''}, which got [{told}]: "
-                f"{type(error).__name__}: {first_line(error)}\n"
+            where = f", {edit.node_frame(n)}" if edit.node_frame(n) else ""
+            place = f"at {n.name!r}{where}, which got [{told}]: {type(error).__name__}: {first_line(error)}"
+            failure = GraphFailsError(
+                f"the model fails on example_inputs {place}\n"
                 "  example_inputs are really run: pass one call's arguments, with true shapes, dtypes and value ranges"
-            ) from error
+            )
+            failure.place = place
+            raise failure from error
         n.meta["tensor_meta"] = tensors_meta(value)
         return value
 

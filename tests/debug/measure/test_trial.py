@@ -10,7 +10,7 @@ from fxquant import default_dynamic_qconfig_mapping, float16_dynamic_qconfig, se
 from fxquant.debug.measure.sensitivity import variants_of
 from fxquant.debug.measure.trial import Trial
 from fxquant.graph.edit import byte_count
-from fxquant.graph.module import record_of
+from fxquant.graph.record import record_of
 from fxquant.tuning.mapping import by_name
 from tests.debug.measure.test_sensitivity import EVERYTHING, Model, data, model
 from tests.random_graphs import Draft

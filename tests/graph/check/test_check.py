@@ -12,7 +12,7 @@ from torch import nn
 
 import fxquant
 from fxquant import CheckError, CheckpointError, QConfigMapping, convert_fx, prepare_fx, quantize_dynamic
-from fxquant.graph.check.check import CALLED_LESS, PASSED_BY, UNCALLED
+from fxquant.graph.why import Why
 from tests.samples import everything, prepare
 
 LAYERS, FLOATS = {}, {}
@@ -90,10 +90,10 @@ def warned(model, match, x=X, **options):
 @pytest.mark.parametrize(
     ("kind", "left"),
     [
-        (Global, {"head": PASSED_BY}),
-        (Both, {"head": PASSED_BY}),
-        (LocalClass, {"head": PASSED_BY}),
-        (ByType, {"body": UNCALLED, "head": UNCALLED}),
+        (Global, {"head": Why.PASSED_BY}),
+        (Both, {"head": Why.PASSED_BY}),
+        (LocalClass, {"head": Why.PASSED_BY}),
+        (ByType, {"body": Why.UNCALLED, "head": Why.UNCALLED}),
     ],
 )
 def test_a_site_that_is_not_run_is_named_and_counts_as_float(kind, left):
@@ -102,13 +102,13 @@ def test_a_site_that_is_not_run_is_named_and_counts_as_float(kind, left):
     told = fxquant.explain(quantized)
     sizes = {"body": 32 * 32 * 4, "head": 8 * 32 * 4}
     assert {row.path: row.decision for row in told.rows if not row.is_quantized} == {
-        path: f"float: {reason}" for path, reason in left.items()
+        path: f"float: {why.value}" for path, why in left.items()
     }
     assert told.coverage.quantized_bytes == sum(size for path, size in sizes.items() if path not in left)
     assert told.coverage.total_bytes == sum(sizes.values())
     assert {type(quantized.get_submodule(path)) for path in left} == {nn.Linear}
     notes = {row.path: row.note for row in fxquant.graph_diff(model, quantized).rows}
-    assert all(reason in notes[path] for path, reason in left.items())
+    assert all(why.value in notes[path] for path, why in left.items())
 
 
 @pytest.mark.parametrize(
@@ -467,8 +467,8 @@ def test_a_layer_that_is_called_less_often_once_it_is_quantized_stays_float():
         UserWarning, match=r"body \(nn.Linear\) stays float: the example calls it 2 times in float and 1"
     ):
         quantized = convert_fx(prepare(model, X))
-    (left,) = quantized._fxquant_record.left
-    assert (left.path, left.reason) == ("body", CALLED_LESS.format(2, 1))
+    (left,) = quantized._fxquant_record.skipped
+    assert (left.path, left.reason) == ("body", Why.CALLED_LESS.value.format(2, 1))
     assert [site.path for site in quantized._fxquant_record.sites] == ["head"]
     assert quantized._fxquant_record.coverage.quantized_bytes == 8 * 32 * 4
 

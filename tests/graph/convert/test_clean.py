@@ -103,7 +103,7 @@ class Asks(nn.Module):
 def test_of_a_weight_that_is_asked_for_its_dtype_nothing_is_kept(asks):
     model, x = Asks(asks).eval(), torch.randn(2, 4)
     quantized, bare = quantize(model, x), quantize(model.net, x)
-    assert quantized.record.left == ()
+    assert quantized.record.skipped == ()
     assert torch.equal(quantized(x), asks(bare(x), model.net.weight))
     assert not any(t.numel() for name, t in quantized.state_dict().items() if "net." not in name)
 
@@ -123,7 +123,7 @@ def test_of_the_first_parameter_that_states_are_made_like_nothing_is_kept():
     model, words = Model().eval(), torch.randint(50, (3, 2))
     quantized = quantize(model, words)
     assert quantized.record.coverage.share == 1
-    assert not quantized.record.left
+    assert not quantized.record.skipped
     assert not any(t.is_floating_point() and t.dim() > 1 for t in quantized.state_dict().values())
     assert (quantized(words) - model(words)).norm() <= 0.05 * model(words).norm()
 

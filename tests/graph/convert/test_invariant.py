@@ -11,7 +11,7 @@ from torch import nn
 
 from fxquant import convert_fx, explain, graph_diff, load, ops, quantize_dynamic, save
 from fxquant.graph.convert.invariant import DEPENDENT, find_dependent
-from fxquant.graph.module import record_of
+from fxquant.graph.record import record_of
 from fxquant.nn import DynamicQuantizedMultiheadAttention
 from fxquant.ops import activations, library, products
 from tests.samples import everything, prepare, quantize, same_bits

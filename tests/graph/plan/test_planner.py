@@ -15,8 +15,8 @@ from fxquant import (
     prepare_fx,
     quantize_dynamic,
 )
-from fxquant.graph.module import Coverage
 from fxquant.graph.plan.planner import replay
+from fxquant.graph.record import Coverage
 from fxquant.graph.trace.trace import trace
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize
 
@@ -73,7 +73,7 @@ def test_a_tensor_may_be_read_both_ways():
 
     model, x = Model(), torch.randn(2, 4)
     quantized = quantize(model, x)
-    assert (len(quantized.record.sites), len(quantized.record.left)) == (1, 1)
+    assert (len(quantized.record.sites), len(quantized.record.skipped)) == (1, 1)
     assert torch.equal(dict(quantized.named_parameters())["weight"], model.weight)
 
 
@@ -97,29 +97,29 @@ def test_a_module_in_training_mode_inside_an_eval_model_stays_float():
     from fxquant import prepare_fx
 
     prepared = prepare_fx(model, everything(), torch.randn(2, 4))
-    assert [left.reason for left in prepared.record.left] == ["it is in training mode; call .eval() on it"]
+    assert [left.reason for left in prepared.record.skipped] == ["it is in training mode; call .eval() on it"]
 
 
 def test_modules_that_forward_does_not_call_are_no_candidates():
     model = WordLM()
     model.unused = nn.Linear(3, 3)
     prepared = prepare(model, *lm_inputs(model), mapping=everything().set_module_name("unused", None))
-    assert "unused" not in {left.path for left in prepared.record.left}
+    assert "unused" not in {left.path for left in prepared.record.skipped}
     assert not hasattr(prepared, "unused")
 
 
 def test_layers_without_matrices_are_no_candidates():
     model = nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4), nn.PReLU())
     record = prepare(model, torch.randn(2, 4)).record
-    assert (record.sites, record.left) == ((), ())
+    assert (record.sites, record.skipped) == ((), ())
 
 
 def test_replay_finds_the_sites_of_another_copy():
     model = Functional().eval()
     sites = prepare(model, torch.randn(2, 4)).record.sites
     again = replay(trace(Functional().eval(), OPERATORS).module, sites, OPERATORS)
-    assert [(site.call, target.node.name, target.weight.target) for site, target in again.calls] == [
-        (site.call, site.call, site.path) for site in sites
+    assert [(i, target.node.name, target.weight.target) for i, target in again.targets.items()] == [
+        (i, site.call, site.path) for i, site in enumerate(sites)
     ]
 
 
@@ -181,10 +181,10 @@ def test_a_weight_that_stays_float_says_what_keeps_it_quantized_too():
             return F.linear(y, self.weight) if y.sum() < 1e9 else y
 
     quantized = quantize_dynamic(Tied().eval())
-    (left,) = quantized._fxquant_record.left
+    (left,) = quantized._fxquant_record.skipped
     assert left.reason.endswith("; its weight is that of 'table' too, which is quantized: both are kept")
     assert left.float_bytes == 20 * 16 * 4
     assert quantized._fxquant_record.coverage == Coverage(16 * 16 * 4, (20 + 16) * 16 * 4)
     mapping = everything().set_module_name("table", None)
     record = quantize_dynamic(Tied().eval(), mapping)._fxquant_record
-    assert not any("both are kept" in left.reason for left in record.left)
+    assert not any("both are kept" in left.reason for left in record.skipped)

@@ -112,7 +112,7 @@ def test_a_fused_linear_and_an_embedding_are_decided_by_their_weights_names():
     mapping.set_module_name("1.weight", None)
     record = prepare(model, torch.tensor([[1, 2]]), mapping=mapping).record
     assert [(site.path, site.qconfig) for site in record.sites] == [("0", float_qparams_weight_only_qconfig)]
-    assert [(left.path, left.rule) for left in record.left] == [("1", "module_name '1.weight'")]
+    assert [(left.path, left.rule) for left in record.skipped] == [("1", "module_name '1.weight'")]
 
 
 def test_a_regex_for_a_module_does_not_reach_calls_of_its_weight_elsewhere():
@@ -137,7 +137,7 @@ def test_one_weight_of_a_module_that_no_entry_covers():
     (site,) = record.sites
     assert [site.qconfig.of(name) for name in NAMES] == [None, None, None, A]
     assert site.rule == "module_name 'lstm.weight_hh_l1'"
-    assert [(left.path, left.reason) for left in record.left] == [
+    assert [(left.path, left.reason) for left in record.skipped] == [
         *((f"lstm.{name}", "no mapping entry covers it") for name in NAMES[:3]),
         ("head", "no mapping entry covers it"),
         ("weight", "no mapping entry covers it"),
@@ -147,7 +147,7 @@ def test_one_weight_of_a_module_that_no_entry_covers():
 def test_a_module_all_of_whose_weights_are_to_stay_float_is_no_site():
     record = prepare(Tagger(), *X, mapping=everything(A).set_module_name_regex(r"lstm\.weight", None)).record
     assert [site.path for site in record.sites] == ["head", "weight"]
-    (left,) = record.left
+    (left,) = record.skipped
     assert (left.path, left.reason) == ("lstm", "the mapping says float")
 
 
@@ -172,7 +172,7 @@ def test_a_computed_weight_goes_by_the_name_that_it_is_computed_under():
     mapping = everything(A).set_module_name("0.weight", None)
     for record in (
         prepare(model, torch.randn(2, 8), mapping=mapping).record,
-        fxquant.graph.module.record_of(quantize_dynamic(model.eval(), mapping)),
+        fxquant.graph.record.record_of(quantize_dynamic(model.eval(), mapping)),
     ):
         assert [site.path for site in record.sites] == ["1"]
 
@@ -206,7 +206,7 @@ def test_a_scheme_that_a_matched_weights_operator_cannot_take_is_its_reason():
     mapping = everything().set_module_name_regex(".*weight_ih_l0", float_qparams_weight_only_qconfig)
     with pytest.warns(UserWarning, match=r"quantizes nothing: lstm.weight_ih_l0 \(nn.LSTM\) stays float: its qconfig"):
         record = prepare(Tagger(), *X, mapping=mapping).record
-    (left,) = record.left
+    (left,) = record.skipped
     assert left.path == "lstm.weight_ih_l0"
     assert "is for other operators; this one takes: int8 weights" in left.reason
     assert record.sites[0].qconfig.of("weight_ih_l0") is None
@@ -286,7 +286,7 @@ def test_bytes_of_float_weights_count_as_float():
     coverage = quantized.record.coverage
     assert coverage.total_bytes == sum(weights.values())
     assert coverage.quantized_bytes == sum(weights.values()) - weights["lstm.weight_ih_l0"]
-    site, (left,) = quantized.record.sites[0], quantized.record.left
+    site, (left,) = quantized.record.sites[0], quantized.record.skipped
     assert left.float_bytes == weights["lstm.weight_ih_l0"]
     assert site.float_bytes == sum(size for name, size in BYTES.items() if name.startswith("lstm")) - left.float_bytes
     integers = sum(weights[f"lstm.{name}"] // 4 + 4 * 4 * 8 for name in NAMES[1:])  # and a scale for each of 4H rows
@@ -314,7 +314,7 @@ def test_the_entry_that_opts_out_beats_the_one_for_the_weight(name):
     eval(f"mapping.{site.opt_out}", {"mapping": mapping, "nn": nn})
     record = prepare(Tagger(), *X, mapping=mapping).record
     assert site.path not in [other.path for other in record.sites]
-    assert site.path in [left.path for left in record.left]
+    assert site.path in [left.path for left in record.skipped]
 
 
 def test_an_entry_for_a_weight_that_quantizes_nothing_is_a_warning():
@@ -353,8 +353,8 @@ def test_an_entry_that_quantizes_a_weight_is_no_warning_where_something_else_sta
 
     mapping = everything(A).set_module_name_regex("conv|.*weight_ih_l0", C)
     record = prepare(Listener(), torch.randn(3, 2, 8), mapping=mapping).record  # a warning is an error here
-    assert [left.path for left in record.left] == ["conv"]
-    assert record.sites[0].part_rules == (record.left[0].rule,)
+    assert [left.path for left in record.skipped] == ["conv"]
+    assert record.sites[0].part_rules == (record.skipped[0].rule,)
 
 
 def test_the_eager_form_takes_names_of_weights():
@@ -372,3 +372,25 @@ def test_the_root_itself_may_be_named_by_a_weight():
     model = nn.LSTM(12, 8).eval()
     quantized = quantize_dynamic(model, {"": A, "weight_ih_l0": C})
     assert [quantized.qconfig.of(name) for name in NAMES[:2]] == [C, A]
+
+
+def test_a_pattern_for_a_weight_of_a_module_that_is_quantized_as_a_whole_is_an_error_too():
+    mapping = everything().set_module_name_regex(".*out_proj", None)
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}).eval()
+    with pytest.raises(QConfigError, match=r"^module_name_regex '\.\*out_proj' decides for 'out_proj', a part of 'att"):
+        quantize_dynamic(model, mapping)
+
+
+def test_an_entry_by_name_outranks_a_pattern_that_another_name_of_the_module_matches():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.block = nn.ModuleDict({"b": self.a})
+
+        def forward(self, x):
+            return self.a(x)
+
+    mapping = QConfigMapping().set_module_name_regex("a", None).set_module_name("block", A)
+    (site,) = prepare(Twice(), torch.randn(2, 4), mapping=mapping).record.sites
+    assert site.rule == "module_name 'block'"

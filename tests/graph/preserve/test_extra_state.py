@@ -229,7 +229,7 @@ def test_a_layer_with_extra_state_of_its_own_stays_float(way):
             assert state == 7
 
     quantized = way(nn.Sequential(Versioned(8, 8), nn.Linear(8, 3)).eval())
-    (left,) = quantized._fxquant_record.left
+    (left,) = quantized._fxquant_record.skipped
     assert (left.path, left.reason) == (
         "0",
         "it keeps extra state (get_extra_state), for which its quantized form has no place",

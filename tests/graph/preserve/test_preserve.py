@@ -11,7 +11,8 @@ from torch import nn
 
 import fxquant
 from fxquant import AttributeNameError, FixedAttributeError, explain, fuse_fx, graph_diff
-from fxquant.graph.module import Fusion, Unfused
+from fxquant.graph.record import Fusion, Unfused
+from fxquant.graph.why import NotFused, because
 from fxquant.nn import DynamicQuantizedLinear
 from tests.samples import prepare, quantize, same_bits, sqnr
 
@@ -513,8 +514,8 @@ def test_what_methods_use_is_not_fused_and_the_record_says_so():
         for name, given in (("embed", x), ("normed", x), ("gated", y), ("forward", x)):
             assert sqnr(getattr(model, name)(given), getattr(made, name)(given)) > 30
         assert made.record.unfused == (
-            Unfused(chain=("conv", "norm"), used="conv"),
-            Unfused(chain=("gate", "relu"), used="gate"),
+            Unfused(chain=("conv", "norm"), why=because(NotFused.USED_BESIDE, "conv")),
+            Unfused(chain=("gate", "relu"), why=because(NotFused.USED_BESIDE, "gate")),
         )
         assert made.record.fusions == (Fusion(path="free", chain=("free", "relu")),)
     assert "not fused: conv → norm: code beside the graph uses conv" in explain(made).footer
@@ -527,7 +528,7 @@ def test_a_norm_that_a_method_uses_is_not_folded():
 
     model, x = Model().eval(), torch.randn(2, 8, 12)
     made = prepare(model, x, preserved_attributes=("embed",))
-    assert made.record.unfused == (Unfused(chain=("conv", "norm"), used="norm"),)
+    assert made.record.unfused == (Unfused(chain=("conv", "norm"), why=because(NotFused.USED_BESIDE, "norm")),)
     assert same_bits(made(x), model(x))
 
 
@@ -706,7 +707,7 @@ class Loud(nn.Module):
 def test_the_weight_that_a_method_sets_stays_float_and_others_do_not(name):
     prepared = prepare(Owner().eval(), torch.randn(4, 32), preserved_attributes=(name,))
     assert [site.path for site in prepared.record.sites] == ["b"]
-    assert [left.path for left in prepared.record.left] == ["a"]
+    assert [left.path for left in prepared.record.skipped] == ["a"]
 
 
 @pytest.mark.parametrize("name", ["louder", "nested"])

@@ -121,7 +121,7 @@ def test_it_is_quantized_as_the_model_that_was_exported(case, how):
     quantized, expected = by_fx(program, x), by_fx(model, x)
     record, other = quantized._fxquant_record, expected._fxquant_record
     assert record.coverage == other.coverage
-    assert {part.kind for part in record.left} == {part.kind for part in other.left}
+    assert {part.kind for part in record.skipped} == {part.kind for part in other.skipped}
     for got, wanted in zip(leaves(quantized(x)), leaves(expected(x)), strict=True):
         # MultiheadAttention's products between quantized ones are written otherwise, to float rounding.
         assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
@@ -142,7 +142,7 @@ def test_modules_stand_at_their_paths_again():
         assert type(own) not in kinds or repr(parts[path]) == repr(own)
     assert type(program.get_submodule("lstm")) is nn.Module  # the user's is as it was
     mapping = default_dynamic_qconfig_mapping().set_module_name("lstm", None).set_module_name("attention", None)
-    left = {part.path for part in prepare_fx(program, mapping, WORDS)._fxquant_record.left}
+    left = {part.path for part in prepare_fx(program, mapping, WORDS)._fxquant_record.skipped}
     assert left == {"lstm", "attention.in_proj_weight", "attention.out_proj"}
 
 
@@ -150,7 +150,7 @@ def test_modules_stand_at_their_paths_again():
 def test_decompositions_too(case):
     (model, program), x = exported(case, "decomposed"), CASES[case][1]
     quantized, expected = by_fx(program, x), by_fx(model, x)
-    for part in quantized._fxquant_record.left:  # a first step from a state of zeros is a product of two constants
+    for part in quantized._fxquant_record.skipped:  # a first step from a state of zeros is a product of two constants
         assert "only a form of one constant" in part.reason or part.kind == "aten.unsqueeze.default"
     for got, wanted in zip(leaves(quantized(x)), leaves(expected(x)), strict=True):
         got = got.reshape(wanted.shape)  # torch 2.11's decomposed LSTM gives its states a dimension more

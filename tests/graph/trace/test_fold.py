@@ -78,7 +78,7 @@ def test_what_constants_give_is_quantized(function, tmp_path):
     assert same_bits(prepared(x), expected)
     quantized = convert_fx(prepared)
     assert quantized.record.coverage.share == 1
-    assert not quantized.record.left
+    assert not quantized.record.skipped
     assert (quantized(x) - expected).norm() <= 0.02 * expected.norm()
     assert not any(t.dim() > 1 and t.is_floating_point() for t in quantized.state_dict().values())
     fxquant.save(quantized, tmp_path / "m")
@@ -121,7 +121,7 @@ def test_what_is_not_the_same_at_each_call_stays_float(function):
     twin.load_state_dict(model.state_dict())
     quantized = convert_fx(prepare(model, x))
     assert not quantized.record.sites
-    assert quantized.record.left
+    assert quantized.record.skipped
     for _ in range(3):
         assert same_bits(quantized(x), twin(x))
 
@@ -208,7 +208,7 @@ def test_a_fixed_cast_is_that_weight():
 
 def test_a_table_cast_to_an_inputs_dtype_stays_float():
     model = Model(lambda m, x: F.embedding(x.argmax(-1), m.a.weight.to(x.dtype))).eval()
-    (left,) = prepare(model, torch.randn(5, 16)).record.left
+    (left,) = prepare(model, torch.randn(5, 16)).record.skipped
     assert (left.path, left.reason) == ("a.weight", "its weight is cast to another dtype at each call")
 
 

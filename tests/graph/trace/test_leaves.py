@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fxquant
 from fxquant import QConfigMapping, default_dynamic_qconfig, quantize_dynamic
-from fxquant.graph.module import record_of
+from fxquant.graph.record import record_of
 from fxquant.graph.trace.leaves import redefined
 from tests.samples import kinds, leaves, prepare, quantize, same_bits
 
@@ -109,7 +109,7 @@ class Reversed(nn.LSTM):
 def test_a_subclass_that_computes_something_else_stays_float_with_a_reason(kind, reason):
     model = nn.Sequential(kind(8, 8), nn.Linear(8, 8)).eval()
     quantized = quantize_dynamic(model)
-    assert [left.reason for left in record_of(quantized).left] == [reason]
+    assert [left.reason for left in record_of(quantized).skipped] == [reason]
     assert type(quantized[0]) is kind
 
 
@@ -228,7 +228,7 @@ def test_a_recurrent_layers_parametrized_weight(way):
 
 def test_a_convolution_with_weight_norm_is_reported_by_its_own_name():
     model = nn.Sequential(parametrizations.weight_norm(nn.Conv1d(2, 3, 3)), nn.Linear(8, 8)).eval()
-    (left,) = prepare(model, torch.randn(1, 2, 10)).record.left
+    (left,) = prepare(model, torch.randn(1, 2, 10)).record.skipped
     assert (left.path, left.kind) == ("0", "nn.Conv1d")
 
 
@@ -287,7 +287,7 @@ class LoRASubclass(nn.Linear):
 def test_lora_is_accounted_for(make, inside):
     model, x = nn.Sequential(make(), nn.Linear(8, 8)).eval(), torch.randn(3, 8)
     quantized = quantize(model, x)
-    accounted = {entry.path for entry in (*quantized.record.sites, *quantized.record.left)}
+    accounted = {entry.path for entry in (*quantized.record.sites, *quantized.record.skipped)}
     assert accounted == inside | {"1"}
     assert {site.path for site in quantized.record.sites} >= {min(inside & {"0.base", "0.weight"}), "1"}
     assert (quantized(x) - model(x)).norm() <= 0.05 * model(x).norm()

@@ -20,7 +20,8 @@ from fxquant import (
     quantize_dynamic,
     save,
 )
-from fxquant.graph.module import FxModule, Record, build
+from fxquant.graph.module import FxModule, build
+from fxquant.graph.record import Record
 from fxquant.graph.trace.names import names_in, taken_names
 
 # A user cannot reach a part that is named as a method of nn.Module, and nobody uses our private name.

@@ -185,7 +185,7 @@ def test_a_wrapped_part_stays_float_with_the_reason(monkeypatch, wrap, reason, w
     model = nn.Sequential(wrap(nn.Sequential(nn.Linear(4, 4)).eval()), nn.Linear(4, 4)).eval()
     quantized = way(model, x)
     assert torch.equal(quantized.get_submodule("0")(x), model[0](x))
-    (left,) = quantized._fxquant_record.left
+    (left,) = quantized._fxquant_record.skipped
     assert re.match(reason, left.reason)
     assert [site.path for site in quantized._fxquant_record.sites] == ["1"]
 
@@ -511,7 +511,7 @@ def test_a_part_whose_forward_was_replaced_on_the_instance_keeps_it(is_hooked, i
     prepared = prepare(model, x)
     assert torch.equal(prepared(x), model(x))
     assert [site.path for site in prepared.record.sites] == ["1"]
-    assert [left.reason for left in prepared.record.left] == ["its forward was replaced on the instance"]
+    assert [left.reason for left in prepared.record.skipped] == ["its forward was replaced on the instance"]
     assert (convert_fx(prepared)(x) - model(x)).norm() < 0.1 * model(x).norm()
 
 

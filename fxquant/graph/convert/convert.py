@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -184,6 +184,12 @@ def rescue_reads(module: fx.GraphModule, path: str) -> None:
                 node.target = kept
 
 
+def _observes(observer: nn.Module, qconfig: QConfig) -> TypeGuard[Observer]:
+    """Return whether a module measures for this qconfig: a search gives a prepared site other ones."""
+    wanted = qconfig.make_observer()
+    return isinstance(observer, Observer) and type(observer) is type(wanted) and observer.spec == qconfig.weight
+
+
 def _convert_call(
     module: fx.GraphModule,
     node: fx.Node,
@@ -206,7 +212,7 @@ def _convert_call(
     tensor = edit.get_tensor(module, path)
     assert tensor is not None, path
     tensor = tensor.t() if shown.is_transposed else tensor
-    quantized = cache.quantize(tensor, site.qconfig, observer if isinstance(observer, Observer) else None)
+    quantized = cache.quantize(tensor, site.qconfig, observer if _observes(observer, site.qconfig) else None)
     with graph.inserting_before(node):
         nodes = _place(module, graph, path, quantized, key_of(path, site.qconfig.weight))
     # Casts go: the operators take float32 and give what they compute in their input's dtype.

@@ -89,8 +89,8 @@ def _start(file: BinaryIO) -> tuple[bytes, Any]:
     if len(start) < 8:
         raise CheckpointError(f"is empty or cut short; {_CURE}")
     (length,) = struct.unpack("<Q", start)
-    header = file.read(length) if length <= os.fstat(file.fileno()).st_size else b""
-    if len(header) < length or not header.startswith(b"{"):
+    header = file.read(length) if 8 + length <= os.fstat(file.fileno()).st_size else b""
+    if not header.startswith(b"{"):
         raise CheckpointError(f"is cut short, or no safetensors file; {_CURE}")
     try:
         claimed = json.loads(header).get("__metadata__", {}).get("sha256", "").encode()

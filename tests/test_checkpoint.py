@@ -667,6 +667,67 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(path, monkeypatch):
         fxquant.load(model, path)
 
 
+def signed(path, header, data):
+    """Write a file with a right digest, whatever its header says of its tensors."""
+    header = {"__metadata__": {"fxquant": "{}", "sha256": tensor_file.BLANK}, **header}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    tensor_file.sign(path)
+
+
+def entry(begin, end, shape=(2,)):
+    return {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def test_a_file_cut_within_its_header_is_said_to_be_cut_short(path):
+    path.write_bytes(struct.pack("<Q", 8) + b'{"a": 1')
+    with pytest.raises(CheckpointError, match="is cut short"):
+        tensor_file.read(path)
+
+
+def test_tensors_are_found_whatever_their_order_in_the_header(path):
+    signed(path, {"b": entry(8, 16), "a": entry(0, 8)}, struct.pack("<4f", 1, 2, 3, 4))
+    tensors = tensor_file.read(path)[1]
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"a": [1, 2], "b": [3, 4]}
+
+
+HEADERS = {
+    "too long": ({"a": entry(0, 16)}, 16),
+    "overlapping": ({"a": entry(0, 8), "b": entry(4, 16)}, 16),
+    "a rest": ({"a": entry(0, 8)}, 12),
+    "three offsets": ({"a": {**entry(0, 8), "data_offsets": [0, 8, 8]}}, 8),
+    "a negative size": ({"a": entry(0, 8, (-2,))}, 8),
+    "no such dtype": ({"a": {**entry(0, 8), "dtype": "F31"}}, 8),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_of_a_header_that_makes_no_sense_safetensors_says_why(name, path):
+    header, size = HEADERS[name]
+    signed(path, header, bytes(size))
+    with pytest.raises(safetensors.SafetensorError):
+        tensor_file.read(path)
+
+
+def test_what_safetensors_reads_for_us_is_in_memory_too(path, monkeypatch):
+    signed(path, {"a": entry(0, 8)}, struct.pack("<2f", 1, 2))
+    monkeypatch.setattr(tensor_file, "_places", lambda *_: None)
+    tensor = tensor_file.read(path)[1]["a"]
+    with open(path, "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(bytes(8))
+    assert tensor.tolist() == [1, 2]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        own = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, own=own: calls.append(name) or own(*args))
+    fxquant.save(quantize_dynamic(nn.Linear(4, 4).eval()), path)
+    assert calls[:2] == ["fsync", "replace"]
+
+
 @pytest.mark.parametrize("dtype", tensor_file._DTYPES.values(), ids=str)
 def test_tensors_of_every_dtype_are_read_as_safetensors_reads_them(dtype, path):
     tensors = {

@@ -129,7 +129,7 @@ def _put(holder: Any, memo: Memo) -> None:
         for cell in holder.__closure__ or ():
             if id(_content(cell)) in memo:
                 cell.cell_contents = memo[id(cell.cell_contents)]
-        if id(holder.__defaults__) in memo or any(id(part) in memo for part in holder.__defaults__ or ()):
+        if any(id(part) in memo for part in holder.__defaults__ or ()):
             holder.__defaults__ = _renew(holder.__defaults__, memo)
         _put(holder.__kwdefaults__, memo)
     elif isinstance(holder, functools.partial):
@@ -247,7 +247,7 @@ class _Walk:
         waiting = [holder for found in self._found for holder in self.holders[found]]
         while waiting:
             thing = waiting.pop()
-            if id(thing) not in reached and id(thing) in self._things:
+            if id(thing) not in reached and id(thing) in self._things and id(thing) not in self._found:
                 reached[id(thing)] = thing
                 waiting += self.holders[id(thing)]
         return list(reached.values())

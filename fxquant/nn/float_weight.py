@@ -6,7 +6,6 @@ anew; nothing is kept. Writing to it, or to a view of it, is a ReadOnlyError.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -54,11 +53,6 @@ _FOLLOWERS = {getattr(torch.Tensor, name) for name in ("to", "type_as", "expand_
 """Functions that ask tensors after the first for their shape, dtype and device alone."""
 
 _THEMSELVES = (torch.Tensor.data.__get__, torch.Tensor.detach, torch.detach, torch.Tensor.contiguous)  # type: ignore[attr-defined]
-_IN_PLACE = re.compile(
-    r"[a-z]\w*(?<!_)_|__i(add|and|div|floordiv|lshift|mod|mul|or|pow|rshift|sub|truediv|xor)__|__setitem__"
-)
-"""The names of functions that write to their first operand."""
-
 _MARKS = {"_is_param": nn.Parameter, "_is_buffer": torch.Tensor}
 """What nn.Parameter and nn.Buffer set on a tensor of another type to make it one, and the type that it then has."""
 
@@ -128,8 +122,9 @@ class FloatWeight(torch.Tensor):
             return _detached(own) if func in _THEMSELVES[1:3] else own
         if func in _REFUSED:
             return _REFUSED[func](*args, **kwargs)
-        if own is not None and _IN_PLACE.fullmatch(getattr(func, "__name__", "")):
-            raise _read_only(own, func)  # others are found once they have written
+        name = getattr(func, "__name__", "")
+        if own is not None and name.endswith("_") and not name.startswith("_"):
+            raise _read_only(own, func)  # writes of other functions are found once they have written
         found = _look_up(func, args, kwargs)
         return _with_values(func, args, kwargs) if found is None else found
 
@@ -164,14 +159,14 @@ def _stand_in(weight: FloatWeight) -> torch.Tensor:
 
 def _look_up(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     """Return some rows of a weight where a function asks for those alone, else None."""
-    weight, rows, more = None, None, kwargs
+    weight, rows, more = None, None, bool(kwargs)
     if func is torch.Tensor.__getitem__:
         weight, rows = args
         if not isinstance(rows, (int, slice, torch.Tensor)) or isinstance(rows, bool):
             return None
-    elif func is F.embedding and len(args) >= 2:  # torch.nn.Embedding passes all by position or name
-        rows, weight = args[:2]
-        more = [part for part in (*args[3:4], kwargs.get("max_norm")) if part is not None]
+    elif func is F.embedding:  # which hands on all but these two by name
+        rows, weight = args
+        more = kwargs.get("max_norm") is not None
     elif func in (torch.index_select, torch.Tensor.index_select) and len(args) == 3 and args[1] == 0:
         weight, rows = args[0], args[2]
     if not isinstance(weight, FloatWeight) or not weight._has_rows or isinstance(rows, FloatWeight) or more:
@@ -202,7 +197,7 @@ def _with_values(func: Any, args: Any, kwargs: Any) -> Any:
 
     def protected(part: Any) -> Any:
         source = next((w for w, values, _ in read.values() if torch._C._is_alias_of(part, values)), None)  # type: ignore[attr-defined]
-        return part if source is None or part.requires_grad else _view(source, part)
+        return part if source is None else _view(source, part)
 
     if type(result).__module__ == "numpy" and hasattr(result, "flags"):
         result.flags.writeable = False
@@ -283,10 +278,8 @@ _REFUSED: dict[Any, Callable[..., Any]] = {
 
 
 def _write(name: str) -> Callable[..., Any]:
-    def refuse(weight: Any, _: Any) -> None:
-        if isinstance(weight, FloatWeight):
-            raise ReadOnlyError(f"{weight._name} cannot be set ({name}): it is dequantized at each read; {_COPY}")
-        raise ReadOnlyError(f"a tensor's {name} cannot be a quantized module's float weight; {_COPY}")
+    def refuse(weight: FloatWeight, _: Any) -> None:
+        raise ReadOnlyError(f"{weight._name} cannot be set ({name}): it is dequantized at each read; {_COPY}")
 
     return refuse
 

@@ -36,10 +36,10 @@ def _convert_module(module: nn.Linear, qconfig: QConfig, quantize: Quantize) -> 
 
 def refuse_bias(bias: Any, outputs: int) -> str | None:
     """Return why a call's bias, by its example's shape, cannot be added in the kernel, or None."""
-    shape = getattr(bias, "shape", None)
-    if shape is None or tuple(shape) == (outputs,):
+    shape = tuple(getattr(bias, "shape", ()))  # a number, in torch's older addmm(beta, input, mat1, mat2=…), has none
+    if bias is None or shape == (outputs,):
         return None
-    return f"what it adds has shape {tuple(shape)}, not a bias's ({outputs},)"
+    return f"what it adds has shape {shape}, not a bias's ({outputs},)"
 
 
 def _refuse_call(operands: dict[str, Any]) -> str | None:

@@ -13,8 +13,8 @@ from torch import nn
 
 import fxquant
 from fxquant.graph import edit
-from fxquant.graph.references import twin_of
-from tests.samples import quantize
+from fxquant.graph.references import reached, twin_of
+from tests.samples import prepare, quantize
 
 
 class Tagger(nn.Module):
@@ -231,3 +231,112 @@ def test_a_second_reference_is_the_same_quantized_layer(kind):
             held = held["head"] if isinstance(held, dict) else getattr(held, "head", None) or held[0]
         assert held is twin.head
         assert isinstance(held, fxquant.nn.DynamicQuantizedLinear)
+
+
+class Slot:
+    __slots__ = "layer"
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def find(self):
+        return self.layer
+
+
+class Attribute(dict):
+    def __init__(self, layer):
+        self.layer = layer
+
+
+def noted(layer):
+    def function():
+        return None
+
+    function.layer = layer
+    return function
+
+
+HOLDERS = {
+    "partial": (lambda layer: functools.partial(print, layer), lambda held: held.args[0]),
+    "partial of a keyword": (lambda layer: functools.partial(print, end=layer), lambda held: held.keywords["end"]),
+    "partial of a layer": (lambda layer: functools.partial(layer), lambda held: held.func),
+    "set": (lambda layer: {layer}, lambda held: next(iter(held))),
+    "frozenset": (lambda layer: frozenset({layer}), lambda held: next(iter(held))),
+    "deque": (lambda layer: collections.deque([layer]), lambda held: held[0]),
+    "slot": (Slot, lambda held: held.layer),
+    "method": (lambda layer: Slot(layer).find, lambda held: held()),
+    "default": (lambda layer: lambda layer=layer: layer, lambda held: held()),
+    "default of a keyword": (lambda layer: lambda *, layer=layer: layer, lambda held: held()),
+    "attribute of a function": (noted, lambda held: held.layer),
+    "attribute of a dict": (Attribute, lambda held: held.layer),
+    "weak in a partial": (lambda layer: functools.partial(print, weakref.ref(layer)), lambda held: held.args[0]()),
+    "weak in a set": (lambda layer: {weakref.ref(layer)}, lambda held: next(iter(held))()),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_whatever_holds_a_layer_holds_that_of_the_copy_and_of_the_quantized_model(name):
+    hold, held_by = HOLDERS[name]
+    model = Tagger.__new__(Tagger)
+    nn.Module.__init__(model)
+    model.head = nn.Linear(16, 4)
+    model.held = [hold(model.head)]
+    twin, quantized = edit.mirror(model), fxquant.quantize_dynamic(model.eval())
+    assert isinstance(quantized.head, fxquant.nn.DynamicQuantizedLinear)
+    assert held_by(quantized.held[0]) is quantized.head
+    assert held_by(twin.held[0]) is twin.head
+    assert held_by(model.held[0]) is model.head
+
+
+def test_what_a_user_hangs_on_a_graph_leads_to_the_copy():
+    prepared = prepare(nn.Sequential(nn.Linear(16, 4)), torch.randn(3, 16))
+    layer = prepared.get_submodule("0")
+    prepared.held, prepared.calls = [layer], [lambda: layer, lambda: prepared]
+    twin = copy.deepcopy(prepared)
+    assert twin.held[0] is twin.calls[0]() is twin.get_submodule("0")
+    assert twin.calls[1]() is twin
+
+
+def test_what_a_graph_keeps_leads_to_its_quantized_layers():
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(16, 4)
+            self.held, self.calls = [self.head], [lambda: self.head, lambda: self]
+
+        def forward(self, x):
+            return self.head(x)
+
+    quantized = quantize(Kept().eval(), torch.randn(3, 16), preserved_attributes=("held", "calls"))
+    assert isinstance(quantized.head, fxquant.nn.DynamicQuantizedLinear)
+    for model in (quantized, copy.deepcopy(quantized)):
+        assert model.held[0] is model.calls[0]() is model.head
+        assert model.calls[1]() is model
+
+
+def test_a_copied_function_keeps_its_names_and_a_cache_its_size():
+    class Named(Tagger):
+        def set_up(self):
+            @functools.wraps(copy.copy)
+            def run(x):
+                return self.head(x) if x is not None else later(x)
+
+            if self is None:
+                later = None
+            self.held = run
+            self.cache = functools.lru_cache(maxsize=7, typed=True)(lambda name: getattr(self, name))
+
+    model = Named()
+    twin = edit.mirror(model)
+    assert twin.held is not model.held
+    for name in functools.WRAPPER_ASSIGNMENTS[:4]:
+        assert getattr(twin.held, name) == getattr(copy.copy, name)
+    assert twin.cache("head") is twin.head
+    assert twin.cache.cache_parameters() == {"maxsize": 7, "typed": True}
+
+
+def test_what_is_reached_only_past_a_module_of_interest_is_not_reached():
+    inner, outer = nn.Linear(2, 2), nn.Linear(2, 2)
+    outer.held = [inner]
+    assert reached({"held": outer}, frozenset({id(inner), id(outer)})) == {id(outer)}
+    assert reached({"held": outer}, frozenset({id(inner)})) == {id(inner)}

@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,6 +136,49 @@ def test_a_file_of_it_holds_the_values(layer, values):
     assert torch.equal(torch.load(file, weights_only=True), values)
 
 
+TABLE_READS = {
+    "True": lambda w: w[True],
+    "columns": lambda w: torch.index_select(w, 1, torch.tensor([2, 0])),
+    "scaled": lambda w: F.embedding(torch.tensor([1, 3]), w, None, None, 2.0, True),
+}
+
+
+@pytest.mark.parametrize("read", TABLE_READS.values(), ids=TABLE_READS)
+def test_reads_of_a_table_that_are_not_of_its_rows(table, read):
+    assert torch.equal(read(table.weight), read(table.weight_int8.float() * table.weight_scale[:, None]))
+
+
+@pytest.mark.parametrize(
+    "look_up", [lambda i, w: F.embedding(i, w, None, 0.1), lambda i, w: F.embedding(i, w, max_norm=0.1)]
+)
+def test_a_look_up_that_scales_the_rows_in_place_is_a_write(table, look_up):
+    with pytest.raises(ReadOnlyError, match="writes to the weight of a quantized QuantizedEmbedding"):
+        look_up(torch.tensor([1, 3]), table.weight)
+
+
+def test_its_numpy_array_is_read_only(layer, values):
+    for array in (layer.weight.numpy(), np.asarray(layer.weight)):
+        assert np.array_equal(array, values.numpy())
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+
+def test_it_has_no_address(layer):
+    with pytest.raises(ReadOnlyError, match=r"weight of a quantized \w+ .*has no memory of its own.*\.clone\(\)"):
+        layer.weight.data_ptr()
+
+
+def test_asking_it_to_stay_without_a_gradient_changes_nothing(layer):
+    weight = layer.weight
+    assert weight.requires_grad_(False) is weight
+
+
+def test_a_parameter_made_of_a_view_shares_no_memory_with_it(layer, values):
+    view = layer.weight.view(-1)
+    nn.Parameter(view).data.zero_()
+    assert torch.equal(view, values.view(-1))
+
+
 @pytest.mark.parametrize("index", [10, -1])
 def test_a_row_that_is_not_there(table, index):
     with pytest.raises(IndexError):
@@ -172,6 +216,7 @@ ASKS = {
     "zeros_like": lambda w: torch.zeros_like(w),
     "full_like": lambda w: torch.full_like(w, 2, dtype=torch.float64),
     "empty_like": lambda w: torch.empty_like(w).shape,
+    "zeros_like on meta": lambda w: torch.zeros_like(w, device="meta").device,
     "x.to": lambda w: torch.ones(2, dtype=torch.float64).to(w),
     "type_as": lambda w: torch.ones(2, dtype=torch.float64).type_as(w),
     "expand_as": lambda w: torch.ones(8).expand_as(w),
@@ -205,6 +250,8 @@ WRITES = {
     "inplace": lambda w: F.relu(w, inplace=True),
     "out": lambda w: torch.add(torch.ones(4, 8), 1, out=w),
     "set data": lambda w: setattr(w, "data", torch.zeros(4, 8)),
+    "set grad": lambda w: setattr(w, "grad", torch.zeros(4, 8)),
+    "share_memory_": lambda w: w.share_memory_(),
     "requires_grad": lambda w: w.requires_grad_(),
     "requires_grad =": lambda w: setattr(w, "requires_grad", True),
     "requires_grad = of detached": lambda w: setattr(w.detach(), "requires_grad", True),
@@ -333,6 +380,8 @@ def test_below_torch_functions_too(layer, values):
         assert torch.equal(layer.weight * 2, values * 2)
         with pytest.raises(ReadOnlyError, match="mul_"):
             layer.weight.mul_(2)
+        with pytest.raises(ReadOnlyError, match="_foreach_zero_"):
+            torch._foreach_zero_([layer.weight])
 
 
 @pytest.mark.parametrize(

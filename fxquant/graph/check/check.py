@@ -126,8 +126,6 @@ def _avoids(expected: Pass, quantized: nn.Module, number: int, site: Site) -> bo
 
     Else it is a router that chose otherwise on quantized values, or random numbers did.
     """
-    if not site.path:
-        return True  # the model is the site
     alone = _alone(expected, quantized, number, site)
     if number in alone.ran or number in alone.read:
         return False
@@ -140,8 +138,8 @@ def _calls_alone(expected: Pass, quantized: nn.Module, number: int, site: Site) 
 
     None where it is not, or where a little noise in the float model changes it too: values decide on it then.
     """
-    alone = _alone(expected, quantized, number, site) if site.path else None
-    if alone is None or alone.error is not None or alone.ran[number] >= expected.ran[number]:
+    alone = _alone(expected, quantized, number, site)
+    if alone.error is not None or alone.ran[number] >= expected.ran[number]:
         return None
     is_by_values = any(shaken.ran[number] != expected.ran[number] for shaken in _shaken(expected))
     return None if is_by_values else alone.ran[number]

@@ -20,7 +20,6 @@ from fxquant.graph.outputs import drained, named_floats, named_tensors
 from fxquant.graph.record import Site
 from fxquant.graph.trace.verify import Shapes
 from fxquant.nn.base import QuantizedModule
-from fxquant.nn.transformer import avoid_fast_path
 
 NOISE_DB = 30.0
 """The SQNR that `noise` gives each site: a little less than int8 gives (about 40 dB)."""
@@ -65,8 +64,6 @@ class Pass:
         if is_copy:
             own_tensors(twin, self.model)
         self.uses.guard(() if is_copy else twin.parameters())
-        for part in twin.modules():
-            avoid_fast_path(part)  # which would read the sites' weights and never call them
         for number, site in sites.items():
             if site.call is None:
                 self._watch(twin.get_submodule(site.path), number, is_kept)
@@ -133,7 +130,7 @@ _WRITERS = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS)})
 
 def _writes(name: str) -> bool:
     """Return whether a function of torch's of this name writes into its first argument."""
-    return name in _WRITERS or (name.endswith("_") and not name.startswith("__") and name != "requires_grad_")
+    return name in _WRITERS or (name.endswith("_") and not name.startswith("__"))
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -167,7 +164,7 @@ class Uses(TorchFunctionMode):
 
     The weights are known by their addresses, which the prepared model shares with the user's, and a quantized one with
     neither: what it shows as `.weight` is known by `show`. Biases count as well: a parametrized layer computes its
-    weight anew at each call.
+    weight anew at each call. Under any mode torch's transformer layers take no fast path, which would call no site.
     """
 
     def __init__(self, prepared: nn.Module, sites: Sequence[Site]) -> None:

@@ -82,7 +82,7 @@ def _form_of(node: fx.Node, root: fx.GraphModule | None) -> _Form | None:
         x, weight = operands["input"], operands["weight"]
         return _Form(ops.float_linear, (x, weight, operands.get("bias")), (x, weight))
     if node.target is torch.einsum:
-        is_pair = len(node.args) == 3 and isinstance(node.args[0], str) and pair_product(node.args[0]) is not None
+        is_pair = pair_product(str(node.args[0])) is not None  # torch makes the other ways to call it into this one
         return _Form(ops.einsum, node.args, node.args[1:]) if is_pair else None
     return _attention_form(node) if node.target is F.scaled_dot_product_attention else None
 
@@ -109,17 +109,15 @@ def _module_form(node: fx.Node, root: fx.GraphModule) -> _Form | None:
 
 
 def _named(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """Return a call's operands by name, None where it has others (out=), lacks some or is in torch's older form.
+    """Return a call's operands by name, None where it has others (out=) or is in torch's older form.
 
     That is addmm(beta, input, alpha, mat1, mat2) without beta, alpha or both: more operands by position than three, or
     one of the matrices by position and by name.
     """
     operands = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    needed = [name for name in names if name not in ("beta", "alpha", "bias")][:3]
     is_clear = len(operands) == len(node.args) + len(node.kwargs)
-    most = len(needed) if "beta" in names else len(names)
-    fits = is_clear and len(node.args) <= most and operands.keys() <= set(names) and operands.keys() >= set(needed)
-    return operands if fits else None
+    most = 3 if "beta" in names else len(names)
+    return operands if is_clear and len(node.args) <= most and operands.keys() <= set(names) else None
 
 
 class Dependent(NamedTuple):

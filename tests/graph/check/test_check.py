@@ -63,6 +63,11 @@ class LocalClass(Untraced):
         return self.task(self.body(x))
 
 
+class Later(Global):
+    def run(self, x):
+        yield LAYERS["head"](self.body(x))
+
+
 class ByType(Untraced):
     def run(self, x):
         for layer in (self.body, self.head):
@@ -94,6 +99,7 @@ def warned(model, match, x=X, **options):
         (Both, {"head": Why.PASSED_BY}),
         (LocalClass, {"head": Why.PASSED_BY}),
         (ByType, {"body": Why.UNCALLED, "head": Why.UNCALLED}),
+        (Later, {"head": Why.PASSED_BY}),
     ],
 )
 def test_a_site_that_is_not_run_is_named_and_counts_as_float(kind, left):
@@ -192,6 +198,123 @@ class Changed(Untraced):
         return Answer(changed, scores.argmax(-1))
 
 
+class Ends(Untraced):
+    """Gives what `end` makes of its scores and of whether its layers are quantized."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.end = end
+
+    def run(self, x):
+        return self.end(self.head(self.body(x)), type(self.head) is not nn.Linear)
+
+
+ENDS = {
+    "both infinite": lambda y, _: y.masked_fill(torch.arange(8) < 2, -torch.inf),
+    "zero in float": lambda y, is_quantized: {"y": y, "zero": torch.full((3,), 1e-3 * is_quantized)},
+    "numpy": lambda y, _: torch.from_numpy(y.numpy()),
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_these_outputs_are_no_fault(end):
+    unwarned(Ends(end))
+
+
+@pytest.mark.parametrize(
+    ("end", "match"),
+    [
+        (lambda y, is_quantized: {"a": y, "b": -y if is_quantized else y}, "output 'b' has an SQNR of "),
+        (
+            lambda y, is_quantized: {"a": y, **({"b": y} if is_quantized else {})},
+            "gives 'b', which float does not give",
+        ),
+    ],
+    ids=["the worst", "another"],
+)
+def test_each_of_several_outputs_counts(end, match):
+    warned(Ends(end), match)
+
+
+class Chaos(Untraced):
+    """Its outputs are other ones for a little noise; its head has a column that int4 has no step beside."""
+
+    def set_up(self):
+        with torch.no_grad():
+            self.head.weight[:, 0] = 1e4
+            self.body.weight[0], self.body.bias[0] = 0, 0
+
+    def run(self, x):
+        return torch.sin(1e3 * self.head(self.body(x)))
+
+
+def test_a_coarse_site_is_named_where_values_select_too():
+    match = r"has an SQNR of .*; the worst sites: head \(nn.Linear\) "
+    warned(Chaos(), match, mapping=everything(fxquant.int4_dynamic_qconfig))
+
+
+class Shorter(Untraced):
+    """Calls its head with fewer rows once it is quantized, and writes into what its body gave."""
+
+    def run(self, x):
+        y, is_float = self.body(x), type(self.head) is nn.Linear
+        z = self.head(y[: 3 if is_float else 2]).sum(0)
+        y.zero_()
+        return z if is_float else -z
+
+
+def test_sites_are_judged_by_what_they_gave_where_their_calls_have_one_shape():
+    warned(Shorter(), r"the worst sites: body \(nn.Linear\) \d\d\.\d dB\. ")
+
+
+class Encoder(Untraced):
+    def set_up(self):
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+
+    def run(self, x):
+        y = self.layer(x[None])
+        return y if type(self.layer.linear1) is nn.Linear else -y
+
+
+def test_the_sites_inside_a_transformer_layer_are_judged():
+    warned(Encoder(), r"the worst sites: (?=.*layer\.self_attn )(?=.*layer\.linear1 )(?=.*layer\.linear2 )")
+
+
+def test_an_input_that_forward_writes_into_is_given_anew_to_each_run():
+    class Negating(Untraced):
+        def run(self, x):
+            return self.head(self.body(x.neg_()))
+
+    unwarned(Negating())
+
+
+def test_a_shape_that_exact_zeros_decide_on_is_not_excused_by_noise():
+    class NotZero(Untraced):
+        def set_up(self):
+            with torch.no_grad():
+                self.head.weight[0], self.head.bias[0] = 0, 0
+
+        def run(self, x):
+            y = self.head(self.body(x))
+            kept = y[:, (y != 0).any(0)]
+            return kept if type(self.head) is nn.Linear else kept[:, :3]
+
+    warned(NotZero(), r"the output is \(6, 3\) float32, in float \(6, 7\) float32")
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_of_no_outputs_is_not_taken_for_another_empty_parameter():
+    class Empty(Untraced):
+        def set_up(self):
+            self.none, self.prompt = nn.Linear(32, 0), nn.Parameter(torch.empty(0, 32))
+
+        def run(self, x):
+            x = torch.cat([self.prompt, x])
+            return self.head(self.body(x)), self.none(x)
+
+    unwarned(Empty())
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -239,6 +362,16 @@ def test_functional_sites_are_named_too():
     x[:, 0] = 0
     with pytest.warns(UserWarning, match=r"the worst sites: weight \(linear\) \(F.linear\) "):
         convert_fx(prepare(model, x, mapping=everything(fxquant.int4_dynamic_qconfig)))
+
+
+def test_random_inputs_of_a_layer_are_no_fault_of_it():
+    powers = (3.0**n for n in range(99))  # numbers that no seed fixes
+
+    class Random(Untraced):
+        def run(self, x):
+            return self.head(self.body(x) + next(powers))
+
+    unwarned(Random())
 
 
 @pytest.mark.parametrize("draw", [random.SystemRandom().random, random.random, lambda: float(torch.rand(()))])
@@ -294,6 +427,29 @@ def test_a_forward_that_writes_into_its_weights_leaves_no_trace():
     assert all(torch.equal(before[name], tensor) for name, tensor in prepared.state_dict().items())
     assert all(torch.equal(quantized.state_dict()[name], before[name]) for name in ("body.bias", "body.weight"))
     assert isinstance(quantized.head, fxquant.nn.DynamicQuantizedLinear)
+
+
+WRITES = {
+    "setitem": lambda p: p.data.__setitem__(0, 7.0),
+    "add_": lambda p: p.data.add_(1),
+    "iadd": lambda p: p.data.__iadd__(1),
+    "out": lambda p: torch.add(p, 1, out=p.data),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_quantized_forward_that_writes_into_its_weights_leaves_no_trace(write):
+    class Writing(Untraced):
+        def set_up(self):
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def run(self, x):
+            y = self.head(self.body(x)) * self.scale
+            if type(self.head) is not nn.Linear:  # so that prepare_fx sees nothing of it
+                write(self.scale)
+            return y
+
+    assert torch.equal(unwarned(Writing()).scale, torch.ones(8))
 
 
 def test_hooks_are_not_fired():
@@ -384,6 +540,22 @@ def test_a_tied_weight_that_was_float_already_is_not_counted_twice():
     assert fxquant.explain(warned(Tied(), "head", mapping=mapping)).coverage.quantized_bytes == 32 * 32 * 4
 
 
+def test_a_tied_matrix_that_was_float_already_is_not_counted_twice():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Global()
+            self.table = self.inner.head.weight
+
+        def forward(self, x):
+            return self.inner(x) + nn.functional.linear(x, self.table)
+
+    mapping = everything().set_module_name("table", None)
+    told = fxquant.explain(warned(Root(), "inner.head", mapping=mapping))
+    assert {row.path for row in told.rows if not row.is_quantized} >= {"inner.head", "table"}
+    assert told.coverage.quantized_bytes == 32 * 32 * 4
+
+
 class Read(Untraced):
     """Reads a layer's weight and never calls the layer."""
 
@@ -413,12 +585,16 @@ def test_a_layer_of_which_only_the_weight_is_read_is_quantized(read):
     assert isinstance(quantized.head, fxquant.nn.DynamicQuantizedLinear)
 
 
-def test_a_layer_that_a_router_passes_by_on_quantized_values_stays_quantized():
+@pytest.mark.parametrize("head_of", [lambda model: model.head, lambda model: model.held[0]], ids=["itself", "held"])
+def test_a_layer_that_a_router_passes_by_on_quantized_values_stays_quantized(head_of):
     class Routed(Untraced):
+        def set_up(self):
+            self.held = (self.head,)
+
         def run(self, x):
             y = self.body(x)
             is_float = bool((y == nn.functional.linear(x, FLOATS["weight"], FLOATS["bias"])).all())
-            return self.head(y) if is_float else y[:, :8]
+            return head_of(self)(y) if is_float else y[:, :8]
 
     model = Routed().eval()
     FLOATS.update(weight=model.body.weight.detach().clone(), bias=model.body.bias.detach().clone())

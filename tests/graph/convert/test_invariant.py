@@ -147,10 +147,10 @@ class Left(nn.Module):
     def __init__(self):
         super().__init__()
         self.kept, self.act = nn.Linear(8, 7), nn.SiLU()
-        self.weight = nn.Parameter(torch.randn(3, 7))
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 7)), nn.Parameter(torch.randn(3))
 
     def forward(self, x):
-        y = F.linear(self.act(self.kept(x)), self.weight)
+        y = F.linear(self.act(self.kept(x)), self.weight, self.bias)
         return F.gelu(y, approximate="tanh") + F.gelu(y)
 
 
@@ -171,6 +171,98 @@ def test_float_linears_are_ours_where_it_is_asked_and_stay_torchs_by_default():
     assert torch.allclose(results[2], results[0], atol=1e-5)
     assert {name: t.shape for name, t in quantized.state_dict().items() if "kept" in name} == {
         "1.kept.weight": (7, 8), "1.kept.bias": (7,)}  # fmt: skip
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * (2 if x.sum() < 1e9 else 1)  # which does not trace: a leaf
+
+
+def hooked():
+    layer = nn.Linear(8, 7)
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+    return layer
+
+
+OTHERS = {
+    "a subclass": lambda: Doubled(8, 7),
+    "hooked": hooked,
+}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+@pytest.mark.filterwarnings("ignore:.*does not trace")
+def test_a_float_linear_that_does_more_stays_as_it_is(make):
+    model, x = nn.Sequential(nn.Linear(8, 8), make()).eval(), torch.randn(4, 8)
+    mapping = everything().set_module_name("1", None)
+    quantized = quantize(model, x, mapping=mapping, batch_invariant=True)
+    assert ops.float_linear not in targets(quantized)
+    assert same_bits(quantized(x), model[1](quantized.get_submodule("0")(x)))
+
+
+def test_a_float_linear_without_a_bias_is_ours():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 7, bias=False)), torch.randn(4, 8)
+    mapping = everything().set_module_name("1", None)
+    quantized = quantize(model, x, mapping=mapping, batch_invariant=True)
+    assert ops.float_linear in targets(quantized)
+    assert [node.target for node in quantized.graph.find_nodes(op="get_attr")] == ["1.weight"]
+    assert torch.allclose(quantized(x), model[1](quantized.get_submodule("0")(x)), atol=1e-5)
+
+
+def written(x):
+    result = torch.zeros(4, 4)
+    torch.mm(x, x.t(), out=result)
+    return result
+
+
+OTHER_CALLS = {
+    "out": (written, torch.mm),
+    "older addmm": (lambda x: torch.addmm(0.5, x, x, mat2=torch.eye(8)), torch.addmm),
+    "three": (lambda x: torch.einsum("ij,kj,kl->il", x, x, x), torch.einsum),
+    "dots": (lambda x: torch.einsum("...i,ij->...j", x, x.t()), torch.einsum),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CALLS)
+@pytest.mark.filterwarnings("ignore:This overload of addmm is deprecated")
+def test_other_forms_of_a_product_stay_torchs(name):
+    call, target = OTHER_CALLS[name]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return call(self.linear(x))
+
+    x = torch.randn(4, 8)
+    quantized = quantize(Model(), x, batch_invariant=True)
+    assert target in targets(quantized)
+    assert torch.allclose(quantized(x), call(quantized.linear(x)), atol=1e-5)
+
+
+CALLS = {
+    "sum": (lambda x: x.sum(), 1),
+    "sum of two": (lambda x: x.sum((0, 1)), 1),
+    "mean of two": (lambda x: torch.mean(x, dim=[0, -1]), 1),
+    "sum of one": (lambda x: x.sum(-1) + x.mean(dim=(1,)), 0),
+    "cube": (lambda x: x.pow(3) + x**-1 + x**0.5 + torch.pow(x, exponent=-2), 0),
+    "pow": (lambda x: x**2.5, 1),
+    "softmax": (lambda x: x.softmax(-1) + F.softmax(x, dim=-1), 0),
+    "softmax of the first": (lambda x: x.softmax(0), 1),
+    "gelu": (lambda x: F.gelu(x), 0),
+    "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), 1),
+    "modules": (nn.Sequential(nn.Softmax(-1), nn.GELU()), 0),
+    "GELU, tanh": (nn.Sequential(nn.GELU("tanh")), 1),
+    "Softmax of the first": (nn.Sequential(nn.Softmax(0)), 1),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_only_what_depends_on_the_batch_is_named(name):
+    call, count = CALLS[name]
+    assert len(list(find_dependent(torch.fx.symbolic_trace(call)))) == count
 
 
 def test_a_float_linear_alone_has_the_same_bits():

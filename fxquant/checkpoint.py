@@ -43,8 +43,9 @@ from fxquant.graph.plan.planner import replay
 from fxquant.graph.preserve.extra_state import SUFFIX, tensors_of
 from fxquant.graph.preserve.preserve import preserve
 from fxquant.graph.record import Coverage, Fusion, Record, keep_record, need_stage, refuse_ours
+from fxquant.graph.trace.checks import check_model
 from fxquant.graph.trace.exported import adopt
-from fxquant.graph.trace.trace import check_model, trace
+from fxquant.graph.trace.trace import trace
 from fxquant.graph.why import Why
 from fxquant.nn.base import dtype_errors
 from fxquant.operators import OPERATORS, Operator, find_row

@@ -1,4 +1,4 @@
-"""quantize_dynamic: the eager way. Modules are swapped where they stand; the model's own Python code runs on."""
+"""quantize_dynamic: eager mode. Modules are swapped in place; the model's own Python code runs on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from fxquant.graph.eager import convert_tree, plain_mirror, prepare_tree
 from fxquant.graph.plan.outcome import judge
 from fxquant.graph.plan.rules import check_mapping
 from fxquant.graph.record import need_stage, refuse_ours
+from fxquant.graph.trace.checks import check_kind
 from fxquant.graph.trace.exported import adopt
-from fxquant.graph.trace.trace import check_kind, names_of
+from fxquant.graph.trace.trace import names_of
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig import (
     QConfig,
@@ -58,40 +59,34 @@ def quantize_dynamic(
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Return the model with its modules swapped for quantized ones, in eval mode. It is not traced and not changed.
+    """Return a copy of the model, in eval mode, with its modules swapped for quantized ones. It is not traced.
 
     qconfig_spec: module types and names to quantize; a dict of them to qconfigs (None: float); a QConfigMapping; or
-    None for every module that the operator table knows. dtype: what types and names without a qconfig of their own
-    get: torch.int8 (default_dynamic_qconfig), torch.int16, torch.float16; for embeddings torch.uint8, torch.uint4.
+    None for every module of the operator table. dtype: for types and names without a qconfig of their own: torch.int8
+    (default_dynamic_qconfig), torch.int16, torch.float16; for embeddings torch.uint8, torch.uint4.
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
-    batch_invariant: as for `prepare_fx`, of the modules that are swapped; products in the model's own code stay
-    torch's.
-    data: batches, with which int4 weights are rounded with GPTQ, as in `convert_fx`.
-    example_inputs, example_kwargs: one call's arguments, as for prepare_fx. On them the quantized model is checked as
-    `convert_fx` does it; without them nothing is run, and nothing is checked.
+    batch_invariant: as for `prepare_fx`, for the swapped modules; products in the model's own code stay torch's. data:
+    as for `convert_fx`. example_inputs, example_kwargs: one call's arguments, as for prepare_fx, on which the quantized
+    model is checked as by `convert_fx`; without them nothing runs, and nothing is checked.
 
-    For models that do not trace; calls of F.linear and the like are out of reach here. `fxquant.explain` says what
-    became of each module, `fxquant.save` and `load` work as for a result of convert_fx.
-
-    Raises ModelStateError, QConfigError, MappingNameError, ExampleInputsError or CheckError; then nothing was changed.
+    This is for models that do not trace; calls of F.linear and the like cannot be quantized here. `fxquant.explain`
+    lists what happened to each module; `fxquant.save` and `load` work as for a result of convert_fx.
+    Raises ModelStateError, QConfigError, MappingNameError, ExampleInputsError or CheckError.
     """
-    table = tuple(operators)
     refuse_ours(model, "quantize_dynamic")
     model = adopt(model)
     check_kind(model)
     mapping = _as_mapping(qconfig_spec, dtype)
     known = names_of(plain_mirror(model))
     check_mapping(mapping, known)
-    has_inputs = example_inputs is not None or example_kwargs is not None
-    given = () if example_inputs is None else example_inputs
-    inputs = bind_inputs(model, given, example_kwargs) if has_inputs else None
-    prepared = prepare_tree(model, mapping, table, inputs=inputs, batch_invariant=batch_invariant)
+    inputs = None
+    if example_inputs is not None or example_kwargs is not None:
+        inputs = bind_inputs(model, () if example_inputs is None else example_inputs, example_kwargs)
+    prepared = prepare_tree(model, mapping, tuple(operators), inputs=inputs, batch_invariant=batch_invariant)
     record = need_stage(prepared, "prepared", "quantize_dynamic", "prepare_tree")
     judge(type(model).__name__, record, known, strict=strict)
-    moments = gather(prepared, record.sites, data) if data is not None else None
-    if inputs is None:
-        return convert_tree(prepared, moments)
-    return checked(prepared, functools.partial(convert_tree, moments=moments))
+    convert = functools.partial(convert_tree, moments=None if data is None else gather(prepared, record.sites, data))
+    return convert(prepared) if inputs is None else checked(prepared, convert)
 
 
 def _as_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:

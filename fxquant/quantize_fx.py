@@ -26,8 +26,9 @@ from fxquant.graph.plan.planner import plan
 from fxquant.graph.plan.rules import check_mapping
 from fxquant.graph.preserve.preserve import Keep, preserve
 from fxquant.graph.record import Record, need_stage, preserved_of, refuse_ours
+from fxquant.graph.trace.checks import check_model, first_line
 from fxquant.graph.trace.exported import adopt
-from fxquant.graph.trace.trace import check_model, first_line, names_of, trace
+from fxquant.graph.trace.trace import names_of, trace
 from fxquant.graph.trace.verify import GraphFailsError, capture, check_runs, verify
 from fxquant.nn.fused import SPELT
 from fxquant.operators import OPERATORS, Operator

@@ -24,6 +24,51 @@ FLOORS = {
     "": 8,
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+LONG_FILES = {
+    "checkpoint": "to be cut: what a file holds, and what is read from it",
+    "nn.base": "to be cut: the weights of a module, and what it shows of them",
+}
+"""Files of more than 300 lines, and why. They may not grow past 450."""
+
+LONG_FUNCTIONS = {
+    "checkpoint.save": "the docstring of a public function",
+    "graph.edit.mirror": "one pass over a memo that all its parts share",
+    "graph.preserve.bound._view_class": "a class made at run time, with its methods inside",
+    "nn.attention.forward": "torch's signature, and the conditions of its fast path",
+    "nn.embedding.forward": "torch's signature of nn.EmbeddingBag, and its checks",
+    "quantize_fx.prepare_fx": "the docstring of a public function",
+    "torch_ao.load.from_torch_ao": "the docstring of a public function",
+}
+"""Functions of more than 40 lines, and why. They may not grow past 60."""
+
+TESTED_ELSEWHERE = {
+    "_version": "it holds one string",
+    "frames": "tests/test_errors.py: the lines that errors and warnings name",
+    "graph.eager": "tests/test_eager.py, with fxquant.eager",
+    "graph.old_keys": "tests/test_old_files.py: files and state_dicts of the old keys",
+    "graph.plan.calls": "tests/graph/plan/test_planner.py, with all that a plan decides",
+    "graph.plan.decisions": "tests/graph/plan/test_planner.py, with all that a plan decides",
+    "graph.plan.modules": "tests/graph/plan/test_planner.py, with all that a plan decides",
+    "graph.plan.reasons": "tests/debug/test_explain.py: the reasons that explain gives",
+    "graph.plan.targets": "tests/graph/plan/test_rules.py: what the entries of a mapping match",
+    "graph.record": "tests/graph/test_plain.py: what a record holds, and in files",
+    "graph.why": "tests/debug/test_explain.py: the reasons that explain gives",
+    "graph.preserve.bound": "tests/graph/preserve/test_preserve.py: the methods that a graph keeps",
+    "nn.cells": "tests/nn/test_recurrent.py, with the layers",
+    "operators.attention": "tests/operators/test_rows.py, the rows of all operators",
+    "operators.convolution": "tests/operators/test_rows.py, the rows of all operators",
+    "operators.embedding": "tests/operators/test_rows.py, the rows of all operators",
+    "operators.linear": "tests/operators/test_rows.py, the rows of all operators",
+    "operators.recurrent": "tests/operators/test_rows.py, the rows of all operators",
+    "operators.transposed": "tests/operators/test_linear_forms.py, with the forms of the Linear row",
+    "ops.library": "tests/ops/test_register.py and tests/ops/test_calls.py: what is registered, and where calls run",
+    "ops.output_pool": "tests/native/test_output_pool.py",
+    "tensor_file": "tests/test_checkpoint.py: the files that save writes and load reads",
+    "torch_ao.state": "tests/torch_ao/test_load.py: the checkpoints of torch.ao",
+}
+"""Modules without a test file of their own name, and where their tests are."""
+
 WAY_OVER = "fxquant.torch_ao.load"
 
 
@@ -114,9 +159,20 @@ def test_only_lazily_is_the_way_over_imported():
         assert not [node for node in statements if isinstance(node, ast.ImportFrom) and node.module == WAY_OVER], name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: module_name(p))
-def test_files_stay_small(path):
-    assert len(path.read_text().splitlines()) < 450
+def test_files_stay_small():
+    lines = {name.partition(".")[2]: len(path.read_text().splitlines()) for name, path in NAMES.items()}
+    assert {name for name, count in lines.items() if count > 300} <= LONG_FILES.keys()
+    assert not [name for name, count in lines.items() if count > 450]
+
+
+def test_each_module_has_a_test_file_of_its_name():
+    modules = [path.relative_to(PACKAGE) for path in FILES if path.name != "__init__.py"]
+    tests = pathlib.Path(__file__).parent
+    bare = {path for path in modules if not (tests / path.parent / f"test_{path.name}").exists()}
+    assert {".".join(path.with_suffix("").parts) for path in bare} <= TESTED_ELSEWHERE.keys()
+    for reason in TESTED_ELSEWHERE.values():
+        for place in re.findall(r"tests/[\w/]+\.py", reason):
+            assert (tests.parent / place).exists(), place
 
 
 def test_every_public_name_has_a_docstring():
@@ -135,13 +191,14 @@ def test_every_public_name_has_a_docstring():
 
 
 def test_functions_fit_a_screen():
-    long = [
-        f"{name}.{node.name}: {node.end_lineno - node.lineno + 1} lines"
+    lines = [
+        (f"{name.partition('.')[2]}.{node.name}", node.end_lineno - node.lineno + 1)
         for name, path in NAMES.items()
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60
+        if isinstance(node, ast.FunctionDef)
     ]
-    assert not long
+    assert {name for name, count in lines if count > 40} <= LONG_FUNCTIONS.keys()
+    assert not [name for name, count in lines if count > 60]
 
 
 def test_nothing_prints():

@@ -32,7 +32,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Return what has moved to fxquant.tuning, with a DeprecationWarning."""
+    """Return a name that has moved to fxquant.tuning, with a DeprecationWarning."""
     if name not in ("Suggestion", "SuggestionStep", "suggest_mapping"):
         raise AttributeError(f"module 'fxquant.debug' has no attribute {name!r}")
     warnings.warn(f"fxquant.debug.{name} is now fxquant.tuning.{name}", DeprecationWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""The way without a graph: modules are swapped where they stand, and the model's own Python code runs on."""
+"""Quantization without a graph: modules are swapped in place, and the model's own Python code runs on."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def prepare_tree(
     written: frozenset[str] = frozenset(),
     batch_invariant: bool | None = None,
 ) -> nn.Module:
-    """Return a mirror of the model, in eval mode, that carries every decision about its modules.
+    """Return a mirror of the model, in eval mode, with every decision about its modules.
 
-    untraced: why there is no graph, under the root's path "". inputs: what the model is checked on once it is
-    quantized. written: the parameters that forward writes into. Raises QConfigError as `plan` does.
+    untraced: why there is no graph, under the root's path "". inputs: what the quantized model is checked on. written:
+    the parameters that forward writes into. Raises QConfigError as `plan` does.
     """
     root = plain_mirror(model, written=written)
     decided = plan_modules(root, mapping, operators, written)
@@ -47,16 +47,16 @@ def prepare_tree(
 
 
 def plain_mirror(model: nn.Module, device: str | None = None, written: frozenset[str] = frozenset()) -> nn.Module:
-    """Return a mirror of the model in eval mode, no weight of which is computed at each call."""
+    """Return a mirror of the model in eval mode, with weights that are computed at each call made parameters."""
     root = edit.mirror(model, device, written=written).eval()
     make_plain(root)
     return root
 
 
 def convert_tree(prepared: nn.Module, moments: Moments | None = None) -> nn.Module:
-    """Return the quantized model that `prepare_tree` decided on, of the same class; that one is left as it was.
+    """Return the quantized model that `prepare_tree` decided on, of the same class; the prepared one is unchanged.
 
-    moments: of its weights' inputs, for rounding with GPTQ.
+    moments: of its weights' inputs, for rounding by GPTQ.
     """
     record = record_of(prepared)
     assert record is not None

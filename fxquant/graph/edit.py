@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -195,6 +195,11 @@ def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.untyped_storage().data_ptr() or id(tensor), tensor.storage_offset(), tensor.shape
 
 
+def sizes(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, ...], int]:
+    """Return the bytes of some tensors by their identity, so of tied ones once."""
+    return {identity(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
+
+
 def byte_count(root: nn.Module) -> int:
     """Return the bytes of a model's parameters and buffers, tied ones counted once."""
-    return sum({identity(t): t.numel() * t.element_size() for t in (*root.parameters(), *root.buffers())}.values())
+    return sum(sizes((*root.parameters(), *root.buffers())).values())

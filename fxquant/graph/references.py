@@ -1,8 +1,8 @@
-"""What Python code holds of a model's modules past its tree: closures, defaults, caches, weak references.
+"""References to a model's modules from outside its tree: closures, defaults, caches, weak references.
 
-copy.deepcopy takes functions and weak references as they are, so that a lambda of a copied model would call the layers
-of the original. `copy_references` makes them anew where they lead to a module of the tree; what leads there through
-a class, a global or C code stays, and is found by its calls (see `check`).
+copy.deepcopy keeps functions and weak references, so a lambda of a copied model would call the layers of the original.
+`copy_references` makes new ones if they lead to a module of the tree. References through a class, a global or C code
+cannot be replaced; `check` finds them by their calls.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 from torch import fx, nn
 
 Memo = dict[int, Any]
-"""What stands for what, by the ids of the originals, as copy.deepcopy keeps it."""
+"""Copies by the ids of their originals, as copy.deepcopy has them."""
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, type})
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 _CACHED: Any = type(functools.lru_cache(lambda: None))
 _PROXIES = weakref.ProxyTypes
 _OWN = frozenset({*vars(nn.Module()), "qconfig", "_fxquant_record", "_compiled_call_impl"})
-"""The attributes of a module that a mirror sees to by itself, or that are ours."""
+"""The attributes of a module that a mirror copies in its own way, or that are ours."""
 
 
 def reached(value: Any, wanted: frozenset[int]) -> set[int]:
-    """Return the ids of those wanted modules that a value leads to, not past any of them."""
+    """Return the ids of the wanted modules that a value leads to, without going through one of them."""
     seen: Memo = {}
     waiting = [value]
     while waiting:
@@ -43,16 +43,12 @@ def reached(value: Any, wanted: frozenset[int]) -> set[int]:
 
 
 def copy_attributes(module: nn.Module, memo: Memo) -> dict[str, Any]:
-    """Return twins of those attributes of a module, past its tree, that lead to modules of which the memo knows twins.
-
-    What lies in them and is known as it is to the memo stays so.
-    """
+    """Return copies of a module's attributes, besides its tree, that lead to modules of which the memo has copies."""
     wanted = frozenset(id(part) for part in module.modules() if id(part) in memo)
-    for thing in _Walk([module], wanted, has_any=True).leading():
-        memo.pop(id(thing), None)  # a copy by copy.deepcopy, which takes functions as they are
+    for thing in _Walk([module], wanted, has_any=True).leading:
+        memo.pop(id(thing), None)  # made by copy.deepcopy, which keeps functions
     copy_references([module], memo, wanted)
-    own = vars(module).items() if not isinstance(module, fx.GraphModule) else _hung_on(module)
-    return {name: twin_of(value, memo) for name, value in own if name not in _OWN and reached(value, wanted)}
+    return {name: twin_of(value, memo) for name, value in _attributes(module) if reached(value, wanted)}
 
 
 @functools.cache
@@ -60,29 +56,27 @@ def _graphs_own() -> frozenset[str]:
     return frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
 
 
-def _hung_on(module: fx.GraphModule) -> list[tuple[str, Any]]:
-    """Return what a graph's module holds beside its graph and tree."""
-    return [(name, value) for name, value in vars(module).items() if name not in _graphs_own() | _OWN]
+def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return what a module holds besides its tree, and its graph if it has one."""
+    own = _graphs_own() | _OWN if isinstance(module, fx.GraphModule) else _OWN
+    return [(name, value) for name, value in vars(module).items() if name not in own]
 
 
 def copy_references(modules: Iterable[nn.Module], memo: Memo, wanted: frozenset[int] | None = None) -> None:
-    """Enter twins of the functions and weak references that lead to modules of a tree into a memo of their twins.
+    """Add copies of functions and weak references that lead to modules of a tree to a memo of the modules' copies.
 
     wanted: the ids of the modules of interest; None: the modules themselves.
     """
-    walk = _Walk(modules, wanted)
-    functions = [thing for thing in walk.leading() if isinstance(thing, types.FunctionType)]
+    leading = _Walk(modules, wanted).leading
+    functions = [thing for thing in leading if isinstance(thing, types.FunctionType)]
     cells = {id(cell): types.CellType() for function in functions for cell in function.__closure__ or ()}
     for function in functions:
         closure = tuple(cells[id(cell)] for cell in function.__closure__ or ())
         twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure or None)
         twin.__qualname__, twin.__module__, twin.__doc__ = function.__qualname__, function.__module__, function.__doc__
         memo[id(function)] = twin
-    for thing in walk.leading():
-        twin = _weak_twin(thing, memo)
-        if twin is not None:
-            memo[id(thing)] = twin
-    for thing in walk.leading():
+    memo.update((id(thing), twin) for thing in leading if (twin := _weak_twin(thing, memo)) is not None)
+    for thing in leading:
         if isinstance(thing, _CACHED):
             memo[id(thing)] = functools.lru_cache(**thing.cache_parameters())(twin_of(thing.__wrapped__, memo))
     for function in functions:
@@ -91,26 +85,26 @@ def copy_references(modules: Iterable[nn.Module], memo: Memo, wanted: frozenset[
         twin.__kwdefaults__ = twin_of(function.__kwdefaults__, memo)
         twin.__dict__.update(twin_of(vars(function), memo))
         for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # a cell that nothing has been put into yet
+            with contextlib.suppress(ValueError):  # an empty cell
                 cells[id(cell)].cell_contents = twin_of(cell.cell_contents, memo)
 
 
 def repoint(modules: Iterable[nn.Module], swapped: Mapping[int, Any]) -> None:
-    """Let what modules hold past their tree lead to what took the place of others, by the ids of those.
+    """Turn stale references to swapped modules, by their ids, outside the tree of some modules into the replacements.
 
-    Containers, attributes, closures and defaults are changed where they are; a tuple or a weak reference gives way to
-    one made anew. What else holds a swapped module (a bound method, C code) goes on to hold it.
+    Containers, attributes, closures and defaults are changed in place; tuples and weak references are replaced. Bound
+    methods and C code keep the swapped module.
     """
     walk = _Walk(modules, frozenset(swapped), has_any=True)
     memo: Memo = dict(swapped)
-    for thing in walk.leading():
+    for thing in walk.leading:
         _renew(thing, memo)
-    for holder in walk.all_holders():
+    for holder in walk.holders_of_leading():
         _put(holder, memo)
 
 
 def _renew(thing: Any, memo: Memo) -> Any:
-    """Return what a thing gives way to; itself where it can be changed."""
+    """Return the replacement of a thing; itself if it can be changed in place."""
     if id(thing) in memo:
         return memo[id(thing)]
     twin = _weak_twin(thing, memo)
@@ -124,7 +118,7 @@ def _renew(thing: Any, memo: Memo) -> Any:
 
 
 def _put(holder: Any, memo: Memo) -> None:
-    """Change in place what a thing holds to what that gives way to."""
+    """Replace, in place, what a thing holds."""
     if isinstance(holder, types.FunctionType):
         for cell in holder.__closure__ or ():
             if id(_content(cell)) in memo:
@@ -153,9 +147,9 @@ def _put(holder: Any, memo: Memo) -> None:
 
 
 def twin_of(value: Any, memo: Memo) -> Any:
-    """Return a deep copy of a value, in which what the memo knows has its twin; itself where it cannot be copied.
+    """Return a deep copy of a value, with what the memo has copies of; the value itself if it cannot be copied.
 
-    Plain containers are rebuilt here: from Python 3.14 on copy.deepcopy does not ask the memo about functions.
+    Plain containers are rebuilt here, since from Python 3.14 on copy.deepcopy does not look up functions in the memo.
     """
     if type(value) in _PLAIN:
         return value
@@ -176,7 +170,7 @@ _HOLDERS = (types.FunctionType, weakref.ref, weakref.WeakValueDictionary, _CACHE
 
 
 def _weak_twin(thing: Any, memo: Mapping[int, Any]) -> Any:
-    """Return a weak reference to the twin of what one refers to; None for anything else."""
+    """Return a weak reference to the copy of what another refers to; None for anything else."""
     if isinstance(thing, weakref.WeakMethod):
         method = thing()
         twin = None if method is None else memo.get(id(method.__self__))
@@ -191,25 +185,25 @@ def _weak_twin(thing: Any, memo: Mapping[int, Any]) -> Any:
 
 
 def _referent(thing: Any) -> Any:
-    """Return what a weak reference refers to, of a proxy if that is a module; None where it is gone."""
+    """Return what a weak reference refers to, or a proxy if that is a module; None if it is gone."""
     if isinstance(thing, weakref.WeakMethod):
         return getattr(thing(), "__self__", None)
     if isinstance(thing, weakref.ref):
         return thing()
     try:
-        return thing.forward.__self__  # a proxy hands out what its object does
+        return thing.forward.__self__  # a proxy has the attributes of its object
     except (ReferenceError, AttributeError):
         return None
 
 
 class _Walk:
-    """All that the attributes of some modules lead to, and which of it leads on to a module of interest."""
+    """All that the attributes of some modules lead to. leading: those that lead on to a module of interest."""
 
     def __init__(
         self, modules: Iterable[nn.Module], wanted: frozenset[int] | None = None, has_any: bool = False
     ) -> None:
-        """wanted: the ids of the modules of interest; None: the modules themselves. has_any: trace plain containers
-        too, else only where there is a function or weak reference.
+        """wanted: the ids of the modules of interest; None: the modules themselves. has_any: look for plain containers
+        too, even if there is no function or weak reference.
         """
         roots = list(modules)
         tree = frozenset(map(id, roots))
@@ -231,15 +225,11 @@ class _Walk:
                 elif id(part) not in tree:
                     has_any = has_any or isinstance(part, _HOLDERS) or type(part) in _PROXIES
                     waiting.append(part)
-        self._leading = self._trace_back() if has_any else []
+        self.leading = self._trace_back() if has_any else []
 
-    def leading(self) -> list[Any]:
-        """Return what leads to a module of interest."""
-        return self._leading
-
-    def all_holders(self) -> list[Any]:
-        """Return what leads to a module of interest, and the modules that hold that, each once."""
-        ids = {*self._found, *map(id, self._leading)}
+    def holders_of_leading(self) -> list[Any]:
+        """Return all that holds a module of interest, or something that leads to one, each once."""
+        ids = {*self._found, *map(id, self.leading)}
         return list({id(holder): holder for found in ids for holder in self.holders[found]}.values())
 
     def _trace_back(self) -> list[Any]:
@@ -254,17 +244,15 @@ class _Walk:
 
 
 def _children(thing: Any, is_module: bool = False) -> Iterator[Any]:
-    """Yield what a thing holds, but for plain values. is_module: it is one of the tree's."""
+    """Yield what a thing holds, without plain values. is_module: whether it is a module of the tree."""
     for part in _parts(thing, is_module):
         if type(part) not in _PLAIN and not isinstance(part, torch.Tensor):
             yield part
 
 
 def _parts(thing: Any, is_module: bool) -> Iterable[Any]:
-    if is_module and isinstance(thing, fx.GraphModule):
-        return [value for _, value in _hung_on(thing)]  # the modules that it calls come by themselves
     if is_module:
-        return [value for name, value in vars(thing).items() if name not in _OWN]
+        return [value for _, value in _attributes(thing)]
     if isinstance(thing, types.FunctionType):
         contents = [_content(cell) for cell in thing.__closure__ or ()]
         return [*contents, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values(), *vars(thing).values()]
@@ -283,7 +271,7 @@ def _parts(thing: Any, is_module: bool) -> Iterable[Any]:
     if isinstance(thing, _CONTAINERS):
         return thing
     if isinstance(thing, (type, types.ModuleType)) or hasattr(type(thing), "__deepcopy__"):
-        return ()  # which are not copied, or in a way of their own
+        return ()  # not copied, or in a way of their own
     slots = [name for kind in type(thing).__mro__ for name in _slots(kind)]
     return [*getattr(thing, "__dict__", {}).values(), *(getattr(thing, name, None) for name in slots)]
 
@@ -294,7 +282,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 def _content(cell: types.CellType) -> Any:
-    """Return what a cell holds, None where nothing has been put into it yet."""
+    """Return what a cell holds, None if it is empty."""
     try:
         return cell.cell_contents
     except ValueError:

@@ -1,4 +1,4 @@
-"""The schemes that suggest_mapping may give a weight, smallest first, and which of them mix best within a budget."""
+"""The schemes that suggest_mapping may give a weight, smallest first, and their best mixtures."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ LADDER: dict[str, tuple[QConfig | None, ...]] = {
 
 _SCHEMES = {"uint4": "int4", "uint8": "int8"}
 _FRONT_POINTS = 400
-"""How many mixtures are kept at each step: enough that neighbours differ by a quarter of a percent."""
+"""How many mixtures are kept after each unit: enough that neighbours differ by a quarter of a percent."""
 
 
 def scheme_name(qconfig: QConfig | None) -> str:
-    """Return the scheme that a qconfig is of: "int8", "float"."""
+    """Return the name of a qconfig's scheme: "int8", "float"."""
     if qconfig is None:
         return "float"
     name = _SCHEMES.get(qconfig.weight.dtype, qconfig.weight.dtype)
@@ -44,7 +44,7 @@ def scheme_name(qconfig: QConfig | None) -> str:
 
 
 def check_schemes(schemes: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the schemes to try, smallest first; raise QConfigError for one that there is not, or none."""
+    """Return the names of the schemes to try, smallest first; raise QConfigError for an unknown one, or none at all."""
     chosen = tuple(LADDER) if schemes is None else tuple(schemes)
     for name in chosen:
         if isinstance(schemes, str) or name not in LADDER:
@@ -59,60 +59,60 @@ def check_schemes(schemes: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def ladder_of(site: Site, row: Operator, schemes: Sequence[str], weight: str = "") -> Ladder:
-    """Return what a site, or a weight of it, gets under each scheme that its operator accepts.
+    """Return the qconfig of a site, or of a weight of it, under each scheme that its operator accepts.
 
-    Its own qconfig under that one's scheme. What the mapping leaves float stays so.
+    Under its present scheme it keeps its qconfig. What the mapping leaves in float stays there.
     """
-    began, found = site.qconfig.of(weight), Ladder()
-    if began is None:
+    present, ladder = site.qconfig.of(weight), Ladder()
+    if present is None:
         return {"float": None}
     for name in schemes:
-        own = (began,) if name == scheme_name(began) else ()
-        for qconfig in (*own, *LADDER[name]):
+        is_present = name == scheme_name(present)
+        for qconfig in (*((present,) if is_present else ()), *LADDER[name]):
             if qconfig is None or row.accepts(qconfig):
-                found[name] = qconfig and _fitted(site, qconfig, weight, is_own=name == scheme_name(began))
+                ladder[name] = qconfig and _fitted(site, qconfig, weight, is_present)
                 break
-    return found
+    return ladder
 
 
-def _fitted(site: Site, qconfig: QConfig, weight: str, is_own: bool) -> QConfig:
-    """Return a scheme as a site, or a weight of it, can have it: beside what the site's weights have now."""
+def _fitted(site: Site, qconfig: QConfig, weight: str, is_present: bool) -> QConfig:
+    """Return a scheme's qconfig adapted to the other weights of the site, which share its activation."""
     if not weight:
-        return replace(qconfig, parts=tuple(part for part in site.qconfig.parts if is_own or part[1] is None))
-    owns = (site.qconfig, *(own for _, own in site.qconfig.parts if own is not None))
-    ways = [own.activation for own in owns if own.activation is not None]
-    given = qconfig.activation
-    if given is None or not ways:
+        return replace(qconfig, parts=tuple(part for part in site.qconfig.parts if is_present or part[1] is None))
+    qconfigs = (site.qconfig, *(part for _, part in site.qconfig.parts if part is not None))
+    activations = [each.activation for each in qconfigs if each.activation is not None]
+    wanted = qconfig.activation
+    if wanted is None or not activations:
         return qconfig
-    same = next((way for way in ways if way.dtype == given.dtype), replace(given, axis=ways[0].axis))
-    return replace(qconfig, activation=same)
+    same = next((each for each in activations if each.dtype == wanted.dtype), None)
+    return replace(qconfig, activation=same or replace(wanted, axis=activations[0].axis))
 
 
 class Place(NamedTuple):
-    """What can have a scheme of its own: a site, by its number, or one of its weights, by its name ("" for a site)."""
+    """What may have a scheme of its own: a site, by its number, or one of its weights, by name ("": the whole site)."""
 
     site: int
     weight: str = ""
 
 
 Unit = tuple[Place, ...]
-"""What is decided by itself: a place, or all those that one weight stands in."""
+"""What gets one scheme: a place, or all places of a tied weight."""
 
 Ladder = dict[str, QConfig | None]
-"""The schemes that a place may have, smallest first, and what it gets under each."""
+"""The schemes that a place may have, smallest first, and its qconfig under each."""
 
 
 def places_of(number: int, row: Operator, module: nn.Module | None) -> list[Place]:
-    """Return a site's places: its weights where each may have a scheme of its own. module: None for a call."""
+    """Return a site's places: its weights, if each may have its own scheme, or the site. module: None for a call."""
     names = row.parts(module) if module is not None else ()
     return [Place(number, name) for name in names] if len(names) > 1 else [Place(number)]
 
 
 def tie(ladders: Mapping[Place, Ladder], weights: Mapping[Place, Hashable]) -> dict[Unit, tuple[str, ...]]:
-    """Return the units, and the schemes of each: places of one weight are one, under the schemes that all of them take.
+    """Return the units and their schemes. Places of a tied weight are one unit, with the schemes that all of them take.
 
-    Two schemes for one weight would be two tables; the finer of them for both is one, and does less harm. weights: what
-    tells a place's weights from others. Places of one weight that take no scheme in common stay units of their own.
+    Two schemes for one weight would store it twice; the finer of them for both is smaller, and does less harm. weights:
+    identifies each place's weights. Places of a tied weight without a common scheme stay units of their own.
     """
     groups: dict[Hashable, list[Place]] = {}
     for place in ladders:
@@ -125,7 +125,7 @@ def tie(ladders: Mapping[Place, Ladder], weights: Mapping[Place, Hashable]) -> d
 
 
 class Option(NamedTuple):
-    """One scheme for one unit: what it takes (bytes or ms), and what it does alone, as harms add up."""
+    """One scheme for one unit: its cost (bytes or ms), and the harm that it does alone."""
 
     scheme: str
     cost: float
@@ -133,7 +133,7 @@ class Option(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """An option for each unit, by its number there. cost, harm: as the options' add up."""
+    """A choice of one option, by number, for each unit. cost, harm: the sums over the options."""
 
     cost: float
     harm: float
@@ -141,9 +141,9 @@ class Mixture(NamedTuple):
 
 
 def best_mixtures(units: Sequence[Sequence[Option]]) -> list[Mixture]:
-    """Return the mixtures that no other beats in both cost and harm, cheapest first: a multiple-choice knapsack's.
+    """Return the mixtures that no other beats in both cost and harm, cheapest first: a multiple-choice knapsack.
 
-    By dynamic programming over the units; where the mixtures become too many, every so-manieth is kept.
+    By dynamic programming over the units; of too many mixtures, an evenly spaced part is kept.
     """
     front = [Mixture(0.0, 0.0, ())]
     for options in units:

@@ -1,8 +1,7 @@
-"""graph_diff: what changed between two graphs, node by node, and why, and what it costs and brings."""
+"""graph_diff: what changed between two graphs, node by node, why, and what that costs and saves."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from fxquant.debug.measure.compare import Comparison
 from fxquant.debug.measure.profile import Profile
 from fxquant.debug.report.page import write
 from fxquant.debug.report.report import Column, Report
-from fxquant.debug.report.table import megabytes, paint, printable, shorten, text_table, wants_color
+from fxquant.debug.report.table import decibels, megabytes, paint, printable, shorten, text_table, wants_color
 from fxquant.errors import ArgumentError, ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.record import Record, record_of
@@ -28,7 +27,7 @@ _ANSI = {"removed": "31", "added": "32", "changed": "33", "float": "35", "dim": 
 
 
 def _signed(row: DiffRow) -> str:
-    """Return the colour of a row's sign and name, which have it where the row is not as it was."""
+    """Return the colour of a line's sign and name, which are coloured if the node changed."""
     return "dim" if row.sign in "⋮×" else row.decision if row.sign != " " else ""
 
 
@@ -38,19 +37,19 @@ def _before(row: DiffRow) -> list[Line]:
 
 def _after(row: DiffRow) -> list[Line]:
     now = sides(row)[1]
-    return now[1:] if row.sign == " " else now  # in a unified diff what it was says what it is
+    return now[1:] if row.sign == " " else now  # in a unified diff, `before` already says what it is
 
 
 def _named(row: DiffRow, side: int) -> list[Line]:
-    """Return the same of one of two graphs side by side, with the node's name."""
+    """Return the lines of one of two graphs side by side, with the node's name."""
     lines = sides(row)[side]
-    if row.sign in "+-" and row.sign != "-+"[side]:  # it is in the other one alone
+    if row.sign in "+-" and row.sign != "-+"[side]:  # only the other graph has it
         return lines
     return [(": ".join(filter(None, [shorten(row.name, 30), text])), color) for text, color in lines[:1]] + lines[1:]
 
 
 def _sizes(row: DiffRow) -> list[Line]:
-    """Return the sizes as one cell; an equal pair once."""
+    """Return the sizes as one cell; equal ones once."""
     before, after = megabytes(row.bytes_before), megabytes(row.bytes_after)
     if not row.bytes_before and not row.bytes_after:
         return []
@@ -69,12 +68,12 @@ def _milliseconds(row: DiffRow) -> list[Line]:
 
 
 def _decibels(row: DiffRow) -> list[Line]:
-    return [] if row.sqnr_db is None else [("exact" if row.sqnr_db == math.inf else f"{row.sqnr_db:.1f} dB", "")]
+    return [] if row.sqnr_db is None else [(decibels(row.sqnr_db), "")]
 
 
 @dataclass(frozen=True)
 class _Column:
-    """One column: its header, its width on a terminal, and the lines of a row."""
+    """One column: its header, its width on a terminal, and the lines of a cell."""
 
     header: str
     width: int
@@ -109,10 +108,10 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class GraphDiff(Report):
-    """The difference between two graphs: print it, show it in a notebook, or walk its rows, which are all there.
+    """The difference between two graphs: print it, show it in a notebook, or iterate over its rows, one for each node.
 
-    to_html and to_svg draw the two graphs side by side. stages: what the two are, "float" or "quantized", say; remark:
-    how far the view goes, or "". context, is_folded, color, layout: how it is shown, as graph_diff was told.
+    to_html and to_svg draw the two graphs side by side. stages: what the two are, such as "float" and "quantized";
+    remark: what the diff leaves out, or "". context, is_folded, color, layout: how it is shown, as in graph_diff.
     """
 
     rows: tuple[DiffRow, ...]
@@ -133,11 +132,11 @@ class GraphDiff(Report):
         Column("node", "name", 0, lambda row: row.name),
         Column("size", "bytes_after", 0, lambda row: megabytes(row.bytes_after)),
         Column("SQNR", "sqnr_db", 0, lambda row: str(row.sqnr_db)),
-    )  # by which it is sorted; how it is shown, _COLUMNS says
+    )  # to sort by; _COLUMNS says how it is shown
 
     @property
     def total(self) -> str:
-        """The last line: bytes before and after, their ratio, and what became of the candidates."""
+        """The last line: bytes before and after, their ratio, and how many candidates are quantized."""
         ratio = f", {self.bytes_before / self.bytes_after:.2f}×" if self.bytes_after else ""  # packed weights count 0
         outcome = f"; {self.outcome}" if self.candidates else ""
         return f"{megabytes(self.bytes_before)} → {megabytes(self.bytes_after)}{ratio}{outcome}"
@@ -166,7 +165,7 @@ class GraphDiff(Report):
         return diff_table([column.header for column in columns], table, self.footer)
 
     def _lines(self) -> tuple[list[_Column], list[list[list[Line]]]]:
-        """Return the columns of the layout, of the measured ones those that have something to say, and their cells."""
+        """Return the layout's columns, without measured ones that are empty, and their cells."""
         shown = self.shown
         chosen = [
             column
@@ -181,16 +180,16 @@ class GraphDiff(Report):
         return {"rows": tuple(map(asdict, self.rows)), **{name: getattr(self, name) for name in names}}
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return a page that stands alone: both graphs and the kernels side by side, linked, to search; write it.
+        """Return a self-contained page: both graphs and the kernels side by side, linked and searchable.
 
-        Every node is in it, repeated blocks closed at first; no weights. path: where to write it, nowhere when None.
+        Every node is in it, with repeated blocks closed at first, and no weights. path: where to write it.
         """
         return write(path, diff_page(self.rows, self.stages, self.footer))
 
     def to_svg(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return a drawing of both graphs side by side, each node as high as it has bytes, and write it to a path.
+        """Return a drawing of both graphs side by side, with a bar for each node's bytes. path: where to write it.
 
-        Repeated blocks are folded, also where printing would not.
+        Repeated blocks are always folded.
         """
         return write(path, diff_drawing(self.rows, self.stages, self.footer))
 
@@ -209,26 +208,18 @@ def graph_diff(
 ) -> GraphDiff:
     """Return what changed between two models: float, fused, prepared or quantized, or any torch.fx.GraphModule.
 
-    A model that is no graph yet is traced; where one of them does not trace, both are told module by module. Nodes are
-    matched by name, which fxquant's passes keep.
+    A model that is not a graph is traced; if one does not trace, both are compared module by module. Nodes are matched
+    by name, which fxquant's passes keep. errors, times: what `compare` and `profile` measured on these models; each
+    node gets its site's SQNR (as it runs), kernel and milliseconds.
 
-    errors, times: what `compare` and `profile` measured of these models; each node gets its site's SQNR (as it runs),
-    kernel and milliseconds.
-
-    How it is shown (the rows are always all there): layout: "unified" or "side_by_side". context: only what changed,
-    and so many rows around it; only_changed: context=0. fold: a block that follows upon itself, layer after layer, is
-    shown once. color: None for on a terminal and unless NO_COLOR is set; the signs say the same.
-
-    Raises ArgumentError for another layout or another kind of report, ModelStateError for a report of other models.
+    How it is shown (`rows` always has all nodes): layout: "unified" or "side_by_side". context: show only changes, with
+    so many lines around each; only_changed: context=0. fold: show a block that repeats, layer after layer, once. color:
+    None for colours on a terminal, unless NO_COLOR is set; the signs say the same.
+    Raises ArgumentError for an unknown layout or another kind of report, ModelStateError for a report of other models.
     """
-    if layout not in LAYOUTS:
-        raise ArgumentError(f"graph_diff takes layout='unified' or 'side_by_side', got {layout!r}")
+    _check_view(layout, context)
     rows, remark = diff_rows(before, after)
-    if context is not None and (not isinstance(context, int) or context < 0):
-        raise ArgumentError(f"graph_diff takes context=the number of rows around a change, 0 or more, got {context!r}")
-    known, record = [record_of(model) for model in (before, after)], record_of(after) or record_of(before)
-    record = record or Record(stage="float")
-    names = [found.stage if found else "float" if any(known) else "" for found in known]
+    record = record_of(after) or record_of(before) or Record(stage="float")
     return GraphDiff(
         _measured(_measured(rows, "errors", errors, Comparison), "times", times, Profile),
         edit.byte_count(before),
@@ -240,33 +231,46 @@ def graph_diff(
         is_folded=fold,
         color=color,
         layout=layout,
-        stages=("before", "after") if names[0] == names[1] else (names[0], names[1]),
+        stages=_stages(before, after),
         remark=remark,
     )
 
 
+def _check_view(layout: str, context: Any) -> None:
+    """Raise ArgumentError for an unknown layout, or a context that is not a number of lines."""
+    if layout not in LAYOUTS:
+        raise ArgumentError(f"graph_diff takes layout='unified' or 'side_by_side', got {layout!r}")
+    if context is not None and (not isinstance(context, int) or context < 0):
+        raise ArgumentError(f"graph_diff takes context=the number of lines around a change, 0 or more, got {context!r}")
+
+
+def _stages(before: nn.Module, after: nn.Module) -> tuple[str, str]:
+    """Return the names of the two graphs: what they are, if that differs."""
+    old, new = (record.stage if (record := record_of(model)) else "float" for model in (before, after))
+    return ("before", "after") if old == new else (old, new)
+
+
 def _measured(rows: tuple[DiffRow, ...], name: str, report: Any, kind: type[Report]) -> tuple[DiffRow, ...]:
-    """Return the rows with what a report measured of their sites, or raise."""
+    """Return the rows with what a report measured on their sites, or raise."""
     if report is None:
         return rows
     if not isinstance(report, kind):
-        told = "compare" if kind is Comparison else "profile"
-        raise ArgumentError(f"graph_diff takes {name}=what {told} gives, got {type(report).__name__}")
+        maker = "compare" if kind is Comparison else "profile"
+        raise ArgumentError(f"graph_diff takes {name}=the result of {maker}, got {type(report).__name__}")
     fields = {"sqnr_db"} if kind is Comparison else {"kernel", "ms", "float_ms"}
-    found = {place: row for row in report.rows if (place := row.call or row.path)}
-    sites = [found.get(row.name) or found.get(row.path) for row in rows]
-    some = ", ".join(list(found)[:4])
-    if found and not any(sites):
+    known = {place: row for row in report.rows if (place := row.call or row.path)}
+    sites = [known.get(row.name) or known.get(row.path) for row in rows]
+    if known and not any(sites):
         raise ModelStateError(
-            f"{name} is a report of other models: none of its sites ({some}, …) is in these graphs; "
-            "measure the models that you compare here"
+            f"{name} is a report of other models: none of its sites ({', '.join(list(known)[:4])}, …) is in these "
+            "graphs; measure the models that you compare here"
         )
     measured = [_values(site, fields) if site else {} for site in sites]
     return tuple(replace(row, **values) for row, values in zip(rows, measured, strict=True))
 
 
 def _values(site: Any, fields: set[str]) -> dict[str, Any]:
-    """Return some fields of what was measured of a site; what has no value, for it was never called, is left out."""
+    """Return some of the fields measured on a site, without those that are NaN because it was never called."""
     if not site.calls:
         return {"kernel": "never called"} if "kernel" in fields else {}
     return {field: value for field in fields if (value := getattr(site, field)) == value}

@@ -1,4 +1,4 @@
-"""What of a diff is shown: repeated blocks folded into one, and the rows near a change."""
+"""Which lines of a diff are shown: repeated blocks once, and the lines near a change."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_LEAST_HIDDEN = 4  # rows; to hide fewer would only puzzle
+_LEAST_HIDDEN = 4  # lines; hiding fewer would only confuse
 
 Line = tuple[str, str]
-"""A line of a cell: its text, and its colour's name in the palette, or ""."""
+"""A line of a cell: its text, and the name of its colour in the palette, or ""."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class DiffRow:
 
 
 def fold(rows: Sequence[DiffRow]) -> list[DiffRow]:
-    """Return the rows with each block that follows upon itself once, and a row that says how often.
+    """Return the rows with each repeated block once, and a row that says how often it stands there.
 
-    Rows are alike where only numbers in their names and notes differ: layers_0_norm, layers_1_norm.
+    Rows are equal here if only the numbers in their names and notes differ: layers_0_norm, layers_1_norm.
     """
     return [row for row, _ in unfolded(rows)]
 
 
 def unfolded(rows: Sequence[DiffRow]) -> list[tuple[DiffRow, Sequence[DiffRow]]]:
-    """Return what fold does, each row with those that it stands in for: the repeated ones, or none."""
+    """Return the same, each row with the repeated ones that it stands for, or none."""
     keys = [_key(row) for row in rows]
     result: list[tuple[DiffRow, Sequence[DiffRow]]] = []
     start = 0
@@ -95,7 +95,7 @@ def sides(row: DiffRow) -> tuple[list[Line], list[Line]]:
 
 
 def _repeats(run: Sequence[DiffRow], period: int, times: int) -> DiffRow:
-    """Return the row that stands for a run's repeated blocks, with the sums of the whole run."""
+    """Return the row that stands for a run's repeated blocks, with the totals of the whole run."""
     worst = min((row.sqnr_db for row in run if row.sqnr_db is not None), default=None)
     ms, float_ms = (
         sum(numbers) if (numbers := [n for row in run if (n := getattr(row, name)) is not None]) else None
@@ -104,7 +104,7 @@ def _repeats(run: Sequence[DiffRow], period: int, times: int) -> DiffRow:
     return DiffRow(
         sign="×" if any(row.sign != " " for row in run) else " ",
         name=f"{times} times",
-        before=f"the {period} rows above" if period > 1 else "the row above",
+        before=f"the {period} lines above" if period > 1 else "the line above",
         after=f"… {run[-1].name}",
         note="",
         bytes_before=sum(row.bytes_before for row in run),
@@ -132,7 +132,7 @@ def _key(row: DiffRow) -> tuple[Any, ...]:
 
 
 def _best_run(keys: Sequence[Any], start: int) -> tuple[int, int]:
-    """Return the length of the block at a start and how often it stands there: the run that hides the most rows."""
+    """Return the length of the block at a start and how often it stands there, so that most lines are hidden."""
     best, hidden = (1, 1), _LEAST_HIDDEN - 1
     for period in range(1, (len(keys) - start) // 2 + 1):
         if keys[start] != keys[start + period]:

@@ -1,4 +1,4 @@
-"""A graph diff as HTML: a table for a notebook, and a page in which the two graphs and the kernels are linked."""
+"""A graph diff as HTML: a table for a notebook, and a page that links the two graphs and the kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fxquant.debug.diff.fold import DiffRow, Line, sides, unfolded
 from fxquant.debug.report.page import DECISIONS, page, themed
 from fxquant.debug.report.table import megabytes
 
-# Grounds that show through, for a notebook's theme is not known; the text keeps that theme's colour.
+# Translucent backgrounds: a notebook's theme is unknown, and its text colour is kept.
 _GROUNDS = {
     "changed": "background:rgba(212,160,23,.28)",
     "added": "background:rgba(46,160,67,.28)",
@@ -74,8 +74,8 @@ def diff_table(headers: Sequence[str], rows: Sequence[Sequence[Sequence[Line]]],
         + "</tr>\n"
         for row in rows
     )
-    told = "".join(f"<p>{html.escape(line)}</p>" for line in footer)
-    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>{told}"
+    notes = "".join(f"<p>{html.escape(line)}</p>" for line in footer)
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>{notes}"
 
 
 def _span(line: Line) -> str:
@@ -84,7 +84,7 @@ def _span(line: Line) -> str:
 
 
 def diff_page(rows: Sequence[DiffRow], stages: tuple[str, str], footer: Sequence[str]) -> str:
-    """Return a page that stands alone: each node of both graphs and its kernel in one row, linked to what it reads."""
+    """Return a self-contained page: each node of both graphs and its kernel in one line, linked to what it reads."""
     places = {row.name: f"n{i}" for i, row in enumerate(rows)}
     modules = {row.path: places[row.name] for row in rows if row.path}
     largest = max((size for row in rows for size in (row.bytes_before, row.bytes_after)), default=0)
@@ -110,10 +110,10 @@ def diff_page(rows: Sequence[DiffRow], stages: tuple[str, str], footer: Sequence
     )
     body = (
         f"<p>{'<br>'.join(map(html.escape, footer))}</p><p>{keys}</p>\n"
-        '<p class="dim">Point at a node, or click it to keep it marked, and its counterpart, its kernel and what was '
-        "fused into it are marked too; ← names what it reads.</p>\n"
+        '<p class="dim">Point at a node to mark it with its counterpart, its kernel and what was fused into it; click '
+        "to keep the mark. ← names what it reads.</p>\n"
         '<div class="controls" hidden><input type="search" id="search" aria-label="Search" placeholder="Search names, '
-        'types, reasons"><label><input type="checkbox" id="changed"> only what was decided</label>'
+        'types, reasons"><label><input type="checkbox" id="changed"> only changes and what stays float</label>'
         '<output id="found"></output></div>\n'
         f"<table{css}><thead><tr>{heads}</tr></thead>\n<tbody>{''.join(parts)}</tbody></table>\n"
     )
@@ -128,7 +128,7 @@ def _row(
     stages: tuple[str, str],
     run: str = "",
 ) -> str:
-    """Return one node as a table row of sign, both graphs' cells and its kernel's."""
+    """Return one node as a line of the table: its sign, the cells of both graphs, and its kernel."""
     fused = modules.get(row.fused_into, "")
     marks = (f' data-run="{run}"' if run else "") + (f' data-with="{fused}"' if fused else "")
     was, now = sides(row)
@@ -151,14 +151,14 @@ def _row(
 
 
 def _cell(row: DiffRow, lines: Sequence[Line], count: int, largest: int, reads: str) -> str:
-    """Return what one graph says of a node: name, type, scheme or reason, bytes with a bar, and what it reads."""
-    told = "".join(
+    """Return a node's cell for one graph: name, type, scheme or reason, bytes with a bar, and what it reads."""
+    texts = "".join(
         f'<div><span class="{color}">{html.escape(text)}</span></div>' if color else f"<div>{html.escape(text)}</div>"
         for text, color in lines
     )
     width = 100 * count / largest if largest else 0
     size = f'<div>{megabytes(count)}<span class="bar" style="width:{width:.2f}%"></span></div>' if count else ""
-    return f"<b>{html.escape(row.name)}</b>{told}{size}{reads}"
+    return f"<b>{html.escape(row.name)}</b>{texts}{size}{reads}"
 
 
 def _reads(names: Sequence[str], places: dict[str, str]) -> str:
@@ -169,10 +169,10 @@ def _reads(names: Sequence[str], places: dict[str, str]) -> str:
 
 def _details(row: DiffRow) -> str:
     """Return a node's kernel, milliseconds and SQNR."""
-    beside = "" if row.float_ms is None else f", float {row.float_ms:.3f} ms"
-    told = [
+    unquantized = "" if row.float_ms is None else f", float {row.float_ms:.3f} ms"
+    texts = [
         row.kernel,
-        "" if row.ms is None else f"{row.ms:.3f} ms{beside}",
+        "" if row.ms is None else f"{row.ms:.3f} ms{unquantized}",
         "" if row.sqnr_db is None else "exact" if row.sqnr_db == math.inf else f"SQNR {row.sqnr_db:.1f} dB",
     ]
-    return "".join(f"<div>{html.escape(text)}</div>" for text in told if text)
+    return "".join(f"<div>{html.escape(text)}</div>" for text in texts if text)

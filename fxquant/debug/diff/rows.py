@@ -1,4 +1,4 @@
-"""The rows of a diff: what each node of two graphs is, what became of it, and what it reads."""
+"""The rows of a diff: what each node of two graphs is, what happened to it, and what it reads."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class _Decided(NamedTuple):
 
 
 class _Side:
-    """One of the two graphs, and what its record says of its nodes.
+    """One of the two graphs, and what its record says about its nodes.
 
-    inside: by a node's name the paths of the candidates inside the module that it calls, which are told like nodes.
+    inside: by a node's name, the paths of candidates inside the module that it calls, which get rows of their own.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, root: nn.Module) -> None:
@@ -58,7 +58,7 @@ class _Side:
                 self.inside.setdefault(callers[above], []).append(path)
 
     def path(self, name: str) -> str:
-        """Return the path of the module that a node calls, of one inside a leaf its own, or ""."""
+        """Return the path of the module that a node calls, or of the one that is meant inside a leaf, or ""."""
         node = self.nodes.get(name)
         if node is None:
             return name if name in self._modules else ""
@@ -70,7 +70,7 @@ class _Side:
         return () if node is None else tuple(read.name for read in node.all_input_nodes)
 
     def describe(self, name: str, apart: list[str]) -> tuple[str, str, int]:
-        """Return what a node is in a word or two, its details, and its bytes; without those of modules told apart."""
+        """Return what a node is in a word or two, its details, and its bytes. apart: modules with rows of their own."""
         node, path = self.nodes.get(name), self.path(name)
         if path:
             return _module(self._modules[path], [self._modules[part] for part in apart if part in self._modules])
@@ -98,7 +98,7 @@ class _Side:
 
 
 def diff_rows(before: nn.Module, after: nn.Module) -> tuple[tuple[DiffRow, ...], str]:
-    """Return a row for every node of either graph, in an order that keeps each one's own, and a remark, or ""."""
+    """Return a row for every node of either graph, in an order that both agree with, and a remark, or ""."""
     records = [record for record in map(record_of, (after, before)) if record is not None]
     is_traced = all(record.is_traced for record in records)
     try:
@@ -118,7 +118,7 @@ def diff_rows(before: nn.Module, after: nn.Module) -> tuple[tuple[DiffRow, ...],
 
 
 def _row(name: str, old: _Side, new: _Side, apart: list[str]) -> DiffRow:
-    """Return the row of one node, without what is told of the modules inside it."""
+    """Return the row of one node. apart: modules inside it that have rows of their own."""
     was, old_details, size_before = old.describe(name, apart)
     now, new_details, size_after = new.describe(name, apart)
     path = new.path(name) or old.path(name)
@@ -154,7 +154,7 @@ def _unlike(old: str, new: str) -> tuple[str, str]:
 
 
 def _as_graph(model: nn.Module, records: list[Record]) -> tuple[fx.Graph, nn.Module]:
-    """Return a model's graph, traced if need be as the other one was, and what holds the modules that it calls."""
+    """Return a model's graph, traced as the other model's was if it has none, and the root of the modules it calls."""
     module = model
     if not isinstance(module, fx.GraphModule):
         record = records[0] if records else Record(stage="prepared", operators=OPERATORS)
@@ -164,7 +164,7 @@ def _as_graph(model: nn.Module, records: list[Record]) -> tuple[fx.Graph, nn.Mod
 
 
 def _as_list(model: nn.Module) -> fx.Graph:
-    """Return a graph that holds each module of a model that has tensors of its own, and no wiring."""
+    """Return a graph of the modules that have tensors of their own, without wiring."""
     graph = fx.Graph()
     for path, module in model.named_modules():
         if path and any(True for _ in (*module.parameters(False), *module.buffers(False))):
@@ -173,7 +173,7 @@ def _as_list(model: nn.Module) -> fx.Graph:
 
 
 def _merged(old: list[str], new: list[str]) -> list[str]:
-    """Return the names of both graphs in an order that keeps each one's own."""
+    """Return the names of both graphs in an order that both agree with."""
     names: list[str] = []
     for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         names += old[a:b] if tag == "equal" else [*old[a:b], *new[c:d]]
@@ -181,33 +181,32 @@ def _merged(old: list[str], new: list[str]) -> list[str]:
 
 
 def _module(module: nn.Module, apart: list[nn.Module]) -> tuple[str, str, int]:
-    """Return a module's type, what its repr adds to that and its tensors' dtypes, and its bytes, some modules apart."""
+    """Return a module's type, its extra_repr with its tensors' dtypes, and its bytes, without the modules apart."""
     elsewhere = {edit.identity(tensor) for part in apart for tensor in (*part.parameters(), *part.buffers())}
-    tensors = {edit.identity(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    own = [tensor for key, tensor in tensors.items() if key not in elsewhere]
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in own})
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if edit.identity(t) not in elsewhere]
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
     details = ", ".join([*filter(None, [module.extra_repr()]), *dtypes])
-    return type_name(type(module)), details, sum(tensor.numel() * tensor.element_size() for tensor in own)
+    return type_name(type(module)), details, sum(edit.sizes(tensors).values())
 
 
 def _call(node: fx.Node, module: nn.Module) -> tuple[str, str, int]:
-    """Return the same of a node that calls no module; its details are its constant arguments."""
+    """Return the same for a node that calls no module. Its details are its constant arguments."""
     if node.op == "get_attr":
         tensor = edit.get_tensor(module, str(node.target))
         if tensor is None:
             return str(node.target), "", 0
-        kind = str(tensor.dtype).removeprefix("torch.")
-        return f"{kind} {tuple(tensor.shape)}", "", tensor.numel() * tensor.element_size()
-    told = ", ".join(_constants(node))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return f"{dtype} {tuple(tensor.shape)}", "", tensor.numel() * tensor.element_size()
+    constants = ", ".join(_constants(node))
     if node.op == "call_function":
         function: Any = node.target
         is_overload = isinstance(function, torch._ops.OpOverload)
-        return str(function).removesuffix(".default") if is_overload else type_name(function), told, 0
-    return (f".{node.target}()" if node.op == "call_method" else node.op), told, 0
+        return str(function).removesuffix(".default") if is_overload else type_name(function), constants, 0
+    return (f".{node.target}()" if node.op == "call_method" else node.op), constants, 0
 
 
 def _constants(node: fx.Node) -> Iterator[str]:
-    """Yield the arguments of a node that are no nodes, nor hold any."""
+    """Yield the plain arguments of a node."""
     for name, value in [*((str(i), arg) for i, arg in enumerate(node.args)), *node.kwargs.items()]:
         held: list[fx.Node] = []
         fx.node.map_arg(value, held.append)

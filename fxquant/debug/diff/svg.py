@@ -1,4 +1,4 @@
-"""A graph diff as a drawing: two columns of boxes, each as high as its node has bytes, and lines for what is read."""
+"""A graph diff as a drawing: two columns of boxes with a bar for each node's bytes, and lines for what is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fxquant.debug.report.page import DECISIONS, drawing
 from fxquant.debug.report.table import megabytes, shorten, wrap
 
 _BOX, _GAP, _LANE, _MARGIN, _LINE, _CHAR = 300, 90, 9, 14, 15, 7.3
-_HIGHEST, _ALL = 160, 1600  # pixels that the largest node's bytes may take, and all of them together
+_HIGHEST, _ALL = 160, 1600  # pixels for the bytes of the largest node, and of all together, at most
 _KEY = 132
 _STYLE = (
     ".wire{fill:none;stroke:$dim;stroke-width:1.2}.tie{stroke:$line;stroke-dasharray:3 3}.small{fill:$dim}"
@@ -26,7 +26,7 @@ _STYLE = (
 
 @dataclass
 class _Box:
-    """One node of one of the graphs. top, height: of the box; bar: pixels of it for its bytes."""
+    """One node of one of the graphs. top, height: of the box; bar: the pixels of it that show its bytes."""
 
     row: DiffRow
     decision: str
@@ -46,7 +46,7 @@ class _Box:
 
 @dataclass
 class _Wire:
-    """What one box gives to those that are not right below it: one line beside the column, in a lane, with branches."""
+    """A line from a box to those further down that read it: beside the column, in a lane, with branches."""
 
     source: int
     ends: list[int]
@@ -54,12 +54,12 @@ class _Wire:
 
 
 def diff_drawing(rows: Sequence[DiffRow], stages: tuple[str, str], footer: Sequence[str]) -> str:
-    """Return an SVG drawing of both graphs; repeated blocks are one, with a box that says how often."""
+    """Return an SVG drawing of both graphs, with repeated blocks once and a box that says how often."""
     shown = unfolded(rows)
     place = {part.name: i for i, (row, hidden) in enumerate(shown) for part in (hidden or (row,))}
     columns = [_boxes([row for row, _ in shown], side) for side in (0, 1)]
-    told = wrap("\n".join(footer), int((2 * _BOX + _GAP) / _CHAR)).split("\n")
-    top = start = float(80 + _LINE * len(told))
+    notes = wrap("\n".join(footer), int((2 * _BOX + _GAP) / _CHAR)).split("\n")
+    top = start = float(80 + _LINE * len(notes))
     for i in range(len(shown)):
         pair = [column[i] for column in columns if i in column]
         for box in pair:
@@ -72,7 +72,7 @@ def diff_drawing(rows: Sequence[DiffRow], stages: tuple[str, str], footer: Seque
     straight, wires = zip(*(map(_wires, columns, reads)), strict=True)
     widths = [_MARGIN + _LANE * max([0, *(wire.lane for wire in side)]) for side in wires]
     places = widths[0], widths[0] + _BOX + _GAP
-    parts = [_head(told, start, zip(places, stages, strict=True))]
+    parts = [_head(notes, start, zip(places, stages, strict=True))]
     for i in columns[0].keys() & columns[1].keys():
         parts.append(f'<path class="wire tie" d="M{places[0] + _BOX} {columns[0][i].top + 12:g}h{_GAP}"/>')
     for x, column, pairs, beside, way in zip(places, columns, straight, wires, (-1, 1), strict=True):
@@ -89,7 +89,7 @@ def _boxes(rows: Sequence[DiffRow], side: int) -> dict[int, _Box]:
     scale = min(_HIGHEST / max([1, *single]), _ALL / max(1, sum(single)))
     boxes = {}
     for i, row in enumerate(rows):
-        if row.sign == "+-"[side]:  # it is in the other graph alone
+        if row.sign == "+-"[side]:  # only the other graph has it
             continue
         count = row.bytes_after if side else row.bytes_before
         decision = row.decision if side or row.sign == "-" else "same"
@@ -105,7 +105,7 @@ def _is_folded(row: DiffRow) -> bool:
 
 
 def _wires(column: dict[int, _Box], reads: Iterable[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[_Wire]]:
-    """Return the wires straight down to the next box, and those around, each in a lane that is free where it runs."""
+    """Return the wires straight down to the next box, and those around others, each in a lane that is free there."""
     order = {number: i for i, number in enumerate(column)}
     straight: list[tuple[int, int]] = []
     around: dict[int, _Wire] = {}
@@ -116,7 +116,7 @@ def _wires(column: dict[int, _Box], reads: Iterable[tuple[int, int]]) -> tuple[l
             straight.append((a, b))
         else:
             around.setdefault(a, _Wire(a, [])).ends.append(b)
-    free: list[int] = []  # by lane, the row where its last wire ends
+    free: list[int] = []  # for each lane, the number of the box where its last wire ends
     for wire in around.values():
         lane = next((i for i, end in enumerate(free) if end <= wire.source), len(free))
         free[lane : lane + 1] = [max(wire.ends)]
@@ -141,7 +141,7 @@ def _around(wire: _Wire, column: dict[int, _Box], edge: float, way: int) -> str:
 
 
 def _draw(box: _Box, x: float) -> str:
-    """Return a box with its texts, and a title that has them whole."""
+    """Return a box with its texts, shortened to fit, and a title with the whole of them."""
     fold, css = " folded" if _is_folded(box.row) else "", "small" if box.decision == "same" else box.decision
     parts = [
         f"<g><title>{html.escape(chr(10).join([*box.lines, box.size]).strip())}</title>"
@@ -159,9 +159,9 @@ def _draw(box: _Box, x: float) -> str:
     return "".join([*parts, "</g>"])
 
 
-def _head(told: Sequence[str], start: float, titles: Iterable[tuple[float, str]]) -> str:
+def _head(notes: Sequence[str], start: float, titles: Iterable[tuple[float, str]]) -> str:
     """Return the totals, the key to the colours, and the columns' titles above where the boxes start."""
-    parts = [f'<text x="{_MARGIN}" y="{22 + _LINE * i}">{html.escape(line)}</text>' for i, line in enumerate(told)]
+    parts = [f'<text x="{_MARGIN}" y="{22 + _LINE * i}">{html.escape(line)}</text>' for i, line in enumerate(notes)]
     for i, name in enumerate(name for name, sign in DECISIONS.items() if sign):
         x, key = _MARGIN + _KEY * i, "stays float" if name == "float" else name
         parts.append(f'<rect class="{name}" x="{x}" y="{start - 59:g}" width="14" height="14"/>')

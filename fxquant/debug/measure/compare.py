@@ -1,17 +1,17 @@
 """compare: what quantization costs in accuracy, site by site.
 
-For a site's float output y and its quantized output ŷ, over all calls and elements:
+For a site's float output y and quantized output ŷ, over all calls and elements:
 
     SQNR = 10 log10(Σ y² / Σ (y - ŷ)²) dB      relative RMS = √(Σ (y - ŷ)² / Σ y²)      max error = max |y - ŷ|
 
-"accumulated": ŷ is what the site gives as it runs in the quantized model, on inputs that carry the errors of all before
-it. "local": ŷ is what the quantized site gives for the float model's inputs, so the damage that it does itself.
+"accumulated": the quantized site runs on the quantized model's values, which carry the errors of all sites before it.
+"local": it runs on the float model's values, so this is the error of the site alone.
 
-peak, of the rows x_r of K values of the float site's input, says how far their largest values stick out:
+peak says how far the largest values of the float site's input stick out, over its tokens x_t of K values:
 
-    peak = √(Σ_r K max_k x_rk² / Σ_r Σ_k x_rk²)      1 where all are of one size; √K where one value is all there is
+    peak = √(Σ_t K max_k x_tk² / Σ_t Σ_k x_tk²)      1 if all values have one magnitude; √K if only one is not 0
 
-A row has 255 steps from end to end, so its largest values set the step for all: a peak twice as high costs 6 dB.
+A token is quantized in 255 steps, and its largest values set their size: twice the peak costs 6 dB.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fxquant.debug.measure.metric import NO_FLOATS, Progress
 from fxquant.debug.measure.sites import first_tensor, open_float, open_quantized
-from fxquant.debug.measure.trial import NO_FLOATS, Progress
 from fxquant.debug.report.charts import Bar, bar_chart
 from fxquant.debug.report.page import write
 from fxquant.debug.report.report import Column, Report
-from fxquant.debug.report.table import site_name
+from fxquant.debug.report.table import decibels, first_few, site_fields, site_name
 from fxquant.errors import ExampleInputsError
 from fxquant.graph.call import each_batch, run
 from fxquant.graph.outputs import Error, energy, named_floats, wide
@@ -42,10 +42,10 @@ _SHOWN_OUTPUTS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class CompareRow:
-    """One site's errors; see the module's equations. NaN: it was never called, or its inputs are no floats.
+    """One site's errors, by the equations above. NaN: it was never called, or its inputs are not floating-point.
 
-    path, call, kind, operator: as in its Site. calls: how often it was compared; unpaired: calls of one model to which
-    the other has none of the same shape, where code that branches on values took another way.
+    path, call, kind, operator: as in its Site. calls: how often it was compared. unpaired: calls in one model without
+    one of the same shape in the other, as in code that branches on values.
     """
 
     path: str
@@ -67,10 +67,10 @@ class CompareRow:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputRow:
-    """One floating-point output's error. name: its path in what forward gives, "" where that is one tensor.
+    """One floating-point output's error. name: its path in forward's result, "" if that is one tensor.
 
-    batches: how many it was compared in: those in which both models give it, in one shape. Its errors are NaN where
-    there is none, or the float model gives no finite value.
+    batches: those in which both models give it in the same shape, so that it was compared. Without any, or without a
+    finite value in float, the errors are NaN.
     """
 
     name: str
@@ -80,8 +80,9 @@ class OutputRow:
     max_error: float
 
 
-def _decibels(value: float) -> str:
-    return "" if math.isnan(value) else "exact" if value == math.inf else f"{value:.1f} dB"
+def _figures(error: Error, prefix: str = "") -> dict[str, Any]:
+    """Return an error's figures as fields, whose names begin with a prefix."""
+    return {f"{prefix}{name}": getattr(error, name) for name in ("sqnr_db", "relative_rms", "max_error")}
 
 
 def _number(value: float) -> str:
@@ -94,10 +95,10 @@ def _range(row: CompareRow) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Report):
-    """Every site's error, worst first: print it, show it in a notebook, sort it, or walk its rows.
+    """Every site's error, worst first: print it, show it in a notebook, sort it, or read its rows.
 
-    batches: how many were run. outputs: the error of each output whose values are floats; output_sqnr_db,
-    output_relative_rms, output_max_error: of the one that came off worst.
+    batches: how many were run. outputs: the errors of the floating-point outputs; output_sqnr_db, output_relative_rms,
+    output_max_error: of the worst one.
     """
 
     rows: tuple[CompareRow, ...]
@@ -111,8 +112,8 @@ class Comparison(Report):
     columns: ClassVar[tuple[Column, ...]] = (
         Column("site", "path", 24, site_name, is_number=False, is_name=True),
         Column("was", "kind", 12, lambda row: row.kind, is_number=False, is_name=True),
-        Column("SQNR", "sqnr_db", 8, lambda row: _decibels(row.sqnr_db)),
-        Column("local", "local_sqnr_db", 8, lambda row: _decibels(row.local_sqnr_db)),
+        Column("SQNR", "sqnr_db", 8, lambda row: decibels(row.sqnr_db)),
+        Column("local", "local_sqnr_db", 8, lambda row: decibels(row.local_sqnr_db)),
         Column("RMS", "relative_rms", 7, lambda row: _number(100 * row.relative_rms) and f"{row.relative_rms:.2%}"),
         Column("max", "max_error", 8, lambda row: _number(row.max_error)),
         Column("input", "input_max", 14, _range),
@@ -121,47 +122,36 @@ class Comparison(Report):
 
     @property
     def footer(self) -> tuple[str, ...]:
-        """The lines under the table: the output's error, and what the columns are."""
-        what = "output" if len(self.outputs) <= 1 else f"the worst of {len(self.outputs)} outputs"
-        batches = f"{self.batches} batch{'es' if self.batches != 1 else ''}"
-        output = (
-            f"{what}: SQNR {_decibels(self.output_sqnr_db)}, relative RMS {self.output_relative_rms:.2%}, max error "
-            f"{_number(self.output_max_error)}; {batches}"
-        )
-        if math.isnan(self.output_max_error):
-            has_pairs = any(row.batches for row in self.outputs)
-            why = (
-                "the float model gives only NaN and infinities"
-                if has_pairs
-                else "it has other shapes in the quantized model"
-            )
-            output = f"{what}: not compared, {why}; {batches}"
+        """The lines under the table: what the columns mean, and the outputs' errors."""
         missed = [site_name(row) for row in self.rows if not row.calls]
         apart = [f"{site_name(row)}: {row.unpaired}" for row in self.rows if row.unpaired]
+        each = [f"{row.name} {decibels(row.sqnr_db) or 'not compared'}" for row in self.outputs]
         return (
             "SQNR, RMS (relative) and max (absolute) error as it runs; local: SQNR of the site alone, on float inputs",
-            "input: the range of these; peak: how far a row's largest value sticks out, 1 where all are of one size",
+            "input: the range of these; peak: how far a token's largest value sticks out, 1 if all have one magnitude",
             *([f"never called: {', '.join(missed)}"] if missed else ()),
             *([f"calls without a counterpart in the other model: {', '.join(apart)}"] if apart else ()),
-            *self._each_output(),
-            output,
+            *([f"outputs, SQNR: {', '.join(first_few(each, _SHOWN_OUTPUTS, 'outputs'))}"] if len(each) > 1 else ()),
+            f"{self._worst_output()}; {self.batches} batch{'es' if self.batches != 1 else ''}",
         )
 
-    def _each_output(self) -> list[str]:
-        """Return a line that names the outputs and their SQNR, worst first, where there are several."""
-        if len(self.outputs) <= 1:
-            return []
-        told = [f"{row.name} {_decibels(row.sqnr_db) or 'not compared'}" for row in self.outputs[:_SHOWN_OUTPUTS]]
-        more = [f"… and {len(self.outputs) - len(told)} more: .outputs"] if len(self.outputs) > len(told) else []
-        return [f"outputs, SQNR: {', '.join([*told, *more])}"]
+    def _worst_output(self) -> str:
+        """Return the output's error, or why there is none."""
+        name = "output" if len(self.outputs) <= 1 else f"the worst of {len(self.outputs)} outputs"
+        if not math.isnan(self.output_max_error):
+            figures = f"relative RMS {self.output_relative_rms:.2%}, max error {_number(self.output_max_error)}"
+            return f"{name}: SQNR {decibels(self.output_sqnr_db)}, {figures}"
+        if any(row.batches for row in self.outputs):
+            return f"{name}: not compared, the float model gives only NaN and infinities"
+        return f"{name}: not compared, it has other shapes in the quantized model"
 
     def figure(self) -> str:
         """Return the SVG drawing of plot."""
         bars = [Bar(site_name(row), row.sqnr_db, row.local_sqnr_db) for row in self.rows]
-        return bar_chart("SQNR of each site, dB: as it runs, and local", ("as it runs", "local"), bars, _decibels)
+        return bar_chart("SQNR of each site, dB: as it runs, and local", ("as it runs", "local"), bars, decibels)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return an SVG drawing, bars of each site's SQNR as it runs and local; write it where a path is given."""
+        """Return an SVG drawing with bars for each site's SQNR, as it runs and local. path: where to write it."""
         return write(path, self.figure())
 
 
@@ -172,15 +162,15 @@ class _Activation:
         self.low, self.high, self.peaks, self.energy = math.inf, -math.inf, 0.0, 0.0
 
     def add(self, x: torch.Tensor) -> None:
-        """Count another tensor's rows; those with a NaN or an infinity are left out."""
-        rows = wide(x).reshape(-1, x.shape[-1] if x.dim() else 1)
-        if not math.isfinite(energy(rows)):
-            rows = rows[rows.isfinite().all(-1)]
-        if rows.numel():
-            low, high = rows.aminmax()
+        """Count another tensor's tokens; those with a NaN or an infinity are left out."""
+        tokens = wide(x).reshape(-1, x.shape[-1] if x.dim() else 1)
+        if not math.isfinite(energy(tokens)):
+            tokens = tokens[tokens.isfinite().all(-1)]
+        if tokens.numel():
+            low, high = tokens.aminmax()
             self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
-            self.peaks += rows.shape[-1] * energy(rows.abs().amax(-1))
-            self.energy += energy(rows)
+            self.peaks += tokens.shape[-1] * energy(tokens.abs().amax(-1))
+            self.energy += energy(tokens)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -192,18 +182,18 @@ class _Activation:
 
 
 class _Watch:
-    """What is seen of one site while both models run."""
+    """Watches one site while both models run."""
 
     def __init__(self, site: Site, float_site: nn.Module, quantized_site: nn.Module) -> None:
         self.site, self.quantized_site, self.unpaired = site, quantized_site, 0
         self.accumulated, self.local, self.activation = Error(), Error(), _Activation()
         self.waiting: collections.deque[torch.Tensor] = collections.deque()  # float outputs of this batch
-        # Before the user's own hooks, which may change what the site gave:
+        # Ahead of the user's own hooks, which may change the site's output:
         float_site.register_forward_hook(self.see_float, prepend=True, with_kwargs=True)
         quantized_site.register_forward_hook(self.see_quantized, prepend=True)
 
     def see_float(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Compare the sites on the same inputs, and keep what the float one gave until the quantized model ran."""
+        """Compare the sites on the same inputs, and keep the float output until the quantized model has run."""
         x, expected = first_tensor((args, kwargs)), first_tensor(output)
         if x is not None and x.is_floating_point():
             self.activation.add(x)
@@ -213,7 +203,7 @@ class _Watch:
             self.waiting.append(expected.detach().clone())  # forward may go on to write into it
 
     def see_quantized(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        """Compare with what the float model gave at the same call."""
+        """Compare with the float model's output of the same call."""
         got = first_tensor(output)
         expected = self.waiting.popleft() if self.waiting else None
         if expected is None or got is None or expected.shape != got.shape:
@@ -222,7 +212,7 @@ class _Watch:
             self.accumulated.add(expected, got)
 
     def end_batch(self) -> None:
-        """Forget what had no counterpart."""
+        """Drop the float outputs without a counterpart."""
         self.unpaired += len(self.waiting)
         self.waiting.clear()
 
@@ -230,18 +220,11 @@ class _Watch:
         """Return the sums so far."""
         low, high = self.activation.range
         return CompareRow(
-            path=self.site.path,
-            call=self.site.call or "",
-            kind=self.site.kind,
-            operator=self.site.operator,
+            **site_fields(self.site),
             calls=self.accumulated.calls,
             unpaired=self.unpaired,
-            sqnr_db=self.accumulated.sqnr_db,
-            relative_rms=self.accumulated.relative_rms,
-            max_error=self.accumulated.max_error,
-            local_sqnr_db=self.local.sqnr_db,
-            local_relative_rms=self.local.relative_rms,
-            local_max_error=self.local.max_error,
+            **_figures(self.accumulated),
+            **_figures(self.local, "local_"),
             input_min=low,
             input_max=high,
             peak=self.activation.peak,
@@ -249,38 +232,28 @@ class _Watch:
 
 
 class _Outputs:
-    """What is seen of the models' outputs."""
+    """The errors of the models' outputs, by their names."""
 
     def __init__(self) -> None:
         self._errors: dict[str, Error] = {}
 
     def add(self, expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> None:
-        """Count another batch's floats. One that the other model lacks, or has in another shape, is not compared."""
+        """Count another batch's outputs. One that the other model lacks, or has in another shape, is not compared."""
         for name, tensor in expected.items():
-            found = got.get(name)
             if tensor.numel():
                 error = self._errors.setdefault(name, Error())
-                if found is not None and found.shape == tensor.shape:
-                    error.add(tensor, found)
+                if name in got and got[name].shape == tensor.shape:
+                    error.add(tensor, got[name])
 
     def rows(self) -> tuple[OutputRow, ...]:
-        """Return each output's error, worst first; raise ExampleInputsError where none holds a float."""
+        """Return each output's error, worst first; raise ExampleInputsError if none is floating-point."""
         if not self._errors:
             raise ExampleInputsError(f"compare: {NO_FLOATS}")
-        rows = [
-            OutputRow(
-                name=name,
-                batches=error.calls,
-                sqnr_db=error.sqnr_db,
-                relative_rms=error.relative_rms,
-                max_error=error.max_error,
-            )
-            for name, error in self._errors.items()
-        ]
+        rows = [OutputRow(name=n, batches=error.calls, **_figures(error)) for n, error in self._errors.items()]
         return tuple(sorted(rows, key=lambda row: (math.isnan(row.sqnr_db), row.sqnr_db)))
 
     def worst(self) -> Error:
-        """Return the error of the output that came off worst; one that is 0 throughout says little, and comes last."""
+        """Return the error of the worst output. An output that is 0 throughout says little, and comes last."""
         compared = (error for error in self._errors.values() if error.known)
         return min(compared, key=lambda error: (not error.signal, error.sqnr_db), default=Error())
 
@@ -288,18 +261,18 @@ class _Outputs:
 def compare(
     float_model: nn.Module, quantized: nn.Module, data: Iterable[Any], *, progress: Progress = iter
 ) -> Comparison:
-    """Return every site's error on some data: accumulated, as it runs, and local, fed with float inputs.
+    """Return every site's error on some data: accumulated, as it runs, and local, on the float model's inputs.
 
     quantized: the result of convert_fx, quantize_dynamic or load; float_model: what it was made from.
-    data: an iterable of batches, each a tuple of one call's positional arguments, a dict of keywords, or one tensor;
-    it is gone through once, and of a batch only sums are kept. progress: what to wrap it in, `tqdm` for a bar.
+    data: an iterable of batches, each a tuple of one call's positional arguments, a dict of keywords, or one tensor.
+    It is read once, and only sums are kept. progress: wraps the batches, such as `tqdm` for a bar.
 
-    Of a site that gives several tensors (an LSTM's states, attention's weights), the first is compared; of the model's
-    outputs all whose values are floats, in tuples, dicts, dataclasses and the like. A fused site is compared with the
+    If a site gives several tensors (an LSTM's states, attention's weights), the first is compared. Of the model's
+    outputs all floating-point ones are, in tuples, dicts, dataclasses and the like. A fused site is compared with the
     fused float computation. Both models run as mirrors: neither is changed or hooked.
 
     Raises ModelStateError for models that do not belong together, ExampleInputsError for a batch that does not fit
-    forward, for no batch at all, or where no output is floating-point (class indices alone).
+    forward, for no batch at all, or if no output is floating-point (class indices alone).
     """
     record = need_stage(quantized, "quantized", "compare", "convert_fx(prepared) or quantize_dynamic(model)")
     ours, theirs = open_quantized(quantized, record), open_float(float_model, record)
@@ -311,13 +284,10 @@ def compare(
         for watch in watches:
             watch.end_batch()
         outputs.add(named_floats(expected), named_floats(got))
-    rows, worst = outputs.rows(), outputs.worst()
     comparison = Comparison(
         rows=tuple(watch.row() for watch in watches),
         batches=batches,
-        output_sqnr_db=worst.sqnr_db,
-        output_relative_rms=worst.relative_rms,
-        output_max_error=worst.max_error,
-        outputs=rows,
+        outputs=outputs.rows(),
+        **_figures(outputs.worst(), "output_"),
     )
     return comparison.sort("sqnr_db")

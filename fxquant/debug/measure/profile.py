@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fxquant.debug.measure.sites import OpenModel, open_float, open_quantized
 from fxquant.debug.report.report import Column, Report
-from fxquant.debug.report.table import megabytes, site_name
+from fxquant.debug.report.table import megabytes, milliseconds, site_name
 from fxquant.errors import ExampleInputsError, ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, as_arguments
@@ -26,16 +26,16 @@ from fxquant.ops import KERNELS, kernel_info
 
 _PLAIN = "plain torch"
 _BUSY = 0.2
-"""The share of a call by which its parts' medians add up to something else, from which the figures are not to trust."""
+"""If the parts' medians add up to more or less than the call's by more than this share, do not trust the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRow:
-    """One site, or all that is in none: "elsewhere". ms: of a call of the model; float_ms: NaN without a float model.
+    """One site, or "elsewhere": all that is in none. ms: per call of the model; float_ms: NaN without a float model.
 
-    calls: how often a call of the model calls the site. kernel: the operators that it calls beside torch's own, and
-    what runs them: "linear (amx)", "lstm (plain torch)". told: the same, as the table says it: what runs nearly all of
-    them stands under it.
+    calls: how often a call of the model calls the site. kernel: the operators other than torch's that it calls, and
+    what runs them: "linear (amx)", "lstm (plain torch)". label: the same for the table, without what runs nearly all
+    operators, which is named below the table.
     """
 
     path: str
@@ -47,7 +47,7 @@ class ProfileRow:
     bytes: int
     float_bytes: int
     kernel: str = ""
-    told: str = ""
+    label: str = ""
 
     @property
     def speedup(self) -> float:
@@ -55,17 +55,17 @@ class ProfileRow:
         return self.float_ms / self.ms if self.ms else math.nan
 
 
-def _ms(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3f}"
-
-
 def _times(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.1f}×"
 
 
+def _label(row: ProfileRow) -> str:
+    return row.label if row.calls or not row.kind else "never called"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Profile(Report):
-    """Every site's milliseconds and bytes, slowest first: print it, show it in a notebook, sort it, or walk its rows.
+    """Every site's milliseconds and bytes, slowest first: print it, show it in a notebook, sort it, or read its rows.
 
     ms, float_ms: of a whole call; bytes, float_bytes: of a whole model; all milliseconds are medians of the rounds.
     """
@@ -83,16 +83,10 @@ class Profile(Report):
     columns: ClassVar[tuple[Column, ...]] = (
         Column("site", "path", 24, site_name, is_number=False, is_name=True),
         Column("was", "kind", 14, lambda row: row.kind, is_number=False, is_name=True),
-        Column(
-            "kernel",
-            "kernel",
-            12,
-            lambda row: row.told if row.calls or not row.kind else "never called",
-            is_number=False,
-        ),
+        Column("kernel", "kernel", 12, _label, is_number=False),
         Column("calls", "calls", 5, lambda row: str(row.calls or "")),
-        Column("ms", "ms", 9, lambda row: _ms(row.ms) if row.ms else ""),
-        Column("float ms", "float_ms", 9, lambda row: _ms(row.float_ms) if row.float_ms else ""),
+        Column("ms", "ms", 9, lambda row: milliseconds(row.ms) if row.ms else ""),
+        Column("float ms", "float_ms", 9, lambda row: milliseconds(row.float_ms) if row.float_ms else ""),
         Column("speed", "speedup", 6, lambda row: _times(row.speedup)),
         Column("size", "bytes", 9, lambda row: megabytes(row.bytes) if row.bytes else ""),
         Column("float size", "float_bytes", 9, lambda row: megabytes(row.float_bytes) if row.float_bytes else ""),
@@ -100,21 +94,18 @@ class Profile(Report):
 
     @property
     def footer(self) -> tuple[str, ...]:
-        """The lines under the table: the totals, and on what they were measured."""
+        """The lines under the table: the totals, and how they were measured."""
         is_alone = math.isnan(self.float_ms)
-        beside = "" if is_alone else f", float {_ms(self.float_ms)} ms, {_times(self.float_ms / self.ms)} as fast"
+        speed = f", float {milliseconds(self.float_ms)} ms, {_times(self.float_ms / self.ms)} as fast"
         sizes = megabytes(self.bytes) if is_alone else f"{megabytes(self.float_bytes)} → {megabytes(self.bytes)}"
         sums = [sum(row.ms for row in self.rows), sum(row.float_ms for row in self.rows)]
         calls = [self.ms, self.float_ms]
         is_busy = any(abs(total - call) > _BUSY * call for total, call in zip(sums, calls, strict=True))
-        told = " and ".join(f"{_ms(total)}" for total in sums if not math.isnan(total))
+        added = " and ".join(milliseconds(total) for total in sums if not math.isnan(total))
+        warning = f"the sites add up to {added} ms: the machine was busy with other work; measure again"
         return (
-            f"a call: {_ms(self.ms)} ms{beside}; {sizes}",
-            *(
-                [f"the rows add up to {told} ms: the machine was busy with other work; measure again"]
-                if is_busy
-                else []
-            ),
+            f"a call: {milliseconds(self.ms)} ms{'' if is_alone else speed}; {sizes}",
+            *([warning] if is_busy else []),
             f"medians of {self.rounds} rounds; {self.threads} thread{'s' if self.threads != 1 else ''}, {self.kernels}",
         )
 
@@ -136,7 +127,7 @@ class _Timer:
 
 
 class _Kernels(TorchDispatchMode):
-    """Notes which operators each site calls that are not torch's own."""
+    """Notes which operators other than torch's own each site calls."""
 
     def __init__(self, sites: Sequence[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -163,7 +154,7 @@ class _Kernels(TorchDispatchMode):
 
 
 def _kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> tuple[str, str]:
-    """Return an operator's name and what runs it with these arguments, "" where that is not known."""
+    """Return an operator's name and what runs it with these arguments, "" if that is unknown."""
     name = operator._schema.name.partition("::")[2]
     if operator.namespace != "fxquant":
         return f"{operator.namespace}.{name}", ""
@@ -171,17 +162,17 @@ def _kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> tuple[str, 
 
 
 def _usual() -> str:
-    """Return what runs the operators here where nothing stands against it."""
+    """Return what runs the operators on this machine, unless their arguments prevent it."""
     return kernel_info().isa or _PLAIN
 
 
 def _join(operators: Iterable[tuple[str, str]], but: str = "") -> str:
-    """Return operators and what runs each in brackets, but for one of these."""
+    """Return operators, each with what runs it in brackets, unless that is `but`."""
     return ", ".join(f"{name} ({where})" if where not in ("", but) else name for name, where in operators)
 
 
 class _Side:
-    """One of the models, and what its rounds took. The last of its sites' numbers is for all that is in no site."""
+    """One of the models, and how long its rounds took. The last of its sites' figures is for all that is in no site."""
 
     def __init__(self, model: nn.Module, opened: OpenModel) -> None:
         self.model, self.sites, self.timers = opened.model, opened.sites, list(map(_Timer, opened.sites))
@@ -192,7 +183,7 @@ class _Side:
         self._sites_ms: list[list[float]] = []
 
     def run(self, arguments: Inputs) -> None:
-        """Run the model once more."""
+        """Run the model, and keep how long that took."""
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
         for timer in self.timers:
             timer.ms, timer.calls = 0.0, 0
@@ -205,30 +196,30 @@ class _Side:
 
     @property
     def ms(self) -> float:
-        """The median of all rounds but the first, which warms up."""
+        """The median of the rounds, without the first, which warms up."""
         return statistics.median(self._totals_ms[1:])
 
     @property
     def sites_ms(self) -> list[float]:
-        """The same of each site."""
+        """The same for each site."""
         return [statistics.median(rounds) for rounds in zip(*self._sites_ms[1:], strict=True)]
 
 
 def profile(model: nn.Module, inputs: Any, *, float_model: nn.Module | None = None, rounds: int = 20) -> Profile:
-    """Return the milliseconds and bytes that each site of a model takes, beside the float model's if that is given.
+    """Return the milliseconds and bytes that each site of a model takes, and those of the float model if it is given.
 
     model: a result of convert_fx, quantize_dynamic, load or prepare_fx; float_model: what it was made from. inputs: one
-    call's arguments: a tuple, a dict of keywords or one tensor. rounds: calls of each model, in turns, after one that
-    warms up, on as many threads as torch.get_num_threads() says.
+    call's arguments: a tuple, a dict of keywords or one tensor. rounds: how often each model is called, in turns, after
+    a first call to warm up, on torch.get_num_threads() threads.
 
-    The float model runs as prepare_fx traces it: without torch's fast path for transformers, in which no site is called
-    by itself. Both run as mirrors: neither is changed or hooked. What the timing takes, a microsecond or two a call,
-    counts as elsewhere.
+    The float model runs as prepare_fx traces it: without torch's fast path for transformers, which calls no site by
+    itself. Both run as mirrors: neither is changed or hooked. The timing's own microsecond or two per call counts as
+    elsewhere.
 
     Raises ModelStateError for a model that has no record of sites or is not on the CPU, ExampleInputsError for inputs
     that do not fit forward.
     """
-    record = _checked(model, rounds)
+    record = _need_profilable(model, rounds)
     arguments = as_arguments(inputs, model)
     sides = [_Side(model, open_quantized(model, record))]
     if float_model is not None:
@@ -242,7 +233,7 @@ def profile(model: nn.Module, inputs: Any, *, float_model: nn.Module | None = No
             for side in sides:
                 side.run(arguments)
     ours, theirs = sides[0], sides[1] if len(sides) > 1 else None
-    found = Profile(
+    report = Profile(
         rows=_rows(record, ours, theirs, [*seen.names, {}]),
         ms=ours.ms,
         float_ms=theirs.ms if theirs else math.nan,
@@ -252,10 +243,10 @@ def profile(model: nn.Module, inputs: Any, *, float_model: nn.Module | None = No
         threads=torch.get_num_threads(),
         kernels=f"{kernel_info().isa} kernels" if kernel_info().isa else "plain torch, no native kernels",
     )
-    return found.sort("ms")
+    return report.sort("ms")
 
 
-def _checked(model: nn.Module, rounds: int) -> Record:
+def _need_profilable(model: nn.Module, rounds: int) -> Record:
     """Return the record of a model that can be profiled, or raise."""
     record = record_of(model)
     if record is None or record.stage == "fused":
@@ -266,28 +257,29 @@ def _checked(model: nn.Module, rounds: int) -> Record:
     if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
         raise ModelStateError("profile times calls on the CPU, and this model is not there; call model.cpu() first")
     if rounds < 1:
-        raise ExampleInputsError(f"profile takes a round at least, got rounds={rounds}")
+        raise ExampleInputsError(f"profile needs at least one round, got rounds={rounds}")
     return record
 
 
 def _rows(
     record: Record, ours: _Side, theirs: _Side | None, kernels: Sequence[Iterable[tuple[str, str]]]
 ) -> tuple[ProfileRow, ...]:
-    """Return a row a site, and one for the rest."""
-    places = [(site.path, site.call or "", site.kind) for site in record.sites]
-    places_ms, float_ms = ours.sites_ms, theirs.sites_ms if theirs else []
+    """Return a line for each site, and one for everything else."""
+    names = [*((site.path, site.call or "", site.kind) for site in record.sites), ("elsewhere", "", "")]
+    calls = [*(timer.calls for timer in ours.timers), 0]
+    ms, float_ms = ours.sites_ms, theirs.sites_ms if theirs else []
     return tuple(
         ProfileRow(
             path=path,
             call=call,
             kind=kind,
-            calls=ours.timers[i].calls if i < len(ours.timers) else 0,
-            ms=places_ms[i],
+            calls=calls[i],
+            ms=ms[i],
             float_ms=float_ms[i] if theirs else math.nan,
             bytes=ours.sites_bytes[i],
             float_bytes=theirs.sites_bytes[i] if theirs else 0,
             kernel=_join(kernels[i]),
-            told=_join(kernels[i], but=_usual()),
+            label=_join(kernels[i], but=_usual()),
         )
-        for i, (path, call, kind) in enumerate([*places, ("elsewhere", "", "")])
+        for i, (path, call, kind) in enumerate(names)
     )

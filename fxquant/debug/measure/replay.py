@@ -1,44 +1,62 @@
-"""Partial passes: a graph is run once on a batch and its values are kept; a changed site costs only what it feeds."""
+"""Partial passes: a graph's values on a batch are kept, so that a changed site costs only the nodes that follow it."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
-from torch.nn.utils import rnn
+from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxquant.debug.measure.metric import Floats, squared_errors
+from fxquant.debug.measure.sites import Forms, OpenModel, tensors_in
 from fxquant.graph import edit
-from fxquant.graph.call import Inputs
+from fxquant.graph.call import Inputs, run
+from fxquant.graph.outputs import named_floats
+from fxquant.graph.trace.signature import Interpreter, arguments_of
 
 _NO_VALUES = ("get_attr", "output")  # a constant is read anew: its module may have been swapped
+
+
+class Variant(NamedTuple):
+    """A model to be measured. base: one that it differs little from; many variants should share it."""
+
+    forms: Forms
+    base: Forms
+
+
+class InexactError(Exception):
+    """A graph draws random numbers or writes into its values, so no part of it can be run by itself."""
 
 
 class Replay:
     """One pass of a graph over one batch. output: what it gave.
 
-    is_exact: whether a part of the graph may be run again by itself. It may not where the pass drew random numbers or
-    wrote into a tensor that it had made or held: then the values that were kept are not those that a node was given.
-    Memory: the values of all nodes, and, while a part runs again, what of that is still to be read.
+    is_exact: whether a part of the graph may be run again by itself. It may not if the pass drew random numbers, or
+    wrote into a tensor that it had made or held: then the kept values are not those that the nodes were given.
+    Memory: the values of all nodes and, while a part runs again, those of them that are still to be read.
     """
 
     def __init__(self, root: fx.GraphModule, arguments: Inputs, seed: int) -> None:
         self._root = root
-        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
-        recorder = _Recorder(root, inspect.signature(root.forward).bind(*args, **kwargs).arguments)
+        copies = pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
+        versions = [(tensor, tensor._version) for tensor in (*root.parameters(), *root.buffers())]
+
+        def see(_: fx.Node, value: Any) -> None:
+            versions.extend((tensor, tensor._version) for tensor in tensors_in(value))
+
+        interpreter = Interpreter(root, root.graph, arguments_of(root, copies), see, garbage_collect_values=False)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             before = torch.get_rng_state()
-            self.output = recorder.run()
+            self.output = interpreter.run()
             drew_none = torch.equal(before, torch.get_rng_state())
-        self._values = {node: value for node, value in recorder.env.items() if node.op not in _NO_VALUES}
-        self.is_exact = drew_none and all(tensor._version == version for tensor, version in recorder.versions)
+        self._values = {node: value for node, value in interpreter.env.items() if node.op not in _NO_VALUES}
+        self.is_exact = drew_none and all(tensor._version == version for tensor, version in versions)
 
     def output_with(self, changed: Collection[fx.Node]) -> Any:
-        """Return what the graph gives now that these nodes call other modules: they run, and all that reads them."""
+        """Return the output now that these nodes call other modules: they run again, and all that depend on them."""
         again = set(changed)
         for node in self._root.graph.nodes:
             if not again.isdisjoint(node.all_input_nodes):
@@ -52,50 +70,70 @@ class Replay:
             return rest.run(initial_env=kept)
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph, keeps every node's value, and each tensor's version as it was made. given: arguments by name."""
+class _Pass(NamedTuple):
+    """A base's pass over one batch. expected: the float model's outputs."""
 
-    def __init__(self, root: fx.GraphModule, given: dict[str, Any]) -> None:
-        super().__init__(root, garbage_collect_values=False)
-        self.extra_traceback = False
-        self.versions = [(tensor, tensor._version) for tensor in (*root.parameters(), *root.buffers())]
-        self._given = given
-
-    def placeholder(self, target: Any, args: Any, _: Any) -> Any:
-        """Return an argument by its name, or its default: torch.fx counts them off, and so knows no keywords."""
-        name = str(target).lstrip("*")
-        if name in self._given:
-            return self._given[name]
-        return args[0] if name == target else () if target.startswith("*") and not target.startswith("**") else {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Return the node's value."""
-        value = super().run_node(n)
-        self.versions.extend((tensor, tensor._version) for tensor in _tensors(value))
-        return value
+    number: int
+    base: Forms
+    replay: Replay
+    expected: Floats
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of nested containers, those of packed sequences too."""
-    for leaf in pytree.tree_leaves(value, is_leaf=lambda part: isinstance(part, rnn.PackedSequence)):
-        if isinstance(leaf, torch.Tensor):
-            yield leaf
-        elif isinstance(leaf, rnn.PackedSequence):
-            yield leaf.data
+class PartialPasses:
+    """The errors of a float graph's outputs with some sites swapped, by partial passes. Memory: see Replay.
 
-
-def callers(root: nn.Module, sites: Collection[nn.Module]) -> list[set[fx.Node]] | None:
-    """Return the nodes that call each site, or a module that it is in; None where there is no graph to run in parts.
-
-    So it is without a graph, where hooks of the root's would be passed by, and where a site is called by no node.
+    callers: the nodes that call each site.
     """
+
+    def __init__(self, opened: OpenModel, callers: Sequence[set[fx.Node]], batches: Sequence[Inputs]) -> None:
+        self._float, self._callers, self._batches = opened, callers, batches
+        self._kept: _Pass | None = None
+
+    def errors(self, number: int, variant: Variant) -> tuple[float, ...]:
+        """Return `squared_errors` of a variant on one batch. Raises InexactError where partial passes are not exact."""
+        kept = self._pass_over(number, variant.base)
+        swapped = [i for i in {**variant.base, **variant.forms} if variant.base.get(i) is not variant.forms.get(i)]
+        with self._float.swapped(variant.forms):
+            output = kept.replay.output_with(set().union(*(self._callers[i] for i in swapped)))
+        return squared_errors(output, kept.expected)
+
+    def forget(self) -> None:
+        """Free the values that are kept."""
+        self._kept = None
+
+    def _pass_over(self, number: int, base: Forms) -> _Pass:
+        """Return a base's pass over one batch. The last one is kept: variants come ordered by batch and base."""
+        kept = self._kept
+        if kept is not None and kept.number == number and kept.base is base:
+            return kept
+        expected = kept.expected if kept is not None and kept.number == number else None
+        self._kept = kept = None  # free its values before the next ones are made
+        batch = self._batches[number]
+        if base and expected is None:
+            expected = named_floats(run(self._float.model, batch, number))
+        with self._float.swapped(base) as root:
+            assert isinstance(root, fx.GraphModule)
+            replay = Replay(root, batch, number)
+        if not replay.is_exact:
+            raise InexactError
+        if not base or expected is None:
+            expected = named_floats(replay.output)
+        self._kept = _Pass(number, base, replay, expected)
+        return self._kept
+
+
+def partial_passes(opened: OpenModel, batches: Sequence[Inputs]) -> PartialPasses | None:
+    """Return the partial passes of a float model, or None if it has to run whole.
+
+    That is so without a graph, with hooks on the root, which partial passes would skip, and if no node calls some site.
+    """
+    root = opened.model
     if not isinstance(root, fx.GraphModule) or edit.has_hooks(root):
         return None
-    found: dict[int, set[fx.Node]] = {id(site): set() for site in sites}
-    for node in root.graph.nodes:
-        if node.op == "call_module":
-            for part in root.get_submodule(str(node.target)).modules():
-                if id(part) in found:
-                    found[id(part)].add(node)
-    nodes = [found[id(site)] for site in sites]
-    return nodes if all(nodes) else None
+    callers: dict[int, set[fx.Node]] = {id(site): set() for site in opened.sites}
+    for node in root.graph.find_nodes(op="call_module"):
+        for part in root.get_submodule(str(node.target)).modules():
+            if id(part) in callers:
+                callers[id(part)].add(node)
+    nodes = [callers[id(site)] for site in opened.sites]
+    return PartialPasses(opened, nodes, batches) if all(nodes) else None

@@ -1,22 +1,27 @@
-"""sensitivity: what each site's quantization costs the whole model.
+"""sensitivity: what quantizing each site costs the whole model.
 
-damage: how much worse the metric gets when this site alone is quantized; gain: how much better than fully quantized it
-gets when this site alone stays float. Both are 0 where a site does no harm. Errors of sites do not simply add up: the
-damages say where to look first, the gains what leaving one site float would bring.
+damage: how much worse than float the metric is with only this site quantized; gain: how much better than fully
+quantized it is with only this site in float. Both are 0 for a harmless site. The sites' errors do not simply add up:
+the damages show where to look first, the gains what keeping one site float would bring.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
-from fxquant.debug.measure.trial import Forms, Metric, Notes, Progress, Trial, Variant, need_information, need_number
+from fxquant.debug.measure.metric import Metric, Progress, need_information, need_number
+from fxquant.debug.measure.notes import Notes
+from fxquant.debug.measure.replay import Variant
+from fxquant.debug.measure.sites import Forms
+from fxquant.debug.measure.trial import Trial
 from fxquant.debug.report.report import Column, Report
-from fxquant.debug.report.table import megabytes, shorten, site_name
+from fxquant.debug.report.table import megabytes, shorten, site_fields, site_name
+from fxquant.graph.record import Site
 from fxquant.qconfig_mapping import QConfigMapping
 
 
@@ -41,7 +46,7 @@ def _value(value: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity(Report):
-    """Every site's damage, worst first: print it, show it in a notebook, sort it, or walk its rows.
+    """Every site's damage, worst first: print it, show it in a notebook, sort it, or read its rows.
 
     float_metric, quantized_metric: of the float model, and with all sites quantized.
     """
@@ -86,47 +91,48 @@ def sensitivity(
 ) -> Sensitivity:
     """Return what each site's quantization does to a metric, by itself and among all others.
 
-    data: an iterable of batches, as `compare` takes them; it is kept, and its first batch is the example inputs.
-    metric: a function of a model that gives a number, which may be anything: a task's loss, the cosine of embeddings;
-    the relative RMS error of the outputs when None. higher_is_better: what the metric means. resume: a file that keeps
-    what was measured, to go on after an interruption; by a pass of the float model, or the metric of it and of the
-    quantized one, it is told whether the file is this run's. progress: what to wrap the work in, `tqdm` for a bar.
+    data: an iterable of batches, as for `compare`; it is kept, and its first batch is the example inputs. metric: a
+    function of a model that gives a number, such as a task's loss or the cosine of embeddings; None: the relative RMS
+    error of the outputs. higher_is_better: what the metric means. resume: a file for what was measured, so that an
+    interrupted run can go on; a pass of the float model (or your metric of it and of the quantized one) shows whether
+    a file is of the same run. progress: wraps the work, such as `tqdm` for a bar.
 
-    The default metric of a model that traces needs one float pass a batch, and one of all that is quantized, whose
-    values are kept for as long; a site then costs twice what follows it in the graph. Any other metric is run twice a
-    site and twice more. Both on mirrors: the model is not changed.
+    For a traced model the default metric takes a float and a quantized pass per batch, whose values are kept
+    meanwhile, and per site twice the nodes that follow it. Any other metric is called twice per site, and twice more.
+    All run on mirrors: the model is not changed.
 
-    Raises ExampleInputsError, ModelStateError where the mapping quantizes nothing or the float model's metric is NaN,
+    Raises ExampleInputsError, ModelStateError if the mapping quantizes nothing or the float model's metric is NaN,
     ArgumentError for a metric that is 0 or NaN for everything, CheckpointError for a file of another run.
     """
     trial = Trial(model, qconfig_mapping, data, metric)
-    values = trial.measure_all(variants_of(trial.forms), Notes(resume, trial), progress)
-    before, after = values["float"], values["quantized"]
-    need_number(before)
+    values = trial.measure_all(variants_of(trial.forms), Notes(resume, trial).ask, progress)
+    need_number(values["float"])
     if metric is not None:
         tried = [value for name, value in values.items() if name != "float"]
-        need_information(before, tried, {site.qconfig.weight.dtype for site in trial.record.sites})
+        need_information(values["float"], tried, {site.qconfig.weight.dtype for site in trial.record.sites})
+    return _report(trial.record.sites, values, higher_is_better).sort("damage")
+
+
+def _report(sites: Sequence[Site], values: Mapping[str, float], higher_is_better: bool) -> Sensitivity:
+    """Return the report of measured values."""
+    before, after = values["float"], values["quantized"]
     sign = -1.0 if higher_is_better else 1.0
     rows = tuple(
         SensitivityRow(
-            path=site.path,
-            call=site.call or "",
-            kind=site.kind,
-            operator=site.operator,
+            **site_fields(site),
             saved_bytes=site.float_bytes - site.int_bytes,
             alone=values[f"alone {i}"],
             without=values[f"without {i}"],
             damage=sign * (values[f"alone {i}"] - before),
             gain=sign * (after - values[f"without {i}"]),
         )
-        for i, site in enumerate(trial.record.sites)
+        for i, site in enumerate(sites)
     )
-    found = Sensitivity(rows=rows, float_metric=before, quantized_metric=after, higher_is_better=higher_is_better)
-    return found.sort("damage")
+    return Sensitivity(rows=rows, float_metric=before, quantized_metric=after, higher_is_better=higher_is_better)
 
 
 def variants_of(forms: Forms) -> dict[str, Variant]:
-    """Return what is measured, by the names it is kept under: those near to float before those near to quantized."""
+    """Return what is measured, by the names it is kept under: first what is close to float, then to quantized."""
     nothing: Forms = {}
     return {
         "float": Variant(nothing, nothing),

@@ -1,10 +1,12 @@
-"""Models laid open for the views that run them: mirrors in which every site, a functional one too, is a module.
+"""Models opened up for measuring: mirrors in which every site is a module, functional ones too.
 
-Whatever is hooked, swapped or written to in a mirror never reaches the user's model, also when its forward fails.
+Hooks, swaps and writes in a mirror never reach the user's model, even when its forward fails.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,9 @@ from fxquant.graph.trace.trace import trace
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.operators import OPERATORS
 
+Forms = Mapping[int, nn.Module]
+"""The modules that replace sites, by the sites' numbers; sites without one stay as they are."""
+
 
 @dataclass(frozen=True)
 class OpenModel:
@@ -33,17 +38,34 @@ class OpenModel:
     model: nn.Module
     sites: tuple[nn.Module, ...]
 
+    @contextmanager
+    def swapped(self, forms: Forms) -> Iterator[nn.Module]:
+        """Replace some sites for the duration of the block. Gives the root, which may be a site itself."""
+        root = _swap(self.model, {id(self.sites[i]): form for i, form in forms.items()})
+        try:
+            yield root
+        finally:
+            _swap(root, {id(form): self.sites[i] for i, form in forms.items()})
+
+
+def _swap(root: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
+    """Replace modules, by their ids, wherever the tree holds them; return the root, or its replacement."""
+    for parent in list(root.modules()):
+        for name, child in parent._modules.items():
+            parent._modules[name] = replacements.get(id(child), child)
+    return replacements.get(id(root), root)
+
 
 class SiteCall(nn.Module):
-    """A functional site as a module: called with the values of its inputs by their nodes' names.
+    """A functional site as a module, called with the values of its inputs by their nodes' names.
 
-    Passes keep the nodes' names, so what the float site is called with, the quantized one takes too. Each brings its
-    own constants along: weights, scales and options.
+    Passes keep the nodes' names, so the quantized site takes what the float one is called with. Each holds its own
+    constants: weights, scales and options.
     """
 
     def __init__(self, node: fx.Node, root: nn.Module) -> None:
         super().__init__()
-        self.function: Any = node.target  # of a method its name
+        self.function: Any = node.target  # the name of a method
         self.operands = node.args, node.kwargs
         self.constants: dict[str, torch.Tensor | None] = {}
         for read in node.all_input_nodes:
@@ -52,7 +74,7 @@ class SiteCall(nn.Module):
                 self.register_buffer(f"constant_{len(self.constants)}", tensor)
 
     def forward(self, **values: Any) -> Any:
-        """Return what the call gives."""
+        """Return the result of the call."""
         known = {**values, **self.constants}
         args, kwargs = map_arg(self.operands, lambda node: known[node.name])
         if isinstance(self.function, str):
@@ -61,21 +83,21 @@ class SiteCall(nn.Module):
 
 
 def open_quantized(model: nn.Module, record: Record) -> OpenModel:
-    """Return a quantized (or prepared) model laid open."""
+    """Return a quantized (or prepared) model opened up."""
     return open_in_place(edit.mirror(model), record)
 
 
 def open_float(model: Any, record: Record) -> OpenModel:
-    """Return the float model that a record's was made from, laid open: traced and fused as that one was, nothing more.
+    """Return the float model that a record's model was made from, opened up.
 
-    So a fused site stands against the fused float computation. model: the user's, or what prepare_fx made of it.
-    Raises ModelStateError where it cannot be that model.
+    It is traced and fused in the same way, so a fused site is compared with the fused float computation. model: the
+    user's model, or the result of prepare_fx. Raises ModelStateError if it cannot be the right one.
     """
-    own = record_of(model)
-    if not isinstance(model, nn.Module) or (own is not None and own.stage == "quantized"):
-        told = "a quantized one" if own is not None else type(model).__name__
-        raise ModelStateError(f"the float model, from which the quantized one was made, is needed here, got {told}")
-    if own is not None and own.stage == "prepared":
+    known = record_of(model)
+    if not isinstance(model, nn.Module) or (known is not None and known.stage == "quantized"):
+        message = "a quantized one" if known is not None else type(model).__name__
+        raise ModelStateError(f"expected the float model from which the quantized one was made, got {message}")
+    if known is not None and known.stage == "prepared":
         return open_in_place(edit.mirror(model), record)
     if not record.is_traced:
         return open_in_place(plain_mirror(model, written=record.written), record)
@@ -86,7 +108,7 @@ def open_float(model: Any, record: Record) -> OpenModel:
 
 
 def open_in_place(root: nn.Module, record: Record) -> OpenModel:
-    """Return a model laid open, its functional sites turned into modules: in place, so a mirror or one of our own."""
+    """Return a model opened up, with its functional sites made modules. It is changed: pass a mirror."""
     for part in root.modules():
         avoid_fast_path(part)  # which would read the sites' weights and never call them
     sites: list[nn.Module] = []
@@ -101,13 +123,13 @@ def open_in_place(root: nn.Module, record: Record) -> OpenModel:
     if isinstance(root, fx.GraphModule):
         for site in record.sites:
             if site.call is None:
-                rescue_reads(root, site.path)  # what a call that stays float reads of a module that is swapped
+                rescue_reads(root, site.path)  # calls that stay float may read a tensor of a module that is swapped
         root.recompile()
     return OpenModel(root, tuple(sites))
 
 
 def _as_module(root: nn.Module, site: Site) -> SiteCall:
-    """Make a graph call a functional site as a module, and return that."""
+    """Turn a functional site of a graph into a call of a module, and return that module."""
     nodes = list(root.graph.nodes) if isinstance(root, fx.GraphModule) else []
     node = next((node for node in nodes if node.name == site.call), None)
     if node is None or node.op not in ("call_function", "call_method"):
@@ -122,9 +144,13 @@ def _as_module(root: nn.Module, site: Site) -> SiteCall:
     return call
 
 
-def first_tensor(tree: Any) -> torch.Tensor | None:
-    """Return the first tensor of nested tuples, lists and dicts; of a PackedSequence its data."""
-    for leaf in pytree.tree_leaves(tree, is_leaf=lambda part: isinstance(part, rnn.PackedSequence)):
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of nested tuples, lists and dicts; of a PackedSequence its data."""
+    for leaf in pytree.tree_leaves(value, is_leaf=lambda part: isinstance(part, rnn.PackedSequence)):
         if isinstance(leaf, (torch.Tensor, rnn.PackedSequence)):
-            return leaf if isinstance(leaf, torch.Tensor) else leaf.data
-    return None
+            yield leaf if isinstance(leaf, torch.Tensor) else leaf.data
+
+
+def first_tensor(value: Any) -> torch.Tensor | None:
+    """Return the first of a value's tensors, or None."""
+    return next(tensors_in(value), None)

@@ -16,7 +16,7 @@ _STYLE = ".first{fill:$focus}.second{fill:$changed_fill;stroke:$changed;stroke-w
 
 @dataclass(frozen=True)
 class Bar:
-    """Two values of one thing. NaN: not known; infinity fills the chart."""
+    """Two values of one thing. A NaN is unknown; infinity fills the chart."""
 
     name: str
     first: float
@@ -24,7 +24,7 @@ class Bar:
 
 
 def bar_chart(title: str, series: tuple[str, str], bars: Sequence[Bar], text: Callable[[float], str]) -> str:
-    """Return a drawing with two bars for each thing: the first filled, the second framed. text: a value in words."""
+    """Return a drawing with two bars for each thing, one filled, one framed. text: gives a value's label."""
     values = [value for bar in bars for value in (bar.first, bar.second) if math.isfinite(value)]
     room, top = _WIDTH - _LABEL - _VALUE, max([1.0, *values])
     parts = [f'<text x="12" y="20" font-weight="bold">{html.escape(title)}</text>']
@@ -41,7 +41,7 @@ def bar_chart(title: str, series: tuple[str, str], bars: Sequence[Bar], text: Ca
             width = 0.0 if math.isnan(value) else room * min(max(value, 0.0), top) / top
             line = y + (_BAR + 2) * j
             parts.append(f'<rect class="{css}" x="{_LABEL}" y="{line}" width="{width:.1f}" height="{_BAR}"/>')
-            told = html.escape(text(value) or "never called")
-            parts.append(f'<text class="dim" x="{_LABEL + width + 6:.1f}" y="{line + 10}">{told}</text>')
+            label_text = html.escape(text(value) or "never called")
+            parts.append(f'<text class="dim" x="{_LABEL + width + 6:.1f}" y="{line + 10}">{label_text}</text>')
         parts.append("</g>")
     return drawing(title, _WIDTH, _TOP + _ROW * len(bars) + 8, "\n".join(parts), _STYLE)

@@ -1,4 +1,4 @@
-"""What the pages and drawings share: colours for both themes, and files that hold all they need."""
+"""What pages and drawings share: colours for both themes, and a frame that makes files self-contained."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ DARK = {
     "float": "#cdbbff", "float_fill": "#2e2455",
     "same": "#c3c9d4", "same_fill": "#20252d",
 }  # fmt: skip
-"""By what a thing is, the colour of its text, and of the ground under it. Never the only sign of it."""
+"""The colours of texts and backgrounds, by what they mean; there is always another sign of that."""
 
 DECISIONS = {"changed": "~", "added": "+", "removed": "-", "float": "!", "same": ""}
-"""What became of a node, by the names that the colours have, and its sign."""
+"""What may happen to a node, by the colours' names, and the signs for it."""
 
 _STYLE = """
 :root{color-scheme:light dark}*{box-sizing:border-box}
@@ -54,13 +54,13 @@ document.querySelectorAll("th button").forEach(b=>b.onclick=()=>{
 
 
 def themed(template: str) -> str:
-    """Return CSS whose $names are the palette's, light and, where the reader's system says so, dark."""
+    """Return CSS with $names from the palette: light, or dark if the reader's system prefers that."""
     light, dark = (Template(template).substitute(colors) for colors in (LIGHT, DARK))
     return f"{light}@media (prefers-color-scheme:dark){{{dark}}}"
 
 
 def page(title: str, body: str, style: str = "", script: str = "") -> str:
-    """Return an HTML page that needs nothing from elsewhere. title: text; body: markup; style: CSS for both themes."""
+    """Return a self-contained HTML page. title: text; body: markup; style: CSS for both themes."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -78,7 +78,7 @@ def table_page(
     footer: Sequence[str],
     figure: str = "",
 ) -> str:
-    """Return a page with a table sorted by a click. headers: text and is_number; a cell: text and what it sorts by."""
+    """Return a page with a table that a click sorts. headers: text and is_number; cells: text and what to sort by."""
     css = [' class="number"' if is_number else "" for _, is_number in headers]
     head = "".join(
         f"<th{kind}><button>{html.escape(text)}</button></th>" for (text, _), kind in zip(headers, css, strict=True)
@@ -92,26 +92,26 @@ def table_page(
         + "</tr>\n"
         for row in rows
     )
-    told = "".join(f"<p>{html.escape(line)}</p>\n" for line in footer)
+    notes = "".join(f"<p>{html.escape(line)}</p>\n" for line in footer)
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
-    return page(title, f"{figure}\n{table}\n{told}", script=_SORT)
+    return page(title, f"{figure}\n{table}\n{notes}", script=_SORT)
 
 
 def drawing(title: str, width: float, height: float, body: str, style: str) -> str:
-    """Return an SVG drawing that needs nothing from elsewhere. title: text; body: markup; style: CSS with $names."""
-    own = "text{font:12px ui-monospace,'DejaVu Sans Mono',Menlo,Consolas,monospace}"
+    """Return a self-contained SVG drawing. title: text; body: markup; style: CSS with $names."""
+    font = "text{font:12px ui-monospace,'DejaVu Sans Mono',Menlo,Consolas,monospace}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-        f'height="{height:g}" role="img">\n<title>{html.escape(title)}</title>\n<style>{own}'
+        f'height="{height:g}" role="img">\n<title>{html.escape(title)}</title>\n<style>{font}'
         f"{themed(f'.paper{{fill:$paper}}text{{fill:$ink}}{style}')}</style>\n"
         f'<rect class="paper" width="100%" height="100%"/>\n{body}\n</svg>\n'
     )
 
 
 def write(path: str | os.PathLike[str] | None, text: str) -> str:
-    """Return a page or drawing, and write it to a file where one is named.
+    """Return a page or drawing; if a path is given, write it there.
 
-    Raises ArgumentError for a file that cannot be written, or whose name says that it is something else.
+    Raises ArgumentError for a file that cannot be written, or with the ending of another type.
     """
     if path is None:
         return text
@@ -122,6 +122,6 @@ def write(path: str | os.PathLike[str] | None, text: str) -> str:
     try:
         Path(path).write_text(text, encoding="utf-8")
     except (OSError, TypeError) as error:
-        told = getattr(error, "strerror", None) or error
-        raise ArgumentError(f"{path!r} cannot be written: {told}; give a file in a folder that is there") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ArgumentError(f"{path!r} cannot be written: {reason}; give a file in a folder that exists") from error
     return text

@@ -1,4 +1,4 @@
-"""What the views that are tables of rows share: printing, sorting, and handing the rows on."""
+"""What the reports share: printing, sorting, and handing the data on."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ R = TypeVar("R", bound="Report")
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a printed table. field: the row's attribute that it is sorted by; cell: a row's text.
+    """One column of a printed table. field: the attribute that it is sorted by; cell: gives the text for a line.
 
-    is_number: whether it is set flush right; is_name: whether a terminal shows of a long one the end alone.
+    is_number: whether it is aligned right; is_name: whether a terminal shows only the end of a long text.
     """
 
     header: str
@@ -34,7 +34,7 @@ class Column:
 
 
 class Report:
-    """Rows that print as a table, in a terminal and in a notebook. A dataclass of `rows`, and what its footer says."""
+    """A table for a terminal and a notebook: a dataclass with `rows`, one for each line, and a footer."""
 
     title: ClassVar[str] = ""
     columns: ClassVar[tuple[Column, ...]]
@@ -46,7 +46,7 @@ class Report:
         return ()
 
     def _shown(self) -> tuple[list[Column], list[tuple[str, ...]]]:
-        """Return the columns in which some row has something to say, and their cells."""
+        """Return the columns that are not empty, and the cells of each line."""
         shown = [c for c in self.columns if not self.rows or any(c.cell(row) for row in self.rows)]
         return shown, [tuple(column.cell(row) for column in shown) for row in self.rows]
 
@@ -62,13 +62,12 @@ class Report:
         return html_table(cells, [column.header for column in columns], "; ".join(self.footer))
 
     def sort(self: R, column: str, reverse: bool = False) -> R:
-        """Return the same with its rows sorted by a column, named as in the table or by the rows' attribute.
+        """Return the report sorted by a column, given by its header in the table or the attribute of the rows.
 
-        Numbers come largest first, decibels smallest first (the worst), text from a to z; what has no value comes last.
-        Raises ColumnError for a name that is neither.
+        Numbers come largest first, decibels smallest first (the worst), text from a to z, and missing values last.
+        Raises ColumnError for an unknown name.
         """
-        found = next((c for c in self.columns if column in (c.header, c.field)), None)
-        field = column if found is None else found.field
+        field = next((c.field for c in self.columns if column in (c.header, c.field)), column)
         if self.rows and not hasattr(self.rows[0], field):
             known = [name for c in self.columns for name in (c.header, c.field)] + list(asdict(self.rows[0]))
             raise ColumnError(f"{type(self).__name__} has no column {column!r}{nearest(column, known)}")
@@ -79,22 +78,22 @@ class Report:
         return replace(self, rows=(*filled, *empty))  # type: ignore[type-var]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain dicts, tuples, strings and numbers, as json.dumps takes them."""
+        """Return everything as plain dicts, tuples, strings and numbers, as json.dumps takes them."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]
 
     def to_json(self) -> str:
-        """Return to_dict as JSON in the strict sense: a NaN is null, infinities are "Infinity" and "-Infinity".
+        """Return to_dict as strict JSON: a NaN is null, infinities are "Infinity" and "-Infinity".
 
-        Those two words are what float() and JavaScript's Number() read.
+        Python's float() and JavaScript's Number() read those two strings.
         """
         return json.dumps(_strict(self.to_dict()), ensure_ascii=False, allow_nan=False)
 
     def figure(self) -> str:
-        """Return the SVG drawing that goes with the table on its page, or ""."""
+        """Return the SVG drawing for the table's page, or ""."""
         return ""
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return the table as an HTML page that stands alone, sorted by a click; write it where a path is given."""
+        """Return the table as a self-contained HTML page that a click sorts. path: where to write it."""
         columns, cells = self._shown()
         values = [[_sort_value(getattr(row, column.field)) for column in columns] for row in self.rows]
         rows = [list(zip(texts, keys, strict=True)) for texts, keys in zip(cells, values, strict=True)]
@@ -102,18 +101,18 @@ class Report:
         return write(path, table_page(self.title or type(self).__name__, headers, rows, self.footer, self.figure()))
 
     def to_dataframe(self) -> Any:
-        """Return the rows as a pandas.DataFrame. Raises MissingPackageError where pandas is not installed."""
+        """Return the rows as a pandas.DataFrame. Raises MissingPackageError if pandas is not installed."""
         try:
             pandas = importlib.import_module("pandas")
         except ImportError as error:
             raise MissingPackageError(
-                "to_dataframe needs pandas, which is not installed: pip install pandas, or take to_dict()"
+                "to_dataframe needs pandas, which is not installed: pip install pandas, or use to_dict()"
             ) from error
         return pandas.DataFrame([asdict(row) for row in self.rows])
 
 
 def _strict(value: Any) -> Any:
-    """Return a value as strict JSON takes it."""
+    """Return a value that strict JSON can hold."""
     if isinstance(value, dict):
         return {key: _strict(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -124,5 +123,5 @@ def _strict(value: Any) -> Any:
 
 
 def _sort_value(value: Any) -> str:
-    """Return what a page sorts a cell by, in JavaScript's words; "" for what has no value."""
+    """Return what a page sorts a cell by, as JavaScript reads it; "" for a missing value."""
     return "" if value is None or value != value else str(value).replace("inf", "Infinity")

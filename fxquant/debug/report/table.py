@@ -1,8 +1,9 @@
-"""What the debugging views share: sizes for people, names that fit a column, tables for a terminal and a notebook."""
+"""What the reports share: figures as text, names that fit a column, tables for a terminal and a notebook."""
 
 from __future__ import annotations
 
 import html
+import math
 import os
 import re
 import sys
@@ -24,14 +25,35 @@ def megabytes(count: int) -> str:
     return f"{count / 1e3:.1f} kB" if count >= 1000 else f"{count} B"
 
 
+def decibels(value: float) -> str:
+    """Return an SQNR for people: "41.3 dB", "exact" without any error, "" for a NaN."""
+    return "" if math.isnan(value) else "exact" if value == math.inf else f"{value:.1f} dB"
+
+
+def milliseconds(value: float) -> str:
+    """Return a time for people: "0.125", "" for a NaN."""
+    return "" if math.isnan(value) else f"{value:.3f}"
+
+
 def shorten(name: str, width: int) -> str:
-    """Return a name that fits a column, its beginning left out if need be: the end tells more."""
+    """Return a name that fits a column. A long one loses its beginning, since the end tells more."""
     return name if len(name) <= width else "…" + name[-(width - 1) :]
 
 
-def site_name(row: Any) -> str:
-    """Return what a row's site is called: its path, of a functional call its weight's path and the call's name."""
-    return f"{row.path} ({row.call})" if row.call else row.path or "(the model)"
+def first_few(texts: Sequence[str], most: int, attribute: str) -> list[str]:
+    """Return the first texts and, if there are more, a last one that names the attribute which holds them all."""
+    rest = len(texts) - most
+    return [*texts[:most], *([f"… and {rest} more: .{attribute}"] if rest > 0 else [])]
+
+
+def site_fields(site: Any) -> dict[str, Any]:
+    """Return the fields that every report's line about a site has."""
+    return {"path": site.path, "call": site.call or "", "kind": site.kind, "operator": site.operator}
+
+
+def site_name(site: Any) -> str:
+    """Return the name of a Site, or of a report's line about one: its path, or a call's weight's path and name."""
+    return f"{site.path} ({site.call})" if site.call else site.path or "(the model)"
 
 
 def text_table(
@@ -43,8 +65,8 @@ def text_table(
 ) -> str:
     """Return a table for a terminal, cells wrapped to the widths. alignments: "left" or "right"; default: left.
 
-    A column whose longest word is wider takes the room that the others leave of 100 columns; what is longer still is
-    broken at its seams, after . _ / - and before a capital, or, in columns of names, by number, shortened.
+    A column whose longest word is wider gets the room that the others leave of 100 characters. Longer words are broken
+    after . _ / - and before a capital; in columns of names, given by number, they are shortened.
     """
     lines = [[line for row in rows for line in _ANSI.sub("", row[i]).split("\n")] for i in range(len(headers))]
     shown = [
@@ -73,7 +95,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def wrap(text: str, width: int) -> str:
-    """Return a text of lines no longer than `width`: broken between words, of a longer word where it has a seam."""
+    """Return a text in lines no longer than `width`: broken between words, and long words where they have a seam."""
     return "\n".join(part for line in text.split("\n") for part in _wrapped(line, width))
 
 
@@ -95,13 +117,13 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 
 def wants_color() -> bool:
-    """Return whether what is printed now may be coloured: on a terminal, unless NO_COLOR is set (no-color.org)."""
+    """Return whether to print in colour: on a terminal, unless NO_COLOR is set (no-color.org)."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def printable(text: str) -> str:
-    """Return a text as standard output's encoding can show it: in one without our signs (→ × …), in ASCII for them."""
+    """Return a text that standard output can encode: if it lacks our signs (→ × …), with ASCII in their place."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
@@ -111,11 +133,11 @@ def printable(text: str) -> str:
 
 
 def paint(text: str, code: str) -> str:
-    """Return a text whose lines a terminal shows in a colour, by its ANSI code; without a code the text itself."""
+    """Return a text with each line in a colour, by its ANSI code; "" leaves it as it is."""
     return "\n".join(f"\x1b[{code}m{line}\x1b[0m" for line in text.split("\n")) if text and code else text
 
 
 def html_table(rows: Sequence[Sequence[str]], headers: Sequence[str], caption: str) -> str:
-    """Return the same table for a notebook; every cell is escaped."""
+    """Return the same table for a notebook, with every cell escaped."""
     table: str = tabulate(rows, headers=headers, tablefmt="html", disable_numparse=True)
     return f"{table}<p>{html.escape(caption)}</p>"

@@ -1,1 +1,1 @@
-"""After convert: the quantized model is run once beside the prepared one."""
+"""After convert: the quantized model runs once beside the prepared one, on the example inputs."""

@@ -1,15 +1,14 @@
 """After convert: the quantized model is run once on the example inputs, beside the prepared one, and must do the same.
 
-A site that the example runs in float and that the quantized model does not run, or runs less often, is found by its
-calls: something outside of the model's modules may hold the float layer (a global, a class), or forward picks layers by
-their type, as a run in which that site alone is quantized shows. Such a site stays float. Other shapes and dtypes, NaN
-where float has none and an SQNR below 10 dB are told in one warning, unless a little noise in the float model's layers
-changes as much.
+Counting calls shows the sites that the quantized model skips, or runs less often than float: something outside of the
+model's modules may hold the float layer (a global, a class), or forward picks layers by their type, which a run with
+that site alone quantized shows. Such sites stay float. One warning names changed shapes and dtypes, NaN where float has
+none, and an SQNR below 10 dB, unless a little noise in the float model's layers changes as much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,25 +17,19 @@ from torch import nn
 from fxquant.errors import CheckError, warn
 from fxquant.graph import edit
 from fxquant.graph.check.example_run import NOISE_DB, Pass, Uses
-from fxquant.graph.outputs import Error
+from fxquant.graph.check.noise import LEAST_SQNR_DB, is_by_values, is_random, selects, shaken_runs, site_errors, sqnrs
 from fxquant.graph.record import Coverage, Record, Site, Skipped, keep_record, record_of
 from fxquant.graph.references import repoint
 from fxquant.graph.why import Reason, Why, because
 
-LEAST_SQNR_DB = 10.0
-"""The SQNR of an output below which a warning names the sites that come off worst: the error is a third of it."""
-
-REPEATABLE_DB = 40.0
-"""The SQNR of the float model's output against itself below which it draws random numbers that no seed fixes."""
-
-_ROUNDS, _SHOWN, _SHAKES = 3, 3, 8
+_ROUNDS, _SHOWN = 3, 3
 
 
 def checked(prepared: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Return what convert makes of a prepared model, checked on its example inputs; sites that are not run stay float.
+    """Return a prepared model converted and checked on its example inputs. Sites that it does not run stay float.
 
-    Raises CheckError where the quantized model fails on them. Warns, once, of all else that the check finds. Of a model
-    that cannot be checked the record says why. Both models run as mirrors, without hooks: nothing is left of that.
+    Raises CheckError if the quantized model fails on them, and warns once about all else. If the model cannot be
+    checked, its record says why. Both models run as mirrors, without hooks, and are left as they were.
     """
     quantized, record = convert(prepared), _record(prepared)
     name, why_not = type(prepared).__name__, _why_not(prepared, record)
@@ -64,10 +57,10 @@ def checked(prepared: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> n
             "convert_fx(prepared, check=False)"
         ) from found.error
     lines = [*_told_floats(record, floats), *found.remarks]
-    if found.sqnr_db < LEAST_SQNR_DB and not _is_random(expected):
-        errors = _site_errors(expected, quantized)
-        if not (min(errors, default=(0.0,))[0] >= NOISE_DB and _selects(expected)):
-            lines.append(_told_noise(found, errors))
+    if found.sqnr_db < LEAST_SQNR_DB and not is_random(expected):
+        errors = site_errors(expected, quantized, _record(quantized).sites)
+        if not (min(errors, default=(0.0,))[0] >= NOISE_DB and selects(expected)):
+            lines.append(_noise_line(found, errors))
     if lines:
         warn("".join([f"this {name} was checked on its example inputs:", *(f"\n  - {line}" for line in lines)]))
     return quantized
@@ -82,8 +75,8 @@ def _record(model: nn.Module) -> Record:
 class _Found(NamedTuple):
     """What one comparison found.
 
-    missed: the numbers of the sites that the quantized model does not run, and why. sqnr_db: of the output that came
-    off worst; output: its name. error: where it failed.
+    missed: the numbers of the sites that the quantized model does not run, and why. sqnr_db: of the worst output;
+    output: its name. error: the failure, if it failed.
     """
 
     missed: dict[int, Reason]
@@ -94,7 +87,7 @@ class _Found(NamedTuple):
 
 
 def _why_not(prepared: nn.Module, record: Record) -> str:
-    """Return why a prepared model cannot be checked, if so."""
+    """Return why a prepared model cannot be checked, or ""."""
     if any(tensor.is_meta for tensor in (*prepared.parameters(), *prepared.buffers())):
         return "it was on the meta device, and had no values"
     no_inputs = record.example is None or record.example.inputs is None
@@ -102,7 +95,7 @@ def _why_not(prepared: nn.Module, record: Record) -> str:
 
 
 def _compare(expected: Pass, quantized: nn.Module) -> _Found:
-    """Run a quantized model and return how it differs from the float run."""
+    """Run a quantized model and return how that differs from the float run."""
     places = {(site.path, site.call): number for number, site in enumerate(_record(expected.model).sites)}
     sites = {places[site.path, site.call]: site for site in _record(quantized).sites}
     got = Pass(quantized, sites, expected.inputs, expected.uses)
@@ -117,31 +110,31 @@ def _compare(expected: Pass, quantized: nn.Module) -> _Found:
             missed.update({} if calls is None else {number: because(Why.CALLED_LESS, expected.ran[number], calls)})
     if got.error is not None:
         return _Found(missed, [], error=got.error)
-    worst = min(_sqnrs(expected.floats, got.floats), default=(float("inf"), ""))
+    worst = min(sqnrs(expected.floats, got.floats), default=(float("inf"), ""))
     return _Found(missed, _differences(expected, got), *worst)
 
 
 def _avoids(expected: Pass, quantized: nn.Module, number: int, site: Site) -> bool:
-    """Return whether forward runs a site in float and not once that site alone is quantized.
+    """Return whether forward runs a site in float, but not with that site alone quantized.
 
-    Else it is a router that chose otherwise on quantized values, or random numbers did.
+    Otherwise a router chose differently on quantized values, or random numbers did.
     """
     alone = _alone(expected, quantized, number, site)
     if number in alone.ran or number in alone.read:
         return False
-    again = Pass(expected.model, {number: site}, expected.inputs, expected.uses)
+    again = expected.again({number: site})
     return number in again.ran or number in again.used
 
 
 def _calls_alone(expected: Pass, quantized: nn.Module, number: int, site: Site) -> int | None:
-    """Return how often forward calls a site once that site alone is quantized, where that is less than in float.
+    """Return how often forward calls a site with that site alone quantized, if that is less than in float.
 
-    None where it is not, or where a little noise in the float model changes it too: values decide on it then.
+    None if it is not, or if a little noise in the float model changes it too: then values decide.
     """
     alone = _alone(expected, quantized, number, site)
     if alone.error is not None or alone.ran[number] >= expected.ran[number]:
         return None
-    is_by_values = any(shaken.ran[number] != expected.ran[number] for shaken in _shaken(expected))
+    is_by_values = any(shaken.ran[number] != expected.ran[number] for shaken in shaken_runs(expected))
     return None if is_by_values else alone.ran[number]
 
 
@@ -151,42 +144,30 @@ def _alone(expected: Pass, quantized: nn.Module, number: int, site: Site) -> Pas
     layer = hybrid.get_submodule(site.path)
     edit.swap_module(hybrid, site.path, edit.mirror(quantized.get_submodule(site.path)))
     repoint(hybrid.modules(), {id(layer): hybrid.get_submodule(site.path)})
-    return Pass(hybrid, {number: site}, expected.inputs, expected.uses)
-
-
-def _sqnrs(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> list[tuple[float, str]]:
-    """Return the SQNR in dB, and the name, of each output that both have in one shape and that is not 0 in float."""
-    found = []
-    for name, tensor in expected.items():
-        if tensor.numel() and name in got and got[name].shape == tensor.shape:
-            error = Error()
-            error.add(tensor, got[name])
-            if error.signal:
-                found.append((error.sqnr_db, name))
-    return found
+    return expected.again({number: site}, hybrid)
 
 
 def _differences(expected: Pass, got: Pass) -> list[str]:
-    """Return a line for each output that has another shape or dtype than in float, or NaN where that has none."""
+    """Return a line for each output with another shape or dtype than in float, or NaN where that has none."""
     lines = []
     for name, tensor in expected.tensors.items():
-        what, found = f"output {name!r}" if name else "the output", got.tensors.get(name)
-        if found is None:
-            lines.append(f"{what}, {_kind(tensor)} in float, is missing from what the quantized model gives")
-        elif _kind(found) != _kind(tensor):
-            if not _is_by_values(expected, name, found):
-                lines.append(f"{what} is {_kind(found)}, in float {_kind(tensor)}")
+        what, result = f"output {name!r}" if name else "the output", got.tensors.get(name)
+        if result is None:
+            lines.append(f"{what}, {_shape(tensor)} in float, is missing from the quantized model's outputs")
+        elif _shape(result) != _shape(tensor):
+            if not is_by_values(expected, name, result):
+                lines.append(f"{what} is {_shape(result)}, in float {_shape(tensor)}")
         elif name in expected.floats and name in got.floats:
             lost = expected.floats[name].isfinite() & ~got.floats[name].isfinite()
             if lost.any():
                 lines.append(f"{what} has {int(lost.sum())} NaN or infinite values where float has none")
     extra = [name for name in got.tensors if name not in expected.tensors]
     if extra:
-        lines.append(f"the quantized model gives {', '.join(map(repr, extra[:_SHOWN]))}, which float does not give")
+        lines.append(f"the quantized model gives {', '.join(map(repr, extra[:_SHOWN]))}, which float does not")
     return lines
 
 
-def _kind(tensor: torch.Tensor) -> str:
+def _shape(tensor: torch.Tensor) -> str:
     shape = "nested" if tensor.is_nested else str(tuple(tensor.shape))
     return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
 
@@ -237,68 +218,11 @@ def _told_floats(record: Record, floats: Mapping[int, Reason]) -> list[str]:
     return lines
 
 
-def _is_random(expected: Pass) -> bool:
-    """Return whether the float model gives something else each time, so that it says nothing of quantization."""
-    again = Pass(expected.model, {}, expected.inputs, expected.uses)
-    return min(_sqnrs(expected.floats, again.floats), default=(0.0, ""))[0] < REPEATABLE_DB
-
-
-def _shaken(expected: Pass) -> Iterator[Pass]:
-    """Yield runs of the float model in which noise is added to what its sites give, as much as int8 adds at most."""
-    noise = torch.Generator().manual_seed(0)
-    for _ in range(_SHAKES):
-        sites = dict(enumerate(_record(expected.model).sites))
-        shaken = Pass(expected.model, sites, expected.inputs, expected.uses, noise=noise)
-        if shaken.error is None:
-            yield shaken
-
-
-def _selects(expected: Pass) -> bool:
-    """Return whether the float model itself gives something else for a little noise: it selects by values."""
-    return any(
-        min(_sqnrs(expected.floats, shaken.floats), default=(0.0, ""))[0] < LEAST_SQNR_DB
-        for shaken in _shaken(expected)
-    )
-
-
-def _is_by_values(expected: Pass, name: str, found: torch.Tensor) -> bool:
-    """Return whether an output's shape differs from float's in such dimensions alone as a little noise changes too."""
-    wanted, free = expected.tensors[name], set[int]()
-    if found.dtype != wanted.dtype or found.is_nested or wanted.is_nested or found.dim() != wanted.dim():
-        return False
-    differ = {at for at, sizes in enumerate(zip(found.shape, wanted.shape, strict=True)) if sizes[0] != sizes[1]}
-    for shaken in _shaken(expected):
-        other = shaken.tensors.get(name)
-        if other is not None and not other.is_nested and other.dim() == wanted.dim():
-            free |= {at for at, sizes in enumerate(zip(other.shape, wanted.shape, strict=True)) if sizes[0] != sizes[1]}
-        if differ <= free:
-            return True
-    return False
-
-
-def _site_errors(expected: Pass, quantized: nn.Module) -> list[tuple[float, str, str]]:
-    """Return the SQNR in dB, the name and the type of each site, worst first, from one more run of each model."""
-    sites = _record(quantized).sites
-    passes = [
-        Pass(model, dict(enumerate(sites)), expected.inputs, expected.uses, is_kept=True)
-        for model in (expected.model, quantized)
-    ]
-    errors = []
-    for number, site in enumerate(sites):
-        error = Error()
-        for theirs, ours in zip(*(each.seen.get(number, []) for each in passes), strict=False):
-            if theirs.shape == ours.shape:
-                error.add(theirs, ours)
-        if error.calls:
-            errors.append((error.sqnr_db, site.path if site.call is None else f"{site.path} ({site.call})", site.kind))
-    return sorted(errors)
-
-
-def _told_noise(found: _Found, errors: Sequence[tuple[float, str, str]]) -> str:
-    """Return a line that tells an output's SQNR, and the sites that come off worst."""
+def _noise_line(found: _Found, errors: Sequence[tuple[float, str, str]]) -> str:
+    """Return a line about an output's SQNR and the worst sites."""
     worst = ", ".join(f"{name or 'the model'} ({kind}) {sqnr_db:.1f} dB" for sqnr_db, name, kind in errors[:_SHOWN])
     return (
         f"{f'output {found.output!r}' if found.output else 'the output'} has an SQNR of {found.sqnr_db:.1f} dB against "
-        f"float, less than {LEAST_SQNR_DB:.0f}; the worst sites: {worst}. fxquant.compare tells more of them, "
+        f"float, less than {LEAST_SQNR_DB:.0f}; the worst sites: {worst}. fxquant.compare says more about them, "
         "fxquant.suggest_mapping finds a mapping that keeps to a budget"
     )

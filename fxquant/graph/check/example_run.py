@@ -1,11 +1,10 @@
-"""One run of a prepared or quantized model on its example inputs, of which nothing is left: what it calls and gives."""
+"""One run of a prepared or quantized model on its example inputs, which leaves no trace: its calls and outputs."""
 
 from __future__ import annotations
 
 import collections
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,19 +17,19 @@ from fxquant.graph.call import Inputs, copies, repeatable
 from fxquant.graph.convert.clean import own_tensors
 from fxquant.graph.outputs import drained, named_floats, named_tensors
 from fxquant.graph.record import Site
-from fxquant.graph.trace.verify import Shapes
+from fxquant.graph.trace.signature import Interpreter, arguments_of
 from fxquant.nn.base import QuantizedModule
 
 NOISE_DB = 30.0
-"""The SQNR that `noise` gives each site: a little less than int8 gives (about 40 dB)."""
+"""The SQNR of each site under `noise`: a little less than in int8 (about 40 dB)."""
 
 
 class Pass:
     """One run of a mirror on the example inputs. tensors, floats: its outputs, by name; error: why there are none.
 
-    ran: how often each site was called, by its number; read: the numbers of quantized ones whose `.weight` was read;
-    used: of those whose float weights torch was given, whatever holds them. seen: with is_kept, what each site gave,
-    call by call. noise: what is drawn from to add noise to what the module sites give, NOISE_DB below it.
+    ran: how often each site was called, by its number; read: the numbers of quantized sites whose `.weight` was read;
+    used: those whose float weights torch's functions were given. seen: with is_kept, each site's outputs, call by
+    call. noise: a generator for noise that is added to the module sites' outputs, NOISE_DB below them.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class Pass:
         is_kept: bool = False,
         noise: torch.Generator | None = None,
     ) -> None:
-        self.model, self.inputs, self.uses, self._noise = model, inputs, uses, noise
+        self.model, self.sites, self.inputs, self.uses, self._noise = model, sites, inputs, uses, noise
         self.error: Exception | None = None
         output = None
         for is_copy in (False, True):
@@ -56,8 +55,12 @@ class Pass:
         self.used, self.read = uses.take()
         self.tensors, self.floats = named_tensors(output), named_floats(output)
 
+    def again(self, sites: Mapping[int, Site], model: nn.Module | None = None, **options: Any) -> Pass:
+        """Return another run on the same inputs, of this model or another one."""
+        return Pass(self.model if model is None else model, sites, self.inputs, self.uses, **options)
+
     def _open(self, sites: Mapping[int, Site], is_copy: bool, is_kept: bool) -> nn.Module:
-        """Return a mirror whose sites' calls are noted. is_copy: whether its weights are its own, to be written to."""
+        """Return a mirror whose sites' calls are noted. is_copy: whether it has its own weights, to be written to."""
         self.ran: collections.Counter[int] = collections.Counter()
         self.seen: dict[int, list[torch.Tensor]] = {}
         twin = edit.mirror(_shell(self.model), hooks=False)
@@ -71,7 +74,7 @@ class Pass:
         return twin
 
     def _watch(self, module: nn.Module, number: int, is_kept: bool) -> None:
-        """Note a site's calls, also where they go to its forward itself."""
+        """Note a site's calls, also direct calls of its forward."""
         forward = module.forward
 
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +89,7 @@ class Pass:
         module.forward = noted
 
     def _shaken(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor with noise added; exact zeros stay, as quantization keeps those of weights and inputs."""
+        """Return a tensor with noise added, except to exact zeros, which quantization keeps."""
         if not tensor.is_floating_point() or not tensor.numel() or tensor.is_nested:
             return tensor
         drawn = torch.randn(tensor.shape, generator=self._noise).to(tensor)
@@ -100,16 +103,20 @@ class Pass:
     def _run(self, twin: nn.Module, kept: Mapping[int, Site]) -> Any:
         inputs = _placed(copies(self.inputs), twin)
         with torch.no_grad(), repeatable(), warnings.catch_warnings(), self.uses:
-            warnings.simplefilter("ignore")  # the user meets the model's own warnings when running it
+            warnings.simplefilter("ignore")  # the user sees the model's own warnings when running it
             if not isinstance(self.model, fx.GraphModule):
                 return drained(twin(*inputs.args, **inputs.kwargs))
-            given = inspect.signature(self.model.forward).bind(*inputs.args, **inputs.kwargs).arguments
             calls = {site.call: number for number, site in kept.items() if site.call is not None}
-            return drained(_Nodes(twin, self.model.graph, given, calls, self._keep).run())
+
+            def see(node: fx.Node, value: Any) -> None:
+                if node.name in calls:
+                    self._keep(calls[node.name], value)
+
+            return drained(Interpreter(twin, self.model.graph, arguments_of(self.model, inputs), see).run())
 
 
 def _shell(model: nn.Module) -> nn.Module:
-    """Return what a graph is run over: its modules and tensors. To copy the graph would take longer than to run it."""
+    """Return a graph's modules and tensors, to run it over: copying the graph would take longer than running it."""
     if not isinstance(model, fx.GraphModule):
         return model
     shell = nn.Module()
@@ -121,7 +128,7 @@ def _shell(model: nn.Module) -> nn.Module:
 
 
 class _WritesError(Exception):
-    """Forward is about to write into a weight, which the mirror shares with the model."""
+    """Forward is about to write into a weight that the mirror shares with the model."""
 
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
@@ -129,7 +136,7 @@ _WRITERS = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS)})
 
 
 def _writes(name: str) -> bool:
-    """Return whether a function of torch's of this name writes into its first argument."""
+    """Return whether a function of torch with this name writes into its first argument."""
     return name in _WRITERS or (name.endswith("_") and not name.startswith("__"))
 
 
@@ -137,34 +144,12 @@ def _address(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_sparse or tensor.is_nested else tensor.untyped_storage().data_ptr()
 
 
-class _Nodes(Shapes):
-    """Runs a graph and hands on what the calls that are sites give."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        graph: fx.Graph,
-        given: dict[str, Any],
-        calls: Mapping[str, int],
-        keep: Callable[[int, Any], None],
-    ) -> None:
-        super().__init__(module, graph, given)
-        self._calls, self._keep = calls, keep
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Return the node's value."""
-        value = fx.Interpreter.run_node(self, n)
-        if n.name in self._calls:
-            self._keep(self._calls[n.name], value)
-        return value
-
-
 class Uses(TorchFunctionMode):
-    """While it is entered, notes the module sites of a prepared model whose float weights torch's functions are given.
+    """Notes, while entered, the module sites of a prepared model whose float weights torch's functions are given.
 
-    The weights are known by their addresses, which the prepared model shares with the user's, and a quantized one with
-    neither: what it shows as `.weight` is known by `show`. Biases count as well: a parametrized layer computes its
-    weight anew at each call. Under any mode torch's transformer layers take no fast path, which would call no site.
+    Weights are identified by their addresses, which the prepared model shares with the user's model, but not with a
+    quantized one; `show` registers what that has as `.weight`. Biases count too, since a parametrized layer computes
+    its weight anew at each call. Under any mode torch's transformer layers take no fast path, which would call no site.
     """
 
     def __init__(self, prepared: nn.Module, sites: Sequence[Site]) -> None:
@@ -194,24 +179,24 @@ class Uses(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def guard(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Let what would write into these raise _WritesError instead."""
+        """Raise _WritesError before these are written into."""
         self._guarded = {_address(tensor) for tensor in parameters} - {0}
 
     def show(self, module: nn.Module, number: int) -> None:
-        """Note from now on who reads the float weights that a site's quantized module shows."""
+        """Note from now on when the float weights that a site's quantized module shows are read."""
         for part in module.modules():
             for weight in part.float_weights() if isinstance(part, QuantizedModule) else ():
                 self._shown.setdefault(id(weight), (weight, set()))[1].add(number)  # tied ones show the same object
 
     def take(self) -> tuple[set[int], set[int]]:
-        """Return the sites whose float weights were used, and whose quantized ones were read, since the last time."""
+        """Return the sites whose float weights were used, and those whose quantized ones were read, since last time."""
         used, read = self._used, self._read
         self._used, self._read, self._shown = set(), set(), {}
         return used, read
 
 
 def _placed(inputs: Inputs, model: nn.Module) -> Inputs:
-    """Return the inputs on the model's device, where that has but one: it may have been moved since it was prepared."""
+    """Return the inputs on the model's device, if it has only one: it may have been moved since it was prepared."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1:
         return inputs

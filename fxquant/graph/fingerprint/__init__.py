@@ -1,1 +1,1 @@
-"""What of a float model decides its results beside its tensors, so that a file can tell another model's."""
+"""What determines a float model's outputs besides its tensors, so that a file can recognize another model."""

@@ -1,8 +1,8 @@
-"""What of a float model decides its answers beside its tensors, written down, so that a file can tell another model's.
+"""What determines a float model's outputs besides its tensors, in a form that a file can hold and compare.
 
-A graph says it all, with the leaves that it calls: their types, what their repr says of them, numbers that they hold.
-What is not traced, a leaf's own code or a whole model's, is known by that code: without comments, annotations and
-formatting, and with the functions and constants that it uses. Dropout and the like, idle in eval mode, do not count.
+For a traced model that is its graph and the leaves that it calls: their types, their reprs, and numbers that they hold.
+What is not traced, a leaf or a whole model, is identified by its code, without comments, annotations and formatting,
+and by the functions and constants that this uses. Dropout and the like, idle in eval mode, do not count.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _IDLE_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout
 _IDLE_NAMES = frozenset(
     {"training", "p", "dropout", "inplace", "momentum", "sparse", "scale_grad_by_freq", "enable_nested_tensor"}
 )
-"""What a module's repr and attributes hold that changes nothing in eval mode."""
+"""Parts of a module's repr, and attributes, that change nothing in eval mode."""
 
 _OF_ORIGIN = frozenset({"name_or_path", "_name_or_path", "device"})
-"""Attributes that say where a model is, or came from."""
+"""Attributes that say where a model is, or where it came from."""
 
 _BY_ANY_NAME = frozenset({"getattr", "vars", "__dict__", "attrgetter", "__getattribute__"})
-"""Names in code that may read an attribute whose own name is not in it."""
+"""Names in code that may read attributes which the code does not name."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _IDENTITY = "identity"
@@ -41,10 +41,10 @@ _IDENTITY = "identity"
 
 @dataclass(frozen=True)
 class ModuleKind:
-    """What one module is. type: its type, "" where there is code to tell; details: its extra_repr, a part an entry.
+    """What one module is. type: its type, "" if its code identifies it; details: the parts of its extra_repr.
 
-    attributes: its plain ones; code: of a user's module a digest of its forward's code; release: that one's package,
-    with the version. tensors: a summary of each that no file holds, where it has values.
+    attributes: its plain ones; code: for a user's module, a digest of its forward's code; release: the package that it
+    comes from, with the version. tensors: summaries of those that no file holds, if they have values.
     """
 
     type: str
@@ -54,8 +54,8 @@ class ModuleKind:
     release: str = ""
     tensors: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
-    def tell(self, other: ModuleKind) -> str:
-        """Return the module as a person would write it, with what sets it apart from another."""
+    def describe(self, other: ModuleKind) -> str:
+        """Return the module as one would write it, with what distinguishes it from another."""
         parts = [part for part in self.details if self.type != other.type or part not in other.details]
         shared = self.attributes.keys() & other.attributes.keys()
         parts += [f"{n}={self.attributes[n]}" for n in self.attributes if n in shared and self.is_other(other, n)]
@@ -64,18 +64,18 @@ class ModuleKind:
         return f"{self.type or 'a module of its own class'}({', '.join(parts)})"
 
     def is_other(self, other: ModuleKind, name: str) -> bool:
-        """Return whether both have an attribute, and not the same: what one release lacks does not count."""
+        """Return whether both have an attribute, with different values: a release may lack some."""
         return name in self.attributes and self.attributes[name] != other.attributes.get(name, self.attributes[name])
 
     def has_near(self, other: ModuleKind, name: str) -> bool:
-        """Return whether a tensor is the same in both, or not known in one of them, as on the meta device."""
+        """Return whether a tensor is the same in both, or unknown in one of them, as on the meta device."""
         return name not in other.tensors or is_near(self.tensors[name], other.tensors[name])
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A float model but for its tensors. nodes: its graph, a line a node, () without one; buffers_are_nodes: how it was
-    traced. modules: by their paths those that the graph calls, with what is inside them; without a graph all.
+    """A float model without its tensors. nodes: its graph, a line for each node, () without one; buffers_are_nodes: how
+    it was traced. modules: by their paths, those that the graph calls and those inside them; without a graph, all.
     """
 
     modules: Mapping[str, ModuleKind]
@@ -86,7 +86,7 @@ class Architecture:
         return self  # it never changes
 
     def to_plain(self) -> dict[str, Any]:
-        """Return it as JSON values, each kind of module once."""
+        """Return it as JSON values, with equal modules once."""
         kinds = list(dict.fromkeys(map(_key, self.modules.values())))
         numbers = {kind: number for number, kind in enumerate(kinds)}
         first = {_key(kind): kind for kind in self.modules.values()}
@@ -99,7 +99,7 @@ class Architecture:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Architecture:
-        """Return what to_plain gave JSON values of."""
+        """Return the architecture that to_plain wrote."""
         kinds = [ModuleKind(**{**kind, "details": tuple(kind["details"])}) for kind in plain["kinds"]]
         modules = {path: kinds[number] for path, number in plain["modules"].items()}
         return cls(modules, tuple(plain["nodes"]), bool(plain["buffers_are_nodes"]))
@@ -110,41 +110,41 @@ def _key(kind: ModuleKind) -> tuple[Any, ...]:
 
 
 class _Seen(NamedTuple):
-    """What is known of a whole model. reads: the names that its code reads; paths: of its modules, by their ids."""
+    """What is known about the whole model. reads: the names that its code reads; paths: of its modules, by id."""
 
     reads: frozenset[str]
     paths: Mapping[int, str]
 
 
 def describe(root: nn.Module, source: nn.Module | None = None) -> Architecture:
-    """Return the architecture of a model in eval mode: of a traced one, not yet fused, by its graph.
+    """Return the architecture of a model in eval mode. A traced one is described by its graph, before fusion.
 
-    source: the user's model, where root is a mirror of it on the meta device: values of tensors are read there.
+    source: the user's model, if root is a mirror of it on the meta device, to read values of tensors from.
     """
     graph = root.graph if isinstance(root, fx.GraphModule) else None
-    found: dict[str, nn.Module] = {}
+    parts: dict[str, nn.Module] = {}
     if graph is not None:
         for node in graph.find_nodes(op="call_module", sort=True):
             leaf = root.get_submodule(str(node.target))
-            found.update({f"{node.target}.{path}".rstrip("."): module for path, module in leaf.named_modules()})
+            parts.update({f"{node.target}.{path}".rstrip("."): module for path, module in leaf.named_modules()})
     else:
-        found = dict(root.named_modules())
-    codes = [code_of(type(m), forward_of(m)) for m in found.values() if not type(m).__module__.startswith("torch.")]
+        parts = dict(root.named_modules())
+    codes = [code_of(type(m), forward_of(m)) for m in parts.values() if not type(m).__module__.startswith("torch.")]
     paths = {id(module): path for path, module in root.named_modules()}
     seen = _Seen(frozenset[str]().union(*(code.reads for code in codes)), paths)
-    own = dict((root if source is None else source).named_modules(remove_duplicate=False))
-    modules = {path: _module_kind(module, own.get(path), seen) for path, module in found.items()}
+    sources = dict((root if source is None else source).named_modules(remove_duplicate=False))
+    modules = {path: _module_kind(module, sources.get(path), seen) for path, module in parts.items()}
     if graph is None:
         return Architecture(modules)
-    hooks = tuple(_hooks(own[""]))  # of the root, which is no leaf; others with hooks are
+    hooks = tuple(_hooks(sources[""]))  # of the root, which is not a leaf; modules with hooks are
     modules.update({"": ModuleKind("hooks", hooks)} if hooks else {})
     return Architecture(modules, _node_lines(graph), bool(graph.output_node().meta.get(BUFFERS_ARE_NODES)))
 
 
 def differences(saved: Architecture, found: Architecture) -> tuple[list[str], list[str]]:
-    """Return what makes a model another one than was saved, and what only may: code of another release of a package.
+    """Return what makes a model another than the saved one, and what may: code from another release of a package.
 
-    Each is a line that says where, what the file has and what the model.
+    Each is a line that says where, and what the file and the model have there.
     """
     certain, possible = [], []
     for path in dict.fromkeys([*saved.modules, *found.modules]):
@@ -153,14 +153,14 @@ def differences(saved: Architecture, found: Architecture) -> tuple[list[str], li
         if old is None or new is None:
             kind, sides = (old, "the file, not this model") if new is None else (new, "this model, not the file")
             if kind is not None and kind.type != _IDENTITY:
-                certain.append(f"{where}, {kind.tell(ModuleKind(''))}, is in {sides}")
+                certain.append(f"{where}, {kind.describe(ModuleKind(''))}, is in {sides}")
         elif _is_other(old, new):
-            certain.append(f"{where} is {new.tell(old)}, in the file {old.tell(new)}")
+            certain.append(f"{where} is {new.describe(old)}, in the file {old.describe(new)}")
         elif old.code != new.code and old.code and new.code:
-            name, _, version = old.release.partition(" ")
-            own_name, _, own_version = new.release.partition(" ")
-            if name == own_name and version != own_version:
-                possible.append(f"{where}: the code of {own_name} {own_version} is other than that of {version}")
+            name, _, old_version = old.release.partition(" ")
+            new_name, _, new_version = new.release.partition(" ")
+            if name == new_name and old_version != new_version:
+                possible.append(f"{where}: the code of {name} {new_version} differs from that of {old_version}")
             else:
                 certain.append(f"{where}: its forward, or what that calls, has other code than the file's model")
     if saved.nodes and found.nodes and saved.buffers_are_nodes == found.buffers_are_nodes:
@@ -169,14 +169,14 @@ def differences(saved: Architecture, found: Architecture) -> tuple[list[str], li
 
 
 def _is_other(old: ModuleKind, new: ModuleKind) -> bool:
-    """Return whether two kinds differ in more than their code."""
+    """Return whether two modules differ in more than their code."""
     return (old.type, old.details) != (new.type, new.details) or (
         any(old.is_other(new, n) for n in old.attributes) or not all(old.has_near(new, n) for n in old.tensors)
     )
 
 
 def _other_nodes(saved: tuple[str, ...], found: tuple[str, ...]) -> list[str]:
-    """Return a line for the first node in which two graphs differ."""
+    """Return a line about the first node in which two graphs differ."""
     for number, (old, new) in enumerate(zip(saved, found, strict=False)):
         if old != new:
             return [f"node {number} of its graph is {new}, in the file {old}"]
@@ -189,16 +189,15 @@ def _module_kind(module: nn.Module, source: nn.Module | None, seen: _Seen) -> Mo
     """Return what a module is."""
     if isinstance(module, _IDLE_MODULES):
         return ModuleKind(_IDENTITY)
-    kind: Any = type(module)
-    is_torchs = kind.__module__.startswith("torch.")
-    has_repr = kind.extra_repr is not nn.Module.extra_repr
+    module_type: Any = type(module)
+    is_torchs = module_type.__module__.startswith("torch.")
+    has_repr = module_type.extra_repr is not nn.Module.extra_repr
     values = _values(module, source, seen)
-    code = Code() if is_torchs else code_of(kind, forward_of(module))
+    code = Code() if is_torchs else code_of(module_type, forward_of(module))
     details = (*(_details(module) if has_repr else ()), *_hooks(module if source is None else source))
-    if is_torchs:  # whose repr tells these
-        for part in details:
-            values.texts.pop(part.partition("=")[0], None)
-    name = type_name(kind) if is_torchs else "" if code.digest else kind.__name__
+    for part in details if is_torchs else ():
+        values.texts.pop(part.partition("=")[0], None)  # the repr has it
+    name = type_name(module_type) if is_torchs else "" if code.digest else module_type.__name__
     return ModuleKind(name, details, values.texts, code.digest, code.release, values.tensors)
 
 
@@ -206,7 +205,7 @@ def _details(module: nn.Module) -> Iterator[str]:
     """Yield the parts of a module's extra_repr that count."""
     try:
         text = module.extra_repr()
-    except Exception:  # a user's own, which is called here for no wish of theirs
+    except Exception:  # of the user's, who did not ask for this call
         return
     for part in re.split(r",\s*(?![^(\[{]*[)\]}])", without_addresses(text)):
         if part and part.partition("=")[0].strip() not in _IDLE_NAMES:
@@ -214,29 +213,29 @@ def _details(module: nn.Module) -> Iterator[str]:
 
 
 def _values(module: nn.Module, source: nn.Module | None, seen: _Seen) -> Values:
-    """Return what a module holds that counts, but for what its methods set while it runs.
+    """Return the values in a module that count, without those that its methods set while it runs.
 
     source: the user's own module, which has the values of tensors.
     """
-    kind: Any = type(module)
-    is_torchs = kind.__module__.startswith("torch.")
-    skipped = _IDLE_NAMES | _OF_ORIGIN | _OF_EVERY_MODULE | stored_names(kind)
-    found = Values(seen.reads, skipped, seen.paths)
+    module_type: Any = type(module)
+    is_torchs = module_type.__module__.startswith("torch.")
+    skipped = _IDLE_NAMES | _OF_ORIGIN | _OF_EVERY_MODULE | stored_names(module_type)
+    values = Values(seen.reads, skipped, seen.paths)
     knows_all = is_torchs or not seen.reads or bool(_BY_ANY_NAME & seen.reads)
     for name, value in vars(module).items():
         if name in skipped or not (name in seen.reads or (knows_all and not (is_torchs and name.startswith("_")))):
             continue
-        found.add(name, value)
-    found.tensors.clear()
-    if source is None or is_torchs or code_of(kind, forward_of(module)).writes:
-        return found
+        values.add(name, value)
+    values.tensors.clear()
+    if source is None or is_torchs or code_of(module_type, forward_of(module)).writes:
+        return values
     held = {name: source._buffers.get(name) for name in source._non_persistent_buffers_set}
     there = Values(seen.reads, skipped)
     for name, value in {**vars(source), **held}.items():
         if name in seen.reads and name not in skipped and value is not None:
             there.add(name, value)
-    found.tensors.update(there.tensors)
-    return found
+    values.tensors.update(there.tensors)
+    return values
 
 
 def _hooks(module: nn.Module) -> Iterator[str]:
@@ -248,7 +247,7 @@ def _hooks(module: nn.Module) -> Iterator[str]:
 
 
 def _node_lines(graph: fx.Graph) -> tuple[str, ...]:
-    """Return a line for each node that has part in what the graph gives or writes, by number and not by name."""
+    """Return a line for each node that contributes to outputs or writes, with numbers in place of names."""
     nodes = [node for node in graph.nodes if node.op == "output" or _is_write(node)]
     live: set[fx.Node] = set()
     while nodes:
@@ -277,9 +276,9 @@ def _line(node: fx.Node, numbers: Mapping[fx.Node, str]) -> str:
         name = str(target) if is_overload else type_name(target) if is_torchs else target.__name__
     args = node.args[:1] if target in _IDLE_CALLS else node.args
     kwargs = {} if target in _IDLE_CALLS else {k: v for k, v in node.kwargs.items() if k != "inplace"}
-    told = [_argument(arg, numbers) for arg in args]
-    told += [f"{key}={_argument(value, numbers)}" for key, value in sorted(kwargs.items())]
-    return f"{name}({', '.join(told)})"
+    texts = [_argument(arg, numbers) for arg in args]
+    texts += [f"{key}={_argument(value, numbers)}" for key, value in sorted(kwargs.items())]
+    return f"{name}({', '.join(texts)})"
 
 
 def _argument(value: Any, numbers: Mapping[fx.Node, str]) -> str:

@@ -1,6 +1,6 @@
-"""What Python code computes, as a digest: without comments, docstrings, annotations and formatting.
+"""A digest of what Python code computes, without comments, docstrings, annotations and formatting.
 
-It is taken from the syntax tree, which all versions of Python agree on, and not from bytecode, which they do not.
+It is made from the syntax tree, which is the same in all versions of Python, unlike bytecode.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fxquant.graph.fingerprint.values import Values, closed_over, constants_of, names_of, operators_of
+from fxquant.graph.fingerprint.values import Values, closed_over, constants_of, operators_of
+from fxquant.graph.trace.names import code_names, codes_in, function_of
 
 _MOST = 200
-"""How many functions are followed from one forward."""
+"""The most functions that are followed from one forward."""
 
 _IGNORED = frozenset({"ctx", "type_comment", "kind", "returns", "annotation", "decorator_list", "type_params"})
 _LIBRARIES = ("torch", "builtins")
@@ -41,19 +42,19 @@ class Code(NamedTuple):
 
 
 class _Followed(NamedTuple):
-    """The functions that a forward uses, with their syntax trees, None where one has no source."""
+    """The functions that a forward uses, and their syntax trees, None if one has no source."""
 
     functions: tuple[types.FunctionType, ...]
     trees: tuple[ast.AST, ...] | None
 
 
 def code_of(kind: Any, forward: Any) -> Code:
-    """Return the code of a module's forward, with the methods, functions and constants that it uses but torch's."""
+    """Return the code of a module's forward, with the methods, functions and constants that it uses, except torch's."""
     top = kind.__module__.partition(".")[0]
     version = getattr(sys.modules.get(top), "__version__", None)
     release = f"{top} {version}" if isinstance(version, str) else ""
     functions, trees = _follow(kind, forward)
-    reads = frozenset[str]().union(*(names_of(function.__code__) for function in functions))
+    reads = frozenset[str]().union(*(code_names(function.__code__) for function in functions))
     if trees is None:
         return Code("", release, reads, True)
     texts = [_text(tree) for tree in trees] + sorted(_constants(kind, functions, reads))
@@ -63,7 +64,7 @@ def code_of(kind: Any, forward: Any) -> Code:
 
 @functools.lru_cache(1024)
 def _follow(kind: Any, forward: Any) -> _Followed:
-    """Return the functions that a forward comes to, itself first."""
+    """Return the functions that a forward calls, directly or not, itself first."""
     waiting = [_function(forward)]
     seen: dict[types.FunctionType, ast.AST | None] = {}
     while waiting and len(seen) < _MOST:
@@ -79,31 +80,30 @@ def _follow(kind: Any, forward: Any) -> _Followed:
 
 
 def _constants(kind: Any, functions: tuple[types.FunctionType, ...], reads: frozenset[str]) -> set[str]:
-    """Return what functions use of globals, outer functions and the class, but for what they set, as texts."""
+    """Return, as texts, what functions use but do not set of globals, outer functions and the class."""
     stored = stored_names(kind).union(*(_globals_set(function.__code__) for function in functions))
-    found = Values(reads, stored)
+    values = Values(reads, stored)
     for function in functions:
         held = dict(closed_over(function))
-        names = names_of(function.__code__)
+        names = code_names(function.__code__)
         held.update((name, function.__globals__[name]) for name in names if name in function.__globals__)
         for name, value in held.items():
             if isinstance(value, types.ModuleType):
-                own = _of_module(value, reads)
-                held_there = {f"{name}.{part}": number for part, number in own.items() if part not in stored}
-                for place, number in held_there.items():
-                    found.add(place, number)
+                for part, constant in _of_module(value, reads).items():
+                    if part not in stored:
+                        values.add(f"{name}.{part}", constant)
             elif not (name in stored or name.startswith("__") or isinstance(value, (types.FunctionType, nn.Module))):
-                found.add(name, value)
+                values.add(name, value)
     for name in reads - stored:
         value = inspect.getattr_static(kind, name, None)
         is_ours = isinstance(value, (bool, int, float, str, tuple, list, dict)) and not hasattr(nn.Module, name)
         if is_ours and not name.startswith("__"):
-            found.add(f"self.{name}", value)
-    return {f"{name}={text}" for name, text in found.texts.items()}
+            values.add(f"self.{name}", value)
+    return {f"{name}={text}" for name, text in values.texts.items()}
 
 
 def _of_module(module: types.ModuleType, reads: frozenset[str]) -> dict[str, Any]:
-    """Return the plain globals that code reads of a user's Python module: one of no released package."""
+    """Return the plain globals that code reads of a user's Python module, which is not in a released package."""
     top = sys.modules.get(module.__name__.partition(".")[0], module)
     if top.__name__ in sys.stdlib_module_names or hasattr(top, "__version__") or top.__name__ in _LIBRARIES:
         return {}
@@ -129,7 +129,7 @@ def _writes(tree: ast.AST) -> bool:
 
 
 def gives_something(function: types.FunctionType) -> bool:
-    """Return whether a function may return something else than None."""
+    """Return whether a function may return anything but None."""
     lines = [line for line in dis.get_instructions(function) if line.opname not in ("NOP", "CACHE")]
     for last, line in zip([None, *lines], lines, strict=False):
         if line.opname == "RETURN_CONST" and line.argval is not None:
@@ -141,31 +141,28 @@ def gives_something(function: types.FunctionType) -> bool:
 
 
 def hook_word(hook: Any) -> str:
-    """Return what tells a hook that takes part in computing from another; "" for one that only looks on."""
+    """Return a text that identifies a hook which takes part in computing; "" for a hook that only observes."""
     function = _function(getattr(hook, "func", hook))
     if function is None or not gives_something(function):
         return ""
     code = function.__code__
     word = Values().word_for(hook) or function.__name__
-    told = [*sorted(names_of(code)), *constants_of(code), word, *sorted({*operators_of(code)})]
-    return f"{function.__name__} {hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
+    words = [*sorted(code_names(code)), *constants_of(code), word, *sorted({*operators_of(code)})]
+    return f"{function.__name__} {hashlib.sha256(' '.join(words).encode()).hexdigest()[:8]}"
 
 
 def _function(value: Any) -> types.FunctionType | None:
-    """Return the function that a method, property or decorated function is; None for torch's, and for anything else."""
-    if isinstance(value, (staticmethod, classmethod)):
-        value = value.__func__
-    if isinstance(value, property):
-        value = value.fget
-    value = getattr(value, "__func__", value) if isinstance(value, types.MethodType) else value
+    """Return the function in a method, property or decorated function; None for torch's, and for anything else."""
+    if isinstance(value, (staticmethod, classmethod, types.MethodType, property)):
+        value = function_of(value)
     value = inspect.unwrap(value) if callable(value) and not isinstance(value, type) else value
-    is_own = isinstance(value, types.FunctionType) and not (value.__module__ or "").startswith(_LIBRARIES)
-    return value if is_own else None
+    is_users = isinstance(value, types.FunctionType) and not (value.__module__ or "").startswith(_LIBRARIES)
+    return value if is_users else None
 
 
 @functools.lru_cache(1024)
 def _tree(function: types.FunctionType) -> ast.AST | None:
-    """Return a function's syntax tree; None where its source cannot be had, or is part of a line (a lambda's)."""
+    """Return a function's syntax tree; None if its source is unavailable, or part of a line, as a lambda's."""
     try:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -176,12 +173,12 @@ def _tree(function: types.FunctionType) -> ast.AST | None:
 def _text(node: Any) -> str:
     """Return a syntax tree as text."""
     if isinstance(node, ast.AST):
-        told = [
+        fields = [
             f"{name}={_text(value)}"
             for name, value in ast.iter_fields(node)
             if name not in _IGNORED and value is not None and value != []
         ]
-        return f"{type(node).__name__}({','.join(told)})"
+        return f"{type(node).__name__}({','.join(fields)})"
     if isinstance(node, list):
         is_idle = [isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in node]
         return f"[{','.join(_text(part) for part, idle in zip(node, is_idle, strict=True) if not idle)}]"
@@ -189,32 +186,26 @@ def _text(node: Any) -> str:
 
 
 def _names(tree: ast.AST) -> Iterator[tuple[str, bool]]:
-    """Yield each name that code reads, and whether it is an attribute of something."""
-    found: dict[tuple[str, bool], None] = {}
+    """Yield each name that code reads, once, and whether it is an attribute."""
+    names: dict[tuple[str, bool], None] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            found[node.attr, True] = None
+            names[node.attr, True] = None
         elif isinstance(node, ast.Name):
-            found[node.id, False] = None
-    yield from found
+            names[node.id, False] = None
+    yield from names
 
 
 @functools.lru_cache(1024)
 def stored_names(kind: Any) -> frozenset[str]:
-    """Return the attributes that methods of a class other than __init__ set, by = or +=: its state, not its options."""
-    found: set[str] = set()
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            continue
-        for name, value in vars(base).items():
-            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-            if name not in ("__init__", "__setstate__") and isinstance(function, types.FunctionType):
-                found.update(_stores(inspect.unwrap(function).__code__))
-    return frozenset(found)
-
-
-def _stores(code: types.CodeType) -> Iterator[str]:
-    yield from (str(line.argval) for line in dis.get_instructions(code) if line.opname == "STORE_ATTR")
-    for part in code.co_consts:
-        if isinstance(part, types.CodeType):
-            yield from _stores(part)
+    """Return the attributes that a class's methods other than __init__ set, by = or +=: its state, not its options."""
+    bases = (base for base in kind.__mro__ if base not in (nn.Module, object))
+    methods = ((name, function_of(value)) for base in bases for name, value in vars(base).items())
+    codes = (
+        code
+        for name, method in methods
+        if name not in ("__init__", "__setstate__") and isinstance(method, types.FunctionType)
+        for code in codes_in(inspect.unwrap(method).__code__)
+    )
+    lines = (line for code in codes for line in dis.get_instructions(code))
+    return frozenset(str(line.argval) for line in lines if line.opname == "STORE_ATTR")

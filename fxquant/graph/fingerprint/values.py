@@ -1,7 +1,7 @@
-"""What Python values a module holds, as text and a few numbers that are the same in every process and on every device.
+"""The Python values that a module holds, as text and numbers that are the same in every process and on any device.
 
-No code of the user's is called: objects are read by their __dict__ and slots, and only what the model's code names
-(`reads`), so that time stamps and loggers do not count. Paths, locks, files, generators and devices never do.
+No code of the user's runs: objects are read by their __dict__ and slots, and only what the model's code names
+(`reads`), so that time stamps and loggers do not count. Paths, locks, files, generators and devices never count.
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxquant.graph.trace.names import code_names, codes_in, function_of
+
 _DEPTH = 4
-"""How many objects and containers deep values are followed."""
+"""How deep values are followed into objects and containers."""
 
 _SHOWN = 64
-"""How many parts a container has at most that is written out; of a larger one a digest is."""
+"""The most parts of a container that are written out; of a larger one, it is their digest."""
 
 _READ = 2**20
-"""How many elements of a tensor are read at most."""
+"""The most elements of a tensor that are read."""
 
 _SAMPLES = 8
 _CLOSE = 1e-4
-"""What tensors of one model differ by at most, relative to their largest value: processors round differently."""
+"""How far equal tensors may differ, relative to their largest value, since processors round differently."""
 
 
 @dataclass
 class Values:
-    """What some values come to. reads: the names that code reads; skipped: attributes that never count.
+    """Texts and tensors that describe values. reads: the names that code reads; skipped: attributes that never count.
 
-    paths: of the model's modules, by their ids; texts, tensors: what was found, by dotted names.
+    paths: those of the model's modules, by their ids; texts, tensors: the result, by dotted names.
     """
 
     reads: frozenset[str] = frozenset()
@@ -50,7 +52,7 @@ class Values:
     tensors: dict[str, list[Any]] = field(default_factory=dict)
 
     def add(self, name: str, value: Any, seen: tuple[int, ...] = ()) -> None:
-        """Take in a value: of an object each attribute that code reads, of a tensor its shape and some numbers."""
+        """Add a value: of an object each attribute that code reads, of a tensor its shape and some numbers."""
         tensor = _as_tensor(value)
         if tensor is not None:
             summary = summarize(tensor)
@@ -59,20 +61,20 @@ class Values:
             if id(value) in seen or len(seen) >= _DEPTH:
                 return
             methods = _methods(type(value), self.reads)
-            reads = self.reads.union(*(names_of(method.__code__) for method in methods))
+            reads = self.reads.union(*(code_names(method.__code__) for method in methods))
             inner = Values(reads, self.skipped, self.paths, self.texts, self.tensors)
-            for own, part in _state(value):
-                if own in reads and own not in self.skipped:
-                    inner.add(f"{name}.{own}", part, (*seen, id(value)))
-        elif text := self.tell(value):
+            for attribute, part in _state(value):
+                if attribute in reads and attribute not in self.skipped:
+                    inner.add(f"{name}.{attribute}", part, (*seen, id(value)))
+        elif text := self.text(value):
             self.texts[name] = text
-            if signs := _signs(value):  # apart: files have the text of before
+            if signs := _signs(value):  # apart, since files have the text without them
                 self.texts[f"{name} (operators)"] = signs
 
-    def tell(self, value: Any, depth: int = _DEPTH) -> str:
-        """Return a number, a word, a function or a container of such as text; "" for anything else, a path too."""
+    def text(self, value: Any, depth: int = _DEPTH) -> str:
+        """Return a number, a string, a function or a container of these as text; "" for anything else, and paths."""
         if isinstance(value, enum.Enum):
-            return f"{type(value).__name__}.{value._name_}={self.tell(value._value_, 1)}"
+            return f"{type(value).__name__}.{value._name_}={self.text(value._value_, 1)}"
         if isinstance(value, str):
             return "" if "/" in value or "\\" in value else repr(str(value))
         if isinstance(value, (bool, int, type(None), torch.dtype)):
@@ -80,7 +82,7 @@ class Values:
         if isinstance(value, (float, complex)):
             return repr(float(value) if isinstance(value, float) else value)
         if isinstance(value, slice):
-            parts = [self.tell(part) for part in (value.start, value.stop, value.step)]
+            parts = [self.text(part) for part in (value.start, value.stop, value.step)]
             return f"slice({', '.join(parts)})" if all(parts) else ""
         if isinstance(value, nn.Module):
             path = self.paths.get(id(value))
@@ -90,24 +92,24 @@ class Values:
         return self.word_for(value, depth) if depth else ""
 
     def _container(self, value: Any, depth: int) -> str:
-        """Return a container's parts as text, "" where one of them has none."""
+        """Return a container's parts as text, "" if one of them has none."""
         named = dict.items(value) if isinstance(value, dict) else [("", part) for part in value]
-        texts = [(str(name), self.tell(part, depth - 1)) for name, part in named]
+        texts = [(str(name), self.text(part, depth - 1)) for name, part in named]
         if not texts or not all(text for _, text in texts):
             return ""
-        told = ", ".join(f"{name}: {text}" if name else text for name, text in texts)
+        parts = ", ".join(f"{name}: {text}" if name else text for name, text in texts)
         if len(texts) > _SHOWN:
-            return f"[{len(texts)} values, {hashlib.sha256(told.encode()).hexdigest()[:16]}]"
-        return f"[{told}]"
+            return f"[{len(texts)} values, {hashlib.sha256(parts.encode()).hexdigest()[:16]}]"
+        return f"[{parts}]"
 
     def word_for(self, function: Any, depth: int = _DEPTH) -> str:
-        """Return a function's name with its defaults and the values that it closes over; "" for what is no function.
+        """Return a function's name, its defaults and the values that it closes over; "" for anything else.
 
-        Of a lambda, the names and constants that its code has.
+        For a lambda, the names and constants in its code.
         """
         if isinstance(function, functools.partial):
             word = self.word_for(function.func, depth - 1) if depth else ""
-            held = [self.tell(part, depth - 1) for part in (function.args, dict(function.keywords))] if word else []
+            held = [self.text(part, depth - 1) for part in (function.args, dict(function.keywords))] if word else []
             return f"partial({word}, {', '.join(filter(None, held))})" if word else ""
         if isinstance(function, (types.MethodType, type)) or not callable(function):
             return ""
@@ -124,12 +126,12 @@ class Values:
             return word
         held = [("", part) for part in function.__defaults__ or ()]
         held += [*(function.__kwdefaults__ or {}).items(), *closed_over(function)]
-        texts = [f"{name}={text}".lstrip("=") for name, part in held if (text := self.tell(part, depth - 1))]
+        texts = [f"{name}={text}".lstrip("=") for name, part in held if (text := self.text(part, depth - 1))]
         return f"{word} with {', '.join(texts)}" if texts else word
 
 
 def closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield the variables of outer functions that a function uses, but for those that it sets."""
+    """Yield the variables of outer functions that a function uses but does not set."""
     stored = {str(line.argval) for line in dis.get_instructions(function) if line.opname == "STORE_DEREF"}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
@@ -140,42 +142,35 @@ def closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def names_of(code: types.CodeType) -> frozenset[str]:
-    """Return the names that code reads, with the functions inside it."""
-    inner = (names_of(part) for part in code.co_consts if isinstance(part, types.CodeType))
-    return frozenset(code.co_names).union(*inner)
-
-
 def constants_of(code: types.CodeType) -> list[str]:
-    """Return the numbers in some code, in their order."""
-    found = [line.argval for line in dis.get_instructions(code) if "CONST" in line.opname or "SMALL_INT" in line.opname]
-    return [repr(value) for value in found if type(value) in (int, float)]
+    """Return the numbers in some code, in order."""
+    lines = (line for line in dis.get_instructions(code) if "CONST" in line.opname or "SMALL_INT" in line.opname)
+    return [repr(line.argval) for line in lines if type(line.argval) in (int, float)]
 
 
 _NAMED = (
     "ADD + SUBTRACT - MULTIPLY * TRUE_DIVIDE / FLOOR_DIVIDE // MODULO % POWER ** MATRIX_MULTIPLY @ AND & OR | XOR ^"
 )
 _SIGNS = dict(zip(*[iter(f"{_NAMED} LSHIFT << RSHIFT >>".split())] * 2, strict=True))
-"""What Python 3.10, which has an instruction for each operator, calls them."""
+"""The operators by their names in Python 3.10, which has an instruction for each."""
 
 
 def operators_of(code: types.CodeType) -> list[str]:
-    """Return the operators in some code, in their order, as one would write them."""
-    found = []
-    for line in dis.get_instructions(code):
-        kind, _, name = line.opname.partition("_")
+    """Return the operators in some code, and the functions in it, in order, as they are written."""
+    signs = []
+    for line in (line for part in codes_in(code) for line in dis.get_instructions(part)):
+        arity, _, name = line.opname.partition("_")
         if line.opname in ("BINARY_OP", "COMPARE_OP"):
-            found += re.findall(r"[-+*/%@&|^<>!=]+", line.argrepr)  # bool(<) from Python 3.13 on; [] is none
-        elif kind in ("BINARY", "INPLACE") and name in _SIGNS:
-            found.append(_SIGNS[name] + ("=" if kind == "INPLACE" else ""))
+            signs += re.findall(r"[-+*/%@&|^<>!=]+", line.argrepr)  # bool(<) from Python 3.13 on; [] is not one
+        elif arity in ("BINARY", "INPLACE") and name in _SIGNS:
+            signs.append(_SIGNS[name] + ("=" if arity == "INPLACE" else ""))
         elif line.opname in ("UNARY_NEGATIVE", "UNARY_INVERT"):
-            found.append(name.lower())
-    inner = (operators_of(part) for part in code.co_consts if isinstance(part, types.CodeType))
-    return [*found, *(sign for part in inner for sign in part)]
+            signs.append(name.lower())
+    return signs
 
 
 def _signs(value: Any, depth: int = _DEPTH) -> str:
-    """Return the operators in a lambda, or in those in a container or partial."""
+    """Return the operators in a lambda, or in the lambdas in a container or partial."""
     if isinstance(value, types.FunctionType) and value.__name__ == "<lambda>":
         return " ".join(operators_of(value.__code__))
     parts: Any = [value.func, *value.args] if isinstance(value, functools.partial) else ()
@@ -184,7 +179,7 @@ def _signs(value: Any, depth: int = _DEPTH) -> str:
 
 
 def summarize(tensor: torch.Tensor) -> list[Any]:
-    """Return a tensor's shape and some numbers of its values; [] on the meta device and where it has no plain ones."""
+    """Return a tensor's shape and some numbers of its values; [] if it has no plain ones, as on the meta device."""
     is_plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_complex()
     if tensor.device.type == "meta" or not is_plain or not tensor.numel():
         return []
@@ -199,7 +194,7 @@ def summarize(tensor: torch.Tensor) -> list[Any]:
 
 
 def is_near(old: Sequence[Any], new: Sequence[Any]) -> bool:
-    """Return whether two summaries are of the same tensor, but for rounding."""
+    """Return whether two summaries are of the same tensor, up to rounding."""
     bound = _CLOSE * max(old[1], new[1])
     return list(old[0]) == list(new[0]) and all(
         abs(a - b) <= bound for a, b in zip([old[1], *old[2]], [new[1], *new[2]], strict=True)
@@ -207,12 +202,12 @@ def is_near(old: Sequence[Any], new: Sequence[Any]) -> bool:
 
 
 def without_addresses(text: str) -> str:
-    """Return a repr without the addresses in it."""
+    """Return a repr without addresses."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def _as_tensor(value: Any) -> torch.Tensor | None:
-    """Return a tensor, or a NumPy number or array as one; None for anything else."""
+    """Return a tensor, or a NumPy number or array as a tensor; None for anything else."""
     if type(value) in (torch.Tensor, nn.Parameter):
         return value  # type: ignore[no-any-return]
     numpy = sys.modules.get("numpy")
@@ -222,7 +217,7 @@ def _as_tensor(value: Any) -> torch.Tensor | None:
 
 
 def _is_library(value: Any) -> bool:
-    """Return whether a function or class is Python's own, torch's or NumPy's."""
+    """Return whether a function or class comes with Python, torch or NumPy."""
     top = str(getattr(value, "__module__", None) or "builtins").partition(".")[0]
     return top in ("torch", "numpy") or (top in sys.stdlib_module_names and top != "__main__")
 
@@ -239,13 +234,13 @@ def _methods(kind: type, reads: frozenset[str]) -> Iterator[types.FunctionType]:
     """Yield the methods and properties of a class that code reads, with __call__."""
     for base in kind.__mro__:
         for name, value in vars(base).items():
-            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            function = function_of(value)
             if isinstance(function, types.FunctionType) and (name in reads or name == "__call__"):
                 yield function
 
 
 def _state(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield an object's attributes, by its __dict__ and slots, without a call of its own code."""
+    """Yield an object's attributes, from its __dict__ and slots, without running its code."""
     with contextlib.suppress(AttributeError, TypeError):
         yield from sorted(object.__getattribute__(value, "__dict__").items(), key=lambda pair: str(pair[0]))
     kind: type = type(value)

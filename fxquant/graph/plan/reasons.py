@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 from fxquant.graph.constants import method_of
 from fxquant.graph.plan.targets import Target, call_name, name_operands
 from fxquant.graph.preserve.extra_state import has_extra_state
+from fxquant.graph.trace.checks import wrapped_in
 from fxquant.graph.trace.leaves import known_base, redefined
-from fxquant.graph.trace.trace import wrapped_in
 from fxquant.graph.trace.tracer import forward_of
 from fxquant.graph.why import Reason, Why, because
 from fxquant.nn.transformer import PLAIN_FORWARDS

@@ -1,8 +1,8 @@
-"""First pass, at its end: weights that a graph computes from constants alone are computed once.
+"""The end of the first pass: weights that a graph computes from constants alone are computed once.
 
-A mask times a weight, a slice, `cat`, `stack`, a reshape, a low-rank update: what a call of the operator table takes as
-its weight becomes a buffer beside the first constant it is made of, `weight_folded`. Where an input, a buffer that
-forward writes to, a random number or a module with hooks has part in it, it stays as it is.
+A weight may be computed by a mask, a slice, `cat`, `stack`, a reshape or a low-rank update. If a call of the operator
+table takes it, it becomes a buffer next to the first constant that it depends on, `weight_folded`. It stays computed if
+it depends on an input, a buffer that forward writes to, a random number or a module with hooks.
 """
 
 from __future__ import annotations
@@ -24,82 +24,33 @@ from fxquant.graph.preserve.preserve import Keep
 from fxquant.operators import Operator, find_function_row
 
 SOURCE = "fxquant_source"
-"""The key in the meta of a folded weight's node: the path of the first weight that it was made of, for mappings."""
+"""The key in node.meta for the path of the first weight that a folded one depends on, for mappings."""
 
 NOTHING_KEPT = Keep()
 
 _HOMES = (torch, torch.Tensor, F, torch.linalg, torch.special, torch.fft, operator)
-_KNOWN = {id(value): value for home in _HOMES for value in vars(home).values() if callable(value)} | {
-    id(getattr): getattr
-}
-"""The functions that compute with tensors, by their ids: those of torch.linalg and others have longer names inside."""
+_KNOWN = {id(value) for home in _HOMES for value in vars(home).values() if callable(value)} | {id(getattr)}
+"""The ids of the functions that compute with tensors; the __name__ of some, as in torch.linalg, is not their name."""
 
 _UNSTABLE = re.compile(r"(new_)?empty.*|rand.*|normal|bernoulli|multinomial|poisson|binomial|gumbel.*|fractional.*")
 _IN_TRAINING = re.compile(r".*dropout.*|rrelu")
-"""The names of functions that draw random numbers where they are told that it is training."""
+"""The names of functions that draw random numbers in training only."""
 
 _NUMBERS = ("item", "tolist")
-"""The methods that make Python numbers of a tensor."""
+"""The methods that turn a tensor into Python numbers."""
 
-_VIEWS = (
-    *(
-        "getattr",
-        "getitem",
-        "t",
-        "transpose",
-        "permute",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "adjoint",
-        "to",
-    ),
-    *(
-        "view",
-        "view_as",
-        "reshape",
-        "reshape_as",
-        "flatten",
-        "unflatten",
-        "ravel",
-        "squeeze",
-        "unsqueeze",
-        "narrow",
-        "type",
-    ),
-    *("select", "split", "chunk", "unbind", "tensor_split", "expand", "expand_as", "diagonal", "as_strided", "unfold"),
-    *(
-        "detach",
-        "contiguous",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "type_as",
-        "cpu",
-        "cuda",
-        "real",
-        "positive",
-        "alias",
-    ),
+_VIEWS = frozenset(
+    """
+    getattr getitem t transpose permute swapaxes swapdims movedim moveaxis adjoint to view view_as reshape
+    reshape_as flatten unflatten ravel squeeze unsqueeze narrow type select split chunk unbind tensor_split expand
+    expand_as diagonal as_strided unfold detach contiguous float double half bfloat16 type_as cpu cuda real positive
+    alias
+    """.split()  # noqa: SIM905
 )
-_IN_PLACE = (
-    *(
-        "setitem",
-        "delitem",
-        "iadd",
-        "iand",
-        "iconcat",
-        "ifloordiv",
-        "ilshift",
-        "imatmul",
-        "imod",
-        "imul",
-        "ior",
-        "ipow",
-    ),
-    *("irshift", "isub", "itruediv", "ixor"),
+_IN_PLACE = frozenset(
+    """
+    setitem delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor
+    """.split()  # noqa: SIM905
 )
 
 
@@ -110,10 +61,10 @@ def fold(
     shut: Collection[str] = (),
     keep: Keep = NOTHING_KEPT,
 ) -> None:
-    """Replace in place each weight of a call that is computed from constants by what it comes to.
+    """Replace, in place, each weight of a call that is computed from constants by its value.
 
-    shut: the paths of modules whose tensors may change when they are called. keep: says which tensors preserved code or
-    forward may write to.
+    shut: the paths of modules whose calls may change their tensors. keep: says which tensors preserved code or forward
+    may write to.
     """
     values = _Values(root, graph, shut, keep)
     done: dict[fx.Node, fx.Node] = {}
@@ -127,7 +78,7 @@ def fold(
             tensor = values.of(base)
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dim() < 2:
                 continue
-            if 1 not in tensor.stride():  # as .real has it: torch multiplies a copy of another order than ours
+            if 1 not in tensor.stride():  # such as .real: torch multiplies a copy in another order than ours
                 continue
             done[base] = _place(root, graph, base, tensor)
         _replace(operand, node, base, done[base])
@@ -135,13 +86,13 @@ def fold(
 
 
 def _place(root: nn.Module, graph: fx.Graph, base: fx.Node, tensor: torch.Tensor) -> fx.Node:
-    """Return a get_attr node, before a node, of what that was found to give: of a constant itself where it is that."""
+    """Return a get_attr node, before `base`, for its value: a constant with the same memory, or a new buffer."""
     source = str(next(node for node in _sources(base) if _is_matrix(root, node)).target)
     named = (str(node.target) for node in _sources(base))
     path = next((name for name in named if _is_same(edit.get_tensor(root, name), tensor)), "")
     if not path:
         path = edit.free_name(root, f"{source}_folded")
-        edit.set_tensor(root, path, tensor.detach().clone())  # of the same order in memory: bits depend on it
+        edit.set_tensor(root, path, tensor.detach().clone())  # in the same order in memory: the bits depend on it
     with graph.inserting_before(base):
         node = graph.create_node("get_attr", path)
     node.meta.update({**base.meta, SOURCE: source})
@@ -149,7 +100,7 @@ def _place(root: nn.Module, graph: fx.Graph, base: fx.Node, tensor: torch.Tensor
 
 
 def _is_same(tensor: torch.Tensor | None, other: torch.Tensor) -> bool:
-    """Return whether two tensors are the same numbers in the same memory."""
+    """Return whether two tensors are the same view of the same memory."""
     if tensor is None or storage_of(tensor) != storage_of(other):
         return False
     views = [(t.dtype, t.shape, t.stride(), t.storage_offset(), t.is_neg()) for t in (tensor, other)]
@@ -157,7 +108,7 @@ def _is_same(tensor: torch.Tensor | None, other: torch.Tensor) -> bool:
 
 
 def _replace(operand: fx.Node, user: fx.Node, base: fx.Node, folded: fx.Node) -> None:
-    """Let a call take its weight, by the transpositions and casts there are, of the folded one."""
+    """Make a call read the folded weight, through the transpositions and casts that are in between."""
     chain = []
     while operand is not base:
         chain.append(operand)
@@ -168,7 +119,7 @@ def _replace(operand: fx.Node, user: fx.Node, base: fx.Node, folded: fx.Node) ->
 
 
 def _erase(node: fx.Node) -> None:
-    """Erase a node that nothing uses any more, and what fed only it."""
+    """Erase a node if nothing uses it any more, and then its inputs likewise."""
     if not node.users and node.op != "placeholder":
         feeders = node.all_input_nodes
         node.graph.erase_node(node)
@@ -177,7 +128,7 @@ def _erase(node: fx.Node) -> None:
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the constants that a node is computed from, in the order in which it names them."""
+    """Yield the constants that a node is computed from, in order."""
     if node.op == "get_attr":
         yield node
     for feeder in node.all_input_nodes:
@@ -190,7 +141,7 @@ def _is_matrix(root: nn.Module, node: fx.Node) -> bool:
 
 
 class _Values:
-    """Computes what nodes give that depend on constants alone, the same way each time."""
+    """The values of the nodes that depend on constants alone, and never vary."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, shut: Collection[str], keep: Keep) -> None:
         self.root, self.known = root, dict[fx.Node, Any]()
@@ -210,9 +161,9 @@ class _Values:
                 self.constant.add(node)
 
     def is_pure(self, node: fx.Node) -> bool:
-        """Return whether a node calls what `is_pure` takes, or a module of torch's without tensors, such as a dropout.
+        """Return whether a node is pure, or calls one of torch's modules without tensors, such as a dropout.
 
-        In eval mode those compute one thing from their inputs.
+        In eval mode, those depend on their inputs alone.
         """
         if node.op != "call_module":
             return is_pure(node)
@@ -224,17 +175,17 @@ class _Values:
         return is_torchs and is_stable and is_open and not has_tensors
 
     def of(self, node: fx.Node) -> Any:
-        """Return the value of a node, None where it is no constant, or no matrix has part in it.
+        """Return the value of a node, or None if it is not constant, or does not depend on a matrix.
 
-        None too for what depends on values so that a checkpoint's load, on the meta device, could not do it: Python
-        numbers may have part in it, but not in its shape.
+        Also None if it cannot be computed on the meta device, as a checkpoint's load does, because its shape depends on
+        values. Other uses of Python numbers are fine.
         """
         if node not in self.constant or not any(_is_matrix(self.root, source) for source in _sources(node)):
             return None
         with torch.no_grad():
             try:
                 first, second = (_compute(node, self.root, {}, number) for number in (1, 2))
-            except Exception:  # whatever torch says of an operator that has no meta form
+            except Exception:  # whatever torch raises for an operator without a meta form
                 return None
             if not isinstance(first, torch.Tensor) or first.shape != second.shape:
                 return None
@@ -242,7 +193,7 @@ class _Values:
 
 
 def _compute(node: fx.Node, root: nn.Module, known: dict[fx.Node, Any], number: int | None = None) -> Any:
-    """Return the value of a constant node; number: without data, with this in the place of each number of a tensor."""
+    """Return the value of a constant node. number: compute without data, with this for each Python number."""
     if node not in known:
         if node.op == "get_attr":
             tensor = edit.get_tensor(root, str(node.target))
@@ -262,7 +213,7 @@ def _compute(node: fx.Node, root: nn.Module, known: dict[fx.Node, Any], number: 
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Return whether a node calls a function of torch's, or an operator, that writes nothing and draws nothing."""
+    """Return whether a node calls a function of torch, or an operator, without writes and random numbers."""
     if node.op not in ("call_function", "call_method") or writes(node):
         return False
     target: Any = node.target
@@ -272,15 +223,14 @@ def is_pure(node: fx.Node) -> bool:
 
 
 def _trains(node: fx.Node, name: str) -> bool:
-    """Return whether a call of a dropout's or rrelu's function may draw random numbers: its `training` is not False."""
+    """Return whether a call of a dropout or rrelu may draw random numbers: its `training` is not False."""
     place, default = (3, False) if name == "rrelu" else (2, True)
-    given = [node.kwargs[key] for key in ("training", "train") if key in node.kwargs]
-    told = given[0] if given else node.args[place] if len(node.args) > place else default
-    return told is not False
+    positional = node.args[place] if len(node.args) > place else default
+    return node.kwargs.get("training", node.kwargs.get("train", positional)) is not False
 
 
 def writes(node: fx.Node) -> bool:
-    """Return whether a node's call writes into one of its operands, as its name, or `inplace` or `out`, says."""
+    """Return whether a node's call writes into one of its operands, by its name, or its `inplace` or `out`."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -292,13 +242,16 @@ def writes(node: fx.Node) -> bool:
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """Return what tensors that share memory have in common."""
-    return int(tensor.untyped_storage()._cdata)
+    """Return the identity of a tensor's memory, on the meta device too; 0 for a tensor without a storage."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a sparse or wrapped one
+        return 0
 
 
 def written(root: nn.Module, graph: fx.Graph) -> set[int]:
-    """Return the storages of those constants that forward writes to, in themselves or a view of them."""
-    found: set[int] = set()
+    """Return the storages of the constants that forward writes to, directly or through a view."""
+    storages: set[int] = set()
     for node in filter(writes, graph.nodes):
         place = node.kwargs.get("out") or next(iter((*node.args, *node.kwargs.values())), None)
         for part in pytree.tree_leaves(place):
@@ -307,11 +260,11 @@ def written(root: nn.Module, graph: fx.Graph) -> set[int]:
             is_constant = isinstance(part, fx.Node) and part.op == "get_attr"
             tensor = edit.get_tensor(root, str(part.target)) if is_constant else None
             if tensor is not None:
-                found.add(storage_of(tensor))
-    return found
+                storages.add(storage_of(tensor))
+    return storages
 
 
 def _may_view(node: fx.Node) -> bool:
-    """Return whether what a call gives may be its first operand, or a view of it."""
+    """Return whether the result of a call may be its first operand, or a view of it."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return writes(node) or name in _VIEWS

@@ -1,4 +1,4 @@
-"""The names that Python code mentions, and those that a graph has a use of its own for."""
+"""The names that Python code mentions, and those that a graph module uses itself."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ from fxquant.graph.preserve.extra_state import METHODS
 
 
 def names_in(function: Any) -> set[str]:
-    """Return every name that the code of a function, method or property mentions."""
-    if isinstance(function, property):
-        function = function.fget
-    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
-    return set() if code is None else {name for part in codes_in(code) for name in part.co_names}
+    """Return the names that the code of a function, method or property mentions."""
+    code = getattr(inspect.unwrap(function_of(function)), "__code__", None)
+    return set() if code is None else set(code_names(code))
+
+
+def function_of(value: Any) -> Any:
+    """Return the function in a property, a bound, static or class method; anything else as it is."""
+    return value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+
+
+def code_names(code: types.CodeType) -> frozenset[str]:
+    """Return the names that some code mentions, and the functions in it."""
+    return frozenset(name for part in codes_in(code) for name in part.co_names)
 
 
 def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Yield code, and that of the functions and comprehensions inside it."""
+    """Yield some code, and that of the functions and comprehensions in it."""
     yield code
     for part in code.co_consts:
         if isinstance(part, types.CodeType):
@@ -31,10 +39,10 @@ def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
 
 @functools.cache
 def taken_names() -> frozenset[str]:
-    """Return the names that a traced model has a use of its own for, which nothing of the user's can have there.
+    """Return the names that a traced model uses itself, so that no part of the user's can have them there.
 
-    Those are torch.fx's and nn.Module's (code, graph, meta, recompile, …), and a few that nobody else uses. What every
-    object has may be shared, and so may what a graph has no use for itself.
+    They are those of torch.fx and nn.Module (code, graph, meta, recompile, …) and a few of ours, without what every
+    object has and what a graph makes no use of.
     """
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     classes = {name for kind in type(empty).__mro__ if kind is not object for name in vars(kind)}

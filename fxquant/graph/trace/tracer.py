@@ -1,4 +1,4 @@
-"""torch.fx's tracer with leaves of ours; it refuses what a graph would silently compute otherwise."""
+"""torch.fx's tracer with our leaves, which refuses what a graph would silently compute differently."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.utils import rnn
 
 from fxquant import ops
-from fxquant.graph import call
 from fxquant.graph.preserve.attributes import Attributes, watched
 from fxquant.graph.trace.leaves import base_of
+from fxquant.graph.trace.signature import STARS, SignatureCodeGen, check_argument, unpacked
 from fxquant.nn import QuantizedModule
 from fxquant.nn.transformer import PLAIN_FORWARDS
 from fxquant.operators import Operator
@@ -37,28 +37,28 @@ _LEAF_FUNCTIONS = (
     torch.finfo,
     torch.iinfo,
 )
-"""Functions that are calls in the graph instead of being traced through: torch's that look at values, and ours."""
+"""Functions that are not traced through: those of torch that look at values, and ours."""
 TRACING = threading.RLock()
-"""Held while torch.fx traces: it patches nn.Module for the whole process, one trace at a time."""
+"""Held during a trace: torch.fx patches nn.Module for the whole process."""
 
 SCOPE = "fxquant_scope"
-"""The key in node.meta of the path of the module whose forward made the node."""
+"""The key in node.meta for the path of the module whose forward made the node."""
 
 BUFFERS_ARE_NODES = "fxquant_buffers_are_nodes"
-"""The key in the output node's meta of whether forward met buffers as nodes, rather than as they are."""
+"""The key in the output node's meta for whether forward met buffers as nodes, not as they are."""
 
 
 class Tracer(fx.Tracer):
-    """torch.fx's tracer, with leaves of ours, stack traces, and each node's scope."""
+    """torch.fx's tracer, with our leaves, stack traces, and each node's scope."""
 
     record_stack_traces = True
 
     def __init__(self, operators: Sequence[Operator] = (), whole: frozenset[str] = frozenset()) -> None:
-        """operators: the table, whose modules are leaves. whole: paths of modules that must not be traced through."""
+        """operators: the table, whose modules are leaves. whole: the paths of further leaves."""
         super().__init__(autowrap_functions=_LEAF_FUNCTIONS, param_shapes_constant=True)
         self._autowrap_search += [rnn, torch]  # also where a model calls them as nn.utils.rnn.pack_padded_sequence
         self._operators, self._whole, self._thread = operators, whole, threading.get_ident()
-        self.failed = ""  # the path of the innermost module in which tracing failed; "" is the root
+        self.failed = ""  # the path of the innermost module in which tracing failed; "": the root
         self._autocast = _autocast()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -72,14 +72,14 @@ class Tracer(fx.Tracer):
         )
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Return what a module's call gives, and remember where it failed.
+        """Return the result of a module's call, and remember where it failed.
 
-        torch.fx patches every module's call while it traces; those of other threads go their own way.
+        torch.fx patches the calls of all modules while it traces; those in other threads run as usual.
         """
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
-        _refuse_keywords(path)  # here it counts as a failure of the caller
+        _refuse_keywords(path)  # outside the try: this is a failure of the caller
         try:
             plain = PLAIN_FORWARDS.get(forward_of(m))
             return super().call_module(m, functools.partial(plain, m) if plain else forward, args, kwargs)
@@ -88,7 +88,7 @@ class Tracer(fx.Tracer):
             raise
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Return what forward gets for an attribute; torch.fx's own cannot do buffers beside param_shapes_constant."""
+        """Return what forward gets for an attribute; torch.fx cannot combine buffers and param_shapes_constant."""
         if threading.get_ident() != self._thread:
             return attr_val
         if self.proxy_buffer_attributes and isinstance(attr_val, torch.Tensor):
@@ -100,27 +100,27 @@ class Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
-        """Return a value as an operand; the transpose of a buffer, which forward meets as it is, keeps its name.
+        """Return a value as an operand. The transpose of a buffer that forward meets as it is keeps the buffer's name.
 
-        A dict, list or tuple of a type of its own keeps that.
+        Subclasses of dict, list and tuple keep their types.
         """
         base = a._base if isinstance(a, torch.Tensor) and not a.is_inference() else None
         if base is not None and base.dim() == 2 and (a.shape, a.stride()) == (base.T.shape, base.T.stride()):
             name = next((name for name, buffer in self.root.named_buffers() if buffer is base), None)
             if name is not None and threading.get_ident() == self._thread:
                 return self.create_node("call_method", "t", (self.create_node("get_attr", name, (), {}),), {})
-        if isinstance(a, dict) and dataclasses.is_dataclass(a):  # Hugging Face's outputs; torch.fx forgets their type
+        if isinstance(a, dict) and dataclasses.is_dataclass(a):  # an output of transformers; torch.fx forgets its type
             fields = {field.name: self.create_arg(getattr(a, field.name)) for field in dataclasses.fields(a)}
             return self.create_node("call_function", type(a), (), fields)
-        plain = next((kind for kind in (dict, list, tuple) if isinstance(a, kind)), None)
-        if plain is not None and _is_own_kind(type(a)):
+        plain = next((base for base in (dict, list, tuple) if isinstance(a, base)), None)
+        if plain is not None and _is_subclass(type(a)):
             return self.create_node("call_function", type(a), (super().create_arg(plain(a)),), {})
         return super().create_arg(a)
 
     def create_node(self, kind: str, target: Any, args: tuple[Any, ...], *rest: Any, **named: Any) -> fx.Node:
-        """Return a node that knows its scope; refuse what a graph would silently compute otherwise."""
+        """Return a node that knows its scope; refuse what a graph would silently compute differently."""
         if _autocast() != self._autocast:
-            raise RuntimeError("forward enters torch.autocast, which a graph does not hold; enter it around the call")
+            raise RuntimeError("forward enters torch.autocast, which a graph cannot hold; enter it around the call")
         if kind == "call_method" and target.endswith("_") and not target.endswith("__") and is_fresh(args[0]):
             raise RuntimeError(
                 f"forward writes (.{target}) into a tensor that it makes itself, which a graph makes only once; "
@@ -129,9 +129,7 @@ class Tracer(fx.Tracer):
         if kind == "get_attr":
             _refuse_keywords(target)
         if kind == "placeholder" and target.strip("*") == "self":
-            raise RuntimeError(
-                "forward has an argument 'self' beside its first, which generated code cannot say; rename it"
-            )
+            raise RuntimeError("forward has a second argument 'self', which generated code cannot have; rename it")
         node = super().create_node(kind, target, args, *rest, **named)
         node.meta[SCOPE] = self.scope.module_path
         if node.name == "self":  # in generated code that is the graph's module
@@ -141,9 +139,9 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """Return what to call and its stand-ins; where arguments are fixed, forward gets their values.
+        """Return what to call and its stand-ins; for fixed arguments, forward gets their values.
 
-        torch.fx's own way cannot name keyword-only arguments, nor unpack *args and **kwargs.
+        torch.fx itself cannot name keyword-only arguments, nor unpack *args and **kwargs.
         """
         if not concrete_args:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
@@ -152,14 +150,14 @@ class Tracer(fx.Tracer):
         bound = signature.bind_partial()
         has_rest = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values())
         for parameter in signature.parameters.values():
-            name = f"{call.STARS.get(parameter.kind, '')}{parameter.name}"
+            name = f"{STARS.get(parameter.kind, '')}{parameter.name}"
             default = () if parameter.default is parameter.empty else (parameter.default,)
             value: Any = self.create_proxy("placeholder", name, default, {}, type_expr=hints.get(parameter.name))
             if name in concrete_args:
                 fixed = concrete_args[name]
-                self.create_proxy("call_function", call.check_argument, (value, name, fixed), {})
-                value = call.unpacked(parameter.kind, value, fixed)
-            if value is not parameter.default or has_rest:  # a decorator may look at which arguments are given
+                self.create_proxy("call_function", check_argument, (value, name, fixed), {})
+                value = unpacked(parameter.kind, value, fixed)
+            if value is not parameter.default or has_rest:  # a decorator may look at which arguments are passed
                 bound.arguments[parameter.name] = value
 
         def forward() -> Any:
@@ -176,7 +174,7 @@ class Tracer(fx.Tracer):
         with register_module_buffer_registration_hook(_refuse_stand_in):
             graph = super().trace(root, concrete_args)
         graph._tracer_cls = _Retracer  # what torch.fx unpickles with
-        graph.set_codegen(call.SignatureCodeGen(root))
+        graph.set_codegen(SignatureCodeGen(root))
         graph.output_node().meta[BUFFERS_ARE_NODES] = self.proxy_buffer_attributes
         graph.output_node().type = inspect.unwrap(type(root).forward).__annotations__.get("return")
         for node in graph.nodes:
@@ -189,12 +187,12 @@ class Tracer(fx.Tracer):
 
 
 class _Retracer(Tracer):
-    """Traces the code of one of our graphs once more, as torch.fx does to unpickle it: a node for each line."""
+    """Traces the code of one of our graphs again, as torch.fx does to unpickle it: a node for each line."""
 
     proxy_buffer_attributes = True
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Return the graph of such code, whose reads of attributes are nodes too."""
+        """Return the graph of such code, in which reads of attributes are nodes too."""
         record = vars(root).get("_fxquant_record")
         if record is None:
             return super().trace(root, concrete_args)
@@ -203,47 +201,46 @@ class _Retracer(Tracer):
             return super().trace(root, concrete_args)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Return what the code gets for an attribute: for a buffer always a node."""
+        """Return what the code gets for an attribute: a new node each time, unless it is a parameter."""
         cache = parameter_proxy_cache if isinstance(attr_val, nn.Parameter) else {}
         return super().getattr(attr, attr_val, cache)
 
 
-def _is_own_kind(kind: type) -> bool:
-    """Return whether a type of container is a user's, or an OrderedDict, that is made of a plain one's content."""
-    is_known = kind.__module__ in ("builtins", "collections") or kind.__module__.startswith("torch.")
-    return kind is collections.OrderedDict or not (is_known or hasattr(kind, "_fields"))
+def _is_subclass(container: type) -> bool:
+    """Return whether a type of container is a user's, or OrderedDict, and can be made from a plain one."""
+    is_known = container.__module__ in ("builtins", "collections") or container.__module__.startswith("torch.")
+    return container is collections.OrderedDict or not (is_known or hasattr(container, "_fields"))
 
 
 def _autocast() -> tuple[torch.dtype | None, ...]:
-    """Return what torch.autocast now casts to, a device type at a time; None where it is off."""
-    return tuple(
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")
-    )
+    """Return the dtypes that torch.autocast now casts to on each device type; None where it is off."""
+    devices = ("cpu", "cuda")
+    return tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in devices)
 
 
 def _refuse_keywords(path: str) -> None:
-    """Raise RuntimeError for a path that a graph's code cannot say."""
+    """Raise RuntimeError for a path that generated code cannot contain."""
     for name in path.split("."):
         if keyword.iskeyword(name):
             raise RuntimeError(
-                f"{path!r} has the Python keyword {name!r} in it, which generated code cannot say; rename it"
+                f"{path!r} contains the Python keyword {name!r}, which generated code cannot use as a name; rename it"
             )
 
 
 def _refuse_stand_in(_: nn.Module, name: str, value: Any) -> None:
-    """Raise TypeError where forward sets a buffer to what it computes: a graph reads buffers, and sets none."""
+    """Raise TypeError if forward sets a buffer to a computed value: a graph only reads buffers."""
     if isinstance(value, fx.Proxy):
         raise TypeError(
-            f"forward sets the buffer {name!r} (by = or +=), which a graph does not hold; write into it: "
+            f"forward sets the buffer {name!r} (by = or +=), which a graph cannot hold; write into it: "
             f"self.{name}.add_(...), self.{name}.copy_(...)"
         )
 
 
 def is_fresh(operand: Any) -> bool:
-    """Return whether a node is a tensor that is neither the model's nor an input's."""
+    """Return whether a node is a tensor that forward makes itself, neither the model's nor an input's."""
     return isinstance(operand, fx.Node) and operand.op == "get_attr" and str(operand.target).startswith("_tensor_con")
 
 
 def forward_of(module: nn.Module) -> Any:
-    """Return the forward of a module's class as it stands there: TorchScript's cannot be asked for."""
+    """Return the forward of a module's class as it is stored there; TorchScript's has no other access."""
     return inspect.getattr_static(type(module), "forward", None)

@@ -1,13 +1,12 @@
 """First pass, continued: the graph is run on the example inputs, and must compute what the model does.
 
 Every node's shapes and dtypes are recorded. What a graph cannot hold (random numbers drawn without an input, state kept
-in Python attributes from call to call) is found here and not later, in the answers.
+in Python attributes from call to call) is found here, and not later in wrong outputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -20,9 +19,11 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import ExampleInputsError, TraceError, warn
 from fxquant.graph import edit
-from fxquant.graph.call import Inputs, copies, describe, fixable
+from fxquant.graph.call import Inputs, copies
 from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Keep, Preserved
-from fxquant.graph.trace.trace import Traced, first_line, trace
+from fxquant.graph.trace.checks import first_line
+from fxquant.graph.trace.signature import Interpreter, arguments_of, describe, fixable
+from fxquant.graph.trace.trace import Traced, trace
 from fxquant.graph.trace.writes import without_writes
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.operators import Operator
@@ -38,12 +39,13 @@ def capture(
 ) -> Traced:
     """Return a model's graph, run once on the example inputs, so that every node's shapes and dtypes are recorded.
 
-    What is tried, in this order: the graph as it is; where plain arguments (None, bool, int, float, str; given or left
-    at their defaults) steer forward, or it unpacks *args or **kwargs, the graph for those, with a warning, which checks
-    them; the graph with submodules that do not trace called as they are. Not both at once: such a model (GPT-2, with
-    its cache and `generate`) keeps more of itself in its own class, module by module. Raises what `trace` and
-    `propagate` raise.
-    The graph has copies of the parameters that forward writes into, and shares all others with the model.
+    Three things are tried in turn: the plain graph; if plain arguments (None, bool, int, float, str, or such defaults)
+    steer forward, or it unpacks *args or **kwargs, a graph for those arguments, which checks them, with a warning; the
+    graph with submodules that do not trace called as they are. Never the last two together: such a model (GPT-2, with
+    its cache and `generate`) keeps more of itself in its own class, module by module.
+
+    The graph has copies of the parameters that forward writes into, and shares all others with the model. Raises what
+    `trace` and `propagate` raise.
     """
 
     def run(written: frozenset[str]) -> Traced:
@@ -55,14 +57,14 @@ def capture(
 def _capture(
     model: nn.Module, operators: Sequence[Operator], inputs: Inputs, preserved: Preserved, written: frozenset[str]
 ) -> Traced:
-    """Return what `capture` does, with copies of the parameters that are known to be written into."""
+    """Return the same, with copies of the parameters that are known to be written into."""
     constants = fixable(model, inputs)
     cause: Exception | None = None
     for fixed, keep_whole in (({}, False), (constants, False), ({}, True)) if constants else (({}, False), ({}, True)):
         try:
             traced = _faithful(model, operators, inputs, fixed, keep_whole, preserved, written)
         except (TraceError, ExampleInputsError) as error:
-            cause = cause if keep_whole else error  # what stands in the way even so
+            cause = cause if keep_whole else error
             continue
         if fixed:
             _warn_of_constants(model, fixed)
@@ -80,7 +82,7 @@ def _faithful(
     preserved: Preserved,
     written: frozenset[str],
 ) -> Traced:
-    """Return a graph that was run and gives what the model gives, or raise TraceError or ExampleInputsError."""
+    """Return a graph that was run and gives the model's output, or raise TraceError or ExampleInputsError."""
     kept: dict[str, str] = {}
     live: tuple[str, ...] | None = None
     while True:
@@ -89,7 +91,7 @@ def _faithful(
             propagate(traced.module, inputs, written)
             verify(model, traced.module, inputs, written)
         except (TraceError, ExampleInputsError) as error:
-            if live is None and traced.attributes.live:  # which forward may have asked for their types
+            if live is None and traced.attributes.live:  # forward may have asked for the types of such attributes
                 live = ()
                 continue
             if isinstance(error, ExampleInputsError):
@@ -104,17 +106,17 @@ def _faithful(
 
 
 def _warn_of_constants(model: nn.Module, constants: dict[str, Any]) -> None:
-    told = ", ".join(describe(name, value) for name, value in constants.items())
+    arguments = ", ".join(describe(name, value) for name, value in constants.items())
     warn(
-        f"{type(model).__name__} was traced for {told}, because its forward branches on such values; the graph checks "
-        "them. For others, prepare the model once more with them in example_inputs"
+        f"{type(model).__name__} was traced for {arguments}, because its forward branches on such values; the graph "
+        "checks them. For others, prepare the model again with them in example_inputs"
     )
 
 
 def check_runs(model: nn.Module, inputs: Inputs, cause: Exception) -> frozenset[str]:
-    """Return the names of the parameters that forward writes into, run on the example inputs.
+    """Return the names of the parameters that forward writes into when run on the example inputs.
 
-    Raises ExampleInputsError where the model itself fails on them. cause: why there is no graph.
+    Raises ExampleInputsError if the model itself fails on them. cause: why there is no graph.
     """
 
     def twin_runs(written: frozenset[str]) -> None:
@@ -139,31 +141,18 @@ class GraphFailsError(ExampleInputsError):
     place = ""
 
 
-class Shapes(fx.Interpreter):
-    """Runs a graph once and records what each node gave. given: the call's arguments by name."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph, given: dict[str, Any]) -> None:
-        super().__init__(module, graph=graph)
-        self.extra_traceback = False  # it would add lines of its own to our errors
-        self.given = given
-
-    def placeholder(self, target: Any, args: Any, _: Any) -> Any:
-        """Return an argument by its name: torch.fx counts them off, and so knows no keywords."""
-        name = str(target).lstrip("*")
-        if name in self.given:
-            return self.given[name]
-        rest: dict[str, Any] = {"*": (), "**": {}}
-        return rest[target[: -len(name)]] if name != target else args[0]
+class _Shapes(Interpreter):
+    """Runs a graph once and records the shape and dtype of each node."""
 
     def run_node(self, n: fx.Node) -> Any:
         """Return the node's value, its shape and dtype recorded in node.meta["tensor_meta"]."""
         try:
             value = super().run_node(n)
         except Exception as error:
-            given = pytree.tree_leaves([self.env[node] for node in n.all_input_nodes])
-            told = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in given if isinstance(t, torch.Tensor))
+            operands = pytree.tree_leaves([self.env[node] for node in n.all_input_nodes])
+            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in operands if isinstance(t, torch.Tensor))
             where = f", {edit.node_frame(n)}" if edit.node_frame(n) else ""
-            place = f"at {n.name!r}{where}, which got [{told}]: {type(error).__name__}: {first_line(error)}"
+            place = f"at {n.name!r}{where}, which got [{shapes}]: {type(error).__name__}: {first_line(error)}"
             failure = GraphFailsError(
                 f"the model fails on example_inputs {place}\n"
                 "  example_inputs are really run: pass one call's arguments, with true shapes, dtypes and value ranges"
@@ -175,9 +164,9 @@ class Shapes(fx.Interpreter):
 
 
 def tensors_meta(value: Any) -> Any:
-    """Return a value with torch.fx's TensorMetadata in the place of each tensor; a packed sequence as a tuple.
+    """Return a value with each tensor replaced by torch.fx's TensorMetadata, and a packed sequence as a tuple.
 
-    Objects that are no plain values (a cache, a torch.finfo) are None: a graph must stay fit for copies and pickles.
+    Objects that are not plain values (a cache, a torch.finfo) become None, so that a graph can be copied and pickled.
     """
     if isinstance(value, torch.Tensor):
         if value.is_nested:  # it has no shape
@@ -194,23 +183,20 @@ def tensors_meta(value: Any) -> Any:
 
 
 def propagate(module: fx.GraphModule, inputs: Inputs, written: Collection[str] = ()) -> None:
-    """Run a graph on copies of the example inputs and record every node's shapes and dtypes; no hook is fired.
+    """Run a graph on copies of the example inputs and record every node's shapes and dtypes. No hooks run.
 
-    Raises ExampleInputsError where a node fails, naming the user's line.
+    Raises ExampleInputsError if a node fails, with the user's line.
     """
-    own = copies(inputs)
-    given = inspect.signature(module.forward).bind(*own.args, **own.kwargs).arguments
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the user meets the float model's own warnings when running it
-        # This run shall not count: forward may write into buffers and attributes.
-        twin = edit.mirror(module, written=written)
-        Shapes(twin, module.graph, given).run()
+        warnings.simplefilter("ignore")  # the user sees the float model's own warnings when running it
+        twin = edit.mirror(module, written=written)  # forward may write into buffers and attributes
+        _Shapes(twin, module.graph, arguments_of(module, copies(inputs))).run()
 
 
 def verify(model: nn.Module, module: fx.GraphModule, inputs: Inputs, written: Collection[str] = ()) -> None:
-    """Raise TraceError unless two calls of the graph give the bits of two calls of the model; no hook is fired.
+    """Raise TraceError unless two calls of the graph give the bits of two calls of the model. No hooks run.
 
-    Both with torch's transformer fast path off, whose kernels a graph does not hold.
+    Both run without torch's transformer fast path, whose kernels are not in a graph.
     """
     twin, graph = edit.mirror(model, hooks=False, written=written), edit.mirror(module, written=written)
     for part in (*twin.modules(), *graph.modules()):
@@ -228,16 +214,16 @@ def verify(model: nn.Module, module: fx.GraphModule, inputs: Inputs, written: Co
 
 
 def _run(module: nn.Module, inputs: Inputs) -> Any:
-    """Return what a module gives for copies of the inputs, under a seed of its own."""
-    own = copies(inputs)
+    """Return a module's output for copies of the inputs, with a fixed seed."""
+    args, kwargs = copies(inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        return module(*own.args, **own.kwargs)
+        return module(*args, **kwargs)
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Yield the leaves of nested containers, dataclasses too."""
+    """Yield the leaves of nested containers, including dataclasses."""
     for leaf in pytree.tree_leaves(value):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             yield from _leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
@@ -246,14 +232,14 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _is_same(ours: Any, theirs: Any) -> bool:
-    """Return whether two values are the same tensors, a NaN equal to a NaN, in containers of the same types."""
+    """Return whether two values hold equal tensors (a NaN equals a NaN) in containers of the same types."""
     a, b = list(_leaves(ours)), list(_leaves(theirs))
     is_alike = len(a) == len(b) and pytree.tree_structure(ours) == pytree.tree_structure(theirs)
     return is_alike and all(map(_same_leaf, a, b))
 
 
 def _same_leaf(a: Any, b: Any) -> bool:
-    """Return whether two leaves are the same tensor; of others, and tensors without bits to compare, of one kind."""
+    """Return whether two leaves are equal tensors. Others, and tensors without values, need only match in type."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return type(a) is type(b)
     if a.dtype != b.dtype or a.layout != b.layout or a.is_nested != b.is_nested:

@@ -111,7 +111,7 @@ def test_figures_of_a_busy_machine_are_called_so(clock):
     quantized = quantize(model, x)
     clock(DynamicQuantizedLinear, 1, 1, 1, 9)
     clock(nn.Dropout, 1, 9, 1, 1)
-    assert "the rows add up to 2.000 ms: the machine was busy with other work; measure again" in str(
+    assert "the sites add up to 2.000 ms: the machine was busy with other work; measure again" in str(
         profile(quantized, x, rounds=3)
     )  # medians of 1, 1, 9 and of 9, 1, 1, but of 10, 2, 10 in all
 
@@ -210,7 +210,7 @@ def test_what_cannot_be_profiled_is_an_error():
         profile(fuse_fx(model), x)
     with pytest.raises(ModelStateError, match=r"times calls on the CPU.*model\.cpu\(\)"):
         profile(quantize(model, x).to("meta"), x)
-    with pytest.raises(ExampleInputsError, match="a round at least, got rounds=0"):
+    with pytest.raises(ExampleInputsError, match="at least one round, got rounds=0"):
         profile(quantize(model, x), x, rounds=0)
     with pytest.raises(ExampleInputsError, match="does not fit forward"):
         profile(quantize(model, x), (x, x))
@@ -234,7 +234,7 @@ def test_what_the_library_does_not_take_runs_in_plain_torch(monkeypatch):
     monkeypatch.setattr(Kernel, "takes", lambda *_: False)
     found = profile(quantized, x, rounds=1)
     assert by_path(found)["0"].kernel == "linear (plain torch)"
-    assert by_path(found)["0"].told == ("linear" if kernel_info().isa is None else "linear (plain torch)")
+    assert by_path(found)["0"].label == ("linear" if kernel_info().isa is None else "linear (plain torch)")
 
 
 def test_what_runs_the_kernels_is_said_once():

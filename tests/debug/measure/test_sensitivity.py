@@ -1,25 +1,19 @@
 """What each site does alone and among the others, against models converted with mappings that say so."""
 
 import copy
-import json
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fxquant
 from fxquant import (
-    ArgumentError,
-    CheckpointError,
     ExampleInputsError,
     ModelStateError,
     QConfigMapping,
     convert_fx,
     default_dynamic_qconfig,
-    int4_dynamic_qconfig,
     prepare_fx,
     sensitivity,
 )
@@ -162,85 +156,6 @@ def test_the_model_is_not_changed_where_the_metric_fails(model, data):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(model, data, tmp_path):
-    calls, limit = [], 4
-
-    def metric(candidate):
-        if len(calls) == limit:
-            raise KeyboardInterrupt
-        calls.append(relative_rms(model, candidate, data))
-        return calls[-1]
-
-    with pytest.raises(KeyboardInterrupt):
-        sensitivity(model, EVERYTHING, data, metric, resume=tmp_path / "notes.json")
-    limit = 100
-    found = sensitivity(model, EVERYTHING, data, metric, resume=tmp_path / "notes.json")
-    assert len(calls) == 2 + 2 * 3 + 2  # float and quantized once more, to know the run again
-    assert found == sensitivity(model, EVERYTHING, data, metric)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]\n", '{"values": 3}\n', '{"sites": [], "batches": 4, "ends": []}\n["float"]\n']
-)
-def test_a_damaged_file_is_an_error(model, data, tmp_path, text):
-    (tmp_path / "notes.json").write_text(text)
-    with pytest.raises(CheckpointError, match="remove it to begin anew"):
-        sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
-
-
-def test_a_file_of_another_run_is_an_error(model, data, tmp_path):
-    (tmp_path / "notes.json").write_text(json.dumps({"sites": ["other"], "batches": 4, "ends": [0.0]}) + "\n")
-    with pytest.raises(CheckpointError, match="another model, mapping or data"):
-        sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
-
-
-def test_a_file_of_another_mapping_for_the_same_sites_is_an_error(model, data, tmp_path):
-    sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
-    coarser = QConfigMapping().set_global(int4_dynamic_qconfig)
-    with pytest.raises(CheckpointError, match="another model, mapping or data"):
-        sensitivity(model, coarser, data, resume=tmp_path / "notes.json")
-
-
-@pytest.mark.parametrize("is_traced", [True, False])
-def test_a_file_of_other_data_is_an_error(data, tmp_path, is_traced):
-    torch.manual_seed(0)
-    model = Model().eval() if is_traced else Branching().eval()
-    others = [*data[:-1], (data[-1][0] * 1.01,)]
-    with nullcontext() if is_traced else pytest.warns(UserWarning, match="the model's own code runs on"):
-        whole = sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
-        with pytest.raises(CheckpointError, match="another metric, data or weights: Σ y² of each batch's float output"):
-            sensitivity(model, EVERYTHING, others, resume=tmp_path / "notes.json")
-        assert sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json") == whole
-
-
-def test_a_file_of_other_weights_is_an_error(model, data, tmp_path):
-    sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
-    with torch.no_grad():
-        model.second.weight.mul_(1.01)
-    with pytest.raises(CheckpointError, match=r"another metric, data or weights: .*; remove it to begin anew"):
-        sensitivity(model, EVERYTHING, data, resume=tmp_path / "notes.json")
-
-
-def test_a_file_of_another_metric_is_an_error(model, data, tmp_path):
-    resume = tmp_path / "notes.json"
-    sensitivity(model, EVERYTHING, data, lambda candidate: relative_rms(model, candidate, data), resume=resume)
-    with pytest.raises(
-        CheckpointError, match=r"another metric.* float and quantized, was 0, 0\.\d+, now it is 1, 1\.0"
-    ):
-        sensitivity(model, EVERYTHING, data, lambda m: 1 + relative_rms(model, m, data), resume=resume)
-    with pytest.raises(CheckpointError, match=r"another metric.*, now it is 0, "):  # 0 of the float model as well
-        sensitivity(model, EVERYTHING, data, lambda m: relative_rms(model, m, data[:1]), resume=resume)
-    with pytest.raises(CheckpointError, match="another metric"):
-        sensitivity(model, EVERYTHING, data, resume=resume)
-
-
-def test_the_number_of_threads_makes_no_other_run(model, data, tmp_path):
-    values = iter([1.0, 2.0, 0, 0, 0, 0, 0, 0, 1.0 + 1e-7, 2.0 - 1e-7])
-    for _ in range(2):
-        found = sensitivity(model, EVERYTHING, data, lambda m: next(values), resume=tmp_path / "notes.json")
-        assert (found.float_metric, found.quantized_metric) == pytest.approx((1.0, 2.0), rel=1e-6)
-
-
 @pytest.mark.parametrize(
     ("data", "words"),
     [([], "held no batch"), (torch.randn(3, 6), r"pass \[tensor\]"), ([(1, 2, 3)], "does not fit"), (3, "got int")],
@@ -255,39 +170,6 @@ def test_a_mapping_that_quantizes_nothing_is_an_error(model, data):
         sensitivity(model, QConfigMapping(), data)
 
 
-def test_outputs_without_a_tensor_need_a_metric(data):
-    class Silent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(6, 4)
-
-        def forward(self, x):
-            return {"shape": self.linear(x).shape}
-
-    with pytest.raises(ExampleInputsError, match="pass a metric"):
-        sensitivity(Silent().eval(), EVERYTHING, data)
-
-
-@pytest.mark.parametrize("torn", ["", '["without 2, bat'])
-def test_an_interrupted_run_of_partial_passes_goes_on_too(model, data, tmp_path, torn):
-    path, whole = tmp_path / "notes.json", sensitivity(model, EVERYTHING, data)
-
-    def interrupt(work):
-        for number, item in enumerate(work):
-            if number == 13:
-                raise KeyboardInterrupt
-            yield item
-
-    with pytest.raises(KeyboardInterrupt):
-        sensitivity(model, EVERYTHING, data, resume=path, progress=interrupt)
-    kept = path.read_text()
-    assert len(kept.splitlines()) == 1 + 13
-    path.write_text(kept + torn)
-    assert sensitivity(model, EVERYTHING, data, resume=path) == whole
-    assert path.read_text().startswith(kept)
-    assert len(path.read_text().splitlines()) == 1 + 4 * (2 + 2 * 3)
-
-
 def test_progress_wraps_the_work(model, data):
     seen = []
 
@@ -298,72 +180,3 @@ def test_progress_wraps_the_work(model, data):
     sensitivity(model, EVERYTHING, data, progress=progress)
     sensitivity(model, EVERYTHING, data, lambda candidate: 1.0, progress=progress)
     assert seen == [len(data) * (2 + 2 * 3), 2 + 2 * 3]
-
-
-def test_notes_that_cannot_be_kept_are_an_error_at_once(model, data, tmp_path):
-    with pytest.raises(
-        ArgumentError, match=r"^resume=.*notes.json' cannot be written: .*; give a file in a folder that is there$"
-    ):
-        sensitivity(model, EVERYTHING, data, resume=tmp_path / "nowhere" / "notes.json")
-
-
-class Tagger(nn.Module):
-    """Gives labels before its scores, and what is hidden under a mask."""
-
-    def __init__(self, form, is_traced=True):
-        super().__init__()
-        self.first, self.second, self.form, self.is_traced = nn.Linear(6, 8), nn.Linear(8, 5), form, is_traced
-
-    def forward(self, x):
-        if not self.is_traced and x.sum() > 1e9:
-            x = 2 * x
-        return self.form(self.second(self.first(x)))
-
-
-def masked(y):
-    scores = torch.cat([y[..., 1:], torch.full_like(y[..., :1], -math.inf)], -1)
-    return {"label": y.argmax(-1), "scores": scores, "twice": (2 * y[..., :2],)}
-
-
-@pytest.mark.filterwarnings("ignore:.*does not trace")
-@pytest.mark.parametrize("is_traced", [True, False])
-def test_the_worst_of_the_float_outputs_is_the_metric(data, is_traced):
-    model = Tagger(masked, is_traced).eval()
-    found = sensitivity(model, EVERYTHING, data)
-    quantized = convert_fx(prepare_fx(model, EVERYTHING, data[0]))
-    expected = []
-    for name in ("scores", "twice"):
-        noise = signal = 0.0
-        for x in data:
-            y, z = ({**m(*x), "twice": m(*x)["twice"][0]}[name].detach().double() for m in (model, quantized))
-            known = y.isfinite()
-            noise, signal = noise + float((y - z)[known].square().sum()), signal + float(y[known].square().sum())
-        expected.append(math.sqrt(noise / signal))
-    assert found.quantized_metric == pytest.approx(max(expected))
-    assert found.float_metric == 0
-
-
-@pytest.mark.parametrize(
-    ("form", "match"),
-    [(lambda y: y.argmax(-1), "none whose values are floats"), (lambda y: y[:0], "outputs are empty on a batch")],
-)
-def test_a_metric_over_nothing_is_an_error(data, form, match):
-    with pytest.raises(ExampleInputsError, match=match):
-        sensitivity(Tagger(form).eval(), EVERYTHING, data)
-
-
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_a_metric_that_tells_nothing_is_an_error(model, data, value):
-    values = iter([0.5 if math.isnan(value) else value])  # the float model's comes first
-    with pytest.raises(ArgumentError, match=r"gives 0 or NaN for all .* \(is its data empty\?\)"):
-        sensitivity(model, EVERYTHING, data, lambda candidate: next(values, value))
-
-
-def test_a_metric_of_0_counts_where_sites_lose_next_to_nothing(model, data):
-    mapping = QConfigMapping().set_global(fxquant.float16_dynamic_qconfig)
-    assert sensitivity(model, mapping, data, lambda candidate: 0.0).quantized_metric == 0.0
-
-
-def test_a_float_model_whose_outputs_are_nan_is_an_error(model):
-    with pytest.raises(ModelStateError, match="the metric of the float model is NaN"):
-        sensitivity(model, EVERYTHING, [torch.full((2, 6), torch.nan)])

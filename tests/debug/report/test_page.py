@@ -62,7 +62,7 @@ def test_pages_and_drawings_load_nothing_and_escape_their_titles():
 @pytest.mark.parametrize("path", ["missing/page.html", ".", 3])
 def test_what_cannot_be_written_is_an_error(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArgumentError, match=rf"^{path!r} cannot be written: .*; give a file in a folder that is there"):
+    with pytest.raises(ArgumentError, match=rf"^{path!r} cannot be written: .*; give a file in a folder that exists"):
         write(path, "é")
 
 

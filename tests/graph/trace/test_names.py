@@ -213,8 +213,8 @@ def test_an_argument_named_self_is_an_error_that_says_so():
             return this.layer(self)
 
     x = torch.randn(2, 6)
-    with pytest.raises(TraceError, match=r"Odd does not trace: forward has an argument 'self' .*; rename it"):
+    with pytest.raises(TraceError, match=r"Odd does not trace: forward has a second argument 'self', .*; rename it"):
         fuse_fx(Odd().eval(), x)
-    with pytest.warns(UserWarning, match="forward has an argument 'self' beside its first"):
+    with pytest.warns(UserWarning, match="forward has a second argument 'self'"):
         quantized = by_fx(Odd().eval(), (x,))
     assert [site.path for site in quantized._fxquant_record.sites] == ["layer"]

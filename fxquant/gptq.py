@@ -11,14 +11,11 @@ import torch
 
 from fxquant.numerics import (
     FLOAT32_TINY,
-    INT4_OFFSET,
     RANGE_SHARES,
     QuantizedTensor,
     choose_qparams,
-    dequantize_weight,
-    pack_uint4,
+    dequantize,
     quantize_with,
-    unpack_int4,
     weight_range,
 )
 from fxquant.spec import TensorSpec
@@ -35,9 +32,10 @@ _ROWS_AT_ONCE = 4096
 def round_with_feedback(weight: torch.Tensor, moments: torch.Tensor, spec: TensorSpec) -> QuantizedTensor:
     """Return a weight in integers whose products with inputs of these second moments are close to the float ones.
 
-    weight: (N, K) floating point; moments: H = Σ x xᵀ, (K, K), of the rows x that it is multiplied with; spec: int4 in
-    groups. Row by row, the error (w - ŵ) H (w - ŵ)ᵀ is never more than that of rounding to nearest, and far less where
-    inputs go together. Rows are independent of one another; a column whose input was always 0 is rounded to nearest.
+    weight: (N, K) floating point; moments: H = Σ x xᵀ, (K, K), of the rows x that it is multiplied with; spec: of a
+    format in groups. Row by row, the error (w - ŵ) H (w - ŵ)ᵀ is never more than that of rounding to nearest, and far
+    less where inputs go together. Rows are independent of one another; a column whose input was always 0 is rounded to
+    nearest.
     """
     size = spec.group_size
     assert size is not None, spec
@@ -45,7 +43,7 @@ def round_with_feedback(weight: torch.Tensor, moments: torch.Tensor, spec: Tenso
     rows = torch.split(weight.detach(), _ROWS_AT_ONCE)
     parts = [_round_rows(part.float().contiguous(), moments, factor, spec, size) for part in rows]
     values, scale = (torch.cat(part) for part in zip(*parts, strict=True))
-    return QuantizedTensor(values, scale, None)
+    return QuantizedTensor(spec.format, values, scale, None, weight.shape[1], size)
 
 
 def _feedback(moments: torch.Tensor) -> torch.Tensor:
@@ -75,7 +73,7 @@ def _round_rows(
     # The columns as they were when their turn came round to the very integers that were chosen then.
     values = quantize_with(adjusted, scale, zeros, spec)
     values, scale = _refine(weight, values, scale, moments, spec, size)
-    better = _error(weight, values, scale, moments, size) < _error(weight, plain, plain_scale, moments, size)
+    better = _error(weight, values, scale, moments, spec) < _error(weight, plain, plain_scale, moments, spec)
     return torch.where(better, values, plain), torch.where(better, scale, plain_scale)
 
 
@@ -109,7 +107,7 @@ def _refine(
     mean = moments.diagonal().mean()
     h = moments.to(torch.float32) / torch.where(mean > 0, mean, 1.0)
     h.diagonal().add_(DAMPING)
-    q = unpack_int4(values, weight.shape[1]).to(torch.float32).t().contiguous()
+    q = spec.format.unpack(values, weight.shape[1]).to(torch.float32).t().contiguous()
     scales = scale.to(torch.float32).t().contiguous()
     off = weight.t() - q * scales.repeat_interleave(size, 0)[: len(q)]
     for group, own in SWEEPS * list(enumerate(torch.split(q, size))):
@@ -117,7 +115,7 @@ def _refine(
         at = slice(first, first + len(own))
         product = h[:, at] @ own
         step = (product * off).sum(0) / (product[at] * own).sum(0)
-        fitted = (scales[group] + step).to(torch.bfloat16).to(torch.float32)
+        fitted = (scales[group] + step).to(scale.dtype).to(torch.float32)
         fitted = torch.where(fitted.abs() >= FLOAT32_TINY, fitted, scales[group])  # not where all integers are 0
         off[at] -= own * (fitted - scales[group])
         scales[group] = fitted
@@ -125,11 +123,11 @@ def _refine(
             better = (integer + h[k] @ off / (h[k, k] * fitted)).round_().clamp_(spec.qmin, spec.qmax)
             off[k] -= (better - integer) * fitted
             integer.copy_(better)
-    return pack_uint4(q.t().add(INT4_OFFSET).to(torch.uint8)), scales.t().to(torch.bfloat16)
+    return spec.format.pack(q.t()), scales.t().to(spec.format.scale)
 
 
 def _search_scale(block: torch.Tensor, diagonal: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """Return the scale of each row's group, (N,) bfloat16, of those for shares of its range the one of least error.
+    """Return the scale of each row's group, (N,), of those for shares of its range the one of least error.
 
     block: the group's columns, (G, N); diagonal: their U_ii. An error counts 1 / U_ii², as it will once fed on.
     """
@@ -145,8 +143,8 @@ def _search_scale(block: torch.Tensor, diagonal: torch.Tensor, spec: TensorSpec)
 
 
 def _error(
-    weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor, size: int
+    weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor, spec: TensorSpec
 ) -> torch.Tensor:
     """Return each row's (w - ŵ) H (w - ŵ)ᵀ, (N, 1)."""
-    off = weight - dequantize_weight(QuantizedTensor(values, scale, None), 4, weight.shape[1], size)
+    off = weight - dequantize(QuantizedTensor(spec.format, values, scale, None, weight.shape[1], spec.group_size or 0))
     return (off @ moments.to(off.dtype)).mul_(off).sum(1, keepdim=True)

@@ -9,31 +9,41 @@ operation in a stated order, never fused, so that each kernel can give the same 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from fxquant.spec import GROUP_SIZES, INT16_MAX, TensorSpec
+from fxquant.formats import FLOAT32, INT16_MAX, Format
+from fxquant.spec import TensorSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_COLUMNS = (2**31 - 1) // (255 * 128)  # so many products of a uint8 and an int8 always fit an int32 sum
 _VALUES_AT_ONCE = 1 << 16  # float copies of a whole layer would be most of the memory that converting takes
 RANGE_SHARES = tuple(1 - step / 32 for step in range(15))  # of a full range: a narrower one has finer steps
-INT4_OFFSET = 8  # a nibble holds q + 8
 FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least normal number: below it 1 / scale overflows
 
 
-class QuantizedTensor(NamedTuple):
-    """A tensor's integers and how to read them: x ≈ (values - zero_point) * scale, an index of dimension 0 at a time.
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A tensor's numbers in a format: x ≈ (integers - zero_point) * scale, or the stored floats themselves.
 
-    values: (N, ...) int8, int16, uint8, float; 4-bit: uint8, two a byte, low nibble first, an int4 as the value + 8.
-    scale: (N,) float32; int4: (N, groups of columns) bfloat16; None for float values.
-    zero_point: (N,) float32, or None where it is 0.
+    values: (N, ..., format.stored_columns(columns)), what format.pack gives. scale: (N,), one an index of dimension 0,
+    or (N, groups of columns); None for floats. zero_point: (N,) float32, or None where it is 0.
+    columns: the length of the last dimension. group_size: how many columns share a scale; 0: all of a row.
     """
 
+    format: Format
     values: torch.Tensor
     scale: torch.Tensor | None
     zero_point: torch.Tensor | None
+    columns: int
+    group_size: int = 0
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What is stored: values, scale and zero point."""
+        return self.values, self.scale, self.zero_point
 
 
 def quantize_rows(x: torch.Tensor, qmax: int, per_row: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -82,17 +92,16 @@ def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> t
     """Return (scale, zero_point) for weights that span [low, high]. docs/numerics.md, "Weights".
 
     low, high: (N,) float32, one a channel or one for all -> scale, zero_point: (N,) float32; for groups all of them
-    (N, groups), the scale bfloat16.
+    (N, groups), the scale of the format's dtype.
     Groups: scale = e / qmin, where e is whichever of low and high is farther from 0; below 0 where e is above, so
-    that e becomes qmin and all 16 integers of [-8, 7] are of use. docs/numerics.md, "int4 group". Symmetric: scale =
+    that e becomes qmin and all integers, 16 of [-8, 7], are of use. docs/numerics.md, "int4 group". Symmetric: scale =
     max(|low|, |high|) / steps, zero_point 0. Affine (embedding rows): scale = (high - low) / steps and the real-
     valued zero_point = -low / scale of torch.ao's float_qparams scheme. A range of 0 gives scale 1 (the symmetric
     case) or the constant itself (the affine case), so that a constant is exact.
     """
     if spec.axis == "group":
         scale = torch.where(high > -low, high, low) / spec.qmin
-        # bfloat16: half the bytes, the whole range of float32; 2**-9 of a scale matters little to 4 bits.
-        return torch.where(scale.abs() < FLOAT32_TINY, 1.0, scale).to(torch.bfloat16), torch.zeros_like(scale)
+        return torch.where(scale.abs() < FLOAT32_TINY, 1.0, scale).to(spec.format.scale), torch.zeros_like(scale)
     if spec.symmetric:
         scale = torch.maximum(low.abs(), high.abs()) / (spec.scale_steps or spec.qmax)
         return torch.where(scale < FLOAT32_TINY, 1.0, scale), torch.zeros_like(scale)
@@ -109,38 +118,37 @@ def quantize_with(
 ) -> torch.Tensor:
     """Return the integers of a weight under given qparams: clamp(round(w (1 / scale) + zero_point), qmin, qmax).
 
-    weight: (N, ...) float32; scale, zero_point: as `choose_qparams` gives them -> (N, ...) int8, int16 or uint8, 4-bit
-    packed along the last dimension.
+    weight: (N, ...) float32; scale, zero_point: as `choose_qparams` gives them -> (N, ...) as the format stores them.
     """
-    channels, group_size = weight.shape[0], spec.group_size
+    channels, group_size, row = weight.shape[0], spec.group_size or 0, spec.format
     # as torch.ao: a division rounds otherwise where w / scale is near 127.5
     inverse = 1.0 / scale.to(torch.float32)
-    q = torch.empty(weight.shape, dtype=spec.torch_dtype, device=weight.device)
+    shape = (*weight.shape[:-1], row.stored_columns(weight.shape[-1]))
+    q = torch.empty(shape, dtype=row.storage, device=weight.device)
     at_once = max(1, _VALUES_AT_ONCE // max(1, math.prod(weight.shape[1:])))
     qparams = (part.expand(channels, *part.shape[1:]) for part in (inverse, zero_point))
     parts = (torch.split(part, at_once) for part in (q, weight, *qparams))
     for out, values, factor, offset in zip(*parts, strict=True):
         real = values * _spread(factor, values.shape, group_size)
         real.add_(_spread(offset, values.shape, group_size)).round_().clamp_(spec.qmin, spec.qmax)
-        out.copy_(real.add_(INT4_OFFSET) if spec.dtype == "int4" else real)
-    return pack_uint4(q) if spec.bits == 4 else q
+        out.copy_(row.pack(real))
+    return q
 
 
-def _spread(numbers: torch.Tensor, shape: torch.Size, group_size: int | None) -> torch.Tensor:
+def _spread(numbers: torch.Tensor, shape: torch.Size, group_size: int) -> torch.Tensor:
     """Return one number a channel, or one a group of columns, in a shape that goes with a weight of this shape."""
-    if group_size is None:
+    if not group_size:
         return numbers.view((-1,) + (1,) * (len(shape) - 1))
     return numbers.repeat_interleave(group_size, dim=1)[:, : shape[1]]
 
 
-def to_float16(weight: torch.Tensor) -> QuantizedTensor:
-    """Return a weight in half precision, values beyond its range at ±65504."""
-    return QuantizedTensor(weight.detach().to(torch.float32).clamp(-65504.0, 65504.0).to(torch.float16), None, None)
-
-
-def to_float32(weight: torch.Tensor) -> QuantizedTensor:
-    """Return a weight that stays float."""
-    return QuantizedTensor(weight.detach().to(torch.float32), None, None)
+def to_floats(weight: torch.Tensor, row: Format) -> QuantizedTensor:
+    """Return a weight as a format of floats has it, values beyond its range at the ends of that (float16: ±65504)."""
+    real = weight.detach().to(torch.float32)
+    if row is not FLOAT32:
+        largest = torch.finfo(row.storage).max
+        real = real.clamp(-largest, largest).to(row.storage)
+    return QuantizedTensor(row, real, None, None, weight.shape[-1])
 
 
 def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,58 +169,17 @@ def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, 
     return low, high
 
 
-def group_size_of(columns: int, groups: int) -> int:
-    """Return how many columns share a scale where so many columns are divided into so many groups; 0: no size does.
-
-    Of sizes that give the same number, which is then 1, the least.
-    """
-    return next((size for size in GROUP_SIZES if -(-columns // size) == groups), 0)
-
-
 def split_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     """Return the columns of (N, K) in groups, the last filled up with zeros: (N, ceil(K / group_size), group_size)."""
     rows, columns = weight.shape
-    return torch.nn.functional.pad(weight, (0, -columns % group_size)).view(
-        rows, (columns + group_size - 1) // group_size, group_size
-    )
+    return F.pad(weight, (0, -columns % group_size)).view(rows, (columns + group_size - 1) // group_size, group_size)
 
 
-def dequantize_weight(
-    weight: QuantizedTensor, bits: int = 8, columns: int | None = None, group_size: int | None = None
-) -> torch.Tensor:
-    """Return the float32 tensor that the integers stand for.
-
-    columns: the length of the last dimension, needed when a packed 4-bit row has an odd length. group_size: of int4.
-    """
-    if group_size is not None:
-        assert weight.scale is not None
-        real = unpack_int4(weight.values, columns).to(torch.float32)
-        return real * _spread(weight.scale.to(torch.float32), real.shape, group_size)
-    values = unpack_uint4(weight.values, columns) if bits == 4 else weight.values
-    if weight.scale is None:
-        return values.to(torch.float32)
-    real = values.to(torch.float32)
+def dequantize(weight: QuantizedTensor) -> torch.Tensor:
+    """Return the float32 tensor that the integers stand for."""
+    real = weight.format.unpack(weight.values, weight.columns).to(torch.float32)
     if weight.zero_point is not None:
-        real = real - _spread(weight.zero_point, real.shape, None)
-    return real * _spread(weight.scale, real.shape, None)
-
-
-def pack_uint4(q: torch.Tensor) -> torch.Tensor:
-    """Return values 0–15 packed two a byte along the last dimension, low nibble first, an odd end padded with 0.
-
-    q: (..., D) uint8 -> (..., ceil(D / 2)) uint8.
-    """
-    if q.shape[-1] % 2:
-        q = torch.nn.functional.pad(q, (0, 1))
-    return q[..., 0::2] | (q[..., 1::2] << 4)
-
-
-def unpack_uint4(packed: torch.Tensor, columns: int | None = None) -> torch.Tensor:
-    """Return what `pack_uint4` packed: (..., P) uint8 -> (..., columns or 2 P) uint8."""
-    q = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-    return q if columns is None else q[..., :columns]
-
-
-def unpack_int4(packed: torch.Tensor, columns: int | None = None) -> torch.Tensor:
-    """Return the int4 values that nibbles hold: (..., P) uint8 -> (..., columns or 2 P) int8 in [-8, 7]."""
-    return unpack_uint4(packed, columns).to(torch.int8) - INT4_OFFSET
+        real = real - _spread(weight.zero_point, real.shape, 0)
+    if weight.scale is None:
+        return real
+    return real * _spread(weight.scale.to(torch.float32), real.shape, weight.group_size)

@@ -75,7 +75,8 @@ class Observer(nn.Module):
             low, high = low[:1].expand(len(weight)), high[:1].expand(len(weight))
         scale, zero_point = choose_qparams(low, high, self.spec)
         values = quantize_with(weight, scale, zero_point, self.spec)
-        return QuantizedTensor(values, scale, None if self.spec.symmetric else zero_point)
+        zero_points, spec = None if self.spec.symmetric else zero_point, self.spec
+        return QuantizedTensor(spec.format, values, scale, zero_points, weight.shape[-1], spec.group_size or 0)
 
     def _has_seen(self, weight: torch.Tensor) -> bool:
         """Return whether this float32 tensor, as it is now, is all that was seen; casts make the range another's."""

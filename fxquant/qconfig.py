@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from fxquant.errors import QConfigError
-from fxquant.numerics import QuantizedTensor, to_float16
+from fxquant.formats import INT16_MAX, Activation
+from fxquant.numerics import QuantizedTensor, to_floats
 from fxquant.observers import (
     GroupMinMaxObserver,
     LeastErrorObserver,
@@ -18,7 +19,7 @@ from fxquant.observers import (
     Observer,
     PerChannelMinMaxObserver,
 )
-from fxquant.spec import INT16_MAX, TensorSpec
+from fxquant.spec import TensorSpec
 
 _DEFAULTS: dict[str, type[Observer]] = {
     "tensor": MinMaxObserver,
@@ -61,9 +62,9 @@ class QConfig:
         return self.activation is not None and self.activation.is_integer and not self.activation.dynamic
 
     @property
-    def makes_uint8(self) -> bool:
-        """Whether activations become uint8 integers."""
-        return self.activation is not None and self.activation.dtype == "uint8"
+    def has_qmax(self) -> bool:
+        """Whether activations become integers of a range that can be chosen."""
+        return self.activation is not None and self.activation.dtype == Activation.UINT8.value
 
     @property
     def per_row(self) -> bool:
@@ -89,7 +90,7 @@ class QConfig:
         return dataclasses.replace(self, parts=()) if self.parts else self
 
     def make_observer(self) -> Observer | None:
-        """Return a fresh observer for one weight, None for float16."""
+        """Return a fresh observer for one weight, None for a format of floats."""
         if not self.weight.is_integer:
             return None
         return (self.weight_observer or _DEFAULTS[self.weight.axis])(self.weight)
@@ -97,11 +98,11 @@ class QConfig:
     def quantize_weight(self, weight: torch.Tensor) -> QuantizedTensor:
         """Return a weight as this qconfig wants it; on the meta device, meta tensors of the right shapes."""
         observer = self.make_observer()
-        return to_float16(weight) if observer is None else observer.quantize(weight)
+        return to_floats(weight, self.weight.format) if observer is None else observer.quantize(weight)
 
     def with_reduce_range(self) -> QConfig:
         """Return the same with 7-bit activations, 0–127, as torch.ao's `reduce_range=True`."""
-        if self.activation is None or self.activation.dtype != "uint8":
+        if self.activation is None or not self.has_qmax:
             raise QConfigError(f"reduce_range needs uint8 activations, this qconfig has {self.activation}")
         return dataclasses.replace(self, activation=dataclasses.replace(self.activation, qmax=127))
 

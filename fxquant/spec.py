@@ -8,36 +8,19 @@ from typing import Any, Literal, get_args
 import torch
 
 from fxquant.errors import QConfigError
+from fxquant.formats import FLOAT32, FORMATS, Format, format_of
 
 Axis = Literal["tensor", "channel", "row", "group"]
 
-GROUP_SIZES = (32, 64, 128)
-INT16_MAX = 32767  # the end of the range on both sides: -32768 is not used
-
-_DTYPES = {
-    "int8": torch.int8,
-    "int16": torch.int16,
-    "uint8": torch.uint8,
-    "uint4": torch.uint8,
-    "int4": torch.uint8,
-    "float16": torch.float16,
-}
-_LIMITS = {
-    "int8": (-128, 127),
-    "int16": (-INT16_MAX, INT16_MAX),
-    "uint8": (0, 255),
-    "uint4": (0, 15),
-    "int4": (-8, 7),
-    "float16": (0, 0),
-}
+_DTYPES = tuple(row.name for row in FORMATS if row is not FLOAT32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """How one tensor becomes integers: x ≈ (q - zero_point) * scale with q in [qmin, qmax].
 
-    dtype: "int8", "int16", "uint8", "uint4", "int4" (two values a byte) or "float16" (no integers: stored in half
-        precision). "int16" is symmetric over all of its range, ±32767.
+    dtype: the name of a format: "int8", "int16", "uint8", "uint4", "int4" (two values a byte) or "float16" (no
+        integers: stored in half precision). "int16" is symmetric over all of its range, ±32767.
     symmetric: zero_point is 0, the range is that of the largest magnitude.
     axis: where scales are shared: "tensor" (one), "channel" (one an index of dimension 0 of a weight), "row"
         (one a last-dimension row of an activation: a token, a time step), "group" (one a `group_size` columns of each
@@ -62,47 +45,62 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise QConfigError(f"TensorSpec dtype {self.dtype!r} is not one of {', '.join(_DTYPES)}")
-        low, high = _LIMITS[self.dtype]
+        low, high = self.format.limits or (0, 0)
         if not low <= self.qmin <= self.qmax <= high or (self.qmin == self.qmax and self.is_integer):
             raise QConfigError(f"TensorSpec range [{self.qmin}, {self.qmax}] does not fit {self.dtype} [{low}, {high}]")
         if self.axis not in get_args(Axis):
             raise QConfigError(f"TensorSpec axis {self.axis!r} is not one of {', '.join(map(repr, get_args(Axis)))}")
-        if self.axis == "group" and self.group_size not in GROUP_SIZES:
-            raise QConfigError(f"TensorSpec group_size must be 32, 64 or 128 for axis 'group', got {self.group_size}")
-        if self.axis != "group" and self.group_size is not None:
-            raise QConfigError(f"TensorSpec group_size={self.group_size} needs axis 'group', got {self.axis!r}")
-        if (self.dtype == "int4") != (self.axis == "group"):
+        self._check_groups()
+        if self.format.is_whole and not (self.symmetric and (self.qmin, self.qmax) == (low, high)):
             raise QConfigError(
-                f"TensorSpec axis 'group' and dtype 'int4' go together, got {self.axis!r} and {self.dtype!r}"
-            )
-        if self.dtype == "int4" and not (self.symmetric and self.qmin < 0):
-            raise QConfigError("TensorSpec of int4 must be symmetric=True with qmin below 0, -8 say")
-        if self.dtype == "int16" and not (self.symmetric and self.qmax == -self.qmin == INT16_MAX):
-            raise QConfigError(
-                f"TensorSpec of int16 must be symmetric=True with qmin=-{INT16_MAX} and qmax={INT16_MAX}, got {self}"
+                f"TensorSpec of {self.dtype} must be symmetric=True with qmin={low} and qmax={high}, got {self}"
                 f" [{self.qmin}, {self.qmax}]"
             )
+
+    def _check_groups(self) -> None:
+        """Raise QConfigError unless dtype, axis and group_size go together."""
+        sizes = self.format.group_sizes
+        if self.axis != "group" and self.group_size is not None:
+            raise QConfigError(f"TensorSpec group_size={self.group_size} needs axis 'group', got {self.axis!r}")
+        if (self.axis == "group") != bool(sizes):
+            grouped = " or ".join(repr(row.name) for row in FORMATS if row.group_sizes)
+            raise QConfigError(
+                f"TensorSpec axis 'group' and dtype {grouped} go together, got {self.axis!r} and {self.dtype!r}"
+            )
+        if sizes and self.group_size not in sizes:
+            known = f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}"
+            raise QConfigError(f"TensorSpec group_size must be {known} for axis 'group', got {self.group_size}")
+        if sizes and not (self.symmetric and self.qmin < 0):
+            raise QConfigError(
+                f"TensorSpec of {self.dtype} must be symmetric=True with qmin below 0, its least integer say"
+            )
+
+    @property
+    def format(self) -> Format:
+        """How the values are stored and multiplied: the row of `dtype`."""
+        return format_of(self.dtype)
 
     @property
     def is_integer(self) -> bool:
         """Whether values are stored as integers."""
-        return self.dtype != "float16"
+        return self.format.limits is not None
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the tensor that holds the values."""
-        return _DTYPES[self.dtype]
+        return self.format.storage
 
     @property
     def bits(self) -> int:
         """Bits a stored value takes."""
-        return {"uint4": 4, "int4": 4, "int16": 16, "float16": 16}.get(self.dtype, 8)
+        return self.format.bits
 
     def __str__(self) -> str:
         if not self.is_integer:
             return self.dtype
         kind = "symmetric" if self.symmetric else "affine"
-        narrow = f" 0–{self.qmax}" if self.dtype == "uint8" and self.qmax < 255 else ""
+        is_narrow = not self.symmetric and (self.qmin, self.qmax) != self.format.limits
+        narrow = f" {self.qmin}–{self.qmax}" if is_narrow else ""
         size = f" of {self.group_size}" if self.group_size else ""
         return f"{self.dtype}{narrow} {kind} per {self.axis}{size}"
 

@@ -5,7 +5,7 @@ import torch
 
 from fxquant import gptq, int4_dynamic_qconfig
 from fxquant.gptq import DAMPING, round_with_feedback
-from fxquant.numerics import dequantize_weight
+from fxquant.numerics import dequantize
 
 SPEC = int4_dynamic_qconfig.with_group_size(32).weight
 
@@ -16,8 +16,8 @@ def correlated(columns, rows=400, rank=6):
     return x.t() @ x
 
 
-def real(quantized, columns):
-    return dequantize_weight(quantized, 4, columns, SPEC.group_size).double()
+def real(quantized):
+    return dequantize(quantized).double()
 
 
 def nearest(weight):
@@ -26,7 +26,7 @@ def nearest(weight):
 
 def errors(weight, quantized, moments):
     """Return (w - ŵ) H (w - ŵ)ᵀ of each row, in float64."""
-    off = weight.double() - real(quantized, weight.shape[1])
+    off = weight.double() - real(quantized)
     return torch.einsum("ni,ij,nj->n", off, moments.double(), off)
 
 
@@ -40,7 +40,8 @@ def test_products_with_correlated_inputs_err_far_less_and_no_row_errs_more(colum
 
 def test_the_shapes_are_those_of_rounding_to_nearest():
     weight = torch.randn(5, 75)
-    for ours, theirs in zip(round_with_feedback(weight, correlated(75), SPEC)[:2], nearest(weight)[:2], strict=True):
+    fed, plain = round_with_feedback(weight, correlated(75), SPEC), nearest(weight)
+    for ours, theirs in zip(fed.tensors[:2], plain.tensors[:2], strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
 
@@ -57,7 +58,8 @@ def test_inputs_that_do_not_go_together_leave_nothing_to_make_up_for(monkeypatch
     monkeypatch.setattr(gptq, "RANGE_SHARES", (1,))
     monkeypatch.setattr(gptq, "SWEEPS", 0)
     weight, moments = torch.randn(30, 75), torch.diag(torch.rand(75) + 0.5)
-    for ours, theirs in zip(round_with_feedback(weight, moments, SPEC)[:2], nearest(weight)[:2], strict=True):
+    fed, plain = round_with_feedback(weight, moments, SPEC), nearest(weight)
+    for ours, theirs in zip(fed.tensors[:2], plain.tensors[:2], strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -84,7 +86,7 @@ def test_the_integers_are_those_of_the_paper_s_first_algorithm(monkeypatch):
         expected[:, i] = (left[:, i] / scale).round().clamp(-8, 7) * scale
         left = left - torch.outer((left[:, i] - expected[:, i]) / inverse[i, i], inverse[i])
         inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
-    got = real(round_with_feedback(weight, moments, SPEC), 75)
+    got = real(round_with_feedback(weight, moments, SPEC))
     better = errors(weight, nearest(weight), moments) > torch.einsum(
         "ni,ij,nj->n", weight - expected, moments.double(), weight - expected
     )
@@ -107,9 +109,9 @@ def test_in_the_end_no_single_integer_can_do_better(monkeypatch):
     fed = round_with_feedback(weight, moments, SPEC)
     scale = fed.scale.double().repeat_interleave(32, 1)[:, :75]
     h = moments.double() + DAMPING * moments.double().diagonal().mean() * torch.eye(75)
-    slope = (weight.double() - real(fed, 75)) @ h
+    slope = (weight.double() - real(fed)) @ h
     for change in (-1, 1):
-        integers = (real(fed, 75) / scale).round() + change
+        integers = (real(fed) / scale).round() + change
         gain = 2 * change * scale * slope - scale**2 * h.diagonal()  # of (25), were that one changed alone
         assert (gain <= 1e-4 * scale**2 * h.diagonal())[(integers >= -8) & (integers <= 7)].all()
 
@@ -122,7 +124,7 @@ def test_in_the_end_no_single_integer_can_do_better(monkeypatch):
 def test_second_moments_without_an_inverse_are_damped(moments):
     weight = torch.randn(30, 40)
     fed = round_with_feedback(weight, moments, SPEC)
-    assert real(fed, 40).isfinite().all()
+    assert real(fed).isfinite().all()
     assert errors(weight, fed, moments).sum() <= errors(weight, nearest(weight), moments).sum() + 1e-9
 
 
@@ -130,7 +132,7 @@ def test_a_column_whose_input_was_always_zero_is_rounded_to_nearest():
     weight, moments = torch.randn(30, 64), correlated(64)
     moments[5], moments[:, 5] = 0, 0
     fed = round_with_feedback(weight, moments, SPEC)
-    off = (real(fed, 64) - weight)[:, 5].abs()
+    off = (real(fed) - weight)[:, 5].abs()
     scale = fed.scale[:, 0].float().abs()
     end = weight[:, 5] / fed.scale[:, 0].float()
     inside = (end > -8.5) & (end < 7.5)

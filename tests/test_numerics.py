@@ -6,19 +6,17 @@ import pytest
 import torch
 
 from fxquant import TensorSpec
+from fxquant.formats import format_of
 from fxquant.numerics import (
     FLOAT32_MAX,
     MAX_COLUMNS,
     QuantizedTensor,
     choose_qparams,
-    dequantize_weight,
-    pack_uint4,
+    dequantize,
     quantize_rows,
     quantize_rows_int16,
     quantize_with,
-    to_float16,
-    unpack_int4,
-    unpack_uint4,
+    to_floats,
     weight_range,
 )
 
@@ -147,7 +145,7 @@ def test_a_constant_channel_is_exact(spec, value):
     weight = torch.full((2, 4), value)
     scale, zero_point = choose_qparams(*weight_range(weight, spec), spec)
     q = quantize_with(weight, scale, zero_point, spec)
-    q = unpack_uint4(q) if spec.dtype == "uint4" else q
+    q = spec.format.unpack(q, 4)
     back = (q.double() - zero_point.double().unsqueeze(1)) * scale.double().unsqueeze(1)
     assert torch.allclose(back, weight.double(), rtol=4 * ULP, atol=0)
 
@@ -198,30 +196,23 @@ def test_range_of_nothing(shape, channels):
     assert (low.tolist(), high.tolist()) == ([0.0] * channels, [0.0] * channels)
 
 
-@pytest.mark.parametrize("columns", [0, 1, 2, 7, 8])
-def test_4_bit_values_pack_low_nibble_first(columns):
-    q = torch.randint(16, (3, columns), dtype=torch.uint8)
-    packed = pack_uint4(q)
-    assert packed.shape == (3, (columns + 1) // 2)
-    for row, bytes_ in zip(q.tolist(), packed.tolist(), strict=True):
-        padded = [*row, 0]
-        assert bytes_ == [padded[i] + 16 * padded[i + 1] for i in range(0, columns, 2)]
-    assert torch.equal(unpack_uint4(packed, columns), q)
-
-
 def test_float16_weights_saturate_instead_of_overflowing():
-    values = to_float16(torch.tensor([[1e6, -1e6, 1.0]])).values
+    values = to_floats(torch.tensor([[1e6, -1e6, 1.0]]), format_of("float16")).values
     assert values.dtype == torch.float16
     assert values.tolist() == [[65504.0, -65504.0, 1.0]]
 
 
 def test_dequantize_reads_every_kind():
-    half = QuantizedTensor(torch.tensor([[0.5]], dtype=torch.float16), None, None)
-    symmetric = QuantizedTensor(torch.tensor([[3], [-2]], dtype=torch.int8), torch.tensor([0.5, 2.0]), None)
-    packed = QuantizedTensor(torch.tensor([[0x21, 0x03]], dtype=torch.uint8), torch.tensor([2.0]), torch.tensor([1.0]))
-    assert dequantize_weight(half).tolist() == [[0.5]]
-    assert dequantize_weight(symmetric).tolist() == [[1.5], [-4.0]]
-    assert dequantize_weight(packed, bits=4, columns=3).tolist() == [[0.0, 2.0, 4.0]]
+    half = torch.tensor([[0.5]], dtype=torch.float16)
+    whole = torch.tensor([[3], [-2]], dtype=torch.int8)
+    packed = torch.tensor([[0x21, 0x03]], dtype=torch.uint8)
+
+    def read(name, *parts):
+        return dequantize(QuantizedTensor(format_of(name), *parts)).tolist()
+
+    assert read("float16", half, None, None, 1) == [[0.5]]
+    assert read("int8", whole, torch.tensor([0.5, 2.0]), None, 1) == [[1.5], [-4.0]]
+    assert read("uint4", packed, torch.tensor([2.0]), torch.tensor([1.0]), 3) == [[0.0, 2.0, 4.0]]
 
 
 def test_the_widest_sum_of_products_fits_int32():
@@ -239,9 +230,9 @@ def test_int4_reads_back_what_it_wrote(columns, group_size):
     weight = torch.stack([q[:, k] * scale[:, k // group_size] for k in range(columns)], dim=1)
     found, zero_point = choose_qparams(*weight_range(weight, spec), spec)
     assert torch.equal(found.float(), scale)
-    quantized = QuantizedTensor(quantize_with(weight, found, zero_point, spec), found, None)
-    assert torch.equal(unpack_int4(quantized.values, columns), q.to(torch.int8))
-    assert torch.equal(dequantize_weight(quantized, 4, columns, group_size), weight)
+    values = quantize_with(weight, found, zero_point, spec)
+    assert torch.equal(spec.format.unpack(values, columns), q.to(torch.int8))
+    assert torch.equal(dequantize(QuantizedTensor(spec.format, values, found, None, columns, group_size)), weight)
 
 
 def test_a_group_of_zeros_has_scale_1():
@@ -249,7 +240,7 @@ def test_a_group_of_zeros_has_scale_1():
     weight = torch.cat((torch.ones(1, 32), torch.zeros(1, 40)), dim=1)
     scale, zero_point = choose_qparams(*weight_range(weight, spec), spec)
     assert scale.tolist() == [[-0.125, 1.0, 1.0]]
-    assert unpack_int4(quantize_with(weight, scale, zero_point, spec)).tolist() == [[-8] * 32 + [0] * 40]
+    assert spec.format.unpack(quantize_with(weight, scale, zero_point, spec), 72).tolist() == [[-8] * 32 + [0] * 40]
 
 
 def test_int16_rows_come_back_within_half_a_step():

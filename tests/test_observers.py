@@ -17,7 +17,7 @@ from fxquant import (
     float_qparams_weight_only_qconfig_4bit,
     uint4_weight_only_qconfig,
 )
-from fxquant.numerics import dequantize_weight
+from fxquant.numerics import dequantize
 from fxquant.observers import Observer
 from tests.samples import Call, everything, quantize
 
@@ -188,7 +188,7 @@ def test_min_max_per_group():
 
 def squared_error(qconfig, weight):
     """Return each row's squared error, from the integers that come out."""
-    restored = dequantize_weight(qconfig.quantize_weight(weight), qconfig.weight.bits, weight.shape[1])
+    restored = dequantize(qconfig.quantize_weight(weight))
     return (restored.double() - weight.double()).square().sum(1)
 
 
@@ -227,14 +227,14 @@ def test_the_share_of_the_range_is_the_best_of_all_that_are_tried():
 def test_rows_with_nothing_to_clip_are_as_without(weight):
     ours = uint4_weight_only_qconfig.quantize_weight(weight)
     plain = float_qparams_weight_only_qconfig_4bit.quantize_weight(weight)
-    for a, b in zip(ours, plain, strict=True):
+    for a, b in zip(ours.tensors, plain.tensors, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_row_is_clipped_by_itself():
     weight = torch.randn(200, 1000)
     whole, one = (uint4_weight_only_qconfig.quantize_weight(part) for part in (weight, weight[150:151]))
-    assert all(torch.equal(a[150:151], b) for a, b in zip(whole, one, strict=True))
+    assert all(torch.equal(a[150:151], b) for a, b in zip(whole.tensors, one.tensors, strict=True))
 
 
 def test_clipping_8_bit_channels_keeps_their_zero():

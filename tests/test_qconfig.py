@@ -83,7 +83,7 @@ def test_per_row(qconfig, per_row):
 
 def test_default_weights_are_symmetric_int8_one_scale_a_channel():
     weight = torch.randn(7, 20)
-    values, scale, zero_point = default_dynamic_qconfig.quantize_weight(weight)
+    values, scale, zero_point = default_dynamic_qconfig.quantize_weight(weight).tensors
     assert values.dtype == torch.int8
     assert zero_point is None
     assert torch.allclose(scale.double(), weight.double().abs().amax(1) / 127, rtol=2**-23, atol=0)
@@ -95,7 +95,7 @@ def test_weights_on_meta_give_meta_tensors_of_the_same_form():
     weight = torch.randn(7, 5)
     for qconfig in PRESETS.values():
         real, meta = qconfig.quantize_weight(weight), qconfig.quantize_weight(weight.to("meta"))
-        for a, b in zip(real, meta, strict=True):
+        for a, b in zip(real.tensors, meta.tensors, strict=True):
             assert (a is None) == (b is None)
             assert a is None or (b.device.type == "meta" and (a.shape, a.dtype) == (b.shape, b.dtype))
 
@@ -192,7 +192,7 @@ class Bags(nn.Module):
 
 def test_int4_weights_have_a_scale_a_group_and_use_all_sixteen_integers():
     weight = torch.randn(9, 100)
-    values, scale, zero_point = int4_dynamic_qconfig.with_group_size(32).quantize_weight(weight)
+    values, scale, zero_point = int4_dynamic_qconfig.with_group_size(32).quantize_weight(weight).tensors
     assert (values.dtype, values.shape, scale.dtype, scale.shape) == (torch.uint8, (9, 50), torch.bfloat16, (9, 4))
     assert zero_point is None
     for row in range(9):
@@ -228,7 +228,7 @@ def test_an_int4_qconfig_goes_through_json():
 
 def test_int16_weights_have_a_scale_a_channel_and_come_back_within_half_a_step():
     weight = torch.randn(9, 100) * torch.logspace(-20, 20, 9)[:, None]
-    values, scale, zero_point = int16_dynamic_qconfig.quantize_weight(weight)
+    values, scale, zero_point = int16_dynamic_qconfig.quantize_weight(weight).tensors
     assert (values.dtype, values.shape, scale.dtype, scale.shape) == (torch.int16, (9, 100), torch.float32, (9,))
     assert zero_point is None
     assert values.abs().amax(1).tolist() == [32767] * 9

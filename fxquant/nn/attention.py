@@ -28,7 +28,7 @@ def _check_shape(name: str, mask: torch.Tensor, *wanted: tuple[int, ...]) -> Non
 
 
 class DynamicQuantizedMultiheadAttention(QuantizedModule):
-    """An nn.MultiheadAttention with int8 (int16, int4, float16) projections, called as that is; made by `from_float`.
+    """An nn.MultiheadAttention with projections of int8 or another format, called as that is; made by `from_float`.
 
     in_proj_weight_int8: (3·E, E), or where key or value have sizes of their own q_proj_weight_int8 (E, E),
     k_proj_weight_int8 (E, kdim) and v_proj_weight_int8 (E, vdim), each with its `_scale` and, without `_int8`, the

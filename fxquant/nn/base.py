@@ -19,11 +19,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxquant import frames
 from fxquant.errors import ModelStateError, ReadOnlyError, warn
+from fxquant.formats import FLOAT32, Format
 from fxquant.nn.float_weight import FloatWeight
 from fxquant.nn.training import frozen, warn_of_training
-from fxquant.numerics import QuantizedTensor, dequantize_weight
+from fxquant.numerics import QuantizedTensor, dequantize
 from fxquant.qconfig import QConfig
-from fxquant.spec import TensorSpec
 
 Quantize: TypeAlias = Callable[[torch.Tensor, QConfig], QuantizedTensor]
 
@@ -41,23 +41,24 @@ def quantize_alone(weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
     return qconfig.quantize_weight(weight.contiguous())
 
 
-def key_of(name: str, spec: TensorSpec | None) -> str:
-    """Return the key under which a weight's values are kept: weight_int8, weight_uint4, …; None: its own, float32."""
-    return name if spec is None else f"{name}_{spec.dtype}"
-
-
 @dataclass(frozen=True)
 class Stored:
-    """How a float weight is kept. shape: the float one; turned: the dimensions that the kept one has the other way."""
+    """How a float weight is kept: under a key, in a format.
+
+    columns, group_size: as QuantizedTensor has them. shape: of the float weight; turned: the dimensions that the kept
+    one has the other way.
+    """
 
     key: str
-    spec: TensorSpec
+    format: Format
+    columns: int
+    group_size: int
     shape: tuple[int, ...]
     turned: tuple[int, int] | None = None
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
-        """The shape of the kept weight, before a 4-bit one is packed and a convolution's is made a matrix."""
+        """The shape of the kept weight, before it is packed and a convolution's is made a matrix."""
         shape = list(self.shape)
         if self.turned:
             first, second = self.turned
@@ -93,15 +94,12 @@ class QuantizedModule(nn.Module):
         like: the float weight, whose shape and dtype `module.<name>` has; by default float32 in the values' shape.
         turned: two dimensions of it that are swapped in the quantized one.
         """
-        own = self.qconfig.of(name)
-        key = key_of(name, None if own is None else own.weight)
-        self.register_buffer(key, weight.values)
-        self.register_buffer(f"{name}_scale", weight.scale)
-        self.register_buffer(f"{name}_zero_point", weight.zero_point)
-        if own is not None:
-            width = weight.values.shape[-1] * (2 if own.weight.bits == 4 else 1)
-            shape = (*weight.values.shape[:-1], width) if like is None else tuple(like.shape)
-            self._stored[name] = Stored(key, own.weight, shape, turned)
+        row, shape = weight.format, (*weight.values.shape[:-1], weight.columns) if like is None else tuple(like.shape)
+        key = name + row.suffix
+        for own, tensor in zip((key, f"{name}_scale", f"{name}_zero_point"), weight.tensors, strict=True):
+            self.register_buffer(own, tensor)
+        if row is not FLOAT32:
+            self._stored[name] = Stored(key, row, weight.columns, weight.group_size, shape, turned)
         dtype = torch.float32 if like is None else like.dtype
         empty = torch.empty(0, dtype=dtype, device=weight.values.device)
         self.register_parameter(LIKE, frozen(empty))
@@ -142,16 +140,17 @@ class QuantizedModule(nn.Module):
     def dequantize(self, name: str, rows: Any = None) -> torch.Tensor:
         """Return a float weight's values, anew. rows: an int, slice or tensor of indices of dimension 0; None: all."""
         stored = self._stored[name]
-        spec, shape = stored.spec, stored.kept_shape
+        shape = stored.kept_shape
         parts: Any = self.own((stored.key, f"{name}_scale", f"{name}_zero_point"))
         if rows is not None:
             at = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
             at = at.flatten() if isinstance(at, torch.Tensor) else at
             parts = [part if part is None else part[at] for part in parts]
             shape = (-1, *shape[1:])
-        columns = torch.Size(stored.kept_shape[1:]).numel() if stored.turned else shape[-1]
         with torch.no_grad():
-            real = dequantize_weight(QuantizedTensor(*parts), spec.bits, columns, spec.group_size).reshape(shape)
+            values, scale, zero_point = parts
+            kept = QuantizedTensor(stored.format, values, scale, zero_point, stored.columns, stored.group_size)
+            real = dequantize(kept).reshape(shape)
             real = real.transpose(*stored.turned) if stored.turned else real
             real = real.to(self._parameters[LIKE].dtype)  # type: ignore[union-attr]
         if isinstance(rows, torch.Tensor):

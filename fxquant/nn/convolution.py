@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -41,8 +42,9 @@ class DynamicQuantizedConv(QuantizedProduct):
     ) -> DynamicQuantizedConv:
         """Return the quantized form of a float Conv1d or Conv2d (or ConvReLU), which is left as it is."""
         weight = quantize(module.weight.transpose(1, -1), qconfig)
-        flat = weight._replace(values=weight.values.flatten(1))
-        quantized = cls(flat, module.bias, qconfig, flat.values.shape[1], module.weight, (1, -1))
+        values = weight.values.flatten(1)
+        flat = dataclasses.replace(weight, values=values, columns=values.shape[1])
+        quantized = cls(flat, module.bias, qconfig, module.weight, (1, -1))
         for name in ("in_channels", "out_channels", "groups", "transposed", "output_padding", *_SHOWN):
             setattr(quantized, name, getattr(module, name))
         quantized.padding = paddings(module)

@@ -16,10 +16,10 @@ from fxquant.qconfig import QConfig, default_dynamic_qconfig
 class QuantizedProduct(QuantizedModule):
     """What a quantized Linear and a convolution of windows share: x @ weight.T + bias, x quantized row by row.
 
-    weight_int8, weight_int16: (O, I); weight_scale: (O,) float32; bias: (O,) or None. input: (..., I) float -> (..., O)
-    in its dtype. weight: the float weight, dequantized when it is read.
-    int4, two values a byte, in groups of G columns: weight_int4: (O, ceil(I / 2)) uint8; weight_scale: (O, ceil(I / G))
-    bfloat16. Raises ShapeError or DTypeError for another input. docs/numerics.md, "int8 output".
+    weight_int8, or with another format's name: (O, stored columns); weight_scale: (O,) float32, or in groups of G
+    columns (O, ceil(I / G)) bfloat16; bias: (O,) or None. input: (..., I) float -> (..., O) in its dtype. weight: the
+    float weight, dequantized when it is read. Raises ShapeError or DTypeError for another input. docs/numerics.md,
+    "int8 output".
     """
 
     relu: ClassVar[bool] = False
@@ -32,14 +32,12 @@ class QuantizedProduct(QuantizedModule):
         weight: QuantizedTensor,
         bias: torch.Tensor | None = None,
         qconfig: QConfig = default_dynamic_qconfig,
-        in_features: int | None = None,
         like: torch.Tensor | None = None,
         turned: tuple[int, int] | None = None,
     ) -> None:
         """Take a quantized weight. like: the float one, (O, I), or a form of it that has two dimensions turned."""
         super().__init__(qconfig)
-        self.out_features, width = weight.values.shape
-        self.in_features = width if in_features is None else in_features  # of int4 the width is half that
+        self.out_features, self.in_features = weight.values.shape[0], weight.columns
         if like is None:
             like = torch.empty(self.out_features, self.in_features, device="meta")
         self._tensors = (self.set_weight("weight", weight, like, turned), "weight_scale", "bias")
@@ -51,7 +49,7 @@ class QuantizedProduct(QuantizedModule):
         cls, module: nn.Linear, qconfig: QConfig = default_dynamic_qconfig, quantize: Quantize = quantize_alone
     ) -> QuantizedProduct:
         """Return the quantized form of a float Linear (or LinearReLU), which is left as it is."""
-        return cls(quantize(module.weight, qconfig), module.bias, qconfig, module.weight.shape[1], module.weight)
+        return cls(quantize(module.weight, qconfig), module.bias, qconfig, module.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ weight.T + bias."""
@@ -64,7 +62,7 @@ class QuantizedProduct(QuantizedModule):
 
 
 class DynamicQuantizedLinear(QuantizedProduct, nn.Linear):  # type: ignore[misc]
-    """A Linear with int8 (or int16, int4, float16) weights; its input is quantized at each call, row by row.
+    """A Linear with weights of int8 or another format; its input is quantized at each call, row by row.
 
     It is an nn.Linear to who asks for its type, and gradients pass through it to its input, so that adapters (LoRA)
     attach to it; its integers do not train. Its tensors: `QuantizedProduct`.

@@ -10,9 +10,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxquant import ops
 from fxquant.errors import DTypeError, ReadOnlyError, ShapeError
+from fxquant.formats import FLOAT32
 from fxquant.nn.base import LIKE, Quantize, QuantizedModule, quantize_alone
 from fxquant.nn.float_weight import FloatWeight
-from fxquant.numerics import to_float32
+from fxquant.numerics import to_floats
 from fxquant.ops.autocast import cast_dtype
 from fxquant.ops.register import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
@@ -40,8 +41,8 @@ class DynamicQuantizedRecurrent(QuantizedModule):
     (weight_ih_l0_int8: (G·H, I), weight_ih_l0_scale: (G·H,) float32, …; weight_ih_l0: the float one); bias_l0 is the
     sum of the two float biases. Only that is known, so bias_ih_l0 reads as bias_l0, and bias_hh_l0 as zeros, but for a
     GRU's n gate, whose two biases are kept apart. Both are read-only.
-    int4, two values a byte, in groups of N columns: (G·H, ceil(I / 2)) uint8, scale (G·H, ceil(I / N)) bfloat16. Each
-    weight may have a scheme of its own (`QConfig.parts`); float16 and float32 ones have no scale, these no other key.
+    Each weight may have a format of its own (`QConfig.parts`), which its values' key names; in groups of N columns the
+    scale is (G·H, ceil(I / N)) bfloat16; float16 and float32 ones have no scale, float32 ones no other key.
     Dropout between layers is for training only and has no part here.
     """
 
@@ -69,10 +70,10 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         self._biases = [_bias_name(cell) for cell in self._cells] if self.bias else []
         for name in names:
             weight, own = getattr(module, name), qconfig.of(name)
-            quantized = to_float32(weight) if own is None else quantize(weight, own)
+            quantized = to_floats(weight, FLOAT32) if own is None else quantize(weight, own)
             self._weights.append(self.set_weight(name, quantized, weight))
         ways = [own for own in map(qconfig.of, names) if own is not None]  # which agree: see graph/plan/rules.py
-        self._rows = all(own.per_row for own in ways), next((own.qmax for own in ways if own.makes_uint8), 255)
+        self._rows = all(own.per_row for own in ways), next((own.qmax for own in ways if own.has_qmax), 255)
         for cell in self._cells if self.bias else ():
             self.join_biases(cell, getattr(module, f"bias_ih{cell}"), getattr(module, f"bias_hh{cell}"))
 

@@ -17,10 +17,8 @@ def _refuse(module: Any) -> str | None:
 
 
 def _convert(module: Any, qconfig: QConfig, quantize: Quantize) -> nn.Module:
-    weight = module.weight.t()
-    return DynamicQuantizedLinear(
-        quantize(weight, qconfig), module.bias, qconfig, weight.shape[1], module.weight, (0, 1)
-    )
+    weight = quantize(module.weight.t(), qconfig)
+    return DynamicQuantizedLinear(weight, module.bias, qconfig, module.weight, (0, 1))
 
 
 TRANSPOSED_LINEAR = Operator(

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fxquant.errors import DTypeError, IndexRangeError, ShapeError
-from fxquant.numerics import QuantizedTensor, dequantize_weight
+from fxquant.formats import INT8, UINT4
+from fxquant.numerics import QuantizedTensor, dequantize
 from fxquant.ops.library import floats, plain, vector
 from fxquant.ops.register import Kernel, arguments_of, public
 
@@ -74,7 +75,8 @@ def _embed(a: Any) -> torch.Tensor:
     _check_range(a.indices, a.weight.shape[0])
     flat = a.indices.reshape(-1)
     scale, zero_point = (None if part is None else part[flat] for part in (a.scale, a.zero_point))
-    return dequantize_weight(QuantizedTensor(a.weight[flat], scale, zero_point), a.bits, a.embedding_dim)
+    row = UINT4 if a.bits == 4 else INT8
+    return dequantize(QuantizedTensor(row, a.weight[flat], scale, zero_point, a.embedding_dim))
 
 
 def _reference(a: Any) -> Any:

@@ -17,17 +17,10 @@ from typing import Any
 import torch
 
 from fxquant.errors import ArgumentError, DTypeError, ModelStateError, ShapeError
-from fxquant.numerics import (
-    QuantizedTensor,
-    dequantize_weight,
-    group_size_of,
-    quantize_rows,
-    quantize_rows_int16,
-    unpack_int4,
-)
+from fxquant.formats import INT4, INT8
+from fxquant.numerics import QuantizedTensor, dequantize, quantize_rows, quantize_rows_int16
 from fxquant.ops.library import bare, plain, vector
 from fxquant.ops.register import Gradient, Kernel, arguments_of, public
-from fxquant.spec import GROUP_SIZES
 
 _MOST_DIMENSIONS = 8  # of csrc/python/tensors.h
 EXACT_COLUMNS = 512  # 512 * 255 * 127 < 2**24: such a float32 sum of products is exact in any order
@@ -88,7 +81,7 @@ def multiply(
     """
     if weight.dtype is torch.uint8:
         assert scale is not None
-        group_size = group_size_of(rows.shape[1], scale.shape[1])
+        group_size = INT4.find_group_size(rows.shape[1], scale.shape[1])
         return project_groups(rows, weight, scale, start, per_row, qmax, group_size)
     y = project(rows, weight, None if weight.is_floating_point() else scale, per_row, qmax)
     return y if start is None else y.add_(start)
@@ -128,7 +121,7 @@ def project_groups(
     -> (M, N) float32.
     """
     q, row_scale, zero_point = quantize_rows(rows, qmax, per_row)
-    values = unpack_int4(weight, rows.shape[1])
+    values = INT4.unpack(weight, rows.shape[1])
     y = rows.new_zeros(rows.shape[0], weight.shape[0]) if start is None else start.expand(rows.shape[0], -1)
     for group in range(scale.shape[1]):
         part = slice(group * group_size, (group + 1) * group_size)
@@ -201,7 +194,7 @@ def _check_groups(weight: torch.Tensor, scale: torch.Tensor | None, group_size: 
     if weight.dtype is not torch.uint8 or scale is None or scale.dtype is not torch.bfloat16:
         kinds = f"{weight.dtype} and {None if scale is None else scale.dtype}"
         raise DTypeError(f"an int4 linear takes a weight of torch.uint8 with a scale of torch.bfloat16, got {kinds}")
-    outputs, groups = weight.shape[0], -(-in_features // group_size) if group_size in GROUP_SIZES else -1
+    outputs, groups = weight.shape[0], -(-in_features // group_size) if group_size in INT4.group_sizes else -1
     if weight.shape != (outputs, (in_features + 1) // 2) or scale.shape != (outputs, groups):
         raise ShapeError(
             f"an int4 linear of {in_features} inputs in groups of {group_size} (32, 64 or 128) takes a weight of shape "
@@ -246,7 +239,8 @@ def _give(ctx: Any, grad: torch.Tensor, needs: dict[str, bool]) -> dict[str, tor
         grad = torch.where(output > 0, grad, 0.0)
     to_x = to_bias = None
     if needs["x"]:
-        real = dequantize_weight(QuantizedTensor(weight, scale, None), 8, ctx.columns, ctx.group_size or None)
+        row = INT4 if ctx.group_size else INT8
+        real = dequantize(QuantizedTensor(row, weight, scale, None, ctx.columns, ctx.group_size))
         wide = torch.promote_types(grad.dtype, torch.float32)
         to_x = (grad.to(wide) @ real.to(wide)).to(grad.dtype)
     if needs["bias"]:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from fxquant.errors import ArgumentError, DTypeError, ShapeError
-from fxquant.numerics import group_size_of
+from fxquant.formats import INT4
 from fxquant.ops.elementwise import gru_cell, lstm_cell, tanh
 from fxquant.ops.library import floats, plain
 from fxquant.ops.linear import check_qmax, multiply
@@ -217,7 +217,7 @@ def _check_matrix(name: str, weight: torch.Tensor, scales: Tensors, shape: tuple
         )
     sizes = () if scale is None else tuple(scale.shape)
     if is_int4:
-        fits = len(sizes) == 2 and sizes[0] == rows and (columns == 0 or group_size_of(columns, sizes[1]) > 0)
+        fits = len(sizes) == 2 and sizes[0] == rows and (columns == 0 or INT4.find_group_size(columns, sizes[1]) > 0)
     else:
         fits = sizes == (rows,) if weight.dtype in _INTEGERS else scale is None or scale.numel() == 0
     if weight.shape != (rows, (columns + 1) // 2 if is_int4 else columns) or not fits:

@@ -14,9 +14,10 @@ import torch
 from torch import fx, nn
 
 from fxquant.errors import TorchAoError, nearest
+from fxquant.formats import FLOAT16
 from fxquant.graph import edit
 from fxquant.nn.fused import LinearReLU
-from fxquant.numerics import QuantizedTensor, pack_uint4, to_float16, unpack_uint4
+from fxquant.numerics import QuantizedTensor, to_floats
 from fxquant.qconfig import (
     QConfig,
     float16_dynamic_qconfig,
@@ -241,7 +242,7 @@ def _state_of(held: Any, key: str) -> Any:
 def _weight(weight: torch.Tensor, qconfig: QConfig, key: str) -> Weight:
     """Return a weight of torch.ao's, a quantized tensor or a float one in half precision, as ours."""
     if not weight.is_quantized:
-        return Weight(to_float16(weight), weight.shape, float16_dynamic_qconfig)
+        return Weight(to_floats(weight, FLOAT16), weight.shape, float16_dynamic_qconfig)
     try:
         kind, rows = (str(weight.dtype).removeprefix("torch."), str(weight.qscheme())), weight.shape[0]
         if kind not in _QCONFIGS:
@@ -256,12 +257,14 @@ def _weight(weight: torch.Tensor, qconfig: QConfig, key: str) -> Weight:
         raise _unreadable(key, error) from error
     # Copied: those of torch.ao's tables point into the packed object, which dies with its model.
     scale, zero_point = (part.to(torch.float32).expand(rows).clone() for part in (scale, zero_point))
-    if scheme.weight.bits == 4:  # packed from end to end, where ours packs each row
-        values = pack_uint4(unpack_uint4(values.flatten(), weight.numel()).view(weight.shape))
-    if scheme.weight.symmetric and zero_point.any():
+    row, is_symmetric = scheme.weight.format, scheme.weight.symmetric
+    # Theirs are packed from end to end, where ours packs each row.
+    values = row.pack(row.unpack(values.flatten(), weight.numel()).view(weight.shape))
+    if is_symmetric and zero_point.any():
         raise TorchAoError(f"{key!r} has zero points other than 0; {_STATIC}")
     site = QConfig(qconfig.activation if scheme.activation is not None else None, scheme.weight)
-    return Weight(QuantizedTensor(values, scale, None if scheme.weight.symmetric else zero_point), weight.shape, site)
+    zero_points = None if is_symmetric else zero_point
+    return Weight(QuantizedTensor(row, values, scale, zero_points, weight.shape[-1]), weight.shape, site)
 
 
 def _unreadable(key: str, error: Exception) -> TorchAoError:

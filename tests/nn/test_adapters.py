@@ -11,7 +11,7 @@ from torch import nn
 import fxquant
 from fxquant import ModelStateError, QConfigMapping, convert_fx, prepare_fx, quantize_dynamic
 from fxquant.nn import DynamicQuantizedConv, DynamicQuantizedLinear
-from fxquant.numerics import QuantizedTensor, dequantize_weight
+from fxquant.numerics import QuantizedTensor, dequantize
 from tests.samples import Call, CallWithBias, quantize
 
 SCHEMES = {
@@ -22,18 +22,13 @@ SCHEMES = {
 }
 
 
-def parts_of(layer, weight="weight"):
-    """Return a layer's quantized weight: its integers by whatever name, scale and zero point."""
+def real_weight(layer, weight="weight"):
+    """Return the float weight that a quantized product computes with, from the buffers."""
     own = {name: tensor for name, tensor in layer._buffers.items() if name.startswith(weight)}
     scale, zero_point = own.pop(f"{weight}_scale"), own.pop(f"{weight}_zero_point", None)
     (values,) = own.values()
-    return QuantizedTensor(values, scale, zero_point)
-
-
-def real_weight(layer):
-    """Return the float weight that a quantized product computes with."""
-    group_size, _ = layer.qconfig.groups(layer.in_features)
-    return dequantize_weight(parts_of(layer), columns=layer.in_features, group_size=group_size or None)
+    spec, columns = layer.qconfig.weight, layer._stored[weight].columns
+    return dequantize(QuantizedTensor(spec.format, values, scale, zero_point, columns, spec.group_size or 0))
 
 
 def gradients(function, *operands):
@@ -93,7 +88,7 @@ def test_a_gradient_in_bfloat16_is_rounded_once():
 def test_a_bias_that_trains_alone_dequantizes_nothing(monkeypatch):
     layer = quantize_dynamic(nn.Sequential(nn.Linear(8, 3)).eval())[0]
     layer.bias.requires_grad_()
-    monkeypatch.setattr(importlib.import_module("fxquant.ops.linear"), "dequantize_weight", None)
+    monkeypatch.setattr(importlib.import_module("fxquant.ops.linear"), "dequantize", None)
     layer(torch.randn(4, 8)).sum().backward()
     assert torch.equal(layer.bias.grad, torch.full((3,), 4.0))
 
@@ -149,7 +144,7 @@ def test_attention_hands_the_gradient_on():
     model = nn.MultiheadAttention(32, 4, batch_first=True).eval()
     quantized = quantize_dynamic(nn.Sequential(model))[0]
     twin, x = copy.deepcopy(model), torch.randn(2, 6, 32)
-    twin.in_proj_weight.data = dequantize_weight(parts_of(quantized, "in_proj_weight"))
+    twin.in_proj_weight.data = real_weight(quantized, "in_proj_weight")
     twin.out_proj.weight.data = real_weight(quantized.out_proj)
     (expected,), (got,) = gradients(lambda x: twin(x, x, x)[0], x), gradients(lambda x: quantized(x, x, x)[0], x)
     # softmax(Q Kᵀ) V is computed from rounded activations, of 1/255 of a row's range each.
@@ -203,7 +198,7 @@ def test_a_quantized_linear_is_a_linear_to_who_asks():
 @pytest.mark.parametrize("scheme", ["int8", "float16"])
 def test_who_would_train_the_integers_is_told(scheme):
     layer = DynamicQuantizedLinear.from_float(nn.Linear(8, 3), SCHEMES[scheme])
-    values, scale, _ = parts_of(layer)
+    values, scale = getattr(layer, f"weight_{scheme}"), layer.weight_scale
     (values if scale is None else scale).requires_grad_()
     with pytest.raises(ModelStateError, match="a gradient came back to the weight of a quantized linear: integers and"):
         layer(torch.randn(2, 8, requires_grad=True)).sum().backward()

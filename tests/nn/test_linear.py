@@ -11,8 +11,9 @@ from fxquant import (
     int16_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
 )
+from fxquant.formats import INT4
 from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLinearReLU, LinearReLU
-from fxquant.numerics import QuantizedTensor, dequantize_weight
+from fxquant.numerics import QuantizedTensor, dequantize
 from tests.samples import linear_bound
 
 
@@ -73,8 +74,8 @@ def test_repr_shows_sizes_and_scheme():
 def test_int4_is_near_the_float_module(group_size):
     module, x = nn.Linear(150, 30), torch.randn(8, 150)
     quantized = DynamicQuantizedLinear.from_float(module, int4_dynamic_qconfig.with_group_size(group_size))
-    weight = QuantizedTensor(quantized.weight_int4, quantized.weight_scale, None)
-    real = dequantize_weight(weight, 4, 150, group_size).double()
+    weight = QuantizedTensor(INT4, quantized.weight_int4, quantized.weight_scale, None, 150, group_size)
+    real = dequantize(weight).double()
     step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)).double() / 255  # the activations' error: half of it or,
     bound = step * real.abs().sum(1) + 1e-5  # where the zero point's rounding clips an end, a whole one
     expected = x.double() @ real.t() + module.bias.double()

@@ -17,13 +17,13 @@ def random_int8(*shape):
 
 
 def quantized(*shape):
-    return INT8.quantize_weight(torch.randn(*shape))[:2]
+    return INT8.quantize_weight(torch.randn(*shape)).tensors[:2]
 
 
 def quantized_int4(outputs, columns, group_size=32):
     """Return (weight, scale) and (group_size, in_features)."""
     weight = int4_dynamic_qconfig.with_group_size(group_size).quantize_weight(torch.randn(outputs, columns))
-    return weight[:2], (group_size, columns)
+    return weight.tensors[:2], (group_size, columns)
 
 
 def lstm_arguments(inputs=6, hidden=5, layers=1, directions=1, proj=0, bias=True, packed=False):
@@ -66,4 +66,4 @@ def table_arguments(bits=8, affine=False):
     """Return indices, a table's tensors and its columns."""
     affine_qconfigs = {8: float_qparams_weight_only_qconfig, 4: float_qparams_weight_only_qconfig_4bit}
     qconfig = affine_qconfigs[bits] if affine or bits == 4 else INT8
-    return torch.randint(10, (3, 4)), *qconfig.quantize_weight(torch.randn(10, 7)), 7
+    return torch.randint(10, (3, 4)), *qconfig.quantize_weight(torch.randn(10, 7)).tensors, 7

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fxquant import DTypeError, ShapeError, ops
-from fxquant.numerics import pack_uint4, quantize_rows, quantize_rows_int16
+from fxquant.formats import INT4
+from fxquant.numerics import quantize_rows, quantize_rows_int16
 from fxquant.ops.linear import integer_matmul
 from fxquant.qconfig import int16_dynamic_qconfig
 from tests.ops import reference
@@ -104,7 +105,7 @@ def test_int4_linear_is_its_equation(columns, relu):
     x, bias = torch.randn(4, columns) * 3, torch.randn(6)
     weight = torch.randint(-8, 8, (6, columns), dtype=torch.int8)
     scale = (torch.randn(6, -(-columns // 32)) * 0.1).to(torch.bfloat16)
-    packed = pack_uint4((weight + 8).to(torch.uint8))
+    packed = INT4.pack(weight)
     y = reference.linear(x, packed, scale, bias, relu, True, 255, 32, columns)
     q, row_scale, zero_point = quantize_rows(x, 255)
     expected, size = bias.double().expand(4, 6), bias.double().abs().expand(4, 6)
@@ -190,6 +191,6 @@ def test_linear_refuses_integers(dtype):
 
 
 def test_activations_of_16_bits_have_a_greatest_integer_of_their_own():
-    weight, scale = int16_dynamic_qconfig.quantize_weight(torch.randn(4, 6))[:2]
+    weight, scale = int16_dynamic_qconfig.quantize_weight(torch.randn(4, 6)).tensors[:2]
     x = torch.randn(3, 6)
     assert torch.equal(ops.linear(x, weight, scale, None, False, True, 32767), reference.linear(x, weight, scale))

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from fxquant import DTypeError, ShapeError, ops
-from fxquant.numerics import QuantizedTensor, dequantize_weight, group_size_of, quantize_rows, unpack_int4
+from fxquant import DTypeError, ShapeError, formats, ops
+from fxquant.numerics import QuantizedTensor, dequantize, quantize_rows
 from fxquant.ops import library
 from fxquant.ops.linear import multiply
 from fxquant.qconfig import default_dynamic_qconfig, int4_dynamic_qconfig
@@ -23,15 +23,14 @@ def stored(rows, columns, scheme):
     if scheme.startswith("float"):
         return weight.to(getattr(torch, scheme)), torch.empty(0)
     qconfig = int4_dynamic_qconfig.with_group_size(GROUP) if scheme == "int4" else default_dynamic_qconfig
-    return qconfig.quantize_weight(weight)[:2]
+    return qconfig.quantize_weight(weight).tensors[:2]
 
 
 def real(weight, scale, columns):
     """Return the float64 matrix that a weight stands for."""
-    groups = group_size_of(columns, scale.shape[1]) if weight.dtype is torch.uint8 else None
-    return dequantize_weight(
-        QuantizedTensor(weight, scale if scale.numel() else None, None), columns=columns, group_size=groups
-    ).double()
+    row = formats.INT4 if weight.dtype is torch.uint8 else formats.INT8 if scale.numel() else formats.FLOAT16
+    size = row.find_group_size(columns, scale.shape[1]) if row.group_sizes else 0
+    return dequantize(QuantizedTensor(row, weight, scale if scale.numel() else None, None, columns, size)).double()
 
 
 def layers(mode, schemes, inputs=75, hidden=70, count=1, directions=1, proj=0, bias=True):
@@ -64,7 +63,7 @@ def call(mode, operands, x, sizes=None, proj=0, hidden=70, bidirectional=False, 
 @pytest.mark.parametrize("start", [None, "row", "matrix"])
 def test_int4_products_are_added_to_their_start_in_order(start):
     weight, scale = stored(9, 75, "int4")
-    rows, q = torch.randn(4, 75), unpack_int4(weight, 75).long()
+    rows, q = torch.randn(4, 75), formats.INT4.unpack(weight, 75).long()
     begin = {None: None, "row": torch.randn(9), "matrix": torch.randn(4, 9)}[start]
     a, s, z = quantize_rows(rows, 255)
     expected = torch.full((4, 9), -0.0) if begin is None else begin.expand(4, 9)
@@ -72,13 +71,6 @@ def test_int4_products_are_added_to_their_start_in_order(start):
         sums = (a.long() - z.long())[:, columns] @ q[:, columns].T
         expected = expected + sums.float() * (s * scale[:, group].float())
     assert torch.equal(multiply(rows, weight, scale, begin, True, 255), expected)
-
-
-@pytest.mark.parametrize(
-    ("columns", "groups", "size"), [(96, 3, 32), (96, 2, 64), (96, 1, 128), (20, 1, 32), (96, 4, 0)]
-)
-def test_the_number_of_groups_tells_their_size(columns, groups, size):
-    assert group_size_of(columns, groups) == size
 
 
 @pytest.mark.parametrize("mode", GATES)

@@ -24,9 +24,9 @@ from fxquant import (
     load_torch_ao,
     per_tensor_dynamic_qconfig,
 )
+from fxquant.formats import UINT4
 from fxquant.graph.module import FxModule
 from fxquant.graph.record import record_of
-from fxquant.numerics import unpack_uint4
 from tests.samples import WordLM, kinds, leaves, lm_inputs, same_bits
 
 EXACT = per_tensor_dynamic_qconfig.with_reduce_range()
@@ -128,7 +128,7 @@ def check_integers(module, quantized):
             assert integers.shape == (theirs.shape[0], -(-theirs.shape[1] // 2))
             shape = (-1, 1)
             q = (theirs.dequantize() / scale.view(shape) + zero_point.view(shape)).round()
-            assert torch.equal(unpack_uint4(integers, theirs.shape[1]).float(), q)
+            assert torch.equal(UINT4.unpack(integers, theirs.shape[1]).float(), q)
         else:
             assert torch.equal(integers, theirs.int_repr())
 
@@ -200,7 +200,7 @@ def test_4_bit_rows(tq, kind, columns):
         state["part._packed_params._packed_weight"] = packed
         ours = from_torch_ao(state, model).part
         q = (weight / 0.3 + 7.5).round().clamp(0, 15)
-        assert torch.equal(unpack_uint4(ours.weight_uint4, columns).float(), q)
+        assert torch.equal(UINT4.unpack(ours.weight_uint4, columns).float(), q)
     else:
         theirs = graphed(tq, model, *inputs, embedding=tq.float_qparams_weight_only_qconfig_4bit)
         ours = from_torch_ao(theirs)

@@ -18,7 +18,6 @@ from fxquant.graph.record import Site
 from fxquant.graph.references import repoint
 from fxquant.graph.why import Rounded
 from fxquant.nn import QuantizedModule
-from fxquant.nn.base import key_of
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.numerics import QuantizedTensor
 from fxquant.observers import Observer
@@ -214,7 +213,7 @@ def _convert_call(
     tensor = tensor.t() if shown.is_transposed else tensor
     quantized = cache.quantize(tensor, site.qconfig, observer if _observes(observer, site.qconfig) else None)
     with graph.inserting_before(node):
-        nodes = _place(module, graph, path, quantized, key_of(path, site.qconfig.weight))
+        nodes = _place(module, graph, path, quantized)
     # Casts go: the operators take float32 and give what they compute in their input's dtype.
     operands = {key: _uncast(operand) for key, operand in operands.items()}
     operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
@@ -223,7 +222,7 @@ def _convert_call(
     node.op, node.args, node.kwargs = "call_function", (), kwargs  # it may have been a method
     edit.erase_dead(graph, [given, *(node for node in cast if not node.users)])
     module.delete_submodule(str(site.observer))  # it may stand inside a leaf, which is kept whole
-    size = sum(part.numel() * part.element_size() for part in quantized if part is not None)
+    size = sum(part.numel() * part.element_size() for part in quantized.tensors if part is not None)
     return replace(site, int_bytes=size, rounded=cache.take_rounded())
 
 
@@ -233,12 +232,11 @@ def _uncast(operand: Any) -> Any:
     return operand if constant is None or constant.is_transposed else constant.source
 
 
-def _place(
-    module: fx.GraphModule, graph: fx.Graph, path: str, quantized: QuantizedTensor, key: str
-) -> list[fx.Node | None]:
-    """Return get_attr nodes of a quantized weight's tensors, stored beside the float weight. key: of its values."""
+def _place(module: fx.GraphModule, graph: fx.Graph, path: str, quantized: QuantizedTensor) -> list[fx.Node | None]:
+    """Return get_attr nodes of a quantized weight's tensors, stored beside the float weight."""
     nodes: list[fx.Node | None] = []
-    for part, wanted in zip(quantized, (key, f"{path}_scale", f"{path}_zero_point"), strict=True):
+    names = (path + quantized.format.suffix, f"{path}_scale", f"{path}_zero_point")
+    for part, wanted in zip(quantized.tensors, names, strict=True):
         if part is None:
             nodes.append(None)
             continue

@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.machine import describe_machine
 from benchmarks.operators import Call, measure, report
 from fxquant import OPERATORS, quantize_dynamic
-from fxquant.debug.regressions import MEASURED
+from fxquant.qconfig import BEST
 
 SHAPES = [(rows, size) for size in (16, 32, 64, 128, 256, 1024, 4096) for rows in (1, 16, 256)]
 LARGEST = {"linear": 4096, "embedding": 4096, "embedding_bag": 4096}
@@ -47,11 +47,11 @@ def cases() -> Iterator[tuple[str, dict[str, Call]]]:
     """Yield "operator dtype rowsxsize", and what float and fxquant call."""
     for operator in ("linear", "embedding", "embedding_bag", "lstm", "rnn", "cell", "attention"):
         schemes = next(row.schemes for row in OPERATORS if row.name == operator)
-        dtypes = [dtype for dtype, qconfig in MEASURED.items() if any(scheme.accepts(qconfig) for scheme in schemes)]
+        dtypes = [dtype for dtype, qconfig in BEST.items() if any(scheme.accepts(qconfig) for scheme in schemes)]
         for dtype, (rows, size) in itertools.product(dtypes, SHAPES):
             if size <= LARGEST.get(operator, 1024):
                 module, inputs = case(operator, rows, size)
-                own = quantize_dynamic(module.eval(), {type(module): MEASURED[dtype]})
+                own = quantize_dynamic(module.eval(), {type(module): BEST[dtype]})
                 calls = {"fxquant": functools.partial(own, *inputs), "float": functools.partial(module, *inputs)}
                 yield f"{operator} {dtype} {rows}x{size}", calls
 

@@ -68,6 +68,15 @@ class Format:
         """Whether its integers stand for numbers of both signs, without a zero point."""
         return self.limits is not None and self.limits[0] < 0
 
+    @property
+    def uses_gptq(self) -> bool:
+        """Whether `convert_fx(prepared, data=data)` rounds its weights by GPTQ.
+
+        With 8 bits a weight's rounding errors are a sixteenth of those with 4, and what there is to gain drowns in the
+        activations' own.
+        """
+        return self.bits < 8 and bool(self.group_sizes)
+
     def stored_columns(self, columns: int) -> int:
         """Return how many stored values hold a row of so many numbers."""
         numbers, stored = self.block
@@ -127,29 +136,6 @@ INT8 = Format(
     is_table=True,
     code=0,
 )
-INT16 = Format(
-    name="int16",
-    suffix="_int16",
-    storage=torch.int16,
-    bits=16,
-    limits=(-INT16_MAX, INT16_MAX),
-    is_whole=True,
-    activation=Activation.INT16,
-    code=1,
-)
-UINT8 = Format(name="uint8", suffix="_uint8", storage=torch.uint8, bits=8, limits=(0, 255), is_table=True, code=2)
-UINT4 = Format(
-    name="uint4",
-    suffix="_uint4",
-    storage=torch.uint8,
-    bits=4,
-    limits=(0, 15),
-    is_table=True,
-    block=(2, 1),
-    pack=pack_uint4,
-    unpack=unpack_uint4,
-    code=3,
-)
 INT4 = Format(
     name="int4",
     suffix="_int4",
@@ -162,6 +148,29 @@ INT4 = Format(
     block=(2, 1),
     pack=_pack_int4,
     unpack=_unpack_int4,
+    code=1,
+)
+INT16 = Format(
+    name="int16",
+    suffix="_int16",
+    storage=torch.int16,
+    bits=16,
+    limits=(-INT16_MAX, INT16_MAX),
+    is_whole=True,
+    activation=Activation.INT16,
+    code=2,
+)
+UINT8 = Format(name="uint8", suffix="_uint8", storage=torch.uint8, bits=8, limits=(0, 255), is_table=True, code=3)
+UINT4 = Format(
+    name="uint4",
+    suffix="_uint4",
+    storage=torch.uint8,
+    bits=4,
+    limits=(0, 15),
+    is_table=True,
+    block=(2, 1),
+    pack=pack_uint4,
+    unpack=unpack_uint4,
     code=4,
 )
 FLOAT16 = Format(
@@ -179,7 +188,7 @@ FLOAT32 = Format(
 )
 """A weight, of several that an operator has, that stays as it is: no TensorSpec asks for it."""
 
-FORMATS = (INT8, INT16, UINT8, UINT4, INT4, FLOAT16, FLOAT32)
+FORMATS = (INT8, INT4, INT16, UINT8, UINT4, FLOAT16, FLOAT32)
 """The table: a row a format."""
 
 _BY_NAME = {row.name: row for row in FORMATS}

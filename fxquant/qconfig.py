@@ -77,7 +77,7 @@ class QConfig:
         return 255 if self.activation is None or not self.activation.is_integer else self.activation.qmax
 
     def groups(self, columns: int) -> tuple[int, int]:
-        """Return the last two arguments of the operator linear for a weight of so many columns: 0, 0 but for int4."""
+        """Return the last two arguments of the operator linear for a weight of so many columns: 0, 0 without groups."""
         return (0, 0) if self.weight.group_size is None else (self.weight.group_size, columns)
 
     def of(self, name: str) -> QConfig | None:
@@ -107,7 +107,7 @@ class QConfig:
         return dataclasses.replace(self, activation=dataclasses.replace(self.activation, qmax=127))
 
     def with_group_size(self, group_size: int) -> QConfig:
-        """Return the same with groups of 32, 64 or 128 columns; QConfigError for weights that are not int4."""
+        """Return the same with groups of 32, 64 or 128 columns; QConfigError for weights that have no groups."""
         return dataclasses.replace(self, weight=dataclasses.replace(self.weight, group_size=group_size))
 
     def __str__(self) -> str:
@@ -195,6 +195,19 @@ uint4_weight_only_qconfig = QConfig(
     weight_observer=LeastErrorObserver,
 )
 """Embeddings: the same, but each row's range clipped to where its squared error is least, a fifth less."""
+
+BEST = {
+    qconfig.weight.dtype: qconfig
+    for qconfig in (
+        default_dynamic_qconfig,
+        int4_dynamic_qconfig,
+        int16_dynamic_qconfig,
+        float16_dynamic_qconfig,
+        float_qparams_weight_only_qconfig,
+        uint4_weight_only_qconfig,
+    )
+}
+"""The preset that makes the most of each format, by its name."""
 
 PRESETS = {
     "default_dynamic_qconfig": default_dynamic_qconfig,

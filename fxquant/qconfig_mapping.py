@@ -205,9 +205,12 @@ def qconfig_name(qconfig: Choice) -> str:
     """Return a qconfig's preset name where it has one, else what it says."""
     if qconfig is None:
         return "None"
-    names = {preset: name for name, preset in PRESETS.items()}
-    int4 = "int4_dynamic_qconfig"
-    names.update({PRESETS[int4].with_group_size(size): f"{int4}.with_group_size({size})" for size in (128, 32)})
+    names = {
+        preset.with_group_size(size): f"{name}.with_group_size({size})"
+        for name, preset in PRESETS.items()
+        for size in preset.weight.format.group_sizes
+    }
+    names.update({preset: name for name, preset in PRESETS.items()})
     return qconfig.tell(lambda own: names.get(own, f"QConfig({own})"))
 
 

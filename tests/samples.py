@@ -163,7 +163,7 @@ SCHEMES: dict[str, QConfig] = {
         activation=None, weight=TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="channel")
     ),
     "affine uint8 rows": fxquant.float_qparams_weight_only_qconfig,
-    "affine 4-bit rows": fxquant.float_qparams_weight_only_qconfig_4bit,
+    "affine uint4 rows": fxquant.float_qparams_weight_only_qconfig_4bit,
 }
 """A qconfig for each scheme, by the scheme's name."""
 

@@ -12,7 +12,7 @@ from fxquant import QConfigError, TensorSpec
 
 
 def test_an_unknown_dtype_is_refused():
-    with pytest.raises(QConfigError, match="'int3' is not one of int8, int16, uint8"):
+    with pytest.raises(QConfigError, match="'int3' is not one of int8, int4, int16, uint8"):
         TensorSpec(dtype="int3")
 
 

@@ -16,28 +16,7 @@ from typing import Any
 
 from fxquant.debug.report.table import megabytes, shorten
 from fxquant.graph.record import Site
-from fxquant.qconfig import (
-    QConfig,
-    default_dynamic_qconfig,
-    float16_dynamic_qconfig,
-    float_qparams_weight_only_qconfig,
-    int4_dynamic_qconfig,
-    int16_dynamic_qconfig,
-    uint4_weight_only_qconfig,
-)
-
-MEASURED = {
-    qconfig.weight.dtype: qconfig
-    for qconfig in (
-        default_dynamic_qconfig,
-        int4_dynamic_qconfig,
-        int16_dynamic_qconfig,
-        float16_dynamic_qconfig,
-        float_qparams_weight_only_qconfig,
-        uint4_weight_only_qconfig,
-    )
-}
-"""By the weights' dtype, what was measured for all qconfigs of that dtype: the kernel is the same."""
+from fxquant.qconfig import QConfig
 
 _SLOWER_BELOW = 0.95
 """The ratio of float's time to ours under which a site is called slower; nearer to 1 is the noise of measuring."""

@@ -88,12 +88,8 @@ class Moments:
 
 
 def profits(qconfig: QConfig) -> bool:
-    """Return whether a qconfig's weights are rounded with feedback: those of 4 bits.
-
-    With 8 bits a weight's rounding errors are a sixteenth of that, and what there is to gain drowns in the
-    activations' own.
-    """
-    return qconfig.weight.axis == "group"
+    """Return whether a qconfig's weights are rounded with feedback."""
+    return qconfig.weight.format.uses_gptq
 
 
 def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> Moments:

@@ -10,14 +10,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxquant.nn import DynamicQuantizedMultiheadAttention
-from fxquant.operators.base import (
-    FLOAT16_WEIGHTS,
-    INT4_DYNAMIC,
-    INT8_DYNAMIC,
-    INT16_DYNAMIC,
-    Operator,
-    refuse_parameters,
-)
+from fxquant.operators.base import PRODUCTS, Operator, refuse_parameters
 
 
 def _refuse(module: nn.MultiheadAttention) -> str | None:
@@ -38,7 +31,7 @@ ATTENTION = Operator(
         "nn.Transformer, its encoder, decoder and their layers are traced through to this and to linear"
     ),
     modules=(nn.MultiheadAttention,),
-    schemes=(INT8_DYNAMIC, INT4_DYNAMIC, INT16_DYNAMIC, FLOAT16_WEIGHTS),
+    schemes=PRODUCTS,
     convert_module=DynamicQuantizedMultiheadAttention.from_float,
     refuse_module=_refuse,
 )

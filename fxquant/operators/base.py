@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fxquant.formats import FLOAT32, FORMATS, INT8, Activation, Format
 from fxquant.nn.base import Quantize
 from fxquant.numerics import MAX_COLUMNS
 from fxquant.qconfig import QConfig
@@ -38,20 +39,34 @@ class Scheme:
             return True
         if activation is None or activation.dtype != self.activation or not activation.dynamic:
             return False
-        return activation.dtype == "int16" or (not activation.symmetric and activation.qmin == 0)
+        return activation.format.is_whole or (not activation.symmetric and activation.qmin == 0)
 
 
-INT8_DYNAMIC = Scheme(name="int8 weights, uint8 dynamic activations", weight="int8", symmetric=True, activation="uint8")
-INT4_DYNAMIC = Scheme(
-    name="int4 weights in groups, uint8 dynamic activations", weight="int4", symmetric=True, activation="uint8"
-)
-INT16_DYNAMIC = Scheme(
-    name="int16 weights, int16 dynamic activations", weight="int16", symmetric=True, activation="int16"
-)
-FLOAT16_WEIGHTS = Scheme(name="float16 weights", weight="float16")
-INT8_ROWS = Scheme(name="int8 rows", weight="int8", symmetric=True)
-UINT8_ROWS = Scheme(name="affine uint8 rows", weight="uint8")
-UINT4_ROWS = Scheme(name="affine 4-bit rows", weight="uint4")
+def product_scheme(row: Format) -> Scheme:
+    """Return the scheme of products with weights of a format."""
+    assert row.activation is not None, row
+    if row.activation is Activation.FLOAT:
+        return Scheme(name=f"{row.name} weights", weight=row.name)
+    activation = row.activation.value
+    name = f"{row.name} weights{' in groups' if row.group_sizes else ''}, {activation} dynamic activations"
+    return Scheme(name=name, weight=row.name, symmetric=row.is_symmetric, activation=activation)
+
+
+def table_scheme(row: Format) -> Scheme:
+    """Return the scheme of tables of a format, whose rows are looked up."""
+    if row.limits is None:
+        return Scheme(name=f"{row.name} weights", weight=row.name)
+    kind = "" if row.is_symmetric else "affine "
+    return Scheme(name=f"{kind}{row.name} rows", weight=row.name, symmetric=row.is_symmetric)
+
+
+PRODUCTS = tuple(product_scheme(row) for row in FORMATS if row.activation is not None and row is not FLOAT32)
+"""The schemes of an operator whose kernels multiply with all formats."""
+
+TABLES = tuple(table_scheme(row) for row in FORMATS if row.is_table)
+"""The schemes of an operator that looks rows up."""
+
+INT8_DYNAMIC, INT8_ROWS = product_scheme(INT8), table_scheme(INT8)
 
 
 class Call(NamedTuple):

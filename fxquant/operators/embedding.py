@@ -10,17 +10,13 @@ from torch import nn
 from fxquant import ops
 from fxquant.nn import QuantizedEmbedding, QuantizedEmbeddingBag
 from fxquant.operators.base import (
-    FLOAT16_WEIGHTS,
-    INT8_ROWS,
-    UINT4_ROWS,
-    UINT8_ROWS,
+    TABLES,
     Call,
     NewCall,
     Operator,
     refuse_parameters,
 )
 
-_SCHEMES = (INT8_ROWS, UINT8_ROWS, UINT4_ROWS, FLOAT16_WEIGHTS)
 _MAX_NORM = "max_norm rescales its float rows at each call"
 
 
@@ -66,7 +62,7 @@ EMBEDDING = Operator(
     functions=(F.embedding,),
     operands=("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
     weights=("weight",),
-    schemes=_SCHEMES,
+    schemes=TABLES,
     convert_module=QuantizedEmbedding.from_float,
     convert_function=_convert_embedding,
     refuse_module=_refuse_module,
@@ -92,7 +88,7 @@ EMBEDDING_BAG = Operator(
         "padding_idx",
     ),
     weights=("weight",),
-    schemes=_SCHEMES,
+    schemes=TABLES,
     convert_module=QuantizedEmbeddingBag.from_float,
     convert_function=_convert_bag,
     refuse_module=_refuse_module,

@@ -1,4 +1,4 @@
-"""Linear, LinearReLU and F.linear: int8, int16 or int4 weights, activations quantized at each call."""
+"""Linear, LinearReLU and F.linear: weights of any format, activations quantized at each call."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from fxquant import ops
 from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLinearReLU, LinearReLU, linear_relu
 from fxquant.nn.base import Quantize
 from fxquant.operators.base import (
-    FLOAT16_WEIGHTS,
-    INT4_DYNAMIC,
-    INT8_DYNAMIC,
-    INT16_DYNAMIC,
+    PRODUCTS,
     Call,
     NewCall,
     Operator,
@@ -73,7 +70,7 @@ LINEAR = Operator(
     functions=(F.linear, linear_relu),
     operands=("input", "weight", "bias"),
     weights=("weight",),
-    schemes=(INT8_DYNAMIC, INT4_DYNAMIC, INT16_DYNAMIC, FLOAT16_WEIGHTS),
+    schemes=PRODUCTS,
     convert_module=_convert_module,
     convert_function=convert_linear,
     refuse_module=_refuse,

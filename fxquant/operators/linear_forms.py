@@ -15,10 +15,7 @@ import torch
 
 from fxquant.nn.fused import expanded_bmm
 from fxquant.operators.base import (
-    FLOAT16_WEIGHTS,
-    INT4_DYNAMIC,
-    INT8_DYNAMIC,
-    INT16_DYNAMIC,
+    PRODUCTS,
     Call,
     NewCall,
     Operator,
@@ -90,7 +87,7 @@ def _row(
         weights=(weight,),
         may_lack_weight=True,
         is_transposed=_is_io,
-        schemes=(INT8_DYNAMIC, INT4_DYNAMIC, INT16_DYNAMIC, FLOAT16_WEIGHTS),
+        schemes=PRODUCTS,
         convert_function=convert_function,
         refuse_call=refuse_call,
     )

@@ -16,14 +16,7 @@ from fxquant.nn import (
     DynamicQuantizedRNNCell,
 )
 from fxquant.nn.base import Quantize
-from fxquant.operators.base import (
-    FLOAT16_WEIGHTS,
-    INT4_DYNAMIC,
-    INT8_DYNAMIC,
-    INT16_DYNAMIC,
-    Operator,
-    refuse_parameters,
-)
+from fxquant.operators.base import PRODUCTS, Operator, refuse_parameters
 from fxquant.qconfig import QConfig
 
 _QUANTIZED: dict[type[nn.Module], Any] = {
@@ -61,7 +54,7 @@ def _row(name: str, summary: str, *modules: type[nn.Module]) -> Operator:
         name=name,
         summary=summary,
         modules=modules,
-        schemes=(INT8_DYNAMIC, INT4_DYNAMIC, INT16_DYNAMIC, FLOAT16_WEIGHTS),
+        schemes=PRODUCTS,
         convert_module=_convert,
         refuse_module=_refuse,
         parts=_parts,

@@ -8,7 +8,7 @@ from torch import nn
 
 from fxquant.nn import DynamicQuantizedLinear
 from fxquant.nn.base import Quantize
-from fxquant.operators.base import FLOAT16_WEIGHTS, INT4_DYNAMIC, INT8_DYNAMIC, INT16_DYNAMIC, Operator, refuse_weight
+from fxquant.operators.base import PRODUCTS, Operator, refuse_weight
 from fxquant.qconfig import QConfig
 
 
@@ -25,7 +25,7 @@ TRANSPOSED_LINEAR = Operator(
     name="transposed_linear",
     summary="x @ weight + bias: the Conv1D of Hugging Face's transformers",
     modules=("transformers.pytorch_utils.Conv1D",),
-    schemes=(INT8_DYNAMIC, INT4_DYNAMIC, INT16_DYNAMIC, FLOAT16_WEIGHTS),
+    schemes=PRODUCTS,
     convert_module=_convert,
     refuse_module=_refuse,
 )

@@ -9,28 +9,29 @@ from typing import NamedTuple
 from torch import nn
 
 from fxquant.errors import QConfigError, nearest
+from fxquant.formats import FORMATS
 from fxquant.graph.record import Site
 from fxquant.operators import Operator
-from fxquant.qconfig import (
-    QConfig,
-    default_dynamic_qconfig,
-    float16_dynamic_qconfig,
-    int4_dynamic_qconfig,
-    int16_dynamic_qconfig,
-    uint4_weight_only_qconfig,
-)
+from fxquant.qconfig import BEST, QConfig
 
-LADDER: dict[str, tuple[QConfig | None, ...]] = {
-    "int4": (int4_dynamic_qconfig, uint4_weight_only_qconfig),
-    "int4 of 32": (int4_dynamic_qconfig.with_group_size(32),),
-    "int8": (default_dynamic_qconfig,),
-    "int16": (int16_dynamic_qconfig,),
-    "float16": (float16_dynamic_qconfig,),
-    "float": (None,),
-}
-"""Each scheme's qconfigs, of which an operator gets the first that it accepts; None stays float."""
 
-_SCHEMES = {"uint4": "int4", "uint8": "int8"}
+def _rungs() -> dict[str, tuple[QConfig | None, ...]]:
+    """Return the schemes: a format that has a product and the tables' of as many bits; then its smallest groups."""
+    rungs: dict[str, tuple[QConfig | None, ...]] = {}
+    for row in sorted(FORMATS, key=lambda row: row.bits):
+        if row.activation is None or row.name not in BEST:
+            continue
+        tables = (other.name for other in FORMATS if other.bits == row.bits and other.activation is None)
+        rungs[row.name] = (BEST[row.name], *(BEST[name] for name in tables))
+        if row.group_sizes:
+            finest = min(row.group_sizes)
+            rungs[f"{row.name} of {finest}"] = (BEST[row.name].with_group_size(finest),)
+    return {**rungs, "float": (None,)}
+
+
+LADDER = _rungs()
+"""Each scheme's qconfigs, of which an operator gets the first that it accepts; None stays float. Smallest first."""
+
 _FRONT_POINTS = 400
 """How many mixtures are kept after each unit: enough that neighbours differ by a quarter of a percent."""
 
@@ -39,8 +40,10 @@ def scheme_name(qconfig: QConfig | None) -> str:
     """Return the name of a qconfig's scheme: "int8", "float"."""
     if qconfig is None:
         return "float"
-    name = _SCHEMES.get(qconfig.weight.dtype, qconfig.weight.dtype)
-    return "int4 of 32" if qconfig.weight.group_size == 32 else name
+    name, size = qconfig.weight.dtype, qconfig.weight.group_size
+    if name not in LADDER:  # of tables alone
+        name = next(rung for rung, qconfigs in LADDER.items() if BEST[name] in qconfigs)
+    return finer if (finer := f"{name} of {size}") in LADDER else name
 
 
 def check_schemes(schemes: Sequence[str] | None) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ from fxquant import (
     quantize_dynamic,
 )
 from fxquant.debug import regressions
-from fxquant.debug.regressions import MEASURED, Speed, SpeedTable, speed_table
+from fxquant.debug.regressions import Speed, SpeedTable, speed_table
+from fxquant.qconfig import BEST
 from tests.samples import everything, prepare, quantize
 
 TABLE = SpeedTable(
@@ -157,7 +158,7 @@ def test_the_package_has_measurements_of_operators_in_the_table():
     rows = {row.name: row for row in OPERATORS}
     assert {"int8", "int4", "int16", "float16", "uint8", "uint4"} == {dtype for _, dtype in table.speeds}
     for (operator, dtype), speeds in table.speeds.items():
-        assert any(scheme.accepts(MEASURED[dtype]) for scheme in rows[operator].schemes)
+        assert any(scheme.accepts(BEST[dtype]) for scheme in rows[operator].schemes)
         shapes = {(speed.rows, speed.size) for speed in speeds}
         assert {(rows, size) for rows in (1, 16, 256) for size in (16, 64, 256, 1024)} <= shapes, operator
         assert all(min(speed.quantized_us, speed.float_us) > 0 for speed in speeds)

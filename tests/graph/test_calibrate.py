@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxquant
-from fxquant import ExampleInputsError, convert_fx, int4_dynamic_qconfig, quantize_dynamic
+from fxquant import ExampleInputsError, convert_fx, formats, int4_dynamic_qconfig, quantize_dynamic
 from fxquant.gptq import round_with_feedback
 from fxquant.graph.calibrate import _Counter, _unfused, gather
 from fxquant.graph.record import record_of
 from fxquant.graph.why import Rounded
 from fxquant.operators import OPERATORS
-from fxquant.operators.base import INT4_DYNAMIC
+from fxquant.operators.base import product_scheme
 from tests.samples import SAMPLES, Call, WordLM, everything, lm_inputs, prepare
 from tests.test_laws import same_snapshot, snapshot
 
@@ -60,9 +60,10 @@ def test_the_second_moments_of_each_layer_s_inputs(form):
     torch.testing.assert_close(found["2.weight"], product(*(model[:2](x) for x in batches)))
 
 
-@pytest.mark.parametrize(
-    "sample", [s for row in OPERATORS if INT4_DYNAMIC in row.schemes for s in SAMPLES[row.name]], ids=lambda s: s.covers
-)
+TAKE_INT4 = [s for row in OPERATORS if product_scheme(formats.INT4) in row.schemes for s in SAMPLES[row.name]]
+
+
+@pytest.mark.parametrize("sample", TAKE_INT4, ids=lambda s: s.covers)
 def test_every_operator_that_takes_int4_weights_has_its_inputs_seen(sample):
     model = sample.model().eval()
     quantized = convert_fx(prepare(model, *sample.inputs(), mapping=INT4), data=[sample.inputs() for _ in range(3)])

@@ -13,9 +13,17 @@ from fxquant import (
     int16_dynamic_qconfig,
     per_tensor_dynamic_qconfig,
 )
+from fxquant.formats import INT16, UINT8
 from fxquant.numerics import MAX_COLUMNS
 from fxquant.operators import OPERATORS, find_function_row, find_module_row, find_row
-from fxquant.operators.base import INT8_DYNAMIC, INT8_ROWS, INT16_DYNAMIC, UINT8_ROWS, refuse_parameters, refuse_weight
+from fxquant.operators.base import (
+    INT8_DYNAMIC,
+    INT8_ROWS,
+    product_scheme,
+    refuse_parameters,
+    refuse_weight,
+    table_scheme,
+)
 
 WEIGHT = default_dynamic_qconfig.weight
 
@@ -38,14 +46,14 @@ def with_activation(**fields):
         (INT8_DYNAMIC, with_activation(qmin=1), False),
         (INT8_DYNAMIC, with_activation(dtype="int8", qmax=127), False),
         (INT8_DYNAMIC, int16_dynamic_qconfig, False),
-        (INT16_DYNAMIC, int16_dynamic_qconfig, True),
-        (INT16_DYNAMIC, default_dynamic_qconfig, False),
-        (INT16_DYNAMIC, QConfig(activation=None, weight=int16_dynamic_qconfig.weight), False),
-        (INT16_DYNAMIC, QConfig(default_dynamic_qconfig.activation, int16_dynamic_qconfig.weight), False),
+        (product_scheme(INT16), int16_dynamic_qconfig, True),
+        (product_scheme(INT16), default_dynamic_qconfig, False),
+        (product_scheme(INT16), QConfig(activation=None, weight=int16_dynamic_qconfig.weight), False),
+        (product_scheme(INT16), QConfig(default_dynamic_qconfig.activation, int16_dynamic_qconfig.weight), False),
         (INT8_ROWS, default_dynamic_qconfig, True),
         (INT8_ROWS, float_qparams_weight_only_qconfig, False),
-        (UINT8_ROWS, float_qparams_weight_only_qconfig, True),
-        (UINT8_ROWS, default_dynamic_qconfig, False),
+        (table_scheme(UINT8), float_qparams_weight_only_qconfig, True),
+        (table_scheme(UINT8), default_dynamic_qconfig, False),
     ],
 )
 def test_what_a_scheme_accepts(scheme, qconfig, is_taken):

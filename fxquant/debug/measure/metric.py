@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fxquant.errors import ArgumentError, ExampleInputsError, ModelStateError
+from fxquant.formats import FORMATS
 from fxquant.graph.outputs import named_floats
 
 Metric = Callable[[nn.Module], float]
@@ -30,7 +31,7 @@ NO_FLOATS = (
 )
 """The message about a model whose outputs cannot be compared."""
 
-_FINE = frozenset({"float", "float16", "int16"})
+_FINE = frozenset({"float", *(row.name for row in FORMATS if row.bits >= 16)})
 """Schemes that lose next to nothing."""
 
 

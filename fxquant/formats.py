@@ -45,14 +45,12 @@ class Format:
     whether tables (embeddings) have it.
     block: so many numbers of a row are packed in so many stored values, an unfinished last block filled up.
     pack: whole numbers (..., K) of any dtype -> what is stored, (..., stored_columns(K)). unpack: its inverse, given K.
-    code: what the C library calls it: enum fxq_format in csrc/fxquant.h.
     """
 
     name: str
     suffix: str
     storage: torch.dtype
     bits: int
-    code: int
     limits: tuple[int, int] | None = None
     is_whole: bool = False
     scale: torch.dtype | None = torch.float32
@@ -134,7 +132,6 @@ INT8 = Format(
     limits=(-128, 127),
     activation=Activation.UINT8,
     is_table=True,
-    code=0,
 )
 INT4 = Format(
     name="int4",
@@ -148,7 +145,6 @@ INT4 = Format(
     block=(2, 1),
     pack=_pack_int4,
     unpack=_unpack_int4,
-    code=1,
 )
 INT16 = Format(
     name="int16",
@@ -158,9 +154,8 @@ INT16 = Format(
     limits=(-INT16_MAX, INT16_MAX),
     is_whole=True,
     activation=Activation.INT16,
-    code=2,
 )
-UINT8 = Format(name="uint8", suffix="_uint8", storage=torch.uint8, bits=8, limits=(0, 255), is_table=True, code=3)
+UINT8 = Format(name="uint8", suffix="_uint8", storage=torch.uint8, bits=8, limits=(0, 255), is_table=True)
 UINT4 = Format(
     name="uint4",
     suffix="_uint4",
@@ -171,7 +166,6 @@ UINT4 = Format(
     block=(2, 1),
     pack=pack_uint4,
     unpack=unpack_uint4,
-    code=4,
 )
 FLOAT16 = Format(
     name="float16",
@@ -181,10 +175,14 @@ FLOAT16 = Format(
     scale=None,
     activation=Activation.FLOAT,
     is_table=True,
-    code=5,
 )
 FLOAT32 = Format(
-    name="float32", suffix="", storage=torch.float32, bits=32, scale=None, activation=Activation.FLOAT, code=6
+    name="float32",
+    suffix="",
+    storage=torch.float32,
+    bits=32,
+    scale=None,
+    activation=Activation.FLOAT,
 )
 """A weight, of several that an operator has, that stays as it is: no TensorSpec asks for it."""
 

@@ -11,7 +11,7 @@ from fxquant.formats import FORMATS, INT4, INT8, INT16, UINT4, Activation, forma
 INTEGERS = [row for row in FORMATS if row.limits is not None]
 
 
-@pytest.mark.parametrize("field", ["name", "suffix", "code"])
+@pytest.mark.parametrize("field", ["name", "suffix"])
 def test_no_two_formats_share_what_tells_them_apart(field):
     assert len({getattr(row, field) for row in FORMATS}) == len(FORMATS)
 

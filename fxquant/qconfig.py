@@ -76,9 +76,10 @@ class QConfig:
         """The greatest activation integer: 255, 127 with a reduced range, 32767 of int16."""
         return 255 if self.activation is None or not self.activation.is_integer else self.activation.qmax
 
-    def groups(self, columns: int) -> tuple[int, int]:
-        """Return the last two arguments of the operator linear for a weight of so many columns: 0, 0 without groups."""
-        return (0, 0) if self.weight.group_size is None else (self.weight.group_size, columns)
+    def layout(self, columns: int) -> tuple[str, int, int]:
+        """Return the operator linear's format, group_size and in_features for a weight of so many columns."""
+        size = self.weight.group_size or 0
+        return self.weight.dtype, size, columns if size else 0
 
     def of(self, name: str) -> QConfig | None:
         """Return what one of the operator's weights gets; None: it stays float32."""

@@ -4,18 +4,18 @@
 #include "python/calls.h"
 
 /* indices, weight, scale, zero_point, embedding_dim as the operators have them */
-static bool read_look_up(PyObject *const *args, PyObject *bits, PyObject *dtype, struct fxq_table *table,
+static bool read_look_up(PyObject *const *args, PyObject *format, PyObject *dtype, struct fxq_table *table,
                          struct fxq_indices *indices, struct tensor *index) {
     if (!is_float32(dtype) || !read_tensor(args[0], index) || (index->kind != INT32 && index->kind != INT64) ||
         index->dimensions == MOST_DIMENSIONS ||
-        !read_table(args[1], args[2], args[3], INTEGER(args[4]), INTEGER(bits), table)) {
+        !read_table(args[1], args[2], args[3], INTEGER(args[4]), read_format(format), table)) {
         return false;
     }
     *indices = (struct fxq_indices){index->data, index->count, index->kind == INT64};
     return true;
 }
 
-/* embedding(asks, indices, weight, scale, zero_point, embedding_dim, bits, dtype); None too for an index beyond the
+/* embedding(asks, indices, weight, scale, zero_point, embedding_dim, format, dtype); None too for an index beyond the
  * table */
 PyObject *embedding(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
@@ -64,8 +64,8 @@ static bool read_bags(PyObject *mode, PyObject *offsets, PyObject *weights, bool
 }
 
 /* embedding_bag(asks, indices, weight, scale, zero_point, embedding_dim, offsets, mode, per_sample_weights,
- *               include_last_offset, padding_idx, bits, dtype); None too for an index beyond the table, or offsets that
- * do not rise from 0 to the number of indices */
+ *               include_last_offset, padding_idx, format, dtype); None too for an index beyond the table, or offsets
+ * that do not rise from 0 to the number of indices */
 PyObject *embedding_bag(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     struct tensor index, out;

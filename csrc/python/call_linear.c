@@ -20,18 +20,19 @@ static bool read_rows(PyObject *object, struct tensor *x, struct fxq_linear *cal
     return x->strides[last] == 1 || x->shape[last] <= 1 || x->count == 0;
 }
 
-/* linear(asks, x, weight, scale, bias, relu, per_row, qmax, group_size, in_features) */
+/* linear(asks, x, weight, scale, bias, relu, per_row, qmax, format, group_size, in_features) */
 PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     struct tensor x, out;
     struct fxq_linear call = {0};
     struct fxq_weight *weight = &call.weight;
-    if (count != 10) return nothing();
-    const int64_t group = INTEGER(args[8]);
+    if (count != 11) return nothing();
+    const int64_t group = INTEGER(args[9]);
     const bool trains_bias = args[0] == Py_True && args[4] != Py_None && is_trained(args[4]);
     if (group < 0 || !may_run(args[0], args[1]) || trains_bias || !read_rows(args[1], &x, &call) ||
-        !read_weight(args[2], args[3], x.shape[x.dimensions - 1], group, weight) || weight->format == FXQ_FLOAT32 ||
-        (group && INTEGER(args[9]) != weight->columns) || !read_optional_vector(args[4], weight->outputs, &call.bias) ||
+        !read_weight(args[2], args[3], x.shape[x.dimensions - 1], read_format(args[8]), group, weight) ||
+        weight->format == FXQ_FLOAT32 || (group && INTEGER(args[10]) != weight->columns) ||
+        !read_optional_vector(args[4], weight->outputs, &call.bias) ||
         (fxq_formats[weight->format].takes == FXQ_TO_UINT8 && !read_qmax(args[7], &call.qmax))) {
         return nothing();
     }

@@ -11,19 +11,23 @@ static PyObject *item(PyObject *sequence, Py_ssize_t i) {
     return tensor;
 }
 
-/* Item i of the weights with item i of the scales, whose shape tells a grouped one's group size. */
-static bool read_matrix(PyObject *weights, PyObject *scales, Py_ssize_t i, int64_t rows, int64_t columns,
-                        struct fxq_weight *weight) {
-    PyObject *matrix = item(weights, i), *scale = PySequence_Size(scales) ? item(scales, i) : Py_None;
-    return matrix && scale && read_weight(matrix, scale, columns, ANY_GROUP, weight) && weight->outputs == rows;
-}
-
 static bool read_item(PyObject *tensors, Py_ssize_t i, int64_t count, const float **data) {
     PyObject *tensor = item(tensors, i);
     return tensor && read_vector(tensor, count, data);
 }
 
-enum { WEIGHTS, SCALES, BIASES, HIDDEN_BIASES }; /* the sequences of a recurrent layer's tensors */
+enum { WEIGHTS, SCALES, BIASES, HIDDEN_BIASES, FORMATS }; /* the sequences of a recurrent layer's operands */
+
+/* Item i of the weights, in its format, with item i of the scales, whose shape tells a grouped one's group size. */
+static bool read_matrix(PyObject *const *parts, Py_ssize_t i, int64_t rows, int64_t columns,
+                        struct fxq_weight *weight) {
+    PyObject *matrix = item(parts[WEIGHTS], i),
+             *scale = PySequence_Size(parts[SCALES]) ? item(parts[SCALES], i) : Py_None;
+    PyObject *name = parts[FORMATS] == Py_None ? NULL : item(parts[FORMATS], i);
+    if (!matrix || !scale || PyErr_Occurred()) return false;
+    const enum fxq_format format = name ? read_format(name) : FXQ_INT8;
+    return read_weight(matrix, scale, columns, format, ANY_GROUP, weight) && weight->outputs == rows;
+}
 
 /* Fill in the weights of all cells of a call whose sizes are known; whether they all fit. */
 static bool read_cells(PyObject *const *parts, const struct fxq_recurrent *call, int gates,
@@ -35,14 +39,13 @@ static bool read_cells(PyObject *const *parts, const struct fxq_recurrent *call,
     for (Py_ssize_t i = 0, at = 0; i < cells; i++, at += each) {
         struct fxq_recurrent_weights *w = &weights[i];
         const int64_t columns = i < call->directions ? call->inputs : call->directions * call->outputs;
-        if (!read_matrix(parts[WEIGHTS], parts[SCALES], at, rows, columns, &w->ih) ||
-            !read_matrix(parts[WEIGHTS], parts[SCALES], at + 1, rows, call->outputs, &w->hh) ||
+        if (!read_matrix(parts, at, rows, columns, &w->ih) ||
+            !read_matrix(parts, at + 1, rows, call->outputs, &w->hh) ||
             (has_bias && !read_item(parts[BIASES], i, rows, &w->bias)) ||
             (has_own && !read_item(parts[HIDDEN_BIASES], i, call->hidden, &w->hidden_bias))) {
             return false;
         }
-        if (each == 3 && !read_matrix(parts[WEIGHTS], parts[SCALES], at + 2, call->outputs, call->hidden, &w->hr))
-            return false;
+        if (each == 3 && !read_matrix(parts, at + 2, call->outputs, call->hidden, &w->hr)) return false;
     }
     return true;
 }
@@ -52,6 +55,7 @@ static bool are_complete(PyObject *const *parts, int64_t cells, bool is_projecte
     const Py_ssize_t biases = PySequence_Size(parts[BIASES]), own = PySequence_Size(parts[HIDDEN_BIASES]);
     const Py_ssize_t weights = (Py_ssize_t)cells * (is_projected ? 3 : 2);
     const Py_ssize_t scales = PySequence_Size(parts[SCALES]);
+    if (parts[FORMATS] != Py_None && PySequence_Size(parts[FORMATS]) != weights) return false;
     return PySequence_Size(parts[WEIGHTS]) == weights && (scales == 0 || scales == weights) &&
            (biases == 0 || biases == cells) && (own == 0 || own == cells);
 }
@@ -124,8 +128,8 @@ static PyObject *new_outputs(struct fxq_recurrent *call, PyObject *x, const stru
     return outputs;
 }
 
-/* args: asks, x, batch_sizes, h0; parts: weights, scales, biases, hidden_biases; options: bidirectional, per_row, qmax
- */
+/* args: asks, x, batch_sizes, h0; parts: weights, scales, biases, hidden_biases, formats (None: all int8); options:
+ * bidirectional, per_row, qmax */
 static PyObject *recurrent(struct fxq_recurrent call, int gates, PyObject *const *args, PyObject *c0,
                            PyObject *const *parts, PyObject *const *options) {
     struct tensor h, c;
@@ -157,28 +161,30 @@ static PyObject *recurrent(struct fxq_recurrent call, int gates, PyObject *const
     return outputs;
 }
 
-/* lstm(asks, x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax) -> (output, h, c) */
+/* lstm(asks, x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax, formats) -> (output, h, c)
+ */
 PyObject *lstm(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (count != 11) return nothing();
+    if (count != 12) return nothing();
     PyObject *no_hidden_biases = PyTuple_New(0);
     if (no_hidden_biases == NULL) return NULL;
-    PyObject *parts[] = {args[5], args[6], args[7], no_hidden_biases};
+    PyObject *parts[] = {args[5], args[6], args[7], no_hidden_biases, args[11]};
     PyObject *outputs = recurrent((struct fxq_recurrent){.mode = FXQ_LSTM}, 4, args, args[4], parts, args + 8);
     Py_DECREF(no_hidden_biases);
     return outputs;
 }
 
-/* rnn(asks, x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax) -> (output,
- * h) */
+/* rnn(asks, x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax, formats) ->
+ * (output, h) */
 PyObject *rnn(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     static const char *const modes[] = {"gru", "rnn_tanh", "rnn_relu"}; /* in the order of enum fxq_mode */
-    if (count != 12) return nothing();
+    if (count != 13) return nothing();
+    PyObject *parts[] = {args[4], args[5], args[6], args[7], args[12]};
     for (int i = 0; i < 3; i++) {
         if (PyUnicode_CompareWithASCIIString(args[8], modes[i]) == 0) {
             const struct fxq_recurrent call = {.mode = (enum fxq_mode)(FXQ_GRU + i)};
-            return recurrent(call, i == 0 ? 3 : 1, args, Py_None, args + 4, args + 9);
+            return recurrent(call, i == 0 ? 3 : 1, args, Py_None, parts, args + 9);
         }
     }
     return nothing();

@@ -31,9 +31,11 @@ static inline bool read_qmax(PyObject *number, int *qmax) {
 /* weights.c. A matrix of so many columns, with its scales. group: columns that share a scale, 0: none do; ANY_GROUP: as
  * the scales' shape says. */
 enum { ANY_GROUP = -1 };
-bool read_weight(PyObject *object, PyObject *scale, int64_t columns, int64_t group, struct fxq_weight *weight);
-bool read_table(PyObject *object, PyObject *scale, PyObject *zero_point, int64_t columns, int64_t bits,
+bool read_weight(PyObject *object, PyObject *scale, int64_t columns, enum fxq_format format, int64_t group,
+                 struct fxq_weight *weight);
+bool read_table(PyObject *object, PyObject *scale, PyObject *zero_point, int64_t columns, enum fxq_format format,
                 struct fxq_table *table);
+enum fxq_format read_format(PyObject *name); /* FXQ_NONE: there is none of this name */
 
 /* The outputs, or for a status that is not FXQ_OK nothing, or MemoryError. Takes the outputs over. */
 static inline PyObject *finish(int status, PyObject *outputs) {

@@ -132,7 +132,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     fxq_select_isa(-1);
     fxq_watch_forks();
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "interface", 9) != 0)
+    if (module && PyModule_AddIntConstant(module, "interface", 10) != 0)
         Py_CLEAR(module); /* of library.py's _INTERFACE */
     return module;
 }

@@ -1,24 +1,21 @@
-/* Weights and tables from tensors: the only place that tells a format from a dtype. */
+/* Weights and tables from tensors and the name of their format. */
 #include "python/calls.h"
 
-/* A weight's format by its dtype, and whether columns are grouped. FXQ_NONE: there is none. */
-static enum fxq_format format_of(enum kind kind, bool is_grouped) {
-    if (is_grouped) return kind == UINT8 ? FXQ_INT4 : FXQ_NONE;
-    switch (kind) {
-        case INT8: return FXQ_INT8;
-        case INT16: return FXQ_INT16;
-        case FLOAT16: return FXQ_FLOAT16;
-        case FLOAT32: return FXQ_FLOAT32;
-        default: return FXQ_NONE;
-    }
-}
+/* What fxquant/formats.py calls each format, and the dtype that holds it. */
+static const struct {
+    const char *name;
+    enum kind stored;
+} formats[FXQ_FORMATS] = {
+    [FXQ_INT8] = {"int8", INT8},          [FXQ_INT16] = {"int16", INT16},       [FXQ_INT4] = {"int4", UINT8},
+    [FXQ_FLOAT16] = {"float16", FLOAT16}, [FXQ_FLOAT32] = {"float32", FLOAT32}, [FXQ_UINT8] = {"uint8", UINT8},
+    [FXQ_UINT4] = {"uint4", UINT8},
+};
 
-/* A table's, by its dtype and bits. */
-static enum fxq_format table_format_of(enum kind kind, int64_t bits) {
-    if (bits == 4) return kind == INT8 || kind == UINT8 ? FXQ_UINT4 : FXQ_NONE;
-    if (kind == FLOAT16) return FXQ_FLOAT16;
-    if (bits != 8) return FXQ_NONE;
-    return kind == INT8 ? FXQ_INT8 : kind == UINT8 ? FXQ_UINT8 : FXQ_NONE;
+enum fxq_format read_format(PyObject *name) {
+    for (int i = FXQ_NONE + 1; i < FXQ_FORMATS && PyUnicode_Check(name); i++) {
+        if (PyUnicode_CompareWithASCIIString(name, formats[i].name) == 0) return (enum fxq_format)i;
+    }
+    return FXQ_NONE;
 }
 
 /* Elements of a row of the tensor: values, or bytes of several. */
@@ -45,33 +42,36 @@ static bool read_groups(PyObject *object, int64_t group, struct fxq_weight *weig
            weight->groups == (weight->columns + weight->group - 1) / weight->group;
 }
 
-bool read_weight(PyObject *object, PyObject *scale, int64_t columns, int64_t group, struct fxq_weight *weight) {
+/* A matrix of so many columns; whether it is one of its format. */
+static bool read_matrix(PyObject *object, enum fxq_format format, int64_t columns, struct tensor *matrix) {
+    return format != FXQ_NONE && read_kind(object, formats[format].stored, 2, matrix) &&
+           matrix->shape[1] == width_of(format, columns);
+}
+
+bool read_weight(PyObject *object, PyObject *scale, int64_t columns, enum fxq_format format, int64_t group,
+                 struct fxq_weight *weight) {
     struct tensor matrix;
     const float *row_scale = NULL;
-    if (!read_tensor(object, &matrix) || matrix.dimensions != 2) return false;
-    const bool is_grouped = group == ANY_GROUP ? matrix.kind == UINT8 : group > 0;
-    *weight = (struct fxq_weight){.format = format_of(matrix.kind, is_grouped),
-                                  .data = matrix.data,
-                                  .outputs = matrix.shape[0],
-                                  .columns = columns};
-    if (weight->format == FXQ_NONE || matrix.shape[1] != width_of(weight->format, columns)) return false;
-    if (is_grouped) return read_groups(scale, group, weight);
-    if (fxq_formats[weight->format].takes == FXQ_TO_FLOAT) return true; /* which have no scale, or one of any kind */
+    if (format == FXQ_UINT8 || format == FXQ_UINT4 || !read_matrix(object, format, columns, &matrix)) return false;
+    *weight =
+        (struct fxq_weight){.format = format, .data = matrix.data, .outputs = matrix.shape[0], .columns = columns};
+    if (fxq_formats[format].is_grouped) return read_groups(scale, group, weight);
+    if (group > 0) return false;
+    if (fxq_formats[format].takes == FXQ_TO_FLOAT) { /* which have no scale, or an empty one */
+        return scale == Py_None || (read_tensor(scale, &matrix) && matrix.count == 0);
+    }
     const bool is_scaled = read_vector(scale, weight->outputs, &row_scale);
     weight->scale = row_scale;
     return is_scaled;
 }
 
-bool read_table(PyObject *object, PyObject *scale, PyObject *zero_point, int64_t columns, int64_t bits,
+bool read_table(PyObject *object, PyObject *scale, PyObject *zero_point, int64_t columns, enum fxq_format format,
                 struct fxq_table *table) {
     struct tensor matrix;
-    if (!read_tensor(object, &matrix) || matrix.dimensions != 2) return false;
-    *table = (struct fxq_table){.format = table_format_of(matrix.kind, bits),
-                                .values = matrix.data,
-                                .rows = matrix.shape[0],
-                                .columns = columns};
-    if (table->format == FXQ_NONE || matrix.shape[1] != width_of(table->format, columns)) return false;
-    if (table->format == FXQ_FLOAT16) return scale == Py_None && zero_point == Py_None;
+    if (!read_matrix(object, format, columns, &matrix)) return false;
+    *table = (struct fxq_table){.format = format, .values = matrix.data, .rows = matrix.shape[0], .columns = columns};
+    if (format == FXQ_FLOAT16) return scale == Py_None && zero_point == Py_None;
+    if (format != FXQ_INT8 && format != FXQ_UINT8 && format != FXQ_UINT4) return false;
     return read_vector(scale, table->rows, &table->scale) &&
            read_optional_vector(zero_point, table->rows, &table->zero_point);
 }

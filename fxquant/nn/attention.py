@@ -166,7 +166,7 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
                 weight, scale = weight[part], None if scale is None else scale[part]
             bias = None if bias is None else bias[part]
         columns = self.embed_dim if self._qkv_same_embed_dim else (self.embed_dim, self.kdim, self.vdim)[first]
-        how = (self.qconfig.per_row, self.qconfig.qmax, *self.qconfig.groups(columns))
+        how = (self.qconfig.per_row, self.qconfig.qmax, *self.qconfig.layout(columns))
         return ops.linear(x, weight, scale, bias, False, *how)
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ class QuantizedTable(QuantizedModule):
             setattr(self, name, getattr(module, name))
         key = self.set_weight("weight", quantize(module.weight, qconfig), module.weight)
         self._tensors = (key, "weight_scale", "weight_zero_point")
-        self._bits = qconfig.weight.bits  # found once, not at each call
+        self._format = qconfig.weight.dtype  # found once, not at each call
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedTable:
         super()._apply(fn, recurse)
@@ -67,7 +67,7 @@ class QuantizedEmbedding(QuantizedTable):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the rows that the indices name."""
         weight, scale, zero_point = self.own(self._tensors)
-        return ops.embedding(input, weight, scale, zero_point, self.embedding_dim, self._bits, self.dtype)
+        return ops.embedding(input, weight, scale, zero_point, self.embedding_dim, self._format, self.dtype)
 
 
 class QuantizedEmbeddingBag(QuantizedTable):
@@ -124,7 +124,7 @@ class QuantizedEmbeddingBag(QuantizedTable):
             per_sample_weights,
             self.include_last_offset,
             self.padding_idx,
-            self._bits,
+            self._format,
             self.dtype,
         )
 

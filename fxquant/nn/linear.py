@@ -42,7 +42,7 @@ class QuantizedProduct(QuantizedModule):
             like = torch.empty(self.out_features, self.in_features, device="meta")
         self._tensors = (self.set_weight("weight", weight, like, turned), "weight_scale", "bias")
         self.set_bias("bias", bias)
-        self._how = (qconfig.per_row, qconfig.qmax, *qconfig.groups(self.in_features))  # once, not at each call
+        self._how = (qconfig.per_row, qconfig.qmax, *qconfig.layout(self.in_features))  # once, not at each call
 
     @classmethod
     def from_float(

@@ -66,12 +66,14 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         matrices = ("ih", "hh", "hr") if self.proj_size else ("ih", "hh")
         names = [f"weight_{matrix}{cell}" for cell in self._cells for matrix in matrices]
         self._weights: list[str] = []  # the keys of their values
+        self._formats: list[str] = []
         self._scales = [f"{name}_scale" for name in names]
         self._biases = [_bias_name(cell) for cell in self._cells] if self.bias else []
         for name in names:
             weight, own = getattr(module, name), qconfig.of(name)
             quantized = to_floats(weight, FLOAT32) if own is None else quantize(weight, own)
             self._weights.append(self.set_weight(name, quantized, weight))
+            self._formats.append(quantized.format.name)
         ways = [own for own in map(qconfig.of, names) if own is not None]  # which agree: see graph/plan/rules.py
         self._rows = all(own.per_row for own in ways), next((own.qmax for own in ways if own.has_qmax), 255)
         for cell in self._cells if self.bias else ():
@@ -245,7 +247,8 @@ class DynamicQuantizedLSTM(DynamicQuantizedRecurrent):
         """Return (output, h, c)."""
         h0, c0 = states
         weights, scales = self.matrices(x)
-        return ops.lstm(x, sizes, h0, c0, weights, scales, self.own(self._biases), self.bidirectional, *self._rows)
+        biases, how = self.own(self._biases), (self.bidirectional, *self._rows, self._formats)
+        return ops.lstm(x, sizes, h0, c0, weights, scales, biases, *how)
 
 
 class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
@@ -274,6 +277,7 @@ class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
             self.mode.lower(),
             self.bidirectional,
             *self._rows,
+            self._formats,
         )
 
 

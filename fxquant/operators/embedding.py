@@ -40,7 +40,7 @@ def _table(call: Call) -> dict[str, Any]:
         "scale": call.operands["weight_scale"],
         "zero_point": call.operands["weight_zero_point"],
         "embedding_dim": call.weights["weight"].shape[1],
-        "bits": call.qconfig.weight.bits,
+        "format": call.qconfig.weight.dtype,
         "dtype": call.weights["weight"].dtype,
     }
 

@@ -48,7 +48,7 @@ def _refuse_call(operands: dict[str, Any]) -> str | None:
 def convert_linear(call: Call, x: str = "input", bias: str = "bias") -> NewCall:
     """Return the quantized x @ weight.T + bias for a call of one weight whose other operands have these names."""
     (weight,) = call.weights
-    group_size, in_features = call.qconfig.groups(call.weights[weight].shape[1])
+    name, group_size, in_features = call.qconfig.layout(call.weights[weight].shape[1])
     operands: dict[str, Any] = {
         "x": call.operands[x],
         "weight": call.operands[weight],
@@ -57,6 +57,7 @@ def convert_linear(call: Call, x: str = "input", bias: str = "bias") -> NewCall:
         "relu": call.function is linear_relu,
         "per_row": call.qconfig.per_row,
         "qmax": call.qconfig.qmax,
+        "format": name,
         "group_size": group_size,
         "in_features": in_features,
     }

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxquant.errors import DTypeError, IndexRangeError, ShapeError
-from fxquant.formats import INT8, UINT4
+from fxquant.errors import DTypeError, IndexRangeError
+from fxquant.formats import FORMATS, format_of
 from fxquant.numerics import QuantizedTensor, dequantize
 from fxquant.ops.library import floats, plain, vector
 from fxquant.ops.register import Kernel, arguments_of, public
+from fxquant.ops.weights import check_format, check_matrix, prepare_scale
+
+_FORMATS = tuple(row for row in FORMATS if row.is_table)
 
 
 @public
@@ -21,15 +24,15 @@ def embedding(
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
     embedding_dim: int,
-    bits: int = 8,
+    format: str = "int8",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Return the rows of a quantized table: (weight[i] - zero_point[i]) * scale[i]. docs/numerics.md, "embedding".
 
-    indices: any shape, int32 or int64; weight: (V, D) int8, uint8 or float16, or (V, ceil(D / 2)) uint8 with bits=4;
-    scale, zero_point: (V,) float32 or None -> (*indices.shape, D) of `dtype`.
+    indices: any shape, int32 or int64; weight: (V, D), as the format of this name (`fxquant.formats`) stores it; scale,
+    zero_point: (V,) float32 or None -> (*indices.shape, D) of `dtype`.
     """
-    return _run_embedding((indices, weight, scale, zero_point, embedding_dim, bits, dtype))
+    return _run_embedding((indices, weight, scale, zero_point, embedding_dim, format, dtype))
 
 
 @public
@@ -44,7 +47,7 @@ def embedding_bag(
     per_sample_weights: torch.Tensor | None = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
-    bits: int = 8,
+    format: str = "int8",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Return a sum, mean or max of a quantized table's rows for each bag, as torch.nn.functional.embedding_bag does.
@@ -64,7 +67,7 @@ def embedding_bag(
             per_sample_weights,
             include_last_offset,
             padding_idx,
-            bits,
+            format,
             dtype,
         )
     )
@@ -75,8 +78,7 @@ def _embed(a: Any) -> torch.Tensor:
     _check_range(a.indices, a.weight.shape[0])
     flat = a.indices.reshape(-1)
     scale, zero_point = (None if part is None else part[flat] for part in (a.scale, a.zero_point))
-    row = UINT4 if a.bits == 4 else INT8
-    return dequantize(QuantizedTensor(row, a.weight[flat], scale, zero_point, a.embedding_dim))
+    return dequantize(QuantizedTensor(format_of(a.format), a.weight[flat], scale, zero_point, a.embedding_dim))
 
 
 def _reference(a: Any) -> Any:
@@ -115,6 +117,7 @@ def _check_range(indices: torch.Tensor, rows: int) -> None:
 def _check(a: Any, name: str = "embedding") -> None:
     if a.indices.dtype not in (torch.int32, torch.int64):
         raise DTypeError(f"a quantized {name} takes int32 or int64 indices, got {a.indices.dtype}")
+    check_format(name, a.format, _FORMATS)
 
 
 def _fake_bag(a: Any) -> Any:
@@ -125,7 +128,7 @@ def _fake_bag(a: Any) -> Any:
 def _prepare_embedding(a: Any) -> tuple[Any, ...]:
     weight, scale, zero_point = _prepare_table(a)
     indices = plain(a.indices).reshape(-1)
-    return indices, weight, scale, zero_point, a.embedding_dim, a.bits, torch.float32
+    return indices, weight, scale, zero_point, a.embedding_dim, a.format, torch.float32
 
 
 def _prepare_bag(a: Any) -> Any:
@@ -138,21 +141,17 @@ def _prepare_bag(a: Any) -> Any:
 
 def _prepare_table(a: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return a table's tensors as the library takes them, or raise DTypeError or ShapeError."""
-    rows, columns = a.weight.shape[0], a.embedding_dim
-    if a.weight.dtype not in (torch.int8, torch.uint8, torch.float16):
-        raise DTypeError(f"a quantized table holds torch.int8, torch.uint8 or float16, got {a.weight.dtype}")
-    if a.weight.shape != (rows, (columns + 1) // 2 if a.bits == 4 else columns):
-        raise ShapeError(f"a quantized table of {columns} columns at {a.bits} bits cannot be {tuple(a.weight.shape)}")
-    if a.weight.dtype is torch.float16:
-        return plain(a.weight), None, None
+    table = QuantizedTensor(format_of(a.format), a.weight, a.scale, a.zero_point, a.embedding_dim)
+    rows = len(a.weight)
+    check_matrix("a quantized table", table, rows)
     zero_point = None if a.zero_point is None else vector("zero_point", a.zero_point, rows)
-    return plain(a.weight), vector("scale", a.scale, rows), zero_point
+    return plain(a.weight), prepare_scale(table), zero_point
 
 
 _EMBEDDING = Kernel[torch.Tensor](
     name="embedding",
-    schema="(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, SymInt embedding_dim, int bits=8,"
-    " ScalarType dtype=float32) -> Tensor",
+    schema="(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, SymInt embedding_dim,"
+    " str format='int8', ScalarType dtype=float32) -> Tensor",
     arguments=arguments_of(embedding),
     reference=_reference,
     check=_check,
@@ -166,7 +165,7 @@ _EMBEDDING_BAG = Kernel[torch.Tensor](
     name="embedding_bag",
     schema="(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, SymInt embedding_dim,"
     " Tensor? offsets=None, str mode='mean', Tensor? per_sample_weights=None, bool include_last_offset=False,"
-    " int? padding_idx=None, int bits=8, ScalarType dtype=float32) -> Tensor",
+    " int? padding_idx=None, str format='int8', ScalarType dtype=float32) -> Tensor",
     arguments=arguments_of(embedding_bag),
     reference=_bag_reference,
     check=lambda a: _check(a, "embedding bag"),

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 
 from fxquant.errors import ArgumentError, DTypeError, ShapeError
-from fxquant.formats import INT4
+from fxquant.formats import FLOAT32, FORMATS, INT8, Activation, format_of
+from fxquant.numerics import QuantizedTensor, dequantize, to_floats
 from fxquant.ops.elementwise import gru_cell, lstm_cell, tanh
 from fxquant.ops.library import floats, plain
-from fxquant.ops.linear import check_qmax, multiply
+from fxquant.ops.linear import multiply
 from fxquant.ops.register import Kernel, arguments_of, public
+from fxquant.ops.weights import check_format, check_matrix, check_qmax
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
 Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # rows, what they are added to
 
 _KINDS = {"gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}  # the modes of rnn, and what each is called in errors
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}  # how many output channels of a weight a hidden unit has
-_INTEGERS = (torch.int8, torch.int16)  # with one scale an output channel; uint8 is int4 in groups, with a scale each
-_FLOATS = (torch.float16, torch.float32)  # whose scale is left out, or empty
+_FORMATS = tuple(row for row in FORMATS if row.activation is not None)
 
 
 @public
@@ -40,16 +42,17 @@ def lstm(
     bidirectional: bool = False,
     per_row: bool = True,
     qmax: int = 255,
+    formats: Sequence[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (output, h, c) of a stack of LSTM layers. docs/numerics.md, "LSTM".
 
     x: (T, B, I) float, or (N, I) rows of a packed sequence with batch_sizes (T,) int64; h0: (L, B, P), c0: (L, B, H),
     L = layers × directions. weights: for each of the L cells weight_ih (4H, I), weight_hh (4H, P) and, with a
-    projection, weight_hr (P, H), gates in the order i, f, g, o, each of a scheme of its own (`linear.multiply`);
-    scales: as many, empty ones for float weights, or none at all; biases: L of (4H,), or none
-    -> output (T, B, D·P) or (N, D·P), h (L, B, P), c (L, B, H), in x's dtype.
+    projection, weight_hr (P, H), gates in the order i, f, g, o, each stored in a format of its own; scales: as many,
+    empty ones for float weights, or none at all; biases: L of (4H,), or none; formats: the weights' formats by their
+    names (`fxquant.formats`), None: all int8 -> output (T, B, D·P) or (N, D·P), h (L, B, P), c (L, B, H), in x's dtype.
     """
-    return _run_lstm((x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax))
+    return _run_lstm((x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax, formats))
 
 
 @public
@@ -65,15 +68,17 @@ def rnn(
     bidirectional: bool = False,
     per_row: bool = True,
     qmax: int = 255,
+    formats: Sequence[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (output, h) of a stack of GRU or plain RNN layers. docs/numerics.md, "GRU and RNN".
 
     mode: "gru" (G = 3 gates, in the order r, z, n), "rnn_tanh" or "rnn_relu" (G = 1). x, batch_sizes: as for `lstm`;
-    h0: (L, B, H). weights: for each cell weight_ih (G·H, I) and weight_hh (G·H, H); they and scales: as for `lstm`;
-    biases: L of (G·H,), or none: b_ih + b_hh, but a GRU's n part is b_in alone; hidden_biases: a GRU's L of b_hn (H,),
-    else none -> output (T, B, D·H) or (N, D·H), h (L, B, H), in x's dtype.
+    h0: (L, B, H). weights: for each cell weight_ih (G·H, I) and weight_hh (G·H, H); they, scales and formats: as for
+    `lstm`; biases: L of (G·H,), or none: b_ih + b_hh, but a GRU's n part is b_in alone; hidden_biases: a GRU's L of
+    b_hn (H,), else none -> output (T, B, D·H) or (N, D·H), h (L, B, H), in x's dtype.
     """
-    return _run_rnn((x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax))
+    parts = (weights, scales, biases, hidden_biases)
+    return _run_rnn((x, batch_sizes, h0, *parts, mode, bidirectional, per_row, qmax, formats))
 
 
 def _lstm_reference(a: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -118,7 +123,8 @@ def _run_stack(a: Any, h: torch.Tensor, step: Callable[[int, Sequence[Multiply],
     for first in range(0, cells, directions):
         output = rows.new_empty(rows.shape[0], directions * h.shape[2])
         for cell in range(first, first + directions):
-            matrices = [_multiplier(a, i) for i in range(cell * per_cell, (cell + 1) * per_cell)]
+            widths = (rows.shape[1], h.shape[2], *((a.c0.shape[2],) if per_cell == 3 else ()))
+            matrices = [_multiplier(a, cell * per_cell + i, columns) for i, columns in enumerate(widths)]
             gates = matrices[0](rows, a.biases[cell].to(torch.float32) if a.biases else None)
             columns = slice((cell - first) * h.shape[2], (cell - first + 1) * h.shape[2])
             for t in reversed(range(len(sizes))) if cell > first else range(len(sizes)):
@@ -129,12 +135,19 @@ def _run_stack(a: Any, h: torch.Tensor, step: Callable[[int, Sequence[Multiply],
     return rows.reshape(*a.x.shape[:-1], rows.shape[-1]).to(a.x.dtype)
 
 
-def _multiplier(a: Any, i: int) -> Multiply:
-    """Return the product with the weight i."""
-    weight, scale = a.weights[i], a.scales[i] if a.scales else None
-    if weight.dtype is torch.float16:  # widened once, not at each step
-        weight = weight.to(torch.float32)
-    return lambda rows, start: multiply(rows, weight, scale, start, a.per_row, a.qmax)
+def _matrix(a: Any, i: int, columns: int) -> QuantizedTensor:
+    """Return the weight i, of so many columns; a scale's shape tells how many columns share one."""
+    row, scale = format_of(a.formats[i]) if a.formats else INT8, a.scales[i] if a.scales else None
+    groups = scale.shape[-1] if scale is not None and scale.dim() else 0
+    return QuantizedTensor(row, a.weights[i], scale, None, columns, row.find_group_size(columns, groups))
+
+
+def _multiplier(a: Any, i: int, columns: int) -> Multiply:
+    """Return the product with the weight i, of so many columns."""
+    weight = _matrix(a, i, columns)
+    if weight.format.activation is Activation.FLOAT:  # widened once, not at each step
+        weight = to_floats(dequantize(replace(weight, scale=None)), FLOAT32)
+    return lambda rows, start: multiply(rows, weight, start, a.per_row, a.qmax)
 
 
 def _check_lstm(a: Any) -> None:
@@ -149,6 +162,8 @@ def _check_rnn(a: Any) -> None:
 
 def _check(kind: str, a: Any, states: Tensors, hidden_biases: Tensors) -> None:
     check_qmax(kind, a.qmax)
+    for name in a.formats or ():
+        check_format(kind, name, _FORMATS)
     _check_sequence(kind, a, states)
     _check_parts(kind, a, states, hidden_biases)
 
@@ -160,9 +175,11 @@ def _check_sequence(kind: str, a: Any, states: Tensors) -> None:
         if not tensor.is_floating_point():
             raise DTypeError(f"a quantized {kind} takes float tensors, got {name} of {tensor.dtype}")
     want, given = 3 if a.batch_sizes is None else 2, x.shape[-1] if x.dim() else 0
-    inputs = weights[0].shape[-1] if weights else given
-    if weights and weights[0].dtype is torch.uint8:  # two values a byte: the last may be one alone
-        inputs = given if (given + 1) // 2 == inputs else 2 * inputs
+    inputs = given
+    if weights:
+        row, stored = format_of(a.formats[0]) if a.formats else INT8, weights[0].shape[-1]
+        numbers, values = row.block  # an unfinished last block is filled up
+        inputs = given if row.stored_columns(given) == stored else stored // values * numbers
     if x.dim() != want or given != inputs:
         raise ShapeError(
             f"a quantized {kind} of {inputs} inputs takes {want}-D input whose last dimension is {inputs}, "
@@ -186,6 +203,7 @@ def _check_parts(kind: str, a: Any, states: Tensors, hidden_biases: Tensors) -> 
     numbers = {
         "weights": (weights, (3 if is_projected else 2) * cells),
         "scales": (scales, len(weights) if scales else 0),
+        "formats": (a.formats or (), len(weights) if a.formats else 0),
         "biases": (biases, cells if biases else 0),
         "hidden biases": (hidden_biases, cells if hidden_biases else 0),
     }
@@ -198,33 +216,12 @@ def _check_parts(kind: str, a: Any, states: Tensors, hidden_biases: Tensors) -> 
     for i, vector in enumerate((*biases, *hidden_biases)):
         if vector.shape != (rows if i < len(biases) else hidden,):
             raise ShapeError(f"{layers} got a bias of shape {tuple(vector.shape)}")
-    for i, weight in enumerate(weights):
+    for i in range(len(weights)):
         cell, place = divmod(i, 3 if is_projected else 2)
         inputs = a.x.shape[-1] if cell < directions else directions * outputs
         shape = ((rows, inputs), (rows, outputs), (outputs, hidden))[place]
-        _check_matrix(f"{layers}: weight_{('ih', 'hh', 'hr')[place]} of cell {cell}", weight, scales[i : i + 1], shape)
-
-
-def _check_matrix(name: str, weight: torch.Tensor, scales: Tensors, shape: tuple[int, int]) -> None:
-    """Raise DTypeError or ShapeError unless weight and its scale, if it has one, are a matrix of this shape."""
-    (rows, columns), scale = shape, scales[0] if scales else None
-    is_int4, dtype = weight.dtype is torch.uint8, None if scale is None else scale.dtype
-    if dtype is not torch.bfloat16 if is_int4 else weight.dtype not in (*_INTEGERS, *_FLOATS):
-        known = "torch.int8, torch.int16, torch.uint8, torch.float16, torch.float32"
-        raise DTypeError(
-            f"{name} takes one of {known}, where uint8 has a scale of torch.bfloat16, got {weight.dtype}"
-            f" with a scale of {dtype}"
-        )
-    sizes = () if scale is None else tuple(scale.shape)
-    if is_int4:
-        fits = len(sizes) == 2 and sizes[0] == rows and (columns == 0 or INT4.find_group_size(columns, sizes[1]) > 0)
-    else:
-        fits = sizes == (rows,) if weight.dtype in _INTEGERS else scale is None or scale.numel() == 0
-    if weight.shape != (rows, (columns + 1) // 2 if is_int4 else columns) or not fits:
-        raise ShapeError(
-            f"{name} stands for {rows} x {columns} numbers, which {tuple(weight.shape)} of {weight.dtype}"
-            f" with {'no scale' if scale is None else f'a scale of shape {sizes}'} are not"
-        )
+        name = f"{layers}: weight_{('ih', 'hh', 'hr')[place]} of cell {cell}"
+        check_matrix(name, _matrix(a, i, shape[1]), shape[0])
 
 
 def _fake(a: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,7 +268,7 @@ def _finish(out: Tensors, a: Any) -> Any:
 _LSTM = Kernel[tuple[torch.Tensor, torch.Tensor, torch.Tensor]](
     name="lstm",
     schema="(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, Tensor[] scales, Tensor[] biases,"
-    " bool bidirectional=False, bool per_row=True, int qmax=255) -> (Tensor, Tensor, Tensor)",
+    " bool bidirectional=False, bool per_row=True, int qmax=255, str[]? formats=None) -> (Tensor, Tensor, Tensor)",
     arguments=arguments_of(lstm),
     reference=_lstm_reference,
     check=_check_lstm,
@@ -284,7 +281,8 @@ _run_lstm = _LSTM.register()
 _RNN = Kernel[tuple[torch.Tensor, torch.Tensor]](
     name="rnn",
     schema="(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor[] weights, Tensor[] scales, Tensor[] biases,"
-    " Tensor[] hidden_biases, str mode, bool bidirectional=False, bool per_row=True, int qmax=255) -> (Tensor, Tensor)",
+    " Tensor[] hidden_biases, str mode, bool bidirectional=False, bool per_row=True, int qmax=255,"
+    " str[]? formats=None) -> (Tensor, Tensor)",
     arguments=arguments_of(rnn),
     reference=_rnn_reference,
     check=_check_rnn,

@@ -79,20 +79,14 @@ class Kernel(Generic[R]):
         """Return whether the native library computes with a call's tensors: on the CPU, the first of them strided."""
         if not library.available() or args[0].layout is not torch.strided:
             return False
-        for value in args:
-            if isinstance(value, torch.Tensor):
-                if not value.is_cpu:
-                    return False
-            elif isinstance(value, (list, tuple)) and not all(tensor.is_cpu for tensor in value):
-                return False
-        return True
+        return all(tensor.is_cpu for _, tensor in self._tensors(args))
 
     def _tensors(self, args: Sequence[Any]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in zip(self.names, args, strict=False):
             if isinstance(value, torch.Tensor):
                 yield name, value
             elif isinstance(value, (list, tuple)):
-                yield from ((name, tensor) for tensor in value)
+                yield from ((name, part) for part in value if isinstance(part, torch.Tensor))
 
     def run_native(self, a: Any) -> R | None:
         """Return what the native kernel gives for operands made dense, or None where the reference is to run."""

@@ -165,7 +165,7 @@ def linear_int4_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any],
     columns, outputs, group_size = x.shape[-1], weight.shape[0], rng.choice((32, 64, 128))
     weight = int8(outputs, (columns + 1) // 2).view(torch.uint8)
     scale = (torch.randn(outputs, -(-columns // group_size)) * 0.1).to(torch.bfloat16)
-    return run, expect, (x, strided(weight, rng), strided(scale, rng), *how, group_size, columns), is_rich
+    return run, expect, (x, strided(weight, rng), strided(scale, rng), *how, "int4", group_size, columns), is_rich
 
 
 def linear_int16_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
@@ -179,7 +179,7 @@ def linear_int16_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any]
         is_rich = False
     if rng.random() < 0.1:
         weight, x = weight.fill_(rng.choice((-32768, 32767))), torch.full_like(x, rng.choice((1.0, -1.0)))
-    return run, expect, (x, strided(weight, rng), scale, *how), is_rich
+    return run, expect, (x, strided(weight, rng), scale, *how, "int16"), is_rich
 
 
 def linear_float16_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
@@ -194,7 +194,7 @@ def linear_float16_case(seed: int) -> tuple[Callable[..., Any], Callable[..., An
         weight, bias = weight[:3], None
     weight = (weight.clamp(-15, 15) * 2.0 ** rng.choice((0, -10, -24))).half()
     bias = None if bias is None else bias.mul(8).round()
-    return run, expect, (strided(x, rng), strided(weight, rng), None, bias, *how), False
+    return run, expect, (strided(x, rng), strided(weight, rng), None, bias, *how, "float16"), False
 
 
 def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
@@ -232,13 +232,13 @@ def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[
 
 def with_schemes(
     weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], seed: int
-) -> list[list[torch.Tensor]]:
-    """Return weights of the same sizes, and their scales, each of its own scheme: often int4, seldom float.
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[str]]:
+    """Return weights of the same sizes, their scales and their formats, each its own: often int4, seldom float.
 
     A row of a float weight has one number that is not 0, so that torch's sums are exact in any order.
     """
     rng = random.Random(-1 - seed)
-    has_floats, made, of_made = rng.random() < 0.3, list[torch.Tensor](), list[torch.Tensor]()
+    has_floats, made, of_made, formats = rng.random() < 0.3, list[torch.Tensor](), list[torch.Tensor](), list[str]()
     for weight, scale in zip(weights, scales, strict=True):
         rows, columns = weight.shape
         scheme = rng.choice(("int4", "int4", "int8", "int16", *(("float16", "float32") if has_floats else ())))
@@ -254,19 +254,22 @@ def with_schemes(
             weight, scale = (torch.rand(rows, 1) * one).to(getattr(torch, scheme)), torch.empty(0)
         made.append(strided(weight, rng))
         of_made.append(strided(scale, rng))
-    return [made, of_made]
+        formats.append(scheme)
+    return made, of_made, formats
 
 
 def lstm_mixed_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
     """Return a case like an lstm's, whose weights have schemes of their own."""
     run, expect, (x, sizes, h0, c0, weights, scales, *rest), is_rich = lstm_case(seed)
-    return run, expect, (x, sizes, h0, c0, *with_schemes(weights, scales, seed), *rest), is_rich
+    weights, scales, formats = with_schemes(weights, scales, seed)
+    return run, expect, (x, sizes, h0, c0, weights, scales, *rest, formats), is_rich
 
 
 def rnn_mixed_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
     """Return a case like an rnn's, whose weights have schemes of their own."""
     run, expect, (x, sizes, h0, weights, scales, *rest), is_rich = rnn_case(seed)
-    return run, expect, (x, sizes, h0, *with_schemes(weights, scales, seed), *rest), is_rich
+    weights, scales, formats = with_schemes(weights, scales, seed)
+    return run, expect, (x, sizes, h0, weights, scales, *rest, formats), is_rich
 
 
 def rnn_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
@@ -288,38 +291,37 @@ def rnn_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[A
     return native.rnn, reference.rnn, args, is_rich and mode != "rnn_relu"
 
 
-def table_case(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int]:
-    """Return (weight, scale, zero_point, columns, bits)."""
+def table_case(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, str]:
+    """Return (weight, scale, zero_point, columns, format)."""
     rows, columns, kind = (
         rng.choice((1, 5, 100)),
         rng.choice((1, 3, 16, 33, 64)),
         rng.choice(("int8", "uint8", "uint4", "float16")),
     )
     if kind == "float16":
-        return (torch.randn(rows, columns) * 10.0 ** rng.uniform(-7, 4)).half(), None, None, columns, 16
-    bits = 4 if kind == "uint4" else 8
-    weight = int8(rows, columns if bits == 8 else (columns + 1) // 2)
+        return (torch.randn(rows, columns) * 10.0 ** rng.uniform(-7, 4)).half(), None, None, columns, kind
+    weight = int8(rows, (columns + 1) // 2 if kind == "uint4" else columns)
     if kind != "int8":
         weight = weight.view(torch.uint8)
-    return weight, torch.rand(rows) + 0.1, None if kind == "int8" else torch.randn(rows) * 10, columns, bits
+    return weight, torch.rand(rows) + 0.1, None if kind == "int8" else torch.randn(rows) * 10, columns, kind
 
 
 def embedding_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    weight, scale, zero_point, columns, bits = table_case(rng)
+    weight, scale, zero_point, columns, kind = table_case(rng)
     shape = rng.choice(((), (0,), (1,), (7,), (3, 5), (2, 3, 4)))
     indices = torch.randint(0, weight.shape[0], shape, dtype=rng.choice((torch.int32, torch.int64)))
     if indices.dim():
         indices = strided(indices, rng)
     dtype = rng.choice((torch.float32, torch.float32, torch.float16, torch.bfloat16))
-    return native.embedding, reference.embedding, (indices, weight, scale, zero_point, columns, bits, dtype), True
+    return native.embedding, reference.embedding, (indices, weight, scale, zero_point, columns, kind, dtype), True
 
 
 def embedding_bag_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    weight, scale, zero_point, columns, bits = table_case(rng)
+    weight, scale, zero_point, columns, kind = table_case(rng)
     dtype = rng.choice((torch.int32, torch.int64))
     indices = torch.randint(0, weight.shape[0], (rng.randint(0, 5), rng.randint(1, 7)), dtype=dtype)
     mode = rng.choice(("sum", "mean", "max"))
@@ -331,7 +333,7 @@ def embedding_bag_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any
         has_end = rng.random() < 0.3
         offsets = torch.tensor([0, *cuts, *([indices.numel()] if has_end else [])], dtype=dtype)
     padding = rng.choice((None, 0, -1))
-    args = (indices, weight, scale, zero_point, columns, offsets, mode, samples, has_end, padding, bits)
+    args = (indices, weight, scale, zero_point, columns, offsets, mode, samples, has_end, padding, kind)
     return native.embedding_bag, reference.embedding_bag, args, False
 
 

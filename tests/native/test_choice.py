@@ -75,11 +75,11 @@ sys.meta_path.insert(0, Finder())
     assert result.stdout.startswith("None |")
 
 
-def run_linear(x, weight=None, scale=None, bias=None, groups=(0, 0)):
+def run_linear(x, weight=None, scale=None, bias=None, how=("int8", 0, 0)):
     """Return what the library gives at once."""
     weight = int8(3, 4) if weight is None else weight
     scale = torch.rand(3) if scale is None else scale
-    return library._library.linear(True, x, weight, scale, bias, False, True, 255, *groups)
+    return library._library.linear(True, x, weight, scale, bias, False, True, 255, *how)
 
 
 def test_a_plain_call_passes_the_dispatcher_by():
@@ -162,25 +162,39 @@ def test_an_unusual_operand_is_not_taken_at_once(operands):
 
 def test_an_option_that_is_no_number_is_pythons_own_error():
     with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
-        library._library.linear(True, torch.randn(2, 4), int8(3, 4), torch.rand(3), None, "no", True, 255, 0, 0)
+        library._library.linear(True, torch.randn(2, 4), int8(3, 4), torch.rand(3), None, "no", True, 255, "int8", 0, 0)
+
+
+INT16 = ("int16", 0, 0)
 
 
 def test_an_int16_call_passes_the_dispatcher_by():
     x, weight, scale = torch.randn(2, 5, 66), int16(3, 66), torch.rand(3)
-    assert same_bits(run_linear(x, weight=weight, scale=scale), reference.linear(x, weight, scale))
+    expected = reference.linear(x, weight, scale, format="int16")
+    assert same_bits(run_linear(x, weight, scale, how=INT16), expected)
 
 
-@pytest.mark.parametrize("operands", [{"weight": int16(3, 5)}, {"weight": int16(4, 3).t()}, {"groups": (64, 4)}])
+@pytest.mark.parametrize(
+    "operands",
+    [
+        {"weight": int16(3, 5)},
+        {"weight": int16(4, 3).t()},
+        {"weight": int8(3, 4)},
+        {"how": ("int16", 64, 4)},
+        {"how": ("int17", 0, 0)},
+        {"how": (16, 0, 0)},
+    ],
+)
 def test_an_unusual_int16_operand_is_not_taken_at_once(operands):
-    assert run_linear(torch.randn(2, 4), **{"weight": int16(3, 4), **operands}) is None
+    assert run_linear(torch.randn(2, 4), **{"weight": int16(3, 4), "how": INT16, **operands}) is None
 
 
-INT4 = {"weight": int8(3, 33).view(torch.uint8), "scale": torch.rand(3, 2).bfloat16(), "groups": (64, 66)}
+INT4 = {"weight": int8(3, 33).view(torch.uint8), "scale": torch.rand(3, 2).bfloat16(), "how": ("int4", 64, 66)}
 
 
 def test_an_int4_call_passes_the_dispatcher_by():
     x = torch.randn(2, 5, 66)
-    expected = reference.linear(x, INT4["weight"], INT4["scale"], None, False, True, 255, 64, 66)
+    expected = reference.linear(x, INT4["weight"], INT4["scale"], None, False, True, 255, "int4", 64, 66)
     assert same_bits(run_linear(x, **INT4), expected)
 
 
@@ -193,9 +207,11 @@ def test_an_int4_call_passes_the_dispatcher_by():
         {"scale": torch.rand(3, 3).bfloat16()},
         {"scale": torch.rand(2, 2).bfloat16()},
         {"scale": torch.rand(6).bfloat16()},
-        {"groups": (48, 66)},
-        {"groups": (64, 65)},
-        {"groups": (-1, 66)},
+        {"how": ("int4", 48, 66)},
+        {"how": ("int4", 64, 65)},
+        {"how": ("int4", 0, 0)},
+        {"how": ("uint4", 64, 66)},
+        {"how": ("int4", -1, 66)},
         {"bias": torch.rand(4)},
     ],
 )
@@ -224,7 +240,7 @@ def recurrent_operands():
     weights = [int8(20, 4), int8(20, 2), int8(2, 5)] * 2
     scales = [torch.rand(weight.shape[0]) for weight in weights]
     states = torch.randn(2, 2, 2), torch.randn(2, 2, 5)
-    return [torch.randn(3, 2, 4), None, *states, weights, scales, [torch.randn(20)] * 2, True, True, 255]
+    return [torch.randn(3, 2, 4), None, *states, weights, scales, [torch.randn(20)] * 2, True, True, 255, None]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +262,9 @@ def recurrent_operands():
         (6, [torch.rand(20)]),
         (6, [torch.rand(5)] * 2),
         (7, False),
+        (10, ["int8"] * 5),
+        (10, ["int8", "int8", "int16"] * 2),
+        (10, ["int8", "int8", None] * 2),
     ],
 )
 def test_an_unusual_recurrent_operand_is_not_taken_at_once(place, operand):

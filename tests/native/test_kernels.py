@@ -82,9 +82,9 @@ def test_rows_may_lie_anywhere(isa, name, per_row):
     columns, groups = x.shape[-1], -(-x.shape[-1] // 32)
     int4 = int8(30, (columns + 1) // 2).view(torch.uint8), torch.randn(30, groups).bfloat16()
     for weight, scale, how in (
-        (int8(30, columns), torch.rand(30), (0, 0)),
-        (int16(30, columns), torch.rand(30), (0, 0)),
-        (*int4, (32, columns)),
+        (int8(30, columns), torch.rand(30), ("int8", 0, 0)),
+        (int16(30, columns), torch.rand(30), ("int16", 0, 0)),
+        (*int4, ("int4", 32, columns)),
     ):
         args = (weight, scale, torch.randn(30), False, per_row, 255, *how)
         expected = reference.linear(x.contiguous(), *args)
@@ -100,7 +100,7 @@ def test_rows_that_lie_anywhere_are_taken_at_once():
 
 
 def run_at_once(x, weight, scale):
-    return library._library.linear(True, x, weight, scale, None, False, True, 255, 0, 0)
+    return library._library.linear(True, x, weight, scale, None, False, True, 255, "int8", 0, 0)
 
 
 def test_step_by_step_equals_the_whole_sequence(isa):
@@ -135,7 +135,7 @@ def test_products_of_many_rows_give_the_references_bits(isa, rows, outputs):
 def test_int4_products_of_each_form_give_the_references_bits(isa, rows, outputs, group_size):
     x, weight = torch.randn(rows, 203), int8(outputs, 102).view(torch.uint8)
     scale, bias = torch.randn(outputs, -(-203 // group_size)).bfloat16(), torch.randn(outputs)
-    args = (x, weight, scale, bias, True, True, 255, group_size, 203)
+    args = (x, weight, scale, bias, True, True, 255, "int4", group_size, 203)
     expected = reference.linear(*args)
     for threads in (1, 3):
         with kernels(isa, threads):
@@ -144,7 +144,7 @@ def test_int4_products_of_each_form_give_the_references_bits(isa, rows, outputs,
 
 def test_an_int4_row_gives_the_same_bits_alone_and_in_any_batch(isa):
     x, weight, scale = torch.randn(70, 130), int8(100, 65).view(torch.uint8), torch.randn(100, 3).bfloat16()
-    how = (weight, scale, None, False, True, 255, 64, 130)
+    how = (weight, scale, None, False, True, 255, "int4", 64, 130)
     with kernels(isa, 1):
         together = native.linear(x, *how)
         for rows in (1, 2, 3, 7, 16, 33):
@@ -155,7 +155,7 @@ def test_an_int4_row_gives_the_same_bits_alone_and_in_any_batch(isa):
 @pytest.mark.parametrize(("rows", "outputs"), [(1, 2100), (2, 33), (7, 100), (8, 64), (33, 130), (300, 20)])
 def test_int16_products_of_each_form_give_the_references_bits(isa, rows, outputs, columns):
     x, weight = torch.randn(rows, columns), int16(outputs, columns)
-    args = (x, weight, torch.rand(outputs), torch.randn(outputs), True)
+    args = (x, weight, torch.rand(outputs), torch.randn(outputs), True, True, 255, "int16")
     expected = reference.linear(*args)
     for threads in (1, 3):
         with kernels(isa, threads):
@@ -169,18 +169,20 @@ def test_the_greatest_int16_products_do_not_overflow(isa, value, columns, last):
     """Activations of 255 fill the low byte's sums, of -32767 the high byte's; the first sets the scale to 1 / 32767."""
     x, weight = torch.full((3, columns), last), torch.full((5, columns), value, dtype=torch.int16)
     x[:, 0] = 1.0
-    expected = reference.linear(x, weight, torch.ones(5))
+    expected = reference.linear(x, weight, torch.ones(5), format="int16")
     with kernels(isa, 1):
-        assert same_bits(native.linear(x, weight, torch.ones(5)), expected)
+        assert same_bits(native.linear(x, weight, torch.ones(5), format="int16"), expected)
     assert bool((expected.sign() == math.copysign(1, value * last)).all())
 
 
 def test_an_int16_row_gives_the_same_bits_alone_and_in_any_batch(isa):
     x, weight, scale = torch.randn(70, 130), int16(100, 130), torch.rand(100)
     with kernels(isa, 1):
-        together = native.linear(x, weight, scale)
+        together = native.linear(x, weight, scale, format="int16")
         for rows in (1, 2, 3, 7, 16, 33):
-            assert same_bits(native.linear(x[5 : 5 + rows], weight, scale), together[5 : 5 + rows]), rows
+            assert same_bits(native.linear(x[5 : 5 + rows], weight, scale, format="int16"), together[5 : 5 + rows]), (
+                rows
+            )
 
 
 @pytest.mark.parametrize("columns", [32768, 32769, 70000])  # the tiled gemm ends at 32768; 66,000 can pass 2**31

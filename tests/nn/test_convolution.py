@@ -145,7 +145,7 @@ def test_the_library_reads_windows_as_they_lie():
     module = DynamicQuantizedConv.from_float(nn.Conv1d(6, 5, 9))
     windows = module._windows(torch.randn(2, 6, 40))
     given = module.own(("weight_int8", "weight_scale", "bias"))
-    got = library._library.linear(True, windows, *given, False, True, 255, 0, 0)
+    got = library._library.linear(True, windows, *given, False, True, 255, "int8", 0, 0)
     assert torch.equal(got, reference.linear(windows, *given))
 
 

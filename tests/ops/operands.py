@@ -21,9 +21,9 @@ def quantized(*shape):
 
 
 def quantized_int4(outputs, columns, group_size=32):
-    """Return (weight, scale) and (group_size, in_features)."""
+    """Return (weight, scale) and (format, group_size, in_features)."""
     weight = int4_dynamic_qconfig.with_group_size(group_size).quantize_weight(torch.randn(outputs, columns))
-    return weight.tensors[:2], (group_size, columns)
+    return weight.tensors[:2], ("int4", group_size, columns)
 
 
 def lstm_arguments(inputs=6, hidden=5, layers=1, directions=1, proj=0, bias=True, packed=False):

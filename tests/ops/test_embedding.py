@@ -17,7 +17,7 @@ def test_embedding_is_its_equation(bits):
     q = torch.randint(2**bits, (10, 5), dtype=torch.uint8)
     scale, zero_point = torch.rand(10), torch.randn(10) * 5
     indices = torch.tensor([[3, 9, 0], [3, 1, 1]])
-    got = reference.embedding(indices, UINT4.pack(q) if bits == 4 else q, scale, zero_point, 5, bits)
+    got = reference.embedding(indices, UINT4.pack(q) if bits == 4 else q, scale, zero_point, 5, f"uint{bits}")
     expected = (q.double() - zero_point.double()[:, None]) * scale.double()[:, None]
     bound = ULP * scale.double()[:, None] * (2**bits + zero_point.abs().double()[:, None])
     assert bool(((got - expected[indices]).abs() <= bound[indices]).all())

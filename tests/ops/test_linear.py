@@ -2,12 +2,13 @@
 
 import importlib
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fxquant import DTypeError, ShapeError, ops
+from fxquant import ArgumentError, DTypeError, ShapeError, ops
 from fxquant.formats import INT4
 from fxquant.numerics import quantize_rows, quantize_rows_int16
 from fxquant.ops.linear import integer_matmul
@@ -96,7 +97,7 @@ def test_linear_with_half_weights_is_the_float_product():
     x, weight, bias = torch.randn(3, 30), torch.randn(6, 30).half(), torch.randn(6)
     expected = F.linear(x.double(), weight.double(), bias.double())
     bound = 32 * ULP / 2 * (x.abs().double() @ weight.abs().double().t() + bias.abs())
-    assert bool(((reference.linear(x, weight, None, bias) - expected).abs() <= bound).all())
+    assert bool(((reference.linear(x, weight, None, bias, format="float16") - expected).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("columns", [1, 33, 64, 100])
@@ -106,7 +107,7 @@ def test_int4_linear_is_its_equation(columns, relu):
     weight = torch.randint(-8, 8, (6, columns), dtype=torch.int8)
     scale = (torch.randn(6, -(-columns // 32)) * 0.1).to(torch.bfloat16)
     packed = INT4.pack(weight)
-    y = reference.linear(x, packed, scale, bias, relu, True, 255, 32, columns)
+    y = reference.linear(x, packed, scale, bias, relu, True, 255, "int4", 32, columns)
     q, row_scale, zero_point = quantize_rows(x, 255)
     expected, size = bias.double().expand(4, 6), bias.double().abs().expand(4, 6)
     for g in range(scale.shape[1]):
@@ -121,7 +122,7 @@ def test_int4_linear_is_its_equation(columns, relu):
 def test_int4_linear_without_columns_is_the_bias():
     weight, scale = torch.zeros(3, 0, dtype=torch.uint8), torch.zeros(3, 0, dtype=torch.bfloat16)
     bias = torch.tensor([1.0, -2.0, 3.0])
-    y = reference.linear(torch.zeros(2, 0), weight, scale, bias, True, True, 255, 64, 0)
+    y = reference.linear(torch.zeros(2, 0), weight, scale, bias, True, True, 255, "int4", 64, 0)
     assert y.tolist() == [[1.0, 0.0, 3.0]] * 2
     assert bias.tolist() == [1.0, -2.0, 3.0]
 
@@ -131,7 +132,7 @@ def test_int4_linear_without_columns_is_the_bias():
 def test_int16_linear_is_its_equation(columns, per_row):
     x, bias, scale = torch.randn(4, columns) * 3, torch.randn(6), torch.rand(6)
     weight = torch.randint(-32768, 32768, (6, columns), dtype=torch.int16)
-    y = reference.linear(x, weight, scale, bias, True, per_row, 255)
+    y = reference.linear(x, weight, scale, bias, True, per_row, 255, "int16")
     q, row_scale = quantize_rows_int16(x, per_row)
     # Python's integers are exact; each float32 operation is that of numbers rounded before
     sums = [[sum(a * b for a, b in zip(map(int, row), w, strict=True)) for w in weight.tolist()] for row in q.tolist()]
@@ -142,7 +143,7 @@ def test_int16_linear_is_its_equation(columns, per_row):
 def test_an_int16_sum_beyond_float32_is_rounded_once():
     weight = torch.full((1, 2049), 32767, dtype=torch.int16)
     weight[0, 0] = 1  # a sum of 2048 * 32767**2 + 32767, of 41 bits, which no float32 and no int32 holds
-    y = reference.linear(torch.ones(1, 2049), weight, torch.ones(1))
+    y = reference.linear(torch.ones(1, 2049), weight, torch.ones(1), format="int16")
     inverse = torch.tensor(1.0) / 32767
     assert y.item() == (torch.tensor(float(2048 * 32767**2 + 32767)) * inverse).item()
 
@@ -164,24 +165,47 @@ def test_int4_linear_refuses_another_shape(columns):
 
 
 @pytest.mark.parametrize(
-    ("weight", "scale", "group_size"),
-    [((4, 37), (4, 3), 32), ((4, 38), (4, 2), 32), ((4, 38), (3, 3), 32), ((4, 38), (4, 3), 48), ((4, 38), (12,), 32)],
+    ("weight", "scale", "group_size", "words"),
+    [
+        ((4, 37), (4, 3), 32, "got torch.uint8 (4, 37)"),
+        ((4, 38), (4, 2), 32, "with scale torch.bfloat16 (4, 2)"),
+        ((4, 38), (3, 3), 32, "with scale torch.bfloat16 (3, 3)"),
+        ((4, 38), (12,), 32, "with scale torch.bfloat16 (12,)"),
+        ((4, 38), (4, 3), 48, "with scale one a group of 32 or 64 or 128 columns"),
+        ((4, 38), (4, 3), 0, "with scale one a group of 32 or 64 or 128 columns"),
+    ],
 )
-def test_int4_linear_refuses_weights_and_scales_that_do_not_fit(weight, scale, group_size):
+def test_int4_linear_refuses_weights_and_scales_that_do_not_fit(weight, scale, group_size, words):
     operands = torch.zeros(weight, dtype=torch.uint8), torch.ones(scale, dtype=torch.bfloat16)
-    with pytest.raises(
-        ShapeError, match=rf"of 75 inputs in groups of {group_size} .* takes a weight of shape \(O, 38\)"
-    ):
-        ops.linear(torch.zeros(3, 75), *operands, None, False, True, 255, group_size, 75)
+    with pytest.raises(ShapeError, match=r"\(4, 75\) in int4: expected torch.uint8 \(4, 38\) .*" + re.escape(words)):
+        ops.linear(torch.zeros(3, 75), *operands, None, False, True, 255, "int4", group_size, 75)
 
 
 @pytest.mark.parametrize(("weight", "scale"), [("int8", "bfloat16"), ("uint8", "float32")])
 def test_int4_linear_refuses_other_dtypes(weight, scale):
     operands = torch.zeros(4, 38, dtype=getattr(torch, weight)), torch.ones(4, 3, dtype=getattr(torch, scale))
-    with pytest.raises(
-        DTypeError, match=rf"torch.uint8 with a scale of torch.bfloat16, got torch.{weight} and torch.{scale}"
-    ):
-        ops.linear(torch.zeros(3, 75), *operands, None, False, True, 255, 32, 75)
+    words = rf"expected torch.uint8 .* with scale torch.bfloat16 .*, got torch.{weight} .* with scale torch.{scale}"
+    with pytest.raises(DTypeError, match=words):
+        ops.linear(torch.zeros(3, 75), *operands, None, False, True, 255, "int4", 32, 75)
+
+
+@pytest.mark.parametrize("name", ["int17", "uint4", "float32", ""])
+def test_linear_refuses_a_format_that_no_product_has(name):
+    words = f"a quantized linear takes one of the formats 'int8', 'int4', 'int16', 'float16', got {name!r}"
+    for operands in (LINEAR, (torch.zeros(4, 3, dtype=torch.uint8), None), (torch.zeros(4, 6), None)):
+        with pytest.raises(ArgumentError, match=words):
+            ops.linear(torch.zeros(3, 6), *operands, format=name, in_features=6)
+
+
+@pytest.mark.parametrize("name", ["int16", "float16"])
+def test_linear_takes_no_weight_for_one_of_another_format(name):
+    with pytest.raises(DTypeError, match=rf"in {name}: expected torch.{name} .*, got torch.int8"):
+        ops.linear(torch.zeros(3, 6), *LINEAR, format=name)
+
+
+def test_a_format_of_floats_has_no_scale():
+    with pytest.raises(ShapeError, match=r"in float16: expected torch.float16 \(4, 6\) with no scale, got"):
+        ops.linear(torch.zeros(3, 6), torch.zeros(4, 6).half(), torch.ones(4), format="float16")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
@@ -193,4 +217,5 @@ def test_linear_refuses_integers(dtype):
 def test_activations_of_16_bits_have_a_greatest_integer_of_their_own():
     weight, scale = int16_dynamic_qconfig.quantize_weight(torch.randn(4, 6)).tensors[:2]
     x = torch.randn(3, 6)
-    assert torch.equal(ops.linear(x, weight, scale, None, False, True, 32767), reference.linear(x, weight, scale))
+    expected = reference.linear(x, weight, scale, format="int16")
+    assert torch.equal(ops.linear(x, weight, scale, None, False, True, 32767, "int16"), expected)

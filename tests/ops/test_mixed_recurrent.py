@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fxquant import DTypeError, ShapeError, formats, ops
+from fxquant import ArgumentError, DTypeError, ShapeError, formats, ops
 from fxquant.numerics import QuantizedTensor, dequantize, quantize_rows
 from fxquant.ops import library
 from fxquant.ops.linear import multiply
@@ -34,30 +34,32 @@ def real(weight, scale, columns):
 
 
 def layers(mode, schemes, inputs=75, hidden=70, count=1, directions=1, proj=0, bias=True):
-    """Return (weights, scales, biases, hidden_biases); schemes: of the matrices of one cell after another, repeated."""
+    """Return (weights, scales, biases, hidden_biases, formats); schemes: of all cells' matrices in turn, repeated."""
     size, schemes = proj or hidden, itertools.cycle(schemes)
-    weights, scales, rows = [], [], GATES[mode] * hidden
+    weights, scales, names, rows = [], [], [], GATES[mode] * hidden
     for cell in range(count * directions):
         columns = inputs if cell < directions else directions * size
         shapes = [(rows, columns), (rows, size), (proj, hidden)]
         for shape in shapes[: 3 if proj else 2]:
-            weight, scale = stored(*shape, next(schemes))
+            names.append(next(schemes))
+            weight, scale = stored(*shape, names[-1])
             weights.append(weight)
             scales.append(scale)
     cells = range(count * directions if bias else 0)
-    return weights, scales, [torch.randn(rows) for _ in cells], [torch.randn(hidden) for _ in cells if mode == "gru"]
+    biases, hidden_biases = ([torch.randn(n) for _ in cells] for n in (rows, hidden))
+    return weights, scales, biases, hidden_biases if mode == "gru" else [], names
 
 
 def call(mode, operands, x, sizes=None, proj=0, hidden=70, bidirectional=False, run=ops, states=None):
     """Run the operator of a mode on some layers."""
-    weights, scales, biases, hidden_biases = operands
+    weights, scales, biases, hidden_biases, names = operands
     cells = len(weights) // (3 if proj else 2)
     batch = x.shape[1] if sizes is None else int(sizes[0])
     torch.manual_seed(7)
     h, c = states or (torch.randn(cells, batch, proj or hidden), torch.randn(cells, batch, hidden))
     if mode == "lstm":
-        return run.lstm(x, sizes, h, c, weights, scales, biases, bidirectional)
-    return run.rnn(x, sizes, h, weights, scales, biases, hidden_biases, mode, bidirectional)
+        return run.lstm(x, sizes, h, c, weights, scales, biases, bidirectional, formats=names)
+    return run.rnn(x, sizes, h, weights, scales, biases, hidden_biases, mode, bidirectional, formats=names)
 
 
 @pytest.mark.parametrize("start", [None, "row", "matrix"])
@@ -70,7 +72,8 @@ def test_int4_products_are_added_to_their_start_in_order(start):
     for group, columns in enumerate((slice(0, 32), slice(32, 64), slice(64, 75))):
         sums = (a.long() - z.long())[:, columns] @ q[:, columns].T
         expected = expected + sums.float() * (s * scale[:, group].float())
-    assert torch.equal(multiply(rows, weight, scale, begin, True, 255), expected)
+    whole = QuantizedTensor(formats.INT4, weight, scale, None, 75, GROUP)
+    assert torch.equal(multiply(rows, whole, begin, True, 255), expected)
 
 
 @pytest.mark.parametrize("mode", GATES)
@@ -79,7 +82,7 @@ def test_int4_products_are_added_to_their_start_in_order(start):
 def test_a_step_is_the_float_cell_of_the_weights_values(mode, ih, hh):
     operands, x = layers(mode, (ih, hh)), torch.randn(1, 3, 75)
     h0, c0 = torch.randn(1, 3, 70), torch.randn(1, 3, 70)
-    (w_ih, w_hh), (s_ih, s_hh), (bias,), own = operands
+    (w_ih, w_hh), (s_ih, s_hh), (bias,), own, _ = operands
 
     def rounded(rows, weight):  # activations as integers say them, where the weight's are integers too
         if weight.is_floating_point():
@@ -156,12 +159,14 @@ def test_a_sequence_gives_the_same_bits_in_any_batch_and_step_by_step(mode, sche
 
 @pytest.mark.parametrize(("mode", "schemes", "how"), MIXES)
 def test_opcheck(mode, schemes, how):
-    weights, scales, biases, hidden_biases = layers(mode, schemes, count=2, **how)
+    weights, scales, biases, hidden_biases, names = layers(mode, schemes, count=2, **how)
     x, h, c = torch.randn(3, 2, 75), torch.randn(2, 2, how.get("proj", 70)), torch.randn(2, 2, 70)
     if mode == "lstm":
-        torch.library.opcheck(ops.OVERLOADS["lstm"], (x, None, h, c, weights, scales, biases))
+        torch.library.opcheck(ops.OVERLOADS["lstm"], (x, None, h, c, weights, scales, biases), {"formats": names})
     else:
-        torch.library.opcheck(ops.OVERLOADS["rnn"], (x, None, h, weights, scales, biases, hidden_biases, mode))
+        torch.library.opcheck(
+            ops.OVERLOADS["rnn"], (x, None, h, weights, scales, biases, hidden_biases, mode), {"formats": names}
+        )
 
 
 def changed(part, place, tensor):
@@ -177,9 +182,9 @@ INT4 = torch.zeros(280, 35, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("part", "place", "tensor", "words"),
     [
-        (0, 0, torch.zeros(280, 75, dtype=torch.int32), r"weight_ih of cell 0 takes one of .* got torch.int32"),
-        (0, 0, torch.zeros(280, 75, dtype=torch.bfloat16), r"takes one of .* got torch.bfloat16"),
-        (1, 1, torch.ones(280, 3), r"weight_hh of cell 0 .* got torch.uint8 with a scale of torch.float32"),
+        (0, 0, torch.zeros(280, 75, dtype=torch.int32), r"weight_ih of cell 0, .* in int8: .* got torch.int32"),
+        (0, 0, torch.zeros(280, 75), r"weight_ih of cell 0, .* in int8: .* got torch.float32"),
+        (1, 1, torch.ones(280, 3), r"weight_hh of cell 0, .* in int4: .* got torch.uint8 .* with scale torch.float32"),
     ],
 )
 def test_other_dtypes_are_refused(part, place, tensor, words):
@@ -194,15 +199,13 @@ def test_other_dtypes_are_refused(part, place, tensor, words):
             0,
             1,
             torch.zeros(280, 36, dtype=torch.uint8),
-            r"weight_hh of cell 0 stands for 280 x 70 numbers.*\(280, 36\)",
+            r"weight_hh of cell 0, \(280, 70\) in int4: expected torch.uint8 \(280, 35\) .* got .* \(280, 36\)",
         ),
-        (0, 0, torch.zeros(279, 75, dtype=torch.int8), r"weight_ih of cell 0 stands for 280 x 75 .*\(279, 75\)"),
-        (0, 1, torch.zeros(280, 71), r"\(280, 71\) of torch.float32 with a scale of shape \(280, 3\)"),
-        (0, 1, torch.zeros(280, 70), r"of torch.float32 with a scale of shape \(280, 3\) are not"),
-        (1, 0, torch.ones(279), r"with a scale of shape \(279,\) are not"),
-        (1, 0, torch.ones(0), r"with a scale of shape \(0,\) are not"),
-        (1, 1, torch.ones(280, 4).bfloat16(), r"with a scale of shape \(280, 4\) are not"),
-        (1, 1, torch.ones(279, 3).bfloat16(), r"with a scale of shape \(279, 3\) are not"),
+        (0, 0, torch.zeros(279, 75, dtype=torch.int8), r"weight_ih of cell 0, \(280, 75\) in int8: .*\(279, 75\)"),
+        (1, 0, torch.ones(279), r"got torch.int8 \(280, 75\) with scale torch.float32 \(279,\)"),
+        (1, 0, torch.ones(0), r"with scale torch.float32 \(0,\)"),
+        (1, 1, torch.ones(280, 4).bfloat16(), r"with scale torch.bfloat16 \(280, 4\)"),
+        (1, 1, torch.ones(279, 3).bfloat16(), r"with scale torch.bfloat16 \(279, 3\)"),
         (2, 0, torch.ones(279), r"got a bias of shape \(279,\)"),
     ],
 )
@@ -211,18 +214,18 @@ def test_shapes_that_do_not_fit_are_refused(part, place, tensor, words):
         call("lstm", changed(part, place, tensor), torch.randn(2, 3, 75), run=torch.ops.fxquant)
 
 
-@pytest.mark.parametrize(("part", "words"), [(0, "takes 2 weights, got 1"), (1, "takes 2 scales, got 1")])
-def test_a_wrong_number_of_tensors_is_refused(part, words):
+@pytest.mark.parametrize(("part", "name"), [(0, "weights"), (1, "scales"), (4, "formats")])
+def test_a_wrong_number_of_operands_is_refused(part, name):
     operands = list(layers("lstm", ("int8", "int4")))
     operands[part] = operands[part][:1]
     states = (torch.zeros(1, 3, 70), torch.zeros(1, 3, 70))
-    with pytest.raises(ShapeError, match=words):
+    with pytest.raises(ShapeError, match=f"takes 2 {name}, got 1"):
         call("lstm", operands, torch.randn(2, 3, 75), states=states)
 
 
 def test_integers_without_scales_are_refused():
     weights, _, *rest = layers("lstm", ("int8", "float16"))
-    with pytest.raises(ShapeError, match="with no scale are not"):
+    with pytest.raises(ShapeError, match=r"got torch.int8 .* with no scale"):
         call("lstm", (weights, [], *rest), torch.randn(2, 3, 75))
 
 
@@ -237,3 +240,16 @@ def test_outputs_of_another_size_than_the_hidden_units_need_a_projection():
     operands = layers("lstm", ("int8", "int8"))
     with pytest.raises(ShapeError, match="1 directions, no projection"):
         call("lstm", operands, torch.randn(2, 3, 75), states=(torch.zeros(1, 3, 60), torch.zeros(1, 3, 70)))
+
+
+def test_a_format_that_no_product_has_is_refused():
+    *operands, _ = layers("lstm", ("int8", "int8"))
+    with pytest.raises(ArgumentError, match=r"a quantized LSTM takes one of the formats .* got 'uint4'"):
+        call("lstm", (*operands, ["int8", "uint4"]), torch.randn(2, 3, 75))
+
+
+def test_weights_are_int8_where_no_formats_are_given():
+    *operands, names = layers("lstm", ("int8", "int8"))
+    x, states = torch.randn(2, 3, 75), (torch.zeros(1, 3, 70), torch.zeros(1, 3, 70))
+    named, plain = (call("lstm", (*operands, given), x, states=states) for given in (names, None))
+    assert all(map(torch.equal, named, plain))

@@ -30,7 +30,7 @@ def test_float16_weights_run_as_nn_does_with_those_weights(mode):
                 biases.append(ours + theirs)
         x, h0 = torch.randn(7, 3, 5), torch.randn(4, 3, size)
         expected, expected_h = kind(x, h0)
-        got, h = reference.rnn(x, None, h0, weights, [], biases, hidden_biases, mode, True)
+        got, h = reference.rnn(x, None, h0, weights, [], biases, hidden_biases, mode, True, formats=["float16"] * 8)
     # float32 roundings of sums of at most 12 products of about 1, over 7 steps of 2 layers
     assert (got - expected).abs().max() <= 1e-5
     assert (h - expected_h).abs().max() <= 1e-5

@@ -18,7 +18,7 @@ def cases():
     x = torch.randn(3, 6)
     yield "linear", (x, *quantized(4, 6)), {}
     yield "linear", (x.half(), *quantized(4, 6), torch.randn(4), True, False, 127), {}
-    yield "linear", (torch.randn(2, 3, 6), torch.randn(4, 6).half(), None), {}
+    yield "linear", (torch.randn(2, 3, 6), torch.randn(4, 6).half(), None), {"format": "float16"}
     yield "linear", (torch.randn(0, 6), *quantized(4, 6)), {}
     weight, groups = quantized_int4(4, 75)
     yield "linear", (torch.randn(2, 3, 75), *weight, torch.randn(4), True, True, 255, *groups), {}
@@ -30,13 +30,17 @@ def cases():
     yield "rnn", rnn_arguments("rnn_tanh", packed=True), {}
     yield "rnn", rnn_arguments("rnn_relu"), {"per_row": False, "qmax": 127}
     yield "embedding", table_arguments(), {}
-    yield "embedding", table_arguments(bits=4), {"bits": 4, "dtype": torch.float16}
-    yield "embedding", table_arguments(affine=True), {}
+    yield "embedding", table_arguments(bits=4), {"format": "uint4", "dtype": torch.float16}
+    yield "embedding", table_arguments(affine=True), {"format": "uint8"}
     yield "embedding_bag", table_arguments(), {"mode": "max"}
     weights = torch.rand(12)
     indices, *table = table_arguments(affine=True)
     options = {"offsets": torch.tensor([0, 5, 12]), "mode": "sum", "per_sample_weights": weights}
-    yield "embedding_bag", (indices.reshape(-1), *table), {**options, "include_last_offset": True, "padding_idx": 3}
+    yield (
+        "embedding_bag",
+        (indices.reshape(-1), *table),
+        {**options, "include_last_offset": True, "padding_idx": 3, "format": "uint8"},
+    )
     yield "matmul", (torch.randn(2, 3, 6), torch.randn(4, 1, 6, 5)), {}
     yield "matmul", (torch.randn(6).double(), torch.randn(6, 5).double()), {}
     yield "matmul", (torch.randn(2, 3, 6, requires_grad=True), torch.randn(6, requires_grad=True)), {}

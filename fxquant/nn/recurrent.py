@@ -266,19 +266,8 @@ class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
         """Return (output, h)."""
         weights, scales = self.matrices(x)
         biases, hidden_biases = self.own(self._biases), self.own(self._hidden_biases)
-        return ops.rnn(
-            x,
-            sizes,
-            states[0],
-            weights,
-            scales,
-            biases,
-            hidden_biases,
-            self.mode.lower(),
-            self.bidirectional,
-            *self._rows,
-            self._formats,
-        )
+        how = (self.mode.lower(), self.bidirectional, *self._rows, self._formats)
+        return ops.rnn(x, sizes, states[0], weights, scales, biases, hidden_biases, *how)
 
 
 class DynamicQuantizedGRU(DynamicQuantizedRNN):

@@ -9,6 +9,7 @@ operation in a stated order, never fused, so that each kernel can give the same 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,10 @@ class QuantizedTensor:
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """What is stored: values, scale and zero point."""
         return self.values, self.scale, self.zero_point
+
+    def __iter__(self) -> Iterator[torch.Tensor | None]:
+        """Yield what is stored, so that an operator's own code may say `values, scale, zero_point = quantized`."""
+        return iter(self.tensors)
 
 
 def quantize_rows(x: torch.Tensor, qmax: int, per_row: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -509,11 +509,11 @@ def test_every_preset_goes_through_the_language_model(preset):
     model = WordLM().eval()
     inputs = lm_inputs(model)
     quantized = quantize(model, *inputs, mapping=QConfigMapping().set_global(qconfigs[preset]))
-    first = "decoder" if "int4" in preset or "int16" in preset else "encoder"  # int4 and int16 are for products
+    spec = qconfigs[preset].weight
+    first = "encoder" if spec.format.is_table or spec.format.name == "int8" else "decoder"
     assert first in {site.path for site in quantized.record.sites}
-    bits = qconfigs[preset].weight.bits
     for got, expected in zip(leaves(quantized(*inputs)), leaves(model(*inputs)), strict=True):
-        assert (got - expected).norm() < (0.2 if bits == 4 else 0.05) * expected.norm()
+        assert (got - expected).norm() < (0.2 if spec.bits == 4 else 0.05) * expected.norm()
 
 
 def test_functional_and_module_forms_give_the_same_bits():

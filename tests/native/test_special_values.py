@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fxquant.formats import format_of
 from tests.native import native
 from tests.native.cases import kernels
 from tests.ops import reference
@@ -18,16 +19,17 @@ BIAS = torch.tensor([0.0, 1.0, -2.0, 3.0, 0.5])
 REAL = WEIGHT.double() * SCALE.double()[:, None]
 
 
-@pytest.fixture(params=[torch.int8, torch.int16], ids=["int8", "int16"])
-def dtype(request):
+@pytest.fixture(params=["int8", "int16"])
+def name(request):
     return request.param
 
 
 @pytest.fixture
-def linear(isa, dtype):
-    """The kernels' linear, on weights of each dtype."""
+def linear(isa, name):
+    """The kernels' linear, on weights of each format."""
+    dtype = format_of(name).storage
     with kernels(isa, 1):
-        yield lambda x, weight, *rest: native.linear(x, weight.to(dtype), *rest)
+        yield lambda x, weight, *rest: native.linear(x, weight.to(dtype), *rest, format=name)
 
 
 def row(value, at=3, others=1.0):
@@ -82,8 +84,10 @@ def test_no_outputs_and_no_rows_are_empty(linear):
     assert linear(torch.zeros(0, COLUMNS), WEIGHT, SCALE).shape == (0, 5)
 
 
-def test_the_reference_gives_the_same(linear, dtype):
+def test_the_reference_gives_the_same(linear, name):
+    storage = format_of(name).storage
     for x in (row(math.nan), row(math.inf), row(-math.inf), row(MAX), row(1e-42, others=0.0), row(2.0)):
-        ours, theirs = linear(x, WEIGHT, SCALE, BIAS), reference.linear(x, WEIGHT.to(dtype), SCALE, BIAS)
+        ours = linear(x, WEIGHT, SCALE, BIAS)
+        theirs = reference.linear(x, WEIGHT.to(storage), SCALE, BIAS, format=name)
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())

@@ -249,7 +249,8 @@ def test_the_library_swaps_rows_and_columns(shape):
 )
 def test_what_the_library_does_not_swap_torch_does(change):
     x = change(torch.randn(2, 20, 30))
-    assert library._library.transpose(True, x) is None
+    if library.available():
+        assert library._library.transpose(True, x) is None
     if x.dim() == 3:
         assert torch.equal(ops.transpose(x), x.transpose(1, 2))
         assert ops.transpose(x).is_contiguous()

@@ -1,1 +1,1 @@
-"""The way over from torch.ao.quantization: its names, its models' state, its files."""
+"""The way over for users of torch.ao: its names, what its models hold, and their conversion."""

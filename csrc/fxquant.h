@@ -1,7 +1,7 @@
 /* The kernel library's operators, and what is passed to them. Pointers are raw, tensors are dense and row-major, no
  * call keeps anything.
  *
- * Words: M rows of activations, K columns (the depth of a product), N outputs. A product is
+ * Words: M tokens (rows of activations), K columns (the depth of a product), N outputs. A product is
  *   y[m][n] = float(sum_k (q[m][k] - zero_point[m]) * weight[n][k]) * (row_scale[m] * scale[n])
  * with every float operation single and in this order: fxquant/ops/ has the specification, to the bit. So
  * this code is compiled with -ffp-contract=off and uses no fused multiply-add, but for products of floats: see
@@ -27,7 +27,7 @@ enum fxq_format {
     FXQ_FORMATS
 };
 
-/* What activations become for a weight's products: uint8 with a zero point a row; -32767 … 32767 without one, as
+/* What activations become for a weight's products: uint8 with a zero point a token; -32767 … 32767 without one, as
  * int16-inl.h says; or themselves. */
 enum fxq_activation { FXQ_TO_UINT8, FXQ_TO_INT16, FXQ_TO_FLOAT };
 
@@ -71,7 +71,7 @@ struct fxq_linear {
     struct fxq_weight weight;
     const float *bias; /* (outputs,) or NULL */
     float *out;
-    bool relu, per_row; /* per_row: a scale a row of x, not one for all */
+    bool relu, per_token; /* per_token: a scale a token, not one for all of x */
     int qmax;
 };
 int fxq_linear(const struct fxq_linear *call, int threads);
@@ -134,7 +134,7 @@ struct fxq_recurrent {
     const float *h0;                           /* (cells, batch, outputs) */
     float *h, *c;                              /* h: written; an LSTM's c: (cells, batch, hidden), advanced in place */
     float *out;                                /* (rows, directions * outputs) */
-    bool per_row;
+    bool per_token;
     int qmax;
 };
 int fxq_recurrent(const struct fxq_recurrent *call, int threads);

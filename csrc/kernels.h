@@ -7,7 +7,7 @@
 #define FXQ_DEPTH 64                 /* activations are padded with zeros to whole steps of 64 columns */
 #define FXQ_PACKED_BYTES (256 << 10) /* of a weight that a thread packs at a time: see packed-inl.h */
 
-/* How the values of one row of activations were quantized. */
+/* How the values of one token were quantized. */
 struct fxq_row {
     float scale, inverse;
     int32_t zero_point;
@@ -20,7 +20,7 @@ struct fxq_range {
     bool is_nan;
 };
 
-/* How activations lie, by the weight's format and the number of rows. Those for grouped weights: see groups.c. */
+/* How activations lie, by the weight's format and the number of tokens. Those for grouped weights: see groups.c. */
 enum fxq_form {
     FXQ_BYTES,          /* as the instruction set's matmul wants them */
     FXQ_LOW_HIGH,       /* as int16-inl.h says */
@@ -34,7 +34,7 @@ enum fxq_form {
 struct fxq_activations {
     int64_t rows, columns, depth; /* depth: columns rounded up to FXQ_DEPTH */
     int qmax;
-    bool per_row;      /* false: row[] was filled from one range for all rows */
+    bool per_token;    /* false: row[] was filled from one range for all tokens */
     bool is_row_major; /* bytes packed row by row, `depth` each: for packed weights */
     enum fxq_form form;
     struct fxq_row *row;

@@ -106,7 +106,7 @@ def each_warning_once() -> Iterator[None]:
         _SAID.reset(token)
 
 
-def warn(message: str, past: tuple[str, ...] = ("fxquant",)) -> None:
+def warn(message: str, past: tuple[str, ...] = ("fxquant",), category: type[Warning] = UserWarning) -> None:
     """Warn at the user's line: the first that is not fxquant's. past: the packages whose lines are not the user's."""
     said = _SAID.get()
     if said is not None:
@@ -117,7 +117,7 @@ def warn(message: str, past: tuple[str, ...] = ("fxquant",)) -> None:
     past = (*past, "contextlib")  # which stands between where each_warning_once decorates
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in past:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:

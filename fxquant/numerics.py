@@ -31,7 +31,7 @@ class QuantizedTensor:
 
     values: (N, ..., format.stored_columns(columns)), what format.pack gives. scale: (N,), one an index of dimension 0,
     or (N, groups of columns); None for floats. zero_point: (N,) float32, or None where it is 0.
-    columns: the length of the last dimension. group_size: how many columns share a scale; 0: all of a row.
+    columns: the length of the last dimension. group_size: how many columns share a scale; 0: all of an output channel.
     """
 
     format: Format
@@ -51,18 +51,20 @@ class QuantizedTensor:
         return iter(self.tensors)
 
 
-def quantize_rows(x: torch.Tensor, qmax: int, per_row: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_tokens(
+    x: torch.Tensor, qmax: int, per_token: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (q, scale, zero_point) of an activation, measured from its values. docs/numerics.md, "Activations".
 
     x: (M, K) float32 -> q: (M, K) float32 holding whole numbers in [0, qmax]; scale and zero_point: (M, 1) float32
-    (one for each row, or the same one in every row when per_row is False).
-    A NaN makes the scale of its row NaN; an infinity counts as the largest float32; a row whose scale would be below
-    the least normal float32 is all zeros with scale 1.
+    (one for each token, or the same one for every token when per_token is False).
+    A NaN makes the scale of its token NaN; an infinity counts as the largest float32; a token whose scale would be
+    below the least normal float32 is all zeros with scale 1.
     """
     if x.shape[0] == 0 or x.shape[1] == 0:
         return x, x.new_ones(x.shape[0], 1), x.new_zeros(x.shape[0], 1)
     low, high = torch.aminmax(x, dim=1, keepdim=True)
-    if not per_row:
+    if not per_token:
         low = low.amin(dim=0, keepdim=True).expand(x.shape[0], 1)
         high = high.amax(dim=0, keepdim=True).expand(x.shape[0], 1)
     low = low.clamp(-FLOAT32_MAX, 0.0)  # real 0 must be exact: padding and ReLU produce it
@@ -75,17 +77,17 @@ def quantize_rows(x: torch.Tensor, qmax: int, per_row: bool = True) -> tuple[tor
     return q.nan_to_num_(nan=0.0), scale, zero_point.nan_to_num(nan=0.0)
 
 
-def quantize_rows_int16(x: torch.Tensor, per_row: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_tokens_int16(x: torch.Tensor, per_token: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (q, scale) of an activation as int16, measured from its values. docs/numerics.md, "int16 scale".
 
     x: (M, K) float32 -> q: (M, K) float32 holding whole numbers in [-32767, 32767]; scale: (M, 1) float32. NaN,
-    infinities, rows too small and per_row as in `quantize_rows`; there is no zero point.
+    infinities, tokens too small and per_token as in `quantize_tokens`; there is no zero point.
     """
     if x.shape[0] == 0 or x.shape[1] == 0:
         return x, x.new_ones(x.shape[0], 1)
     low, high = torch.aminmax(x, dim=1, keepdim=True)
     largest = torch.maximum(-low, high)
-    if not per_row:
+    if not per_token:
         largest = largest.amax(dim=0, keepdim=True).expand(x.shape[0], 1)
     scale = largest.clamp(max=FLOAT32_MAX) / INT16_MAX
     scale = torch.where(scale < FLOAT32_TINY, 1.0, scale)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxquant.errors import QConfigError
+from fxquant.errors import QConfigError, warn
 from fxquant.formats import INT16_MAX, Activation
 from fxquant.numerics import QuantizedTensor, to_floats
 from fxquant.observers import (
@@ -50,10 +50,10 @@ class QConfig:
         for name, spec in (("activation", self.activation), ("weight", self.weight)):
             if not isinstance(spec, TensorSpec) and not (name == "activation" and spec is None):
                 raise QConfigError(f"QConfig.{name} must be a TensorSpec, got {type(spec).__name__}")
-        if self.weight.dynamic or self.weight.axis == "row":
+        if self.weight.dynamic or self.weight.axis == "token":
             raise QConfigError(f"QConfig.weight is quantized once, per tensor or per channel; got '{self.weight}'")
         if self.activation is not None and self.activation.axis in ("channel", "group"):
-            raise QConfigError(f"QConfig.activation has one scale a row or one a tensor; got '{self.activation}'")
+            raise QConfigError(f"QConfig.activation has one scale a token or one a tensor; got '{self.activation}'")
         self.make_observer()
 
     @property
@@ -67,9 +67,15 @@ class QConfig:
         return self.activation is not None and self.activation.dtype == Activation.UINT8.value
 
     @property
+    def per_token(self) -> bool:
+        """Whether activations have one scale a token (else one a tensor)."""
+        return self.activation is None or self.activation.axis == "token"
+
+    @property
     def per_row(self) -> bool:
-        """Whether activations have one scale a row (else one a tensor)."""
-        return self.activation is None or self.activation.axis == "row"
+        """The old name of `per_token`."""
+        warn("QConfig.per_row is now .per_token", category=DeprecationWarning)
+        return self.per_token
 
     @property
     def qmax(self) -> int:
@@ -138,19 +144,19 @@ class QConfig:
         known = {kind.__name__: kind for kind in (*_DEFAULTS.values(), LeastErrorObserver)}
         activation = fields["activation"]
         return cls(
-            None if activation is None else TensorSpec(**activation),
-            TensorSpec(**fields["weight"]),
+            None if activation is None else TensorSpec.from_dict(activation),
+            TensorSpec.from_dict(fields["weight"]),
             known.get(fields["weight_observer"]),
             tuple((name, own and cls.from_dict(own)) for name, own in fields.get("parts", ())),
         )
 
 
-_ROWS = TensorSpec(dtype="uint8", qmin=0, qmax=255, axis="row", dynamic=True)
+_TOKENS = TensorSpec(dtype="uint8", qmin=0, qmax=255, axis="token", dynamic=True)
 _WHOLE = TensorSpec(dtype="uint8", qmin=0, qmax=255, axis="tensor", dynamic=True)
 _CHANNELS = TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="channel")
 
-default_dynamic_qconfig = QConfig(activation=_ROWS, weight=_CHANNELS)
-"""uint8 affine activations, one scale a row, 8 bits; int8 symmetric weights, one scale an output channel."""
+default_dynamic_qconfig = QConfig(activation=_TOKENS, weight=_CHANNELS)
+"""uint8 affine activations, one scale a token, 8 bits; int8 symmetric weights, one scale an output channel."""
 
 per_tensor_dynamic_qconfig = QConfig(
     activation=_WHOLE,
@@ -165,17 +171,18 @@ per_channel_dynamic_qconfig = QConfig(
 """torch.ao's per_channel_dynamic_qconfig: one activation scale a tensor, one weight scale an output channel."""
 
 int4_dynamic_qconfig = QConfig(
-    activation=_ROWS,
+    activation=_TOKENS,
     weight=TensorSpec(dtype="int4", qmin=-8, qmax=7, symmetric=True, axis="group", group_size=64),
 )
-"""uint8 affine activations, one scale a row; int4 weights, one scale 64 columns of a row, or `.with_group_size(32)`."""
+"""uint8 affine activations, one scale a token; int4 weights, one scale 64 columns of an output channel, or
+`.with_group_size(32)`."""
 
 int16_dynamic_qconfig = QConfig(
-    activation=TensorSpec(dtype="int16", qmin=-INT16_MAX, qmax=INT16_MAX, symmetric=True, axis="row", dynamic=True),
+    activation=TensorSpec(dtype="int16", qmin=-INT16_MAX, qmax=INT16_MAX, symmetric=True, axis="token", dynamic=True),
     weight=TensorSpec(dtype="int16", qmin=-INT16_MAX, qmax=INT16_MAX, symmetric=True, axis="channel"),
 )
-"""int16 symmetric activations, one scale a row; int16 symmetric weights, one scale an output channel: where int8 is too
-coarse. Half of float's memory, and as exact and as independent of other rows as int8."""
+"""int16 symmetric activations, one scale a token; int16 symmetric weights, one scale an output channel: where int8 is
+too coarse. Half of float's memory, and as exact and as independent of other tokens as int8."""
 
 float16_dynamic_qconfig = QConfig(activation=None, weight=TensorSpec(dtype="float16"))
 """float16 weights, computed in float32: half the memory, nearly no error."""

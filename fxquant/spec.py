@@ -7,10 +7,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from fxquant.errors import QConfigError
+from fxquant.errors import QConfigError, warn
 from fxquant.formats import FLOAT32, FORMATS, Format, format_of
 
-Axis = Literal["tensor", "channel", "row", "group"]
+Axis = Literal["tensor", "channel", "token", "group"]
+
+_OLD_AXIS = "row"  # what "token" was called
 
 _DTYPES = tuple(row.name for row in FORMATS if row is not FLOAT32)
 
@@ -22,9 +24,9 @@ class TensorSpec:
     dtype: the name of a format: "int8", "int16", "uint8", "uint4", "int4" (two values a byte) or "float16" (no
         integers: stored in half precision). "int16" is symmetric over all of its range, ±32767.
     symmetric: zero_point is 0, the range is that of the largest magnitude.
-    axis: where scales are shared: "tensor" (one), "channel" (one an index of dimension 0 of a weight), "row"
-        (one a last-dimension row of an activation: a token, a time step), "group" (one a `group_size` columns of each
-        row of a weight: the way of int4).
+    axis: where scales are shared: "tensor" (one), "channel" (one an index of dimension 0 of a weight: an output
+        channel, a row of a table), "token" (one a vector of an activation's last dimension: a token, a time step),
+        "group" (one a `group_size` columns of each output channel: the way of int4).
     dynamic: measured at each call (activations) instead of once (weights).
     scale_steps: how many steps the measured range is divided into; None means qmax - qmin for an affine spec and qmax
         for a symmetric one.
@@ -43,6 +45,9 @@ class TensorSpec:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.axis == _OLD_AXIS:
+            warn("TensorSpec axis 'row' is now 'token'", category=DeprecationWarning)
+            object.__setattr__(self, "axis", "token")
         if self.dtype not in _DTYPES:
             raise QConfigError(f"TensorSpec dtype {self.dtype!r} is not one of {', '.join(_DTYPES)}")
         low, high = self.format.limits or (0, 0)
@@ -104,6 +109,20 @@ class TensorSpec:
         size = f" of {self.group_size}" if self.group_size else ""
         return f"{self.dtype}{narrow} {kind} per {self.axis}{size}"
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> TensorSpec:
+        """Return the spec that `to_dict` described."""
+        return cls(**_renamed(fields))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what a pickle holds."""
+        vars(self).update(_renamed(state))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a stored spec, with the axis by the name that it has now."""
+    return {**fields, "axis": "token"} if fields["axis"] == _OLD_AXIS else fields

@@ -13,8 +13,8 @@ from fxquant.numerics import (
     QuantizedTensor,
     choose_qparams,
     dequantize,
-    quantize_rows,
-    quantize_rows_int16,
+    quantize_tokens,
+    quantize_tokens_int16,
     quantize_with,
     to_floats,
     weight_range,
@@ -31,7 +31,7 @@ UINT4 = TensorSpec(dtype="uint4", qmin=0, qmax=15, axis="channel")
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
 def test_rows_come_back_within_half_a_step(qmax, shift):
     x = torch.randn(40, 33) * torch.logspace(-20, 20, 40).unsqueeze(1) + shift
-    q, scale, zero_point = quantize_rows(x, qmax)
+    q, scale, zero_point = quantize_tokens(x, qmax)
     # Rounding the zero point can leave an end of the range outside by up to half a step: then the error is up to one.
     error = ((q.double() - zero_point) * scale.double() - x.double()).abs()
     is_clipped = (q == 0) | (q == qmax)
@@ -42,13 +42,13 @@ def test_rows_come_back_within_half_a_step(qmax, shift):
 @pytest.mark.parametrize("qmax", [255, 127])
 def test_row_scale_is_the_range_over_the_steps(qmax):
     x = torch.randn(20, 17)
-    _, scale, _ = quantize_rows(x, qmax)
+    _, scale, _ = quantize_tokens(x, qmax)
     for row, got in zip(x.double().tolist(), scale[:, 0].tolist(), strict=True):
         assert math.isclose(got, (max(*row, 0) - min(*row, 0)) / qmax, rel_tol=2 * ULP)
 
 
 def test_values_are_whole_numbers_in_range():
-    q, _, zero_point = quantize_rows(torch.randn(9, 50) * 100, 255)
+    q, _, zero_point = quantize_tokens(torch.randn(9, 50) * 100, 255)
     for numbers in (q, zero_point):
         assert torch.equal(numbers, numbers.round())
         assert numbers.min() >= 0
@@ -59,40 +59,40 @@ def test_values_are_whole_numbers_in_range():
 def test_zero_is_exact(shift):
     x = torch.randn(30, 8) + shift
     x[:, 3] = 0
-    q, _, zero_point = quantize_rows(x, 255)
+    q, _, zero_point = quantize_tokens(x, 255)
     assert torch.equal(q[:, 3:4], zero_point)
 
 
 def test_a_positive_row_has_zero_point_0_and_a_negative_row_the_greatest():
-    _, _, zero_point = quantize_rows(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]), 255)
+    _, _, zero_point = quantize_tokens(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]), 255)
     assert zero_point[:, 0].tolist() == [0, 255]
 
 
 def test_one_scale_for_all_rows_is_that_of_the_flattened_tensor():
     x = torch.randn(6, 5)
-    q, scale, zero_point = quantize_rows(x, 255, per_row=False)
-    q1, scale1, zero_point1 = quantize_rows(x.reshape(1, -1), 255)
+    q, scale, zero_point = quantize_tokens(x, 255, per_token=False)
+    q1, scale1, zero_point1 = quantize_tokens(x.reshape(1, -1), 255)
     assert torch.equal(q.reshape(1, -1), q1)
     assert torch.equal(scale, scale1.expand(6, 1))
     assert torch.equal(zero_point, zero_point1.expand(6, 1))
 
 
 def test_a_row_of_zeros_has_scale_1():
-    q, scale, zero_point = quantize_rows(torch.zeros(1, 4), 255)
+    q, scale, zero_point = quantize_tokens(torch.zeros(1, 4), 255)
     assert (q.tolist(), scale.item(), zero_point.item()) == ([[0, 0, 0, 0]], 1.0, 0.0)
 
 
 def test_a_row_too_small_for_a_normal_scale_is_zeros():
-    q, scale, zero_point = quantize_rows(torch.tensor([[1e-40, -1e-40]]), 255)
+    q, scale, zero_point = quantize_tokens(torch.tensor([[1e-40, -1e-40]]), 255)
     assert torch.equal((q - zero_point) * scale, torch.zeros(1, 2))
     assert scale.item() == 1.0
 
 
 def test_nan_marks_the_scale_of_its_row_alone():
     x = torch.randn(3, 4)
-    clean = quantize_rows(x, 255)
+    clean = quantize_tokens(x, 255)
     x[1, 2] = math.nan
-    q, scale, zero_point = quantize_rows(x, 255)
+    q, scale, zero_point = quantize_tokens(x, 255)
     assert scale[:, 0].isnan().tolist() == [False, True, False]
     assert not q.isnan().any()
     assert not zero_point.isnan().any()
@@ -101,21 +101,21 @@ def test_nan_marks_the_scale_of_its_row_alone():
 
 @pytest.mark.parametrize(("value", "level"), [(math.inf, 255), (-math.inf, 0)])
 def test_infinity_saturates(value, level):
-    q, scale, zero_point = quantize_rows(torch.tensor([[1.0, value, -1.0]]), 255)
+    q, scale, zero_point = quantize_tokens(torch.tensor([[1.0, value, -1.0]]), 255)
     assert q[0, 1] == level
     assert q[0, 0] == q[0, 2] == zero_point  # nothing else is visible beside the largest float
     assert math.isclose(scale.item(), FLOAT32_MAX / 255, rel_tol=2 * ULP)
 
 
 def test_the_widest_range_does_not_overflow():
-    _, scale, zero_point = quantize_rows(torch.tensor([[FLOAT32_MAX, -FLOAT32_MAX]]), 255)
+    _, scale, zero_point = quantize_tokens(torch.tensor([[FLOAT32_MAX, -FLOAT32_MAX]]), 255)
     assert math.isclose(scale.item(), 2 * FLOAT32_MAX / 255, rel_tol=2 * ULP)
     assert zero_point.item() == 128  # 127.5, to even
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 def test_empty_activations(shape):
-    q, scale, zero_point = quantize_rows(torch.empty(shape), 255)
+    q, scale, zero_point = quantize_tokens(torch.empty(shape), 255)
     assert q.shape == shape
     assert scale.shape == zero_point.shape == (shape[0], 1)
 
@@ -245,7 +245,7 @@ def test_a_group_of_zeros_has_scale_1():
 
 def test_int16_rows_come_back_within_half_a_step():
     x = torch.randn(40, 33) * torch.logspace(-20, 20, 40).unsqueeze(1)
-    q, scale = quantize_rows_int16(x)
+    q, scale = quantize_tokens_int16(x)
     assert torch.equal(q, q.round())
     assert q.abs().amax(1).tolist() == [32767.0] * 40
     for row, got in zip(x.double(), scale[:, 0].tolist(), strict=True):
@@ -254,19 +254,19 @@ def test_int16_rows_come_back_within_half_a_step():
     assert bool((error <= scale.double() * (0.5 + 32767 * 1.5 * ULP)).all())
 
 
-@pytest.mark.parametrize("per_row", [True, False])
-def test_an_int16_scale_is_a_rows_or_that_of_all(per_row):
+@pytest.mark.parametrize("per_token", [True, False])
+def test_an_int16_scale_is_a_rows_or_that_of_all(per_token):
     x = torch.tensor([[1.0, -2.0], [0.5, 32.767]])
-    q, scale = quantize_rows_int16(x, per_row)
-    assert torch.allclose(scale, torch.tensor([[2 / 32767 if per_row else 0.001], [0.001]]), rtol=ULP, atol=0)
+    q, scale = quantize_tokens_int16(x, per_token)
+    assert torch.allclose(scale, torch.tensor([[2 / 32767 if per_token else 0.001], [0.001]]), rtol=ULP, atol=0)
     assert q[1].tolist() == [500.0, 32767.0]
-    assert q[0].tolist() == ([16384.0, -32767.0] if per_row else [1000.0, -2000.0])  # 16383.5 to the even one
+    assert q[0].tolist() == ([16384.0, -32767.0] if per_token else [1000.0, -2000.0])  # 16383.5 to the even one
 
 
 def test_an_int16_row_of_special_values():
     largest = torch.finfo(torch.float32).max
     x = torch.tensor([[math.nan, 1.0], [math.inf, -1.0], [-math.inf, largest], [1e-40, -1e-36], [0.0, 0.0]])
-    q, scale = quantize_rows_int16(x)
+    q, scale = quantize_tokens_int16(x)
     assert q[1:].tolist() == [[32767.0, 0.0], [-32767.0, 32767.0], [0.0, 0.0], [0.0, 0.0]]
     assert scale[0].isnan()
     assert torch.allclose(scale[1:3], torch.tensor([[largest / 32767]] * 2), rtol=ULP, atol=0)
@@ -275,5 +275,5 @@ def test_an_int16_row_of_special_values():
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 def test_int16_rows_of_nothing(shape):
-    q, scale = quantize_rows_int16(torch.zeros(shape))
+    q, scale = quantize_tokens_int16(torch.zeros(shape))
     assert (q.shape, scale.tolist()) == (shape, [[1.0]] * shape[0])

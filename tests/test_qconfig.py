@@ -40,7 +40,7 @@ ACTIVATION = default_dynamic_qconfig.activation
         ({"activation": None, "weight": ACTIVATION}, "weight is quantized once"),
         (
             {"activation": TensorSpec(dtype="uint8", qmax=255, axis="channel", dynamic=True), "weight": WEIGHT},
-            "activation has one scale a row or one a tensor",
+            "activation has one scale a token or one a tensor",
         ),
         (
             {"activation": ACTIVATION, "weight": WEIGHT, "weight_observer": MinMaxObserver},
@@ -76,9 +76,20 @@ def test_reduce_range_needs_integer_activations():
         float16_dynamic_qconfig.with_reduce_range()
 
 
-@pytest.mark.parametrize(("qconfig", "per_row"), [(default_dynamic_qconfig, True), (per_tensor_dynamic_qconfig, False)])
-def test_per_row(qconfig, per_row):
-    assert qconfig.per_row is per_row
+@pytest.mark.parametrize(
+    ("qconfig", "per_token"), [(default_dynamic_qconfig, True), (per_tensor_dynamic_qconfig, False)]
+)
+def test_per_token(qconfig, per_token):
+    assert qconfig.per_token is per_token
+    with pytest.warns(DeprecationWarning, match=r"QConfig\.per_row is now \.per_token"):
+        assert qconfig.per_row is per_token
+
+
+def test_a_stored_qconfig_may_say_row():
+    stored = default_dynamic_qconfig.to_dict()
+    assert stored["activation"]["axis"] == "token"
+    stored["activation"]["axis"] = "row"
+    assert QConfig.from_dict(stored) == default_dynamic_qconfig  # a warning would be an error
 
 
 def test_default_weights_are_symmetric_int8_one_scale_a_channel():
@@ -217,7 +228,9 @@ def test_a_group_size_is_for_int4_alone():
 
 
 def test_activations_have_no_groups():
-    with pytest.raises(QConfigError, match="has one scale a row or one a tensor; got 'int4 symmetric per group of 64'"):
+    with pytest.raises(
+        QConfigError, match="has one scale a token or one a tensor; got 'int4 symmetric per group of 64'"
+    ):
         QConfig(activation=int4_dynamic_qconfig.weight, weight=int4_dynamic_qconfig.weight)
 
 

@@ -1,5 +1,6 @@
 """TensorSpec: what it refuses and what it says."""
 
+import copy
 import dataclasses
 import json
 import pickle
@@ -89,15 +90,29 @@ def test_bits_and_storage(dtype, qmax, bits, storage):
     ("spec", "text"),
     [
         (TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="channel"), "int8 symmetric per channel"),
-        (TensorSpec(dtype="uint8", qmax=255, axis="row", dynamic=True), "uint8 affine per row"),
+        (TensorSpec(dtype="uint8", qmax=255, axis="token", dynamic=True), "uint8 affine per token"),
         (TensorSpec(dtype="uint8", qmax=127), "uint8 0–127 affine per tensor"),
         (TensorSpec(dtype="float16"), "float16"),
         (fxquant.int4_dynamic_qconfig.weight, "int4 symmetric per group of 64"),
-        (fxquant.int16_dynamic_qconfig.activation, "int16 symmetric per row"),
+        (fxquant.int16_dynamic_qconfig.activation, "int16 symmetric per token"),
     ],
 )
 def test_str_says_the_scheme(spec, text):
     assert str(spec) == text
+
+
+def test_the_old_name_of_an_axis_warns():
+    with pytest.warns(DeprecationWarning, match="axis 'row' is now 'token'") as caught:
+        spec = TensorSpec(dtype="uint8", qmax=255, axis="row", dynamic=True)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert spec == TensorSpec(dtype="uint8", qmax=255, axis="token", dynamic=True)
+
+
+def test_an_old_pickle_has_the_new_axis():
+    spec = TensorSpec(dtype="uint8", qmax=255, axis="token", dynamic=True)
+    old = copy.copy(spec)
+    vars(old)["axis"] = "row"
+    assert pickle.loads(pickle.dumps(old)) == spec  # a warning would be an error
 
 
 def test_to_dict_goes_through_json():

@@ -1,4 +1,4 @@
-/* The quantization of activation rows (fxquant.numerics.quantize_rows, to the bit), and who multiplies them: the table
+/* The quantization of tokens (fxquant.numerics.quantize_tokens, to the bit), and who multiplies them: the table
  * of formats and two switches over forms. */
 #include <float.h>
 #include <math.h>
@@ -60,7 +60,7 @@ void fxq_set_row(struct fxq_row *row, const struct fxq_range *range, int qmax) {
     *row = (struct fxq_row){scale, inverse, zero_point, (int32_t)pair};
 }
 
-/* fxquant.numerics.quantize_rows_int16, to the bit. */
+/* fxquant.numerics.quantize_tokens_int16, to the bit. */
 void fxq_set_int16_row(struct fxq_row *row, const struct fxq_range *range) {
     const float largest = -range->low > range->high ? -range->low : range->high;
     float scale = (largest > FLT_MAX ? FLT_MAX : largest) / 32767.0f;

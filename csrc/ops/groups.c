@@ -51,14 +51,14 @@ static struct fxq_activations activations_of(const struct fxq_activations *x, in
     part.form = FXQ_BYTES;
     part.columns = width_of(x->columns, x->group, index);
     part.depth = fxq_depth(part.columns);
-    part.per_row = false;                                 /* the scales of whole rows are there */
+    part.per_token = false;                               /* the scales of whole tokens are there */
     part.is_row_major = fxq_active->packs_weight != NULL; /* many small sums leave without being transposed */
     part.packed = (char *)x->packed + index * x->group_bytes;
     return part;
 }
 
 void fxq_quantize_groups(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
-    for (int i = 0; x->per_row && i < count; i++) {
+    for (int i = 0; x->per_token && i < count; i++) {
         struct fxq_range range = {0.0f, 0.0f, false}; /* real 0 must be exact */
         fxq_active->measure(rows[i], x->columns, &range);
         fxq_set_row(&x->row[first + i], &range, x->qmax);

@@ -6,7 +6,7 @@ struct job {
     const struct fxq_linear *call;
     struct fxq_activations x;
     struct fxq_matmul matmul;
-    struct fxq_range *ranges; /* one a piece, for one scale over all rows; NULL: a scale a row */
+    struct fxq_range *ranges; /* one a piece, for one scale over all of x; NULL: a scale a token */
     int64_t row_pieces, output_pieces;
     char *scratch;
     int64_t scratch_bytes; /* a thread */
@@ -76,13 +76,13 @@ int fxq_linear(const struct fxq_linear *call, int threads) {
     if (memory == NULL) return FXQ_NO_MEMORY;
     job.x = (struct fxq_activations){.rows = call->rows,
                                      .qmax = call->qmax,
-                                     .per_row = call->per_row,
+                                     .per_token = call->per_token,
                                      .row = (struct fxq_row *)(memory + packed),
                                      .packed = memory};
     fxq_begin_activations(&job.x, weight);
     if (job.x.form == FXQ_BYTES && fxq_active->packs_weight)
         job.x.is_row_major = fxq_active->packs_weight(call->rows, columns, outputs);
-    if (!call->per_row && job.x.form != FXQ_FLOATS) job.ranges = (struct fxq_range *)(memory + packed + rows);
+    if (!call->per_token && job.x.form != FXQ_FLOATS) job.ranges = (struct fxq_range *)(memory + packed + rows);
     job.scratch = memory + packed + rows + ranges;
     job.matmul = (struct fxq_matmul){.x = &job.x, .weight = weight, .bias = call->bias, .relu = call->relu};
     fxq_run(run, &job, hands, work);

@@ -43,7 +43,7 @@ static void measure_weights(struct stack *s) {
 
 static struct fxq_activations take_activations(struct supply *memory, const struct stack *s, int64_t rows,
                                                int64_t bytes) {
-    struct fxq_activations x = {.qmax = s->call->qmax, .per_row = s->call->per_row, .packed = take(memory, bytes)};
+    struct fxq_activations x = {.qmax = s->call->qmax, .per_token = s->call->per_token, .packed = take(memory, bytes)};
     x.row = take(memory, rows * (int64_t)sizeof *x.row);
     return x;
 }

@@ -67,7 +67,7 @@ struct cell {
     int64_t shares; /* of the hidden units and of whatever else is shared out */
     struct chunk chunk;
     struct step step;
-    struct fxq_range range;     /* of all input rows, where they have one scale */
+    struct fxq_range range;     /* of all input tokens, where they have one scale */
     struct fxq_activations x;   /* the chunk's rows */
     struct fxq_activations h;   /* the last step's outputs */
     struct fxq_activations raw; /* hidden before the projection */

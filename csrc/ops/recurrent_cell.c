@@ -25,7 +25,7 @@ static void quantize_state(struct fxq_activations *x, int64_t rows, const struct
                            const struct previous *from) {
     x->rows = rows;
     fxq_begin_activations(x, by);
-    if (!x->per_row) {
+    if (!x->per_token) {
         struct fxq_range range = {0.0f, 0.0f, false};
         for (int64_t m = 0; m < rows; m++) fxq_active->measure(previous_row(from, m), x->columns, &range);
         fxq_set_rows(x, 0, rows, &range);
@@ -47,7 +47,7 @@ static void quantize_input(void *arg, int thread, int64_t first, int64_t last) {
                                   .sizes = {chunk->rows},
                                   .strides = {cell->inputs}};
     (void)thread;
-    if (!cell->x.per_row) fxq_set_rows(&cell->x, begin, end, &cell->range);
+    if (!cell->x.per_token) fxq_set_rows(&cell->x, begin, end, &cell->range);
     fxq_quantize_rows(&cell->x, &rows, begin, end);
 }
 
@@ -247,7 +247,7 @@ static void measure_shares(void *arg, int thread, int64_t first, int64_t last) {
 void fxq_run_cell(struct cell *cell) {
     const struct stack *s = cell->stack;
     const int64_t steps = s->call->steps;
-    if (!s->x.per_row) {
+    if (!s->x.per_token) {
         fxq_round(cell->team, cell->shares, measure_shares, cell);
         cell->range = fxq_join_ranges(s->ranges, cell->shares);
     }

@@ -20,7 +20,7 @@ static bool read_rows(PyObject *object, struct tensor *x, struct fxq_linear *cal
     return x->strides[last] == 1 || x->shape[last] <= 1 || x->count == 0;
 }
 
-/* linear(asks, x, weight, scale, bias, relu, per_row, qmax, format, group_size, in_features) */
+/* linear(asks, x, weight, scale, bias, relu, per_token, qmax, format, group_size, in_features) */
 PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     struct tensor x, out;
@@ -38,7 +38,7 @@ PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     }
     x.shape[x.dimensions - 1] = weight->outputs;
     call.relu = INTEGER(args[5]) != 0;
-    call.per_row = INTEGER(args[6]) != 0;
+    call.per_token = INTEGER(args[6]) != 0;
     const int threads = thread_count();
     PyObject *made = PyErr_Occurred() ? NULL : new_tensor(x.shape, x.dimensions, &out);
     if (made == NULL) return NULL;

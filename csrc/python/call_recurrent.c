@@ -129,7 +129,7 @@ static PyObject *new_outputs(struct fxq_recurrent *call, PyObject *x, const stru
 }
 
 /* args: asks, x, batch_sizes, h0; parts: weights, scales, biases, hidden_biases, formats (None: all int8); options:
- * bidirectional, per_row, qmax */
+ * bidirectional, per_token, qmax */
 static PyObject *recurrent(struct fxq_recurrent call, int gates, PyObject *const *args, PyObject *c0,
                            PyObject *const *parts, PyObject *const *options) {
     struct tensor h, c;
@@ -143,7 +143,7 @@ static PyObject *recurrent(struct fxq_recurrent call, int gates, PyObject *const
         !read_qmax(options[2], &call.qmax)) {
         return nothing();
     }
-    call.per_row = INTEGER(options[1]) != 0;
+    call.per_token = INTEGER(options[1]) != 0;
     const int threads = thread_count();
     if (PyErr_Occurred()) return NULL;
     struct fxq_recurrent_weights *weights = calloc((size_t)cells, sizeof *weights);
@@ -161,7 +161,8 @@ static PyObject *recurrent(struct fxq_recurrent call, int gates, PyObject *const
     return outputs;
 }
 
-/* lstm(asks, x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax, formats) -> (output, h, c)
+/* lstm(asks, x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_token, qmax, formats) ->
+ * (output, h, c)
  */
 PyObject *lstm(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
@@ -174,8 +175,8 @@ PyObject *lstm(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     return outputs;
 }
 
-/* rnn(asks, x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax, formats) ->
- * (output, h) */
+/* rnn(asks, x, batch_sizes, h0, weights, scales, biases, hidden_biases, mode, bidirectional, per_token, qmax, formats)
+ * -> (output, h) */
 PyObject *rnn(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     static const char *const modes[] = {"gru", "rnn_tanh", "rnn_relu"}; /* in the order of enum fxq_mode */

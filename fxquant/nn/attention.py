@@ -36,7 +36,7 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
     (1, 1, E) or None; the weights that it does not have are None, as in torch;
     out_proj: a DynamicQuantizedLinear. Dropout is for training only and has no part here.
 
-    Each row of query, key and value is quantized by itself, and so is each row that out_proj takes. What lies between,
+    Each token of query, key and value is quantized by itself, and so is each that out_proj takes. What lies between,
     softmax(Q Kᵀ) V, is float, in a fixed order of sums. docs/numerics.md, "attention".
     """
 
@@ -166,7 +166,7 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
                 weight, scale = weight[part], None if scale is None else scale[part]
             bias = None if bias is None else bias[part]
         columns = self.embed_dim if self._qkv_same_embed_dim else (self.embed_dim, self.kdim, self.vdim)[first]
-        how = (self.qconfig.per_row, self.qconfig.qmax, *self.qconfig.layout(columns))
+        how = (self.qconfig.per_token, self.qconfig.qmax, *self.qconfig.layout(columns))
         return ops.linear(x, weight, scale, bias, False, *how)
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ _SHOWN = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
 
 class DynamicQuantizedConv(QuantizedProduct):
-    """A Conv1d or Conv2d without groups, with int8 weights: a Linear of windows, each of them a row with its own scale.
+    """A Conv1d or Conv2d without groups, with int8 weights: a Linear of windows, each a token with its own scale.
 
     weight_int8: (O, k · I), of a Conv2d (O, kw · kh · I): the window from left to right, a column from top to bottom,
     a position's channels; weight_scale: (O,) float32; weight: the float one; bias: (O,) or None. input: (B, I, L), of a

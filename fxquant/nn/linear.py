@@ -14,7 +14,7 @@ from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 
 class QuantizedProduct(QuantizedModule):
-    """What a quantized Linear and a convolution of windows share: x @ weight.T + bias, x quantized row by row.
+    """What a quantized Linear and a convolution of windows share: x @ weight.T + bias, x quantized token by token.
 
     weight_int8, or with another format's name: (O, stored columns); weight_scale: (O,) float32, or in groups of G
     columns (O, ceil(I / G)) bfloat16; bias: (O,) or None. input: (..., I) float -> (..., O) in its dtype. weight: the
@@ -42,7 +42,7 @@ class QuantizedProduct(QuantizedModule):
             like = torch.empty(self.out_features, self.in_features, device="meta")
         self._tensors = (self.set_weight("weight", weight, like, turned), "weight_scale", "bias")
         self.set_bias("bias", bias)
-        self._how = (qconfig.per_row, qconfig.qmax, *qconfig.layout(self.in_features))  # once, not at each call
+        self._how = (qconfig.per_token, qconfig.qmax, *qconfig.layout(self.in_features))  # once, not at each call
 
     @classmethod
     def from_float(
@@ -62,7 +62,7 @@ class QuantizedProduct(QuantizedModule):
 
 
 class DynamicQuantizedLinear(QuantizedProduct, nn.Linear):  # type: ignore[misc]
-    """A Linear with weights of int8 or another format; its input is quantized at each call, row by row.
+    """A Linear with weights of int8 or another format; its input is quantized at each call, token by token.
 
     It is an nn.Linear to who asks for its type, and gradients pass through it to its input, so that adapters (LoRA)
     attach to it; its integers do not train. Its tensors: `QuantizedProduct`.

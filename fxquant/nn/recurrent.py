@@ -36,8 +36,8 @@ def _bias_name(cell: str) -> str:
 class DynamicQuantizedRecurrent(QuantizedModule):
     """What LSTM, GRU and RNN share: quantized weights, called as the nn module is; made by `from_float`.
 
-    Input rows and each step's hidden rows are quantized as they come, each with a scale of its own, so that a sequence
-    gives the same bits alone, in any batch, and step by step. The buffers are named as torch names the weights
+    Input tokens and each step's hidden states are quantized as they come, each with a scale of its own, so that a
+    sequence gives the same bits alone, in any batch, and step by step. The buffers are named as torch names the weights
     (weight_ih_l0_int8: (G·H, I), weight_ih_l0_scale: (G·H,) float32, …; weight_ih_l0: the float one); bias_l0 is the
     sum of the two float biases. Only that is known, so bias_ih_l0 reads as bias_l0, and bias_hh_l0 as zeros, but for a
     GRU's n gate, whose two biases are kept apart. Both are read-only.
@@ -75,7 +75,7 @@ class DynamicQuantizedRecurrent(QuantizedModule):
             self._weights.append(self.set_weight(name, quantized, weight))
             self._formats.append(quantized.format.name)
         ways = [own for own in map(qconfig.of, names) if own is not None]  # which agree: see graph/plan/rules.py
-        self._rows = all(own.per_row for own in ways), next((own.qmax for own in ways if own.has_qmax), 255)
+        self._rows = all(own.per_token for own in ways), next((own.qmax for own in ways if own.has_qmax), 255)
         for cell in self._cells if self.bias else ():
             self.join_biases(cell, getattr(module, f"bias_ih{cell}"), getattr(module, f"bias_hh{cell}"))
 

@@ -55,7 +55,7 @@ def convert_linear(call: Call, x: str = "input", bias: str = "bias") -> NewCall:
         "scale": call.operands[f"{weight}_scale"],
         "bias": call.operands.get(bias),
         "relu": call.function is linear_relu,
-        "per_row": call.qconfig.per_row,
+        "per_token": call.qconfig.per_token,
         "qmax": call.qconfig.qmax,
         "format": name,
         "group_size": group_size,

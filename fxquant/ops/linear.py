@@ -1,7 +1,7 @@
 """The operator linear: a product of activations, quantized as it runs, and a quantized weight.
 
 Its reference, in plain torch for any device, is the specification that every kernel is held to, bit for bit. A result
-depends on its own row alone, bit for bit, because only two kinds of arithmetic are used: integer sums, which are exact
+depends on its own token alone, to the bit, because only two kinds of arithmetic are used: integer sums, which are exact
 in any order, and single IEEE float32 operations on one element (+, -, *, /, round), which give the same bits at every
 position of a tensor. torch.sigmoid, torch.tanh and fused multiply-adds do not, so they are not used. Float16 weights
 are the exception: they go through torch's float matmul, and the kernels, which have an order of their own
@@ -19,9 +19,9 @@ import torch
 
 from fxquant.errors import DTypeError, ModelStateError, ShapeError
 from fxquant.formats import FLOAT32, FORMATS, Activation, format_of
-from fxquant.numerics import QuantizedTensor, dequantize, quantize_rows, quantize_rows_int16
+from fxquant.numerics import QuantizedTensor, dequantize, quantize_tokens, quantize_tokens_int16
 from fxquant.ops.library import bare, plain, vector
-from fxquant.ops.register import Gradient, Kernel, arguments_of, public
+from fxquant.ops.register import Gradient, Kernel, arguments_of, per_token_of, public
 from fxquant.ops.weights import check_format, check_matrix, check_qmax, prepare_scale
 
 _FORMATS = tuple(row for row in FORMATS if row.activation is not None and row is not FLOAT32)
@@ -36,21 +36,25 @@ def linear(
     scale: torch.Tensor | None,
     bias: torch.Tensor | None = None,
     relu: bool = False,
-    per_row: bool = True,
+    per_token: bool = True,
     qmax: int = 255,
     format: str = "int8",
     group_size: int = 0,
     in_features: int = 0,
+    *,
+    per_row: bool | None = None,
 ) -> torch.Tensor:
-    """Return x @ dequantize(weight).T + bias, with x quantized row by row. docs/numerics.md, "int8 output".
+    """Return x @ dequantize(weight).T + bias, with x quantized token by token. docs/numerics.md, "int8 output".
 
     x: (..., I) float; weight: (O, I), as the format of this name (`fxquant.formats`) stores it; scale: (O,) float32,
     None for floats; bias: (O,) or None -> (..., O) in x's dtype, or in that which F.linear gives under torch.autocast.
-    per_row False: one scale for all of x. qmax: 255, or 127 for 7-bit activations; of no meaning to int16 weights,
-    whose activations are int16 too. docs/numerics.md, "int16 output". group_size: how many columns share a scale, which
-    is (O, ceil(I / group_size)) bfloat16, with in_features I; 0: all of them. docs/numerics.md, "int4 output".
+    per_token False: one scale for all of x; per_row: its old name. qmax: 255, or 127 for 7-bit activations; of no
+    meaning to int16 weights, whose activations are int16 too. docs/numerics.md, "int16 output". group_size: how many
+    columns share a scale, which is (O, ceil(I / group_size)) bfloat16, with in_features I; 0: all of them.
+    docs/numerics.md, "int4 output".
     """
-    return _run((x, weight, scale, bias, relu, per_row, qmax, format, group_size, in_features))
+    per_token = per_token if per_row is None else per_token_of(per_row)
+    return _run((x, weight, scale, bias, relu, per_token, qmax, format, group_size, in_features))
 
 
 def _weight(a: Any) -> QuantizedTensor:
@@ -62,14 +66,14 @@ def _weight(a: Any) -> QuantizedTensor:
 def _reference(a: Any) -> torch.Tensor:
     weight = _weight(a)
     rows = a.x.reshape(math.prod(a.x.shape[:-1]), weight.columns).to(torch.float32)
-    y = multiply(rows, weight, None if a.bias is None else a.bias.to(torch.float32), a.per_row, a.qmax)
+    y = multiply(rows, weight, None if a.bias is None else a.bias.to(torch.float32), a.per_token, a.qmax)
     if a.relu:
         y.relu_()
     return y.to(a.x.dtype).reshape(*a.x.shape[:-1], a.weight.shape[0])
 
 
 def multiply(
-    rows: torch.Tensor, weight: QuantizedTensor, start: torch.Tensor | None, per_row: bool, qmax: int
+    rows: torch.Tensor, weight: QuantizedTensor, start: torch.Tensor | None, per_token: bool, qmax: int
 ) -> torch.Tensor:
     """Return start + rows @ dequantize(weight).T: where columns are grouped a product a group, added up in order.
 
@@ -81,10 +85,10 @@ def multiply(
     assert weight.scale is not None
     matmul: Callable[..., torch.Tensor]
     if weight.format.activation is Activation.INT16:
-        q, row_scale = quantize_rows_int16(rows, per_row)
+        q, row_scale = quantize_tokens_int16(rows, per_token)
         matmul = _wide_matmul
     else:
-        q, row_scale, zero_point = quantize_rows(rows, qmax, per_row)
+        q, row_scale, zero_point = quantize_tokens(rows, qmax, per_token)
         matmul = functools.partial(integer_matmul, zero_point=zero_point)
     values = weight.format.unpack(weight.values, weight.columns)
     scales = (weight.scale if weight.group_size else weight.scale.reshape(-1, 1)).to(torch.float32)
@@ -199,7 +203,7 @@ def _give(ctx: Any, grad: torch.Tensor, needs: dict[str, bool]) -> dict[str, tor
 
 _LINEAR = Kernel[torch.Tensor](
     name="linear",
-    schema="(Tensor x, Tensor weight, Tensor? scale, Tensor? bias=None, bool relu=False, bool per_row=True,"
+    schema="(Tensor x, Tensor weight, Tensor? scale, Tensor? bias=None, bool relu=False, bool per_token=True,"
     " int qmax=255, str format='int8', int group_size=0, int in_features=0) -> Tensor",
     arguments=arguments_of(linear),
     reference=_reference,

@@ -19,7 +19,7 @@ from fxquant.numerics import QuantizedTensor, dequantize, to_floats
 from fxquant.ops.elementwise import gru_cell, lstm_cell, tanh
 from fxquant.ops.library import floats, plain
 from fxquant.ops.linear import multiply
-from fxquant.ops.register import Kernel, arguments_of, public
+from fxquant.ops.register import Kernel, arguments_of, per_token_of, public
 from fxquant.ops.weights import check_format, check_matrix, check_qmax
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
@@ -40,9 +40,11 @@ def lstm(
     scales: Tensors,
     biases: Tensors,
     bidirectional: bool = False,
-    per_row: bool = True,
+    per_token: bool = True,
     qmax: int = 255,
     formats: Sequence[str] | None = None,
+    *,
+    per_row: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (output, h, c) of a stack of LSTM layers. docs/numerics.md, "LSTM".
 
@@ -52,7 +54,8 @@ def lstm(
     empty ones for float weights, or none at all; biases: L of (4H,), or none; formats: the weights' formats by their
     names (`fxquant.formats`), None: all int8 -> output (T, B, D·P) or (N, D·P), h (L, B, P), c (L, B, H), in x's dtype.
     """
-    return _run_lstm((x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_row, qmax, formats))
+    per_token = per_token if per_row is None else per_token_of(per_row)
+    return _run_lstm((x, batch_sizes, h0, c0, weights, scales, biases, bidirectional, per_token, qmax, formats))
 
 
 @public
@@ -66,9 +69,11 @@ def rnn(
     hidden_biases: Tensors,
     mode: str,
     bidirectional: bool = False,
-    per_row: bool = True,
+    per_token: bool = True,
     qmax: int = 255,
     formats: Sequence[str] | None = None,
+    *,
+    per_row: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (output, h) of a stack of GRU or plain RNN layers. docs/numerics.md, "GRU and RNN".
 
@@ -78,7 +83,8 @@ def rnn(
     b_hn (H,), else none -> output (T, B, D·H) or (N, D·H), h (L, B, H), in x's dtype.
     """
     parts = (weights, scales, biases, hidden_biases)
-    return _run_rnn((x, batch_sizes, h0, *parts, mode, bidirectional, per_row, qmax, formats))
+    per_token = per_token if per_row is None else per_token_of(per_row)
+    return _run_rnn((x, batch_sizes, h0, *parts, mode, bidirectional, per_token, qmax, formats))
 
 
 def _lstm_reference(a: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -147,7 +153,7 @@ def _multiplier(a: Any, i: int, columns: int) -> Multiply:
     weight = _matrix(a, i, columns)
     if weight.format.activation is Activation.FLOAT:  # widened once, not at each step
         weight = to_floats(dequantize(replace(weight, scale=None)), FLOAT32)
-    return lambda rows, start: multiply(rows, weight, start, a.per_row, a.qmax)
+    return lambda rows, start: multiply(rows, weight, start, a.per_token, a.qmax)
 
 
 def _check_lstm(a: Any) -> None:
@@ -268,7 +274,7 @@ def _finish(out: Tensors, a: Any) -> Any:
 _LSTM = Kernel[tuple[torch.Tensor, torch.Tensor, torch.Tensor]](
     name="lstm",
     schema="(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, Tensor[] scales, Tensor[] biases,"
-    " bool bidirectional=False, bool per_row=True, int qmax=255, str[]? formats=None) -> (Tensor, Tensor, Tensor)",
+    " bool bidirectional=False, bool per_token=True, int qmax=255, str[]? formats=None) -> (Tensor, Tensor, Tensor)",
     arguments=arguments_of(lstm),
     reference=_lstm_reference,
     check=_check_lstm,
@@ -281,7 +287,7 @@ _run_lstm = _LSTM.register()
 _RNN = Kernel[tuple[torch.Tensor, torch.Tensor]](
     name="rnn",
     schema="(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor[] weights, Tensor[] scales, Tensor[] biases,"
-    " Tensor[] hidden_biases, str mode, bool bidirectional=False, bool per_row=True, int qmax=255,"
+    " Tensor[] hidden_biases, str mode, bool bidirectional=False, bool per_token=True, int qmax=255,"
     " str[]? formats=None) -> (Tensor, Tensor)",
     arguments=arguments_of(rnn),
     reference=_rnn_reference,

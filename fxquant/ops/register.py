@@ -21,7 +21,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch.compiler import is_compiling
 
-from fxquant.errors import DTypeError, ModelStateError
+from fxquant.errors import DTypeError, ModelStateError, warn
 from fxquant.ops import library
 from fxquant.ops.autocast import cast_dtype
 
@@ -145,13 +145,17 @@ class Kernel(Generic[R]):
 
     def register(self) -> Callable[[tuple[Any, ...]], R]:
         """Register the operator with torch, and return what an eager call of it runs, with all its arguments."""
-        _LIBRARY.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"fxquant::{self.name}", self._run_fake, lib=_LIBRARY)
-        _LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-        OVERLOADS[self.name] = getattr(torch.ops.fxquant, self.name).default
+        overload = "per_token" if "per_token" in self.names else ""
+        if overload:
+            self._register_per_row()
+        name = f"{self.name}.{overload}".rstrip(".")
+        _LIBRARY.define(name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"fxquant::{name}", self._run_fake, lib=_LIBRARY)
+        _LIBRARY.impl(name, self.run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        OVERLOADS[self.name] = getattr(getattr(torch.ops.fxquant, self.name), overload or "default")
         KERNELS[self.name] = self
         if self.gradient is not None:
-            self._register_gradient(self.gradient)
+            self._register_gradient(f"fxquant::{name}", self.gradient)
         native, dispatch, is_cast = library.function(self.name), self.dispatch, self.is_cast
 
         def call(args: tuple[Any, ...]) -> R:
@@ -163,7 +167,14 @@ class Kernel(Generic[R]):
 
         return call
 
-    def _register_gradient(self, gradient: Gradient) -> None:
+    def _register_per_row(self) -> None:
+        """Register the overload in which per_token is per_row: for files of torch.export, which name arguments."""
+        schema = self.schema.replace("per_token", "per_row")
+        _LIBRARY.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        forward = functools.partial(_call_overload, self.name)
+        _LIBRARY.impl(self.name, forward, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+
+    def _register_gradient(self, name: str, gradient: Gradient) -> None:
         def keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
             gradient.keep(ctx, self.arguments(*inputs), output)
 
@@ -172,7 +183,7 @@ class Kernel(Generic[R]):
             gradients = gradient.give(ctx, grad, needs)
             return tuple(gradients.get(name) for name in self.names)
 
-        torch.library.register_autograd(f"fxquant::{self.name}", give, setup_context=keep, lib=_LIBRARY)
+        torch.library.register_autograd(name, give, setup_context=keep, lib=_LIBRARY)
 
 
 KERNELS: dict[str, Kernel[Any]] = {}
@@ -180,8 +191,8 @@ KERNELS: dict[str, Kernel[Any]] = {}
 
 
 def arguments_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the named tuple of a function's arguments."""
-    parameters = inspect.signature(function).parameters.values()
+    """Return the named tuple of a function's arguments, but for what is there for an old name."""
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     defaults = [parameter.default for parameter in parameters if parameter.default is not parameter.empty]
     return namedtuple(function.__name__, [parameter.name for parameter in parameters], defaults=defaults)
 
@@ -192,6 +203,12 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
+def per_token_of(per_row: bool) -> bool:
+    """Return what the old name of per_token was given, with a DeprecationWarning."""
+    warn("per_row of fxquant.ops is now per_token", category=DeprecationWarning)
+    return per_row
+
+
 def check_dense(x: Any, name: str) -> None:
     """Raise DTypeError for what is no tensor, nor stands for one, and for a sparse or nested tensor."""
     if not isinstance(x, torch.Tensor):
@@ -200,6 +217,10 @@ def check_dense(x: Any, name: str) -> None:
     elif x.is_nested or x.layout is not torch.strided:
         layout, cure = ("nested", "to_padded_tensor(0.0)") if x.is_nested else (str(x.layout), "to_dense()")
         raise DTypeError(f"a quantized {name} takes a dense tensor, got a {layout} one; call x.{cure} before it")
+
+
+def _call_overload(name: str, *args: Any) -> Any:
+    return OVERLOADS[name](*args)
 
 
 def _refuse_gradient(name: str, _: torch.Tensor) -> None:

@@ -51,8 +51,8 @@ def from_torch_ao(
     model: the float architecture, on any device; its weights are not read, and it is not changed. A state_dict needs
     it; without it, the result of convert_fx does not tell where the weight of an F.linear stood or what a BatchNorm was
     folded into, so that `fxquant.load` could not put a checkpoint of it into the float architecture.
-    qconfig: its activation half says how inputs become integers: by default one scale a row, 8 bits; torch.ao's own way
-    is per_tensor_dynamic_qconfig.with_reduce_range(). The weight half is what torch.ao chose.
+    qconfig: its activation half says how inputs become integers: by default one scale a token, 8 bits; torch.ao's own
+    way is per_tensor_dynamic_qconfig.with_reduce_range(). The weight half is what torch.ao chose.
 
     What comes back is an FxModule where torch.ao's was a graph or a graph is needed to place the weights of F.linear
     calls and folded BatchNorms, else a model of the user's own class, as quantize_dynamic gives. Linear, LinearReLU,

@@ -145,7 +145,7 @@ _GROUPS = {
         "per_channel_weight_observer_range_neg_127_to_127",
         "weight_observer_range_neg_127_to_127",
     ),
-    "TensorSpec(dtype=…, axis='tensor', 'channel' or 'row', symmetric=…, dynamic=…) says it": (
+    "TensorSpec(dtype=…, axis='tensor', 'channel' or 'token', symmetric=…, dynamic=…) says it": (
         "Granularity",
         "MappingType",
         "PerAxis",

@@ -277,7 +277,7 @@ def rnn_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[A
     mode = rng.choice(("gru", "gru", "rnn_tanh", "rnn_relu"))
     gates = 3 if mode == "gru" else 1
     _, _, lstm_args, is_rich = lstm_case(seed)
-    x, sizes, h0, _, weights, _, _, bidirectional, per_row, qmax = lstm_args
+    x, sizes, h0, _, weights, _, _, bidirectional, per_token, qmax = lstm_args
     cells, directions, hidden = h0.shape[0], 2 if bidirectional else 1, rng.choice((1, 3, 16, 20, 50, 64, 65, 100))
     weights, scales = [], []
     for cell in range(cells):
@@ -287,7 +287,7 @@ def rnn_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[A
     biases = [torch.randn(gates * hidden) for _ in range(cells)] if rng.random() < 0.7 else []
     hidden_biases = [torch.randn(hidden) for _ in range(cells)] if biases and mode == "gru" else []
     state = strided(torch.randn(cells, h0.shape[1], hidden) * rng.choice((0.0, 1.0)), rng)
-    args = (x, sizes, state, weights, scales, biases, hidden_biases, mode, bidirectional, per_row, qmax)
+    args = (x, sizes, state, weights, scales, biases, hidden_biases, mode, bidirectional, per_token, qmax)
     return native.rnn, reference.rnn, args, is_rich and mode != "rnn_relu"
 
 

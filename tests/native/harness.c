@@ -97,7 +97,7 @@ static void linear_case(int threads, bool is_large) {
         .bias = below(3) ? bias : NULL,
         .out = out,
         .relu = below(3) == 0,
-        .per_row = below(3) > 0,
+        .per_token = below(3) > 0,
         .qmax = below(3) ? 255 : 127};
     if (fxq_linear(&call, threads) != FXQ_OK) abort();
     mix(out, rows * outputs);
@@ -192,7 +192,7 @@ static void recurrent_case(int threads) {
                                        .h = h,
                                        .c = c,
                                        .out = out,
-                                       .per_row = below(3) > 0,
+                                       .per_token = below(3) > 0,
                                        .qmax = 255};
     if (fxq_recurrent(&call, threads) != FXQ_OK) abort();
     mix(out, steps * batch * directions * outputs);

@@ -75,9 +75,9 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("name", ROWS)
-def test_rows_may_lie_anywhere(isa, name, per_row):
+def test_rows_may_lie_anywhere(isa, name, per_token):
     x = ROWS[name]
     columns, groups = x.shape[-1], -(-x.shape[-1] // 32)
     int4 = int8(30, (columns + 1) // 2).view(torch.uint8), torch.randn(30, groups).bfloat16()
@@ -86,7 +86,7 @@ def test_rows_may_lie_anywhere(isa, name, per_row):
         (int16(30, columns), torch.rand(30), ("int16", 0, 0)),
         (*int4, ("int4", 32, columns)),
     ):
-        args = (weight, scale, torch.randn(30), False, per_row, 255, *how)
+        args = (weight, scale, torch.randn(30), False, per_token, 255, *how)
         expected = reference.linear(x.contiguous(), *args)
         for threads in (1, 2):
             with kernels(isa, threads):

@@ -222,7 +222,7 @@ def test_it_prints_what_it_is():
     module = DynamicQuantizedConv.from_float(nn.Conv2d(24, 12, (3, 5), padding="same"))
     assert str(module) == (
         "DynamicQuantizedConv(24, 12, kernel_size=(3, 5), stride=(1, 1), padding=(2, 2, 1, 1), dilation=(1, 1), "
-        "padding_mode=zeros, bias=True, int8 symmetric per channel, activation uint8 affine per row)"
+        "padding_mode=zeros, bias=True, int8 symmetric per channel, activation uint8 affine per token)"
     )
 
 

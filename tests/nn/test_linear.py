@@ -66,7 +66,7 @@ def test_per_tensor_lets_rows_share_a_scale():
 def test_repr_shows_sizes_and_scheme():
     module = DynamicQuantizedLinear.from_float(nn.Linear(6, 4, bias=False))
     assert repr(module) == (
-        "DynamicQuantizedLinear(6, 4, bias=False, int8 symmetric per channel, activation uint8 affine per row)"
+        "DynamicQuantizedLinear(6, 4, bias=False, int8 symmetric per channel, activation uint8 affine per token)"
     )
 
 
@@ -95,7 +95,7 @@ def test_int4_keeps_its_dtypes_and_repr():
     module = DynamicQuantizedLinear.from_float(nn.Linear(100, 4), int4_dynamic_qconfig).double()
     assert (module.weight_int4.dtype, module.weight_scale.dtype) == (torch.uint8, torch.bfloat16)
     assert repr(module) == (
-        "DynamicQuantizedLinear(100, 4, bias=True, int4 symmetric per group of 64, activation uint8 affine per row)"
+        "DynamicQuantizedLinear(100, 4, bias=True, int4 symmetric per group of 64, activation uint8 affine per token)"
     )
 
 
@@ -126,7 +126,7 @@ def test_int16_keeps_its_dtypes_and_repr():
     assert (module.weight_int16.dtype, module.weight_scale.dtype) == (torch.int16, torch.float32)
     assert module(torch.randn(2, 100).double()).dtype == torch.float64
     assert repr(module) == (
-        "DynamicQuantizedLinear(100, 4, bias=True, int16 symmetric per channel, activation int16 symmetric per row)"
+        "DynamicQuantizedLinear(100, 4, bias=True, int16 symmetric per channel, activation int16 symmetric per token)"
     )
 
 

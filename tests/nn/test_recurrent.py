@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from fxquant import DTypeError, ShapeError, float16_dynamic_qconfig, per_tensor_dynamic_qconfig
 from fxquant.nn import DynamicQuantizedLSTM
-from fxquant.numerics import quantize_rows
+from fxquant.numerics import quantize_tokens
 from tests.samples import leaves, same_bits
 
 # torch's own float LSTM warns that it takes its slower path.
@@ -108,7 +108,7 @@ def test_one_step_is_its_equation():
     x, hx = torch.randn(1, 4, 9), states(module, 4)
     pre = module.bias_ih_l0.double() + module.bias_hh_l0.double()
     for name, rows in (("ih", x[0]), ("hh", hx[0][0])):
-        q, scale, zero_point = quantize_rows(rows, 255)
+        q, scale, zero_point = quantize_tokens(rows, 255)
         weight, weight_scale = (
             getattr(quantized, f"weight_{name}_l0_int8"),
             getattr(quantized, f"weight_{name}_l0_scale"),
@@ -328,5 +328,5 @@ def test_repr_shows_sizes_and_options():
     module = DynamicQuantizedLSTM.from_float(make(num_layers=2, bidirectional=True, bias=False))
     assert repr(module) == (
         "DynamicQuantizedLSTM(9, 7, num_layers=2, bidirectional=True, bias=False, int8 symmetric per channel, "
-        "activation uint8 affine per row)"
+        "activation uint8 affine per token)"
     )

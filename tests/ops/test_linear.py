@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fxquant import ArgumentError, DTypeError, ShapeError, ops
 from fxquant.formats import INT4
-from fxquant.numerics import quantize_rows, quantize_rows_int16
+from fxquant.numerics import quantize_tokens, quantize_tokens_int16
 from fxquant.ops.linear import integer_matmul
 from fxquant.qconfig import int16_dynamic_qconfig
 from tests.ops import reference
@@ -56,17 +56,17 @@ def test_integer_matmul_of_nothing_is_zeros(shape):
     assert torch.equal(sums, torch.zeros(m, n, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("qmax", [255, 127])
 @pytest.mark.parametrize("relu", [True, False])
-def test_linear_is_its_equation(per_row, qmax, relu):
+def test_linear_is_its_equation(per_token, qmax, relu):
     x, weight = torch.randn(4, 30) * 3, random_int8(6, 30)
     scale, bias = torch.rand(6) / 50, torch.randn(6)
-    q, row_scale, zero_point = quantize_rows(x, qmax, per_row)
+    q, row_scale, zero_point = quantize_tokens(x, qmax, per_token)
     sums = torch.tensor(products(q, zero_point, weight), dtype=torch.float64)
     scaled = sums * row_scale.double() * scale.double()
     expected = (scaled + bias.double()).clamp(min=0 if relu else -math.inf)
-    got = reference.linear(x, weight, scale, bias, relu, per_row, qmax)
+    got = reference.linear(x, weight, scale, bias, relu, per_token, qmax)
     # float32: the sum, the scales' product, the two products, the addition round once each
     assert bool(((got.double() - expected).abs() <= 2.5 * ULP * (scaled.abs() + bias.abs())).all())
 
@@ -108,7 +108,7 @@ def test_int4_linear_is_its_equation(columns, relu):
     scale = (torch.randn(6, -(-columns // 32)) * 0.1).to(torch.bfloat16)
     packed = INT4.pack(weight)
     y = reference.linear(x, packed, scale, bias, relu, True, 255, "int4", 32, columns)
-    q, row_scale, zero_point = quantize_rows(x, 255)
+    q, row_scale, zero_point = quantize_tokens(x, 255)
     expected, size = bias.double().expand(4, 6), bias.double().abs().expand(4, 6)
     for g in range(scale.shape[1]):
         part = slice(32 * g, 32 * g + 32)
@@ -128,12 +128,12 @@ def test_int4_linear_without_columns_is_the_bias():
 
 
 @pytest.mark.parametrize("columns", [1, 64, 3000])
-@pytest.mark.parametrize("per_row", [True, False])
-def test_int16_linear_is_its_equation(columns, per_row):
+@pytest.mark.parametrize("per_token", [True, False])
+def test_int16_linear_is_its_equation(columns, per_token):
     x, bias, scale = torch.randn(4, columns) * 3, torch.randn(6), torch.rand(6)
     weight = torch.randint(-32768, 32768, (6, columns), dtype=torch.int16)
-    y = reference.linear(x, weight, scale, bias, True, per_row, 255, "int16")
-    q, row_scale = quantize_rows_int16(x, per_row)
+    y = reference.linear(x, weight, scale, bias, True, per_token, 255, "int16")
+    q, row_scale = quantize_tokens_int16(x, per_token)
     # Python's integers are exact; each float32 operation is that of numbers rounded before
     sums = [[sum(a * b for a, b in zip(map(int, row), w, strict=True)) for w in weight.tolist()] for row in q.tolist()]
     product = torch.tensor(sums).to(torch.float32) * (row_scale * scale)

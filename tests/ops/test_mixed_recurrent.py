@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fxquant import ArgumentError, DTypeError, ShapeError, formats, ops
-from fxquant.numerics import QuantizedTensor, dequantize, quantize_rows
+from fxquant.numerics import QuantizedTensor, dequantize, quantize_tokens
 from fxquant.ops import library
 from fxquant.ops.linear import multiply
 from fxquant.qconfig import default_dynamic_qconfig, int4_dynamic_qconfig
@@ -67,7 +67,7 @@ def test_int4_products_are_added_to_their_start_in_order(start):
     weight, scale = stored(9, 75, "int4")
     rows, q = torch.randn(4, 75), formats.INT4.unpack(weight, 75).long()
     begin = {None: None, "row": torch.randn(9), "matrix": torch.randn(4, 9)}[start]
-    a, s, z = quantize_rows(rows, 255)
+    a, s, z = quantize_tokens(rows, 255)
     expected = torch.full((4, 9), -0.0) if begin is None else begin.expand(4, 9)
     for group, columns in enumerate((slice(0, 32), slice(32, 64), slice(64, 75))):
         sums = (a.long() - z.long())[:, columns] @ q[:, columns].T
@@ -87,7 +87,7 @@ def test_a_step_is_the_float_cell_of_the_weights_values(mode, ih, hh):
     def rounded(rows, weight):  # activations as integers say them, where the weight's are integers too
         if weight.is_floating_point():
             return rows.double()
-        q, scale, zero = quantize_rows(rows, 255)
+        q, scale, zero = quantize_tokens(rows, 255)
         return (q - zero).double() * scale.double()
 
     from_x = rounded(x[0], w_ih) @ real(w_ih, s_ih, 75).T + bias.double()

@@ -10,6 +10,7 @@ from fxquant import ArgumentError, DTypeError, ModelStateError, ShapeError, ops
 from fxquant.ops import KERNELS, library
 from tests.ops import reference
 from tests.ops.operands import lstm_arguments, quantized, quantized_int4, rnn_arguments, table_arguments
+from tests.samples import same_bits
 
 ROUNDED = ("embedding_bag", "matmul", "attention")  # sums of floats: the kernels round them otherwise
 
@@ -28,7 +29,7 @@ def cases():
     yield "lstm", lstm_arguments(bias=False, packed=True), {}
     yield "rnn", rnn_arguments("gru"), {}
     yield "rnn", rnn_arguments("rnn_tanh", packed=True), {}
-    yield "rnn", rnn_arguments("rnn_relu"), {"per_row": False, "qmax": 127}
+    yield "rnn", rnn_arguments("rnn_relu"), {"per_token": False, "qmax": 127}
     yield "embedding", table_arguments(), {}
     yield "embedding", table_arguments(bits=4), {"format": "uint4", "dtype": torch.float16}
     yield "embedding", table_arguments(affine=True), {"format": "uint8"}
@@ -57,7 +58,7 @@ CASES = list(cases())
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c[0])
 def test_opcheck(case):
     name, args, kwargs = case
-    torch.library.opcheck(getattr(torch.ops.fxquant, name).default, args, kwargs)
+    torch.library.opcheck(ops.OVERLOADS[name], args, kwargs)
 
 
 def test_every_operator_is_opchecked_here():
@@ -136,3 +137,22 @@ def test_compiled_graphs_refuse_with_the_same_words(name):
         else:
             with pytest.raises(DTypeError, match="takes int32 or int64"):
                 ops.embedding(torch.zeros(3), torch.zeros(4, 6, dtype=torch.int8), torch.ones(4), None, 6)
+
+
+OLD = {
+    "linear": lambda: (torch.randn(3, 6) * torch.tensor([[1.0], [2], [3]]), *quantized(4, 6)),
+    "lstm": lstm_arguments,
+    "rnn": lambda: rnn_arguments("gru"),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_per_row_is_an_old_name_of_per_token(name):
+    arguments = OLD[name]()
+    expected = getattr(ops, name)(*arguments, per_token=False)
+    with pytest.warns(DeprecationWarning, match=r"per_row of fxquant\.ops is now per_token"):
+        assert same_bits(getattr(ops, name)(*arguments, per_row=False), expected)
+    assert not same_bits(getattr(ops, name)(*arguments), expected)
+    registered = getattr(torch.ops.fxquant, name)
+    assert same_bits(registered(*arguments, per_token=False), expected)
+    assert same_bits(registered.default(*arguments, per_row=False), expected)  # as in files of torch.export

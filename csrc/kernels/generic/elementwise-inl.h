@@ -77,9 +77,9 @@ FXQ_INLINE void quantize_values(const float *restrict x, int64_t count, const st
 }
 #endif
 
-/* Measure the rows where they have scales of their own. */
+/* Measure the tokens where they have scales of their own. */
 static void set_own_rows(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
-    for (int i = 0; x->per_row && i < count; i++) {
+    for (int i = 0; x->per_token && i < count; i++) {
         struct fxq_range range = {0.0f, 0.0f, false}; /* real 0 must be exact */
         measure(rows[i], x->columns, &range);
         fxq_set_row(&x->row[first + i], &range, x->qmax);

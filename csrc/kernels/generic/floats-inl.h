@@ -2,8 +2,8 @@
  *
  * A dot product is sixteen sums side by side, of the columns k, k + 16, k + 32, …, each by fused multiply-adds; then of
  * each four lanes those 2 apart are added, and then the two; then the four sums in the same order. Every
- * instruction set keeps this order, so that all give the same bits, and a row's bits do not depend on other rows.
- * Activations lie row by row as floats, 0 beyond the last column.
+ * instruction set keeps this order, so that all give the same bits, and a token's bits do not depend on other tokens.
+ * Activations lie token by token as floats, 0 beyond the last column.
  *
  * A tile of some rows by some outputs stays in registers while the columns go by, DEPTH_BLOCK at a time: so much of the
  * rows stays in the L1 cache while all outputs of a block pass. Halves are widened once for all rows, but for a single

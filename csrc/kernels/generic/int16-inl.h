@@ -1,8 +1,9 @@
 /* Products of int16 weights with int16 activations, exact, in pieces that instructions for pairs of int16 take.
  *
- * An activation lies as its low byte (0 … 255) and its high byte (-128 … 127), an int16 each, a row's low bytes first:
- * sum(q w) = sum(low w) + 256 sum(high w). A product is below 2^23 then, so that 256 of them always fit an int32; after
- * that many the sums are widened to int64. Activations are 0 beyond the last column, and no weight is read there.
+ * An activation lies as its low byte (0 … 255) and its high byte (-128 … 127), an int16 each, a token's low bytes
+ * first: sum(q w) = sum(low w) + 256 sum(high w). A product is below 2^23 then, so that 256 of them always fit an
+ * int32; after that many the sums are widened to int64. Activations are 0 beyond the last column, and no weight is read
+ * there.
  *
  * Expects: elementwise-inl.h and an epilogue-inl.h. The includer may describe registers; without FXQ_LANES there is
  * plain C:
@@ -26,7 +27,7 @@ enum {
 static void quantize_int16(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
     for (int i = 0; i < count; i++) {
         struct fxq_row *row = &x->row[first + i];
-        if (x->per_row) {
+        if (x->per_token) {
             struct fxq_range range = {0.0f, 0.0f, false};
             measure(rows[i], x->columns, &range);
             fxq_set_int16_row(row, &range);
@@ -37,7 +38,7 @@ static void quantize_int16(const struct fxq_activations *x, int64_t first, int c
         const float inverse = row->inverse;
         for (int64_t k = 0; k < x->columns; k++) {
             float v = values[k] * inverse;
-            v = v > -32767.0f ? v : -32767.0f; /* a NaN too: its row's scale is NaN */
+            v = v > -32767.0f ? v : -32767.0f; /* a NaN too: its token's scale is NaN */
             v = v < 32767.0f ? v : 32767.0f;
             const int32_t q = (int32_t)(float_bits(v + ROUND) - float_bits(ROUND));
             low[k] = (int16_t)(q & 255);

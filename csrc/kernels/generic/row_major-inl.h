@@ -1,8 +1,8 @@
-/* Activations row by row, and weights as they lie: what every form of product but the tiled gemm uses.
+/* Activations token by token, and weights as they lie: what every form of product but the tiled gemm uses.
  *
  * FXQ_VALUE int16_t: rows of q - zero_point, `depth` values apart; sums need no correction.
  * FXQ_VALUE uint8_t: rows of q, and one more row, for sum((q - zero_point) w) = sum(q w) - zero_point sum(w): ones (in
- * the real columns), whose product is sum(w). For a single row of activations it is the zero point itself, whose
+ * the real columns), whose product is sum(w). For a single token it is the zero point itself, whose
  * product is the whole correction: then each weight is read once.
  *
  * Expects: what elementwise-inl.h does. */

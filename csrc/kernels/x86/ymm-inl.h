@@ -5,7 +5,7 @@
  * static __m128i dot_4x1(const struct group *g, int first, const FXQ_VALUE *a);
  * static void dot_4x2(const struct group *g, int first, const FXQ_VALUE *a, const FXQ_VALUE *b, __m128i sums[2]);
  *
- * give the sums of products of outputs first .. first + 3 of a group of 8 with one or two rows of activations. 4 x 2: 8
+ * give the sums of products of outputs first .. first + 3 of a group of 8 with one or two tokens. 4 x 2: 8
  * accumulators, 4 weights and 2 activations fit the 16 registers, and 6 loads serve 8 products.
  *
  * Packed gemm, many rows: 16 outputs' weights are copied to a panel, word by word (a word: 32 bits of activations, 4
@@ -122,7 +122,7 @@ static void pack_panel(const int8_t *w, int64_t stride, int64_t depth, const FXQ
     }
 }
 
-/* `count` (at most PANEL_ROWS, a constant wherever this is inlined) rows of activations by a panel. */
+/* `count` (at most PANEL_ROWS, a constant wherever this is inlined) tokens by a panel. */
 FXQ_INLINE void multiply_panel_as(const int32_t *panel, const FXQ_VALUE *a, int64_t depth, __m256i sums[][2],
                                   int count) {
     __m256i acc[PANEL_ROWS][2];

@@ -231,14 +231,14 @@ def test_a_weight_of_a_module_that_is_quantized_as_a_whole_is_an_error(part):
     ("qconfig", "way"),
     [
         (per_tensor_dynamic_qconfig, "uint8 affine per tensor"),
-        (A.with_reduce_range(), "uint8 0–127 affine per row"),
+        (A.with_reduce_range(), "uint8 0–127 affine per token"),
         (SHARED_INT16, "int16 symmetric per tensor"),
     ],
 )
 def test_weights_that_want_different_activations_are_an_error(qconfig, way):
     told = (
         rf"'lstm' \(nn.LSTM\) quantizes its activations in one way, but module_name 'lstm.weight_ih_l0' gives "
-        rf"'weight_ih_l0' '{way}', global gives 'weight_hh_l0' 'uint8 affine per row'; give both the same activation"
+        rf"'weight_ih_l0' '{way}', global gives 'weight_hh_l0' 'uint8 affine per token'; give both the same activation"
     )
     with pytest.raises(QConfigError, match=told):
         prepare(Tagger(), *X, mapping=everything(A).set_module_name("lstm.weight_ih_l0", qconfig))

@@ -110,7 +110,7 @@ static void quantize_tiles(const struct fxq_activations *x, int64_t first, int c
 }
 
 static void quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
-    if (x->per_row && count >= 4) set_own_rows_16(x, first, count, rows);
+    if (x->per_token && count >= 4) set_own_rows_16(x, first, count, rows);
     else set_own_rows(x, first, count, rows); /* a few: no longer than the reduction of 16 */
     (x->is_row_major || uses_gemv(x) ? quantize_row_major : quantize_tiles)(x, first, count, rows);
 }

@@ -6,7 +6,7 @@
  * row (vpdpbusd: 4 products a lane); the 16 lanes of 16 outputs' sums are then added up, all at once. Activations lie
  * row by row, with an extra row for the correction: see row_major-inl.h.
  *
- * Tiled gemm (tiled-inl.h), more rows: C^T = W X^T in tiles of 16 outputs by 16 rows of activations. Activations lie in
+ * Tiled gemm (tiled-inl.h), more tokens: C^T = W X^T in tiles of 16 outputs by 16 tokens. Activations lie in
  * blocks of 16 rows, [depth / 4][16][4] bytes, the layout of an AMX "B" tile; the weight is read as it lies, 16 rows by
  * 64 columns an "A" tile. So the weights are never repacked, and the tile is transposed in registers when it is
  * finished.

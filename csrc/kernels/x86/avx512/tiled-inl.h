@@ -15,7 +15,7 @@ struct epilogue {
     const struct fxq_matmul *job;
     const int32_t (*c)[256];
     int next, count, blocks; /* tiles in the order of c, but the second activation block first */
-    int64_t n, n1, m;        /* first output, end of the outputs, first activation row */
+    int64_t n, n1, m;        /* first output, end of the outputs, first token */
     int32_t *pairs;          /* corrections of these outputs: see correct() */
     int ones;                /* in which row of the last activation block the ones are, or -1 */
     struct fxq_target to;    /* of (m, n) */
@@ -57,7 +57,7 @@ FXQ_INLINE void finish_tiles(struct epilogue *e, int count) {
 static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int blocks, int tiles,
                      int32_t (*c)[256], struct epilogue *earlier, const int8_t *next);
 
-/* Outputs [n0, n1), few enough that their weights stay in the L2 cache, by activation rows [m, m + 16 * blocks). */
+/* Outputs [n0, n1), few enough that their weights stay in the L2 cache, by tokens [m, m + 16 * blocks). */
 static void matmul_strip(const struct fxq_matmul *job, struct weight_reader *reader, int64_t n0, int64_t n1, int64_t m,
                          int blocks, int32_t *pairs, int ones, const struct fxq_target *to) {
     const struct fxq_activations *x = job->x;
@@ -96,7 +96,7 @@ static void matmul_tiled(const struct fxq_matmul *job, int64_t n0, int64_t n1, c
     const int64_t fits = CHUNK_BYTES / (x->depth ? x->depth : 1) / BLOCK_ROWS * BLOCK_ROWS;
     const int64_t chunk = fxq_clamp(fits, BLOCK_ROWS, MOST_CHUNK_ROWS);
     const int64_t blocks = (x->rows + 15) / 16;
-    /* The ones' product comes with the last activation rows; more than two blocks would need it before. */
+    /* The ones' product comes with the last tokens; more than two blocks would need it before. */
     const int ones = blocks <= 2 && x->rows % 16 && !job->sums ? (int)(x->rows % 16) : -1;
     for (int64_t n = n0; n < n1; n += chunk) {
         const int64_t end = n1 - n < chunk ? n1 : n + chunk;

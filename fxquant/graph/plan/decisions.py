@@ -82,11 +82,7 @@ class Decisions:
             "float_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
             "opt_out": rule.opt_out,
         }
-        weights = [
-            self._weights.setdefault(edit.identity(t), _Weight(t.numel() * t.element_size()))
-            for t in tensors
-            if t.dim() > 1
-        ]
+        weights = [self._weight(tensor) for tensor in tensors if tensor.dim() > 1]
         if reason is not None:
             self._skipped.append((Skipped(**common, why=reason), weights))
             for weight in weights:

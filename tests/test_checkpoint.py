@@ -22,13 +22,12 @@ from fxquant import (
     ModelStateError,
     QConfig,
     QConfigMapping,
-    checkpoint,
     convert_fx,
     graph_diff,
     quantize_dynamic,
     tensor_file,
 )
-from fxquant.checkpoint import FORMAT
+from fxquant.checkpoint import FORMAT, files
 from fxquant.graph.fingerprint.architecture import ModuleKind
 from fxquant.graph.record import Coverage, Fusion, Site, Skipped
 from fxquant.spec import TensorSpec
@@ -304,7 +303,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_litter(breaks, path, monke
     def fail(*_):
         raise OSError("disk full")
 
-    home = {"replace": checkpoint.os, "sign": tensor_file, "save_file": checkpoint}[breaks]
+    home = {"replace": files.os, "sign": tensor_file, "save_file": files}[breaks]
     monkeypatch.setattr(home, breaks, fail)
     with pytest.raises(CheckpointError, match="cannot be written: disk full"):
         fxquant.save(quantized, path)
@@ -401,7 +400,7 @@ FIELDS = {
         TensorSpec: "dtype qmin qmax symmetric axis dynamic scale_steps group_size",
     }
 }
-"""What each format's plan is made of; after a release, a change here goes with a new FORMAT (fxquant/checkpoint.py)."""
+"""What a plan is made of, by format; after a release, a change here needs a new FORMAT: fxquant/checkpoint/plan.py."""
 
 
 def test_the_plan_s_fields_are_those_of_its_format():

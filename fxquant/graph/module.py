@@ -19,7 +19,8 @@ from fxquant.graph.preserve.extra_state import key_of, lost_states, tensors_of
 from fxquant.graph.record import Record, keep_record, record_of
 from fxquant.graph.references import copy_attributes
 from fxquant.graph.trace.tracer import TRACING
-from fxquant.nn.base import QuantizedModule, dtype_errors, refuse_script
+from fxquant.nn.base import QuantizedModule, refuse_script
+from fxquant.nn.stored import dtype_errors
 from fxquant.nn.training import warn_of_training
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -19,18 +18,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxquant import frames
 from fxquant.errors import ModelStateError, ReadOnlyError, warn
-from fxquant.formats import FLOAT32, Format
+from fxquant.formats import FLOAT32
 from fxquant.nn.float_weight import FloatWeight
+from fxquant.nn.stored import LIKE, Stored, StoredWeights
 from fxquant.nn.training import frozen, warn_of_training
 from fxquant.numerics import QuantizedTensor, dequantize
 from fxquant.qconfig import QConfig
 
 Quantize: TypeAlias = Callable[[torch.Tensor, QConfig], QuantizedTensor]
-
-LIKE = "weight_like"
-"""An empty parameter of the float weights' dtype and device, for next(module.parameters()); in no state_dict.
-
-It stays frozen: `FrozenParameter`."""
 
 _SHOWN = WeakTensorKeyDictionary()
 """The float weight in use of each tensor of integers, by a weak reference: tied ones are the same object."""
@@ -41,32 +36,7 @@ def quantize_alone(weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
     return qconfig.quantize_weight(weight.contiguous())
 
 
-@dataclass(frozen=True)
-class Stored:
-    """How a float weight is kept: under a key, in a format.
-
-    columns, group_size: as QuantizedTensor has them. shape: of the float weight; turned: the dimensions that the kept
-    one has the other way.
-    """
-
-    key: str
-    format: Format
-    columns: int
-    group_size: int
-    shape: tuple[int, ...]
-    turned: tuple[int, int] | None = None
-
-    @property
-    def kept_shape(self) -> tuple[int, ...]:
-        """The shape of the kept weight, before it is packed and a convolution's is made a matrix."""
-        shape = list(self.shape)
-        if self.turned:
-            first, second = self.turned
-            shape[first], shape[second] = shape[second], shape[first]
-        return tuple(shape)
-
-
-class QuantizedModule(nn.Module):
+class QuantizedModule(StoredWeights):
     """A module whose weights are kept as integers. `set_weight` registers them, `own` is the fast way to them.
 
     Biases stay frozen float parameters. Moving the module to another dtype leaves the integers and scales as they are,
@@ -126,16 +96,6 @@ class QuantizedModule(nn.Module):
             f"the weights of a quantized {type(self).__name__} cannot be reset; initialize the float model and "
             "quantize that"
         )
-
-    def own(self, names: Sequence[str]) -> list[Any]:
-        """Return own buffers and parameters by name, past nn.Module's slow lookup."""
-        buffers, parameters = self._buffers, self._parameters
-        try:
-            return [buffers[name] if name in buffers else parameters[name] for name in names]
-        except KeyError:  # pruned or parametrized: a bias is computed from others then
-            return [getattr(self, name) for name in names]
-
-    # The float weights
 
     def dequantize(self, name: str, rows: Any = None) -> torch.Tensor:
         """Return a float weight's values, anew. rows: an int, slice or tensor of indices of dimension 0; None: all."""
@@ -237,67 +197,6 @@ class QuantizedModule(nn.Module):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._stored})  # type: ignore[no-untyped-call]
 
-    # Moving, saving and loading
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModule:
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        self._freeze()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._freeze()
-
-    def _freeze(self) -> None:
-        """Make what a move, a copy or a pickle made of the frozen parameter one again: torch's makes plain ones."""
-        like = self._parameters.get(LIKE)
-        if like is not None and type(like) is nn.Parameter:
-            self._parameters[LIKE] = frozen(like)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(f"{prefix}{LIKE}", None)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.take_old_keys(state_dict, prefix)
-        own = {prefix + name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        errors: list[str] = args[-1]
-        mismatched = dtype_errors(own, state_dict)
-        errors.extend(mismatched)
-        like = self._parameters.pop(LIKE, None)
-        try:
-            if not mismatched:  # else copying would cast before the error is raised
-                super()._load_from_state_dict(state_dict, prefix, *args)
-        finally:
-            if like is not None:
-                devices = [buffer.device for buffer in self._buffers.values() if buffer is not None]
-                self._parameters[LIKE] = frozen(torch.empty(0, dtype=like.dtype, device=devices[0]))
-
-    def float_keys(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
-        """Return a line for each float weight in a state_dict that has no values for this module's own."""
-        return [
-            f"{prefix}{name} is a weight that is not quantized, or otherwise: here it is {stored.key}. Load it into "
-            "the float model and quantize that"
-            for name, stored in self._stored.items()
-            if prefix + name in state_dict and prefix + stored.key not in state_dict
-        ]
-
-    def take_old_keys(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Rename in place what a state_dict holds of this module under the keys that fxquant wrote before 0.1.0."""
-        for name, stored in self._stored.items():
-            old, key = state_dict.get(prefix + name), prefix + stored.key
-            values, scale = self.own((stored.key, f"{name}_scale"))
-            has_scale = scale is None or f"{prefix}{name}_scale" in state_dict
-            if key in state_dict or not isinstance(old, torch.Tensor) or not has_scale:
-                continue
-            if (old.dtype, old.shape) == (values.dtype, values.shape):
-                state_dict[key] = state_dict.pop(prefix + name)
-
 
 def _paths(module: nn.Module) -> tuple[str, str]:
     """Return the path of a module whose weight is read now, and of the user's module that reads it; "" if not known.
@@ -314,27 +213,9 @@ def _paths(module: nn.Module) -> tuple[str, str]:
     return found
 
 
-def moved_dtype(move: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.dtype:
-    """Return what a move (nn.Module._apply's function: .half(), .to(dtype), .cuda(), …) makes of tensors of a dtype."""
-    return move(torch.zeros(1, dtype=dtype)).dtype
-
-
 def refuse_script() -> nn.Module:
     """Raise ModelStateError where torch.jit.script takes a quantized model."""
     raise ModelStateError(
         "a quantized model cannot become TorchScript, which torch deprecates; use "
         "torch.export.export(quantized, inputs) or torch.compile(quantized)"
     )
-
-
-def dtype_errors(own: Mapping[str, Any], incoming: Mapping[str, Any]) -> list[str]:
-    """Return a line for each incoming tensor whose values would be cast to another kind of number."""
-    return [
-        f"{name} holds {tensor.dtype}, the state_dict has {incoming[name].dtype}: it belongs to a model that was "
-        "quantized differently, or not at all"
-        for name, tensor in own.items()
-        if isinstance(incoming.get(name), torch.Tensor)
-        and isinstance(tensor, torch.Tensor)
-        and incoming[name].dtype != tensor.dtype
-        and not (incoming[name].is_floating_point() and tensor.dtype == torch.float32)
-    ]

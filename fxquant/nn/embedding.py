@@ -9,7 +9,8 @@ from torch import nn
 
 from fxquant import ops
 from fxquant.errors import ShapeError
-from fxquant.nn.base import Quantize, QuantizedModule, moved_dtype, quantize_alone
+from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
+from fxquant.nn.stored import moved_dtype
 from fxquant.ops.register import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 

@@ -11,8 +11,9 @@ from torch.nn.utils.rnn import PackedSequence
 from fxquant import ops
 from fxquant.errors import DTypeError, ReadOnlyError, ShapeError
 from fxquant.formats import FLOAT32
-from fxquant.nn.base import LIKE, Quantize, QuantizedModule, quantize_alone
+from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.nn.float_weight import FloatWeight
+from fxquant.nn.stored import LIKE
 from fxquant.numerics import to_floats
 from fxquant.ops.autocast import cast_dtype
 from fxquant.ops.register import check_dense

@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from fxquant import ops
-from fxquant.nn.base import moved_dtype
 from fxquant.nn.embedding import QuantizedTable
+from fxquant.nn.stored import moved_dtype
 
 OURS = (ops.linear, ops.embedding, ops.embedding_bag)
 """What the functional calls of a quantized graph are."""

@@ -19,23 +19,15 @@ static bool read_look_up(PyObject *const *args, PyObject *format, PyObject *dtyp
  * table */
 PyObject *embedding(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    struct tensor index, out;
+    struct tensor index;
     struct fxq_table table;
     struct fxq_indices indices;
     if (count != 8) return nothing();
     if (!may_run(args[0], args[1]) || !read_look_up(args + 1, args[6], args[7], &table, &indices, &index)) {
         return nothing();
     }
-    const int threads = thread_count();
-    if (PyErr_Occurred()) return NULL;
     index.shape[index.dimensions] = table.columns;
-    PyObject *made = new_tensor(index.shape, index.dimensions + 1, &out);
-    if (made == NULL) return NULL;
-    int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = fxq_embedding(&table, &indices, out.data, threads);
-    Py_END_ALLOW_THREADS
-    return finish(status, made);
+    RETURN_OUTPUT(index.shape, index.dimensions + 1, fxq_embedding(&table, &indices, out, threads));
 }
 
 /* How the indices are divided into bags: mode, offsets or None, per_sample_weights or None, include_last_offset. */
@@ -68,7 +60,7 @@ static bool read_bags(PyObject *mode, PyObject *offsets, PyObject *weights, bool
  * that do not rise from 0 to the number of indices */
 PyObject *embedding_bag(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    struct tensor index, out;
+    struct tensor index;
     struct fxq_table table;
     struct fxq_indices indices;
     struct fxq_bags bags = {.padding = -1};
@@ -82,13 +74,6 @@ PyObject *embedding_bag(PyObject *self, PyObject *const *args, Py_ssize_t count)
         bags.padding = INTEGER(args[10]);
         if (bags.padding < 0) bags.padding += table.rows;
     }
-    const int threads = thread_count();
-    if (PyErr_Occurred()) return NULL;
-    PyObject *made = new_tensor((int64_t[]){bags.count, table.columns}, 2, &out);
-    if (made == NULL) return NULL;
-    int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = fxq_embedding_bag(&table, &indices, &bags, out.data, threads);
-    Py_END_ALLOW_THREADS
-    return finish(status, made);
+    const int64_t shape[] = {bags.count, table.columns};
+    RETURN_OUTPUT(shape, 2, fxq_embedding_bag(&table, &indices, &bags, out, threads));
 }

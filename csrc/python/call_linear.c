@@ -23,7 +23,7 @@ static bool read_rows(PyObject *object, struct tensor *x, struct fxq_linear *cal
 /* linear(asks, x, weight, scale, bias, relu, per_token, qmax, format, group_size, in_features) */
 PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    struct tensor x, out;
+    struct tensor x;
     struct fxq_linear call = {0};
     struct fxq_weight *weight = &call.weight;
     if (count != 11) return nothing();
@@ -39,31 +39,17 @@ PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     x.shape[x.dimensions - 1] = weight->outputs;
     call.relu = INTEGER(args[5]) != 0;
     call.per_token = INTEGER(args[6]) != 0;
-    const int threads = thread_count();
-    PyObject *made = PyErr_Occurred() ? NULL : new_tensor(x.shape, x.dimensions, &out);
-    if (made == NULL) return NULL;
-    call.out = out.data;
-    int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = fxq_linear(&call, threads);
-    Py_END_ALLOW_THREADS
-    return finish(status, made);
+    RETURN_OUTPUT(x.shape, x.dimensions, (call.out = out, fxq_linear(&call, threads)));
 }
 
 /* transpose(asks, x): x (B, M, N) as (B, N, M); None too where M or N is so small that torch's loop does as well */
 PyObject *transpose(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    struct tensor x, out;
+    struct tensor x;
     if (count != 2 || !may_run(args[0], args[1]) || !read_kind(args[1], FLOAT32, 3, &x) || x.shape[1] < 16 ||
         x.shape[2] < 16) {
         return nothing();
     }
-    const int threads = thread_count();
-    if (PyErr_Occurred()) return NULL;
-    PyObject *made = new_tensor((int64_t[]){x.shape[0], x.shape[2], x.shape[1]}, 3, &out);
-    if (made == NULL) return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    fxq_transpose(x.data, x.shape[0], x.shape[1], x.shape[2], out.data, threads);
-    Py_END_ALLOW_THREADS
-    return made;
+    const int64_t *size = x.shape, shape[] = {size[0], size[2], size[1]};
+    RETURN_OUTPUT(shape, 3, (fxq_transpose(x.data, size[0], size[1], size[2], out, threads), FXQ_OK));
 }

@@ -21,7 +21,7 @@ static bool add_batches(const struct tensor *x, int operand, struct fxq_batches 
 /* matmul(asks, a, b): a (..., M, K) by b (..., K, N), broadcast, both of two dimensions or more */
 PyObject *matmul(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    struct tensor a, b, out;
+    struct tensor a, b;
     if (count != 3) return nothing();
     if (!may_run(args[0], args[1]) || !may_run(args[0], args[2]) || !read_operand(args[1], MOST_DIMENSIONS, &a) ||
         !read_operand(args[2], MOST_DIMENSIONS, &b) || a.shape[a.dimensions - 1] != b.shape[b.dimensions - 2]) {
@@ -47,15 +47,7 @@ PyObject *matmul(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     for (int i = 0; i < dimensions - 2; i++) call.batches.count *= sizes[i] = call.batches.sizes[i];
     sizes[dimensions - 2] = call.rows;
     sizes[dimensions - 1] = call.columns;
-    const int threads = thread_count();
-    PyObject *made = PyErr_Occurred() ? NULL : new_tensor(sizes, dimensions, &out);
-    if (made == NULL) return NULL;
-    call.out = out.data;
-    int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = fxq_product(&call, threads);
-    Py_END_ALLOW_THREADS
-    return finish(status, made);
+    RETURN_OUTPUT(sizes, dimensions, (call.out = out, fxq_product(&call, threads)));
 }
 
 /* Whether a tensor expands to (batch, heads, m, n) with the call's batch and heads; how it does. */
@@ -78,7 +70,7 @@ static bool read_heads(const struct tensor *x, int operand, int64_t m, int64_t n
  * that it expands to (B, H, L, S), or None -> (B, L, H, O) */
 PyObject *attention(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    struct tensor q, k, v, mask, out;
+    struct tensor q, k, v, mask;
     if (count != 7) return nothing();
     for (int i = 1; i < 5; i++) {
         if (args[i] != Py_None && !may_run(args[0], args[i])) return nothing();
@@ -102,14 +94,6 @@ PyObject *attention(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         (args[4] != Py_None && !read_heads(&mask, 3, call.rows, call.keys, &call.batches, &call.mask))) {
         return nothing();
     }
-    const int threads = thread_count();
-    PyObject *made =
-        PyErr_Occurred() ? NULL : new_tensor((int64_t[]){q.shape[0], call.rows, q.shape[1], call.outputs}, 4, &out);
-    if (made == NULL) return NULL;
-    call.out = out.data;
-    int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = fxq_attention(&call, threads);
-    Py_END_ALLOW_THREADS
-    return finish(status, made);
+    const int64_t shape[] = {q.shape[0], call.rows, q.shape[1], call.outputs};
+    RETURN_OUTPUT(shape, 4, (call.out = out, fxq_attention(&call, threads)));
 }

@@ -44,6 +44,22 @@ static inline PyObject *finish(int status, PyObject *outputs) {
     return status == FXQ_NO_MEMORY ? PyErr_NoMemory() : nothing();
 }
 
+/* Ends a call that has one output: makes it, runs the kernel without the GIL, and returns it as finish() does. kernel:
+ * an expression of `out`, the output's data, and `threads`, which gives a status. */
+#define RETURN_OUTPUT(shape, dimensions, kernel)                                               \
+    do {                                                                                       \
+        struct tensor made;                                                                    \
+        const int threads = thread_count();                                                    \
+        PyObject *output = PyErr_Occurred() ? NULL : new_tensor((shape), (dimensions), &made); \
+        if (output == NULL) return NULL;                                                       \
+        float *const out = made.data;                                                          \
+        int status;                                                                            \
+        Py_BEGIN_ALLOW_THREADS                                                                 \
+        status = (kernel);                                                                     \
+        Py_END_ALLOW_THREADS                                                                   \
+        return finish(status, output);                                                         \
+    } while (0)
+
 typedef PyObject *call_of_module(PyObject *self, PyObject *const *args, Py_ssize_t count);
 call_of_module linear, transpose;        /* call_linear.c */
 call_of_module matmul, attention;        /* call_matmul.c */

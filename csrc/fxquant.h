@@ -27,8 +27,8 @@ enum fxq_format {
     FXQ_FORMATS
 };
 
-/* What activations become for a weight's products: uint8 with a zero point a token; -32767 … 32767 without one, as
- * int16-inl.h says; or themselves. */
+/* What activations become for a weight's products: uint8 with a zero point a token; -32767 … 32767 without one, in the
+ * form FXQ_LOW_HIGH; or themselves. */
 enum fxq_activation { FXQ_TO_UINT8, FXQ_TO_INT16, FXQ_TO_FLOAT };
 
 /* What a format is: activations.c. */

@@ -11,7 +11,7 @@
 struct fxq_row {
     float scale, inverse;
     int32_t zero_point;
-    int32_t zero_pair; /* -zero_point and -128 * zero_point as two int16: see correct() in common-inl.h */
+    int32_t zero_pair; /* -zero_point and -128 * zero_point as two 16-bit numbers: see correct() in common-inl.h */
 };
 
 /* Least and greatest value of something, 0 included; is_nan if a NaN was among them. */
@@ -113,7 +113,7 @@ struct fxq_scores {
  */
 struct fxq_kernels {
     const char *name;
-    int value_bytes; /* of a packed activation: 1 for uint8, 2 for int16 that the zero point is already taken from */
+    int value_bytes; /* of a packed activation: 1 for uint8; 2 where the zero point is subtracted already */
     void (*begin)(void), (*end)(void);                                       /* around a thread's work; may be NULL */
     void (*measure)(const float *x, int64_t count, struct fxq_range *range); /* widens *range */
 

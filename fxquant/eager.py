@@ -85,7 +85,7 @@ def quantize_dynamic(
     prepared = prepare_tree(model, mapping, tuple(operators), inputs=inputs, batch_invariant=batch_invariant)
     record = need_stage(prepared, "prepared", "quantize_dynamic", "prepare_tree")
     judge(type(model).__name__, record, known, strict=strict)
-    convert = functools.partial(convert_tree, moments=None if data is None else gather(prepared, record.sites, data))
+    convert = functools.partial(convert_tree, hessians=None if data is None else gather(prepared, record.sites, data))
     return convert(prepared) if inputs is None else checked(prepared, convert)
 
 

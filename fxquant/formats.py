@@ -1,7 +1,7 @@
-"""The formats in which a weight is stored and multiplied: one frozen row each. docs/adding_a_format.md adds one.
+"""The formats in which a weight is stored and multiplied: one `Format` each. docs/adding_a_format.md adds one.
 
-Whatever depends on a format asks its row. Nothing tells one from a dtype, a number of bits or the rank of a scale: the
-next format may share them.
+Whatever depends on a format asks it. Nothing infers a format from a dtype, a number of bits or a scale's rank: the next
+format may share them.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def _first(values: torch.Tensor, columns: int) -> torch.Tensor:
 class Format:
     """How the numbers of a weight are stored, and what a product multiplies them with.
 
-    name: TensorSpec's dtype; the operators' schemas say it too. suffix: of the values' key in a state_dict.
-    storage: the dtype of the stored values. bits: that one number takes. limits: the least and the greatest integer;
+    name: TensorSpec's dtype, and the operators' argument `format`. suffix: of the values' key in a state_dict.
+    storage: the dtype of the stored values. bits: of one number. limits: the least and the greatest integer;
     None: no integers. is_whole: whether a TensorSpec must use the limits themselves.
     scale: the dtype of the scales; None: there are none. group_sizes: how many columns of a row may share a scale, as
     TensorSpec.group_size chooses; (): each index of dimension 0 has one scale.
     activation: what a product multiplies with; None: there is no product, only tables have this format. is_table:
     whether tables (embeddings) have it.
-    block: so many numbers of a row are packed in so many stored values, an unfinished last block filled up.
+    block: how many numbers of a row are packed in how many stored values; an unfinished last block is filled up.
     pack: whole numbers (..., K) of any dtype -> what is stored, (..., stored_columns(K)). unpack: its inverse, given K.
     """
 
@@ -70,13 +70,13 @@ class Format:
     def uses_gptq(self) -> bool:
         """Whether `convert_fx(prepared, data=data)` rounds its weights by GPTQ.
 
-        With 8 bits a weight's rounding errors are a sixteenth of those with 4, and what there is to gain drowns in the
-        activations' own.
+        With 8 bits a weight's rounding errors are a sixteenth of those with 4, and the gain is lost in the activations'
+        errors.
         """
         return self.bits < 8 and bool(self.group_sizes)
 
     def stored_columns(self, columns: int) -> int:
-        """Return how many stored values hold a row of so many numbers."""
+        """Return how many stored values a row of so many numbers takes."""
         numbers, stored = self.block
         return -(-columns // numbers) * stored
 
@@ -87,14 +87,13 @@ class Format:
         return (rows, -(-columns // group_size)) if self.group_sizes else (rows,)
 
     def find_group_size(self, columns: int, groups: int) -> int:
-        """Return how many columns share a scale where so many columns have so many scales; 0: no size fits.
-
-        Of sizes that give the same number, which is then 1, the least.
+        """Return how many columns share a scale where so many columns have so many scales; 0: no size fits. If several
+        sizes give one scale, the least.
         """
         return next((size for size in self.group_sizes if -(-columns // size) == groups), 0)
 
     def __reduce__(self) -> tuple[Callable[[str], Format], tuple[str]]:
-        return format_of, (self.name,)  # a copy, of a module say, has the row itself
+        return format_of, (self.name,)  # a copy has the same object
 
     def __repr__(self) -> str:
         return f"<Format {self.name}>"
@@ -184,14 +183,14 @@ FLOAT32 = Format(
     scale=None,
     activation=Activation.FLOAT,
 )
-"""A weight, of several that an operator has, that stays as it is: no TensorSpec asks for it."""
+"""A weight that stays as it is beside an operator's quantized ones: no TensorSpec names this format."""
 
 FORMATS = (INT8, INT4, INT16, UINT8, UINT4, FLOAT16, FLOAT32)
-"""The table: a row a format."""
+"""All formats."""
 
 _BY_NAME = {row.name: row for row in FORMATS}
 
 
 def format_of(name: str) -> Format:
-    """Return the row of a name; KeyError for none."""
+    """Return the format of a name; KeyError if there is none."""
     return _BY_NAME[name]

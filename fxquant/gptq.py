@@ -29,30 +29,30 @@ SWEEPS = 2
 _ROWS_AT_ONCE = 4096
 
 
-def round_with_feedback(weight: torch.Tensor, moments: torch.Tensor, spec: TensorSpec) -> QuantizedTensor:
-    """Return a weight in integers whose products with inputs of these second moments are close to the float ones.
+def round_with_gptq(weight: torch.Tensor, hessian: torch.Tensor, spec: TensorSpec) -> QuantizedTensor:
+    """Return a weight in integers whose products with inputs of this Hessian are close to the float ones.
 
-    weight: (N, K) floating point; moments: H = Σ x xᵀ, (K, K), of the rows x that it is multiplied with; spec: of a
+    weight: (N, K) floating point; hessian: H = Σ x xᵀ, (K, K), of the rows x that it is multiplied with; spec: of a
     format in groups. Row by row, the error (w - ŵ) H (w - ŵ)ᵀ is never more than that of rounding to nearest, and far
     less where inputs go together. Rows are independent of one another; a column whose input was always 0 is rounded to
     nearest.
     """
     size = spec.group_size
     assert size is not None, spec
-    factor = _feedback(moments).to(weight.device)
+    factor = _inverse_factor(hessian).to(weight.device)
     rows = torch.split(weight.detach(), _ROWS_AT_ONCE)
-    parts = [_round_rows(part.float().contiguous(), moments, factor, spec, size) for part in rows]
+    parts = [_round_rows(part.float().contiguous(), hessian, factor, spec, size) for part in rows]
     values, scale = (torch.cat(part) for part in zip(*parts, strict=True))
     return QuantizedTensor(spec.format, values, scale, None, weight.shape[1], size)
 
 
-def _feedback(moments: torch.Tensor) -> torch.Tensor:
+def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     """Return the upper Cholesky factor U of the inverse of the damped H, (K, K) float32: H⁻¹ = Uᵀ U.
 
     Row i of U, divided by U_ii, says how the columns after i make up for an error in column i; 1 / U_ii² is the weight
     of an error in column i that those after it have made up for.
     """
-    h = moments.detach().to(torch.float64)
+    h = hessian.detach().to(torch.float64)
     scale = h.diagonal().mean()
     h = h / scale if scale > 0 else h  # in units of the mean: tiny or huge inputs neither vanish nor overflow
     one, damping, failed = torch.eye(len(h), dtype=h.dtype, device=h.device), DAMPING / 10, True
@@ -64,16 +64,16 @@ def _feedback(moments: torch.Tensor) -> torch.Tensor:
 
 
 def _round_rows(
-    weight: torch.Tensor, moments: torch.Tensor, factor: torch.Tensor, spec: TensorSpec, size: int
+    weight: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor, spec: TensorSpec, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the packed values and scales of some rows, each rounded with feedback or, where better, to nearest."""
+    """Return the packed values and scales of some rows, each rounded by GPTQ or, where better, to nearest."""
     plain_scale, zeros = choose_qparams(*weight_range(weight, spec), spec)
     plain = quantize_with(weight, plain_scale, zeros, spec)
     adjusted, scale = _feed(weight, factor, spec, size)
     # The columns as they were when their turn came round to the very integers that were chosen then.
     values = quantize_with(adjusted, scale, zeros, spec)
-    values, scale = _refine(weight, values, scale, moments, spec, size)
-    better = _error(weight, values, scale, moments, spec) < _error(weight, plain, plain_scale, moments, spec)
+    values, scale = _refine(weight, values, scale, hessian, spec, size)
+    better = _error(weight, values, scale, hessian, spec) < _error(weight, plain, plain_scale, hessian, spec)
     return torch.where(better, values, plain), torch.where(better, scale, plain_scale)
 
 
@@ -97,29 +97,29 @@ def _feed(weight: torch.Tensor, factor: torch.Tensor, spec: TensorSpec, size: in
 
 
 def _refine(
-    weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor, spec: TensorSpec, size: int
+    weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, spec: TensorSpec, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return packed values and scales whose error by the damped H is less, by coordinate descent.
 
     With all else as it is, the error is a parabola in a scale, and in a weight; each takes its least point in turn.
     Behdin et al. 2023, "QuantEase", arXiv:2309.01885.
     """
-    mean = moments.diagonal().mean()
-    h = moments.to(torch.float32) / torch.where(mean > 0, mean, 1.0)
+    mean = hessian.diagonal().mean()
+    h = hessian.to(torch.float32) / torch.where(mean > 0, mean, 1.0)
     h.diagonal().add_(DAMPING)
     q = spec.format.unpack(values, weight.shape[1]).to(torch.float32).t().contiguous()
     scales = scale.to(torch.float32).t().contiguous()
     off = weight.t() - q * scales.repeat_interleave(size, 0)[: len(q)]
-    for group, own in SWEEPS * list(enumerate(torch.split(q, size))):
+    for group, part in SWEEPS * list(enumerate(torch.split(q, size))):
         first = group * size
-        at = slice(first, first + len(own))
-        product = h[:, at] @ own
-        step = (product * off).sum(0) / (product[at] * own).sum(0)
+        at = slice(first, first + len(part))
+        product = h[:, at] @ part
+        step = (product * off).sum(0) / (product[at] * part).sum(0)
         fitted = (scales[group] + step).to(scale.dtype).to(torch.float32)
         fitted = torch.where(fitted.abs() >= FLOAT32_TINY, fitted, scales[group])  # not where all integers are 0
-        off[at] -= own * (fitted - scales[group])
+        off[at] -= part * (fitted - scales[group])
         scales[group] = fitted
-        for k, integer in enumerate(own, first):
+        for k, integer in enumerate(part, first):
             better = (integer + h[k] @ off / (h[k, k] * fitted)).round_().clamp_(spec.qmin, spec.qmax)
             off[k] -= (better - integer) * fitted
             integer.copy_(better)
@@ -143,8 +143,8 @@ def _search_scale(block: torch.Tensor, diagonal: torch.Tensor, spec: TensorSpec)
 
 
 def _error(
-    weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor, spec: TensorSpec
+    weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, spec: TensorSpec
 ) -> torch.Tensor:
     """Return each row's (w - ŵ) H (w - ŵ)ᵀ, (N, 1)."""
     off = weight - dequantize(QuantizedTensor(spec.format, values, scale, None, weight.shape[1], spec.group_size or 0))
-    return (off @ moments.to(off.dtype)).mul_(off).sum(1, keepdim=True)
+    return (off @ hessian.to(off.dtype)).mul_(off).sum(1, keepdim=True)

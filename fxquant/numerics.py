@@ -19,8 +19,8 @@ from fxquant.formats import FLOAT32, INT16_MAX, Format
 from fxquant.spec import TensorSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-MAX_COLUMNS = (2**31 - 1) // (255 * 128)  # so many products of a uint8 and an int8 always fit an int32 sum
-_VALUES_AT_ONCE = 1 << 16  # float copies of a whole layer would be most of the memory that converting takes
+MAX_COLUMNS = (2**31 - 1) // (255 * 128)  # the int32 sum of this many products of a uint8 and an int8 cannot overflow
+_VALUES_AT_ONCE = 1 << 16  # float copies of a whole layer would take most of the memory during conversion
 RANGE_SHARES = tuple(1 - step / 32 for step in range(15))  # of a full range: a narrower one has finer steps
 FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least normal number: below it 1 / scale overflows
 
@@ -98,13 +98,13 @@ def quantize_tokens_int16(x: torch.Tensor, per_token: bool = True) -> tuple[torc
 def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (scale, zero_point) for weights that span [low, high]. docs/numerics.md, "Weights".
 
-    low, high: (N,) float32, one a channel or one for all -> scale, zero_point: (N,) float32; for groups all of them
-    (N, groups), the scale of the format's dtype.
-    Groups: scale = e / qmin, where e is whichever of low and high is farther from 0; below 0 where e is above, so
-    that e becomes qmin and all integers, 16 of [-8, 7], are of use. docs/numerics.md, "int4 group". Symmetric: scale =
-    max(|low|, |high|) / steps, zero_point 0. Affine (embedding rows): scale = (high - low) / steps and the real-
-    valued zero_point = -low / scale of torch.ao's float_qparams scheme. A range of 0 gives scale 1 (the symmetric
-    case) or the constant itself (the affine case), so that a constant is exact.
+    low, high: (N,) float32, one a channel or one for all -> scale, zero_point: (N,) float32; for groups all of them (N,
+    groups), the scale of the format's dtype. Groups: scale = e / qmin, where e is whichever of low and high is farther
+    from 0; the scale is negative where e is positive, so that e becomes qmin and all integers (16 in [-8, 7]) are used.
+    docs/numerics.md, "int4 group". Symmetric: scale = max(|low|, |high|) / steps, zero_point 0. Affine (embedding
+    rows): scale = (high - low) / steps and the real- valued zero_point = -low / scale of torch.ao's float_qparams
+    scheme. A range of 0 gives scale 1 (the symmetric case) or the constant itself (the affine case), so that a constant
+    is exact.
     """
     if spec.axis == "group":
         scale = torch.where(high > -low, high, low) / spec.qmin
@@ -114,7 +114,7 @@ def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> t
         return torch.where(scale < FLOAT32_TINY, 1.0, scale), torch.zeros_like(scale)
     scale = (high * 0.5 - low * 0.5) / ((spec.scale_steps or spec.qmax - spec.qmin) * 0.5)
     flat = scale < FLOAT32_TINY
-    # A constant row c: q = 0 and (0 - zero_point) * scale = c with scale |c|, zero_point -sign(c).
+    # A constant output channel c: q = 0 and (0 - zero_point) * scale = c with scale |c|, zero_point -sign(c).
     constant = torch.where(low.abs() < FLOAT32_TINY, 0.0, low)
     scale = torch.where(flat, torch.where(constant == 0, 1.0, constant.abs()), scale)
     return scale, torch.where(flat, -constant.sign(), -low / scale)
@@ -143,23 +143,23 @@ def quantize_with(
 
 
 def _spread(numbers: torch.Tensor, shape: torch.Size, group_size: int) -> torch.Tensor:
-    """Return one number a channel, or one a group of columns, in a shape that goes with a weight of this shape."""
+    """Return one number a channel, or one a group of columns, in a shape that broadcasts with the weight."""
     if not group_size:
         return numbers.view((-1,) + (1,) * (len(shape) - 1))
     return numbers.repeat_interleave(group_size, dim=1)[:, : shape[1]]
 
 
-def to_floats(weight: torch.Tensor, row: Format) -> QuantizedTensor:
-    """Return a weight as a format of floats has it, values beyond its range at the ends of that (float16: ±65504)."""
+def to_floats(weight: torch.Tensor, weight_format: Format) -> QuantizedTensor:
+    """Return a weight in a format of floats; values beyond its range become its largest (float16: ±65504)."""
     real = weight.detach().to(torch.float32)
-    if row is not FLOAT32:
-        largest = torch.finfo(row.storage).max
-        real = real.clamp(-largest, largest).to(row.storage)
-    return QuantizedTensor(row, real, None, None, weight.shape[-1])
+    if weight_format is not FLOAT32:
+        largest = torch.finfo(weight_format.storage).max
+        real = real.clamp(-largest, largest).to(weight_format.storage)
+    return QuantizedTensor(weight_format, real, None, None, weight.shape[-1])
 
 
 def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the least and the greatest value, one pair an index of dimension 0 (equal ones for axis "tensor").
+    """Return the least and the greatest value, one pair for each index of dimension 0 (equal ones for axis "tensor").
 
     weight: (N, ...) float32 -> two (N,) float32; zeros where there is nothing to measure. For axis "group", weight:
     (N, K) -> two (N, ceil(K / group_size)), one pair a group of columns, 0 included.

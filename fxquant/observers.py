@@ -19,8 +19,8 @@ class Observer(nn.Module):
     """A pass-through that measures. Subclasses say how a range is found; quantization follows from it.
 
     spec: how the tensor will become integers. min_val, max_val: float32, the range of all that was observed: (N,), one
-    an index of dimension 0, (N, groups) or, for axis "tensor", (1,); empty until something was. How values come in
-    batches makes no difference.
+    for each index of dimension 0, (N, groups) or, for axis "tensor", (1,); empty before that. How the values are split
+    into batches makes no difference.
     """
 
     axis = "tensor"
@@ -38,7 +38,7 @@ class Observer(nn.Module):
         self.register_buffer("total", torch.empty(0), persistent=False)  # of the tensor seen; NaN if there were several
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x itself, its range remembered. ShapeError for one of other channels or groups than those seen."""
+        """Return x itself, and remember its range. Raises ShapeError if it has other channels or groups than before."""
         values = x.detach().to(torch.float32).contiguous()
         if not values.numel():
             return x
@@ -68,7 +68,9 @@ class Observer(nn.Module):
         return choose_qparams(self.min_val, self.max_val, self.spec)
 
     def quantize(self, weight: torch.Tensor) -> QuantizedTensor:
-        """Return the weight as integers, by the range seen of it; by that of now if none was, or if it has changed."""
+        """Return the weight as integers, by its observed range; if there is none, or the weight has changed, by its
+        range now.
+        """
         weight = weight.detach().to(torch.float32)
         low, high = (self.min_val, self.max_val) if self._has_seen(weight) else self.measure(weight)
         if self.axis == "tensor":
@@ -79,7 +81,7 @@ class Observer(nn.Module):
         return QuantizedTensor(spec.format, values, scale, zero_points, weight.shape[-1], spec.group_size or 0)
 
     def _has_seen(self, weight: torch.Tensor) -> bool:
-        """Return whether this float32 tensor, as it is now, is all that was seen; casts make the range another's."""
+        """Return whether this float32 tensor, unchanged, is all that was observed; a cast changes the range."""
         if weight.is_meta or not self.min_val.numel() or self.min_val.dtype != torch.float32:
             return False
         return bool(self.total.to(weight.device) == _total(weight))
@@ -91,7 +93,7 @@ class Observer(nn.Module):
 
 
 def _total(values: torch.Tensor) -> torch.Tensor:
-    """Return a sum that tells whether a tensor is the one that was seen: a version counter misses writes to `.data`."""
+    """Return a checksum that identifies the observed tensor: a version counter misses writes to `.data`."""
     return values.sum(dtype=torch.float64)
 
 
@@ -112,10 +114,10 @@ class PerChannelMinMaxObserver(Observer):
 
 
 class LeastErrorObserver(PerChannelMinMaxObserver):
-    """Measures for each index of dimension 0 the part of its range that rounds with the least squared error.
+    """Measures, for each index of dimension 0, the part of its range that rounds with the least squared error.
 
     The range itself and 31/32, 30/32, … 18/32 of it are tried: values beyond are clipped, all others get finer steps.
-    With 4 bits that is worth it, with 8 it hardly matters. docs/numerics.md, "clipped range".
+    That pays with 4 bits; with 8 it hardly matters. docs/numerics.md, "clipped range".
     """
 
     def measure(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +132,7 @@ class LeastErrorObserver(PerChannelMinMaxObserver):
         return low * shares, high * shares
 
     def _best_shares(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Return for each row the share of its range with the least error, the greatest of equal ones: (N,)."""
+        """Return the share of each channel's range with the least error, the greatest of equal ones: (N,)."""
         best, least = torch.ones_like(low), self._error(x, low, high)
         for share in RANGE_SHARES[1:]:
             error = self._error(x, low * share, high * share)
@@ -138,14 +140,14 @@ class LeastErrorObserver(PerChannelMinMaxObserver):
         return best
 
     def _error(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Return each row's squared error under a range: (N, K) -> (N,)."""
+        """Return each channel's squared error under a range: (N, K) -> (N,)."""
         scale, zero = (part.unsqueeze(1) for part in choose_qparams(low, high, self.spec))
         q = (x * (1.0 / scale)).add_(zero).round_().clamp_(self.spec.qmin, self.spec.qmax)
         return q.sub_(zero).mul_(scale).sub_(x).square_().sum(1)
 
 
 class GroupMinMaxObserver(Observer):
-    """Measures one range for each group of columns in each row of a matrix: min_val, max_val: (N, groups)."""
+    """Measures one range for each group of columns of each output channel: min_val, max_val: (N, groups)."""
 
     axis = "group"
 

@@ -29,27 +29,28 @@ def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
 
     Raises CheckpointError, which names the place, for a value of any other type, a subclass too.
     """
-    kind = type(value)
-    if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
+    value_type = type(value)
+    if value is None or value_type in (bool, int, str) or (value_type is float and math.isfinite(value)):
         return value
-    if kind is torch.Tensor:
+    if value_type is torch.Tensor:
         name = f"{place}.{len(tensors)}"
         tensors[name] = value
         return {"tensor": name}
-    if kind is list or kind in _CONTAINERS:
+    if value_type is list or value_type in _CONTAINERS:
         parts = [encode(part, place, tensors) for part in value]
-        return parts if kind is list else {_CONTAINERS[kind]: parts}
-    if kind in _MAPPINGS:
-        return {_MAPPINGS[kind]: [[encode(part, place, tensors) for part in pair] for pair in value.items()]}
-    if kind is float:
+        return parts if value_type is list else {_CONTAINERS[value_type]: parts}
+    if value_type in _MAPPINGS:
+        return {_MAPPINGS[value_type]: [[encode(part, place, tensors) for part in pair] for pair in value.items()]}
+    if value_type is float:
         return {"float": str(value)}
-    if kind is bytes:
+    if value_type is bytes:
         return {"bytes": base64.b64encode(value).decode()}
-    if kind in (torch.dtype, torch.device):
-        return {kind.__name__: str(value).removeprefix("torch.")}
+    if value_type in (torch.dtype, torch.device):
+        return {value_type.__name__: str(value).removeprefix("torch.")}
     raise CheckpointError(
-        f"{place!r} holds a {kind.__module__}.{kind.__qualname__}, which a file without pickle cannot hold; let "
-        "get_extra_state return None, bool, int, float, str, bytes and tensors, in lists, tuples, sets and dicts"
+        f"{place!r} holds a {value_type.__module__}.{value_type.__qualname__}, which a file without pickle cannot "
+        "hold; let get_extra_state return None, bool, int, float, str, bytes and tensors, in lists, tuples, sets and "
+        "dicts"
     )
 
 

@@ -32,13 +32,12 @@ _DEFAULTS: dict[str, type[Observer]] = {
 class QConfig:
     """How an operator is quantized.
 
-    activation: how its input becomes integers at each call; None: it stays float (weight-only).
-    weight: how its weights do, once.
-    weight_observer: the Observer class that finds a weight's range; None: the min-max observer of the weight's axis.
-    parts: the operator's weights that have a qconfig of their own, by name, or None to stay float32. A mapping's
-    entries for weights make them ("lstm.weight_ih_l0"); a mapping takes no qconfig that has them already.
+    activation: how its input becomes integers at each call; None: it stays float (weight-only). weight: how its weights
+    do, once. weight_observer: the Observer class that finds a weight's range; None: the min-max observer of the
+    weight's axis. parts: the operator's weights that have a qconfig of their own, by name, or None to stay float32. A
+    mapping's entries for weights ("lstm.weight_ih_l0") make them; a mapping accepts no qconfig that has them already.
 
-    An operator without activations (an embedding) uses the weight half alone.
+    An operator without activations (an embedding) uses only the weight's half.
     """
 
     activation: TensorSpec | None
@@ -83,7 +82,9 @@ class QConfig:
         return 255 if self.activation is None or not self.activation.is_integer else self.activation.qmax
 
     def layout(self, columns: int) -> tuple[str, int, int]:
-        """Return the operator linear's format, group_size and in_features for a weight of so many columns."""
+        """Return the arguments format, group_size and in_features of the operator linear for a weight of so many
+        columns.
+        """
         size = self.weight.group_size or 0
         return self.weight.dtype, size, columns if size else 0
 
@@ -93,7 +94,7 @@ class QConfig:
 
     @property
     def whole(self) -> QConfig:
-        """What the weights get that are no parts."""
+        """What the weights get that have no qconfig of their own."""
         return dataclasses.replace(self, parts=()) if self.parts else self
 
     def make_observer(self) -> Observer | None:
@@ -118,15 +119,15 @@ class QConfig:
         return dataclasses.replace(self, weight=dataclasses.replace(self.weight, group_size=group_size))
 
     def __str__(self) -> str:
-        return self.tell(lambda own: f"{own.weight}" + (f", activation {own.activation}" if own.activation else ""))
+        return self.tell(lambda part: f"{part.weight}" + (f", activation {part.activation}" if part.activation else ""))
 
     def tell(self, name: Callable[[QConfig], str]) -> str:
-        """Return it as text, itself and its parts' qconfigs as a function tells one without parts."""
+        """Return it as text. name: gives the text of a qconfig without parts."""
         weights: dict[QConfig | None, list[str]] = {}
         for weight, qconfig in self.parts:
             weights.setdefault(qconfig, []).append(weight)
-        told = [f"{', '.join(group)} {name(own) if own else 'float32'}" for own, group in weights.items()]
-        return "; ".join((name(self.whole), *told))
+        parts = [f"{', '.join(names)} {name(part) if part else 'float32'}" for part, names in weights.items()]
+        return "; ".join((name(self.whole), *parts))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values; the observer by its name."""
@@ -135,19 +136,19 @@ class QConfig:
             "activation": None if self.activation is None else self.activation.to_dict(),
             "weight": self.weight.to_dict(),
             "weight_observer": None if observer is None else observer.__name__,
-            "parts": [[name, own and own.to_dict()] for name, own in self.parts],
+            "parts": [[name, part and part.to_dict()] for name, part in self.parts],
         }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> QConfig:
         """Return the qconfig that `to_dict` described. A custom observer is not restored: the weights exist already."""
-        known = {kind.__name__: kind for kind in (*_DEFAULTS.values(), LeastErrorObserver)}
+        known = {observer.__name__: observer for observer in (*_DEFAULTS.values(), LeastErrorObserver)}
         activation = fields["activation"]
         return cls(
             None if activation is None else TensorSpec.from_dict(activation),
             TensorSpec.from_dict(fields["weight"]),
             known.get(fields["weight_observer"]),
-            tuple((name, own and cls.from_dict(own)) for name, own in fields.get("parts", ())),
+            tuple((name, part and cls.from_dict(part)) for name, part in fields.get("parts", ())),
         )
 
 

@@ -21,7 +21,7 @@ _KEYS = ("", "object_type", "module_name_regex", "module_name", "module_name_obj
 
 
 class Setter(enum.Enum):
-    """What kind of entry it is, highest precedence first; the value is how reports name such an entry."""
+    """The method that made an entry, highest precedence first; the value is how reports name it."""
 
     MODULE_NAME_OBJECT_TYPE_ORDER = "module_name_object_type_order ({!r}, {}, {})"
     MODULE_NAME = "module_name {!r}"
@@ -29,11 +29,11 @@ class Setter(enum.Enum):
     OBJECT_TYPE = "object_type {}"
     GLOBAL = "global"
     NONE = "no entry"
-    OLD_FILE = "{}"  # in a checkpoint of before entries had codes
+    OLD_FILE = "{}"  # from a checkpoint that is older than these codes
 
 
 class Entry(NamedTuple):
-    """One entry of a mapping: its kind, and its arguments but for the qconfig, types and functions by `type_name`."""
+    """One entry of a mapping: what set it, and its arguments except the qconfig; types and functions by `type_name`."""
 
     setter: Setter
     key: tuple[str | int, ...] = ()
@@ -45,8 +45,8 @@ class Entry(NamedTuple):
 class Rule(NamedTuple):
     """Which entry of a mapping decided, and what it says.
 
-    direct: it names this very module, type or call, so that a qconfig the operator cannot take is the user's mistake
-    and not a by-catch. opt_out: the entry that would leave this candidate float, where the planner knows it.
+    direct: it names this very module, type or call, so that a qconfig the operator cannot take is the user's mistake,
+    not a side effect. opt_out: the entry that would leave this candidate float, where the planner knows it.
     """
 
     qconfig: Choice
@@ -60,7 +60,7 @@ class QConfigMapping:
 
     Precedence, highest first: `set_module_name_object_type_order`, `set_module_name` (the nearest enclosing module that
     is named), `set_module_name_regex` (the first entry that matches, by re.match), `set_object_type`, `set_global`.
-    A weight counts as what lies innermost: "lstm.weight_ih_l0" outranks "lstm", and gives that matrix alone a scheme.
+    A weight counts as innermost: "lstm.weight_ih_l0" outranks "lstm", and gives that matrix alone a scheme.
     Setters change the mapping and return it.
     """
 
@@ -72,7 +72,7 @@ class QConfigMapping:
         self.module_name_object_type_order_qconfigs: dict[tuple[str, ObjectType, int], Choice] = {}
 
     def set_global(self, global_qconfig: Choice) -> QConfigMapping:
-        """Set what everything gets that no other entry decides."""
+        """Set the qconfig of everything that no other entry decides."""
         self.global_qconfig = _checked(global_qconfig)
         return self
 
@@ -116,23 +116,24 @@ class QConfigMapping:
         path: the module's path, or for a call the path of the module whose forward makes it; scope: the path of the
         module that the candidate is counted in; types: what it is (an nn.Linear that was fused is still nn.Linear);
         index: its number among those in `scope`; weight: the weight's path. A regular expression must match `path`, or
-        the path of a weight right in there.
+        the path of a weight directly in it.
         """
-        for kind in types:
-            key = (scope, kind, index)
+        for object_type in types:
+            key = (scope, object_type, index)
             if key in self.module_name_object_type_order_qconfigs:
                 return Rule(self.module_name_object_type_order_qconfigs[key], order_entry(*key), True)
         named = (weight, path) if weight else (path,)
         for name in (*named[:-1], *_enclosing(path)):
             if name in self.module_name_qconfigs:
                 return Rule(self.module_name_qconfigs[name], Entry(Setter.MODULE_NAME, (name,)), name in named)
-        own = named if weight.rpartition(".")[0] == path else (path,)
+        names = named if weight.rpartition(".")[0] == path else (path,)
         for pattern, qconfig in self.module_name_regex_qconfigs.items():
-            if any(re.match(pattern, name) for name in own):
+            if any(re.match(pattern, name) for name in names):
                 return Rule(qconfig, Entry(Setter.MODULE_NAME_REGEX, (pattern,)), False)
-        for kind in types:
-            if kind in self.object_type_qconfigs:
-                return Rule(self.object_type_qconfigs[kind], Entry(Setter.OBJECT_TYPE, (type_name(kind),)), True)
+        for object_type in types:
+            if object_type in self.object_type_qconfigs:
+                entry = Entry(Setter.OBJECT_TYPE, (type_name(object_type),))
+                return Rule(self.object_type_qconfigs[object_type], entry, True)
         return Rule(self.global_qconfig, Entry(Setter.NONE if self.global_qconfig is None else Setter.GLOBAL), False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -175,7 +176,7 @@ class QConfigMapping:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, QConfigMapping):
             return NotImplemented
-        # The order of regex entries decides between them, so it counts.
+        # The first regex that matches decides, so their order counts.
         return self.to_dict().keys() == other.to_dict().keys() and all(
             list(a.items()) == list(b.items()) if name == "module_name_regex_qconfigs" else a == b
             for (name, a), b in zip(vars(self).items(), vars(other).values(), strict=True)
@@ -211,14 +212,14 @@ def qconfig_name(qconfig: Choice) -> str:
         for size in preset.weight.format.group_sizes
     }
     names.update({preset: name for name, preset in PRESETS.items()})
-    return qconfig.tell(lambda own: names.get(own, f"QConfig({own})"))
+    return qconfig.tell(lambda part: names.get(part, f"QConfig({part})"))
 
 
-def type_name(kind: ObjectType) -> str:
+def type_name(object_type: ObjectType) -> str:
     """Return a module type or function as one would write it: "nn.Linear", "F.linear", "my_package.Block"."""
-    if isinstance(kind, str):
-        return repr(kind)
-    module, name = getattr(kind, "__module__", None) or "", getattr(kind, "__name__", repr(kind))
+    if isinstance(object_type, str):
+        return repr(object_type)
+    module, name = getattr(object_type, "__module__", None) or "", getattr(object_type, "__name__", repr(object_type))
     if module.startswith("torch.nn.modules"):
         return f"nn.{name}"
     if module in ("torch.nn.functional", "torch._C._nn"):
@@ -232,9 +233,9 @@ def type_name(kind: ObjectType) -> str:
     return f"{module}.{name}" if module and not module.startswith(("torch", "fxquant")) else name
 
 
-def order_entry(scope: str, kind: ObjectType, index: int) -> Entry:
+def order_entry(scope: str, object_type: ObjectType, index: int) -> Entry:
     """Return an entry of set_module_name_object_type_order."""
-    return Entry(Setter.MODULE_NAME_OBJECT_TYPE_ORDER, (scope, type_name(kind), index))
+    return Entry(Setter.MODULE_NAME_OBJECT_TYPE_ORDER, (scope, type_name(object_type), index))
 
 
 def opt_out(path: str) -> str:
@@ -242,9 +243,9 @@ def opt_out(path: str) -> str:
     return f"set_module_name({path!r}, None)"
 
 
-def opt_out_one(scope: str, kind: ObjectType, index: int) -> str:
+def opt_out_one(scope: str, object_type: ObjectType, index: int) -> str:
     """Return the entry that leaves one call or module in the module at a path float, as one would write it."""
-    return f"set_module_name_object_type_order({scope!r}, {type_name(kind)}, {index}, None)"
+    return f"set_module_name_object_type_order({scope!r}, {type_name(object_type)}, {index}, None)"
 
 
 def _enclosing(path: str) -> Iterator[str]:
@@ -256,7 +257,7 @@ def _enclosing(path: str) -> Iterator[str]:
 
 
 def _checked(qconfig: Any) -> Choice:
-    """Return the qconfig, or raise QConfigError: a static one, one with parts, one of torch.ao's, something else."""
+    """Return the qconfig, or raise QConfigError if it is static, has parts, is torch.ao's, or is something else."""
     if qconfig is None:
         return None
     if not isinstance(qconfig, QConfig):

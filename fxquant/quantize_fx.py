@@ -11,7 +11,7 @@ from torch import fx, nn
 from fxquant.entry import entry
 from fxquant.errors import ExampleInputsError, FxQuantError, QConfigError, TraceError, warn
 from fxquant.graph import edit
-from fxquant.graph.calibrate import Moments, gather
+from fxquant.graph.calibrate import Hessians, gather
 from fxquant.graph.call import Example, Inputs, bind_inputs
 from fxquant.graph.check.check import checked
 from fxquant.graph.convert.clean import clean
@@ -67,14 +67,14 @@ def prepare_fx(
     """
     mapping = _as_mapping(qconfig_mapping)
     refuse_ours(model, "prepare_fx", ("prepared", "quantized"))
-    given, model = model, adopt(model)
+    original, model = model, adopt(model)
     check_model(model)
     preserved = preserve(model, preserved_attributes, preserved_of(model))
     inputs = bind_inputs(model, example_inputs, example_kwargs)
     try:
         traced = capture(model, operators, inputs, preserved)
-        if given is not model:
-            verify(given, traced.module, inputs)
+        if original is not model:
+            verify(original, traced.module, inputs)
     except (TraceError, ExampleInputsError) as error:
         return _prepare_whole(model, mapping, operators, inputs, error, strict, batch_invariant)
     functions = [SPELT.get(node.target, node.target) for node in traced.module.graph.nodes]
@@ -106,8 +106,8 @@ def _prepare_whole(
     """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
     written = check_runs(model, inputs, cause)
     if isinstance(cause, ExampleInputsError):  # the model does run on them
-        told = f"its graph fails {cause.place}" if isinstance(cause, GraphFailsError) else first_line(cause)
-        cause = TraceError(f"{type(model).__name__} runs, but not as it was traced (it may ask for a type): {told}")
+        failure = f"its graph fails {cause.place}" if isinstance(cause, GraphFailsError) else first_line(cause)
+        cause = TraceError(f"{type(model).__name__} runs, but not as it was traced (it may ask for a type): {failure}")
     check_mapping(mapping, names_of(plain_mirror(model)))
     why = " ".join(line.strip() for line in str(cause).splitlines()[:2])
     prepared = prepare_tree(model, mapping, operators, {"": why}, inputs, written, batch_invariant=batch_invariant)
@@ -139,21 +139,21 @@ def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None, check:
     one that does not fit forward; CheckError where the quantized model fails on the example inputs.
     """
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
-    moments = gather(prepared, record.sites, data) if data is not None else None
+    hessians = gather(prepared, record.sites, data) if data is not None else None
     if not check:
-        return convert_with(prepared, moments)
-    return checked(prepared, functools.partial(convert_with, moments=moments))
+        return convert_with(prepared, hessians)
+    return checked(prepared, functools.partial(convert_with, hessians=hessians))
 
 
 @entry
-def convert_with(prepared: nn.Module, moments: Moments | None) -> nn.Module:
-    """Return what convert_fx does with the data that these moments are of; None: without any."""
+def convert_with(prepared: nn.Module, hessians: Hessians | None) -> nn.Module:
+    """Return what convert_fx does with data that gave these Hessians; None: without data."""
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
     if not record.is_traced:
-        return convert_tree(prepared, moments)
+        return convert_tree(prepared, hessians)
     module = edit.mirror(prepared)
     assert isinstance(module, fx.GraphModule)
-    cache = WeightCache(moments.rounding(module) if moments is not None else None)
+    cache = WeightCache(hessians.rounding(module) if hessians is not None else None)
     sites = convert(module, record.sites, record.operators, cache, record.batch_invariant)
     quantized = clean(module, prepared, record.preserved)
     return finish(quantized, prepared, record.advance(stage="quantized", sites=sites, example=None))
@@ -179,8 +179,8 @@ def fuse_fx(
     if example_inputs is None and example_kwargs is None:
         traced = trace(model, OPERATORS, keep=Keep(preserved))
     else:
-        given = () if example_inputs is None else example_inputs
-        traced = capture(model, OPERATORS, bind_inputs(model, given, example_kwargs), preserved)
+        positional = () if example_inputs is None else example_inputs
+        traced = capture(model, OPERATORS, bind_inputs(model, positional, example_kwargs), preserved)
     fusions, unfused = fuse(traced.module, traced.hooked, traced.keep.preserved)
     record = Record(stage="fused", fusions=fusions, unfused=unfused, float_bytes=edit.byte_count(model), **traced.kept)
     return finish(traced.module, model, record)

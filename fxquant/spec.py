@@ -24,9 +24,9 @@ class TensorSpec:
     dtype: the name of a format: "int8", "int16", "uint8", "uint4", "int4" (two values a byte) or "float16" (no
         integers: stored in half precision). "int16" is symmetric over all of its range, ±32767.
     symmetric: zero_point is 0, the range is that of the largest magnitude.
-    axis: where scales are shared: "tensor" (one), "channel" (one an index of dimension 0 of a weight: an output
-        channel, a row of a table), "token" (one a vector of an activation's last dimension: a token, a time step),
-        "group" (one a `group_size` columns of each output channel: the way of int4).
+    axis: where scales are shared: "tensor" (one), "channel" (one for each index of dimension 0 of a weight: an output
+        channel, a row of a table), "token" (one for each vector of an activation's last dimension: a token, a time
+        step), "group" (one for each `group_size` columns of each output channel).
     dynamic: measured at each call (activations) instead of once (weights).
     scale_steps: how many steps the measured range is divided into; None means qmax - qmin for an affine spec and qmax
         for a symmetric one.
@@ -82,7 +82,7 @@ class TensorSpec:
 
     @property
     def format(self) -> Format:
-        """How the values are stored and multiplied: the row of `dtype`."""
+        """How the values are stored and multiplied: the format named `dtype`."""
         return format_of(self.dtype)
 
     @property

@@ -27,7 +27,7 @@ const struct fxq_format_entry fxq_formats[FXQ_FORMATS] = {
 int64_t fxq_activation_bytes(const struct fxq_weight *weight, int64_t rows) {
     if (weight->format == FXQ_NONE) return 0;
     const int64_t values = rows * fxq_depth(weight->columns);
-    if (fxq_formats[weight->format].takes != FXQ_TO_UINT8) return values * 4; /* two int16 or a float */
+    if (fxq_formats[weight->format].takes != FXQ_TO_UINT8) return values * 4; /* a low and a high half, or a float */
     /* 16 more rows: a block of 16 may be partly filled, and the gemv keeps a row of its own (see common-inl.h). */
     const int64_t bytes = (rows + 16) * fxq_depth(weight->columns) * fxq_active->value_bytes;
     const int64_t grouped = weight->group ? fxq_group_activation_bytes(weight, rows) : 0;

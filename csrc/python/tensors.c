@@ -57,7 +57,7 @@ static bool make_names(void) {
            (name.data_ptr = PyUnicode_InternFromString("data_ptr"));
 }
 
-/* set_torch((Tensor, Parameter), (float32, int8, uint8, int32, int64, bfloat16, int16, float16), (empty, its keywords),
+/* set_torch((Tensor, Parameter), dtypes in the order of enum kind, (empty, its keywords),
  * (new_large, get_num_threads, is_grad_enabled), watchers, the exchange interface's capsule or None) */
 PyObject *set_torch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;

@@ -89,7 +89,7 @@ def load(
     """Return the quantized model that `save` wrote.
 
     model: the float architecture, in eval mode; it may live on the meta device, for no float weight is read or made.
-    It is not changed. operators: the table that the model was prepared with, if rows of your own were in it. check:
+    It is not changed. operators: the table that the model was prepared with, if it had operators of your own. check:
     whether a model that computes something else than the saved one (other heads, another activation) is refused.
     mmap: leave the tensors in the file, mapped, and read them at their first use: processes that load the same file
     share that memory, but the file may never be changed in place (docs/checkpoints.md). By default they are read.
@@ -120,14 +120,14 @@ def load(
 
 
 def _senseless(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
-    """Return the error for a plan that is signed but not one that `save` writes."""
+    """Return the error for a plan whose digest is right but that `save` cannot have written."""
     return CheckpointError(
         f"{path}: its plan makes no sense ({type(error).__name__}: {error}); write it anew with fxquant.save"
     )
 
 
 def _distinct(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return a state_dict with each tied tensor once, and the other names of those."""
+    """Return a state_dict with each tied tensor once, and the first names of the others."""
     first: dict[Any, str] = {}
     tensors, aliases = {}, {}
     for name, tensor in state.items():
@@ -149,7 +149,9 @@ def _distinct(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
 
 
 def _read(path: str | os.PathLike[str], mmap: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return a checkpoint's plan and tensors once the file is known to be whole, ours, and of a format that we read."""
+    """Return a checkpoint's plan and tensors; raise CheckpointError unless the file is whole, ours, and of format
+    FORMAT.
+    """
     try:
         metadata, tensors = tensor_file.read(path, mmap)
     except OSError as error:

@@ -5,8 +5,7 @@ attributes, the dtypes that tables give, extra states and the float model's arch
 
 FORMAT grows by one with the first change after a release that another version would read wrongly or not at all: a field
 more or less in the plan, other names, layouts or meanings of a module's tensors. That change decides whether `load`
-still takes older files; a newer one it never does. 1 is the format of 0.1.0, which is not released yet, and may change
-as it stands until then.
+still takes older files; it never takes newer ones. 1 is the format of 0.1.0, which may change until that is released.
 """
 
 from __future__ import annotations
@@ -64,7 +63,9 @@ def describe_plan(model: nn.Module, record: Record, aliases: dict[str, str], sta
 
 
 def _live(model: nn.Module, path: str) -> list[Any]:
-    """Return the value of an attribute in a list, empty where JSON has no such value: the skeleton's is taken then."""
+    """Return the value of an attribute in a list, empty where JSON has no such value: `load` then keeps the float
+    model's.
+    """
     owner, _, name = path.rpartition(".")
     value = getattr(model.get_submodule(owner), name)
     return [value] if isinstance(value, (bool, int, float, str, type(None))) else []
@@ -113,17 +114,17 @@ def read_record(
         float_bytes=plan["float_bytes"],
         coverage=Coverage(**plan["coverage"]),
         architecture=Architecture.from_plain(plan["architecture"]) if plan.get("architecture") else None,
-        batch_invariant=plan.get("batch_invariant"),  # files from before it was asked have none
+        batch_invariant=plan.get("batch_invariant"),  # older files have none
     )
 
 
 def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operator]) -> QConfigMapping:
     """Return the mapping; a type's name becomes the type where the model or the table has it, else stays a name."""
-    kinds: set[ObjectType] = {type(module) for module in model.modules()}
-    for row in operators:
-        kinds.update(row.modules)
-        kinds.update(row.functions)
-    by_name = {type_name(kind): kind for kind in kinds}
+    types: set[ObjectType] = {type(module) for module in model.modules()}
+    for operator in operators:
+        types.update(operator.modules)
+        types.update(operator.functions)
+    by_name = {type_name(object_type): object_type for object_type in types}
 
     def restore(part: Any, is_type: bool) -> Any:
         if isinstance(part, dict):

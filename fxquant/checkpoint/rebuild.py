@@ -1,4 +1,4 @@
-"""A quantized model without data, from its plan and the float architecture; the tensors of a file put into it."""
+"""Rebuilds a quantized model without data, from its plan and the float architecture, and checks a file's tensors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rebuild(
 
 
 class _OtherArchitectureError(Exception):
-    """The float model is not the one that a file is of; says in what."""
+    """The float model is not the one that was saved; the message says how they differ."""
 
 
 def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None) -> nn.Module:
@@ -84,32 +84,32 @@ def _match(saved: Architecture | None, root: nn.Module, model: nn.Module) -> Non
 
 
 def check_tensors(result: nn.Module, tensors: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError unless the file's tensors are just those that the model needs."""
-    own = tensors_of(result)
-    for name, tensor in own.items():
+    """Raise CheckpointError unless the file's tensors are exactly those that the model needs."""
+    needed = tensors_of(result)
+    for name, tensor in needed.items():
         if name not in tensors:
             raise CheckpointError(f"{path}: has no tensor {name!r}, which this model needs{nearest(name, tensors)}")
-        found = tensors[name]
+        saved = tensors[name]
         is_cast = bool(dtype_errors({name: tensor}, tensors))
-        if found.shape == tensor.shape and found.is_floating_point() and tensor.is_floating_point() and is_cast:
+        if saved.shape == tensor.shape and saved.is_floating_point() and tensor.is_floating_point() and is_cast:
             raise CheckpointError(
-                f"{path}: {name!r} is {found.dtype} in the file, but {tensor.dtype} in this model: load "
-                f"into a model of the file's dtype, model.to({found.dtype}), and cast the result"
+                f"{path}: {name!r} is {saved.dtype} in the file, but {tensor.dtype} in this model: load "
+                f"into a model of the file's dtype, model.to({saved.dtype}), and cast the result"
             )
-        if found.shape != tensor.shape or is_cast:
+        if saved.shape != tensor.shape or is_cast:
             raise CheckpointError(
-                f"{path}: {name!r} is {tuple(found.shape)} {found.dtype}, but this model needs {tuple(tensor.shape)} "
+                f"{path}: {name!r} is {tuple(saved.shape)} {saved.dtype}, but this model needs {tuple(tensor.shape)} "
                 f"{tensor.dtype}: the checkpoint is another model's"
             )
-    extra = sorted(tensors.keys() - own.keys())
+    extra = sorted(tensors.keys() - needed.keys())
     if extra:
-        raise CheckpointError(f"{path}: has {extra[0]!r}, for which this model has no place{nearest(extra[0], own)}")
+        raise CheckpointError(f"{path}: has {extra[0]!r}, for which this model has no place{nearest(extra[0], needed)}")
 
 
 def fill_unsaved(result: nn.Module, model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Give the buffers that no state_dict holds (persistent=False) the values that the user's model has.
 
-    Raises CheckpointError where that has none either, and for plain tensors without data, which the model's code uses.
+    Raises CheckpointError where that has none either, and for plain tensor attributes without data.
     """
     for name, buffer in list(result.named_buffers()):
         if buffer.device.type == "meta":

@@ -1,8 +1,8 @@
-"""The second moments of what weights are multiplied with, from a run of the float model: for rounding with feedback.
+"""The Hessians that GPTQ needs: H = Σ x xᵀ of the inputs x of each weight, from a run of the float model.
 
 Every product of a model (of a module, a call, an LSTM's step, attention's projections) comes to torch as one of a few
-operators, with a view of the weight as its second factor. There the rows are counted, so that no row of the table has
-to say what its weights meet, and tied weights count the rows of all places in which they stand.
+operators, with a view of the weight as its second factor. There the rows are counted, so that no operator has to
+say what its weights meet, and tied weights count the rows of all places in which they stand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxquant.errors import ExampleInputsError, warn
-from fxquant.gptq import round_with_feedback
+from fxquant.formats import FORMATS
+from fxquant.gptq import round_with_gptq
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, each_batch, run
 from fxquant.graph.record import Site, record_of
@@ -49,10 +50,10 @@ def to_nearest(weight: torch.Tensor, qconfig: QConfig, observer: Observer | None
     return quantize_alone(weight, qconfig) if observer is None else observer.quantize(weight.contiguous())
 
 
-class Moments:
-    """What is known of the inputs of a model's weights: H = Σ x xᵀ, by each weight's name and number of inputs.
+class Hessians:
+    """H = Σ x xᵀ of the inputs x of a model's weights, by each weight's name and number of inputs.
 
-    It rounds the weights of all mirrors of the model; what it has rounded once it gives again.
+    It rounds the weights of all mirrors of the model, each once.
     """
 
     def __init__(self, sums: dict[tuple[str, int], torch.Tensor]) -> None:
@@ -66,34 +67,34 @@ class Moments:
         def quantize(
             weight: torch.Tensor, qconfig: QConfig, observer: Observer | None
         ) -> tuple[QuantizedTensor, Rounded]:
-            if not profits(qconfig):
+            if not uses_gptq(qconfig):
                 return to_nearest(weight, qconfig, observer), Rounded.TO_NEAREST
             name = names.get(weight.data_ptr())
             if name is None:
                 return self._round(weight, None, qconfig, observer)
             key = name, weight.shape, weight.stride(), qconfig.weight, qconfig.weight_observer
             if key not in self._done:
-                moments = self.sums.get((name, weight.shape[-1]))
-                self._done[key] = self._round(weight, moments, qconfig, observer)
+                hessian = self.sums.get((name, weight.shape[-1]))
+                self._done[key] = self._round(weight, hessian, qconfig, observer)
             return self._done[key]
 
         return quantize
 
     def _round(
-        self, weight: torch.Tensor, moments: torch.Tensor | None, qconfig: QConfig, observer: Observer | None
+        self, weight: torch.Tensor, hessian: torch.Tensor | None, qconfig: QConfig, observer: Observer | None
     ) -> tuple[QuantizedTensor, Rounded]:
-        if moments is not None and moments.isfinite().all():
-            return round_with_feedback(weight, moments, qconfig.weight), Rounded.GPTQ
-        return to_nearest(weight, qconfig, observer), Rounded.NO_INPUT if moments is None else Rounded.NOT_FINITE
+        if hessian is not None and hessian.isfinite().all():
+            return round_with_gptq(weight, hessian, qconfig.weight), Rounded.GPTQ
+        return to_nearest(weight, qconfig, observer), Rounded.NO_INPUT if hessian is None else Rounded.NOT_FINITE
 
 
-def profits(qconfig: QConfig) -> bool:
-    """Return whether a qconfig's weights are rounded with feedback."""
+def uses_gptq(qconfig: QConfig) -> bool:
+    """Return whether GPTQ rounds a qconfig's weights."""
     return qconfig.weight.format.uses_gptq
 
 
-def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> Moments:
-    """Return the second moments of the inputs that the sites' weights meet while a prepared model runs over data.
+def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> Hessians:
+    """Return the Hessians of the sites' weights, from the inputs that these meet while a prepared model runs over data.
 
     It runs as a mirror, so that it is not changed. All weights are watched in one pass, since one each would take far
     longer: float32 (K, K) for a weight (O, K), K / O of its memory.
@@ -104,13 +105,14 @@ def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> M
     weights = _weights(twin, sites)
     if any(tensor.is_meta for tensor in twin.parameters()):
         warn("data was given to round weights with GPTQ, but the model is on the meta device and has no values")
-        return Moments({})
+        return Hessians({})
     if not weights:
+        formats = " or ".join(known.name for known in FORMATS if known.uses_gptq)
         warn(
-            "data was given to round weights with GPTQ, but no weight becomes int4: others are rounded to "
-            "nearest, which is as good for them; leave data out, or give int4_dynamic_qconfig to a Linear"
+            f"data was given to round weights with GPTQ, but no weight becomes {formats}: others are rounded to "
+            "nearest, which is as good for them; leave data out, or give a Linear a qconfig with such weights"
         )
-        return Moments({})
+        return Hessians({})
     first = next(batches)
     twin = edit.mirror(prepared, written=_written(prepared, first))
     counter = _Counter(_weights(twin, sites))
@@ -118,7 +120,7 @@ def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> M
     for number, arguments in enumerate(itertools.chain([first], batches)):
         with _unfused(is_recurrent), counter:
             _run(twin, arguments, number)
-    return Moments(counter.close())
+    return Hessians(counter.close())
 
 
 def _written(prepared: nn.Module, first: Inputs) -> frozenset[str]:
@@ -150,18 +152,18 @@ def _names(root: nn.Module) -> dict[int, str]:
 
 
 def _weights(root: nn.Module, sites: Iterable[Site]) -> dict[str, torch.Tensor]:
-    """Return by name those of the sites' weights that profit."""
-    names, found = _names(root), {}
+    """Return by name those of the sites' weights that GPTQ rounds."""
+    names, weights = _names(root), {}
     for site in sites:
         if site.call:
             held = {"": edit.get_tensor(root, site.path)}
         else:
             held = dict(root.get_submodule(site.path).named_parameters(remove_duplicate=False))
         for part, tensor in held.items():
-            own = site.qconfig.of(part)
-            if tensor is not None and own is not None and profits(own) and tensor.data_ptr() in names:
-                found[names[tensor.data_ptr()]] = tensor
-    return found
+            qconfig = site.qconfig.of(part)
+            if tensor is not None and qconfig is not None and uses_gptq(qconfig) and tensor.data_ptr() in names:
+                weights[names[tensor.data_ptr()]] = tensor
+    return weights
 
 
 class _Sum:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from fxquant.graph import edit
-from fxquant.graph.calibrate import Moments
+from fxquant.graph.calibrate import Hessians
 from fxquant.graph.call import Example, Inputs
 from fxquant.graph.convert.clean import own_tensors
 from fxquant.graph.convert.convert import WeightCache, convert_modules
@@ -53,15 +53,15 @@ def plain_mirror(model: nn.Module, device: str | None = None, written: frozenset
     return root
 
 
-def convert_tree(prepared: nn.Module, moments: Moments | None = None) -> nn.Module:
+def convert_tree(prepared: nn.Module, hessians: Hessians | None = None) -> nn.Module:
     """Return the quantized model that `prepare_tree` decided on, of the same class; the prepared one is unchanged.
 
-    moments: of its weights' inputs, for rounding by GPTQ.
+    hessians: of its weights' inputs, for rounding by GPTQ.
     """
     record = record_of(prepared)
     assert record is not None
     twin = edit.mirror(prepared)
-    cache = WeightCache(moments.rounding(twin) if moments is not None else None)
+    cache = WeightCache(hessians.rounding(twin) if hessians is not None else None)
     root, sites = convert_modules(twin, record.sites, record.operators, cache, record.batch_invariant)
     own_tensors(root, prepared)
     return keep_record(root, record.advance(stage="quantized", sites=sites, example=None))

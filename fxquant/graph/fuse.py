@@ -77,16 +77,16 @@ def fuse(
         chain = [_place(node)]
         for step in (_NORM, _RELU):
             if lengths is None or lengths.get(chain[0], 0) > len(chain):
-                found = _fuse_next(scene, node, step, lengths is None)
-                if isinstance(found, Unfused):
-                    unfused.append(found)
+                outcome = _fuse_next(scene, node, step, lengths is None)
+                if isinstance(outcome, Unfused):
+                    unfused.append(outcome)
                     break
-                chain += found
+                chain += outcome
         if len(chain) > 1:
             fusions.append(Fusion(path=chain[0], chain=tuple(chain)))
     module.recompile()
-    told = {part for chain in unfused for part in chain.chain}
-    return tuple(fusions), (*unfused, *(alone for alone in _lone_norms(module) if alone.chain[0] not in told))
+    reported = {part for chain in unfused for part in chain.chain}
+    return tuple(fusions), (*unfused, *(alone for alone in _lone_norms(module) if alone.chain[0] not in reported))
 
 
 def _fuse_next(scene: _Scene, node: fx.Node, step: _Step, may_guard: bool) -> list[str] | Unfused:
@@ -143,10 +143,10 @@ def _lone_norms(module: fx.GraphModule) -> Iterator[Unfused]:
         yield Unfused(chain=(place,), why=because(NotFused.NO_LAYER))
 
 
-def _module_of(module: fx.GraphModule, node: fx.Node, kind: Any) -> Any:
+def _module_of(module: fx.GraphModule, node: fx.Node, module_type: Any) -> Any:
     """Return the module that a node calls if it is of a kind, else None."""
     called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return called if isinstance(called, kind) else None
+    return called if isinstance(called, module_type) else None
 
 
 def _drop_unused(module: fx.GraphModule, follower: fx.Node, kept: set[int]) -> None:
@@ -176,8 +176,8 @@ def _is_normed(module: fx.GraphModule, node: fx.Node, follower: fx.Node) -> bool
 def _refuse_norm(module: fx.GraphModule, node: fx.Node, follower: fx.Node) -> Reason | None:
     """Return why a normalization cannot be folded into a node's module, or None."""
     layer, norm = module.get_submodule(str(node.target)), module.get_submodule(str(follower.target))
-    kind, rank = _NORMS[type(layer)]
-    if type(norm) is not kind:
+    norm_type, rank = _NORMS[type(layer)]
+    if type(norm) is not norm_type:
         return because(NotFused.OTHER_NORM, type(norm).__name__, type(layer).__name__)
     if norm.training:
         return because(NotFused.TRAINING)
@@ -195,8 +195,8 @@ def _refuse_norm(module: fx.GraphModule, node: fx.Node, follower: fx.Node) -> Re
 def _fold_norm(module: fx.GraphModule, node: fx.Node, follower: fx.Node, may_guard: bool) -> None:
     """Fold the normalization that follows into a node's module."""
     float_module, norm = module.get_submodule(str(node.target)), module.get_submodule(str(follower.target))
-    kind, rank = _NORMS[type(float_module)]
-    if node.meta.get("tensor_meta") is None and kind is nn.BatchNorm1d and may_guard:
+    norm_type, rank = _NORMS[type(float_module)]
+    if node.meta.get("tensor_meta") is None and norm_type is nn.BatchNorm1d and may_guard:
         _guard_rank(module.graph, node, rank)
     edit.swap_module(module, str(node.target), _folded(float_module, norm))
 

@@ -43,10 +43,10 @@ class FxModule(fx.GraphModule):
         return code
 
     def __getattr__(self, name: str) -> Any:
-        for kind in ("_buffers", "_modules"):  # what a graph asks for at each call: nn.Module takes longer to find it
-            found = self.__dict__.get(kind, {}).get(name)
-            if found is not None:
-                return found
+        for kept in ("_buffers", "_modules"):  # what a graph asks for at each call: nn.Module takes longer to find it
+            value = self.__dict__.get(kept, {}).get(name)
+            if value is not None:
+                return value
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -131,9 +131,10 @@ class FxModule(fx.GraphModule):
         _, strict, missing, *_ = args
         _take_extra_states(self, state_dict, prefix, strict, missing)
         take_old_call_keys(self, self._fxquant_record, state_dict, prefix)
-        own = {prefix + name: tensor for name, tensor in tensors_of(self).items()}
+        expected = {prefix + name: tensor for name, tensor in tensors_of(self).items()}
         errors: list[str] = args[-1]
-        errors.extend(dtype_errors(own, state_dict))  # as a part of a larger model, whose load_state_dict is not ours
+        # As a part of a larger model, whose load_state_dict is not ours.
+        errors.extend(dtype_errors(expected, state_dict))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -167,12 +168,12 @@ def _take_extra_states(
     model: FxModule, state_dict: dict[str, Any], prefix: str, strict: bool, missing: list[str]
 ) -> None:
     """Take out of a state_dict the extra states that torch's loading has no module for, and keep them."""
-    record, found = model._fxquant_record, {}
+    record, taken = model._fxquant_record, {}
     for path in record.extra_states:
-        found[path] = state_dict.pop(key_of(prefix, path), missing)
-    absent = [path for path, state in found.items() if state is missing]
+        taken[path] = state_dict.pop(key_of(prefix, path), missing)
+    absent = [path for path, state in taken.items() if state is missing]
     missing += [key_of(prefix, path) for path in absent] if strict else []
-    states = {path: state for path, state in found.items() if path not in absent}
+    states = {path: state for path, state in taken.items() if path not in absent}
     if states:
         keep_record(model, record.advance(extra_states={**record.extra_states, **states}))
 

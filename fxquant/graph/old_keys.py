@@ -43,10 +43,12 @@ def take_old_call_keys(model: fx.GraphModule, record: Record, state_dict: dict[s
         state_dict.update({prefix + key: tensor for key, tensor in held.items()})
 
 
-def _fits(own: torch.Tensor | None, tensor: Any) -> bool:
+def _fits(expected: torch.Tensor | None, tensor: Any) -> bool:
     """Return whether what a state_dict holds could be the values of a tensor."""
     return (
-        own is not None and isinstance(tensor, torch.Tensor) and (own.dtype, own.shape) == (tensor.dtype, tensor.shape)
+        expected is not None
+        and isinstance(tensor, torch.Tensor)
+        and (expected.dtype, expected.shape) == (tensor.dtype, tensor.shape)
     )
 
 
@@ -58,8 +60,8 @@ def _old_call_keys(model: fx.GraphModule, record: Record) -> dict[str, str]:
         spec, node = site.qconfig.weight, calls.get(site.call or "")
         for part in node.all_input_nodes if node is not None and spec.torch_dtype == torch.uint8 else ():
             key = str(part.target)
-            stem, found, _ = key.rpartition(f"_{spec.dtype}")
-            if part.op == "get_attr" and found and key not in old_of:
+            stem, is_suffixed, _ = key.rpartition(f"_{spec.dtype}")
+            if part.op == "get_attr" and is_suffixed and key not in old_of:
                 names = (f"{stem}_uint8{f'_{n}' if n else ''}" for n in itertools.count())
                 old_of[key] = next(name for name in names if name not in old_of.values())
     return old_of

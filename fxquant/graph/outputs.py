@@ -36,15 +36,15 @@ def named_tensors(value: Any) -> dict[str, torch.Tensor]:
 
 def named_floats(value: Any) -> dict[str, torch.Tensor]:
     """Return those of an output's tensors whose values are floats, by their paths; complex numbers as pairs."""
-    found = {}
+    tensors = {}
     for name, tensor in named_tensors(value).items():
         if tensor.is_nested or tensor.layout is not torch.strided:
             tensor = tensor.values() if tensor.is_nested else tensor.to_dense()
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
         if tensor.is_floating_point():
-            found[name] = tensor
-    return found
+            tensors[name] = tensor
+    return tensors
 
 
 def _walk(path: str, value: Any, above: tuple[int, ...]) -> Iterator[tuple[str, torch.Tensor]]:

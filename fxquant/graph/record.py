@@ -205,8 +205,8 @@ def keep_record(model: nn.Module, record: Record) -> nn.Module:
 
 def record_of(model: Any) -> Record | None:
     """Return what a model of ours remembers, None for any other."""
-    found = vars(model).get("_fxquant_record") if isinstance(model, nn.Module) else None
-    return found if isinstance(found, Record) else None
+    record = vars(model).get("_fxquant_record") if isinstance(model, nn.Module) else None
+    return record if isinstance(record, Record) else None
 
 
 def preserved_of(model: nn.Module) -> Preserved:

@@ -58,8 +58,8 @@ def _graphs_own() -> frozenset[str]:
 
 def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
     """Return what a module holds besides its tree, and its graph if it has one."""
-    own = _graphs_own() | _OWN if isinstance(module, fx.GraphModule) else _OWN
-    return [(name, value) for name, value in vars(module).items() if name not in own]
+    ignored = _graphs_own() | _OWN if isinstance(module, fx.GraphModule) else _OWN
+    return [(name, value) for name, value in vars(module).items() if name not in ignored]
 
 
 def copy_references(modules: Iterable[nn.Module], memo: Memo, wanted: frozenset[int] | None = None) -> None:
@@ -138,7 +138,7 @@ def _put(holder: Any, memo: Memo) -> None:
         for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
             if id(value) in memo:
                 holder[key] = memo[id(value)]
-    for name in () if isinstance(holder, nn.Module) else (n for kind in type(holder).__mro__ for n in _slots(kind)):
+    for name in () if isinstance(holder, nn.Module) else (n for cls in type(holder).__mro__ for n in _slots(cls)):
         if id(getattr(holder, name, None)) in memo:
             setattr(holder, name, memo[id(getattr(holder, name))])
     held = getattr(holder, "__dict__", None)
@@ -272,12 +272,12 @@ def _parts(thing: Any, is_module: bool) -> Iterable[Any]:
         return thing
     if isinstance(thing, (type, types.ModuleType)) or hasattr(type(thing), "__deepcopy__"):
         return ()  # not copied, or in a way of their own
-    slots = [name for kind in type(thing).__mro__ for name in _slots(kind)]
+    slots = [name for cls in type(thing).__mro__ for name in _slots(cls)]
     return [*getattr(thing, "__dict__", {}).values(), *(getattr(thing, name, None) for name in slots)]
 
 
-def _slots(kind: type) -> tuple[str, ...]:
-    names = vars(kind).get("__slots__", ()) if kind.__module__ != "builtins" else ()
+def _slots(cls: type) -> tuple[str, ...]:
+    names = vars(cls).get("__slots__", ()) if cls.__module__ != "builtins" else ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 

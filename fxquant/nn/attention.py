@@ -33,7 +33,7 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
     in_proj_weight_int8: (3·E, E), or where key or value have sizes of their own q_proj_weight_int8 (E, E),
     k_proj_weight_int8 (E, kdim) and v_proj_weight_int8 (E, vdim), each with its `_scale` and, without `_int8`, the
     float weight; in_proj_bias: (3·E,) or None; bias_k, bias_v:
-    (1, 1, E) or None; the weights that it does not have are None, as in torch;
+    (1, 1, E) or None; the weights that it lacks are None, as in torch;
     out_proj: a DynamicQuantizedLinear. Dropout is for training only and has no part here.
 
     Each token of query, key and value is quantized by itself, and so is each that out_proj takes. What lies between,
@@ -96,10 +96,10 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
 
         query: (L, B, E), with batch_first (B, L, E), without a batch (L, E); key, value: the same forms of (S, B, kdim)
         and (S, B, vdim) -> output in query's form and dtype, weights (B, L, S), or (B, H, L, S) if not averaged over
-        the H heads. attn_mask: (L, S) or (B·H, L, S); key_padding_mask: (B, S); True, or -inf, keeps a key out, another
-        float is added to its score. is_causal: says that attn_mask, which must be given, is the causal one. As in torch
-        it stands for the mask where there is no padding and no weights are asked for: rows added to the keys, by
-        add_bias_kv and add_zero_attn, then count as later ones. Raises ShapeError or DTypeError for anything else.
+        the H heads. attn_mask: (L, S) or (B·H, L, S); key_padding_mask: (B, S); True or -inf masks a key, another float
+        is added to its score. is_causal: says that attn_mask, which must be given, is the causal one. As in torch, it
+        replaces the mask unless there is padding or weights are asked for; keys that add_bias_kv and add_zero_attn add
+        then count as the last ones. Raises ShapeError or DTypeError for anything else.
         """
         if is_causal and attn_mask is None:
             raise ShapeError(
@@ -134,19 +134,19 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
         return ops.attention(q, k, v, mask, is_causal, None, self.batch_invariant is True)
 
     def _check_rows(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Raise ShapeError unless the three go together."""
+        """Raise ShapeError unless query, key and value fit each other."""
         for x in (query, key, value):
             if not isinstance(x, torch.Tensor):
                 check_dense(x, "MultiheadAttention")
         shapes = [tuple(x.shape) if not x.is_nested else "nested" for x in (query, key, value)]
-        told = f"got query, key, value of {shapes[0]}, {shapes[1]}, {shapes[2]}"
-        if "nested" in shapes:
-            raise ShapeError(f"{_NAME} takes plain tensors, {told}; pad them and pass a key_padding_mask")
+        got = f"got query, key, value of {shapes[0]}, {shapes[1]}, {shapes[2]}"
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise ShapeError(f"{_NAME} takes plain tensors, {got}; pad them and pass a key_padding_mask")
         if not query.dim() == key.dim() == value.dim() or query.dim() not in (2, 3):
-            raise ShapeError(f"{_NAME} takes 3-D query, key and value, or 2-D ones without a batch, {told}")
+            raise ShapeError(f"{_NAME} takes 3-D query, key and value, or 2-D ones without a batch, {got}")
         batch = 0 if self.batch_first else 1
         if key.shape[:-1] != value.shape[:-1] or (query.dim() == 3 and query.shape[batch] != key.shape[batch]):
-            raise ShapeError(f"{_NAME} takes one batch size, and as many values as keys, {told}")
+            raise ShapeError(f"{_NAME} takes one batch size, and as many values as keys, {got}")
 
     def _project(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the projected query, key and value; the same tensor is quantized and projected at once."""
@@ -215,5 +215,5 @@ class DynamicQuantizedMultiheadAttention(QuantizedModule):
         sizes = [str(self.embed_dim), str(self.num_heads)]
         if not self._qkv_same_embed_dim:
             sizes += [f"kdim={self.kdim}", f"vdim={self.vdim}"]
-        told = [f"{name}=True" for name in ("batch_first", "add_zero_attn") if getattr(self, name)]
-        return ", ".join([*sizes, *told, str(self.qconfig)])
+        options = [f"{name}=True" for name in ("batch_first", "add_zero_attn") if getattr(self, name)]
+        return ", ".join([*sizes, *options, str(self.qconfig)])

@@ -39,10 +39,10 @@ def quantize_alone(weight: torch.Tensor, qconfig: QConfig) -> QuantizedTensor:
 class QuantizedModule(StoredWeights):
     """A module whose weights are kept as integers. `set_weight` registers them, `own` is the fast way to them.
 
-    Biases stay frozen float parameters. Moving the module to another dtype leaves the integers and scales as they are,
-    and its outputs follow: a table's rows, the others through their input.
-    A state_dict of another kind (a float one, say) does not fit: its keys are reported as missing and unexpected; one
-    that holds integers under the float weights' names, as fxquant wrote it before 0.1.0, is read.
+    Biases stay frozen float parameters. Moving the module to another dtype leaves the integers and scales as they are;
+    a table then gives the new dtype, the others follow their input. A state_dict of another kind (a float one, say)
+    does not fit: its keys are reported as missing and unexpected; one that holds integers under the float weights'
+    names, as fxquant wrote it before 0.1.0, is read.
     """
 
     def __init__(self, qconfig: QConfig) -> None:
@@ -64,12 +64,15 @@ class QuantizedModule(StoredWeights):
         like: the float weight, whose shape and dtype `module.<name>` has; by default float32 in the values' shape.
         turned: two dimensions of it that are swapped in the quantized one.
         """
-        row, shape = weight.format, (*weight.values.shape[:-1], weight.columns) if like is None else tuple(like.shape)
-        key = name + row.suffix
-        for own, tensor in zip((key, f"{name}_scale", f"{name}_zero_point"), weight.tensors, strict=True):
-            self.register_buffer(own, tensor)
-        if row is not FLOAT32:
-            self._stored[name] = Stored(key, row, weight.columns, weight.group_size, shape, turned)
+        weight_format, shape = (
+            weight.format,
+            (*weight.values.shape[:-1], weight.columns) if like is None else tuple(like.shape),
+        )
+        key = name + weight_format.suffix
+        for buffer, tensor in zip((key, f"{name}_scale", f"{name}_zero_point"), weight.tensors, strict=True):
+            self.register_buffer(buffer, tensor)
+        if weight_format is not FLOAT32:
+            self._stored[name] = Stored(key, weight_format, weight.columns, weight.group_size, shape, turned)
         dtype = torch.float32 if like is None else like.dtype
         empty = torch.empty(0, dtype=dtype, device=weight.values.device)
         self.register_parameter(LIKE, frozen(empty))
@@ -91,7 +94,7 @@ class QuantizedModule(StoredWeights):
         return refuse_script()
 
     def reset_parameters(self) -> None:
-        """Raise ModelStateError: integers are not drawn anew."""
+        """Raise ModelStateError: quantized weights cannot be initialized again."""
         raise ModelStateError(
             f"the weights of a quantized {type(self).__name__} cannot be reset; initialize the float model and "
             "quantize that"
@@ -118,19 +121,19 @@ class QuantizedModule(StoredWeights):
         return real[0] if isinstance(rows, int) else real
 
     def float_weights(self) -> list[torch.Tensor]:
-        """Return what the module shows as its float weights: tensors whose values nobody has read by that."""
+        """Return what the module shows as its float weights, without reading their values."""
         return [getattr(self, name) for name in self._stored]
 
     def _read(self, name: str, rows: Any) -> torch.Tensor:
-        """Return a float weight's values for code outside of this module; warn once of each place that asks."""
+        """Return a float weight's values for code outside of this module; warn once for each place that reads them."""
         place = frames.caller() or "a library"
-        if (told := f"{name} is read by {place}") not in self.readers:
+        if (reading := f"{name} is read by {place}") not in self.readers:
             path, by = _paths(self)
-            kind = f"a quantized {type(self).__name__} {self._stored[name].shape}{path and f' at {path!r}'}"
+            owner = f"a quantized {type(self).__name__} {self._stored[name].shape}{path and f' at {path!r}'}"
             reader = f"{by and f'{by!r}, '}{place}"
-            self.readers[told] = f"{name} is read by {reader}"
+            self.readers[reading] = f"{name} is read by {reader}"
             warn(
-                f"the {name} of {kind} is read by {reader}. Its values are dequantized anew at each read, which takes "
+                f"the {name} of {owner} is read by {reader}. Its values are dequantized anew at each read, which takes "
                 "longer than calling the layer. If that runs often, leave the layer float (QConfigMapping."
                 f"set_module_name({repr(path) if path else 'its path'}, None)), or keep a copy of your own: "
                 f".{name}.clone(). fxquant.explain lists such readers",
@@ -151,9 +154,9 @@ class QuantizedModule(StoredWeights):
         known = _SHOWN.get(values)  # type: ignore[no-untyped-call]
         weight = None if known is None else known()
         if weight is None or (weight.shape, weight.dtype) != (stored.shape, like.dtype):
-            told = f"the {name} of a quantized {type(self).__name__}"
+            description = f"the {name} of a quantized {type(self).__name__}"
             read = functools.partial(self._read, name)
-            weight = FloatWeight(read, told, stored.shape, like.dtype, values.device, not stored.turned)
+            weight = FloatWeight(read, description, stored.shape, like.dtype, values.device, not stored.turned)
             _SHOWN[values] = weakref.ref(weight)
         return weight
 
@@ -203,14 +206,14 @@ def _paths(module: nn.Module) -> tuple[str, str]:
 
     Both are paths in the outermost module that is running and has the module in it.
     """
-    found, reader = ("", ""), None
-    for thing, is_users in frames.receivers():
-        if isinstance(thing, nn.Module) and thing is not module:
-            reader = thing if reader is None and is_users else reader
-            paths = {id(part): path for path, part in thing.named_modules()}
+    result, reader = ("", ""), None
+    for receiver, is_users in frames.receivers():
+        if isinstance(receiver, nn.Module) and receiver is not module:
+            reader = receiver if reader is None and is_users else reader
+            paths = {id(part): path for path, part in receiver.named_modules()}
             if id(module) in paths:
-                found = paths[id(module)], paths.get(id(reader), "")
-    return found
+                result = paths[id(module)], paths.get(id(reader), "")
+    return result
 
 
 def refuse_script() -> nn.Module:

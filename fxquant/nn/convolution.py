@@ -22,11 +22,10 @@ _SHOWN = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 class DynamicQuantizedConv(QuantizedProduct):
     """A Conv1d or Conv2d without groups, with int8 weights: a Linear of windows, each a token with its own scale.
 
-    weight_int8: (O, k · I), of a Conv2d (O, kw · kh · I): the window from left to right, a column from top to bottom,
-    a position's channels; weight_scale: (O,) float32; weight: the float one; bias: (O,) or None. input: (B, I, L), of a
-    Conv2d
-    (B, I, H, W), or without B -> what the convolution gives, in the input's dtype, contiguous or channels last as the
-    input. Raises ShapeError or DTypeError for another input. docs/numerics.md, "window".
+    weight_int8: (O, k · I), of a Conv2d (O, kw · kh · I): the window from left to right, a column from top to bottom, a
+    position's channels; weight_scale: (O,) float32; weight: the float one; bias: (O,) or None. input: (B, I, L), for a
+    Conv2d (B, I, H, W), or without B -> the convolution's output in the input's dtype, contiguous or channels last as
+    the input is. Raises ShapeError or DTypeError for another input. docs/numerics.md, "window".
     """
 
     in_channels: int
@@ -62,7 +61,7 @@ class DynamicQuantizedConv(QuantizedProduct):
         if input.dim() == rank:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         rows = super().forward(self._windows(input))
-        # As a convolution's output lies in memory, of which one may take a .view.
+        # Laid out as a convolution's output, so that .view works on it.
         channels, *size = input.shape[1:]
         if rank == 3 and input.stride() == (math.prod(size) * channels, 1, size[1] * channels, channels):
             return rows.movedim(-1, 1)
@@ -84,16 +83,16 @@ class DynamicQuantizedConv(QuantizedProduct):
                 f"got {tuple(input.shape)}, padded to {tuple(x.shape[1:-1])}"
             )
         for dim, (span, stride, step) in enumerate(zip(spans, self.stride, self.dilation, strict=True), start=1):
-            if dim == x.dim() - 2 and step == 1:  # of what follows, one after another, windows are one stretch each
+            if dim == x.dim() - 2 and step == 1:  # then each window is contiguous
                 width = x.shape[-1]
                 return x.flatten(-2).unfold(-1, span * width, stride * width)
             x = x.unfold(dim, span, stride)[..., ::step].transpose(-1, -2).flatten(-2)
         return x
 
     def _check_padding(self, input: torch.Tensor) -> None:
-        """Raise ShapeError for an input, (B, I, ...), with too few positions to be padded with."""
+        """Raise ShapeError for an input, (B, I, ...), that has too few positions for its padding."""
         sizes = input.shape[2:]
-        spare = {"reflect": 1, "circular": 0}.get(self.padding_mode)  # positions that are no copy's source
+        spare = {"reflect": 1, "circular": 0}.get(self.padding_mode)  # positions that padding does not copy
         sides = tuple(zip(reversed(self.padding[::2]), reversed(self.padding[1::2]), strict=True))
         needed = [1 if spare is None or not any(side) else max(side) + spare for side in sides]
         if any(size < least for size, least in zip(sizes, needed, strict=True)):
@@ -117,9 +116,9 @@ class DynamicQuantizedConvReLU(DynamicQuantizedConv):
 
 def paddings(module: Any) -> tuple[int, ...]:
     """Return a convolution's padding as F.pad takes it: before and after in each dimension, the last one first."""
-    kernel, dilation, given = module.kernel_size, module.dilation, module.padding
-    if given == "same":
+    kernel, dilation, padding = module.kernel_size, module.dilation, module.padding
+    if padding == "same":
         whole = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
     else:
-        whole = [0] * len(kernel) if given == "valid" else [2 * part for part in given]
+        whole = [0] * len(kernel) if padding == "valid" else [2 * part for part in padding]
     return tuple(part for total in reversed(whole) for part in (total // 2, total - total // 2))

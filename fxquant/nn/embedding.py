@@ -18,7 +18,7 @@ from fxquant.qconfig import QConfig, default_dynamic_qconfig
 class QuantizedTable(QuantizedModule):
     """What the two share: a table of integers, (V, D), or (V, ceil(D / 2)) for 4-bit rows. weight: the float table.
 
-    dtype: of the rows that it gives: the float table's, and what .half(), .to(dtype) and the like make of that.
+    dtype: of its output: the float table's dtype; .half(), .to(dtype) and the like change it.
     """
 
     weight: torch.Tensor
@@ -93,7 +93,7 @@ class QuantizedEmbeddingBag(QuantizedTable):
         offsets: torch.Tensor | None = None,
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return one row a bag.
+        """Return one vector for each bag.
 
         input: (B, N), or (N,) with offsets (B,); per_sample_weights: like input, for mode "sum" -> (B, D) of
         `dtype`. Raises ShapeError, DTypeError or IndexRangeError for anything else.
@@ -103,10 +103,10 @@ class QuantizedEmbeddingBag(QuantizedTable):
                 check_dense(tensor, f"EmbeddingBag's {name}")
         if not isinstance(input, torch.Tensor) or input.dim() not in (1, 2) or (input.dim() == 1) == (offsets is None):
             check_dense(input, "EmbeddingBag")
-            given = "with" if offsets is not None else "without"
+            with_or_without = "with" if offsets is not None else "without"
             raise ShapeError(
                 "a quantized EmbeddingBag takes 2-D input without offsets or 1-D input with offsets, "
-                f"got {tuple(input.shape)} {given} offsets"
+                f"got {tuple(input.shape)} {with_or_without} offsets"
             )
         if per_sample_weights is not None and (self.mode != "sum" or per_sample_weights.shape != input.shape):
             raise ShapeError(

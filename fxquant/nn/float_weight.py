@@ -1,7 +1,7 @@
 """The float weight that a quantized module shows as `.weight`: a tensor whose values are computed when they are read.
 
-Shape, dtype and device cost nothing, nor do new tensors made like it. Whatever needs values gets them dequantized
-anew; nothing is kept. Writing to it, or to a view of it, is a ReadOnlyError.
+Reading its shape, dtype or device, or making a tensor like it, costs nothing. Whatever needs values gets them
+dequantized anew; nothing is kept. Writing to it, or to a view of it, is a ReadOnlyError.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _METADATA = {
     *(getattr(torch.Tensor, name) for name in _METHODS),
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed),
 }
-"""Functions that ask for no values: torch answers them from the tensor itself."""
+"""Functions that need no values: torch answers them from the tensor itself."""
 
 _MAKERS = {
     *(getattr(torch.Tensor, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor", "empty_strided")),
@@ -50,7 +50,7 @@ _MAKERS = {
 """Functions that make a tensor of another's shape, dtype and device."""
 
 _FOLLOWERS = {getattr(torch.Tensor, name) for name in ("to", "type_as", "expand_as", "view_as", "reshape_as")}
-"""Functions that ask tensors after the first for their shape, dtype and device alone."""
+"""Functions that use only the shape, dtype and device of the tensors after the first."""
 
 _THEMSELVES = (torch.Tensor.data.__get__, torch.Tensor.detach, torch.detach, torch.Tensor.contiguous)  # type: ignore[attr-defined]
 _MARKS = {"_is_param": nn.Parameter, "_is_buffer": torch.Tensor}
@@ -62,7 +62,7 @@ _COPY = "a trainable or writable copy of the values is .clone()"
 class FloatWeight(torch.Tensor):
     """A read-only tensor whose values `read(rows)` gives: those of some rows, an index of dimension 0; None: all.
 
-    name: what it is, for errors. It is no Parameter: optimizers and state_dicts do not meet it.
+    name: what it is, for errors. It is not a Parameter, so optimizers and state_dicts skip it.
     """
 
     _read: Callable[[Any], torch.Tensor]
@@ -93,19 +93,19 @@ class FloatWeight(torch.Tensor):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._is_copy and name in _MARKS:
-            for own in ("_read", "_name", "_has_rows", "_device", "_is_copy"):
-                del self.__dict__[own]
+            for field in ("_read", "_name", "_has_rows", "_device", "_is_copy"):
+                del self.__dict__[field]
             self.__class__ = _MARKS[name]  # type: ignore[assignment]
         object.__setattr__(self, name, value)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        own = args[0] if args and isinstance(args[0], FloatWeight) else None
-        if own is not None and own._is_copy:
+        weight = args[0] if args and isinstance(args[0], FloatWeight) else None
+        if weight is not None and weight._is_copy:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if own is None and _is_ours(func):
+        if weight is None and _is_ours(func):
             raise DTypeError(
                 f"{func} takes a weight's integers, got the float weight that they stand for: pass the buffer beside "
                 "it, whose name QuantizedModule.set_weight returns (self.table_int8 for self.table)"
@@ -113,20 +113,20 @@ class FloatWeight(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if own is not None and func in _MAKERS:
-            like = torch.empty(own.shape, dtype=own.dtype, device="meta")
-            return func(like, *args[1:], **{"device": own.device, **kwargs})
-        if func in _FOLLOWERS and own is None:
+        if weight is not None and func in _MAKERS:
+            like = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            return func(like, *args[1:], **{"device": weight.device, **kwargs})
+        if func in _FOLLOWERS and weight is None:
             return func(*pytree.tree_map_only(FloatWeight, _stand_in, args), **kwargs)
-        if own is not None and func in _THEMSELVES and not kwargs:
-            return _detached(own) if func in _THEMSELVES[1:3] else own
+        if weight is not None and func in _THEMSELVES and not kwargs:
+            return _detached(weight) if func in _THEMSELVES[1:3] else weight
         if func in _REFUSED:
             return _REFUSED[func](*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if own is not None and name.endswith("_") and not name.startswith("_"):
-            raise _read_only(own, func)  # writes of other functions are found once they have written
-        found = _look_up(func, args, kwargs)
-        return _with_values(func, args, kwargs) if found is None else found
+        if weight is not None and name.endswith("_") and not name.startswith("_"):
+            raise _read_only(weight, func)  # writes of other functions are found once they have written
+        result = _look_up(func, args, kwargs)
+        return _with_values(func, args, kwargs) if result is None else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -136,9 +136,9 @@ class FloatWeight(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return args[0]._device
-        given = {**dict(zip((arg.name for arg in func._schema.arguments), args, strict=False)), **kwargs}
+        arguments = {**dict(zip((arg.name for arg in func._schema.arguments), args, strict=False)), **kwargs}
         for arg in func._schema.arguments:
-            written = given.get(arg.name) if arg.alias_info is not None and arg.alias_info.is_write else None
+            written = arguments.get(arg.name) if arg.alias_info is not None and arg.alias_info.is_write else None
             for part in pytree.tree_leaves(written):
                 if isinstance(part, FloatWeight):
                     raise _read_only(part, func)
@@ -174,7 +174,7 @@ def _look_up(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     if isinstance(rows, torch.Tensor) and rows.dtype not in (torch.int32, torch.int64):
         return None  # a mask
     if func is not torch.Tensor.__getitem__ and isinstance(rows, torch.Tensor) and (rows < 0).any():
-        return None  # an error of torch's, where [] counts from the end
+        return None  # torch raises an error, but [] counts from the end
     values = weight._read(rows)
     return values if isinstance(rows, torch.Tensor) else _view(weight, values)
 
@@ -210,21 +210,21 @@ def _view(source: FloatWeight, values: torch.Tensor) -> FloatWeight:
 
 
 def _detached(weight: FloatWeight) -> FloatWeight:
-    """Return a weight as `.detach()` gives it, which nn.Parameter(weight) would keep, of whatever use."""
+    """Return a weight as `.detach()` gives it; nn.Parameter(weight) would keep it."""
     twin = FloatWeight(weight._read, weight._name, weight.shape, weight.dtype, weight.device, weight._has_rows)
     twin._is_detached = True
     return twin
 
 
 def _grad_asked(weight: FloatWeight, requires_grad: bool = True) -> FloatWeight:
-    """Return the weight where it is asked to stay without a gradient, a float copy of a detached one, else raise."""
+    """Return the weight for requires_grad=False, a float copy of a detached one; else raise ReadOnlyError."""
     if weight._is_detached:  # nn.Parameter(weight) asks this, as do nn.Embedding.from_pretrained and others
         return _float_copy(weight, requires_grad)
     return _refuse_grad(weight) if requires_grad else weight
 
 
 def _refuse_grad(weight: FloatWeight, requires_grad: bool = True) -> FloatWeight:
-    """Return the weight where it is asked to stay without a gradient, else raise ReadOnlyError."""
+    """Return the weight for requires_grad=False, else raise ReadOnlyError."""
     if requires_grad:
         raise ReadOnlyError(
             f"{weight._name} is dequantized anew at each read, so that it does not train; "
@@ -258,7 +258,7 @@ def _read_only(weight: FloatWeight, func: Any) -> ReadOnlyError:
 
 
 def _is_leaf(weight: FloatWeight) -> bool:
-    """Return True, as for every tensor without a gradient; raise ReadOnlyError for an optimizer, which asks this."""
+    """Return True, as for every tensor without a gradient; raise ReadOnlyError if an optimizer asks."""
     asker = sys._getframe(2).f_globals.get("__name__", "")  # past __torch_function__
     if asker.startswith("torch.optim"):
         raise ReadOnlyError(

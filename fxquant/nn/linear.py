@@ -35,7 +35,7 @@ class QuantizedProduct(QuantizedModule):
         like: torch.Tensor | None = None,
         turned: tuple[int, int] | None = None,
     ) -> None:
-        """Take a quantized weight. like: the float one, (O, I), or a form of it that has two dimensions turned."""
+        """Take a quantized weight. like: the float one, (O, I), or its transpose."""
         super().__init__(qconfig)
         self.out_features, self.in_features = weight.values.shape[0], weight.columns
         if like is None:
@@ -64,8 +64,8 @@ class QuantizedProduct(QuantizedModule):
 class DynamicQuantizedLinear(QuantizedProduct, nn.Linear):  # type: ignore[misc]
     """A Linear with weights of int8 or another format; its input is quantized at each call, token by token.
 
-    It is an nn.Linear to who asks for its type, and gradients pass through it to its input, so that adapters (LoRA)
-    attach to it; its integers do not train. Its tensors: `QuantizedProduct`.
+    It is an instance of nn.Linear, and gradients pass through it to its input, so that adapters (LoRA) attach to it;
+    its integers do not train. Its tensors: `QuantizedProduct`.
     """
 
 

@@ -40,15 +40,15 @@ class DynamicQuantizedRecurrent(QuantizedModule):
     Input tokens and each step's hidden states are quantized as they come, each with a scale of its own, so that a
     sequence gives the same bits alone, in any batch, and step by step. The buffers are named as torch names the weights
     (weight_ih_l0_int8: (G·H, I), weight_ih_l0_scale: (G·H,) float32, …; weight_ih_l0: the float one); bias_l0 is the
-    sum of the two float biases. Only that is known, so bias_ih_l0 reads as bias_l0, and bias_hh_l0 as zeros, but for a
-    GRU's n gate, whose two biases are kept apart. Both are read-only.
-    Each weight may have a format of its own (`QConfig.parts`), which its values' key names; in groups of N columns the
-    scale is (G·H, ceil(I / N)) bfloat16; float16 and float32 ones have no scale, float32 ones no other key.
-    Dropout between layers is for training only and has no part here.
+    sum of the two float biases. Only the sum is known, so bias_ih_l0 reads as bias_l0 and bias_hh_l0 as zeros, except
+    for a GRU's n gate, whose two biases are kept apart. Both are read-only. Each weight may have a format of its own
+    (`QConfig.parts`), which its values' key names; in groups of N columns the scale is (G·H, ceil(I / N)) bfloat16;
+    float16 and float32 ones have no scale, float32 ones no other key. Dropout between layers is for training only and
+    has no part here.
     """
 
     has_cell_state: ClassVar[bool] = False
-    promotes: ClassVar[bool] = False  # under torch.autocast: see ops/autocast.py
+    promotes: ClassVar[bool] = False  # see ops/autocast.py
     num_layers: int
     proj_size: int
     bidirectional: bool
@@ -71,12 +71,12 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         self._scales = [f"{name}_scale" for name in names]
         self._biases = [_bias_name(cell) for cell in self._cells] if self.bias else []
         for name in names:
-            weight, own = getattr(module, name), qconfig.of(name)
-            quantized = to_floats(weight, FLOAT32) if own is None else quantize(weight, own)
+            weight, part = getattr(module, name), qconfig.of(name)
+            quantized = to_floats(weight, FLOAT32) if part is None else quantize(weight, part)
             self._weights.append(self.set_weight(name, quantized, weight))
             self._formats.append(quantized.format.name)
-        ways = [own for own in map(qconfig.of, names) if own is not None]  # which agree: see graph/plan/rules.py
-        self._rows = all(own.per_token for own in ways), next((own.qmax for own in ways if own.has_qmax), 255)
+        parts = [part for part in map(qconfig.of, names) if part is not None]  # which agree: see graph/plan/rules.py
+        self._rows = all(part.per_token for part in parts), next((part.qmax for part in parts if part.has_qmax), 255)
         for cell in self._cells if self.bias else ():
             self.join_biases(cell, getattr(module, f"bias_ih{cell}"), getattr(module, f"bias_hh{cell}"))
 
@@ -145,8 +145,8 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         self.set_bias(_bias_name(cell), bias_ih.float() + bias_hh.float())
 
     def matrices(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the weights, and as many scales, empty ones of float weights."""
-        scales = [x.new_empty(0, dtype=torch.float32) if own is None else own for own in self.own(self._scales)]
+        """Return the weights and their scales, empty ones for float weights."""
+        scales = [x.new_empty(0, dtype=torch.float32) if scale is None else scale for scale in self.own(self._scales)]
         return self.own(self._weights), scales
 
     def run(self, x: torch.Tensor, sizes: torch.Tensor | None, states: States) -> States:
@@ -155,8 +155,8 @@ class DynamicQuantizedRecurrent(QuantizedModule):
 
     def run_cast(self, x: torch.Tensor, sizes: torch.Tensor | None, states: States) -> States:
         """Return (output, *states), under torch.autocast in the dtype that the float module gives there."""
-        dtype, given = cast_dtype(x, self.promotes), self.run(x, sizes, states)
-        return given if dtype is None else tuple(part.to(dtype) for part in given)
+        dtype, outputs = cast_dtype(x, self.promotes), self.run(x, sizes, states)
+        return outputs if dtype is None else tuple(part.to(dtype) for part in outputs)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Return (output, hx).
@@ -165,10 +165,10 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         an LSTM's (h0, c0) of (L, B, P) and (L, B, H), without a batch (L, P) and (L, H), zeros when None -> the same
         forms, in input's dtype. Raises ShapeError or DTypeError for anything else.
         """
-        given = self.check_kinds(input, hx)
+        initial = self.check_kinds(input, hx)
         if isinstance(input, PackedSequence):
             data, sizes, order, back = input
-            output, *states = self.run_cast(data, sizes, self._states(data, given, int(sizes[0]), order))
+            output, *states = self.run_cast(data, sizes, self._states(data, initial, int(sizes[0]), order))
             if back is not None:
                 states = [state.index_select(1, back) for state in states]
             return PackedSequence(output, sizes, order, back), self._as_given(states)
@@ -178,44 +178,42 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         x = input.transpose(0, 1) if is_batched and self.batch_first else input
         if not is_batched:
             x = x.unsqueeze(1)
-            given = None if given is None else tuple(map(self._with_batch, ("h0", "c0"), given))
-        output, *states = self.run_cast(x, None, self._states(x, given, x.shape[1], None))
+            initial = None if initial is None else tuple(map(self._with_batch, ("h0", "c0"), initial))
+        output, *states = self.run_cast(x, None, self._states(x, initial, x.shape[1], None))
         if not is_batched:
             return output.squeeze(1), self._as_given([state.squeeze(1) for state in states])
         return output.transpose(0, 1) if self.batch_first else output, self._as_given(states)
 
     def check_kinds(self, input: Any, hx: Any) -> States | None:
-        """Return hx as a tuple of tensors, None for none, or raise DTypeError for what is not of its kind."""
+        """Return hx as a tuple of tensors, None for none, or raise DTypeError where input or hx is something else."""
         tensor = input.data if isinstance(input, PackedSequence) else input
         is_pair = self.has_cell_state and isinstance(hx, (tuple, list))
-        given = () if hx is None else tuple(hx) if is_pair else (hx,)
+        initial = () if hx is None else tuple(hx) if is_pair else (hx,)
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             got = f"input of {getattr(tensor, 'dtype', None)} ({type(input).__name__})"
             raise DTypeError(f"{self._name()} takes float tensors, got {got}")
         if tensor.is_nested or tensor.layout is not torch.strided:
-            check_dense(tensor, self._name().removeprefix("a quantized "))
+            check_dense(tensor, self._float_name())
         if (self.has_cell_state and hx is not None and not is_pair) or not all(
-            isinstance(state, torch.Tensor) for state in given
+            isinstance(state, torch.Tensor) for state in initial
         ):
             wanted = "a pair of tensors" if self.has_cell_state else "a tensor"
-            told = (
-                f"({', '.join(type(state).__name__ for state in hx)})" if isinstance(hx, tuple) else type(hx).__name__
-            )
-            raise DTypeError(f"{self._name()} takes hx as {wanted}, got {told}")
-        return None if hx is None else given
+            got = f"({', '.join(type(state).__name__ for state in hx)})" if isinstance(hx, tuple) else type(hx).__name__
+            raise DTypeError(f"{self._name()} takes hx as {wanted}, got {got}")
+        return None if hx is None else initial
 
-    def _states(self, x: torch.Tensor, given: States | None, batch: int, order: torch.Tensor | None) -> States:
+    def _states(self, x: torch.Tensor, initial: States | None, batch: int, order: torch.Tensor | None) -> States:
         """Return the initial states in the batch's order, or raise ShapeError."""
         shapes = [(len(self._cells), batch, size) for size in (self.proj_size or self.hidden_size, self.hidden_size)]
         names = ("h0", "c0") if self.has_cell_state else ("h0",)
-        if given is None:
+        if initial is None:
             return tuple(x.new_zeros(shape) for _, shape in zip(names, shapes, strict=False))
-        if len(given) != len(names):
-            raise ShapeError(f"{self._name()} takes hx of {' and '.join(names)}, got {len(given)} tensors")
-        for name, state, shape in zip(names, given, shapes, strict=False):
+        if len(initial) != len(names):
+            raise ShapeError(f"{self._name()} takes hx of {' and '.join(names)}, got {len(initial)} tensors")
+        for name, state, shape in zip(names, initial, shapes, strict=False):
             if tuple(state.shape) != shape:
                 raise ShapeError(f"{self._name()} needs {name} of shape {shape}, got {tuple(state.shape)}")
-        return given if order is None else tuple(state.index_select(1, order) for state in given)
+        return initial if order is None else tuple(state.index_select(1, order) for state in initial)
 
     def _with_batch(self, name: str, state: torch.Tensor) -> torch.Tensor:
         if state.dim() != 2:
@@ -226,7 +224,10 @@ class DynamicQuantizedRecurrent(QuantizedModule):
         return tuple(states) if self.has_cell_state else states[0]
 
     def _name(self) -> str:
-        return "a quantized " + type(self).__name__.removeprefix("DynamicQuantized")
+        return f"a quantized {self._float_name()}"
+
+    def _float_name(self) -> str:
+        return type(self).__name__.removeprefix("DynamicQuantized")
 
     def flatten_parameters(self) -> None:
         """Do nothing: for callers of the nn module's method of this name."""
@@ -234,8 +235,8 @@ class DynamicQuantizedRecurrent(QuantizedModule):
     def extra_repr(self) -> str:
         """Return what print shows: the sizes, the options that differ from the defaults, and the scheme."""
         defaults = {**_LAYER_OPTIONS, "bias": True, "dropout": self.dropout}
-        told = [f"{name}={getattr(self, name)}" for name in defaults if getattr(self, name) != defaults[name]]
-        return ", ".join([str(self.input_size), str(self.hidden_size), *told, str(self.qconfig)])
+        options = [f"{name}={getattr(self, name)}" for name in defaults if getattr(self, name) != defaults[name]]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *options, str(self.qconfig)])
 
 
 class DynamicQuantizedLSTM(DynamicQuantizedRecurrent):
@@ -272,7 +273,8 @@ class DynamicQuantizedRNN(DynamicQuantizedRecurrent):
 
 
 class DynamicQuantizedGRU(DynamicQuantizedRNN):
-    """An nn.GRU with quantized weights. hidden_bias_l0: (H,), the n gate's hidden bias, which stays by itself.
+    """An nn.GRU with quantized weights. hidden_bias_l0: (H,), the n gate's hidden bias, which is not added to the
+    other.
 
     docs/numerics.md, "GRU and RNN".
     """

@@ -22,8 +22,8 @@ It stays frozen: `FrozenParameter`."""
 class Stored:
     """How a float weight is kept: under a key, in a format.
 
-    columns, group_size: as QuantizedTensor has them. shape: of the float weight; turned: the dimensions that the kept
-    one has the other way.
+    columns, group_size: as QuantizedTensor has them. shape: of the float weight; turned: the two dimensions that are
+    swapped in the kept one.
     """
 
     key: str
@@ -49,7 +49,7 @@ class StoredWeights(nn.Module):
     _stored: dict[str, Stored]
 
     def own(self, names: Sequence[str]) -> list[Any]:
-        """Return own buffers and parameters by name, past nn.Module's slow lookup."""
+        """Return the module's buffers and parameters by name, without nn.Module's slow lookup."""
         buffers, parameters = self._buffers, self._parameters
         try:
             return [buffers[name] if name in buffers else parameters[name] for name in names]
@@ -71,7 +71,7 @@ class StoredWeights(nn.Module):
         self._freeze()
 
     def _freeze(self) -> None:
-        """Make what a move, a copy or a pickle made of the frozen parameter one again: torch's makes plain ones."""
+        """Freeze the parameter again after a move, a copy or a pickle, from which torch makes plain ones."""
         like = self._parameters.get(LIKE)
         if like is not None and type(like) is nn.Parameter:
             self._parameters[LIKE] = frozen(like)
@@ -82,9 +82,9 @@ class StoredWeights(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.take_old_keys(state_dict, prefix)
-        own = {prefix + name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        buffers = {prefix + name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         errors: list[str] = args[-1]
-        mismatched = dtype_errors(own, state_dict)
+        mismatched = dtype_errors(buffers, state_dict)
         errors.extend(mismatched)
         like = self._parameters.pop(LIKE, None)
         try:
@@ -96,7 +96,7 @@ class StoredWeights(nn.Module):
                 self._parameters[LIKE] = frozen(torch.empty(0, dtype=like.dtype, device=devices[0]))
 
     def float_keys(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
-        """Return a line for each float weight in a state_dict that has no values for this module's own."""
+        """Return a line for each float weight in a state_dict that lacks this module's integers."""
         return [
             f"{prefix}{name} is a weight that is not quantized, or otherwise: here it is {stored.key}. Load it into "
             "the float model and quantize that"
@@ -117,16 +117,18 @@ class StoredWeights(nn.Module):
 
 
 def moved_dtype(move: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.dtype:
-    """Return what a move (nn.Module._apply's function: .half(), .to(dtype), .cuda(), …) makes of tensors of a dtype."""
+    """Return the dtype that a move (nn.Module._apply's function: .half(), .to(dtype), .cuda(), …) gives tensors of a
+    dtype.
+    """
     return move(torch.zeros(1, dtype=dtype)).dtype
 
 
-def dtype_errors(own: Mapping[str, Any], incoming: Mapping[str, Any]) -> list[str]:
+def dtype_errors(expected: Mapping[str, Any], incoming: Mapping[str, Any]) -> list[str]:
     """Return a line for each incoming tensor whose values would be cast to another kind of number."""
     return [
         f"{name} holds {tensor.dtype}, the state_dict has {incoming[name].dtype}: it belongs to a model that was "
         "quantized differently, or not at all"
-        for name, tensor in own.items()
+        for name, tensor in expected.items()
         if isinstance(incoming.get(name), torch.Tensor)
         and isinstance(tensor, torch.Tensor)
         and incoming[name].dtype != tensor.dtype

@@ -1,9 +1,9 @@
-"""What is said to users who would train quantized weights: integers do not train, adapters, biases and norms do.
+"""Warnings for users who would train quantized weights: integers do not train; adapters, biases and norms do.
 
-A model is asked to train as a whole by `.requires_grad_()`, or a loop over its parameters, and by `.train()`: both
-warn. A loss's `.backward()` asks nothing of ours, and fails in torch where nothing in a model requires a gradient:
-outputs that required one there could not become arrays, and would have frozen layers differentiated. So no call costs
-more for this, and what a model gives is as in eval mode.
+A model is put into training by `.requires_grad_()`, or a loop over its parameters, and by `.train()`: both warn. A
+loss's `.backward()` runs no code of ours, and torch raises an error where nothing in a model requires a gradient.
+Outputs do not require one just to warn here: they could not become arrays then, and frozen layers would be
+differentiated. So no call costs more for this, and a model's outputs are as in eval mode.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _CURE = "Train adapters (LoRA) beside the quantized layers, or train the float m
 
 
 class FrozenParameter(nn.Parameter):
-    """A parameter that stays frozen, and warns of being asked to train: empty, in a quantized module's parameters.
+    """An empty parameter of a quantized module that stays frozen, and warns when it is asked to train.
 
-    It is met by `model.requires_grad_()` and by loops over all parameters, and not by `layer.bias.requires_grad_()`.
+    `model.requires_grad_()` and loops over all parameters reach it; `layer.bias.requires_grad_()` does not.
     """
 
     def requires_grad_(self, requires_grad: bool = True) -> FrozenParameter:
@@ -54,26 +54,26 @@ def trainable(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def warn_of_training(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Warn where a quantized model was put into training mode, and nothing trains but what conversion left float.
+def warn_of_training(module: nn.Module, module_type: type[nn.Module]) -> None:
+    """Warn where a quantized model was put into training mode and only what conversion left float can train.
 
-    module: one that was just put into it; kind: the type of those that call this, of which the model's first one warns.
-    Where there is more to train, adapters or biases in the model, or a head of one that it is a part of, nobody does.
+    module: one that was just put into it; module_type: of those that call this; the model's first one of it warns.
+    Nothing warns where there is more to train: adapters or biases in the model, or a head of a model that contains it.
     """
     asked = [module, *_asked()]
     found = ((part, known) for part in asked if (known := _known(part)) is not None)
     model, known = next(found, (module, None))
-    if known is None or module is not next((part for part in model.modules() if isinstance(part, kind)), module):
+    if known is None or module is not next((part for part in model.modules() if isinstance(part, module_type)), module):
         return
     names = trainable(model)
     if names - known or len(trainable(asked[-1])) > len(names):
         return
     rest = sorted(names)
     only = ", ".join(rest[:4]) + (f", … ({len(rest)} in all)" if len(rest) > 4 else "")
-    told = f"only {only} do" if rest else "nothing else in it does, so that backward() of a loss fails"
+    limits = f"only {only} do" if rest else "nothing else in it does, so that backward() of a loss fails"
     warn(
         f"{type(model).__name__} was put into training mode, but its quantized weights are integers and do not train: "
-        f"{told}. {_CURE}",
+        f"{limits}. {_CURE}",
         past=("fxquant", "torch"),
     )
 

@@ -1,7 +1,8 @@
-"""torch's transformer modules without their native fast path, which reads its children's weights past the children.
+"""torch's transformer modules without their native fast path, which reads their children's weights without calling the
+children.
 
 `PLAIN_FORWARDS` is what the tracer traces in the place of their own forwards, which branch on tensors: the same
-arithmetic, child by child. `avoid_fast_path` is for modules that are not traced: their own code runs on.
+arithmetic, child by child. `avoid_fast_path` is for modules that are not traced and run their own code.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fxquant.errors import DTypeError
 def avoid_fast_path(module: nn.Module) -> None:
     """Have one of torch's transformer modules call its children, whatever torch.backends.mha allows.
 
-    A forward asks these attributes for nothing else than whether its native kernel or nested tensors will do.
+    A forward uses these attributes only to decide about its native kernel and nested tensors.
     """
     if isinstance(module, nn.TransformerEncoderLayer):
         module.activation_relu_or_gelu = 0
@@ -46,7 +47,7 @@ def additive_mask(mask: Any, like: torch.Tensor) -> Any:
 def causal_hint(is_causal: Any, mask: Any) -> bool:
     """Return whether a self-attention's mask is the causal one: as is_causal says, or, where it is None, by its values.
 
-    So torch's encoder and decoder do it, which pick another kernel then. A compiler is not shown the values.
+    torch's encoder and decoder do the same, and pick another kernel then. A compiler does not see the values.
     """
     if has_torch_function((is_causal, mask)):
         return handle_torch_function(causal_hint, (is_causal, mask), is_causal, mask)
@@ -135,4 +136,4 @@ PLAIN_FORWARDS: dict[Callable[..., Any], Callable[..., Any]] = {
     nn.TransformerDecoder.forward: _decoder,
     nn.Transformer.forward: _transformer,
 }
-"""Each forward of torch's, which a subclass may have inherited, and the one that traces."""
+"""Each of torch's forwards, which a subclass may inherit, and the one that is traced in its place."""

@@ -1,7 +1,7 @@
 """MultiheadAttention: int8 projections, the packed one too; softmax(Q Kᵀ) V stays float.
 
-torch's TransformerEncoder, TransformerDecoder, their layers and Transformer need no row: they are traced through, and
-their attention and linears are candidates like any others.
+torch's TransformerEncoder, TransformerDecoder, their layers and Transformer need no operator: they are traced through,
+and their attention and linears are candidates like any others.
 """
 
 from __future__ import annotations

@@ -42,22 +42,25 @@ class Scheme:
         return activation.format.is_whole or (not activation.symmetric and activation.qmin == 0)
 
 
-def product_scheme(row: Format) -> Scheme:
+def product_scheme(weight_format: Format) -> Scheme:
     """Return the scheme of products with weights of a format."""
-    assert row.activation is not None, row
-    if row.activation is Activation.FLOAT:
-        return Scheme(name=f"{row.name} weights", weight=row.name)
-    activation = row.activation.value
-    name = f"{row.name} weights{' in groups' if row.group_sizes else ''}, {activation} dynamic activations"
-    return Scheme(name=name, weight=row.name, symmetric=row.is_symmetric, activation=activation)
+    assert weight_format.activation is not None, weight_format
+    if weight_format.activation is Activation.FLOAT:
+        return Scheme(name=f"{weight_format.name} weights", weight=weight_format.name)
+    activation = weight_format.activation.value
+    grouped = " in groups" if weight_format.group_sizes else ""
+    name = f"{weight_format.name} weights{grouped}, {activation} dynamic activations"
+    return Scheme(name=name, weight=weight_format.name, symmetric=weight_format.is_symmetric, activation=activation)
 
 
-def table_scheme(row: Format) -> Scheme:
+def table_scheme(weight_format: Format) -> Scheme:
     """Return the scheme of tables of a format, whose rows are looked up."""
-    if row.limits is None:
-        return Scheme(name=f"{row.name} weights", weight=row.name)
-    kind = "" if row.is_symmetric else "affine "
-    return Scheme(name=f"{kind}{row.name} rows", weight=row.name, symmetric=row.is_symmetric)
+    if weight_format.limits is None:
+        return Scheme(name=f"{weight_format.name} weights", weight=weight_format.name)
+    affine = "" if weight_format.is_symmetric else "affine "
+    return Scheme(
+        name=f"{affine}{weight_format.name} rows", weight=weight_format.name, symmetric=weight_format.is_symmetric
+    )
 
 
 PRODUCTS = tuple(product_scheme(row) for row in FORMATS if row.activation is not None and row is not FLOAT32)

@@ -1,7 +1,7 @@
 """Conv1d and Conv2d without groups, large enough: a Linear of windows. Other convolutions stay float.
 
-A window is quantized anew at each of its positions, and the output laid out as a convolution's: what that takes is won
-back where the product is large. docs/performance.md has what was measured.
+A window is quantized anew at each of its positions, and the output is laid out as a convolution's. That pays only where
+the product is large: docs/performance.md has the measurements.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fxquant.qconfig import QConfig
 LEAST_OUTPUTS = 64
 LEAST_WEIGHTS, LEAST_OF_OTHERS = 256 * 256, 512 * 512
 LEAST_POINTWISE = 256
-"""The output channels and weights from which convolutions gained, or came out level, in each measurement. The others:
-those of kernel 1, at which float is best, and which need many channels on both sides; and those dilated along the
-width, whose windows must be copied.
+"""The output channels and weights from which convolutions were faster than float, or as fast, in each measurement. The
+other limits are for kernels of 1, where float is best and many channels are needed on both sides, and for dilation
+along the width, where windows must be copied.
 """
 
 _TAKEN = (
@@ -28,19 +28,19 @@ _TAKEN = (
 
 
 def _which_stay(module: nn.Conv1d | nn.Conv2d) -> str | None:
-    """Return which convolutions stay float, this one among them; None where it gains."""
-    kind, least = "convolutions", LEAST_WEIGHTS
+    """Return which convolutions stay float if this is one of them, else None."""
+    which, least = "convolutions", LEAST_WEIGHTS
     if module.groups > 1:
-        return f"{kind} in groups"
+        return f"{which} in groups"
     if module.kernel_size.count(1) == len(module.kernel_size):
-        kind, least = "pointwise convolutions", LEAST_OF_OTHERS
+        which, least = "pointwise convolutions", LEAST_OF_OTHERS
         if min(module.in_channels, module.out_channels) < LEAST_POINTWISE:
-            return f"{kind} of fewer than {LEAST_POINTWISE} channels in or out"
+            return f"{which} of fewer than {LEAST_POINTWISE} channels in or out"
     elif module.dilation[-1] > 1:
-        kind, least = "dilated convolutions", LEAST_OF_OTHERS
+        which, least = "dilated convolutions", LEAST_OF_OTHERS
     if module.out_channels < LEAST_OUTPUTS:
-        return f"{kind} of fewer than {LEAST_OUTPUTS} output channels"
-    return f"{kind} of fewer than {least:,} weights" if module.weight.numel() < least else None
+        return f"{which} of fewer than {LEAST_OUTPUTS} output channels"
+    return f"{which} of fewer than {least:,} weights" if module.weight.numel() < least else None
 
 
 def _refuse(module: nn.Conv1d | nn.Conv2d) -> str | None:
@@ -50,14 +50,14 @@ def _refuse(module: nn.Conv1d | nn.Conv2d) -> str | None:
     if which is None:
         return refuse_weight(module.weight.flatten(1)) or refuse_parameters(module)
     kernel = "×".join(map(str, module.kernel_size))
-    told = f"{module.in_channels} → {module.out_channels} channels, kernel {kernel}"
-    return f"{which} stay float, where they are faster: this is {told}"
+    shape = f"{module.in_channels} → {module.out_channels} channels, kernel {kernel}"
+    return f"{which} stay float, where they are faster: this is {shape}"
 
 
 def _convert(module: nn.Module, qconfig: QConfig, quantize: Quantize) -> nn.Module:
     is_fused = isinstance(module, (ConvReLU1d, ConvReLU2d))
-    kind = DynamicQuantizedConvReLU if is_fused else DynamicQuantizedConv
-    return kind.from_float(module, qconfig, quantize)
+    quantized_type = DynamicQuantizedConvReLU if is_fused else DynamicQuantizedConv
+    return quantized_type.from_float(module, qconfig, quantize)
 
 
 CONVOLUTION = Operator(

@@ -51,8 +51,8 @@ def _convert_embedding(call: Call) -> NewCall:
 
 def _convert_bag(call: Call) -> NewCall:
     same = ("offsets", "mode", "per_sample_weights", "include_last_offset", "padding_idx")
-    given = {name: call.operands[name] for name in same if name in call.operands}
-    return NewCall(ops.embedding_bag, {**_table(call), **given})
+    options = {name: call.operands[name] for name in same if name in call.operands}
+    return NewCall(ops.embedding_bag, {**_table(call), **options})
 
 
 EMBEDDING = Operator(

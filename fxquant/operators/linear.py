@@ -27,8 +27,8 @@ def _refuse(module: nn.Linear) -> str | None:
 
 
 def _convert_module(module: nn.Linear, qconfig: QConfig, quantize: Quantize) -> nn.Module:
-    kind = DynamicQuantizedLinearReLU if isinstance(module, LinearReLU) else DynamicQuantizedLinear
-    return kind.from_float(module, qconfig, quantize)
+    quantized_type = DynamicQuantizedLinearReLU if isinstance(module, LinearReLU) else DynamicQuantizedLinear
+    return quantized_type.from_float(module, qconfig, quantize)
 
 
 def refuse_bias(bias: Any, outputs: int) -> str | None:
@@ -46,7 +46,7 @@ def _refuse_call(operands: dict[str, Any]) -> str | None:
 
 
 def convert_linear(call: Call, x: str = "input", bias: str = "bias") -> NewCall:
-    """Return the quantized x @ weight.T + bias for a call of one weight whose other operands have these names."""
+    """Return the quantized x @ weight.T + bias for a call whose input and bias have these names."""
     (weight,) = call.weights
     name, group_size, in_features = call.qconfig.layout(call.weights[weight].shape[1])
     operands: dict[str, Any] = {

@@ -44,8 +44,8 @@ def _refuse(module: nn.RNNBase | nn.RNNCellBase) -> str | None:
 
 
 def _convert(module: nn.Module, qconfig: QConfig, quantize: Quantize) -> nn.Module:
-    kind = next(_QUANTIZED[base] for base in type(module).__mro__ if base in _QUANTIZED)
-    quantized: nn.Module = kind.from_float(module, qconfig, quantize)
+    quantized_type = next(_QUANTIZED[base] for base in type(module).__mro__ if base in _QUANTIZED)
+    quantized: nn.Module = quantized_type.from_float(module, qconfig, quantize)
     return quantized
 
 

@@ -1,6 +1,6 @@
 """Products of two activations as graphs call them: by the operators matmul and attention, or by torch's own.
 
-Torch's own run where ours have no rules; see `_is_torchs`. torch.einsum, torch.addmm, torch.baddbmm and F.linear of two
+Torch's own run where ours do not apply; see `_is_torchs`. torch.einsum, torch.addmm, torch.baddbmm and F.linear of two
 activations are forms of matmul.
 """
 
@@ -23,10 +23,9 @@ _native_matmul, _native_attention = library.function("matmul"), library.function
 
 
 def _is_torchs(*operands: Any) -> bool:
-    """Return whether torch's own function is to run: for what is not strided, real and floating point.
-
-    So sparse, nested, complex and integer products are torch's (of integers its sums are exact in any order), and so is
-    all that torch.func and forward-mode gradients transform, which our operators have no rules for.
+    """Return whether torch's own function is to run: for what is not strided, real and floating point. So sparse,
+    nested, complex and integer products are torch's (sums of integers are exact in any order), and so is everything
+    under torch.func or forward-mode gradients, for which our operators have no rules.
     """
     if not is_compiling() and _is_transforming():
         return True
@@ -35,7 +34,7 @@ def _is_torchs(*operands: Any) -> bool:
 
 
 def _is_at_once(x: Any) -> bool:
-    """Return whether the native library may be asked at once: of an eager call without autocast or transforms."""
+    """Return whether the native library may be called directly: in an eager call without autocast or transforms."""
     return not is_compiling() and cast_dtype(x) is None and not _is_transforming()
 
 
@@ -46,7 +45,7 @@ def _is_transforming() -> bool:
 
 
 def _torch_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return torch's a @ b: sparse matrices in a batch are taken by torch.bmm alone."""
+    """Return torch's a @ b; for a batch of sparse matrices only torch.bmm works."""
     if a.layout is not torch.strided and a.dim() == 3 == b.dim():
         return torch.bmm(a, b)
     return torch.matmul(a, b)
@@ -74,7 +73,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, anywhere: bool = True) -> torch.Ten
         out: torch.Tensor | None = _native_matmul(True, a, b)
         if out is not None:
             return out
-    if has_torch_function((a, b)):  # what traces sees the call, and not what is in it
+    if has_torch_function((a, b)):  # a tracer sees the call, not what is in it
         return handle_torch_function(matmul, (a, b), a, b, anywhere=anywhere)
     if _is_torchs(a, b) or not (anywhere or _has_kernel(a)):
         return _torch_matmul(a, b)
@@ -92,9 +91,9 @@ def attention(
     scale: float | None = None,
     anywhere: bool = True,
 ) -> torch.Tensor:
-    """Return what F.scaled_dot_product_attention does; each row depends on its query, the keys and values alone.
+    """Return F.scaled_dot_product_attention's output; each row depends on its query, the keys and values alone.
 
-    Keys at the end that the mask keeps out change nothing, not a bit, as long as they and their values are finite. The
+    Masked keys at the end change no bit, as long as they and their values are finite. The
     strides are torch's on the CPU. float64 is torch's own. anywhere: as for `matmul`.
     """
     if _native_attention is not None and _is_at_once(query) and isinstance(query, torch.Tensor) and query.dim() == 4:
@@ -172,7 +171,9 @@ def pair_product(equation: str) -> tuple[str, str, str, str, str, str] | None:
 
 
 def _fits(plan: tuple[str, str, str, str, str, str], a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether operands have the dimensions of an einsum, each letter of one size, or of 1 in one of them."""
+    """Return whether operands have the dimensions of an einsum, each letter with one size, or with size 1 in one of
+    them.
+    """
     if a.dim() != len(plan[0]) or b.dim() != len(plan[1]):
         return False
     sizes = dict(zip(plan[0], a.shape, strict=True))
@@ -188,15 +189,15 @@ def _expand(x: torch.Tensor, letters: str, other: torch.Tensor, others: str) -> 
 def _as_matrices(
     plan: tuple[str, str, str, str, str, str], a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
-    """Return (shared…, M, K) and (shared…, K, N) of an einsum's operands, and what shape and order its result has."""
-    letters_a, letters_b, out, shared, summed, own = plan
+    """Return an einsum's operands as (shared…, M, K) and (shared…, K, N), and the shape and order of its result."""
+    letters_a, letters_b, out, shared, summed, only_a = plan
     a, b = _expand(a, letters_a, b, letters_b), _expand(b, letters_b, a, letters_a)
     other = "".join(c for c in out if c in letters_b and c not in letters_a)
     size = {**dict(zip(letters_a, a.shape, strict=True)), **dict(zip(letters_b, b.shape, strict=True))}
-    rows = a.permute([letters_a.index(c) for c in shared + own + summed])
+    rows = a.permute([letters_a.index(c) for c in shared + only_a + summed])
     columns = b.permute([letters_b.index(c) for c in shared + summed + other])
     outer = [size[c] for c in shared]
-    many = [torch.Size([size[c] for c in part]).numel() for part in (own, summed, other)]
+    many = [torch.Size([size[c] for c in part]).numel() for part in (only_a, summed, other)]
     rows, columns = rows.reshape(*outer, many[0], many[1]), columns.reshape(*outer, many[1], many[2])
-    made = shared + own + other
+    made = shared + only_a + other
     return rows, columns, [size[c] for c in made], [made.index(c) for c in out]

@@ -20,9 +20,9 @@ _LANES = 16
 class AttentionArguments(NamedTuple):
     """Return softmax(scale query keyᵀ + mask) value, as torch's scaled_dot_product_attention does.
 
-    query: (..., L, E); key: (..., S, E); value: (..., S, O) float; mask: what expands to (..., L, S), True where a key
-    is seen, or what is added to its score; is_causal: query i sees keys 0 to i; scale: 1/√E unless given
-    -> (..., L, O) in query's dtype. A query that sees no key gets zeros. The arithmetic is float32.
+    query: (..., L, E); key: (..., S, E); value: (..., S, O) float; mask: expands to (..., L, S), True where a key is
+    seen, or a float that is added to its score; is_causal: query i sees keys 0 to i; scale: 1/√E unless given -> (...,
+    L, O) in query's dtype. A query that sees no key gets zeros. The arithmetic is float32.
     """
 
     query: torch.Tensor
@@ -47,7 +47,7 @@ def _reference(a: AttentionArguments) -> torch.Tensor:
 
 
 def scale_of(query: torch.Tensor, scale: float | None) -> float:
-    """Return what attention's scores are multiplied with."""
+    """Return the factor of attention's scores."""
     return 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
 
 
@@ -72,7 +72,7 @@ def _exponentials(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return exp(scores - their greatest) and their sums over the last dimension, with that dimension kept.
 
     Sixteen sums side by side, of the keys k, k + 16, k + 32, …, then lanes two apart of each four, and so on: zeros at
-    the end, as of keys that a mask keeps out, change nothing.
+    the end, as masked keys give, change nothing.
     """
     keys = scores.shape[-1]
     if keys == 0:
@@ -95,7 +95,7 @@ def _sum_four(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shape(a: AttentionArguments) -> tuple[int, ...]:
-    """Return the shape of what attention gives, or raise ShapeError or DTypeError."""
+    """Return the shape of attention's output, or raise ShapeError or DTypeError."""
     operands, mask = a[:3], a.mask
     if not a.query.is_floating_point() or len({x.dtype for x in operands}) > 1:
         raise DTypeError(f"attention takes floats of one dtype, got {', '.join(str(x.dtype) for x in operands)}")
@@ -140,9 +140,8 @@ def _is_laid_out_as_query(
 def lay_out(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, attended: torch.Tensor
 ) -> torch.Tensor:
-    """Return attended, (..., L, O), in query's dtype and with the strides that torch gives it: a later view() counts.
-
-    A copy, unless it has both already.
+    """Return attended, (..., L, O), in query's dtype and with torch's strides, which a later view() depends on. A copy,
+    unless it has both already.
     """
     if not _is_laid_out_as_query(query, key, value, mask):
         return attended.to(query.dtype).reshape(-1).view(attended.shape)  # sizes of 1 get torch's strides too

@@ -1,6 +1,5 @@
-"""What is made of exponentials, of single float32 operations: the same bits at every position, and in the kernels.
-
-The steps of an LSTM and a GRU too. csrc/kernels/generic/elementwise-inl.h
+"""Sigmoid, tanh and the steps of an LSTM and a GRU from single float32 operations: the same bits at every position, and
+in the kernels (csrc/kernels/generic/elementwise-inl.h).
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def embedding_bag(
 
 
 def _embed(a: Any) -> torch.Tensor:
-    """Return the float32 rows of a table that the indices, in one row, name."""
+    """Return the float32 rows of a table at the indices, flattened."""
     _check_range(a.indices, a.weight.shape[0])
     flat = a.indices.reshape(-1)
     scale, zero_point = (None if part is None else part[flat] for part in (a.scale, a.zero_point))

@@ -1,10 +1,10 @@
 """The native library of CPU kernels (csrc/): how it is loaded, on which instruction set, and how it gets operands.
 
 The library keeps nothing: every call passes plain tensors. So there is nothing to pack, cache or save, and calls from
-several threads are independent. Its functions give None for what they do not take as it is: tensors that are not dense
-(of a linear's input only each row must be), not of their dtypes, or that somebody watches. FXQUANT_NATIVE=0 switches it
-off; FXQUANT_ISA=amx, avx512_vnni, avx_vnni, avx2, neon_dot or portable forces an instruction set; FXQUANT_OPENMP=0
-keeps it from the threads of torch's OpenMP. They are read once, the first two at import.
+several threads are independent. Its functions return None for what they cannot take as it is: tensors that are not
+dense (a linear's input: in its last dimension), not of their dtypes, or that somebody watches. FXQUANT_NATIVE=0
+switches it off; FXQUANT_ISA=amx, avx512_vnni, avx_vnni, avx2, neon_dot or portable forces an instruction set;
+FXQUANT_OPENMP=0 keeps it from the threads of torch's OpenMP. They are read once, the first two at import.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class KernelInfo:
     """Which kernels run the quantized operators.
 
     library: the library's path, None when plain torch does the work; isa: its instruction set; threads: how many
-    threads the next call may use; why: why not a better library or instruction set, empty when there is none.
+    threads the next call may use; why: why no better library or instruction set is used, empty when there is none.
     """
 
     library: str | None
@@ -44,7 +44,7 @@ class KernelInfo:
 
 
 def _load() -> tuple[Any, str]:
-    """Return the library, or None and why; a library that is there but cannot be used is warned about."""
+    """Return the library, or None and why; warn of a library that exists but cannot be used."""
     if os.environ.get("FXQUANT_NATIVE", "1") == "0":
         return None, "FXQUANT_NATIVE=0 switched the native library off"
     try:
@@ -77,7 +77,7 @@ def _choose_isa(library: Any) -> str:
 
 
 def _introduce_torch(library: Any, exchange: object) -> None:
-    """Tell the library what it needs of torch; exchange: the capsule of DLPack's exchange interface, or None."""
+    """Give the library what it needs of torch; exchange: the capsule of DLPack's exchange interface, or None."""
     library.set_torch(
         (torch.Tensor, torch.nn.Parameter),
         (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.int16, torch.float16),
@@ -103,15 +103,15 @@ if _library is not None:
 def function(name: str) -> Callable[..., Any] | None:
     """Return a function of the library, None where no library is loaded; ModelStateError for one that it lacks.
 
-    An operator's is called with whether it is to look first if anybody watches, and the operator's arguments: it
+    An operator's function takes whether it must check first if somebody watches, then the operator's arguments, and
     returns the result, or None.
     """
     if _library is None:
         return None
-    found: Callable[..., Any] | None = getattr(_library, name, None)
-    if found is None:
+    function: Callable[..., Any] | None = getattr(_library, name, None)
+    if function is None:
         raise ModelStateError(f"the native library {_library.__file__} has no {name!r}; install fxquant again")
-    return found
+    return function
 
 
 def available() -> bool:
@@ -120,7 +120,7 @@ def available() -> bool:
 
 
 def kernel_info() -> KernelInfo:
-    """Return which library, instruction set and threads run the quantized operators, and why not better ones."""
+    """Return which library, instruction set and threads run the quantized operators, and why no better ones."""
     threads = torch.get_num_threads()
     if _library is None:
         return KernelInfo(None, None, threads, _why)
@@ -128,7 +128,7 @@ def kernel_info() -> KernelInfo:
 
 
 def bare(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor, or a copy, of no subclass, its numbers in memory as they are."""
+    """Return the tensor, or a copy, as a plain torch.Tensor whose memory holds its numbers."""
     return tensor.as_subclass(torch.Tensor).resolve_neg()
 
 
@@ -145,6 +145,6 @@ def floats(tensor: torch.Tensor) -> torch.Tensor:
 def vector(name: str, values: torch.Tensor | None, count: int) -> torch.Tensor:
     """Return a scale or bias as dense floats, or raise ShapeError: the kernels read `count` of them."""
     if values is None or values.numel() != count:
-        given = "none" if values is None else tuple(values.shape)
-        raise ShapeError(f"a quantized operator of {count} rows needs a {name} of shape ({count},), got {given}")
+        got = "none" if values is None else tuple(values.shape)
+        raise ShapeError(f"a quantized operator of {count} rows needs a {name} of shape ({count},), got {got}")
     return floats(values).reshape(count)

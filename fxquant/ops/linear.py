@@ -1,10 +1,10 @@
 """The operator linear: a product of activations, quantized as it runs, and a quantized weight.
 
 Its reference, in plain torch for any device, is the specification that every kernel is held to, bit for bit. A result
-depends on its own token alone, to the bit, because only two kinds of arithmetic are used: integer sums, which are exact
+depends on its own token alone, to the bit, because only two sorts of arithmetic are used: integer sums, which are exact
 in any order, and single IEEE float32 operations on one element (+, -, *, /, round), which give the same bits at every
-position of a tensor. torch.sigmoid, torch.tanh and fused multiply-adds do not, so they are not used. Float16 weights
-are the exception: they go through torch's float matmul, and the kernels, which have an order of their own
+position of a tensor. torch.sigmoid, torch.tanh and fused multiply-adds do not give that, so they are not used. Float16
+weights are the exception: they go through torch's float matmul, and the kernels, which have an order of their own
 (csrc/kernels/generic/floats-inl.h), agree to float rounding.
 """
 
@@ -48,10 +48,10 @@ def linear(
 
     x: (..., I) float; weight: (O, I), as the format of this name (`fxquant.formats`) stores it; scale: (O,) float32,
     None for floats; bias: (O,) or None -> (..., O) in x's dtype, or in that which F.linear gives under torch.autocast.
-    per_token False: one scale for all of x; per_row: its old name. qmax: 255, or 127 for 7-bit activations; of no
-    meaning to int16 weights, whose activations are int16 too. docs/numerics.md, "int16 output". group_size: how many
-    columns share a scale, which is (O, ceil(I / group_size)) bfloat16, with in_features I; 0: all of them.
-    docs/numerics.md, "int4 output".
+    per_token False: one scale for all of x; per_row: its old name. qmax: 255, or 127 for 7-bit activations; ignored for
+    int16 weights, whose activations have 16 bits too. docs/numerics.md, "int16 output". group_size: how many columns
+    share a scale, which is (O, ceil(I / group_size)) bfloat16, with in_features I; 0: all of them. docs/numerics.md,
+    "int4 output".
     """
     per_token = per_token if per_row is None else per_token_of(per_row)
     return _run((x, weight, scale, bias, relu, per_token, qmax, format, group_size, in_features))
@@ -75,7 +75,7 @@ def _reference(a: Any) -> torch.Tensor:
 def multiply(
     rows: torch.Tensor, weight: QuantizedTensor, start: torch.Tensor | None, per_token: bool, qmax: int
 ) -> torch.Tensor:
-    """Return start + rows @ dequantize(weight).T: where columns are grouped a product a group, added up in order.
+    """Return start + rows @ dequantize(weight).T: in groups of columns, one product a group, added up in order.
 
     rows: (M, K) float32; weight: (N, K); start: (N,), (M, N) or None -> (M, N) float32, a new tensor.
     """
@@ -131,7 +131,7 @@ def integer_matmul(q: torch.Tensor, zero_point: torch.Tensor, weight: torch.Tens
 
 @functools.cache
 def has_exact_int_mm() -> bool:
-    """Whether this CPU's torch._int_mm is there and exact: without VNNI instructions such kernels may saturate."""
+    """Whether torch._int_mm exists and is exact on this CPU: without VNNI instructions such kernels may saturate."""
     weight = torch.full((48, 96), 127, dtype=torch.int8)
     for rows in (2, 5, 40):
         for value in (127, -128):
@@ -153,8 +153,8 @@ def _check(a: Any) -> None:
         raise ShapeError(
             f"a quantized linear of {inputs} inputs takes x of shape (..., {inputs}), got {tuple(a.x.shape)}"
         )
-    row = check_format("linear", a.format, _FORMATS)
-    if row.activation is Activation.UINT8:
+    weight_format = check_format("linear", a.format, _FORMATS)
+    if weight_format.activation is Activation.UINT8:
         check_qmax("linear", a.qmax)
     check_matrix("the weight of a quantized linear", _weight(a), a.weight.shape[0])
 
@@ -176,7 +176,7 @@ def _keep(ctx: Any, a: Any, output: torch.Tensor) -> None:
 
 
 def _give(ctx: Any, grad: torch.Tensor, needs: dict[str, bool]) -> dict[str, torch.Tensor | None]:
-    """Return the gradients of x, (..., I), and of the bias, (O,), in their dtypes: straight through Q and W.
+    """Return the gradients of x, (..., I), and of the bias, (O,), in their dtypes, by the straight-through estimator.
 
     y = Q(x) Wᵀ + b, with Q the rounding of x and W what the integers stand for: dy/dx is taken as W, as if Q were not
     there (Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons"); where a ReLU is fused,

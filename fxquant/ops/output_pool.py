@@ -1,8 +1,8 @@
-"""Memory for large outputs, used again once nobody holds it.
+"""Memory for large outputs, reused once nobody holds it.
 
 A fresh 50 MB tensor costs 13,000 page faults when it is first written, more time than the product that fills it. So
 the storages of the last large outputs are kept, up to FXQUANT_OUTPUT_POOL_MB (256; 0 keeps none), and one is used again
-when the pool's reference is the only one left: no tensor, view, array or exported capsule has it any more. They are
+when the pool's reference is the only one left: no tensor, view, array or exported capsule holds it. They are
 torch's own storages, so that an output can be resized, shared or pickled as any other; one that went to shared memory,
 which another process may be reading, is never used again.
 """
@@ -22,7 +22,7 @@ _use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count"
 
 
 class _Block(NamedTuple):
-    """A storage, held by its Python object, which is one and the same for all who ask a tensor for its storage."""
+    """A storage, held by its Python object, which is the same for everybody who asks a tensor for its storage."""
 
     storage: torch.UntypedStorage
     n_bytes: int  # as it was made: a user may resize it
@@ -74,7 +74,7 @@ class OutputPool:
         return sum(block.storage.nbytes() for block in self._blocks)
 
     def clear(self) -> None:
-        """Forget every storage; those that are in use stay their users'."""
+        """Forget every storage; those in use stay with their users."""
         with self._lock:
             self._blocks.clear()
 

@@ -107,8 +107,8 @@ def _rnn_reference(a: Any) -> tuple[torch.Tensor, torch.Tensor]:
         before = h[cell, : gates.shape[0]]
         if a.mode == "gru":
             both = gates[:, : 2 * h.shape[2]]
-            own = a.hidden_biases[cell].to(torch.float32) if a.hidden_biases else gates.new_full((h.shape[2],), -0.0)
-            start = torch.cat((both, own.expand_as(before)), dim=1)  # y + -0 is y, to the bit
+            bias = a.hidden_biases[cell].to(torch.float32) if a.hidden_biases else gates.new_full((h.shape[2],), -0.0)
+            start = torch.cat((both, bias.expand_as(before)), dim=1)  # y + -0 is y, to the bit
             return gru_cell(matrices[1](before, start), gates[:, both.shape[1] :], before)
         pre = matrices[1](before, gates)
         return pre.relu_() if a.mode == "rnn_relu" else tanh(pre)
@@ -166,46 +166,48 @@ def _check_rnn(a: Any) -> None:
     _check(_KINDS[a.mode], a, (a.h0,), a.hidden_biases)
 
 
-def _check(kind: str, a: Any, states: Tensors, hidden_biases: Tensors) -> None:
-    check_qmax(kind, a.qmax)
+def _check(layer_type: str, a: Any, states: Tensors, hidden_biases: Tensors) -> None:
+    check_qmax(layer_type, a.qmax)
     for name in a.formats or ():
-        check_format(kind, name, _FORMATS)
-    _check_sequence(kind, a, states)
-    _check_parts(kind, a, states, hidden_biases)
+        check_format(layer_type, name, _FORMATS)
+    _check_sequence(layer_type, a, states)
+    _check_parts(layer_type, a, states, hidden_biases)
 
 
-def _check_sequence(kind: str, a: Any, states: Tensors) -> None:
+def _check_sequence(layer_type: str, a: Any, states: Tensors) -> None:
     """Raise unless x is (T, B, I) or packed (N, I), h0 (L, B, P), and an LSTM's c0 (L, B, H)."""
     x, weights = a.x, a.weights
     for name, tensor in (("input", x), *zip(("h0", "c0"), states, strict=False)):
         if not tensor.is_floating_point():
-            raise DTypeError(f"a quantized {kind} takes float tensors, got {name} of {tensor.dtype}")
-    want, given = 3 if a.batch_sizes is None else 2, x.shape[-1] if x.dim() else 0
-    inputs = given
+            raise DTypeError(f"a quantized {layer_type} takes float tensors, got {name} of {tensor.dtype}")
+    want, width = 3 if a.batch_sizes is None else 2, x.shape[-1] if x.dim() else 0
+    inputs = width
     if weights:
-        row, stored = format_of(a.formats[0]) if a.formats else INT8, weights[0].shape[-1]
-        numbers, values = row.block  # an unfinished last block is filled up
-        inputs = given if row.stored_columns(given) == stored else stored // values * numbers
-    if x.dim() != want or given != inputs:
+        weight_format, stored = format_of(a.formats[0]) if a.formats else INT8, weights[0].shape[-1]
+        numbers, values = weight_format.block  # an unfinished last block is filled up
+        inputs = width if weight_format.stored_columns(width) == stored else stored // values * numbers
+    if x.dim() != want or width != inputs:
         raise ShapeError(
-            f"a quantized {kind} of {inputs} inputs takes {want}-D input whose last dimension is {inputs}, "
+            f"a quantized {layer_type} of {inputs} inputs takes {want}-D input whose last dimension is {inputs}, "
             f"got {tuple(x.shape)}"
         )
     batch = x.shape[1] if a.batch_sizes is None else None
     for name, state in zip(("h0", "c0"), states, strict=False):
         if state.dim() != 3 or (batch is not None and state.shape[1] != batch):
-            raise ShapeError(f"a quantized {kind} called with batch {batch} got {name} of shape {tuple(state.shape)}")
+            raise ShapeError(
+                f"a quantized {layer_type} called with batch {batch} got {name} of shape {tuple(state.shape)}"
+            )
     if states[0].shape[0] == 0 or states[0].shape[:2] != states[-1].shape[:2]:
         shapes = " and ".join(str(tuple(state.shape)) for state in states)
-        raise ShapeError(f"a quantized {kind} takes states of the same cells, 1 or more, and batch, got {shapes}")
+        raise ShapeError(f"a quantized {layer_type} takes states of the same cells, 1 or more, and batch, got {shapes}")
 
 
-def _check_parts(kind: str, a: Any, states: Tensors, hidden_biases: Tensors) -> None:
+def _check_parts(layer_type: str, a: Any, states: Tensors, hidden_biases: Tensors) -> None:
     """Raise unless weights, scales and biases are those of cells for such columns and states."""
     weights, scales, biases = a.weights, a.scales, a.biases
     cells, outputs, hidden = states[0].shape[0], states[0].shape[2], states[-1].shape[2]
-    directions, rows = 2 if a.bidirectional else 1, _GATES[kind] * hidden
-    is_projected = kind == "LSTM" and len(weights) == 3 * cells
+    directions, rows = 2 if a.bidirectional else 1, _GATES[layer_type] * hidden
+    is_projected = layer_type == "LSTM" and len(weights) == 3 * cells
     numbers = {
         "weights": (weights, (3 if is_projected else 2) * cells),
         "scales": (scales, len(weights) if scales else 0),
@@ -213,10 +215,10 @@ def _check_parts(kind: str, a: Any, states: Tensors, hidden_biases: Tensors) -> 
         "biases": (biases, cells if biases else 0),
         "hidden biases": (hidden_biases, cells if hidden_biases else 0),
     }
-    layers = f"a quantized {kind} of {cells} cells with {hidden} hidden units and {outputs} outputs"
-    for name, (given, count) in numbers.items():
-        if len(given) != count:
-            raise ShapeError(f"{layers} takes {count} {name}, got {len(given)}")
+    layers = f"a quantized {layer_type} of {cells} cells with {hidden} hidden units and {outputs} outputs"
+    for name, (tensors, count) in numbers.items():
+        if len(tensors) != count:
+            raise ShapeError(f"{layers} takes {count} {name}, got {len(tensors)}")
     if cells % directions or (hidden != outputs and not is_projected):
         raise ShapeError(f"{layers} cannot be: {directions} directions, {'a' if is_projected else 'no'} projection")
     for i, vector in enumerate((*biases, *hidden_biases)):
@@ -242,7 +244,7 @@ def _prepare_lstm(a: Any) -> Any:
 
 def _prepare_rnn(a: Any) -> Any:
     is_empty = 0 in (a.x.numel(), a.h0.numel())
-    return None if is_empty else a._replace(hidden_biases=[floats(own) for own in a.hidden_biases], **_prepare(a))
+    return None if is_empty else a._replace(hidden_biases=[floats(bias) for bias in a.hidden_biases], **_prepare(a))
 
 
 def _prepare(a: Any) -> dict[str, Any]:

@@ -14,37 +14,39 @@ from fxquant.ops.library import plain, vector
 
 def check_format(operator: str, name: str, known: Sequence[Format]) -> Format:
     """Return the format of a name, or raise ArgumentError unless it is one of those."""
-    for row in known:
-        if row.name == name:
-            return row
-    names = ", ".join(repr(row.name) for row in known)
+    for weight_format in known:
+        if weight_format.name == name:
+            return weight_format
+    names = ", ".join(repr(weight_format.name) for weight_format in known)
     raise ArgumentError(f"a quantized {operator} takes one of the formats {names}, got {name!r}")
 
 
 def check_matrix(name: str, weight: QuantizedTensor, outputs: int) -> None:
     """Raise DTypeError or ShapeError unless a weight is an (outputs, columns) matrix as its format stores it."""
-    row, values, scale = weight.format, weight.values, weight.scale
-    stored, wanted = (outputs, row.stored_columns(weight.columns)), None
-    if row.scale is None:
+    weight_format, values, scale = weight.format, weight.values, weight.scale
+    stored, wanted = (outputs, weight_format.stored_columns(weight.columns)), None
+    if weight_format.scale is None:
         fits = scale is None or scale.numel() == 0
-    elif not row.group_sizes:
-        wanted, fits = f"{row.scale} ({outputs},)", scale is not None and scale.numel() == outputs
-    elif weight.group_size in row.group_sizes:
+    elif not weight_format.group_sizes:
+        wanted, fits = f"{weight_format.scale} ({outputs},)", scale is not None and scale.numel() == outputs
+    elif weight.group_size in weight_format.group_sizes:
         shape = (outputs, -(-weight.columns // weight.group_size))
-        wanted, fits = f"{row.scale} {shape}", scale is not None and tuple(scale.shape) == shape
+        wanted, fits = f"{weight_format.scale} {shape}", scale is not None and tuple(scale.shape) == shape
     else:
-        wanted, fits = f"one a group of {' or '.join(map(str, row.group_sizes))} columns", False
-    is_typed = values.dtype == row.storage and (not row.group_sizes or (scale is not None and scale.dtype == row.scale))
+        wanted, fits = f"one a group of {' or '.join(map(str, weight_format.group_sizes))} columns", False
+    is_typed = values.dtype == weight_format.storage and (
+        not weight_format.group_sizes or (scale is not None and scale.dtype == weight_format.scale)
+    )
     if is_typed and fits and tuple(values.shape) == stored:
         return
-    got = None if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
+    got = _describe(values.dtype, tuple(values.shape), None if scale is None else f"{scale.dtype} {tuple(scale.shape)}")
     raise (ShapeError if is_typed else DTypeError)(
-        f"{name}, ({outputs}, {weight.columns}) in {row.name}: expected {_told(row.storage, stored, wanted)}, "
-        f"got {_told(values.dtype, tuple(values.shape), got)}"
+        f"{name}, ({outputs}, {weight.columns}) in {weight_format.name}: "
+        f"expected {_describe(weight_format.storage, stored, wanted)}, got {got}"
     )
 
 
-def _told(dtype: torch.dtype, shape: tuple[int, ...], scale: str | None) -> str:
+def _describe(dtype: torch.dtype, shape: tuple[int, ...], scale: str | None) -> str:
     return f"{dtype} {shape} with {'no scale' if scale is None else f'scale {scale}'}"
 
 

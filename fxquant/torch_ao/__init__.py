@@ -1,1 +1,1 @@
-"""The way over for users of torch.ao: its names, what its models hold, and their conversion."""
+"""For users of torch.ao: its names, what its models hold, and their conversion."""

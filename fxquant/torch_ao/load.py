@@ -1,7 +1,7 @@
-"""from_torch_ao and load_torch_ao: the way over from models that torch.ao quantized. Integers and scales are kept.
+"""from_torch_ao and load_torch_ao: conversion of models that torch.ao quantized. Integers and scales are kept.
 
-The float architecture is given or read off torch.ao's modules, and goes the usual way, by module swap or as a graph;
-only that each weight gets the integers that torch.ao gave it.
+The float architecture is given or taken from torch.ao's modules, and converted as usual, by module swap or as a graph,
+except that each weight gets torch.ao's integers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fxquant.graph.trace.tracer import SCOPE
 from fxquant.graph.trace.verify import tensors_meta
 from fxquant.operators import OPERATORS, find_function_row
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
-from fxquant.torch_ao.state import Found, Packed, Weight, architecture_of, unpack
+from fxquant.torch_ao.state import Contents, Packed, Weight, architecture_of, unpack
 
 _WHOLE_MODEL = (
     "with a float model beside it, a state_dict is expected, of which only tensors are read. If it is a whole model, "
@@ -51,8 +51,8 @@ def from_torch_ao(
     model: the float architecture, on any device; its weights are not read, and it is not changed. A state_dict needs
     it; without it, the result of convert_fx does not tell where the weight of an F.linear stood or what a BatchNorm was
     folded into, so that `fxquant.load` could not put a checkpoint of it into the float architecture.
-    qconfig: its activation half says how inputs become integers: by default one scale a token, 8 bits; torch.ao's own
-    way is per_tensor_dynamic_qconfig.with_reduce_range(). The weight half is what torch.ao chose.
+    qconfig: its activation half says how inputs become integers: by default 8 bits, one scale a token; torch.ao's is
+    per_tensor_dynamic_qconfig.with_reduce_range(). The weight half is torch.ao's.
 
     What comes back is an FxModule where torch.ao's was a graph or a graph is needed to place the weights of F.linear
     calls and folded BatchNorms, else a model of the user's own class, as quantize_dynamic gives. Linear, LinearReLU,
@@ -63,8 +63,8 @@ def from_torch_ao(
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TorchAoError(f"from_torch_ao takes the float model as an nn.Module, got {type(model).__name__}")
-    for given in (quantized, model):
-        if record_of(given) is not None:
+    for argument in (quantized, model):
+        if record_of(argument) is not None:
             raise ModelStateError("from_torch_ao takes torch.ao's model and the float one; this went through fxquant")
     if isinstance(quantized, nn.Module):
         state, architecture = quantized.state_dict(), architecture_of(quantized) if model is None else model
@@ -76,8 +76,8 @@ def from_torch_ao(
             "from_torch_ao takes a model that torch.ao quantized, or its state_dict with the float model beside it: "
             f"from_torch_ao(state_dict, model); got {got}"
         )
-    found = unpack(state, architecture, qconfig)
-    result = (_as_graph if _needs_graph(architecture, found) else _as_tree)(architecture, found)
+    contents = unpack(state, architecture, qconfig)
+    result = (_as_graph if _needs_graph(architecture, contents) else _as_tree)(architecture, contents)
     _check_filled(result)
     return result
 
@@ -98,87 +98,89 @@ def load_torch_ao(
             held = torch.load(path, map_location="cpu", weights_only=model is not None)
     except OSError as error:
         raise TorchAoError(f"{path}: cannot be opened: {error.strerror}") from error
-    except Exception as error:  # whatever unpickling stumbles over
+    except Exception as error:  # unpickling may raise anything
         hint = "the classes in it must be importable" if model is None else _WHOLE_MODEL
         raise TorchAoError(f"{path}: torch {torch.__version__} cannot read it: {hint}") from error
     return from_torch_ao(held, model, qconfig=qconfig)
 
 
-def _needs_graph(architecture: nn.Module, found: Found) -> bool:
-    """Return whether only a graph has places for what was found: F.linear calls, folded BatchNorms."""
+def _needs_graph(architecture: nn.Module, contents: Contents) -> bool:
+    """Return whether only a graph has places for the contents: F.linear calls, folded BatchNorms."""
     means = {name for name in architecture.state_dict() if name.endswith("running_mean")}
-    return isinstance(architecture, fx.GraphModule) or bool(found.calls) or not means <= found.floats.keys()
+    return isinstance(architecture, fx.GraphModule) or bool(contents.calls) or not means <= contents.floats.keys()
 
 
-def _as_tree(architecture: nn.Module, found: Found) -> nn.Module:
+def _as_tree(architecture: nn.Module, contents: Contents) -> nn.Module:
     """Return the architecture with its modules swapped, as quantize_dynamic does."""
     root = edit.mirror(architecture).eval()
     described = describe(root)
-    cache = _fill(root, found, architecture)
-    decided = plan_modules(root, found.mapping, OPERATORS)
+    cache = _fill(root, contents, architecture)
+    decided = plan_modules(root, contents.mapping, OPERATORS)
     root, sites = convert_modules(root, decided.sites, OPERATORS, cache)
     record = decided.record(architecture, architecture=described)
     return keep_record(root, record.advance(stage="quantized", sites=sites))
 
 
-def _as_graph(architecture: nn.Module, found: Found) -> nn.Module:
+def _as_graph(architecture: nn.Module, contents: Contents) -> nn.Module:
     """Return the architecture as a graph, as prepare_fx and convert_fx give; a BatchNorm that was not folded stays."""
     traced = trace(architecture, OPERATORS, keep_whole=True, folds=False)  # its weights are not read
     described = describe(traced.module, architecture)
-    norms = {name.rpartition(".")[0] for name in found.floats if name.endswith(".running_mean")}
+    norms = {name.rpartition(".")[0] for name in contents.floats if name.endswith(".running_mean")}
     fusions, _ = fuse(traced.module, traced.hooked | norms)
-    _place_calls(traced, found)
-    cache = _fill(traced.module, found, architecture)
-    decided = observe(traced.module, plan(traced, found.mapping, OPERATORS))
+    _place_calls(traced, contents)
+    cache = _fill(traced.module, contents, architecture)
+    decided = observe(traced.module, plan(traced, contents.mapping, OPERATORS))
     sites = convert(traced.module, decided.sites, OPERATORS, cache)
     record = decided.record(architecture, traced, fusions=fusions, architecture=described)
     record = record.advance(stage="quantized", sites=sites)
     return finish(clean(traced.module, architecture), architecture, record)
 
 
-def _place_calls(traced: Traced, found: Found) -> None:
+def _place_calls(traced: Traced, contents: Contents) -> None:
     """Give each packed weight to its F.linear call: torch.ao numbers them in a module's scope, in the graph's order."""
-    row = find_function_row(OPERATORS, torch.nn.functional.linear)
-    assert row is not None
-    known, numbers, indices = set(found.floats), collections.Counter[str](), collections.Counter[str]()
+    operator = find_function_row(OPERATORS, torch.nn.functional.linear)
+    assert operator is not None
+    known, numbers, indices = set(contents.floats), collections.Counter[str](), collections.Counter[str]()
     for node in traced.module.graph.nodes:
-        if node.op != "call_function" or node.target not in row.functions:
+        if node.op != "call_function" or node.target not in operator.functions:
             continue
         scope = node.meta.get(SCOPE, "")
         index, indices[scope] = indices[scope], indices[scope] + 1
-        operands = name_operands(row, node)
+        operands = name_operands(operator, node)
         weight, bias = operands["weight"], operands.get("bias")
         if not isinstance(weight, fx.Node) or weight.op != "get_attr" or str(weight.target) in known:
             continue  # torch.ao left it float
         prefix = scope.replace(".", "_")
-        packed = found.calls.pop((prefix, numbers[prefix]), None)
+        packed = contents.calls.pop((prefix, numbers[prefix]), None)
         numbers[prefix] += 1
         if packed is None:
             raise TorchAoError(f"torch.ao's state_dict has no weight for the F.linear of {str(weight.target)!r}")
         for constant in (part for part in (weight, bias) if isinstance(part, fx.Node) and part.op == "get_attr"):
             constant.meta["tensor_meta"] = tensors_meta(edit.get_tensor(traced.module, str(constant.target)))
-        found.weights[str(weight.target)] = packed[0]
+        contents.weights[str(weight.target)] = packed[0]
         if isinstance(bias, fx.Node) and packed[1] is not None:
-            found.floats[str(bias.target)] = packed[1]
-        found.mapping.set_module_name_object_type_order(scope, torch.nn.functional.linear, index, packed[0].qconfig)
-    for scope, number in found.calls:
+            contents.floats[str(bias.target)] = packed[1]
+        contents.mapping.set_module_name_object_type_order(scope, torch.nn.functional.linear, index, packed[0].qconfig)
+    for scope, number in contents.calls:
         raise TorchAoError(f"the model has no call of F.linear for the packed weight {number} of module {scope!r}")
 
 
-def _fill(skeleton: nn.Module, found: Found, architecture: nn.Module) -> WeightCache:
-    """Put in the float tensors, and tensors without data for the quantized weights; return the integers by these."""
-    cache, known, own = WeightCache(), architecture.state_dict().keys(), skeleton.state_dict(keep_vars=True)
-    given: dict[str, torch.Tensor | Weight] = {**found.floats, **found.weights}
-    for name in sorted(given.keys() - own.keys() - known):
-        raise TorchAoError(f"torch.ao's state_dict has {name!r}, for which the model has no place{nearest(name, own)}")
+def _fill(skeleton: nn.Module, contents: Contents, architecture: nn.Module) -> WeightCache:
+    """Fill in the float tensors, and tensors without data for the quantized weights; return the integers of these."""
+    cache, known, expected = WeightCache(), architecture.state_dict().keys(), skeleton.state_dict(keep_vars=True)
+    values: dict[str, torch.Tensor | Weight] = {**contents.floats, **contents.weights}
+    for name in sorted(values.keys() - expected.keys() - known):
+        raise TorchAoError(
+            f"torch.ao's state_dict has {name!r}, for which the model has no place{nearest(name, expected)}"
+        )
     placed: dict[tuple[int, bool], torch.Tensor] = {}
     done: set[tuple[int, str]] = set()
-    for name in sorted(own, key=lambda name: name not in found.weights):
-        value, old = given.get(name), own[name]
+    for name in sorted(expected, key=lambda name: name not in contents.weights):
+        value, old = values.get(name), expected[name]
         path, _, last = name.rpartition(".")
         owner = skeleton.get_submodule(path)
         if value is None and (name in known or isinstance(old, nn.Parameter)):
-            raise TorchAoError(f"torch.ao's state_dict has no {name!r}, which the model needs{nearest(name, given)}")
+            raise TorchAoError(f"torch.ao's state_dict has no {name!r}, which the model needs{nearest(name, values)}")
         if value is None or (id(owner), last) in done:
             continue  # a constant of the graph itself; a module's second name, under which torch.ao leaves it float
         if value.shape != old.shape:

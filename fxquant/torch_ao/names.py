@@ -1,4 +1,4 @@
-"""Every public name of torch.ao.quantization: those that fxquant has too, and for each other what takes its place."""
+"""Every public name of torch.ao.quantization: those that fxquant has too, and what replaces each of the others."""
 
 SAME = {
     "prepare_fx": "the model is not changed; example inputs are run; nothing is left float without a reason",

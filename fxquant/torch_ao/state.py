@@ -1,6 +1,7 @@
-"""What torch.ao's models hold, told in the float model's names: the architecture, the integers, the float tensors.
+"""What torch.ao's models hold, by the float model's names: the architecture, the integers, the float tensors.
 
-Nothing of torch.ao is imported: its modules are known by name, its packed objects by the plain state that they pickle.
+Nothing of torch.ao is imported: its modules are recognized by name, its packed objects by the plain state that they
+pickle.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Weight(NamedTuple):
 
 
 @dataclass
-class Found:
+class Contents:
     """torch.ao's state_dict in the float model's names. calls: weight and bias of F.linear calls, by scope, number."""
 
     floats: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -71,12 +72,12 @@ class Found:
 # The float architecture of a model of torch.ao's
 
 
-def _linear(kind: type[nn.Linear]) -> Callable[[Any], nn.Module]:
-    return lambda old: kind(old.in_features, old.out_features, old.bias() is not None, device="meta")
+def _linear(layer_type: type[nn.Linear]) -> Callable[[Any], nn.Module]:
+    return lambda old: layer_type(old.in_features, old.out_features, old.bias() is not None, device="meta")
 
 
-def _with(kind: Callable[..., nn.Module], *options: str) -> Callable[[Any], nn.Module]:
-    return lambda old: kind(**{name: getattr(old, name) for name in options}, device="meta")
+def _with(layer_type: Callable[..., nn.Module], *options: str) -> Callable[[Any], nn.Module]:
+    return lambda old: layer_type(**{name: getattr(old, name) for name in options}, device="meta")
 
 
 _SIZES = ("input_size", "hidden_size", "bias")
@@ -95,7 +96,7 @@ _FLOAT_FORMS: dict[str, Callable[[Any], nn.Module]] = {
     "quantization.stubs.QuantStub": nn.Identity,
     "quantization.stubs.DeQuantStub": nn.Identity,
 }
-"""How each module of torch.ao's gives the float one it was made from, by its class's name below torch.ao."""
+"""How the float module is made from each module of torch.ao, by its class's name below torch.ao."""
 
 _CALLS = {
     "quantized.linear_dynamic": nn.Linear,
@@ -103,7 +104,7 @@ _CALLS = {
     "quantized.linear_dynamic_fp16": nn.Linear,
     "quantized.linear_relu_dynamic_fp16": LinearReLU,
 }
-"""What an operator of torch.ao's in a graph becomes: a module in the place of its packed weight."""
+"""The float module that replaces the packed weight of each of torch.ao's operators in a graph."""
 
 
 def architecture_of(quantized: nn.Module) -> nn.Module:
@@ -130,7 +131,7 @@ def _float_form(module: nn.Module, path: str, done: dict[int, tuple[nn.Module, n
             if inner is not None:
                 module._modules[child] = _float_form(inner, f"{path}.{child}" if path else child, done)
         result = _lift_calls(module, path) if isinstance(module, fx.GraphModule) else module
-    done[id(module)] = (module, result)  # the old one too, so that its id stays its own
+    done[id(module)] = (module, result)  # the old one too, so that its id is not reused
     return result
 
 
@@ -164,10 +165,10 @@ _PACKED = re.compile(
 _CALL = re.compile(r"(?P<scope>.*?)\.?_packed_weight_(?P<number>\d+)")
 
 
-def unpack(state: Mapping[str, Any], architecture: nn.Module, qconfig: QConfig) -> Found:
+def unpack(state: Mapping[str, Any], architecture: nn.Module, qconfig: QConfig) -> Contents:
     """Return what a state_dict of torch.ao's holds."""
-    found, modules = Found(), dict(architecture.named_modules())
-    own = architecture.state_dict().keys()
+    contents, modules = Contents(), dict(architecture.named_modules())
+    float_keys = architecture.state_dict().keys()
     for key, held in state.items():
         match, call, value = _PACKED.fullmatch(key), _CALL.fullmatch(key), _state_of(held, key)
         if match:
@@ -175,23 +176,23 @@ def unpack(state: Mapping[str, Any], architecture: nn.Module, qconfig: QConfig) 
             if path not in modules:
                 raise TorchAoError(f"{key!r}: the model has no module {path!r}{nearest(path, modules)}")
             for name, parts in _named(match, value, modules[path], key):
-                _put(found, path, name, parts, qconfig)
+                _put(contents, path, name, parts, qconfig)
         elif call and key in modules:
-            _put(found, key, "{}", value, qconfig)
+            _put(contents, key, "{}", value, qconfig)
         elif call:
             weight, bias = value
             number = (call["scope"].replace(".", "_"), int(call["number"]))
-            found.calls[number] = (_weight(weight, qconfig, key), bias)
+            contents.calls[number] = (_weight(weight, qconfig, key), bias)
         elif isinstance(value, torch.Tensor) and not value.is_quantized:
             fused = re.sub(r"\.0\.(weight|bias)$", r".\1", key)  # of a float Conv → ReLU that torch.ao fused
-            found.floats[fused if key not in own and fused in own else key] = value
+            contents.floats[fused if key not in float_keys and fused in float_keys else key] = value
         elif not isinstance(value, torch.dtype):
             raise TorchAoError(f"{key!r} holds {getattr(value, 'dtype', type(value).__name__)}. {_STATIC}")
-    if not found.weights and not found.calls:
+    if not contents.weights and not contents.calls:
         raise TorchAoError("torch.ao quantized nothing in this: a float model goes to fxquant.prepare_fx")
-    for path in found.mapping.module_name_qconfigs:
-        _drop_output_scale(found, path)
-    return found
+    for path in contents.mapping.module_name_qconfigs:
+        _drop_output_scale(contents, path)
+    return contents
 
 
 def _named(match: re.Match[str], value: Any, module: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -208,21 +209,21 @@ def _named(match: re.Match[str], value: Any, module: Any, key: str) -> Iterator[
             yield f"{{}}_{side}_l{layer}{'_reverse' * is_reverse}", _state_of(packed, key)
 
 
-def _put(found: Found, path: str, name: str, parts: Any, qconfig: QConfig) -> None:
+def _put(contents: Contents, path: str, name: str, parts: Any, qconfig: QConfig) -> None:
     """Add a module's weight and bias, and the mapping entry for it."""
     weight, bias = parts
     prefix = f"{path}." if path else ""
     unpacked = _weight(weight, qconfig, prefix + name.format("weight"))
-    found.weights[prefix + name.format("weight")] = unpacked
+    contents.weights[prefix + name.format("weight")] = unpacked
     if bias is not None:
-        found.floats[prefix + name.format("bias")] = bias
-    found.mapping.set_module_name(path, unpacked.qconfig)
+        contents.floats[prefix + name.format("bias")] = bias
+    contents.mapping.set_module_name(path, unpacked.qconfig)
 
 
-def _drop_output_scale(found: Found, path: str) -> None:
-    """Forget the scale and zero point that torch.ao's Linear saves, which mean something in a static one only."""
+def _drop_output_scale(contents: Contents, path: str) -> None:
+    """Drop the scale and zero point that torch.ao's Linear saves, which matter only in a static one."""
     prefix = f"{path}." if path else ""
-    scale, zero_point = (found.floats.pop(prefix + name, None) for name in ("scale", "zero_point"))
+    scale, zero_point = (contents.floats.pop(prefix + name, None) for name in ("scale", "zero_point"))
     if scale is not None and zero_point is not None and (float(scale), int(zero_point)) != (1.0, 0):
         raise TorchAoError(f"{path!r} quantizes its output by the fixed scale {float(scale):.4g}. {_STATIC}")
 
@@ -240,14 +241,14 @@ def _state_of(held: Any, key: str) -> Any:
 
 
 def _weight(weight: torch.Tensor, qconfig: QConfig, key: str) -> Weight:
-    """Return a weight of torch.ao's, a quantized tensor or a float one in half precision, as ours."""
+    """Return one of torch.ao's weights, a quantized tensor or one in half precision, as ours."""
     if not weight.is_quantized:
         return Weight(to_floats(weight, FLOAT16), weight.shape, float16_dynamic_qconfig)
     try:
-        kind, rows = (str(weight.dtype).removeprefix("torch."), str(weight.qscheme())), weight.shape[0]
-        if kind not in _QCONFIGS:
-            raise TorchAoError(f"{key!r} is torch.{' '.join(kind)}. {_STATIC}")
-        scheme = _QCONFIGS[kind]
+        scheme_key, rows = (str(weight.dtype).removeprefix("torch."), str(weight.qscheme())), weight.shape[0]
+        if scheme_key not in _QCONFIGS:
+            raise TorchAoError(f"{key!r} is torch.{' '.join(scheme_key)}. {_STATIC}")
+        scheme = _QCONFIGS[scheme_key]
         values = weight.int_repr()
         if scheme.weight.axis == "tensor":
             scale, zero_point = torch.tensor(weight.q_scale()), torch.tensor(weight.q_zero_point())
@@ -257,14 +258,14 @@ def _weight(weight: torch.Tensor, qconfig: QConfig, key: str) -> Weight:
         raise _unreadable(key, error) from error
     # Copied: those of torch.ao's tables point into the packed object, which dies with its model.
     scale, zero_point = (part.to(torch.float32).expand(rows).clone() for part in (scale, zero_point))
-    row, is_symmetric = scheme.weight.format, scheme.weight.symmetric
+    weight_format, is_symmetric = scheme.weight.format, scheme.weight.symmetric
     # Theirs are packed from end to end, where ours packs each row.
-    values = row.pack(row.unpack(values.flatten(), weight.numel()).view(weight.shape))
+    values = weight_format.pack(weight_format.unpack(values.flatten(), weight.numel()).view(weight.shape))
     if is_symmetric and zero_point.any():
         raise TorchAoError(f"{key!r} has zero points other than 0; {_STATIC}")
     site = QConfig(qconfig.activation if scheme.activation is not None else None, scheme.weight)
     zero_points = None if is_symmetric else zero_point
-    return Weight(QuantizedTensor(row, values, scale, zero_points, weight.shape[-1]), weight.shape, site)
+    return Weight(QuantizedTensor(weight_format, values, scale, zero_points, weight.shape[-1]), weight.shape, site)
 
 
 def _unreadable(key: str, error: Exception) -> TorchAoError:

@@ -61,7 +61,7 @@ def check_schemes(schemes: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in LADDER if name in chosen)
 
 
-def ladder_of(site: Site, row: Operator, schemes: Sequence[str], weight: str = "") -> Ladder:
+def ladder_of(site: Site, operator: Operator, schemes: Sequence[str], weight: str = "") -> Ladder:
     """Return the qconfig of a site, or of a weight of it, under each scheme that its operator accepts.
 
     Under its present scheme it keeps its qconfig. What the mapping leaves in float stays there.
@@ -72,7 +72,7 @@ def ladder_of(site: Site, row: Operator, schemes: Sequence[str], weight: str = "
     for name in schemes:
         is_present = name == scheme_name(present)
         for qconfig in (*((present,) if is_present else ()), *LADDER[name]):
-            if qconfig is None or row.accepts(qconfig):
+            if qconfig is None or operator.accepts(qconfig):
                 ladder[name] = qconfig and _fitted(site, qconfig, weight, is_present)
                 break
     return ladder
@@ -105,9 +105,9 @@ Ladder = dict[str, QConfig | None]
 """The schemes that a place may have, smallest first, and its qconfig under each."""
 
 
-def places_of(number: int, row: Operator, module: nn.Module | None) -> list[Place]:
+def places_of(number: int, operator: Operator, module: nn.Module | None) -> list[Place]:
     """Return a site's places: its weights, if each may have its own scheme, or the site. module: None for a call."""
-    names = row.parts(module) if module is not None else ()
+    names = operator.parts(module) if module is not None else ()
     return [Place(number, name) for name in names] if len(names) > 1 else [Place(number)]
 
 

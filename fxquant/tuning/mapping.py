@@ -23,14 +23,14 @@ def by_type(prepared: nn.Module, record: Record, choices: Choices) -> QConfigMap
     wanted = {i: choices.get(i) for i in range(len(record.sites))}
     mapping = record.mapping.copy()
     common: dict[int, QConfig | None] = {}
-    kinds = {i: _kind(prepared, site) for i, site in enumerate(record.sites)}
-    for kind in dict.fromkeys(kinds.values()):
-        own = [i for i in kinds if kinds[i] is kind]
-        counts = collections.Counter(_plain(wanted[i]) for i in own)
+    types = {i: _object_type(prepared, site) for i, site in enumerate(record.sites)}
+    for object_type in dict.fromkeys(types.values()):
+        numbers = [i for i in types if types[i] is object_type]
+        counts = collections.Counter(_plain(wanted[i]) for i in numbers)
         first = max(counts, key=lambda qconfig: (counts[qconfig], qconfig == mapping.global_qconfig))
-        common.update(dict.fromkeys(own, first))
+        common.update(dict.fromkeys(numbers, first))
         if first != mapping.global_qconfig:
-            mapping.set_object_type(kind, first)
+            mapping.set_object_type(object_type, first)
     return _with_exceptions(prepared, record, mapping, wanted, common)
 
 
@@ -51,15 +51,15 @@ def _with_exceptions(
     """Add an entry for each site, and each weight of one, that would not get what is wanted."""
     for i, site in enumerate(record.sites):
         qconfig = wanted[i]
-        named = dict.fromkeys(name for own in (site.qconfig, qconfig) if own is not None for name, _ in own.parts)
+        named = dict.fromkeys(name for whole in (site.qconfig, qconfig) if whole is not None for name, _ in whole.parts)
         if _plain(qconfig) != _plain(before[i]):
             if site.call is None:
                 mapping.set_module_name(site.path, _plain(qconfig))
             else:
                 mapping.set_module_name_object_type_order(*_place(prepared, record, site), _plain(qconfig))
         for weight in named:
-            own = None if qconfig is None else qconfig.of(weight)
-            mapping.set_module_name(f"{site.path}.{weight}" if site.path else weight, own)
+            part = None if qconfig is None else qconfig.of(weight)
+            mapping.set_module_name(f"{site.path}.{weight}" if site.path else weight, part)
     return mapping
 
 
@@ -68,11 +68,11 @@ def _plain(qconfig: QConfig | None) -> QConfig | None:
     return replace(qconfig, parts=()) if qconfig is not None else None
 
 
-def _kind(prepared: nn.Module, site: Site) -> Any:
-    """Return the type or function that an entry for all of a site's kind names."""
+def _object_type(prepared: nn.Module, site: Site) -> Any:
+    """Return the type or function that an entry for all sites like this one names."""
     if site.call is None:
-        kind = type(prepared.get_submodule(site.path))
-        return FLOAT_TYPES.get(kind, kind)
+        module_type = type(prepared.get_submodule(site.path))
+        return FLOAT_TYPES.get(module_type, module_type)
     assert isinstance(prepared, fx.GraphModule)
     return _scope_and_function(next(node for node in prepared.graph.nodes if node.name == site.call))[1]
 
@@ -84,8 +84,8 @@ def _place(prepared: nn.Module, record: Record, site: Site) -> tuple[str, Any, i
     entries: list[Site | Skipped] = [*record.sites, *record.skipped]
     in_order = sorted((str(entry.call) for entry in entries if entry.call in nodes), key=list(nodes).index)
     places = [_scope_and_function(nodes[call]) for call in in_order]
-    own = in_order.index(str(site.call))
-    return (*places[own], places[:own].count(places[own]))
+    at = in_order.index(str(site.call))
+    return (*places[at], places[:at].count(places[at]))
 
 
 def _scope_and_function(node: fx.Node) -> tuple[str, Any]:

@@ -87,10 +87,10 @@ class Search:
     def _ladders(self, i: int, schemes: Sequence[str]) -> Iterator[tuple[Place, Ladder]]:
         """Yield a site's places and their ladders, or raise QConfigError for one that takes none of the schemes."""
         site = self.sites[i]
-        row = find_row(self.trial.record.operators, site.operator)
-        assert row is not None, site.operator
-        for place in [Place(i)] if self.is_fast else places_of(i, row, self.trial.float_site(i)):
-            ladder = ladder_of(site, row, schemes, place.weight)
+        operator = find_row(self.trial.record.operators, site.operator)
+        assert operator is not None, site.operator
+        for place in [Place(i)] if self.is_fast else places_of(i, operator, self.trial.float_site(i)):
+            ladder = ladder_of(site, operator, schemes, place.weight)
             if not ladder:
                 name = f"{self.name((place,))} ({site.kind})"
                 raise QConfigError(f"schemes {tuple(schemes)} has none that {name} takes; add 'float'")

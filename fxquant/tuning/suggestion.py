@@ -18,7 +18,7 @@ from fxquant.qconfig_mapping import QConfigMapping
 from fxquant.tuning.curve import Dot, draw_curve
 
 _SHOWN_SITES = 12
-_AGAIN = "int4 rounded by GPTQ: to get this model again, convert_fx(prepare_fx(model, found.mapping, …), data=data)"
+_AGAIN = "weights rounded by GPTQ: to get this model again, convert_fx(prepare_fx(model, found.mapping, …), data=data)"
 
 
 @dataclass(frozen=True, kw_only=True)

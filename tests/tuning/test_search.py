@@ -18,7 +18,7 @@ from fxquant import (
     suggest_mapping,
 )
 from fxquant.debug.measure import trial
-from fxquant.gptq import round_with_feedback
+from fxquant.gptq import round_with_gptq
 from fxquant.graph import calibrate
 from fxquant.graph.edit import byte_count
 from fxquant.graph.record import record_of
@@ -30,7 +30,7 @@ from tests.tuning.test_suggest import measure, quantize
 __all__ = ["data", "model"]  # fixtures
 
 
-def test_data_is_run_for_its_moments_once_in_a_search(model, data, monkeypatch):
+def test_data_is_run_for_its_hessians_once_in_a_search(model, data, monkeypatch):
     counts = []
     monkeypatch.setattr(trial, "gather", lambda *args: counts.append(1) or calibrate.gather(*args))
     suggest_mapping(model, data, budget=0.01)
@@ -39,8 +39,8 @@ def test_data_is_run_for_its_moments_once_in_a_search(model, data, monkeypatch):
 
 def test_each_int4_weight_is_rounded_once_a_scheme(model, data, monkeypatch):
     rounded = []
-    count = lambda *args: rounded.append(args[0].shape) or round_with_feedback(*args)  # noqa: E731
-    monkeypatch.setattr(calibrate, "round_with_feedback", count)
+    count = lambda *args: rounded.append(args[0].shape) or round_with_gptq(*args)  # noqa: E731
+    monkeypatch.setattr(calibrate, "round_with_gptq", count)
     suggest_mapping(model, data, budget=0.01, schemes=("int4", "float"))
     assert len(rounded) == 3  # first, second and the call's, in all mixtures and in the result
 

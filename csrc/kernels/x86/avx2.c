@@ -1,4 +1,4 @@
-/* AVX2 without VNNI: products of int16 pairs (vpmaddwd). They are exact; vpmaddubsw, twice as fast, saturates. */
+/* AVX2 without VNNI: products of 16-bit pairs (vpmaddwd). They are exact; vpmaddubsw, twice as fast, saturates. */
 #include "runtime/isa.h"
 
 #ifdef FXQ_HAS_AVX2

@@ -9,7 +9,7 @@
  * accumulators, 4 weights and 2 activations fit the 16 registers, and 6 loads serve 8 products.
  *
  * Packed gemm, many rows: 16 outputs' weights are copied to a panel, word by word (a word: 32 bits of activations, 4
- * uint8 or 2 int16). Lanes are outputs then, so that no register's lanes are added up, which for 256 columns took as
+ * bytes or 2 halves). Lanes are outputs then, so that no register's lanes are added up, which for 256 columns took as
  * long as the products. 4 rows by 16 outputs: 8 accumulators, 2 weights, and a word of a row in all lanes: 6 loads for
  * 8 products.
  *

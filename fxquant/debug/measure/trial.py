@@ -19,7 +19,7 @@ from fxquant.debug.measure.replay import InexactError, PartialPasses, Variant, p
 from fxquant.debug.measure.sites import Forms, OpenModel, open_float, open_in_place, open_quantized
 from fxquant.errors import ArgumentError, ModelStateError
 from fxquant.graph import edit
-from fxquant.graph.calibrate import Moments, gather, profits
+from fxquant.graph.calibrate import Hessians, gather, uses_gptq
 from fxquant.graph.call import check_data, each_batch, run
 from fxquant.graph.outputs import named_floats
 from fxquant.graph.record import keep_record, need_stage
@@ -44,7 +44,7 @@ class Trial:
         check_data(data)
         self.data, self._metric = list(data), metric
         self.batches = list(each_batch(self.data, model))
-        self._moments: Moments | None = None
+        self._hessians: Hessians | None = None
         self.prepared = self._prepare(model, mapping)
         self.quantized = convert_fx(self.prepared, check=False)
         self.record = need_stage(self.quantized, "quantized", "sensitivity", "a mapping that quantizes something")
@@ -83,7 +83,7 @@ class Trial:
 
     def convert(self, model: nn.Module, mapping: QConfigMapping) -> nn.Module:
         """Return the model quantized with a mapping, prepared with the first batch."""
-        return convert_with(self._prepare(model, mapping), self._moments)
+        return convert_with(self._prepare(model, mapping), self._hessians)
 
     def watch(self, qconfigs: Iterable[tuple[int, QConfig]]) -> None:
         """Round weights by GPTQ with the inputs that they meet in data from now on, if any of these qconfigs uses that.
@@ -92,14 +92,14 @@ class Trial:
         """
         sites = [replace(self.record.sites[i], qconfig=qconfig) for i, qconfig in qconfigs]
         parts = [part for site in sites for part in (site.qconfig, *dict(site.qconfig.parts).values()) if part]
-        if any(map(profits, parts)):
-            self._moments = gather(self.prepared, sites, self.data)
+        if any(map(uses_gptq, parts)):
+            self._hessians = gather(self.prepared, sites, self.data)
 
     def convert_sites(self, qconfigs: Mapping[int, QConfig]) -> nn.Module:
         """Return the model with only some sites quantized, by number, under these qconfigs."""
         record = need_stage(self.prepared, "prepared", "convert_sites", "prepare_fx")
         sites = tuple(replace(record.sites[i], qconfig=qconfigs[i]) for i in sorted(qconfigs))
-        return convert_with(keep_record(edit.mirror(self.prepared), record.advance(sites=sites)), self._moments)
+        return convert_with(keep_record(edit.mirror(self.prepared), record.advance(sites=sites)), self._hessians)
 
     def make_forms(self, qconfigs: Mapping[int, QConfig]) -> dict[int, nn.Module]:
         """Return the forms of some sites, by number, under these qconfigs. Those of a tied weight share one tensor."""

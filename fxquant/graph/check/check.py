@@ -38,29 +38,29 @@ def checked(prepared: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> n
     inputs, uses = record.example.inputs, Uses(prepared, record.sites)
     expected = Pass(prepared, dict(enumerate(record.sites)), inputs, uses)
     if expected.error is not None:
-        told = f"prepared, it fails on its example inputs now ({type(expected.error).__name__}: {expected.error})"
-        warn(f"this {name} was converted without a check: {told}; was it moved or cast in between?")
-        return keep_record(quantized, _record(quantized).advance(unchecked=told))
+        message = f"prepared, it fails on its example inputs now ({type(expected.error).__name__}: {expected.error})"
+        warn(f"this {name} was converted without a check: {message}; was it moved or cast in between?")
+        return keep_record(quantized, _record(quantized).advance(unchecked=message))
     floats: dict[int, Reason] = {}
-    found = _compare(expected, quantized)
+    comparison = _compare(expected, quantized)
     for _ in range(_ROUNDS):
-        if not found.missed:
+        if not comparison.missed:
             break
-        floats.update(found.missed)
+        floats.update(comparison.missed)
         quantized = convert(_leave(prepared, record, floats))
-        found = _compare(expected, quantized)
-    if found.error is not None:
+        comparison = _compare(expected, quantized)
+    if (error := comparison.error) is not None:
         raise CheckError(
             f"this {name} runs on its example inputs in float and fails once it is quantized, at "
-            f"{edit.user_frame(found.error) or 'a place in forward'}: {type(found.error).__name__}: {found.error}\n"
+            f"{edit.user_frame(error) or 'a place in forward'}: {type(error).__name__}: {error}\n"
             "  Leave what that line works with float (a qconfig of None), or take the model as it is: "
             "convert_fx(prepared, check=False)"
-        ) from found.error
-    lines = [*_told_floats(record, floats), *found.remarks]
-    if found.sqnr_db < LEAST_SQNR_DB and not is_random(expected):
+        ) from error
+    lines = [*_describe_floats(record, floats), *comparison.remarks]
+    if comparison.sqnr_db < LEAST_SQNR_DB and not is_random(expected):
         errors = site_errors(expected, quantized, _record(quantized).sites)
         if not (min(errors, default=(0.0,))[0] >= NOISE_DB and selects(expected)):
-            lines.append(_noise_line(found, errors))
+            lines.append(_noise_line(comparison, errors))
     if lines:
         warn("".join([f"this {name} was checked on its example inputs:", *(f"\n  - {line}" for line in lines)]))
     return quantized
@@ -72,8 +72,8 @@ def _record(model: nn.Module) -> Record:
     return record
 
 
-class _Found(NamedTuple):
-    """What one comparison found.
+class _Comparison(NamedTuple):
+    """What one comparison showed.
 
     missed: the numbers of the sites that the quantized model does not run, and why. sqnr_db: of the worst output;
     output: its name. error: the failure, if it failed.
@@ -94,7 +94,7 @@ def _why_not(prepared: nn.Module, record: Record) -> str:
     return "the prepared model came from a pickle, which leaves the example inputs out" if no_inputs else ""
 
 
-def _compare(expected: Pass, quantized: nn.Module) -> _Found:
+def _compare(expected: Pass, quantized: nn.Module) -> _Comparison:
     """Run a quantized model and return how that differs from the float run."""
     places = {(site.path, site.call): number for number, site in enumerate(_record(expected.model).sites)}
     sites = {places[site.path, site.call]: site for site in _record(quantized).sites}
@@ -109,9 +109,9 @@ def _compare(expected: Pass, quantized: nn.Module) -> _Found:
             calls = _calls_alone(expected, quantized, number, sites[number])
             missed.update({} if calls is None else {number: because(Why.CALLED_LESS, expected.ran[number], calls)})
     if got.error is not None:
-        return _Found(missed, [], error=got.error)
+        return _Comparison(missed, [], error=got.error)
     worst = min(sqnrs(expected.floats, got.floats), default=(float("inf"), ""))
-    return _Found(missed, _differences(expected, got), *worst)
+    return _Comparison(missed, _differences(expected, got), *worst)
 
 
 def _avoids(expected: Pass, quantized: nn.Module, number: int, site: Site) -> bool:
@@ -209,7 +209,7 @@ def _coverage(prepared: nn.Module, record: Record, floats: Sequence[Site]) -> Co
     return Coverage(record.coverage.quantized_bytes - sum(lost.values()), record.coverage.total_bytes)
 
 
-def _told_floats(record: Record, floats: Mapping[int, Reason]) -> list[str]:
+def _describe_floats(record: Record, floats: Mapping[int, Reason]) -> list[str]:
     """Return a line for each reason for which sites stay float, with their names."""
     lines = []
     for reason in dict.fromkeys(floats.values()):
@@ -218,11 +218,12 @@ def _told_floats(record: Record, floats: Mapping[int, Reason]) -> list[str]:
     return lines
 
 
-def _noise_line(found: _Found, errors: Sequence[tuple[float, str, str]]) -> str:
+def _noise_line(comparison: _Comparison, errors: Sequence[tuple[float, str, str]]) -> str:
     """Return a line about an output's SQNR and the worst sites."""
     worst = ", ".join(f"{name or 'the model'} ({kind}) {sqnr_db:.1f} dB" for sqnr_db, name, kind in errors[:_SHOWN])
+    output = f"output {comparison.output!r}" if comparison.output else "the output"
     return (
-        f"{f'output {found.output!r}' if found.output else 'the output'} has an SQNR of {found.sqnr_db:.1f} dB against "
-        f"float, less than {LEAST_SQNR_DB:.0f}; the worst sites: {worst}. fxquant.compare says more about them, "
-        "fxquant.suggest_mapping finds a mapping that keeps to a budget"
+        f"{output} has an SQNR of {comparison.sqnr_db:.1f} dB against float, less than {LEAST_SQNR_DB:.0f}; the worst "
+        f"sites: {worst}. fxquant.compare says more about them, fxquant.suggest_mapping finds "
+        "a mapping that keeps to a budget"
     )

@@ -51,14 +51,14 @@ class WeightCache:
 
     def take_rounded(self) -> tuple[Rounded, ...]:
         """Return how the weights asked for since the last time were rounded, each way once, if not just to nearest."""
-        found, self._rounded = dict.fromkeys(self._rounded), []
-        return tuple(rounded for rounded in found if rounded is not Rounded.TO_NEAREST)
+        ways, self._rounded = dict.fromkeys(self._rounded), []
+        return tuple(rounded for rounded in ways if rounded is not Rounded.TO_NEAREST)
 
-    def convert(self, float_module: nn.Module, qconfig: QConfig, row: Operator) -> nn.Module:
+    def convert(self, float_module: nn.Module, qconfig: QConfig, operator: Operator) -> nn.Module:
         """Return a row's quantized form of a module: the same for the same module and qconfig."""
         key = id(float_module), qconfig
         if key not in self._modules:  # the float module is kept so that its id stays its own
-            module = row.convert_module(float_module, qconfig, self.quantize).train(False)
+            module = operator.convert_module(float_module, qconfig, self.quantize).train(False)
             self._modules[key] = float_module, module, self.take_rounded()
         _, module, rounded = self._modules[key]
         self._rounded += rounded
@@ -150,17 +150,17 @@ def _keep_swapped_called(root: nn.Module) -> None:
             avoid_fast_path(module)
 
 
-def _row(operators: tuple[Operator, ...], site: Site) -> Operator:
-    row = find_row(operators, site.operator)
-    if row is None:
+def _operator(operators: tuple[Operator, ...], site: Site) -> Operator:
+    operator = find_row(operators, site.operator)
+    if operator is None:
         raise AssertionError(f"the plan names operator {site.operator!r}, which is not in the table")
-    return row
+    return operator
 
 
 def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ...], cache: WeightCache) -> Site:
     """Swap one module."""
     float_module = module.get_submodule(site.path)
-    quantized = cache.convert(float_module, site.qconfig, _row(operators, site))
+    quantized = cache.convert(float_module, site.qconfig, _operator(operators, site))
     edit.swap_module(module, site.path, quantized)
     floats = [quantized.get_buffer(name) for name, qconfig in site.qconfig.parts if qconfig is None]
     size = edit.byte_count(quantized) - sum(tensor.nbytes for tensor in floats)
@@ -201,11 +201,11 @@ def _convert_call(
     graph = module.graph
     function: Any = node.target
     (observed,) = graph.find_nodes(op="call_module", target=site.observer)
-    row = _row(operators, site)
-    name = row.weights[0]
-    operands = name_operands(row, node)
+    operator = _operator(operators, site)
+    name = operator.weights[0]
+    operands = name_operands(operator, node)
     cast = [operand for key, operand in operands.items() if key != name and is_cast(operand)]
-    given, shown = operands[name], constant_of(observed.args[0])
+    weight, shown = operands[name], constant_of(observed.args[0])
     assert shown is not None, site.observer
     path = str(shown.source.target)  # not site.path: a swap of the module around it may have moved it
     tensor = edit.get_tensor(module, path)
@@ -218,9 +218,9 @@ def _convert_call(
     operands = {key: _uncast(operand) for key, operand in operands.items()}
     operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
     like = torch.empty_like(tensor, device="meta")
-    node.target, kwargs = row.convert_function(Call(function, operands, {name: like}, site.qconfig))
+    node.target, kwargs = operator.convert_function(Call(function, operands, {name: like}, site.qconfig))
     node.op, node.args, node.kwargs = "call_function", (), kwargs  # it may have been a method
-    edit.erase_dead(graph, [given, *(node for node in cast if not node.users)])
+    edit.erase_dead(graph, [weight, *(node for node in cast if not node.users)])
     module.delete_submodule(str(site.observer))  # it may stand inside a leaf, which is kept whole
     size = sum(part.numel() * part.element_size() for part in quantized.tensors if part is not None)
     return replace(site, int_bytes=size, rounded=cache.take_rounded())

@@ -18,9 +18,9 @@ OURS = (ops.linear, ops.embedding, ops.embedding_bag)
 
 def follow(module: fx.GraphModule, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Let a graph's calls of tables give the dtype to which a move takes tensors of their present one."""
-    given: dict[fx.Node, Any] = {node: node.kwargs["dtype"] for node in _calls(module)}
-    moved = {node: moved_dtype(move, dtype) for node, dtype in given.items()}
-    if moved != given:
+    before: dict[fx.Node, Any] = {node: node.kwargs["dtype"] for node in _calls(module)}
+    moved = {node: moved_dtype(move, dtype) for node, dtype in before.items()}
+    if moved != before:
         _set(module, moved)
 
 
@@ -29,8 +29,8 @@ def table_dtypes(model: nn.Module) -> dict[str, dict[str, str]]:
     modules = {path: module.dtype for path, module in model.named_modules() if isinstance(module, QuantizedTable)}
     calls = {node.name: node.kwargs["dtype"] for node in _calls(model)}
     return {
-        kind: {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
-        for kind, found in (("modules", modules), ("calls", calls))
+        holder: {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
+        for holder, dtypes in (("modules", modules), ("calls", calls))
     }
 
 

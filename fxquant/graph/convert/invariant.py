@@ -153,7 +153,7 @@ DEPENDENT = (
 
 def find_dependent(root: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (where, operator) of what in a converted model torch computes in another order in another batch."""
-    by_function = {function: row.name for row in DEPENDENT for function in row.functions}
+    by_function = {function: dependent.name for dependent in DEPENDENT for function in dependent.functions}
     nodes = list(root.graph.nodes) if isinstance(root, fx.GraphModule) else []
     for node in nodes:
         if node.op in ("call_function", "call_method") and node.target in by_function and _is_dependent(node):
@@ -161,8 +161,8 @@ def find_dependent(root: nn.Module) -> Iterator[tuple[str, str]]:
     for path, module in root.named_modules():
         if isinstance(module, QuantizedModule):  # a quantized Linear is an nn.Linear too
             continue
-        found = (row.name for row in DEPENDENT if isinstance(module, row.modules) and _is_dependent_module(module))
-        if (name := next(found, None)) is not None:
+        names = (dependent.name for dependent in DEPENDENT if isinstance(module, dependent.modules))
+        if _is_dependent_module(module) and (name := next(names, None)) is not None:
             yield path or type_name(type(module)), name
 
 

@@ -141,14 +141,14 @@ def describe(root: nn.Module, source: nn.Module | None = None) -> Architecture:
     return Architecture(modules, _node_lines(graph), bool(graph.output_node().meta.get(BUFFERS_ARE_NODES)))
 
 
-def differences(saved: Architecture, found: Architecture) -> tuple[list[str], list[str]]:
+def differences(saved: Architecture, actual: Architecture) -> tuple[list[str], list[str]]:
     """Return what makes a model another than the saved one, and what may: code from another release of a package.
 
     Each is a line that says where, and what the file and the model have there.
     """
     certain, possible = [], []
-    for path in dict.fromkeys([*saved.modules, *found.modules]):
-        old, new = saved.modules.get(path), found.modules.get(path)
+    for path in dict.fromkeys([*saved.modules, *actual.modules]):
+        old, new = saved.modules.get(path), actual.modules.get(path)
         where = f"module {path!r}" if path else "the model"
         if old is None or new is None:
             kind, sides = (old, "the file, not this model") if new is None else (new, "this model, not the file")
@@ -163,8 +163,8 @@ def differences(saved: Architecture, found: Architecture) -> tuple[list[str], li
                 possible.append(f"{where}: the code of {name} {new_version} differs from that of {old_version}")
             else:
                 certain.append(f"{where}: its forward, or what that calls, has other code than the file's model")
-    if saved.nodes and found.nodes and saved.buffers_are_nodes == found.buffers_are_nodes:
-        certain += _other_nodes(saved.nodes, found.nodes)
+    if saved.nodes and actual.nodes and saved.buffers_are_nodes == actual.buffers_are_nodes:
+        certain += _other_nodes(saved.nodes, actual.nodes)
     return certain, possible
 
 
@@ -175,13 +175,13 @@ def _is_other(old: ModuleKind, new: ModuleKind) -> bool:
     )
 
 
-def _other_nodes(saved: tuple[str, ...], found: tuple[str, ...]) -> list[str]:
+def _other_nodes(saved: tuple[str, ...], actual: tuple[str, ...]) -> list[str]:
     """Return a line about the first node in which two graphs differ."""
-    for number, (old, new) in enumerate(zip(saved, found, strict=False)):
+    for number, (old, new) in enumerate(zip(saved, actual, strict=False)):
         if old != new:
             return [f"node {number} of its graph is {new}, in the file {old}"]
-    if len(saved) != len(found):
-        return [f"its graph has {len(found)} nodes, in the file {len(saved)}"]
+    if len(saved) != len(actual):
+        return [f"its graph has {len(actual)} nodes, in the file {len(saved)}"]
     return []
 
 

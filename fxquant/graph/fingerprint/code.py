@@ -48,22 +48,22 @@ class _Followed(NamedTuple):
     trees: tuple[ast.AST, ...] | None
 
 
-def code_of(kind: Any, forward: Any) -> Code:
+def code_of(module_type: Any, forward: Any) -> Code:
     """Return the code of a module's forward, with the methods, functions and constants that it uses, except torch's."""
-    top = kind.__module__.partition(".")[0]
+    top = module_type.__module__.partition(".")[0]
     version = getattr(sys.modules.get(top), "__version__", None)
     release = f"{top} {version}" if isinstance(version, str) else ""
-    functions, trees = _follow(kind, forward)
+    functions, trees = _follow(module_type, forward)
     reads = frozenset[str]().union(*(code_names(function.__code__) for function in functions))
     if trees is None:
         return Code("", release, reads, True)
-    texts = [_text(tree) for tree in trees] + sorted(_constants(kind, functions, reads))
+    texts = [_text(tree) for tree in trees] + sorted(_constants(module_type, functions, reads))
     digest = hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16]
     return Code(digest, release, reads, any(map(_writes, trees)))
 
 
 @functools.lru_cache(1024)
-def _follow(kind: Any, forward: Any) -> _Followed:
+def _follow(module_type: Any, forward: Any) -> _Followed:
     """Return the functions that a forward calls, directly or not, itself first."""
     waiting = [_function(forward)]
     seen: dict[types.FunctionType, ast.AST | None] = {}
@@ -73,15 +73,15 @@ def _follow(kind: Any, forward: Any) -> _Followed:
             continue
         seen[function] = tree = _tree(function)
         for name, is_attribute in _names(tree) if tree is not None else ():
-            used = inspect.getattr_static(kind, name, None) if is_attribute else function.__globals__.get(name)
+            used = inspect.getattr_static(module_type, name, None) if is_attribute else function.__globals__.get(name)
             waiting.append(_function(used))
     trees = tuple(tree for tree in seen.values() if tree is not None)
     return _Followed(tuple(seen), trees if len(trees) == len(seen) else None)
 
 
-def _constants(kind: Any, functions: tuple[types.FunctionType, ...], reads: frozenset[str]) -> set[str]:
+def _constants(module_type: Any, functions: tuple[types.FunctionType, ...], reads: frozenset[str]) -> set[str]:
     """Return, as texts, what functions use but do not set of globals, outer functions and the class."""
-    stored = stored_names(kind).union(*(_globals_set(function.__code__) for function in functions))
+    stored = stored_names(module_type).union(*(_globals_set(function.__code__) for function in functions))
     values = Values(reads, stored)
     for function in functions:
         held = dict(closed_over(function))
@@ -95,7 +95,7 @@ def _constants(kind: Any, functions: tuple[types.FunctionType, ...], reads: froz
             elif not (name in stored or name.startswith("__") or isinstance(value, (types.FunctionType, nn.Module))):
                 values.add(name, value)
     for name in reads - stored:
-        value = inspect.getattr_static(kind, name, None)
+        value = inspect.getattr_static(module_type, name, None)
         is_ours = isinstance(value, (bool, int, float, str, tuple, list, dict)) and not hasattr(nn.Module, name)
         if is_ours and not name.startswith("__"):
             values.add(f"self.{name}", value)
@@ -197,9 +197,9 @@ def _names(tree: ast.AST) -> Iterator[tuple[str, bool]]:
 
 
 @functools.lru_cache(1024)
-def stored_names(kind: Any) -> frozenset[str]:
+def stored_names(module_type: Any) -> frozenset[str]:
     """Return the attributes that a class's methods other than __init__ set, by = or +=: its state, not its options."""
-    bases = (base for base in kind.__mro__ if base not in (nn.Module, object))
+    bases = (base for base in module_type.__mro__ if base not in (nn.Module, object))
     methods = ((name, function_of(value)) for base in bases for name, value in vars(base).items())
     codes = (
         code

@@ -230,9 +230,9 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, types.SimpleNamespace) or not _is_library(type(value))
 
 
-def _methods(kind: type, reads: frozenset[str]) -> Iterator[types.FunctionType]:
+def _methods(cls: type, reads: frozenset[str]) -> Iterator[types.FunctionType]:
     """Yield the methods and properties of a class that code reads, with __call__."""
-    for base in kind.__mro__:
+    for base in cls.__mro__:
         for name, value in vars(base).items():
             function = function_of(value)
             if isinstance(function, types.FunctionType) and (name in reads or name == "__call__"):
@@ -243,8 +243,8 @@ def _state(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield an object's attributes, from its __dict__ and slots, without running its code."""
     with contextlib.suppress(AttributeError, TypeError):
         yield from sorted(object.__getattribute__(value, "__dict__").items(), key=lambda pair: str(pair[0]))
-    kind: type = type(value)
-    for base in kind.__mro__:
+    cls: type = type(value)
+    for base in cls.__mro__:
         for name, slot in vars(base).items():
             if isinstance(slot, types.MemberDescriptorType):
                 try:

@@ -73,7 +73,7 @@ class _Read:
     def __init__(self, name: str, path: str, watch: _Watch) -> None:
         self.name, self.path, self.watch = name, path, watch
 
-    def __get__(self, module: nn.Module | None, kind: type | None = None) -> Any:
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
         if module is None or self.name not in vars(module):
             raise AttributeError(self.name)
         return self.watch.read(self.path, vars(module)[self.name])
@@ -133,14 +133,14 @@ def watched(
     try:
         for owner, reads in by_module.items():
             module = root.get_submodule(owner)
-            kind: Any = type(module)
-            classes.append((module, kind))
-            body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **reads}
-            module.__class__ = type(kind)(kind.__name__, (kind,), body)
+            cls: Any = type(module)
+            classes.append((module, cls))
+            body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **reads}
+            module.__class__ = type(cls)(cls.__name__, (cls,), body)
         yield
     finally:
-        for module, kind in classes:
-            module.__class__ = kind
+        for module, cls in classes:
+            module.__class__ = cls
 
 
 @contextlib.contextmanager
@@ -174,9 +174,9 @@ def noted(root: nn.Module, baked: dict[str, Any]) -> Iterator[None]:
             nn.Module.__getattribute__ = was  # type: ignore[method-assign]
 
 
-def _class_value(kind: type, name: str, missing: object) -> Any:
+def _class_value(cls: type, name: str, missing: object) -> Any:
     """Return what a class holds under a name, as it is: a property's value is none of it."""
-    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), missing)
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), missing)
 
 
 def _may_be_baked(value: Any) -> bool:
@@ -243,10 +243,10 @@ def check_settable(model: nn.Module, name: str, value: Any) -> None:
 
 def fixed_error(path: str, fixed: Any, value: Any, is_kept: bool = False) -> FixedAttributeError:
     """Return the error for an attribute that is set, or was, to another value than forward was traced with."""
-    told = f" ({fixed!r})" if _is_plain(fixed) else ""
+    shown = f" ({fixed!r})" if _is_plain(fixed) else ""
     keep = "" if is_kept else f", name {path.partition('.')[0]!r} in its preserved_attributes"
     return FixedAttributeError(
-        f"{path!r} was read when forward was traced{told}, which a graph does not do again: "
+        f"{path!r} was read when forward was traced{shown}, which a graph does not do again: "
         f"{f'{value!r} ' if _is_plain(value) else 'another value '}would change nothing. Set it on the float model and "
         f"prepare that{keep}, or pass it to forward as an argument"
     )

@@ -24,7 +24,7 @@ class Bound:
     def __init__(self, owner: type[nn.Module], name: str) -> None:
         self.owner, self.name = owner, name
 
-    def __get__(self, model: nn.Module | None, kind: type | None = None) -> Any:
+    def __get__(self, model: nn.Module | None, owner: type | None = None) -> Any:
         static = inspect.getattr_static(self.owner, self.name)
         if model is None or isinstance(static, (classmethod, staticmethod)):
             return getattr(self.owner, self.name)
@@ -55,11 +55,11 @@ def view_of(model: nn.Module, owner: type[nn.Module]) -> nn.Module:
 
     So its methods may use super(), properties and class attributes; calling it calls the graph.
     """
-    kind = vars(type(model)).get("_fxquant_view")
-    if kind is None:
-        kind = _view_class(owner)
-        type(model)._fxquant_view = kind  # type: ignore[attr-defined]
-    view: nn.Module = object.__new__(kind)
+    cls = vars(type(model)).get("_fxquant_view")
+    if cls is None:
+        cls = _view_class(owner)
+        type(model)._fxquant_view = cls  # type: ignore[attr-defined]
+    view: nn.Module = object.__new__(cls)
     object.__setattr__(view, "__dict__", model.__dict__)
     object.__setattr__(view, _MODEL, model)
     return view

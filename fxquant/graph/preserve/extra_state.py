@@ -17,9 +17,9 @@ SUFFIX = "_extra_state"
 METHODS = ("get_extra_state", "set_extra_state")
 
 
-def has_extra_state(kind: type) -> bool:
+def has_extra_state(cls: type) -> bool:
     """Return whether modules of a type keep more than tensors."""
-    return kind.get_extra_state is not nn.Module.get_extra_state  # type: ignore[attr-defined]
+    return cls.get_extra_state is not nn.Module.get_extra_state  # type: ignore[attr-defined]
 
 
 def methods_to_keep(model: nn.Module) -> tuple[str, ...]:
@@ -50,11 +50,11 @@ def tensors_of(root: nn.Module) -> dict[str, Any]:
 
 def _mute(module: nn.Module) -> nn.Module:
     """Return a view of a module that shares all it holds, and has no extra state, nor have those inside it."""
-    kind: Any = type(module)
-    if has_extra_state(kind):
-        body = {"__module__": kind.__module__, "get_extra_state": nn.Module.get_extra_state}
-        kind = type(kind)(kind.__name__, (kind,), body)
-    view: nn.Module = object.__new__(kind)
+    cls: Any = type(module)
+    if has_extra_state(cls):
+        body = {"__module__": cls.__module__, "get_extra_state": nn.Module.get_extra_state}
+        cls = type(cls)(cls.__name__, (cls,), body)
+    view: nn.Module = object.__new__(cls)
     parts = {name: part if part is None else _mute(part) for name, part in module._modules.items()}
     object.__setattr__(view, "__dict__", {**vars(module), "_modules": parts})
     return view

@@ -80,7 +80,7 @@ def preserve(model: nn.Module, names: Sequence[str], before: Preserved = NOTHING
     if isinstance(names, str):
         raise AttributeNameError(f"preserved_attributes takes a tuple of names: ({names!r},)")
     for name in names:
-        is_there = _is_held(model, name) or any(name in vars(kind) for kind in type(model).__mro__)
+        is_there = _is_held(model, name) or any(name in vars(cls) for cls in type(model).__mro__)
         if not is_there and not hasattr(model, name):  # which would run a property, and fill a cached one
             known = [known for known in dir(model) if not known.startswith("_")]
             raise AttributeNameError(
@@ -107,8 +107,8 @@ def with_reached(preserved: Preserved, root: nn.Module, whole: Iterable[str]) ->
         module = root.get_submodule(path)
         if "forward" in vars(module) or not type(module).__module__.startswith("torch."):
             wanted = frozenset(paths.keys() - map(id, module.modules()))
-            found = [paths[part] for part in reached(vars(module), wanted)]
-            kept.update(dict.fromkeys(root._modules if "" in found else [name.partition(".")[0] for name in found]))
+            inner = [paths[part] for part in reached(vars(module), wanted)]
+            kept.update(dict.fromkeys(root._modules if "" in inner else [name.partition(".")[0] for name in inner]))
     return replace(preserved, kept=tuple(kept)) if len(kept) > len(preserved.kept) else preserved
 
 
@@ -193,8 +193,8 @@ class _Closure:
                 self.add_all()
             for name in sorted(mentions):
                 self.add(name)
-                for kind in {type(module) for module in Preserved(kept=tuple(self.kept)).modules(self.model)}:
-                    self.follow(inspect.getattr_static(kind, name, None) if name not in _NOT_FOLLOWED else None)
+                for cls in {type(module) for module in Preserved(kept=tuple(self.kept)).modules(self.model)}:
+                    self.follow(inspect.getattr_static(cls, name, None) if name not in _NOT_FOLLOWED else None)
                 self.follow(function.__globals__.get(name))
             for cell in function.__closure__ or ():
                 self.follow(_content(cell))
@@ -204,8 +204,8 @@ class _Closure:
         held = vars(self.model).get(name)
         self.follow(held.func if isinstance(held, functools.partial) else held)
         tops = {id(part): top for top, child in self.model.named_children() for part in child.modules()}
-        for found in reached(held, frozenset({id(self.model), *tops})) & tops.keys():
-            self.add(tops[found])  # it is in a list, say, and has to be the same module
+        for top_id in reached(held, frozenset({id(self.model), *tops})) & tops.keys():
+            self.add(tops[top_id])  # it is in a list, say, and has to be the same module
 
 
 def _functions(thing: Any) -> Iterator[types.FunctionType]:
@@ -258,5 +258,5 @@ def _is_held(model: nn.Module, name: str) -> bool:
 
 def _is_users(model: nn.Module, name: str) -> bool:
     """Return whether a name is an attribute that the user's class or instance adds to nn.Module's own."""
-    in_class = any(name in vars(kind) for kind in type(model).__mro__ if not issubclass(nn.Module, kind))
+    in_class = any(name in vars(cls) for cls in type(model).__mro__ if not issubclass(nn.Module, cls))
     return in_class or (_is_held(model, name) and name not in vars(nn.Module()))

@@ -69,8 +69,8 @@ def fold(
     values = _Values(root, graph, shut, keep)
     done: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
-        row = find_function_row(operators, node.target) if node.op in ("call_function", "call_method") else None
-        operand = name_operands(row, node).get(row.weights[0]) if row is not None else None
+        operator = find_function_row(operators, node.target) if node.op in ("call_function", "call_method") else None
+        operand = name_operands(operator, node).get(operator.weights[0]) if operator is not None else None
         base = peel(operand)[0]
         if not isinstance(operand, fx.Node) or not isinstance(base, fx.Node) or base.op == "get_attr":
             continue

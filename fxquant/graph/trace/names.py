@@ -45,7 +45,7 @@ def taken_names() -> frozenset[str]:
     object has and what a graph makes no use of.
     """
     empty = fx.GraphModule(nn.Module(), fx.Graph())
-    classes = {name for kind in type(empty).__mro__ if kind is not object for name in vars(kind)}
+    classes = {name for cls in type(empty).__mro__ if cls is not object for name in vars(cls)}
     ours = {"_fxquant_record", "_fxquant_view", "__prepare_scriptable__"}
     shared = {"__len__", "__iter__", "__module__", "__doc__", *METHODS}
     return frozenset(classes | vars(empty).keys() | ours) - shared

@@ -248,8 +248,8 @@ def _graph(
 
 def _keeps_buffers(model: nn.Module, preserved: Preserved) -> bool:
     """Return whether kept code can reach buffers of the model."""
-    own = preserved.owner is not None and any(name in model._buffers for name in preserved.kept)
-    return own or any(True for module in preserved.modules(model) for _ in module._buffers)
+    has_own = preserved.owner is not None and any(name in model._buffers for name in preserved.kept)
+    return has_own or any(True for module in preserved.modules(model) for _ in module._buffers)
 
 
 def _move_constants(graph: fx.Graph, device: torch.device) -> None:

@@ -2,7 +2,8 @@
  * zero_point and the weights are whole numbers of at most 8 bits, exact in bfloat16, and so are their sums in float32,
  * far below 2^24: a group's sums come out as floats, without a correction.
  *
- * Of each 8 columns, 0 to 7, both sides have 0 4 1 5 2 6 3 7, in pairs: a shift away from the nibbles of two int16.
+ * Of each 8 columns, 0 to 7, both sides have 0 4 1 5 2 6 3 7, in pairs: a shift away from the nibbles of two 16-bit
+ * words.
  *
  * Expects: groups-inl.h, and a target with AMX for bfloat16 begun. */
 

@@ -26,7 +26,7 @@
 enum {
     CHUNK_BYTES = 512 << 10, /* of weights that stay in the L2 cache while all activations pass */
     MOST_CHUNK_ROWS = 1024,
-    MOST_GEMM_COLUMNS = 32768 /* correct() splits the row sums into int16 halves */
+    MOST_GEMM_COLUMNS = 32768 /* correct() splits the row sums into 16-bit halves */
 };
 
 static bool uses_gemv(const struct fxq_activations *x) {

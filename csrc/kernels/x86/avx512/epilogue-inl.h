@@ -6,7 +6,8 @@
  *
  * Expects: first_lanes() of common-inl.h. */
 
-/* A row sum s as two int16, s = 128 * high + low with 0 <= low < 128: then one vpdpwssd with the row's zero_pair,
+/* A row sum s as two 16-bit halves, s = 128 * high + low with 0 <= low < 128: then one vpdpwssd with the row's
+ * zero_pair,
  * (-zero_point, -128 * zero_point), subtracts s * zero_point exactly. |high| < 2^15 up to 32768 columns. */
 FXQ_INLINE __m512i make_pairs(__m512i sums) {
     const __m512i low = _mm512_and_si512(sums, _mm512_set1_epi32(127));

@@ -79,11 +79,11 @@ class CheckpointError(FxQuantError):
 
 
 class TorchAoError(FxQuantError):
-    """What torch.ao made cannot be taken over: it is no dynamic quantization, another model's, or unreadable here."""
+    """A model of torch.ao cannot be converted: it is not dynamically quantized, another model's, or unreadable here."""
 
 
 class MovedNameError(FxQuantError, AttributeError):
-    """A name of torch.ao's was asked of fxquant, which has it not; the message says what takes its place."""
+    """A name of torch.ao's that fxquant does not have; the message says what replaces it."""
 
 
 class MovedImportError(FxQuantError, ImportError):
@@ -95,7 +95,7 @@ _SAID: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("fxquant
 
 @contextlib.contextmanager
 def each_warning_once() -> Iterator[None]:
-    """Let what one call of the user's warns of be said once, however often it prepares the model inside."""
+    """Warn once of each thing in one call of the user's, however often it prepares the model inside."""
     if _SAID.get() is not None:
         yield
         return

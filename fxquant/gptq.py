@@ -21,10 +21,10 @@ from fxquant.numerics import (
 from fxquant.spec import TensorSpec
 
 DAMPING = 0.01
-"""What is added to H's diagonal, of its mean, as in the paper: it gets an inverse; little data is not trusted whole."""
+"""The part of H's mean that is added to its diagonal, as in the paper: to invert H, and to trust little data less."""
 
 SWEEPS = 2
-"""How often scales and integers are chosen once more, each for what all others have become by then."""
+"""How often scales and integers are chosen again, each given all the others."""
 
 _ROWS_AT_ONCE = 4096
 
@@ -32,10 +32,10 @@ _ROWS_AT_ONCE = 4096
 def round_with_gptq(weight: torch.Tensor, hessian: torch.Tensor, spec: TensorSpec) -> QuantizedTensor:
     """Return a weight in integers whose products with inputs of this Hessian are close to the float ones.
 
-    weight: (N, K) floating point; hessian: H = Σ x xᵀ, (K, K), of the rows x that it is multiplied with; spec: of a
-    format in groups. Row by row, the error (w - ŵ) H (w - ŵ)ᵀ is never more than that of rounding to nearest, and far
-    less where inputs go together. Rows are independent of one another; a column whose input was always 0 is rounded to
-    nearest.
+    weight: (N, K) floating point; hessian: H = Σ x xᵀ, (K, K), of the inputs x that it is multiplied with; spec: of a
+    format in groups. In each output channel, the error (w - ŵ) H (w - ŵ)ᵀ is never more than that of rounding to
+    nearest, and far less where inputs are correlated. Channels are independent of one another; a column whose input was
+    always 0 is rounded to nearest.
     """
     size = spec.group_size
     assert size is not None, spec
@@ -49,14 +49,14 @@ def round_with_gptq(weight: torch.Tensor, hessian: torch.Tensor, spec: TensorSpe
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     """Return the upper Cholesky factor U of the inverse of the damped H, (K, K) float32: H⁻¹ = Uᵀ U.
 
-    Row i of U, divided by U_ii, says how the columns after i make up for an error in column i; 1 / U_ii² is the weight
-    of an error in column i that those after it have made up for.
+    Row i of U, divided by U_ii, says how the columns after i compensate an error in column i; 1 / U_ii² is the weight
+    of that error once it is compensated.
     """
     h = hessian.detach().to(torch.float64)
     scale = h.diagonal().mean()
     h = h / scale if scale > 0 else h  # in units of the mean: tiny or huge inputs neither vanish nor overflow
     one, damping, failed = torch.eye(len(h), dtype=h.dtype, device=h.device), DAMPING / 10, True
-    while failed:  # H is positive semidefinite but for float rounding, so once will mostly do
+    while failed:  # H is positive semidefinite up to float rounding, so once is mostly enough
         damping *= 10
         lower, failed = torch.linalg.cholesky_ex(h + damping * one)
     upper: torch.Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
@@ -66,11 +66,11 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 def _round_rows(
     weight: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor, spec: TensorSpec, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the packed values and scales of some rows, each rounded by GPTQ or, where better, to nearest."""
+    """Return packed values and scales of some output channels, each rounded by GPTQ or, where better, to nearest."""
     plain_scale, zeros = choose_qparams(*weight_range(weight, spec), spec)
     plain = quantize_with(weight, plain_scale, zeros, spec)
     adjusted, scale = _feed(weight, factor, spec, size)
-    # The columns as they were when their turn came round to the very integers that were chosen then.
+    # The columns as they were at their turn: they round to the integers that were chosen then.
     values = quantize_with(adjusted, scale, zeros, spec)
     values, scale = _refine(weight, values, scale, hessian, spec, size)
     better = _error(weight, values, scale, hessian, spec) < _error(weight, plain, plain_scale, hessian, spec)
@@ -78,7 +78,7 @@ def _round_rows(
 
 
 def _feed(weight: torch.Tensor, factor: torch.Tensor, spec: TensorSpec, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each column as it was to be rounded, the errors of those before it made up for, and the scales chosen."""
+    """Return each column with the errors of those before it compensated, as it is to be rounded, and the scales."""
     w = weight.t().clone(memory_format=torch.contiguous_format)  # a column is a run of memory; written to
     scales = []
     for start in range(0, len(w), size):
@@ -101,7 +101,7 @@ def _refine(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return packed values and scales whose error by the damped H is less, by coordinate descent.
 
-    With all else as it is, the error is a parabola in a scale, and in a weight; each takes its least point in turn.
+    With everything else fixed, the error is a parabola in one scale or weight; each is set to its minimum in turn.
     Behdin et al. 2023, "QuantEase", arXiv:2309.01885.
     """
     mean = hessian.diagonal().mean()
@@ -127,9 +127,9 @@ def _refine(
 
 
 def _search_scale(block: torch.Tensor, diagonal: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """Return the scale of each row's group, (N,), of those for shares of its range the one of least error.
+    """Return each channel's scale for a group, (N,): among shares of its range, the one with the least error.
 
-    block: the group's columns, (G, N); diagonal: their U_ii. An error counts 1 / U_ii², as it will once fed on.
+    block: the group's columns, (G, N); diagonal: their U_ii. An error counts 1 / U_ii², as it does once compensated.
     """
     low, high = block.amin(0).clamp(max=0), block.amax(0).clamp(min=0)
     weight = diagonal.square().reciprocal().unsqueeze(1)
@@ -145,6 +145,6 @@ def _search_scale(block: torch.Tensor, diagonal: torch.Tensor, spec: TensorSpec)
 def _error(
     weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, spec: TensorSpec
 ) -> torch.Tensor:
-    """Return each row's (w - ŵ) H (w - ŵ)ᵀ, (N, 1)."""
+    """Return each output channel's (w - ŵ) H (w - ŵ)ᵀ, (N, 1)."""
     off = weight - dequantize(QuantizedTensor(spec.format, values, scale, None, weight.shape[1], spec.group_size or 0))
     return (off @ hessian.to(off.dtype)).mul_(off).sum(1, keepdim=True)

@@ -21,7 +21,7 @@ _NAMED: dict[str, Callable[[Any], Any]] = {
     "device": torch.device,
     **{name: kind for kind, name in (_CONTAINERS | _MAPPINGS).items()},
 }
-"""How what has no JSON form of its own is named there, and what makes it from what stands beside the name."""
+"""How types without a JSON form are named there, and what makes them from the value beside the name."""
 
 
 def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""prepare_fx, convert_fx and fuse_fx: the way through the passes."""
+"""prepare_fx, convert_fx and fuse_fx, which run the passes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def prepare_fx(
     preserved_attributes: names of attributes, methods and properties of the model that shall stay: they may be read,
     set and called. What their code uses comes along; modules that it calls are quantized, and fused with nothing. What
     fuse_fx kept stays.
-    operators: the operator table; rows of your own go beside ours: (*OPERATORS, MY_ROW).
+    operators: the operator table; add your own: (*OPERATORS, MY_OPERATOR).
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
     batch_invariant: whether float products are summed in an order of ours, as docs/numerics.md says: None, True, False.
 
@@ -132,10 +132,10 @@ def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None, check:
     other weights, rounding is to nearest.
 
     check: whether the quantized model is run once on prepare_fx's example inputs, beside the float one. A layer that
-    is run in float and no longer once it is quantized stays float, and its reason says so; other shapes or dtypes, NaN
-    where float has none, and an SQNR below 10 dB, with the worst sites, are told in one warning.
+    runs in float but not once it is quantized stays float, with a reason. One warning names other shapes or dtypes, NaN
+    where float has none, and an SQNR below 10 dB with the worst sites.
 
-    Raises ModelStateError for anything but a result of prepare_fx; ExampleInputsError for data that holds no batch, or
+    Raises ModelStateError for anything but a result of prepare_fx; ExampleInputsError for data without a batch, or with
     one that does not fit forward; CheckError where the quantized model fails on the example inputs.
     """
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")

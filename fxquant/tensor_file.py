@@ -1,7 +1,7 @@
-"""The file that a checkpoint is: safetensors, with a digest of the whole file, this entry zeroed, in its metadata.
+"""A checkpoint's file: safetensors, with a digest of the whole file, this entry zeroed, in its metadata.
 
-Read into memory of its own by default: a mapped file that is cut short or rewritten in place, as `cp` does it, ends the
-process that computes with it or changes its weights.
+Read into memory of its own by default: a mapped file that is cut short or rewritten in place, as `cp` does, crashes the
+process that uses it or changes its weights.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def sign(path: pathlib.Path) -> None:
 
 
 def read(path: str | os.PathLike[str], mmap: bool = False) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Return a file's metadata and its tensors, once its digest is known to be right: what was read is what was signed.
+    """Return a file's metadata and its tensors, once its digest is verified: what was read is what was signed.
 
     mmap: leave the tensors in the file, mapped, for the operating system to read at their first use.
     Raises CheckpointError for a file that is damaged, altered or foreign, OSError where it cannot be read.

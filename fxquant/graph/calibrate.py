@@ -1,8 +1,8 @@
 """The Hessians that GPTQ needs: H = Σ x xᵀ of the inputs x of each weight, from a run of the float model.
 
 Every product of a model (of a module, a call, an LSTM's step, attention's projections) comes to torch as one of a few
-operators, with a view of the weight as its second factor. There the rows are counted, so that no operator has to
-say what its weights meet, and tied weights count the rows of all places in which they stand.
+operators, with a view of the weight as its second factor. The rows are summed there, so no operator of the table has to
+say what its weights are multiplied with, and a tied weight gets the rows of all its uses.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _FACTORS = {
     aten.addmm.default: slice(1, 3),
     aten.baddbmm.default: slice(1, 3),
 }
-"""Where the operators that all products end in have their factors."""
+"""Where the operators in which all products end have their factors."""
 
 Rounding: TypeAlias = Callable[[torch.Tensor, QConfig, Observer | None], tuple[QuantizedTensor, Rounded]]
-"""Gives a weight as a qconfig wants it, and how it was rounded. An observer has seen its range already."""
+"""Returns a quantized weight and how it was rounded. An observer, if any, has measured its range already."""
 
 
 def to_nearest(weight: torch.Tensor, qconfig: QConfig, observer: Observer | None) -> QuantizedTensor:
-    """Return a weight as a qconfig wants it, rounded to nearest, by the range that an observer has seen, if any."""
+    """Return a quantized weight, rounded to nearest, with the range that an observer has measured, if any."""
     return quantize_alone(weight, qconfig) if observer is None else observer.quantize(weight.contiguous())
 
 
@@ -61,7 +61,7 @@ class Hessians:
         self._done: dict[tuple[Any, ...], tuple[QuantizedTensor, Rounded]] = {}
 
     def rounding(self, module: nn.Module) -> Rounding:
-        """Return what gives a weight of a mirror, (O, I), as a qconfig wants it, and how it was rounded."""
+        """Return a function that quantizes a mirror's weights, each (O, I), and says how it rounded."""
         names = _names(module)
 
         def quantize(
@@ -94,7 +94,7 @@ def uses_gptq(qconfig: QConfig) -> bool:
 
 
 def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> Hessians:
-    """Return the Hessians of the sites' weights, from the inputs that these meet while a prepared model runs over data.
+    """Return the Hessians of the sites' weights, from their inputs while a prepared model runs over data.
 
     It runs as a mirror, so that it is not changed. All weights are watched in one pass, since one each would take far
     longer: float32 (K, K) for a weight (O, K), K / O of its memory.
@@ -124,7 +124,9 @@ def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> H
 
 
 def _written(prepared: nn.Module, first: Inputs) -> frozenset[str]:
-    """Return the parameters that forward writes into; a graph's are known, a model that was never run is run once."""
+    """Return the parameters that forward writes into; a graph's record has them, a model that was never run is run
+    once.
+    """
     record = record_of(prepared)
     if record is None or record.is_traced or record.untraced:
         return frozenset() if record is None else record.written
@@ -146,7 +148,7 @@ def _run(model: nn.Module, arguments: Inputs, number: int) -> None:
 
 
 def _names(root: nn.Module) -> dict[int, str]:
-    """Return the name of each matrix of a model by its address in memory; of a tied one the first."""
+    """Return the name of each matrix of a model by its address in memory; a tied one's first name."""
     named = [*root.named_buffers(), *root.named_parameters()][::-1]
     return {tensor.data_ptr(): name for name, tensor in named if tensor.dim() > 1 and tensor.device.type != "meta"}
 
@@ -167,7 +169,7 @@ def _weights(root: nn.Module, sites: Iterable[Site]) -> dict[str, torch.Tensor]:
 
 
 class _Sum:
-    """H = Σ x xᵀ, summed many rows at a time: an LSTM brings them step by step."""
+    """H = Σ x xᵀ, with many rows in each product: an LSTM gives them step by step."""
 
     def __init__(self) -> None:
         self.total: torch.Tensor | None = None
@@ -175,7 +177,7 @@ class _Sum:
         self.count = 0
 
     def add(self, rows: torch.Tensor) -> None:
-        """Count (M, K) rows, which may be overwritten afterwards."""
+        """Add (M, K) rows, which may be overwritten afterwards."""
         self.waiting.append(rows.to(torch.float32, copy=True))
         self.count += len(rows)
         if self.count >= rows.shape[1]:
@@ -193,7 +195,7 @@ class _Sum:
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, counts the rows that some weights are multiplied with."""
+    """While it is entered, sums the rows that some weights are multiplied with."""
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -202,7 +204,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with self:  # in inference mode a linear comes as it is
+        with self:  # in inference mode a linear is not decomposed
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -211,7 +213,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def see(self, x: torch.Tensor, factor: torch.Tensor) -> None:
-        """Count the rows of x if the factor lies within one of the weights."""
+        """Add the rows of x if the factor lies within one of the weights."""
         place = bisect.bisect_right(self.places, factor.data_ptr(), key=lambda place: place[0]) - 1
         if place >= 0 and factor.data_ptr() < self.places[place][1] and x.numel():
             self.sums.setdefault((self.places[place][2], x.shape[-1]), _Sum()).add(x.reshape(-1, x.shape[-1]))
@@ -222,7 +224,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Plain(TorchFunctionMode):
-    """Changes nothing; but while it is entered, attention takes no fast path, which would be one operator."""
+    """Changes nothing, but keeps attention from its fast path, which would be one operator."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -232,7 +234,7 @@ class _Plain(TorchFunctionMode):
 def _unfused(is_recurrent: bool) -> Iterator[None]:
     """Let torch compute attention, and recurrent layers if there are any, product by product inside the block.
 
-    For these, oneDNN and cuDNN are off meanwhile, in all threads: there is no other way to ask for it.
+    For these, oneDNN and cuDNN are off meanwhile, in all threads: torch has no other switch.
     """
     enabled = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
     torch._C._set_mkldnn_enabled(enabled[0] and not is_recurrent)

@@ -25,7 +25,7 @@ _CASTS = ("float", "double", "half", "bfloat16")
 class Constant(NamedTuple):
     """A constant in a graph: the get_attr node of a tensor, whether it is that matrix's transpose, and casts of it.
 
-    casts: the nodes that give it in another floating-point dtype, an input's it may be (w.to(x.dtype)), in their order.
+    casts: the nodes that give it in another floating-point dtype, perhaps an input's (w.to(x.dtype)), in their order.
     """
 
     source: fx.Node
@@ -34,7 +34,7 @@ class Constant(NamedTuple):
 
 
 def constant_of(operand: Any) -> Constant | None:
-    """Return the constant that an operand is, through any number of transpositions and casts; None if it is none."""
+    """Return the constant behind an operand's transpositions and casts, or None."""
     base, is_transposed, casts = peel(operand)
     return Constant(base, is_transposed, casts) if isinstance(base, fx.Node) and base.op == "get_attr" else None
 
@@ -53,7 +53,7 @@ def peel(operand: Any) -> tuple[Any, bool, tuple[fx.Node, ...]]:
 
 
 def method_of(node: Any) -> str:
-    """Return the name of a tensor's method that a node calls, as such or as a function of torch's (torch.t), or ""."""
+    """Return the name of the tensor method that a node calls, also as a function (torch.t), or ""."""
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return ""
     if isinstance(node.target, str):
@@ -109,7 +109,9 @@ def _is_kind(part: Any) -> bool:
 
 
 def asks_kind(node: fx.Node, operand: fx.Node) -> bool:
-    """Return whether a node asks an operand for no values: w.device, w.new_zeros(3), zeros_like(w), x.to(w)."""
+    """Return whether a node uses an operand's shape, dtype or device, but not its values: w.device, w.new_zeros(3),
+    zeros_like(w), x.to(w).
+    """
     if node.target is getattr:
         return node.args[1] in (*_KINDS, *_SIZES)
     name = method_of(node)
@@ -118,9 +120,8 @@ def asks_kind(node: fx.Node, operand: fx.Node) -> bool:
 
 
 def free_of_size(node: fx.Node, shape: torch.Size) -> None:
-    """Have a node that `asks_kind` of a tensor of this shape ask for its dtype and device alone: sizes are put in.
-
-    Then an empty tensor may take the tensor's place.
+    """Insert the sizes into a node that `asks_kind` of a tensor of this shape, so that it needs only the tensor's dtype
+    and device. Then an empty tensor may take its place.
     """
     name = method_of(node)
     if name in _LIKES:

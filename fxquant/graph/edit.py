@@ -30,7 +30,7 @@ HOOKS = (
 """The attributes of a module that hold what its call runs beside forward."""
 
 RECOMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
-"""Hooks that compute a module's weight before each call: a part of what the module computes, and nobody's to keep."""
+"""Hooks that compute a module's weight before each call: a part of what the module computes, not a user's hook."""
 
 RECOMPUTED_FROM = ("_g", "_v", "_orig", "_u", "_mask")
 """What such a weight's name ends with in the tensors that it is computed from."""
@@ -196,7 +196,7 @@ def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def sizes(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, ...], int]:
-    """Return the bytes of some tensors by their identity, so of tied ones once."""
+    """Return the bytes of some tensors by their identity, so that tied ones count once."""
     return {identity(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
 
 

@@ -1,7 +1,7 @@
 """Second pass: chains with a single consumer become one float module or call.
 
 Linear → BatchNorm1d, Conv → BatchNorm, ConvTranspose → BatchNorm (grouped too): the normalization's scale and shift are
-folded into the weights. Linear → ReLU, Conv → ReLU, F.linear → relu: one module or call does both, in every spelling:
+folded into the weights. Linear → ReLU, Conv → ReLU, F.linear → relu: one module or call does both, in all spellings:
 nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, .relu(), .relu_().
 """
 
@@ -31,7 +31,7 @@ _NORMS: dict[type[nn.Module], tuple[type[nn.Module], int]] = {
     nn.ConvTranspose2d: (nn.BatchNorm2d, 4),
     nn.ConvTranspose3d: (nn.BatchNorm3d, 5),
 }
-"""What a normalization can be folded into: its type, and the rank of the tensor between them where that is right."""
+"""Which layers a normalization can be folded into: its type, and the rank that the tensor between them must have."""
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _RELU_FUNCTIONS: tuple[Callable[..., Any], ...] = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -50,7 +50,7 @@ class _Scene(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What may be fused with a node: whether what follows is of that kind, why it cannot be, and how it is done."""
+    """One sort of fusion: whether it applies to the next node, why it cannot be done, and how it is done."""
 
     follows: Callable[[fx.GraphModule, fx.Node, fx.Node], bool]
     refuse: Callable[[fx.GraphModule, fx.Node, fx.Node], Reason | None]
@@ -71,7 +71,7 @@ def fuse(
     fusions: list[Fusion] = []
     unfused: list[Unfused] = []
     kept = set(map(id, preserved.modules(module)))
-    scene = _Scene(module, hooked, kept, kept if only is None else set())  # what a file has fused may be fused again
+    scene = _Scene(module, hooked, kept, kept if only is None else set())  # a saved chain may be fused again
     lengths = None if only is None else {fusion.path: len(fusion.chain) for fusion in only}
     for node in list(module.graph.nodes):
         chain = [_place(node)]
@@ -90,7 +90,7 @@ def fuse(
 
 
 def _fuse_next(scene: _Scene, node: fx.Node, step: _Step, may_guard: bool) -> list[str] | Unfused:
-    """Fuse a node with what follows it and return what that was, nothing if it is of another kind, or why not."""
+    """Fuse a node with the next one; return that one's path, nothing if the step does not apply, or why it cannot."""
     module = scene.module
     followers = [user for user in node.users if user.all_input_nodes == [node] and step.follows(module, node, user)]
     if not followers:
@@ -115,7 +115,7 @@ def _place(node: fx.Node) -> str:
 
 
 def _refuse(scene: _Scene, node: fx.Node, follower: fx.Node) -> Reason | None:
-    """Return why a node and what follows it must stay two, whatever they are."""
+    """Return why a node and the next one must stay apart, whatever they are."""
     if len(node.users) > 1:
         return because(NotFused.READ_ELSEWHERE, _place(node))
     for part in (node, follower):
@@ -127,7 +127,7 @@ def _refuse(scene: _Scene, node: fx.Node, follower: fx.Node) -> Reason | None:
 
 
 def _refuse_used(scene: _Scene, node: fx.Node, follower: fx.Node) -> Reason | None:
-    """Return which module code beside the graph uses that fusing would change, if so: a ReLU stays one."""
+    """Return the module that fusing would change and code beside the graph uses, if any: a ReLU does not change."""
     for part in (node, follower):
         if part.op == "call_module":
             used = scene.module.get_submodule(str(part.target))
@@ -144,7 +144,7 @@ def _lone_norms(module: fx.GraphModule) -> Iterator[Unfused]:
 
 
 def _module_of(module: fx.GraphModule, node: fx.Node, module_type: Any) -> Any:
-    """Return the module that a node calls if it is of a kind, else None."""
+    """Return the module that a node calls if it is of a type, else None."""
     called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     return called if isinstance(called, module_type) else None
 
@@ -159,7 +159,7 @@ def _drop_unused(module: fx.GraphModule, follower: fx.Node, kept: set[int]) -> N
 
 
 def _is_called_once(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether nothing else in the graph calls the node's module or reads its tensors; a ReLU may be shared."""
+    """Return whether only this node calls its module or reads its tensors; a ReLU may be shared."""
     target = str(node.target)
     if type(module.get_submodule(target)) is nn.ReLU:
         return True
@@ -202,7 +202,7 @@ def _fold_norm(module: fx.GraphModule, node: fx.Node, follower: fx.Node, may_gua
 
 
 def _guard_rank(graph: fx.Graph, node: fx.Node, rank: int) -> None:
-    """Assert in the graph that a value has the rank for which a BatchNorm1d was folded: it also takes another."""
+    """Assert in the graph that a value has the rank for which a BatchNorm1d was folded: it accepts another one too."""
     with graph.inserting_after(node):
         dim = graph.call_method("dim", (node,))
     with graph.inserting_after(dim):
@@ -222,7 +222,7 @@ def _folded(module: Any, norm: Any) -> nn.Module:
     shift = norm.bias.detach().to(wide) if norm.bias is not None else torch.zeros_like(gain)
     bias = module.bias.detach().to(wide) if module.bias is not None else torch.zeros_like(gain)
     weight = module.weight.detach()
-    if isinstance(module, _TRANSPOSED):  # (in, out / groups, …): a group of inputs meets its own slice of outputs
+    if isinstance(module, _TRANSPOSED):  # (in, out / groups, …): each group of inputs has its own slice of outputs
         per_group = gain.view(module.groups, 1, -1).expand(-1, module.in_channels // module.groups, -1)
         factor = per_group.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
     else:
@@ -234,7 +234,7 @@ def _folded(module: Any, norm: Any) -> nn.Module:
 
 
 def _is_rectified(module: fx.GraphModule, node: fx.Node, follower: fx.Node) -> bool:
-    """Return whether a ReLU follows that a node can do itself."""
+    """Return whether the next node is a ReLU that a node can do itself."""
     if node.op == "call_function":
         is_layer = node.target in (F.linear, linear_relu)
     else:
@@ -243,7 +243,7 @@ def _is_rectified(module: fx.GraphModule, node: fx.Node, follower: fx.Node) -> b
 
 
 def _absorb_relu(module: fx.GraphModule, node: fx.Node, _follower: fx.Node, _may_guard: bool) -> None:
-    """Let a node do the ReLU that follows it."""
+    """Let a node do the ReLU after it."""
     if node.op == "call_function":
         node.target = linear_relu
         return
@@ -254,7 +254,7 @@ def _absorb_relu(module: fx.GraphModule, node: fx.Node, _follower: fx.Node, _may
 
 
 def _absorb_relus(scene: _Scene, node: fx.Node) -> list[str]:
-    """Let a module that is called several times, each time followed by a ReLU, do those; return what they were."""
+    """Let a module that is called several times, each time before a ReLU, do them all; return their paths."""
     module, target = scene.module, str(node.target)
     if node.op != "call_module" or target in scene.hooked or _reads(module, target):
         return []
@@ -289,7 +289,7 @@ def _is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _never(_module: fx.GraphModule, _node: fx.Node, _follower: fx.Node) -> None:
-    """Refuse no ReLU."""
+    """Return None: a ReLU can always be fused."""
 
 
 _NORM = _Step(_is_normed, _refuse_norm, _fold_norm)

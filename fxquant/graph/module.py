@@ -27,7 +27,7 @@ from fxquant.nn.training import warn_of_training
 class FxModule(fx.GraphModule):
     """A torch.fx.GraphModule that keeps its record, its hooks and its preserved attributes in copies and pickles.
 
-    record: what it remembers, unless the user's model has a module of that name: `record_of` finds it always.
+    record: what it remembers, unless the user's model has a module of that name; `record_of` always finds it.
     """
 
     record: Record
@@ -43,7 +43,7 @@ class FxModule(fx.GraphModule):
         return code
 
     def __getattr__(self, name: str) -> Any:
-        for kept in ("_buffers", "_modules"):  # what a graph asks for at each call: nn.Module takes longer to find it
+        for kept in ("_buffers", "_modules"):  # a graph reads these at each call, and nn.Module takes longer
             value = self.__dict__.get(kept, {}).get(name)
             if value is not None:
                 return value
@@ -71,7 +71,7 @@ class FxModule(fx.GraphModule):
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Return the model as torch.jit.script takes it; raise ModelStateError for a quantized one."""
+        """Return the model for torch.jit.script; raise ModelStateError for a quantized one."""
         return refuse_script() if self._fxquant_record.stage == "quantized" else self
 
     def __copy__(self) -> FxModule:
@@ -82,13 +82,13 @@ class FxModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> FxModule:
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, FxModule)
-        twin.__class__.__name__ = self.__class__.__name__  # a class of the twin's own
+        twin.__class__.__name__ = self.__class__.__name__  # the twin's class is not shared
         twin.__dict__["_fxquant_record"] = copy.deepcopy(self._fxquant_record, memo)
         twin._non_persistent_buffers_set |= self._non_persistent_buffers_set  # which torch.fx forgets
         install(twin, self._fxquant_record.preserved)
-        for name in self._fxquant_record.preserved.modules_of(self):  # torch.fx copies no second name of a module
+        for name in self._fxquant_record.preserved.modules_of(self):  # torch.fx drops the second name of a module
             twin._modules[name] = copy.deepcopy(self._modules[name], memo)
-        for name in self.__dict__.keys() - twin.__dict__.keys() - {"_compiled_call_impl"}:  # what the user hung on it
+        for name in self.__dict__.keys() - twin.__dict__.keys() - {"_compiled_call_impl"}:  # what the user attached
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         memo[id(self)] = twin
         twin.__dict__.update(copy_attributes(self, memo))
@@ -104,9 +104,9 @@ class FxModule(fx.GraphModule):
         return _restore, (reduced, self.__class__.__name__, nodes, hooks)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FxModule:
-        """Move as nn.Module does; what a quantized call reads as buffers, its integers and scales, keeps its dtype.
+        """Move as nn.Module does; the integers and scales of quantized calls keep their dtype.
 
-        The calls of tables give the new one.
+        Calls of tables change their output dtype.
         """
         record = record_of(self)
         calls = {site.call for site in record.sites} if record is not None and record.stage == "quantized" else set()
@@ -139,7 +139,7 @@ class FxModule(fx.GraphModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load tensors as nn.Module does; integers never take floats, nor floats integers (RuntimeError)."""
-        state_dict = copy.copy(state_dict)  # with the versions that it carries
+        state_dict = copy.copy(state_dict)  # keeps the versions in it
         take_old_keys(self, state_dict)
         errors = dtype_errors(tensors_of(self), state_dict)
         for path, module in self.named_modules() if strict else ():
@@ -154,7 +154,7 @@ def build(root: nn.Module, graph: fx.Graph, name: str, record: Record) -> FxModu
     """Return the module for a graph over a root's submodules and tensors."""
     module = FxModule(root, graph, name)
     for part in module.modules():
-        if part is module or type(part) in (nn.Module, Part):  # where nothing else is left of what they hold
+        if part is module or type(part) in (nn.Module, Part):  # these are new, and hold only what the graph uses
             part._non_persistent_buffers_set.clear()  # torch 2.13 forgets them by itself, 2.14 does not
     carry(root, module, record.preserved)
     install(module, record.preserved)

@@ -16,7 +16,7 @@ from fxquant.graph.plan.planner import Plan
 
 
 def observe(module: fx.GraphModule, plan: Plan) -> Plan:
-    """Insert the observers, each shown its weight once, and return the plan with their paths."""
+    """Insert the observers, show each its weight once, and return the plan with their paths."""
     sites = list(plan.sites)
     for number, target in plan.targets.items():
         site, node, weight = sites[number], target.node, target.weight
@@ -24,7 +24,7 @@ def observe(module: fx.GraphModule, plan: Plan) -> Plan:
         observer = site.qconfig.make_observer() or nn.Identity()
         tensor = edit.get_tensor(module, site.path)
         if tensor is not None:
-            observer(tensor.t() if target.is_stored_transposed else tensor)  # by this range it is quantized
+            observer(tensor.t() if target.is_stored_transposed else tensor)  # convert quantizes by this range
         module.add_submodule(path, observer)
         with module.graph.inserting_before(node):
             shown = transpose(module.graph, weight) if target.is_stored_transposed else weight

@@ -28,8 +28,8 @@ def take_old_call_keys(model: fx.GraphModule, record: Record, state_dict: dict[s
     """Rename in place what a state_dict holds of quantized calls under their old keys.
 
     Those were named by the dtype of the values: all of 4 bits were `_uint8`, numbered where there were several. A
-    state_dict is taken for an old one where it has none of the keys that are new, one that is no more, and only
-    tensors that fit.
+    state_dict counts as old if it has none of the new keys, at least one that no longer exists, and only tensors that
+    fit.
     """
     old_of = _old_call_keys(model, record)
     old = {key: name for key, name in old_of.items() if prefix + name in state_dict}

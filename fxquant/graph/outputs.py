@@ -1,4 +1,4 @@
-"""What a model gives: its tensors by name, wherever they are, and how far those of two models are apart."""
+"""A model's outputs: their tensors by name, wherever they are, and how far those of two models are apart."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DRAWN = 64
 """How many values are taken of an iterator, which may have no end."""
 
 _CLOSED = (nn.Module, type, torch.Generator, torch.device, torch.dtype, types.ModuleType)
-"""Objects that are no containers of outputs, though they have attributes."""
+"""Objects with attributes that do not count as containers of outputs."""
 
 
 def drained(value: Any) -> Any:
@@ -80,7 +80,7 @@ class Error:
         self.calls, self.known, self.signal, self.noise, self.largest = 0, 0, 0.0, 0.0, 0.0
 
     def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:
-        """Count another pair. Where the float value is not finite, there is no error to speak of."""
+        """Add another pair. Values that are not finite in float are left out."""
         expected, got = wide(expected), wide(got)
         if not math.isfinite(energy(expected)):
             known = expected.isfinite()

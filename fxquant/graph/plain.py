@@ -1,6 +1,6 @@
-"""Decisions as plain values, and back: what a checkpoint holds of sites and of skipped candidates.
+"""Decisions as plain values, and back: sites and skipped candidates as a checkpoint holds them.
 
-Files of before there were codes hold sentences alone: their decisions tell these, and are equal where these are.
+Files that are older than the codes hold only sentences, which are kept as they are.
 """
 
 from __future__ import annotations

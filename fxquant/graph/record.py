@@ -45,13 +45,13 @@ NOTHING = Coverage()
 class Site:
     """One decision to quantize.
 
-    path: the module's path, or its weight's path for a call. kind: what it was ("nn.Linear", "F.linear"). operator: the
-    row's name. entry: the mapping entry that decided. call, observer: a call's node name and the path of its weight's
-    observer, None for a module. float_bytes, int_bytes: what its tensors take before and after (0 before convert_fx).
-    opt_out: the mapping entry that would leave it float. shape: rows, inputs and outputs of its first call on the
-    example inputs, () where they are not known. part_entries: further entries, which decided for weights of it. Its
-    float weights are candidates of their own, each `Skipped`, and in none of its bytes. rounded: how its weights were
-    rounded where data was given for that.
+    path: the module's path, or its weight's path for a call. kind: what it was ("nn.Linear", "F.linear"). operator: its
+    name in the table. entry: the mapping entry that decided. call, observer: a call's node name and the path of its
+    weight's observer, None for a module. float_bytes, int_bytes: what its tensors take before and after (0 before
+    convert_fx). opt_out: the mapping entry that would leave it float. shape: rows, inputs and outputs of its first call
+    on the example inputs, () where they are not known. part_entries: further entries, which decided for some of its
+    weights. Its float weights are candidates of their own, each `Skipped`, and in none of its bytes. rounded: how its
+    weights were rounded where data was given for that.
     """
 
     path: str
@@ -88,8 +88,8 @@ class Site:
 class Skipped:
     """One candidate, or one weight of a Site, that stays float, and why.
 
-    call: a call's node name, None for a module. entry: the mapping entry that decided. opt_out: the one that would say
-    so. tied: the path of a site that has its weight too, or "".
+    call: a call's node name, None for a module. entry: the mapping entry that decided. opt_out: the one that would
+    leave it float. tied: the path of a site that has its weight too, or "".
     """
 
     path: str
@@ -123,7 +123,7 @@ class Fusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Unfused:
-    """One chain that stayed several nodes, and why; of a BatchNorm with no layer before it, that alone."""
+    """One chain that was not fused, and why; for a BatchNorm without a layer before it, only the BatchNorm."""
 
     chain: tuple[str, ...]
     why: Reason
@@ -137,9 +137,9 @@ class Record:
     one, the arguments that it is checked on once it is quantized. architecture: of the float model, for checkpoints.
     unchecked: why that check was not possible. live, checked: the paths of the attributes that its graph reads at each
     call, to use and to compare; fixed: of those that forward read when it was traced; baked: the plain values that it
-    read. written: the parameters that forward writes into. batch_invariant: what was asked of its float products:
+    read. written: the parameters that forward writes into. batch_invariant: how its float products are summed:
     graph/convert/invariant.py. extra_states: what get_extra_state gave, by the paths of modules that were traced
-    through. trainable: of a quantized one with sites, the parameters that required a gradient when it was made.
+    through. trainable: for a quantized one with sites, the parameters that required a gradient when it was made.
     """
 
     stage: str
@@ -204,13 +204,13 @@ def keep_record(model: nn.Module, record: Record) -> nn.Module:
 
 
 def record_of(model: Any) -> Record | None:
-    """Return what a model of ours remembers, None for any other."""
+    """Return the record of one of our models, None for any other."""
     record = vars(model).get("_fxquant_record") if isinstance(model, nn.Module) else None
     return record if isinstance(record, Record) else None
 
 
 def preserved_of(model: nn.Module) -> Preserved:
-    """Return what a model keeps of the user's beside forward: of a fused one, what fuse_fx kept."""
+    """Return what a model keeps of the user's beside forward: what fuse_fx kept, for example."""
     record = record_of(model)
     return NOTHING_PRESERVED if record is None else record.preserved
 

@@ -1,4 +1,4 @@
-"""The codes of what was decided, and the one sentence of each that reports tell."""
+"""The codes of all decisions, and the sentence of each in reports."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 
 class Why(enum.Enum):
-    """Why a candidate stays float: a code, whose value is the sentence, with places for what it speaks of."""
+    """Why a candidate stays float: a code, whose value is the sentence, with places for its details."""
 
     ASKED = "the mapping says float"
     NO_ENTRY = "no mapping entry covers it"
     OTHER_QCONFIG = "its qconfig ({}) is for other operators; this one takes: {}"
-    TOLD = "{}"  # in the words of its operator's refuse_module or refuse_call, or of an old checkpoint
+    TOLD = "{}"  # the text of its operator's refuse_module or refuse_call, or of an old checkpoint
     NO_FORM = "there is no quantized form of {}"
     NO_CONVOLUTION = "{} has no dynamic form: of convolutions, the modules nn.Conv1d and nn.Conv2d have one"
     NO_BILINEAR = "{} multiplies two inputs with each other; only forms of one input are quantized"
@@ -50,7 +50,7 @@ class Why(enum.Enum):
 
 
 class NotFused(enum.Enum):
-    """Why a chain stays several nodes; the value is the sentence, as with Why."""
+    """Why a chain is not fused; the value is the sentence, as with Why."""
 
     USED_BESIDE = "code beside the graph uses {}"
     HOOKED = "{} has a hook, which would see something else"
@@ -65,7 +65,7 @@ class NotFused(enum.Enum):
 
 
 class Reason(NamedTuple):
-    """Why one candidate stays float, or one chain is not fused: a code, and what its sentence speaks of."""
+    """Why one candidate stays float, or one chain is not fused: a code, and the details of its sentence."""
 
     why: Why | NotFused
     details: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ def because(why: Why | NotFused, *details: object) -> Reason:
 
 
 class Rounded(enum.Enum):
-    """How a weight was rounded; the value is what reports say of it."""
+    """How a weight was rounded; the value is what reports say."""
 
     TO_NEAREST = ""
     GPTQ = "with GPTQ"

@@ -1,10 +1,9 @@
 """The operator matmul: a product of two activations in a fixed order of sums; and what attention shares with it.
 
-torch's own products order their sums by the batch and by where a tensor lies in memory. Here each sum goes through the
-depth in order, of single operations on one element each, so an element depends on its row and its column alone. The
-kernels (csrc/kernels/generic/products-inl.h) go through it in the same order by fused multiply-adds, and agree with the
-references, in plain torch for any device, to float rounding. docs/numerics.md,
-"ordered sum".
+torch's own products order their sums by the batch and by where a tensor lies in memory. Here each sum runs through the
+depth in order, in single operations on one element, so an element depends on its row and its column alone. The kernels
+(csrc/kernels/generic/products-inl.h) go through it in the same order by fused multiply-adds, and agree with the
+references, in plain torch for any device, to float rounding. docs/numerics.md, "ordered sum".
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from fxquant.ops.register import Gradient, Kernel
 
 
 class MatmulArguments(NamedTuple):
-    """Return a @ b with torch.matmul's shapes, in their dtype. Sums are float64 for operands of that, else float32."""
+    """Return a @ b with torch.matmul's shapes, in their dtype. Sums are float64 for float64 operands, else float32."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -40,7 +39,7 @@ def _as_matrices(a: MatmulArguments, dtype: torch.dtype) -> MatmulArguments:
 
 
 def _as_operands(out: torch.Tensor, a: MatmulArguments) -> torch.Tensor:
-    """Return a product of matrices without the dimensions that vectors were given, in a's dtype."""
+    """Return a product of matrices without the dimensions that were added to vectors, in a's dtype."""
     out = out.squeeze(-1) if a.b.dim() == 1 else out
     return (out.squeeze(-1 if a.b.dim() == 1 else -2) if a.a.dim() == 1 else out).to(a.a.dtype)
 
@@ -83,7 +82,7 @@ def _give(ctx: Any, gradient: torch.Tensor, needs: dict[str, bool]) -> dict[str,
 def gradients(
     ctx: Any, gradient: torch.Tensor, needs: dict[str, bool], run: Callable[..., torch.Tensor]
 ) -> dict[str, torch.Tensor | None]:
-    """Return the gradients of what torch's own function gives for the saved operands: nearly the same values.
+    """Return the gradients of torch's own function at the saved operands: nearly the same values.
 
     With create_graph they have gradients too: then they are computed from the operands themselves, not from twins.
     """

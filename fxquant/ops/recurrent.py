@@ -1,7 +1,7 @@
 """The operators lstm and rnn (GRU too): stacks of recurrent layers, whose weights may each have a scheme of its own.
 
-Shapes: B batch, T time, I in, H hidden, P projection (H without one), L layers times directions. Plain torch is what
-the kernels are held to, bit for bit: see `linear`.
+Shapes: B batch, T time, I in, H hidden, P projection (H without one), L layers times directions. The plain torch here
+is the specification of the kernels, bit for bit: see `linear`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fxquant.ops.register import Kernel, arguments_of, per_token_of, public
 from fxquant.ops.weights import check_format, check_matrix, check_qmax
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
-Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # rows, what they are added to
+Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # rows, what is added to products
 
-_KINDS = {"gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}  # the modes of rnn, and what each is called in errors
-_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}  # how many output channels of a weight a hidden unit has
+_KINDS = {"gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}  # the modes of rnn, and their names in errors
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}  # output channels of a weight for each hidden unit
 _FORMATS = tuple(row for row in FORMATS if row.activation is not None)
 
 
@@ -142,7 +142,7 @@ def _run_stack(a: Any, h: torch.Tensor, step: Callable[[int, Sequence[Multiply],
 
 
 def _matrix(a: Any, i: int, columns: int) -> QuantizedTensor:
-    """Return the weight i, of so many columns; a scale's shape tells how many columns share one."""
+    """Return the weight i, of so many columns; its scale's shape says how many columns share one."""
     row, scale = format_of(a.formats[i]) if a.formats else INT8, a.scales[i] if a.scales else None
     groups = scale.shape[-1] if scale is not None and scale.dim() else 0
     return QuantizedTensor(row, a.weights[i], scale, None, columns, row.find_group_size(columns, groups))

@@ -1,4 +1,4 @@
-"""An operator as one row, and the one place that decides where a call of it runs.
+"""An operator as one dataclass, and the one place that decides where a call of it runs.
 
     compiled or exported          `torch.ops.fxquant`, which compilers hold, and which runs one of the last two later
     eager, plain CPU tensors      the native kernel at once: torch's dispatcher would cost more than a small product
@@ -32,7 +32,7 @@ _LIBRARY = torch.library.Library("fxquant", "DEF")  # type: ignore[no-untyped-ca
 _COPIED = (torch.float32, torch.int32, torch.int64)  # of the dtypes that the native library takes
 
 OVERLOADS: dict[str, Callable[..., Any]] = {}
-"""The registered operators: what torch.compile and torch.export hold."""
+"""The registered operators: those that torch.compile and torch.export call."""
 
 
 class Gradient(NamedTuple):
@@ -48,14 +48,14 @@ class Gradient(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel(Generic[R]):
-    """An operator: what torch, its callers, the native library and the reference know of it.
+    """An operator: its schema, reference, checks and gradient, and what the native library needs.
 
     schema: its arguments and results, as torch.library.define takes them; the native library's function of this name
-    takes the same arguments. arguments: they as a named tuple, which all that follows takes. reference: the operator in
-    plain torch, the specification. check: raises an error for arguments that do not fit each other. fake: returns empty
-    outputs. prepare: returns the arguments as the native library takes them (dense, float32), or None where the
-    reference is to run. finish: (what the library returned, arguments), returns the outputs. gradient: None where a
-    gradient that comes back is an error. is_cast: whether torch.autocast casts an eager call's output.
+    takes the same arguments. arguments: the type of the named tuple that the functions below take. reference: the
+    operator in plain torch, the specification. check: raises an error for arguments that do not fit each other. fake:
+    returns empty outputs. prepare: returns the arguments as the native library takes them (dense, float32), or None
+    where the reference is to run. finish: (what the library returned, arguments), returns the outputs. gradient: None
+    where a gradient that comes back is an error. is_cast: whether torch.autocast casts an eager call's output.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Kernel(Generic[R]):
                 yield from ((name, part) for part in value if isinstance(part, torch.Tensor))
 
     def run_native(self, a: Any) -> R | None:
-        """Return what the native kernel gives for operands made dense, or None where the reference is to run."""
+        """Return the native kernel's result for operands made dense, or None where the reference is to run."""
         native = library.function(self.name)
         prepared = self.prepare(a) if native is not None and self.takes(a) else None
         if native is None or prepared is None:
@@ -210,7 +210,7 @@ def per_token_of(per_row: bool) -> bool:
 
 
 def check_dense(x: Any, name: str) -> None:
-    """Raise DTypeError for what is no tensor, nor stands for one, and for a sparse or nested tensor."""
+    """Raise DTypeError unless x is a tensor or torch.fx's proxy of one, neither sparse nor nested."""
     if not isinstance(x, torch.Tensor):
         if not hasattr(type(x), "__torch_function__"):  # as what torch.fx traces with has
             raise DTypeError(f"a quantized {name} takes a tensor, got {type(x).__name__}")

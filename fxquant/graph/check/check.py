@@ -1,8 +1,8 @@
 """After convert: the quantized model is run once on the example inputs, beside the prepared one, and must do the same.
 
-Counting calls shows the sites that the quantized model skips, or runs less often than float: something outside of the
-model's modules may hold the float layer (a global, a class), or forward picks layers by their type, which a run with
-that site alone quantized shows. Such sites stay float. One warning names changed shapes and dtypes, NaN where float has
+Counting calls shows the sites that the quantized model skips, or runs less often than float: something outside the
+model's modules may hold the float layer (a global, a class), or forward picks layers by their type. A run with only
+that site quantized tells which. Such sites stay float. One warning names changed shapes and dtypes, NaN where float has
 none, and an SQNR below 10 dB, unless a little noise in the float model's layers changes as much.
 """
 

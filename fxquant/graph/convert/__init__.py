@@ -1,1 +1,1 @@
-"""Fifth pass and last: quantized modules and operators take the float ones' places, and what is unused goes."""
+"""Fifth pass and last: quantized modules and operators replace the float ones, and what is unused is removed."""

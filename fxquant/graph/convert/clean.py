@@ -15,9 +15,9 @@ from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Preserved
 
 
 def clean(module: fx.GraphModule, source: nn.Module, preserved: Preserved = NOTHING_PRESERVED) -> fx.GraphModule:
-    """Return the module rebuilt around its graph, with copies of the float tensors that were still the source's.
+    """Return the module rebuilt around its graph, with copies of the float tensors that it shares with the source.
 
-    Unused submodules and tensors stay behind, but for those that are preserved. The user's nodes are not touched:
+    Unused submodules and tensors are dropped, except preserved ones. The user's nodes are not touched:
     convert erased its own dead ones.
     """
     with warnings.catch_warnings():
@@ -31,7 +31,7 @@ def clean(module: fx.GraphModule, source: nn.Module, preserved: Preserved = NOTH
 
 
 def _empty_kinds(module: fx.GraphModule) -> None:
-    """Let nodes that ask a matrix for no values ask an empty tensor for its dtype and device, so that it can go."""
+    """Let nodes that do not use a matrix's values take an empty tensor instead, so that the matrix can go."""
     asked: dict[Any, str] = {}
     for node in module.graph.find_nodes(op="get_attr"):
         tensor = edit.get_tensor(module, str(node.target))
@@ -54,7 +54,7 @@ def _is_asked_kind(node: fx.Node) -> bool:
 
 
 def _free_of_size(node: fx.Node, tensor: torch.Tensor) -> None:
-    """Make constants of the sizes that a matrix, or its transpose, is asked for."""
+    """Replace reads of the sizes of a matrix, or of its transpose, by numbers."""
     for user in list(node.users):
         if asks_kind(user, node):
             free_of_size(user, tensor.shape)

@@ -1,4 +1,4 @@
-"""Fifth pass: each site calls its row of the table; modules are swapped, calls become fxquant's operators."""
+"""Fifth pass: each site's operator converts it; modules are swapped, calls become operators of fxquant."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from fxquant.qconfig import QConfig
 
 
 class WeightCache:
-    """Quantizes each weight and module once a way: tied weights stay one int8 table, a shared module one module.
+    """Quantizes each weight and module once for each qconfig: tied weights stay one tensor, a shared module one module.
 
-    rounding: of a weight that is not known yet; None: to nearest.
+    rounding: for weights that are not cached yet; None: to nearest.
     """
 
     def __init__(self, rounding: Rounding | None = None) -> None:
@@ -38,26 +38,26 @@ class WeightCache:
         self._rounded: list[Rounded] = []
 
     def quantize(self, weight: torch.Tensor, qconfig: QConfig, observer: Observer | None = None) -> QuantizedTensor:
-        """Return a weight as the qconfig wants it: the same tensors for the same weight and qconfig.
+        """Return a quantized weight: the same tensors for the same weight and qconfig.
 
-        observer: what has seen the weight's range already.
+        observer: has measured the weight's range already.
         """
         key = self._key(weight, qconfig)
-        if key not in self._done:  # the weight is kept so that its key stays its own
+        if key not in self._done:  # the weight is kept so that its key is not reused
             self._done[key] = (weight, *self._round(weight, qconfig, observer))
         _, quantized, rounded = self._done[key]
         self._rounded.append(rounded)
         return quantized
 
     def take_rounded(self) -> tuple[Rounded, ...]:
-        """Return how the weights asked for since the last time were rounded, each way once, if not just to nearest."""
+        """Return how the weights were rounded since the last call, each way once, apart from simply to nearest."""
         ways, self._rounded = dict.fromkeys(self._rounded), []
         return tuple(rounded for rounded in ways if rounded is not Rounded.TO_NEAREST)
 
     def convert(self, float_module: nn.Module, qconfig: QConfig, operator: Operator) -> nn.Module:
-        """Return a row's quantized form of a module: the same for the same module and qconfig."""
+        """Return an operator's quantized form of a module: the same for the same module and qconfig."""
         key = id(float_module), qconfig
-        if key not in self._modules:  # the float module is kept so that its id stays its own
+        if key not in self._modules:  # the float module is kept so that its id is not reused
             module = operator.convert_module(float_module, qconfig, self.quantize).train(False)
             self._modules[key] = float_module, module, self.take_rounded()
         _, module, rounded = self._modules[key]
@@ -65,7 +65,7 @@ class WeightCache:
         return module
 
     def stand_in(self, root: nn.Module) -> None:
-        """Put the quantized form of each module in its place where it stands under a second name too."""
+        """Replace each converted module under its further names too."""
         forms = {id(float_module): module for float_module, module, _ in self._modules.values()}
         for parent in list(root.modules()):
             for name, child in parent._modules.items():
@@ -73,18 +73,18 @@ class WeightCache:
                     parent._modules[name] = forms[id(child)]
 
     def settle(self, root: nn.Module) -> None:
-        """Let stale references to a converted module lead to its quantized form, and turn it into that for others."""
+        """Turn stale references to a converted module into its replacement, or the module itself if they cannot change."""
         standing = set(map(id, root.modules()))
         swapped = {id(old): new for old, new, _ in self._modules.values() if id(old) not in standing}
         repoint(root.modules(), swapped)  # first, as a weak reference alone does not keep the float module
         for float_module, module, _ in self._modules.values():
             if id(float_module) not in standing:
-                with contextlib.suppress(TypeError):  # a type with __slots__ can become no other
+                with contextlib.suppress(TypeError):  # a type with __slots__ cannot change
                     float_module.__class__ = type(module)
                     float_module.__dict__ = module.__dict__
 
     def give(self, weight: torch.Tensor, qconfig: QConfig, quantized: QuantizedTensor) -> None:
-        """Let a weight have these integers, found elsewhere, under a qconfig."""
+        """Take a weight's integers under a qconfig from elsewhere."""
         self._done[self._key(weight, qconfig)] = (weight, quantized, Rounded.TO_NEAREST)
 
     def _key(self, weight: torch.Tensor, qconfig: QConfig) -> tuple[Any, ...]:
@@ -101,7 +101,7 @@ def convert(
 ) -> tuple[Site, ...]:
     """Rewrite in place and return the sites with their bytes after.
 
-    cache: integers that are known already; batch_invariant: as `bring_products` has it.
+    cache: integers that are known already; batch_invariant: as for `bring_products`.
     """
     cache = cache or WeightCache()
     nodes, done = {node.name: node for node in module.graph.nodes}, []
@@ -115,7 +115,7 @@ def convert(
     cache.stand_in(module)  # preserved code may use the other names
     cache.settle(module)
     _keep_swapped_called(module)
-    if sites or batch_invariant:  # what nothing is quantized in stays as it is, to the bit
+    if sites or batch_invariant:  # without sites the model stays the same, to the bit
         bring_products(module, batch_invariant)
     module.recompile()
     return tuple(done)
@@ -144,7 +144,7 @@ def convert_modules(
 
 
 def _keep_swapped_called(root: nn.Module) -> None:
-    """Turn off torch's transformer fast path where it would read a quantized module's weights; elsewhere it stays."""
+    """Turn off torch's transformer fast path only where it would read a quantized module's weights."""
     for module in root.modules():
         if any(isinstance(part, QuantizedModule) for part in module.modules()):
             avoid_fast_path(module)
@@ -170,7 +170,7 @@ def _convert_module(module: nn.Module, site: Site, operators: tuple[Operator, ..
 def rescue_reads(module: fx.GraphModule, path: str) -> None:
     """Move a tensor that other nodes read, a call's integers too, out of a module that is about to be swapped.
 
-    A read that nothing uses (of `weight.shape`, say) goes: the quantized module may have no tensor of that name.
+    An unused read (of `weight.shape`, say) is removed: the quantized module may have no tensor of that name.
     """
     for node in module.graph.find_nodes(op="get_attr"):
         if str(node.target).startswith(f"{path}."):
@@ -184,7 +184,7 @@ def rescue_reads(module: fx.GraphModule, path: str) -> None:
 
 
 def _observes(observer: nn.Module, qconfig: QConfig) -> TypeGuard[Observer]:
-    """Return whether a module measures for this qconfig: a search gives a prepared site other ones."""
+    """Return whether a module is this qconfig's observer: a search changes the qconfigs of prepared sites."""
     wanted = qconfig.make_observer()
     return isinstance(observer, Observer) and type(observer) is type(wanted) and observer.spec == qconfig.weight
 
@@ -214,7 +214,7 @@ def _convert_call(
     quantized = cache.quantize(tensor, site.qconfig, observer if _observes(observer, site.qconfig) else None)
     with graph.inserting_before(node):
         nodes = _place(module, graph, path, quantized)
-    # Casts go: the operators take float32 and give what they compute in their input's dtype.
+    # Casts are dropped: the operators compute in float32 and return their input's dtype.
     operands = {key: _uncast(operand) for key, operand in operands.items()}
     operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
     like = torch.empty_like(tensor, device="meta")
@@ -227,7 +227,7 @@ def _convert_call(
 
 
 def _uncast(operand: Any) -> Any:
-    """Return a vector that is a constant, cast to an input's dtype, as it is stored; anything else as it is."""
+    """Return a constant vector that is cast to an input's dtype as it is stored; anything else unchanged."""
     constant = constant_of(operand) if is_cast(operand) else None
     return operand if constant is None or constant.is_transposed else constant.source
 

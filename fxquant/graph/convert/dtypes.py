@@ -1,4 +1,4 @@
-"""The dtype that the tables of a quantized model give: it follows .half(), .to(dtype) and the like, and is saved."""
+"""The output dtype of a quantized model's tables: it follows .half(), .to(dtype) and the like, and is saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OURS = (ops.linear, ops.embedding, ops.embedding_bag)
 
 
 def follow(module: fx.GraphModule, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Let a graph's calls of tables give the dtype to which a move takes tensors of their present one."""
+    """Change the output dtype of a graph's calls of tables as a move changes tensors of that dtype."""
     before: dict[fx.Node, Any] = {node: node.kwargs["dtype"] for node in _calls(module)}
     moved = {node: moved_dtype(move, dtype) for node, dtype in before.items()}
     if moved != before:
@@ -25,7 +25,7 @@ def follow(module: fx.GraphModule, move: Callable[[torch.Tensor], torch.Tensor])
 
 
 def table_dtypes(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Return which dtypes a model's tables give: of its modules by their paths, of its graph's calls by their names."""
+    """Return the output dtypes of a model's tables: modules by their paths, calls of its graph by their names."""
     modules = {path: module.dtype for path, module in model.named_modules() if isinstance(module, QuantizedTable)}
     calls = {node.name: node.kwargs["dtype"] for node in _calls(model)}
     return {
@@ -35,7 +35,7 @@ def table_dtypes(model: nn.Module) -> dict[str, dict[str, str]]:
 
 
 def set_table_dtypes(model: nn.Module, dtypes: Mapping[str, Mapping[str, str]]) -> None:
-    """Let a model's tables give the dtypes that `table_dtypes` returned. LookupError, AttributeError: for another's."""
+    """Set the output dtypes that `table_dtypes` returned. LookupError, AttributeError for another model's."""
     for path, name in dtypes.get("modules", {}).items():
         table: Any = model.get_submodule(path)
         table.dtype = getattr(torch, name)

@@ -23,7 +23,7 @@ from fxquant.ops.activations import pair_product
 from fxquant.qconfig_mapping import type_name
 
 PRODUCTS = (ops.matmul, ops.add_product, ops.einsum, ops.attention, ops.float_linear)
-"""What this pass puts into a graph."""
+"""The functions that this pass puts into a graph."""
 
 _PAIRS: dict[Any, tuple[str, ...]] = {
     **dict.fromkeys((operator.matmul, torch.matmul, torch.linalg.matmul, "matmul", "__matmul__"), ("input", "other")),
@@ -46,7 +46,7 @@ class _Form(NamedTuple):
 
 
 def bring_products(root: nn.Module, batch_invariant: bool | None) -> None:
-    """Give a converted model its products, in place: a graph's calls and the modules of fxquant that have some."""
+    """Replace, in place, the float products of a converted model: a graph's calls, and those in fxquant's modules."""
     for module in root.modules():
         if isinstance(module, DynamicQuantizedMultiheadAttention):
             module.batch_invariant = batch_invariant
@@ -60,7 +60,7 @@ def bring_products(root: nn.Module, batch_invariant: bool | None) -> None:
 
 
 def _form_of(node: fx.Node, root: fx.GraphModule | None) -> _Form | None:
-    """Return what a node becomes, None where it is no product. root: of the float modules that may change too."""
+    """Return what a node becomes, None if it is not a product. root: holds the float modules, which may change too."""
     if node.op == "call_module" and root is not None:
         return _module_form(node, root)
     if node.op not in ("call_function", "call_method"):
@@ -82,7 +82,7 @@ def _form_of(node: fx.Node, root: fx.GraphModule | None) -> _Form | None:
         x, weight = operands["input"], operands["weight"]
         return _Form(ops.float_linear, (x, weight, operands.get("bias")), (x, weight))
     if node.target is torch.einsum:
-        is_pair = pair_product(str(node.args[0])) is not None  # torch makes the other ways to call it into this one
+        is_pair = pair_product(str(node.args[0])) is not None  # torch turns the other signatures into this one
         return _Form(ops.einsum, node.args, node.args[1:]) if is_pair else None
     return _attention_form(node) if node.target is F.scaled_dot_product_attention else None
 
@@ -97,7 +97,7 @@ def _attention_form(node: fx.Node) -> _Form | None:
 
 
 def _module_form(node: fx.Node, root: fx.GraphModule) -> _Form | None:
-    """Return a float nn.Linear that nothing hooks as a call; its tensors stay where they are."""
+    """Return a float nn.Linear without hooks as a call; its tensors stay where they are."""
     module = root.get_submodule(str(node.target))
     if type(module) is not nn.Linear or edit.has_hooks(module) or "weight" not in module._parameters:
         return None

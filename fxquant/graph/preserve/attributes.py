@@ -48,7 +48,7 @@ def attributes_of(root: nn.Module, preserved: Preserved) -> Attributes:
     reachable = {id(module) for module in preserved.modules(root)}
     for path, module in root.named_modules():
         if path and (id(module) not in reachable or type(module).__module__.startswith("torch.nn.")):
-            continue  # torch's own are called as they are, and read theirs at each call
+            continue  # torch's modules are leaves, which read their attributes at each call
         whole = path.split(".")[0] in named
         held = vars(module) if path else {**dict.fromkeys(_class_values(root, preserved)), **vars(root)}
         for name, value in held.items():
@@ -68,7 +68,7 @@ _NOT_OURS = frozenset(vars(nn.Module()))
 
 
 class _Read:
-    """Stands for an attribute in a class: data descriptors come before what an instance holds."""
+    """Stands for an attribute in a class, as a data descriptor: these come before what an instance holds."""
 
     def __init__(self, name: str, path: str, watch: _Watch) -> None:
         self.name, self.path, self.watch = name, path, watch
@@ -92,7 +92,7 @@ class _Watch:
     def __init__(self, tracer: fx.Tracer, attributes: Attributes) -> None:
         self.tracer, self.attributes = tracer, attributes
         self.nodes: dict[str, fx.Proxy] = {}
-        self.written: set[str] = set()  # by forward itself, from which on they are its own
+        self.written: set[str] = set()  # set by forward itself, so no longer the user's
 
     def read(self, path: str, value: Any) -> Any:
         """Return what forward gets for an attribute."""
@@ -145,9 +145,8 @@ def watched(
 
 @contextlib.contextmanager
 def noted(root: nn.Module, baked: dict[str, Any]) -> Iterator[None]:
-    """Note meanwhile, by path, what plain values of its own attributes the code of a mirror's modules reads.
-
-    What forward itself has set before does not count. nn.Module is patched for that, as torch.fx does to trace.
+    """Note meanwhile, by path, which plain attributes the code of a mirror's modules reads, and their values. Those
+    that forward has set before do not count. nn.Module is patched for that, as torch.fx does to trace.
     """
     paths = {id(module): path for path, module in root.named_modules()}
     before = {id(module): dict(vars(module)) for module in root.modules()}
@@ -175,7 +174,7 @@ def noted(root: nn.Module, baked: dict[str, Any]) -> Iterator[None]:
 
 
 def _class_value(cls: type, name: str, missing: object) -> Any:
-    """Return what a class holds under a name, as it is: a property's value is none of it."""
+    """Return what a class holds under a name: a property itself, not its value."""
     return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), missing)
 
 
@@ -201,7 +200,7 @@ class Part(nn.Module):
 
 
 def seal(model: nn.Module, baked: Mapping[str, Any]) -> None:
-    """Let the modules that torch.fx makes to hold a graph's parts refuse what `check_settable` does of its root."""
+    """Apply `check_settable` to the modules that torch.fx makes to hold a graph's parts, too."""
     by_owner: dict[str, dict[str, Any]] = {}
     for path, value in baked.items():
         owner, _, name = path.rpartition(".")

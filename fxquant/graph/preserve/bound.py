@@ -15,11 +15,11 @@ from fxquant.graph.preserve.preserve import Preserved
 from fxquant.graph.references import copy_attributes
 
 _MODEL = "_fxquant_model"
-"""The slot of a view in which its graph is: no attribute, for the attributes are shared."""
+"""The slot of a view that holds its graph: not an attribute, since attributes are shared."""
 
 
 class Bound:
-    """What a graph's class has under the name of a kept method, property, or dunder method: read, set and called."""
+    """A descriptor in a graph's class for a kept method, property, or dunder method: read, set and called."""
 
     def __init__(self, owner: type[nn.Module], name: str) -> None:
         self.owner, self.name = owner, name
@@ -66,7 +66,7 @@ def view_of(model: nn.Module, owner: type[nn.Module]) -> nn.Module:
 
 
 def _view_class(owner: Any) -> type[nn.Module]:
-    """Return a class whose instances are seen as the user's, with the graph's call. Others of it are plain ones."""
+    """Return a class whose instances count as the user's and call the graph."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         model = getattr(self, _MODEL, None)
@@ -110,7 +110,7 @@ def _view_class(owner: Any) -> type[nn.Module]:
 
 
 def install(model: nn.Module, preserved: Preserved) -> None:
-    """Give a graph's class, which is its alone, what it keeps of the user's."""
+    """Give a graph's class, which no other graph shares, the kept methods and properties of the user's."""
     owner = preserved.owner
     if owner is not None:
         for name in preserved.bound:
@@ -118,7 +118,7 @@ def install(model: nn.Module, preserved: Preserved) -> None:
 
 
 def carry(source: nn.Module, target: nn.Module, preserved: Preserved) -> None:
-    """Give a graph that was built over a source what kept code needs: the modules as they are, with their classes."""
+    """Give a graph what kept code needs of its source: the modules as they are, with their classes."""
     for name in preserved.kept:
         if name in source._modules:
             target._modules[name] = source._modules[name]
@@ -142,7 +142,7 @@ def carry(source: nn.Module, target: nn.Module, preserved: Preserved) -> None:
 
 
 def give_class_values(root: nn.Module, preserved: Preserved) -> None:
-    """Let a mirror hold the kept values that the user's class holds, so that its graph can set them alone."""
+    """Copy the kept values of the user's class into a mirror, so that setting them changes its graph alone."""
     for name in preserved.kept:
         if name not in vars(root) and not any(name in getattr(root, place) for place in ("_modules", "_parameters")):
             value = inspect.getattr_static(type(root), name, None)

@@ -1,7 +1,7 @@
-"""What get_extra_state gives, torch's way to keep in a state_dict what is no tensor: carried by a graph as well.
+"""Extra states (get_extra_state: torch's way to keep more than tensors in a state_dict), which a graph keeps as well.
 
-The root's methods are kept and run on the graph. A module that was traced through is no more: its state is kept as it
-was, and replaced where a state_dict has another.
+The root's methods are kept and run on the graph. A module that was traced through no longer exists: its state is kept,
+until a state_dict brings another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 SUFFIX = "_extra_state"
-"""What the key in a state_dict is, after the module's path: torch's."""
+"""torch's key of an extra state in a state_dict, after the module's path."""
 
 METHODS = ("get_extra_state", "set_extra_state")
 
@@ -23,12 +23,12 @@ def has_extra_state(cls: type) -> bool:
 
 
 def methods_to_keep(model: nn.Module) -> tuple[str, ...]:
-    """Return which of the two methods a model's own class has."""
+    """Return which of the two methods a model's class defines."""
     return tuple(name for name in METHODS if getattr(type(model), name) is not getattr(nn.Module, name))
 
 
 def lost_states(result: nn.Module, source: nn.Module, is_skeleton: bool = False) -> dict[str, Any]:
-    """Return the extra states, by path, of those modules of a source that do not stand in a graph made of it.
+    """Return the extra states, by path, of those modules of a source that its graph does not contain.
 
     is_skeleton: a file will bring them, so they are None; the source may be without data, which their code may need.
     """
@@ -41,7 +41,7 @@ def lost_states(result: nn.Module, source: nn.Module, is_skeleton: bool = False)
 
 
 def tensors_of(root: nn.Module) -> dict[str, Any]:
-    """Return a model's state_dict without extra states, and without asking for them: their code may need values."""
+    """Return a model's state_dict without extra states, and without running their code, which may need values."""
     if not any(has_extra_state(type(module)) for module in root.modules()):
         return root.state_dict()
     state = _mute(root).state_dict()
@@ -49,7 +49,7 @@ def tensors_of(root: nn.Module) -> dict[str, Any]:
 
 
 def _mute(module: nn.Module) -> nn.Module:
-    """Return a view of a module that shares all it holds, and has no extra state, nor have those inside it."""
+    """Return a view of a module that shares everything but has no extra state, nor have the modules inside it."""
     cls: Any = type(module)
     if has_extra_state(cls):
         body = {"__module__": cls.__module__, "get_extra_state": nn.Module.get_extra_state}

@@ -1,8 +1,8 @@
 """preserved_attributes: what a graph keeps of the user's model beside forward, and what the kept code needs.
 
 Python code is read for the names in it, which can err in one direction only: it keeps too much. Code that takes names
-from elsewhere (getattr, self.modules()) keeps everything. What is missing all the same is an error when it is asked
-for, and naming it is the cure.
+from elsewhere (getattr, self.modules()) keeps everything. Reading what is still missing is an error, which says to name
+it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BY_ANY_NAME = {
     *("getattr", "hasattr", "setattr", "vars", "__dict__", "children", "modules", "named_children", "named_modules"),
     *("get_submodule", "get_parameter", "get_buffer", *_PLACES),
 }
-"""Names of what finds an attribute by a name that need not stand in the code."""
+"""Functions that find an attribute by a name that need not be in the code."""
 
 _SETTERS = {"setattr", "__setattr__", "__dict__", "vars"}
 _NOT_FOLLOWED = {"forward", "__init__", "__class__", "__call__"}
@@ -38,10 +38,10 @@ _NOT_FOLLOWED = {"forward", "__init__", "__class__", "__call__"}
 class Preserved:
     """What a graph keeps of a model beside forward.
 
-    names: what the user named. owner: the user's class, whose methods and properties run on, None if none is kept.
-    bound: the names of those. kept: the names of the instance's attributes, tensors and modules that come along.
-    sets: the names that kept code sets, on any module; sets_any: whether it may set any (setattr).
-    writes: the names in those of its functions that write in place (`.copy_()`), into whatever tensor.
+    names: what the user named. owner: the user's class, whose methods and properties keep running, None if none is
+    kept. bound: the names of those. kept: the names of the instance's attributes, tensors and modules that come along.
+    sets: the names that kept code sets, on any module; sets_any: whether it may set any (setattr). writes: the names in
+    those of its functions that write in place (`.copy_()`), into whatever tensor.
     """
 
     names: tuple[str, ...] = ()
@@ -68,14 +68,14 @@ class Preserved:
 
 
 NOTHING_PRESERVED = Preserved()
-"""What a graph keeps that was asked for nothing."""
+"""What a graph keeps by default: nothing."""
 
 
 def preserve(model: nn.Module, names: Sequence[str], before: Preserved = NOTHING_PRESERVED) -> Preserved:
     """Return what a model's graph keeps for these names: attributes, methods, properties, and what their code needs.
 
     before: what the model, a graph itself, keeps already of the user's; that stays.
-    Raises AttributeNameError for a name that the model does not have, or that a graph has a meaning of its own for.
+    Raises AttributeNameError for a name that the model does not have, or that a graph uses itself.
     """
     if isinstance(names, str):
         raise AttributeNameError(f"preserved_attributes takes a tuple of names: ({names!r},)")
@@ -96,7 +96,7 @@ def preserve(model: nn.Module, names: Sequence[str], before: Preserved = NOTHING
 
 
 def with_reached(preserved: Preserved, root: nn.Module, whole: Iterable[str]) -> Preserved:
-    """Return what a graph keeps once the modules are counted in that code which is not traced may call past the tree.
+    """Return what a graph keeps, with the modules that untraced code may call outside its own tree.
 
     whole: the paths of the modules that the graph calls as they are. What they reach of the root's by a plain list, a
     closure or a weak reference stands with its name in the root, or with that of the module around it.
@@ -113,7 +113,7 @@ def with_reached(preserved: Preserved, root: nn.Module, whole: Iterable[str]) ->
 
 
 class Keep(NamedTuple):
-    """What a trace has to take care of. preserved: what the graph keeps beside forward. live: the attributes that it
+    """What a trace must preserve. preserved: what the graph keeps beside forward. live: the attributes that it
     reads at each call; None: as many of those that may be set as do not steer forward. written: the parameters that
     forward writes into, of which the graph gets copies.
     """
@@ -200,7 +200,7 @@ class _Closure:
                 self.follow(_content(cell))
 
     def follow_modules(self, name: str) -> None:
-        """Keep what a kept module that is no module by itself, a functools.partial say, mentions."""
+        """Keep what a kept attribute that wraps a module (a functools.partial, say) mentions."""
         held = vars(self.model).get(name)
         self.follow(held.func if isinstance(held, functools.partial) else held)
         tops = {id(part): top for top, child in self.model.named_children() for part in child.modules()}
@@ -209,7 +209,7 @@ class _Closure:
 
 
 def _functions(thing: Any) -> Iterator[types.FunctionType]:
-    """Yield the Python functions that a method, property or descriptor of Python's runs."""
+    """Yield the Python functions that a method, property or one of Python's descriptors runs."""
     parts: Iterable[Any] = (thing,)
     if isinstance(thing, property):
         parts = (thing.fget, thing.fset, thing.fdel)

@@ -24,7 +24,7 @@ _TRAINING = {
     _ATEN._native_batch_norm_legit.default: "training",
     _ATEN._native_batch_norm_legit_functional.default: "training",
 }
-"""The operands by which operators are told that they run in training."""
+"""The arguments that say whether an operator runs in training."""
 
 
 def is_exported(model: Any) -> bool:

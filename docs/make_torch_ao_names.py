@@ -26,7 +26,7 @@ _MODULES = """
 | `torch.ao.nn.intrinsic.quantized.dynamic.LinearReLU` | `fxquant.nn.DynamicQuantizedLinearReLU` |
 | `prepare_custom_config` (preserved attributes) | `preserved_attributes=(…)`, also for methods and properties |
 | `inplace`, `_equalization_config`, `is_reference`, … | not supported: an `ArgumentError` says what to do instead |
-| `backend_config` | `operators=(*OPERATORS, MY_ROW)`: [adding an operator](adding_an_operator.md) |
+| `backend_config` | `operators=(*OPERATORS, MY_OPERATOR)`: [adding an operator](adding_an_operator.md) |
 | an extra mapping entry for `nn.Embedding` beside the global one | not needed: `default_dynamic_qconfig` makes it int8 |
 | `torch.backends.quantized.engine` | not needed: kernels are chosen for the machine |
 | `torch.jit.script(quantized)` | not supported: TorchScript is deprecated, see [questions](questions.md) |

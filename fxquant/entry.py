@@ -14,7 +14,7 @@ from fxquant.errors import ArgumentError, each_warning_once
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_TABLE = "rows of your own go beside ours, operators=(*OPERATORS, MY_ROW)"
+_TABLE = "add your own operators to ours, operators=(*OPERATORS, MY_OPERATOR)"
 _KEPT = "name the attributes that shall stay reachable in prepare_fx(..., preserved_attributes=(...)); leave modules float with a qconfig of None"  # noqa: E501
 _DONE = "leave it out"
 

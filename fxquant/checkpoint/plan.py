@@ -24,7 +24,7 @@ from fxquant.graph.fingerprint.architecture import Architecture
 from fxquant.graph.plain import plain_site, plain_skipped, plain_unfused, read_site, read_skipped, read_unfused
 from fxquant.graph.preserve.preserve import preserve
 from fxquant.graph.record import Coverage, Fusion, Record
-from fxquant.operators import Operator, find_row
+from fxquant.operators import Operator, find_operator
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import ObjectType, QConfigMapping, type_name
 
@@ -92,10 +92,10 @@ def read_record(
     """Return the record that a plan's JSON describes."""
     sites = tuple(map(read_site, plan["sites"]))
     for site in sites:
-        if find_row(operators, site.operator) is None:
+        if find_operator(operators, site.operator) is None:
             raise CheckpointError(
                 f"{path}: {site.path!r} needs the operator {site.operator!r}, which is not in the table; "
-                "pass load(..., operators=(*OPERATORS, YOUR_ROW))"
+                "pass load(..., operators=(*OPERATORS, YOUR_OPERATOR))"
             )
     return Record(
         stage="quantized",

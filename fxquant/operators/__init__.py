@@ -1,4 +1,4 @@
-"""The operator table: one row a family. A user's own rows go beside them: `operators=(*OPERATORS, MY_ROW)`."""
+"""The operator table: an operator for each family of layers. Add your own: `operators=(*OPERATORS, MY_OPERATOR)`."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ OPERATORS: tuple[Operator, ...] = (
     TRANSPOSED_LINEAR,
     CONVOLUTION,
 )
-"""The operator table: a row a family of layers. Yours go beside ours: `operators=(*OPERATORS, MY_ROW)`."""
+"""The operator table, an `Operator` for each family of layers. Add your own: `operators=(*OPERATORS, MY_OPERATOR)`."""
 
 
-def find_module_row(operators: Sequence[Operator], kind: type[nn.Module]) -> Operator | None:
-    """Return the row whose modules hold this exact type; of several the last, so that a user's row overrides ours."""
-    names = (kind, f"{kind.__module__}.{kind.__qualname__}")
-    return next((row for row in reversed(operators) if any(name in row.modules for name in names)), None)
+def find_module_operator(operators: Sequence[Operator], module_type: type[nn.Module]) -> Operator | None:
+    """Return the last operator whose modules hold this exact type: a user's overrides ours."""
+    names = (module_type, f"{module_type.__module__}.{module_type.__qualname__}")
+    return next((operator for operator in reversed(operators) if any(name in operator.modules for name in names)), None)
 
 
-def find_function_row(operators: Sequence[Operator], function: Callable[..., Any] | str) -> Operator | None:
-    """Return the row that holds this function, or method by its name; of several the last."""
-    return next((row for row in reversed(operators) if function in row.functions), None)
+def find_function_operator(operators: Sequence[Operator], function: Callable[..., Any] | str) -> Operator | None:
+    """Return the last operator that holds this function, or method by its name."""
+    return next((operator for operator in reversed(operators) if function in operator.functions), None)
 
 
-def find_row(operators: Sequence[Operator], name: str) -> Operator | None:
-    """Return the row of this name; of several the last."""
-    return next((row for row in reversed(operators) if row.name == name), None)
+def find_operator(operators: Sequence[Operator], name: str) -> Operator | None:
+    """Return the last operator of this name."""
+    return next((operator for operator in reversed(operators) if operator.name == name), None)
 
 
 __all__ = [
@@ -56,7 +56,7 @@ __all__ = [
     "NewCall",
     "Operator",
     "Scheme",
-    "find_function_row",
-    "find_module_row",
-    "find_row",
+    "find_function_operator",
+    "find_module_operator",
+    "find_operator",
 ]

@@ -1,4 +1,4 @@
-"""What a row of the operator table is."""
+"""What an operator of the table is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANY = "any"
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """One kind of qconfig that an operator accepts.
+    """One sort of qconfig that an operator accepts.
 
     weight: the weights' dtype; symmetric: whether they have no zero point; activation: the input's dtype, or ANY where
     the operator has no activation to quantize, so that only the qconfig's weight half applies.
@@ -31,7 +31,7 @@ class Scheme:
     activation: str = ANY
 
     def accepts(self, qconfig: QConfig) -> bool:
-        """Return whether a qconfig is of this kind."""
+        """Return whether a qconfig is of this sort."""
         weight, activation = qconfig.weight, qconfig.activation
         if weight.dtype != self.weight or weight.symmetric != self.symmetric:
             return False
@@ -67,7 +67,7 @@ PRODUCTS = tuple(product_scheme(row) for row in FORMATS if row.activation is not
 """The schemes of an operator whose kernels multiply with all formats."""
 
 TABLES = tuple(table_scheme(row) for row in FORMATS if row.is_table)
-"""The schemes of an operator that looks rows up."""
+"""The schemes of an operator that looks up rows."""
 
 INT8_DYNAMIC, INT8_ROWS = product_scheme(INT8), table_scheme(INT8)
 
@@ -93,17 +93,17 @@ class NewCall(NamedTuple):
 
 
 def no_modules(module: nn.Module, qconfig: QConfig, quantize: Quantize) -> nn.Module:
-    """Stand in for convert_module in a row that has no modules."""
+    """Stand in for convert_module in an operator without modules."""
     raise NotImplementedError(f"{type(module)} has no module form")
 
 
 def no_functions(call: Call) -> NewCall:
-    """Stand in for convert_function in a row that has no functions."""
+    """Stand in for convert_function in an operator without functions."""
     raise NotImplementedError(f"{call.function} has no functional form")
 
 
 def never_transposed(_: dict[str, Any]) -> bool:
-    """Stand for a row whose calls take their weights as (O, I)."""
+    """Stand in for is_transposed in an operator whose calls take their weights as (O, I)."""
     return False
 
 
@@ -114,24 +114,24 @@ def sole_weight(module: nn.Module) -> tuple[str, ...]:
 
 
 def never_refuse(_: Any) -> None:
-    """Stand in for a check in a row that takes every module or call of its kinds."""
+    """Stand in for a check in an operator that takes all its modules or calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """A row of the table: one family of float modules and calls, and how each becomes quantized.
+    """An operator of the table: one family of float modules and calls, and how each becomes quantized.
 
     name, summary: for reports and docs/operators.md. modules: float types, the fused ones too, with the subclasses that
-    inherit their forward; a type of a package that need not be installed by its name, "package.module.Type".
-    functions: float functions, and methods of tensors by name. operands: the functions' operand names in their order.
-    weights: which operands are constant weights. may_lack_weight: whether a call without a constant there is no
+    inherit their forward; a type of a package that need not be installed by its name, "package.module.Type". functions:
+    float functions, and methods of tensors by name. operands: the functions' operand names in their order. weights:
+    which operands are constant weights. may_lack_weight: whether a call may have no constant there, and then is not a
     candidate. is_transposed: whether a call, by its operands, takes its weight as (I, O); everything else sees it as
     (O, I). has_rows: whether the last dimension of a module's input and output holds its features. schemes: the
     qconfigs it accepts. refuse_module, refuse_call: return why one module, or one call by its operands (with
-    TensorMetadata of the example's shapes for tensors), must stay float, or None.
-    convert_module(module, qconfig, quantize), convert_function(call): see `Call`; rows never edit graphs.
-    parts: return the names of those weights of a module that may each have a scheme of its own; by default the sole
-    one. Where there are several, convert_module gives each `quantize(weight, qconfig.of(name))`.
+    TensorMetadata of the example's shapes for tensors), must stay float, or None. convert_module(module, qconfig,
+    quantize), convert_function(call): see `Call`; operators never edit graphs. parts: return the names of those weights
+    of a module that may each have a scheme of its own; by default the only one. Where there are several, convert_module
+    gives each `quantize(weight, qconfig.of(name))`.
     """
 
     name: str
@@ -151,7 +151,7 @@ class Operator:
     parts: Callable[[Any], tuple[str, ...]] = sole_weight
 
     def accepts(self, qconfig: QConfig) -> bool:
-        """Return whether one of the row's schemes takes the qconfig."""
+        """Return whether one of the operator's schemes takes the qconfig."""
         return any(scheme.accepts(qconfig) for scheme in self.schemes)
 
 
@@ -164,7 +164,7 @@ def refuse_weight(weight: torch.Tensor, sums: bool = True, name: str = "weight")
         return f"its {name} is {weight.dtype}, not floating point"
     if sums and weight.shape[-1] > MAX_COLUMNS:
         return f"its {name} has {weight.shape[-1]} columns; int32 sums are exact up to {MAX_COLUMNS}"
-    # The two ends tell of all: aminmax hands NaN on, and takes no memory, as torch.isfinite of the whole would.
+    # The two ends are enough: aminmax propagates NaN, and takes no memory, unlike torch.isfinite of the whole.
     if weight.numel() and weight.device.type != "meta" and not all(map(torch.isfinite, weight.detach().aminmax())):
         return f"its {name} holds NaN or infinity"
     return None

@@ -28,7 +28,7 @@ from fxquant.graph.record import keep_record, record_of
 from fxquant.graph.trace.trace import Traced, trace
 from fxquant.graph.trace.tracer import SCOPE
 from fxquant.graph.trace.verify import tensors_meta
-from fxquant.operators import OPERATORS, find_function_row
+from fxquant.operators import OPERATORS, find_function_operator
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 from fxquant.torch_ao.state import Contents, Packed, Weight, architecture_of, unpack
 
@@ -138,7 +138,7 @@ def _as_graph(architecture: nn.Module, contents: Contents) -> nn.Module:
 
 def _place_calls(traced: Traced, contents: Contents) -> None:
     """Give each packed weight to its F.linear call: torch.ao numbers them in a module's scope, in the graph's order."""
-    operator = find_function_row(OPERATORS, torch.nn.functional.linear)
+    operator = find_function_operator(OPERATORS, torch.nn.functional.linear)
     assert operator is not None
     known, numbers, indices = set(contents.floats), collections.Counter[str](), collections.Counter[str]()
     for node in traced.module.graph.nodes:

@@ -161,7 +161,7 @@ _GROUPS = {
         "DTypeConfig",
         "DTypeWithConstraints",
     ),
-    "the operator table takes its place: fxquant.OPERATORS, and prepare_fx(…, operators=(*OPERATORS, MY_ROW))": (
+    "the operator table takes its place: fxquant.OPERATORS, and prepare_fx(…, operators=(*OPERATORS, MY_OPERATOR))": (
         "BackendConfig",
         "BackendPatternConfig",
         "DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS",

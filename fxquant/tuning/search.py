@@ -26,7 +26,7 @@ from fxquant.debug.measure.sites import Forms
 from fxquant.debug.measure.trial import Trial
 from fxquant.debug.report.table import site_name
 from fxquant.errors import QConfigError
-from fxquant.operators import find_row
+from fxquant.operators import find_operator
 from fxquant.qconfig import QConfig
 from fxquant.tuning.ladder import Ladder, Mixture, Option, Place, Unit, best_mixtures, ladder_of, places_of, tie
 
@@ -87,7 +87,7 @@ class Search:
     def _ladders(self, i: int, schemes: Sequence[str]) -> Iterator[tuple[Place, Ladder]]:
         """Yield a site's places and their ladders, or raise QConfigError for one that takes none of the schemes."""
         site = self.sites[i]
-        operator = find_row(self.trial.record.operators, site.operator)
+        operator = find_operator(self.trial.record.operators, site.operator)
         assert operator is not None, site.operator
         for place in [Place(i)] if self.is_fast else places_of(i, operator, self.trial.float_site(i)):
             ladder = ladder_of(site, operator, schemes, place.weight)

@@ -15,7 +15,7 @@ from fxquant import (
 )
 from fxquant.formats import INT16, UINT8
 from fxquant.numerics import MAX_COLUMNS
-from fxquant.operators import OPERATORS, find_function_row, find_module_row, find_row
+from fxquant.operators import OPERATORS, find_function_operator, find_module_operator, find_operator
 from fxquant.operators.base import (
     INT8_DYNAMIC,
     INT8_ROWS,
@@ -65,16 +65,16 @@ def test_a_later_row_overrides_an_earlier_one():
 
     mine = dataclasses.replace(OPERATORS[0], summary="mine")
     table = (*OPERATORS, mine)
-    assert find_module_row(table, nn.Linear) is mine
-    assert find_function_row(table, torch.nn.functional.linear) is mine
-    assert find_row(table, "linear") is mine
+    assert find_module_operator(table, nn.Linear) is mine
+    assert find_function_operator(table, torch.nn.functional.linear) is mine
+    assert find_operator(table, "linear") is mine
 
 
 def test_rows_know_exact_types_only():
     class MyLinear(nn.Linear):
         pass
 
-    assert find_module_row(OPERATORS, MyLinear) is None
+    assert find_module_operator(OPERATORS, MyLinear) is None
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from fxquant.nn import QuantizedModule
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.numerics import QuantizedTensor
 from fxquant.observers import Observer
-from fxquant.operators import Call, Operator, find_row
+from fxquant.operators import Call, Operator, find_operator
 from fxquant.qconfig import QConfig
 
 
@@ -73,7 +73,7 @@ class WeightCache:
                     parent._modules[name] = forms[id(child)]
 
     def settle(self, root: nn.Module) -> None:
-        """Turn stale references to a converted module into its replacement, or the module itself if they cannot change."""
+        """Turn stale references to a converted module into its replacement, or itself if they cannot change."""
         standing = set(map(id, root.modules()))
         swapped = {id(old): new for old, new, _ in self._modules.values() if id(old) not in standing}
         repoint(root.modules(), swapped)  # first, as a weak reference alone does not keep the float module
@@ -151,7 +151,7 @@ def _keep_swapped_called(root: nn.Module) -> None:
 
 
 def _operator(operators: tuple[Operator, ...], site: Site) -> Operator:
-    operator = find_row(operators, site.operator)
+    operator = find_operator(operators, site.operator)
     if operator is None:
         raise AssertionError(f"the plan names operator {site.operator!r}, which is not in the table")
     return operator

@@ -18,7 +18,7 @@ from fxquant.graph.trace.trace import Traced
 from fxquant.graph.trace.tracer import SCOPE
 from fxquant.graph.why import Reason, Why, because
 from fxquant.nn.fused import SPELT
-from fxquant.operators import Operator, find_function_row
+from fxquant.operators import Operator, find_function_operator
 from fxquant.qconfig_mapping import Rule
 
 
@@ -32,11 +32,11 @@ class CallWalk:
 
     def visit(self, node: fx.Node) -> None:
         """Decide for a call."""
-        row = find_function_row(self._operators, node.target)
-        target = find_target(row, node) if row is not None else None
+        operator = find_function_operator(self._operators, node.target)
+        target = find_target(operator, node) if operator is not None else None
         is_alone = target is not None and [*self._matrices(node)] == [target.weight.target]
-        if row is None or (row.may_lack_weight and not is_alone):
-            self._visit_other(node, row)
+        if operator is None or (operator.may_lack_weight and not is_alone):
+            self._visit_other(node, operator)
             return
         function, scope = SPELT.get(node.target, node.target), node.meta.get(SCOPE, "")
         path = "" if target is None else str(target.weight.target)
@@ -49,29 +49,29 @@ class CallWalk:
             return
         tensor = edit.get_tensor(self._traced.module, path)
         assert tensor is not None, f"{path} was traced but is not in the graph module"
-        reason = self._refuse(row, rule, target, tensor)
-        candidate = Candidate(path, call_name(function), row, (tensor,), example_shape(node), node.name)
+        reason = self._refuse(operator, rule, target, tensor)
+        candidate = Candidate(path, call_name(function), operator, (tensor,), example_shape(node), node.name)
         if self._decisions.decide(candidate, rule, reason):
             self.targets[len(self._decisions.sites) - 1] = target
 
-    def _refuse(self, row: Operator, rule: Rule, target: Target, tensor: torch.Tensor) -> Reason | None:
-        """Return why a call of a row stays float, or None."""
-        reason = refuse_call(row, target, tensor) if rule.qconfig is not None else None
+    def _refuse(self, operator: Operator, rule: Rule, target: Target, tensor: torch.Tensor) -> Reason | None:
+        """Return why a call with an operator stays float, or None."""
+        reason = refuse_call(operator, target, tensor) if rule.qconfig is not None else None
         if reason is None and storage_of(tensor) in self._changed:
             return because(Why.WRITTEN)
         if reason is None and self._traced.keep.preserved.may_write(str(target.weight.target)):
             return because(Why.PRESERVED_WRITES)
         return reason
 
-    def _visit_other(self, node: fx.Node, row: Operator | None) -> None:
-        """Report a call that reads a weight where no row takes it: what it computes with stays float."""
+    def _visit_other(self, node: fx.Node, operator: Operator | None) -> None:
+        """Report a call that reads a weight and that no operator covers: the weight stays float."""
         is_matrix = is_transposition(node) is not None or is_cast(node)
         if is_matrix and all(user.op in ("call_function", "call_method") for user in node.users):
-            return  # which is reported itself
+            return  # the calls that use it are reported
         scope = node.meta.get(SCOPE, "")
-        reason = why_no_form(node.target) if row is None else because(Why.NOT_ALONE, row.weights[0])
+        reason = why_no_form(node.target) if operator is None else because(Why.NOT_ALONE, operator.weights[0])
         for path, tensor in self._matrices(node).items():
-            if isinstance(tensor, nn.Parameter) or row is not None:
+            if isinstance(tensor, nn.Parameter) or operator is not None:
                 rule = self._rules.find(scope, scope, node.target)[""]
                 candidate = Candidate(path, call_name(node.target), None, (tensor,), call=node.name)
                 self._decisions.decide(candidate, rule, reason)

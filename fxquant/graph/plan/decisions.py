@@ -20,13 +20,13 @@ from fxquant.qconfig_mapping import Entry, Rule, opt_out
 class Candidate:
     """A module or call that holds a weight of two or more dimensions, or one weight of a module.
 
-    kind: its type as reports name it. row: its operator, None where it has none. tensors: all that it holds. shape,
+    kind: its type as reports name it. operator: None where it has none. tensors: all that it holds. shape,
     call: as a Site has them.
     """
 
     path: str
     kind: str
-    row: Operator | None
+    operator: Operator | None
     tensors: tuple[torch.Tensor, ...]
     shape: tuple[int, ...] = ()
     call: str | None = None
@@ -52,12 +52,12 @@ class Decisions:
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
-        """What stays float, saying which site has its weight too, quantized: the model then keeps both."""
-        told = []
+        """What stays float, with the site that quantizes its weight too, if any: the model then keeps both."""
+        result = []
         for skipped, weights in self._skipped:
             tied = next((weight.sites[0] for weight in weights if weight.sites), "")
-            told.append(replace(skipped, tied="" if skipped.why.why is Why.ASKED else tied))
-        return tuple(told)
+            result.append(replace(skipped, tied="" if skipped.why.why is Why.ASKED else tied))
+        return tuple(result)
 
     @property
     def coverage(self) -> Coverage:
@@ -70,10 +70,10 @@ class Decisions:
         self, candidate: Candidate, rule: Rule, reason: Reason | None = None, part_entries: tuple[Entry, ...] = ()
     ) -> bool:
         """Record a Site and return True, or record why there is none. reason: why it stays float under any rule."""
-        row, tensors = candidate.row, candidate.tensors
+        operator, tensors = candidate.operator, candidate.tensors
         if reason is None and any(edit.identity(tensor)[0] in self._written for tensor in tensors):
             reason = because(Why.WRITTEN)
-        reason = refusal(candidate.path, candidate.kind, row, rule, reason)
+        reason = refusal(candidate.path, candidate.kind, operator, rule, reason)
         common: dict[str, Any] = {
             "path": candidate.path,
             "kind": candidate.kind,
@@ -90,10 +90,12 @@ class Decisions:
             return False
         for weight in weights:
             weight.sites.append(candidate.path)
-        assert row is not None, candidate.path
+        assert operator is not None, candidate.path
         assert rule.qconfig is not None, candidate.path
         self.sites.append(
-            Site(**common, operator=row.name, qconfig=rule.qconfig, shape=candidate.shape, part_entries=part_entries)
+            Site(
+                **common, operator=operator.name, qconfig=rule.qconfig, shape=candidate.shape, part_entries=part_entries
+            )
         )
         return True
 
@@ -106,12 +108,12 @@ class Decisions:
         """
         taken: dict[str, Rule | None] = dict(rules)
         rest = dict(tensors)
-        for name, own in rules.items():
+        for name, part_rule in rules.items():
             path = f"{candidate.path}.{name}" if candidate.path else name
-            reason = refusal(path, candidate.kind, candidate.row, own)
+            reason = refusal(path, candidate.kind, candidate.operator, part_rule)
             if reason is not None:
                 weight = Candidate(path, candidate.kind, None, (rest.pop(name),))
-                self.decide(weight, own._replace(opt_out=opt_out(path)), reason)
+                self.decide(weight, part_rule._replace(opt_out=opt_out(path)), reason)
                 taken[name] = None
         if any(taken.values()):
             main, others = join(candidate.path, candidate.kind, rule, taken)

@@ -20,21 +20,21 @@ from fxquant.graph.trace.leaves import base_of, redefined
 from fxquant.graph.why import Reason, Why, because
 from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES
-from fxquant.operators import Operator, find_module_row
+from fxquant.operators import Operator, find_module_operator
 from fxquant.qconfig_mapping import type_name
 
 _NO_CONTAINERS = vars(nn.Module()).keys()
 
 
 class _Type(NamedTuple):
-    """What a module is. kind: its type; base: the table's type that it is or derives from; row: what quantizes it.
+    """What a module is. base: the table's type that it is or derives from; operator: what quantizes it.
 
-    Types that stand for a fused chain count as what they were.
+    The type of a fused chain counts as the layer's.
     """
 
-    kind: type[nn.Module]
+    module_type: type[nn.Module]
     base: type[nn.Module] | None
-    row: Operator | None
+    operator: Operator | None
 
 
 class ModuleWalk:
@@ -54,7 +54,7 @@ class ModuleWalk:
         self._held = dict(_held_forwards(root))
         self._called: dict[str, nn.Module] = {}  # what the graph calls, by path
         self._entered: set[int] = set()  # the containers that were visited, which may stand at several paths
-        self._done: set[int] = set()  # what preserved code need not be visited for
+        self._done: set[int] = set()  # modules that preserved code need not be visited for
         self._is_kept = False  # whether what is visited is there for preserved code, beside the graph
 
     def visit_call(self, node: fx.Node) -> None:
@@ -84,45 +84,47 @@ class ModuleWalk:
         if self._is_kept:
             self._done.add(id(module))  # and is swapped wherever it stands
         what = self._type(module)
-        if what.row is not None or any(weight.dim() > 1 for weight in module.parameters(recurse=False)):
+        if what.operator is not None or any(weight.dim() > 1 for weight in module.parameters(recurse=False)):
             self._decide(path, module, what, inside, shape)
-        if what.row is None and id(module) not in self._entered:
+        if what.operator is None and id(module) not in self._entered:
             self._entered.add(id(module))  # what it holds is decided once, and swapped once
             self._visit_strays(path, module)
             self._visit_children(path, module, what, inside)
 
     def _type(self, module: nn.Module) -> _Type:
         base = base_of(module, self._operators) or (nn.Linear if is_linear(module, self._operators) else None)
-        row = None if base is None or redefined(type(module), base) else find_module_row(self._operators, base)
-        return _Type(FLOAT_TYPES.get(type(module), type(module)), base, row)
+        is_inherited = base is not None and not redefined(type(module), base)
+        operator = find_module_operator(self._operators, base) if base is not None and is_inherited else None
+        return _Type(FLOAT_TYPES.get(type(module), type(module)), base, operator)
 
     def _decide(self, path: str, module: nn.Module, what: _Type, inside: Reason | None, shape: tuple[int, ...]) -> None:
         """Decide for a module by itself, whose weights may have rules of their own."""
-        kind, base, row = what
-        own = [name for name, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
-        weights = {_join(path, name): name for name in (own if row is None else row.parts(module))}
+        module_type, base, operator = what
+        matrices = [name for name, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
+        weights = {_join(path, name): name for name in (matrices if operator is None else operator.parts(module))}
         known = None if base is None else FLOAT_TYPES.get(base, base)
-        is_whole = row is not None or not any(True for _ in module.children())
-        found = self._rules.find(path, path.rpartition(".")[0], kind, known, is_whole, weights)
-        rules = {name: found[weight] for weight, name in weights.items()}
-        rule = main_rule(found[""], rules.values())
+        is_whole = operator is not None or not any(True for _ in module.children())
+        by_weight = self._rules.find(path, path.rpartition(".")[0], module_type, known, is_whole, weights)
+        rules = {name: by_weight[weight] for weight, name in weights.items()}
+        rule = main_rule(by_weight[""], rules.values())
         reason = inside or why_hidden(module) or self._held.get(id(module)) or self._refuse(path, module, what)
-        tensors = tuple(module.parameters(recurse=row is not None))  # a module inside counts itself
-        candidate = Candidate(path, type_name(kind), row, tensors, shape if row is None or row.has_rows else ())
-        if row is not None and reason is None and len(set(rules.values())) > 1:
+        tensors = tuple(module.parameters(recurse=operator is not None))  # a module inside counts itself
+        shape = shape if operator is None or operator.has_rows else ()
+        candidate = Candidate(path, type_name(module_type), operator, tensors, shape)
+        if operator is not None and reason is None and len(set(rules.values())) > 1:
             tied = dict(module.named_parameters(remove_duplicate=False))
             self._decisions.decide_weights(candidate, rule, rules, tied)
         else:
             self._decisions.decide(candidate, rule, reason)
-        if row is not None:
+        if operator is not None:
             self._rules.check_parts(path, module, rule, rules)
 
     def _refuse(self, path: str, module: nn.Module, what: _Type) -> Reason | None:
         """Return why a module stays float under any rule, or None."""
-        if what.row is None:
+        if what.operator is None:
             is_unknown = self._is_kept and what.base is None
-            return because(Why.USED_BESIDE) if is_unknown else why_unknown(what.kind, self._operators)
-        reason = refuse_module(what.row, module)
+            return because(Why.USED_BESIDE) if is_unknown else why_unknown(what.module_type, self._operators)
+        reason = refuse_module(what.operator, module)
         if reason is None and any(self._preserved.may_write(_join(path, n)) for n, _ in module.named_parameters()):
             return because(Why.PRESERVED_WRITES)
         return reason
@@ -130,13 +132,13 @@ class ModuleWalk:
     def _visit_children(self, path: str, module: nn.Module, what: _Type, inside: Reason | None) -> None:
         shut = inside or why_hidden(module)
         if shut is None and not calls_children(module):
-            shut = because(Why.READ_BY_PARENT, type_name(what.kind))
+            shut = because(Why.READ_BY_PARENT, type_name(what.module_type))
         for name, child in module._modules.items():  # named_children skips the second name of a module
             if child is not None:
                 self.visit(_join(path, name), child, shut)
 
     def _visit_strays(self, path: str, module: nn.Module) -> None:
-        """Report the modules that a module has in a plain list, tuple or dict: they are no part of the model's tree."""
+        """Report the modules that a module has in a plain list, tuple or dict: they are outside the model's tree."""
         for name, held in vars(module).items():
             is_container = isinstance(held, (list, tuple, dict)) and name not in _NO_CONTAINERS
             for number, stray in enumerate(self._outside(pytree.tree_leaves(held) if is_container else [])):
@@ -154,7 +156,9 @@ class ModuleWalk:
 
 
 def _held_forwards(root: nn.Module) -> Iterator[tuple[int, Reason]]:
-    """Yield each module whose own forward an attribute holds, which would run on with quantized weights, and say so."""
+    """Yield each module whose forward is held by an attribute, and the reason: that forward would run with quantized
+    weights.
+    """
     for module in root.modules():
         for name, held in vars(module).items():
             for value in pytree.tree_leaves(held):

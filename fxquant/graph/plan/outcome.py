@@ -1,6 +1,6 @@
-"""What a plan came to: mapping entries that quantize nothing are told, and a model in which nothing is quantized.
+"""Warnings about a plan: mapping entries that quantize nothing, and a model in which nothing is quantized.
 
-A strict plan leaves nothing float that the mapping does not ask to.
+A strict plan is an error if anything stays float that the mapping does not leave float.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
         _refuse_unasked(model, record)
     decided: list[Site | Skipped] = [*record.sites, *skipped]
     used = {entry for site in record.sites for entry in (site.entry, *site.part_entries)}
-    entries = list(_asking(mapping, known.kinds | set(functions)))
+    entries = list(_asking(mapping, known.types | set(functions)))
     if not used:
         if entries or mapping.global_qconfig is not None:
             reasons = list(dict.fromkeys(f"{part.path or model} ({part.kind}): {part.reason}" for part in skipped))
@@ -36,8 +36,8 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
         return
     for entry in entries:
         if entry not in used:
-            own = [part for part in skipped if part.entry == entry]
-            reasons = [f"{part.path or model} ({part.kind}) stays float: {part.reason}" for part in own]
+            parts = [part for part in skipped if part.entry == entry]
+            reasons = [f"{part.path or model} ({part.kind}) stays float: {part.reason}" for part in parts]
             if reasons or not any(_covers(entry, part, known) for part in decided):
                 why = reasons[0] if reasons else "nothing there has a weight that can be quantized"
                 warn(f"the mapping's {entry} quantizes nothing: {why}; in all, {record.outcome}")
@@ -47,15 +47,15 @@ def _refuse_unasked(model: str, record: Record) -> None:
     """Raise QConfigError for the candidates that stay float unasked."""
     unasked = [part for part in record.skipped if part.why.why is not Why.ASKED]
     if unasked:
-        told = "".join(f"\n  {part.path or model} ({part.kind}): {part.reason}; {part.opt_out}" for part in unasked)
+        lines = "".join(f"\n  {part.path or model} ({part.kind}): {part.reason}; {part.opt_out}" for part in unasked)
         raise QConfigError(
             f"strict: {len(unasked)} of {model}'s candidates would stay float, which the mapping does not ask for "
-            f"({record.outcome}). Give it a qconfig that it takes, or accept it as float by its line's entry:{told}"
+            f"({record.outcome}). Give it a qconfig that it takes, or accept it as float by its line's entry:{lines}"
         )
 
 
 def _covers(entry: Entry, part: Site | Skipped, known: Names) -> bool:
-    """Return whether an entry speaks of a candidate or of a weight of it."""
+    """Return whether an entry matches a candidate or one of its weights."""
     if entry.setter is Setter.OBJECT_TYPE:
         return entry.key == (part.kind,)
     if entry.setter not in (Setter.MODULE_NAME, Setter.MODULE_NAME_REGEX):
@@ -75,9 +75,9 @@ def _asking(mapping: QConfigMapping, present: set[Any] | frozenset[Any]) -> Iter
     for pattern, qconfig in mapping.module_name_regex_qconfigs.items():
         if qconfig is not None:
             yield Entry(Setter.MODULE_NAME_REGEX, (pattern,))
-    for kind, qconfig in mapping.object_type_qconfigs.items():
-        if qconfig is not None and kind in present:
-            yield Entry(Setter.OBJECT_TYPE, (type_name(kind),))
+    for object_type, qconfig in mapping.object_type_qconfigs.items():
+        if qconfig is not None and object_type in present:
+            yield Entry(Setter.OBJECT_TYPE, (type_name(object_type),))
     for key, qconfig in mapping.module_name_object_type_order_qconfigs.items():
         if qconfig is not None:
             yield order_entry(*key)

@@ -1,7 +1,7 @@
 """Third pass: the mapping and the operator table decide, once, what each candidate becomes and why.
 
 A candidate is a module or call that holds a weight of two or more dimensions. Each becomes a Site, or is skipped with a
-reason. Nothing is changed here, and nothing later decides again.
+reason. The plan changes nothing, and no later pass decides again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fxquant.graph.plan.targets import Target, find_target
 from fxquant.graph.preserve.preserve import NOTHING_PRESERVED
 from fxquant.graph.record import NOTHING, Coverage, Record, Site, Skipped
 from fxquant.graph.trace.trace import Traced, names_of
-from fxquant.operators import Operator, find_row
+from fxquant.operators import Operator, find_operator
 from fxquant.qconfig_mapping import QConfigMapping
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided by a mapping and a table. targets: where the calls' weights are, by their sites' numbers."""
+    """The decisions of a mapping and a table. targets: where the calls' weights are, by their sites' numbers."""
 
     mapping: QConfigMapping
     operators: tuple[Operator, ...]
@@ -37,7 +37,9 @@ class Plan:
     targets: Mapping[int, Target] = field(default_factory=dict)
 
     def record(self, model: nn.Module, traced: Traced | None = None, **more: Any) -> Record:
-        """Return what a model that is prepared so remembers. model: the float one; traced: its graph, if it has one."""
+        """Return the record of a model that is prepared by this plan. model: the float one; traced: its graph, if it
+        has one.
+        """
         of_graph = {} if traced is None else {**traced.kept, "constants": traced.constants, "untraced": traced.untraced}
         return Record(
             stage="prepared",
@@ -93,8 +95,8 @@ def replay(module: fx.GraphModule, sites: Sequence[Site], operators: Sequence[Op
         if site.call is None:
             module.get_submodule(site.path)
             continue
-        row, node = find_row(operators, site.operator), nodes.get(site.call)
-        target = find_target(row, node) if row is not None and node is not None else None
+        operator, node = find_operator(operators, site.operator), nodes.get(site.call)
+        target = find_target(operator, node) if operator is not None and node is not None else None
         if target is None or target.weight.target != site.path:
             raise LookupError(f"no call {site.call!r} of {site.kind} on {site.path!r}")
         targets[number] = target

@@ -1,4 +1,4 @@
-"""Why a candidate stays float, whatever the mapping says of it."""
+"""Why a candidate stays float, whatever the mapping says."""
 
 from __future__ import annotations
 
@@ -30,40 +30,41 @@ _CONVOLUTIONS = (
 )
 
 
-def refuse_call(row: Operator, target: Target, tensor: torch.Tensor) -> Reason | None:
-    """Return why a call of a row stays float, or None."""
-    operands = name_operands(row, target.node)
+def refuse_call(operator: Operator, target: Target, tensor: torch.Tensor) -> Reason | None:
+    """Return why a call with an operator stays float, or None."""
+    operands = name_operands(operator, target.node)
     if tensor.dim() != 2 and (target.is_stored_transposed or target.is_taken_transposed):
         return because(Why.NOT_2D, tensor.dim())
-    if len(target.node.args) > len(row.operands) or not operands.keys() <= set(row.operands):
-        return because(Why.MORE_OPERANDS, ", ".join(row.operands))
+    if len(target.node.args) > len(operator.operands) or not operands.keys() <= set(operator.operands):
+        return because(Why.MORE_OPERANDS, ", ".join(operator.operands))
     if sum(operand is target.operand for operand in operands.values()) > 1:
         return because(Why.WEIGHT_IS_INPUT)
     examples = fx.node.map_arg(operands, lambda node: node.meta.get("tensor_meta"))
-    if any(not _keeps_dtype(cast, tensor.dtype) for cast in target.casts) and not _multiplies(row, examples):
+    if any(not _keeps_dtype(cast, tensor.dtype) for cast in target.casts) and not _multiplies(operator, examples):
         return because(Why.CAST)
-    told = row.refuse_call(examples) or refuse_weight(tensor.t() if target.is_stored_transposed else tensor)
-    return because(Why.TOLD, told) if told else None
+    text = operator.refuse_call(examples) or refuse_weight(tensor.t() if target.is_stored_transposed else tensor)
+    return because(Why.TOLD, text) if text else None
 
 
-def refuse_module(row: Operator, module: nn.Module) -> Reason | None:
-    """Return why a module of a row stays float, or None."""
+def refuse_module(operator: Operator, module: nn.Module) -> Reason | None:
+    """Return why a module with an operator stays float, or None."""
     if has_extra_state(type(module)):
         return because(Why.EXTRA_STATE)
-    told = row.refuse_module(module)
-    return because(Why.TOLD, told) if told else None
+    text = operator.refuse_module(module)
+    return because(Why.TOLD, text) if text else None
 
 
 def _keeps_dtype(cast: fx.Node, dtype: torch.dtype) -> bool:
-    """Return whether a cast gives what it takes."""
+    """Return whether a cast keeps this dtype."""
     fixed = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
-    given = [*cast.args[1:], *cast.kwargs.values()]
-    return given == [dtype] or (not given and fixed.get(method_of(cast)) == dtype)
+    dtypes = [*cast.args[1:], *cast.kwargs.values()]
+    return dtypes == [dtype] or (not dtypes and fixed.get(method_of(cast)) == dtype)
 
 
-def _multiplies(row: Operator, examples: dict[str, Any]) -> bool:
-    """Return whether a call multiplies its weight with a float input, whose dtype, then the weight's, it gives."""
-    inputs = [meta for name, meta in examples.items() if name not in row.weights and isinstance(meta, TensorMetadata)]
+def _multiplies(operator: Operator, examples: dict[str, Any]) -> bool:
+    """Return whether a call multiplies its weight, cast to the input's dtype, with a float input."""
+    inputs = [meta for name, meta in examples.items() if name not in operator.weights]
+    inputs = [meta for meta in inputs if isinstance(meta, TensorMetadata)]
     return bool(inputs) and all(meta.dtype.is_floating_point for meta in inputs)
 
 
@@ -91,21 +92,21 @@ def why_hidden(module: nn.Module) -> Reason | None:
     return because(Why.REPLACED_FORWARD) if "forward" in vars(module) else None
 
 
-def why_unknown(kind: type[nn.Module], operators: Sequence[Operator]) -> Reason:
-    """Return why a weight-bearing module without a row stays float."""
-    known = known_base(kind, operators)
+def why_unknown(module_type: type[nn.Module], operators: Sequence[Operator]) -> Reason:
+    """Return why a weight-bearing module without an operator stays float."""
+    known = known_base(module_type, operators)
     if known is not None:
-        if kind.forward is not known.forward:
+        if module_type.forward is not known.forward:
             return because(Why.OWN_FORWARD, type_name(known))
-        return because(Why.REDEFINES, type_name(known), ", ".join(redefined(kind, known)))
-    if not kind.forward.__module__.startswith("torch."):
+        return because(Why.REDEFINES, type_name(known), ", ".join(redefined(module_type, known)))
+    if not module_type.forward.__module__.startswith("torch."):
         return because(Why.UNTRACED)
-    return why_no_form(kind)
+    return why_no_form(module_type)
 
 
-def why_no_form(kind: Any) -> Reason:
-    """Return why a type of module, or a function or method, that no row knows stays float."""
-    is_convolution = issubclass(kind, _ConvNd) if isinstance(kind, type) else kind in _CONVOLUTIONS
+def why_no_form(target: Any) -> Reason:
+    """Return why a module type, function or method stays float that no operator covers."""
+    is_convolution = issubclass(target, _ConvNd) if isinstance(target, type) else target in _CONVOLUTIONS
     if is_convolution:
-        return because(Why.NO_CONVOLUTION, call_name(kind))
-    return because(Why.NO_BILINEAR if kind in (F.bilinear, nn.Bilinear) else Why.NO_FORM, call_name(kind))
+        return because(Why.NO_CONVOLUTION, call_name(target))
+    return because(Why.NO_BILINEAR if target in (F.bilinear, nn.Bilinear) else Why.NO_FORM, call_name(target))

@@ -11,7 +11,7 @@ from torch import fx, nn
 from fxquant.graph.constants import asks_kind, constant_of, is_cast
 from fxquant.graph.plan.targets import name_operands
 from fxquant.graph.trace.tracer import TRACING, Tracer
-from fxquant.operators import Operator, find_function_row
+from fxquant.operators import Operator, find_function_operator
 
 
 def is_linear(module: nn.Module, operators: Sequence[Operator]) -> bool:
@@ -19,9 +19,9 @@ def is_linear(module: nn.Module, operators: Sequence[Operator]) -> bool:
 
     Weight and bias may be cast to the input's dtype. module: one that may be traced, a mirror.
     """
-    row = find_function_row(operators, F.linear)
+    operator = find_function_operator(operators, F.linear)
     is_plain = isinstance(module, nn.Linear) and not module._modules and "forward" not in vars(module)
-    if row is None or not is_plain:
+    if operator is None or not is_plain:
         return False
     try:
         with TRACING:
@@ -32,7 +32,7 @@ def is_linear(module: nn.Module, operators: Sequence[Operator]) -> bool:
     linear = graph.output_node().args[0]
     if not isinstance(linear, fx.Node) or [node for node in calls if node.target is F.linear] != [linear]:
         return False
-    operands = name_operands(row, linear)
+    operands = name_operands(operator, linear)
     x, weight, bias = (operands.get(name) for name in ("input", "weight", "bias"))
     rest = (node for node in calls if node is not linear)
     return (

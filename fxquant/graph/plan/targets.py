@@ -1,4 +1,4 @@
-"""Functional calls: what they take as their weight, by which names and shapes, and what they are called."""
+"""Functional calls: which operand is their weight, the operands' names and shapes, and the calls' names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fxquant.qconfig_mapping import type_name
 class Target(NamedTuple):
     """A functional call that a Site is about.
 
-    node: the call. operand: what it takes as its weight. weight: the get_attr node which that is made of.
+    node: the call. operand: what it takes as its weight. weight: the get_attr node that it is made of.
     is_stored_transposed, is_taken_transposed: whether the tensor, and what the call takes, are (I, O) and not (O, I).
     casts: the nodes that cast it on its way.
     """
@@ -30,27 +30,27 @@ class Target(NamedTuple):
     casts: tuple[fx.Node, ...] = ()
 
 
-def find_target(row: Operator, node: fx.Node) -> Target | None:
-    """Return where a row's call takes its weight, None if that is no constant."""
-    operands = name_operands(row, node)
-    operand = operands.get(row.weights[0])
+def find_target(operator: Operator, node: fx.Node) -> Target | None:
+    """Return where an operator's call takes its weight, None if that is not constant."""
+    operands = name_operands(operator, node)
+    operand = operands.get(operator.weights[0])
     constant = constant_of(operand)
     if operand is None or constant is None:
         return None
-    is_taken_transposed = row.is_transposed(operands)
+    is_taken_transposed = operator.is_transposed(operands)
     is_stored_transposed = constant.is_transposed != is_taken_transposed
     return Target(node, operand, constant.source, is_stored_transposed, is_taken_transposed, constant.casts)
 
 
-def name_operands(row: Operator, node: fx.Node) -> dict[str, Any]:
-    """Return a call's operands by the names that its row gives them."""
-    return {**dict(zip(row.operands, node.args, strict=False)), **node.kwargs}
+def name_operands(operator: Operator, node: fx.Node) -> dict[str, Any]:
+    """Return a call's operands by its operator's names for them."""
+    return {**dict(zip(operator.operands, node.args, strict=False)), **node.kwargs}
 
 
 def example_shape(node: fx.Node) -> tuple[int, ...]:
     """Return the rows, inputs and outputs of a call on the example inputs; indices count as inputs of that size."""
-    given = next((n.meta.get("tensor_meta") for n in node.all_input_nodes if constant_of(n) is None), None)
-    x, y = _first_tensor(given), _first_tensor(node.meta.get("tensor_meta"))
+    inputs = next((n.meta.get("tensor_meta") for n in node.all_input_nodes if constant_of(n) is None), None)
+    x, y = _first_tensor(inputs), _first_tensor(node.meta.get("tensor_meta"))
     if x is None or y is None or not len(x.shape) * len(y.shape) * y.shape.numel():
         return ()
     outputs = y.shape[-1]
@@ -58,7 +58,7 @@ def example_shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _first_tensor(meta: Any) -> TensorMetadata | None:
-    """Return the first tensor in what was recorded of a value."""
+    """Return the first tensor in a value's recorded metadata."""
     parts = pytree.tree_leaves(meta, is_leaf=lambda part: isinstance(part, TensorMetadata))
     return next((part for part in parts if isinstance(part, TensorMetadata)), None)
 

@@ -21,7 +21,7 @@ from fxquant.graph import edit
 from fxquant.graph.constants import peel
 from fxquant.graph.plan.targets import name_operands
 from fxquant.graph.preserve.preserve import Keep
-from fxquant.operators import Operator, find_function_row
+from fxquant.operators import Operator, find_function_operator
 
 SOURCE = "fxquant_source"
 """The key in node.meta for the path of the first weight that a folded one depends on, for mappings."""
@@ -69,7 +69,9 @@ def fold(
     values = _Values(root, graph, shut, keep)
     done: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
-        operator = find_function_row(operators, node.target) if node.op in ("call_function", "call_method") else None
+        operator = (
+            find_function_operator(operators, node.target) if node.op in ("call_function", "call_method") else None
+        )
         operand = name_operands(operator, node).get(operator.weights[0]) if operator is not None else None
         base = peel(operand)[0]
         if not isinstance(operand, fx.Node) or not isinstance(base, fx.Node) or base.op == "get_attr":

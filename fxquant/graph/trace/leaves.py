@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from fxquant.graph import edit
 from fxquant.graph.trace.names import names_in
-from fxquant.operators import Operator, find_module_row
+from fxquant.operators import Operator, find_module_operator
 
 _CALL = {"__call__", "_call_impl", "__getattr__", "__getattribute__"}
 
@@ -71,7 +71,7 @@ def base_of(module: nn.Module, operators: Sequence[Operator]) -> type[nn.Module]
 
 def known_base(module_type: type[nn.Module], operators: Sequence[Operator]) -> type[nn.Module] | None:
     """Return the nearest type in the table that a type is or derives from."""
-    return next((base for base in module_type.__mro__ if find_module_row(operators, base) is not None), None)
+    return next((base for base in module_type.__mro__ if find_module_operator(operators, base) is not None), None)
 
 
 def redefined(module_type: type[nn.Module], base: type[nn.Module]) -> list[str]:

@@ -35,7 +35,7 @@ class Names:
     aliases: dict[str, tuple[str, ...]]
     tensors: frozenset[str]  # the paths of its parameters, buffers and plain tensors, which a graph has as buffers
     weights: frozenset[str]  # of those with two or more dimensions
-    kinds: frozenset[type]  # the types of its modules, and those that they derive from
+    types: frozenset[type]  # the types of its modules, and those that they derive from
 
 
 def names_of(model: nn.Module) -> Names:
@@ -50,8 +50,8 @@ def names_of(model: nn.Module) -> Names:
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
     aliases = {path: tuple(same) for same in paths.values() for path in same}
-    kinds = frozenset(kind for module in model.modules() for kind in type(module).__mro__)
-    return Names(aliases, frozenset(tensors), weights, kinds)
+    types = frozenset(cls for module in model.modules() for cls in type(module).__mro__)
+    return Names(aliases, frozenset(tensors), weights, types)
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ FLOAT32 = Format(
 FORMATS = (INT8, INT4, INT16, UINT8, UINT4, FLOAT16, FLOAT32)
 """All formats."""
 
-_BY_NAME = {row.name: row for row in FORMATS}
+_BY_NAME = {known.name: known for known in FORMATS}
 
 
 def format_of(name: str) -> Format:

@@ -127,18 +127,18 @@ def quantize_with(
 
     weight: (N, ...) float32; scale, zero_point: as `choose_qparams` gives them -> (N, ...) as the format stores them.
     """
-    channels, group_size, row = weight.shape[0], spec.group_size or 0, spec.format
+    channels, group_size, weight_format = weight.shape[0], spec.group_size or 0, spec.format
     # as torch.ao: a division rounds otherwise where w / scale is near 127.5
     inverse = 1.0 / scale.to(torch.float32)
-    shape = (*weight.shape[:-1], row.stored_columns(weight.shape[-1]))
-    q = torch.empty(shape, dtype=row.storage, device=weight.device)
+    shape = (*weight.shape[:-1], weight_format.stored_columns(weight.shape[-1]))
+    q = torch.empty(shape, dtype=weight_format.storage, device=weight.device)
     at_once = max(1, _VALUES_AT_ONCE // max(1, math.prod(weight.shape[1:])))
     qparams = (part.expand(channels, *part.shape[1:]) for part in (inverse, zero_point))
     parts = (torch.split(part, at_once) for part in (q, weight, *qparams))
     for out, values, factor, offset in zip(*parts, strict=True):
         real = values * _spread(factor, values.shape, group_size)
         real.add_(_spread(offset, values.shape, group_size)).round_().clamp_(spec.qmin, spec.qmax)
-        out.copy_(row.pack(real))
+        out.copy_(weight_format.pack(real))
     return q
 
 

@@ -14,7 +14,7 @@ Axis = Literal["tensor", "channel", "token", "group"]
 
 _OLD_AXIS = "row"  # what "token" was called
 
-_DTYPES = tuple(row.name for row in FORMATS if row is not FLOAT32)
+_DTYPES = tuple(known.name for known in FORMATS if known is not FLOAT32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class TensorSpec:
         if self.axis != "group" and self.group_size is not None:
             raise QConfigError(f"TensorSpec group_size={self.group_size} needs axis 'group', got {self.axis!r}")
         if (self.axis == "group") != bool(sizes):
-            grouped = " or ".join(repr(row.name) for row in FORMATS if row.group_sizes)
+            grouped = " or ".join(repr(known.name) for known in FORMATS if known.group_sizes)
             raise QConfigError(
                 f"TensorSpec axis 'group' and dtype {grouped} go together, got {self.axis!r} and {self.dtype!r}"
             )

@@ -40,14 +40,14 @@ def read_site(plain: dict[str, Any]) -> Site:
             "part_entries": [[Setter.OLD_FILE.name, rule] for rule in plain["part_rules"]],
             "rounded": [_OLD_NOTES[note].name for note in notes.split("; ")] if notes else [],
         }
-    rows = {
+    fields = {
         "qconfig": QConfig.from_dict(plain["qconfig"]),
         "entry": _read_entry(plain["entry"]),
         "shape": tuple(plain["shape"]),
         "part_entries": tuple(map(_read_entry, plain["part_entries"])),
         "rounded": tuple(Rounded[name] for name in plain["rounded"]),
     }
-    return Site(**{**plain, **rows})
+    return Site(**{**plain, **fields})
 
 
 def plain_skipped(skipped: Skipped) -> dict[str, Any]:

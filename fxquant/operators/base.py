@@ -63,10 +63,10 @@ def table_scheme(weight_format: Format) -> Scheme:
     )
 
 
-PRODUCTS = tuple(product_scheme(row) for row in FORMATS if row.activation is not None and row is not FLOAT32)
+PRODUCTS = tuple(product_scheme(known) for known in FORMATS if known.activation is not None and known is not FLOAT32)
 """The schemes of an operator whose kernels multiply with all formats."""
 
-TABLES = tuple(table_scheme(row) for row in FORMATS if row.is_table)
+TABLES = tuple(table_scheme(known) for known in FORMATS if known.is_table)
 """The schemes of an operator that looks up rows."""
 
 INT8_DYNAMIC, INT8_ROWS = product_scheme(INT8), table_scheme(INT8)

@@ -14,7 +14,7 @@ from fxquant.ops.library import floats, plain, vector
 from fxquant.ops.register import Kernel, arguments_of, public
 from fxquant.ops.weights import check_format, check_matrix, prepare_scale
 
-_FORMATS = tuple(row for row in FORMATS if row.is_table)
+_FORMATS = tuple(known for known in FORMATS if known.is_table)
 
 
 @public

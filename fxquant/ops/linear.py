@@ -24,7 +24,7 @@ from fxquant.ops.library import bare, plain, vector
 from fxquant.ops.register import Gradient, Kernel, arguments_of, per_token_of, public
 from fxquant.ops.weights import check_format, check_matrix, check_qmax, prepare_scale
 
-_FORMATS = tuple(row for row in FORMATS if row.activation is not None and row is not FLOAT32)
+_FORMATS = tuple(known for known in FORMATS if known.activation is not None and known is not FLOAT32)
 _MOST_DIMENSIONS = 8  # of csrc/python/tensors.h
 EXACT_COLUMNS = 512  # 512 * 255 * 127 < 2**24: such a float32 sum of products is exact in any order
 

@@ -27,7 +27,7 @@ Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor
 
 _KINDS = {"gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}  # the modes of rnn, and their names in errors
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}  # output channels of a weight for each hidden unit
-_FORMATS = tuple(row for row in FORMATS if row.activation is not None)
+_FORMATS = tuple(known for known in FORMATS if known.activation is not None)
 
 
 @public
@@ -143,9 +143,10 @@ def _run_stack(a: Any, h: torch.Tensor, step: Callable[[int, Sequence[Multiply],
 
 def _matrix(a: Any, i: int, columns: int) -> QuantizedTensor:
     """Return the weight i, of so many columns; its scale's shape says how many columns share one."""
-    row, scale = format_of(a.formats[i]) if a.formats else INT8, a.scales[i] if a.scales else None
+    weight_format, scale = format_of(a.formats[i]) if a.formats else INT8, a.scales[i] if a.scales else None
     groups = scale.shape[-1] if scale is not None and scale.dim() else 0
-    return QuantizedTensor(row, a.weights[i], scale, None, columns, row.find_group_size(columns, groups))
+    group_size = weight_format.find_group_size(columns, groups)
+    return QuantizedTensor(weight_format, a.weights[i], scale, None, columns, group_size)
 
 
 def _multiplier(a: Any, i: int, columns: int) -> Multiply:

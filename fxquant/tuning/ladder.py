@@ -18,14 +18,14 @@ from fxquant.qconfig import BEST, QConfig
 def _rungs() -> dict[str, tuple[QConfig | None, ...]]:
     """Return the schemes: a format that has a product and the tables' of as many bits; then its smallest groups."""
     rungs: dict[str, tuple[QConfig | None, ...]] = {}
-    for row in sorted(FORMATS, key=lambda row: row.bits):
-        if row.activation is None or row.name not in BEST:
+    for known in sorted(FORMATS, key=lambda known: known.bits):
+        if known.activation is None or known.name not in BEST:
             continue
-        tables = (other.name for other in FORMATS if other.bits == row.bits and other.activation is None)
-        rungs[row.name] = (BEST[row.name], *(BEST[name] for name in tables))
-        if row.group_sizes:
-            finest = min(row.group_sizes)
-            rungs[f"{row.name} of {finest}"] = (BEST[row.name].with_group_size(finest),)
+        tables = (other.name for other in FORMATS if other.bits == known.bits and other.activation is None)
+        rungs[known.name] = (BEST[known.name], *(BEST[name] for name in tables))
+        if known.group_sizes:
+            finest = min(known.group_sizes)
+            rungs[f"{known.name} of {finest}"] = (BEST[known.name].with_group_size(finest),)
     return {**rungs, "float": (None,)}
 
 

@@ -74,12 +74,12 @@ class Suggestion(Report):
 
     title: ClassVar[str] = "Suggestion: size or time against the metric"
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("measured", "what", 56, lambda row: row.what, is_number=False),
-        Column("metric", "metric", 10, lambda row: f"{row.metric:.5g}"),
-        Column("size", "bytes", 10, lambda row: _size(row.bytes)),
-        Column("ms", "ms", 9, lambda row: "" if math.isnan(row.ms) else f"{row.ms:.3f}"),
-        Column("in budget", "is_within", 9, lambda row: "yes" if row.is_within else "no", is_number=False),
-        Column("", "is_chosen", 11, lambda row: "← suggested" if row.is_chosen else "", is_number=False),
+        Column("measured", "what", 56, lambda step: step.what, is_number=False),
+        Column("metric", "metric", 10, lambda step: f"{step.metric:.5g}"),
+        Column("size", "bytes", 10, lambda step: _size(step.bytes)),
+        Column("ms", "ms", 9, lambda step: "" if math.isnan(step.ms) else f"{step.ms:.3f}"),
+        Column("in budget", "is_within", 9, lambda step: "yes" if step.is_within else "no", is_number=False),
+        Column("", "is_chosen", 11, lambda step: "← suggested" if step.is_chosen else "", is_number=False),
     )
 
     @property
@@ -120,17 +120,17 @@ class Suggestion(Report):
         """Return the curve as an SVG: the metric against megabytes or milliseconds, the suggested model ringed."""
         sign = -1.0 if self.higher_is_better else 1.0
         is_fast = self.minimize == "ms"
-        places = [(row.ms if is_fast else row.bytes / 1e6, sign * row.metric) for row in self.rows]
+        places = [(step.ms if is_fast else step.bytes / 1e6, sign * step.metric) for step in self.rows]
         dots = [
             Dot(
                 x=at[0],
-                y=row.metric,
-                label=f"{row.what}: {row.metric:.5g}, {megabytes(row.bytes)}",
-                is_within=row.is_within,
+                y=step.metric,
+                label=f"{step.what}: {step.metric:.5g}, {megabytes(step.bytes)}",
+                is_within=step.is_within,
                 is_best=all(x > at[0] or y > at[1] or (x, y) == at for x, y in places),
-                is_chosen=row.is_chosen,
+                is_chosen=step.is_chosen,
             )
-            for at, row in zip(places, self.rows, strict=True)
+            for at, step in zip(places, self.rows, strict=True)
         ]
         limit = self.float_metric + sign * self.budget
         y_label = f"metric, {'higher' if self.higher_is_better else 'lower'} is better"

@@ -91,7 +91,7 @@ class QConfigMapping:
             re.compile(module_name_regex + "")  # a string: a compiled pattern could not go into a checkpoint
         except (re.error, TypeError) as error:
             raise QConfigError(
-                f"set_module_name_regex: {module_name_regex!r} is no regular expression: {error}"
+                f"set_module_name_regex: {module_name_regex!r} is not a regular expression: {error}"
             ) from error
         self.module_name_regex_qconfigs[module_name_regex] = _checked(qconfig)
         return self

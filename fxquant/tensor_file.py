@@ -76,7 +76,7 @@ def read(path: str | os.PathLike[str], mmap: bool = False) -> tuple[dict[str, st
         tensors = {place.name: _read_tensor(file, place, digest) for place in places or ()} if is_read else {}
         _skip(file, digest)
     if metadata.get("sha256") != digest.hexdigest():
-        raise CheckpointError("is damaged or was altered: its content does not give its own digest")
+        raise CheckpointError("is damaged or was altered: its content does not match its digest")
     if not is_read:  # where its header makes no sense to us, safetensors says why
         tensors = {name: tensor if mmap else tensor.clone() for name, tensor in load_file(path).items()}
     return metadata, tensors
@@ -91,7 +91,7 @@ def _start(file: BinaryIO) -> tuple[bytes, Any]:
     (length,) = struct.unpack("<Q", start)
     header = file.read(length) if 8 + length <= os.fstat(file.fileno()).st_size else b""
     if not header.startswith(b"{"):
-        raise CheckpointError(f"is cut short, or no safetensors file; {_CURE}")
+        raise CheckpointError(f"is cut short, or not a safetensors file; {_CURE}")
     try:
         claimed = json.loads(header).get("__metadata__", {}).get("sha256", "").encode()
     except (ValueError, AttributeError) as error:

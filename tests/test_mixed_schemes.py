@@ -169,7 +169,7 @@ def test_a_float_weight_is_a_copy_that_keeps_its_dtype():
 def test_a_float_state_dict_is_refused(mixed):
     with pytest.raises(
         RuntimeError,
-        match=r"weight_hh_l0 is a weight that is not quantized, or otherwise: here it is weight_hh_l0_int8",
+        match=r"weight_hh_l0 is a weight that is not quantized, or quantized differently: here it is weight_hh_l0_int8",
     ):
         copy.deepcopy(mixed[0]).load_state_dict(make()[0].state_dict())
 

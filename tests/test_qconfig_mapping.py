@@ -331,7 +331,7 @@ def test_a_module_name_is_a_string():
 
 @pytest.mark.parametrize("pattern", ["(", "*", 3, re.compile("a")])
 def test_a_regex_compiles(pattern):
-    with pytest.raises(QConfigError, match="is no regular expression"):
+    with pytest.raises(QConfigError, match="is not a regular expression"):
         QConfigMapping().set_module_name_regex(pattern, A)
 
 

@@ -122,7 +122,7 @@ def load(
 def _senseless(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
     """Return the error for a plan whose digest is right but that `save` cannot have written."""
     return CheckpointError(
-        f"{path}: its plan makes no sense ({type(error).__name__}: {error}); write it anew with fxquant.save"
+        f"{path}: its plan cannot be used ({type(error).__name__}: {error}); write it anew with fxquant.save"
     )
 
 

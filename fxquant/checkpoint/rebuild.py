@@ -40,7 +40,7 @@ def rebuild(
     except _OtherArchitectureError as error:
         raise CheckpointError(
             f"{path}: was made for another model than this {type(model).__name__}: {error}. Build the model as it was "
-            "built when it was quantized; where it computes the same all the same: load(..., check=False)"
+            "built when it was quantized; if it computes the same nevertheless: load(..., check=False)"
         ) from error
     except (LookupError, AttributeError, TypeError, ValueError, AssertionError, TraceError) as error:
         raise CheckpointError(
@@ -79,7 +79,7 @@ def _match(saved: Architecture | None, root: nn.Module, model: nn.Module) -> Non
     if possible:
         warn(
             f"this {type(root).__name__} is not traced, and was quantized with another release of its package: "
-            f"{possible[0]}; compare its answers with known ones"
+            f"{possible[0]}; compare its outputs with known ones"
         )
 
 
@@ -121,7 +121,7 @@ def fill_unsaved(result: nn.Module, model: nn.Module, path: str | os.PathLike[st
     for owner, module in result.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.device.type == "meta":
-                raise _no_value(path, f"the attribute {f'{owner}.{name}'.lstrip('.')!r}, which is no buffer")
+                raise _no_value(path, f"the attribute {f'{owner}.{name}'.lstrip('.')!r}, which is not a buffer")
 
 
 def _no_value(path: str | os.PathLike[str], what: str) -> CheckpointError:

@@ -26,7 +26,7 @@ class Why(enum.Enum):
     READ_BY_PARENT = "{} reads its children's weights itself"
     EXTRA_STATE = "it keeps extra state (get_extra_state), for which its quantized form has no place"
     IN_A_CONTAINER = "it is in a plain {}, self.{}; put it into an nn.ModuleList or -Dict"
-    NOT_REGISTERED = "its weight is no registered parameter or buffer"
+    NOT_REGISTERED = "its weight is not a registered parameter or buffer"
     NOT_ALONE = "only a form of one constant, its {!r}, is quantized"
     NOT_2D = "its weight is {}-D, not 2-D"
     MORE_OPERANDS = "it is called with more than {}"
@@ -40,11 +40,11 @@ class Why(enum.Enum):
         "local class); let it call the layer by an attribute of the model"
     )
     UNCALLED = (
-        "the example calls it in float and no longer once it alone is quantized: forward picks layers by their type "
+        "the example calls it in float, but not once it alone is quantized: forward picks layers by their type "
         "(isinstance)"
     )
     CALLED_LESS = (
-        "the example calls it {} times in float and {} once it alone is quantized: forward picks layers by their type "
+        "the example calls it {} times in float, but {} with it alone quantized: forward picks layers by their type "
         "(isinstance)"
     )
 
@@ -56,12 +56,12 @@ class NotFused(enum.Enum):
     HOOKED = "{} has a hook, which would see something else"
     READ_ELSEWHERE = "something else reads what {} gives"
     CALLED_ELSEWHERE = "{} is called, or its tensors are read, elsewhere too"
-    NO_LAYER = "no nn.Linear or convolution module that it could be folded into stands right before it"
+    NO_LAYER = "there is no nn.Linear or convolution module right before it to fold it into"
     OTHER_NORM = "a {} is not folded into a {}"
     TRAINING = "the normalization is in training mode"
     NO_STATISTICS = "the normalization keeps no running statistics"
-    OTHER_CHANNELS = "the normalization is of {} channels, the layer gives {}"
-    OTHER_RANK = "the layer gives {}-D values; only of {}-D ones its outputs are what is normalized"
+    OTHER_CHANNELS = "the normalization has {} channels, the layer {}"
+    OTHER_RANK = "the layer gives {}-D values, and the normalization is over its outputs only if they are {}-D"
 
 
 class Reason(NamedTuple):

@@ -179,7 +179,7 @@ class QuantizedModule(StoredWeights):
         self._refuse(name)
         if isinstance(param, FloatWeight):  # torch.nn.utils.prune registers the weight as weight_orig
             raise ReadOnlyError(
-                f"{name} cannot be {param._name}, which is no parameter and cannot be pruned or reparametrized. "
+                f"{name} cannot be {param._name}, which is not a parameter and cannot be pruned or reparametrized. "
                 "Do that to the float model and quantize it again; a float copy is nn.Parameter(weight)"
             )
         super().register_parameter(name, param)

@@ -98,8 +98,8 @@ class StoredWeights(nn.Module):
     def float_keys(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """Return a line for each float weight in a state_dict that lacks this module's integers."""
         return [
-            f"{prefix}{name} is a weight that is not quantized, or otherwise: here it is {stored.key}. Load it into "
-            "the float model and quantize that"
+            f"{prefix}{name} is a weight that is not quantized, or quantized differently: here it is {stored.key}. "
+            "Load it into the float model and quantize that"
             for name, stored in self._stored.items()
             if prefix + name in state_dict and prefix + stored.key not in state_dict
         ]

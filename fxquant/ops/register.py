@@ -227,6 +227,6 @@ def _refuse_gradient(name: str, _: torch.Tensor) -> None:
     raise ModelStateError(
         f"a gradient came back to torch.ops.fxquant.{name}, which has none: quantized linears, convolutions and "
         "attention hand gradients on to their inputs, recurrent layers and tables do not. Leave these float (a qconfig "
-        "of None), or train the float model and quantize it afterwards; where only answers are wanted, call the "
+        "of None), or train the float model and quantize it afterwards; where only outputs are needed, call the "
         "quantized one under torch.no_grad()"
     )

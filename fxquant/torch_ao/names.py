@@ -113,7 +113,7 @@ _GROUPS = {
         "default_weight_only_qconfig",
     ),
     "QConfig with a dynamic activation takes its place: default_dynamic_qconfig": ("QConfigDynamic",),
-    "a QConfig, or None for float, is what it stood for": ("QConfigAny",),
+    "it stood for a QConfig, or None for float": ("QConfigAny",),
     "qconfigs are values here: compare them with ==": ("qconfig_equals",),
     "weights have MinMaxObserver and PerChannelMinMaxObserver, activations are measured at each call; for another way "
     "to find a weight's range subclass Observer and name it in QConfig(…, weight_observer=…)": (

@@ -351,7 +351,7 @@ CASES = {
         lambda: Normed(
             nn.Linear(4, 5), nn.BatchNorm1d(5), lambda self, x: self.norm(self.layer(x[:, None].expand(3, 5, 4)))
         ),
-        "the layer gives 3-D values; only of 2-D ones its outputs are what is normalized",
+        "the layer gives 3-D values, and the normalization is over its outputs only if they are 2-D",
     ),
     "hook": (lambda: Normed(hooked(nn.Linear(4, 4)), nn.BatchNorm1d(4)), "layer has a hook, which would see something"),
     "read": (

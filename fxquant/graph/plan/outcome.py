@@ -50,7 +50,8 @@ def _refuse_unasked(model: str, record: Record) -> None:
         lines = "".join(f"\n  {part.path or model} ({part.kind}): {part.reason}; {part.opt_out}" for part in unasked)
         raise QConfigError(
             f"strict: {len(unasked)} of {model}'s candidates would stay float, which the mapping does not ask for "
-            f"({record.outcome}). Give it a qconfig that it takes, or accept it as float by its line's entry:{lines}"
+            f"({record.outcome}). Give it a qconfig that it takes, or accept it as float with the entry that ends its "
+            f"line:{lines}"
         )
 
 

@@ -31,7 +31,9 @@ def check_mapping(mapping: QConfigMapping, known: Names, functions: Iterable[Any
         for name in named:
             if name and name not in allowed:
                 is_vector = name in known.tensors - known.weights
-                lacks = "which has no two dimensions and stays float" if is_vector else "which is not in the model"
+                lacks = (
+                    "which has fewer than two dimensions and stays float" if is_vector else "which is not in the model"
+                )
                 raise MappingNameError(f"the mapping names {what} {name!r}, {lacks}{nearest(name, allowed)}")
     for pattern in mapping.module_name_regex_qconfigs:
         probe = QConfigMapping().set_module_name_regex(pattern, None)

@@ -492,7 +492,7 @@ class TwiceByType(Untraced):
 def test_a_layer_that_is_called_less_often_once_it_is_quantized_stays_float():
     model = TwiceByType().eval()
     with pytest.warns(
-        UserWarning, match=r"body \(nn.Linear\) stays float: the example calls it 2 times in float and 1"
+        UserWarning, match=r"body \(nn.Linear\) stays float: the example calls it 2 times in float, but 1"
     ):
         quantized = convert_fx(prepare(model, X))
     (left,) = quantized._fxquant_record.skipped

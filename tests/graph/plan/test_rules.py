@@ -184,7 +184,7 @@ def test_a_misspelt_weight_is_an_error_with_the_nearest(wrong):
 
 
 def test_a_bias_is_not_said_to_be_missing():
-    told = r"'lstm.bias_ih_l0', which has no two dimensions and stays float; did you mean 'lstm.weight_ih_l0'"
+    told = r"'lstm.bias_ih_l0', which has fewer than two dimensions and stays float; did you mean 'lstm.weight_ih_l0'"
     with pytest.raises(MappingNameError, match=told):
         prepare(Tagger(), *X, mapping=everything().set_module_name("lstm.bias_ih_l0", None))
 

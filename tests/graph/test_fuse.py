@@ -401,7 +401,9 @@ def test_a_normalization_without_a_layer_says_so_once_with_the_others():
     prepared = prepare(model, torch.randn(3, 4))
     assert {unfused.why for unfused in prepared.record.unfused} == {because(NotFused.NO_LAYER)}
     assert [unfused.chain for unfused in prepared.record.unfused] == [(str(i),) for i in range(5)]
-    assert any(line.startswith("not fused: 0, 1, 2 and 2 more: no nn.Linear") for line in explain(prepared).remarks)
+    assert any(
+        line.startswith("not fused: 0, 1, 2 and 2 more: there is no nn.Linear") for line in explain(prepared).remarks
+    )
 
 
 def test_a_relu_that_is_not_fused_says_why():

@@ -52,7 +52,7 @@ def test_random_cases_touch_no_memory_but_their_own(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",
         "OMP_NUM_THREADS": "1",
     }
-    count = os.environ.get("FXQUANT_SANITIZED_CASES", "60")
+    count = os.environ.get("FXQUANT_SANITIZED_CASES", "30")
     command = [sys.executable, "-c", RUN, made, "5000", count]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]

@@ -89,11 +89,13 @@ def _constant(function: Callable[..., torch.Tensor]) -> Callable[[int, int], Cas
 
 # For each operator of the table, cases by name: what makes (float module, inputs) from (rows, size).
 CASES: dict[str, dict[str, Callable[[int, int], Case]]] = {
-    "linear": {"linear": _rows(lambda size: nn.Linear(size, size))},
-    "matmul": {"matmul": _constant(operator.matmul)},
-    "mm": {"mm": _constant(torch.mm)},
-    "addmm": {"addmm": _constant(lambda x, w: torch.addmm(w[0], x, w))},
-    "einsum": {"einsum": _constant(lambda x, w: torch.einsum("...i,oi->...o", x, w))},
+    "linear": {
+        "linear": _rows(lambda size: nn.Linear(size, size)),
+        "matmul": _constant(operator.matmul),
+        "mm": _constant(torch.mm),
+        "addmm": _constant(lambda x, w: torch.addmm(w[0], x, w)),
+        "einsum": _constant(lambda x, w: torch.einsum("...i,oi->...o", x, w)),
+    },
     "transposed_linear": {"transposed_linear": _rows(lambda size: Conv1D(size, size))},
     "convolution": {  # smaller ones stay float
         "convolution": lambda rows, size: (

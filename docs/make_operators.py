@@ -15,8 +15,8 @@ _HEAD = """# Operators
 What fxquant quantizes. `python docs/make_operators.py` makes this page from the operator table. Every other layer
 with a weight stays float, and `fxquant.explain` gives the reason.
 
-*float*: the modules and calls that the operator covers. *accepts*: the kinds of qconfig. *presets*: the qconfigs of
-[this table](quick_start.md#choose-what-is-quantized) among them.
+*float*: the modules and calls that the operator covers. *calls*: other ways to call it. *accepts*: the kinds of
+qconfig. *presets*: the qconfigs of [this table](quick_start.md#choose-what-is-quantized) among them.
 """
 
 
@@ -29,16 +29,21 @@ def _written(kind: Callable[..., Any] | str) -> str:
     return type_name(kind)
 
 
+def _kinds(*kinds: Any) -> str:
+    return ", ".join(dict.fromkeys(f"`{_written(kind)}`" for kind in kinds))
+
+
 def page() -> str:
     """Return the page's text."""
     parts = [_HEAD]
     for row in OPERATORS:
-        kinds = ", ".join(dict.fromkeys(f"`{_written(kind)}`" for kind in (*row.modules, *row.functions)))
+        kinds = _kinds(*row.modules, *row.functions)
+        calls = "".join(f"| calls | {_kinds(*pattern.functions)}: {pattern.summary} |\n" for pattern in row.calls)
         presets = ", ".join(f"`{name}`" for name, preset in PRESETS.items() if row.accepts(preset))
         schemes = "; ".join(scheme.name for scheme in row.schemes)
         parts.append(
             f"## {row.name}\n\n{row.summary}.\n\n"
-            f"| | |\n|---|---|\n| float | {kinds} |\n| accepts | {schemes} |\n| presets | {presets} |\n"
+            f"| | |\n|---|---|\n| float | {kinds} |\n{calls}| accepts | {schemes} |\n| presets | {presets} |\n"
         )
     parts.append(
         "## The registered operators\n\n"

@@ -103,26 +103,20 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         Sample(LinearReLU, lambda: nn.Sequential(nn.Linear(24, 12), nn.ReLU()), lambda: (torch.randn(5, 24),)),
         Sample(F.linear, lambda: Call(F.linear, 12, 24), lambda: (torch.randn(5, 24),)),
         Sample(linear_relu, lambda: Call(relu_of_linear, 12, 24), lambda: (torch.randn(5, 24),)),
-    ),
-    "attention": (
-        Sample(nn.MultiheadAttention, lambda: SelfAttention(24, 3), lambda: (torch.randn(4, 3, 24),), rows=1),
-    ),
-    "matmul": (
         Sample(operator.matmul, lambda: Call(operator.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
         Sample(torch.matmul, lambda: Call(torch.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
         Sample(torch.linalg.matmul, lambda: Call(torch.linalg.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
         Sample("matmul", lambda: Call(lambda x, w: x.matmul(w), 24, 12), lambda: (torch.randn(5, 24),)),
         Sample(expanded_bmm, lambda: Call(expanded_bmm, 24, 12), lambda: (torch.randn(2, 5, 24),)),
-    ),
-    "mm": (
         Sample(torch.mm, lambda: Call(torch.mm, 24, 12), lambda: (torch.randn(5, 24),)),
         Sample("mm", lambda: Call(lambda x, w: x.mm(w), 24, 12), lambda: (torch.randn(5, 24),)),
-    ),
-    "addmm": (
         Sample(torch.addmm, lambda: CallWithBias(torch.addmm, 24, 12), lambda: (torch.randn(5, 24),)),
         Sample("addmm", lambda: CallWithBias(lambda b, x, w: b.addmm(x, w), 24, 12), lambda: (torch.randn(5, 24),)),
+        Sample(torch.einsum, lambda: Call(einsum_of_rows, 12, 24), lambda: (torch.randn(5, 24),)),
     ),
-    "einsum": (Sample(torch.einsum, lambda: Call(einsum_of_rows, 12, 24), lambda: (torch.randn(5, 24),)),),
+    "attention": (
+        Sample(nn.MultiheadAttention, lambda: SelfAttention(24, 3), lambda: (torch.randn(4, 3, 24),), rows=1),
+    ),
     "lstm": (Sample(nn.LSTM, lambda: nn.Sequential(nn.LSTM(10, 8, 2)), lambda: (torch.randn(4, 3, 10),), rows=1),),
     "rnn": (
         Sample(nn.GRU, lambda: nn.Sequential(nn.GRU(10, 8, 2)), lambda: (torch.randn(4, 3, 10),), rows=1),

@@ -1,6 +1,9 @@
 """What fxquant wrote before 0.1.0: integers under the float weights' names at first, then under their own."""
 
+import json
+
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,17 @@ from fxquant import (
 from tests import old_files
 from tests.old_files import by_format
 from tests.samples import same_bits
+
+
+@pytest.mark.parametrize("name", ["int4", "uint8"])
+def test_a_product_of_an_old_file_is_a_linear(name):
+    file = old_files.FOLDER / f"{name}.safetensors"
+    with safetensors.safe_open(file, "pt") as opened:
+        stored = json.loads(opened.metadata()["fxquant"])["sites"]
+    assert [site["operator"] for site in stored] == ["embedding", "linear", "matmul"]
+    record = fxquant.load(old_files.MODELS[name][0]().eval(), file).record
+    assert [(site.operator, site.kind) for site in record.sites] == [
+        ("embedding", "F.embedding"), ("linear", "F.linear"), ("linear", "operator.matmul")]  # fmt: skip
 
 
 def made(name):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
@@ -90,17 +90,19 @@ def read_record(
     model: nn.Module, plan: dict[str, Any], operators: Sequence[Operator], path: str | os.PathLike[str]
 ) -> Record:
     """Return the record that a plan's JSON describes."""
-    sites = tuple(map(read_site, plan["sites"]))
-    for site in sites:
-        if find_operator(operators, site.operator) is None:
+    sites = []
+    for site in map(read_site, plan["sites"]):
+        operator = find_operator(operators, site.operator)
+        if operator is None:
             raise CheckpointError(
                 f"{path}: {site.path!r} needs the operator {site.operator!r}, which is not in the table; "
                 "pass load(..., operators=(*OPERATORS, YOUR_OPERATOR))"
             )
+        sites.append(replace(site, operator=operator.name))
     return Record(
         stage="quantized",
         is_traced=plan["is_traced"],
-        sites=sites,
+        sites=tuple(sites),
         skipped=tuple(map(read_skipped, plan["left"])),
         fusions=tuple(Fusion(path=f["path"], chain=tuple(f["chain"])) for f in plan["fusions"]),
         mapping=_mapping(plan["mapping"], model, operators),
@@ -123,7 +125,7 @@ def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operat
     types: set[ObjectType] = {type(module) for module in model.modules()}
     for operator in operators:
         types.update(operator.modules)
-        types.update(operator.functions)
+        types.update(*(pattern.functions for pattern in operator.patterns))
     by_name = {type_name(object_type): object_type for object_type in types}
 
     def restore(part: Any, is_type: bool) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from fxquant.debug.report.table import megabytes, shorten
 from fxquant.graph.record import Site
+from fxquant.operators import RENAMED
 from fxquant.qconfig import QConfig
 
 _SLOWER_BELOW = 0.95
@@ -23,8 +24,6 @@ _SLOWER_BELOW = 0.95
 
 _SLOWER_BY_US = 1.0
 """The least time worth a line: below is a Python call's overhead, whatever it computes."""
-
-_LIKE_LINEAR = ("matmul", "mm", "addmm", "einsum")  # other spellings of the same operator
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class SpeedTable:
 
         shape: rows, inputs, outputs. The size is their geometric mean, which a square layer of as many weights has.
         """
-        name = "linear" if operator in _LIKE_LINEAR else operator
+        name = RENAMED.get(operator, operator)
         measured = () if qconfig.parts else self.speeds.get((name, qconfig.weight.dtype), ())
         if not measured or not shape:
             return None

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant import ops
 from fxquant.graph import edit
 from fxquant.graph.convert import dtypes
 from fxquant.graph.old_keys import take_old_call_keys, take_old_keys
@@ -188,8 +187,6 @@ def _restore(
     plain._modules.update({name: module for name, module in modules.items() if name not in plain._modules})
     for node, (own_name, meta) in zip(plain.graph.nodes, nodes, strict=True):
         node.name, node.meta = own_name, meta
-        if node.target is ops.linear and "per_row" in node.kwargs:  # what per_token was called
-            node.kwargs = {"per_token" if key == "per_row" else key: value for key, value in node.kwargs.items()}
     graph = copy.deepcopy(plain.graph)  # whose namespace knows those names
     module = build(plain, graph, name, plain.__dict__["_fxquant_record"])
     module.__dict__.update({**{n: v for n, v in plain.__dict__.items() if n not in module.__dict__}, **hooks})

@@ -8,20 +8,18 @@ from typing import Any
 from torch import nn
 
 from fxquant.operators.attention import ATTENTION
-from fxquant.operators.base import Call, NewCall, Operator, Scheme
+from fxquant.operators.base import Call, CallPattern, NewCall, Operator, Scheme
 from fxquant.operators.convolution import CONVOLUTION
 from fxquant.operators.embedding import EMBEDDING, EMBEDDING_BAG
 from fxquant.operators.linear import LINEAR
-from fxquant.operators.linear_forms import ADDMM, EINSUM, MATMUL, MM
 from fxquant.operators.recurrent import CELL, LSTM, RNN
 from fxquant.operators.transposed import TRANSPOSED_LINEAR
 
+RENAMED = dict.fromkeys(("matmul", "mm", "addmm", "einsum"), LINEAR.name)
+"""The names of operators that had others in files of before 0.1.0."""
+
 OPERATORS: tuple[Operator, ...] = (
     LINEAR,
-    MATMUL,
-    MM,
-    ADDMM,
-    EINSUM,
     ATTENTION,
     LSTM,
     RNN,
@@ -42,17 +40,20 @@ def find_module_operator(operators: Sequence[Operator], module_type: type[nn.Mod
 
 def find_function_operator(operators: Sequence[Operator], function: Callable[..., Any] | str) -> Operator | None:
     """Return the last operator that holds this function, or method by its name."""
-    return next((operator for operator in reversed(operators) if function in operator.functions), None)
+    return next((operator for operator in reversed(operators) if operator.find_pattern(function) is not None), None)
 
 
 def find_operator(operators: Sequence[Operator], name: str) -> Operator | None:
-    """Return the last operator of this name."""
-    return next((operator for operator in reversed(operators) if operator.name == name), None)
+    """Return the last operator that has, or else had, this name."""
+    by_name = {operator.name: operator for operator in operators}
+    return by_name.get(name) or by_name.get(RENAMED.get(name, ""))
 
 
 __all__ = [
     "OPERATORS",
+    "RENAMED",
     "Call",
+    "CallPattern",
     "NewCall",
     "Operator",
     "Scheme",

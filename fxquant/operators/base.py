@@ -118,37 +118,67 @@ def never_refuse(_: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Operator:
+class CallPattern:
+    """One way to call an operator.
+
+    summary: for docs/operators.md. functions: float functions, and methods of tensors by name. operands: their operand
+    names in their order. roles: the operator's names for these; (): the same. may_lack_weight: whether a call may have
+    no constant weight, and then is not a candidate. is_transposed: whether a call, by its operands, takes its weight as
+    (I, O); everything else sees it as (O, I). refuse_call: returns why a call, by its operands (with TensorMetadata of
+    the example's shapes for tensors), must stay float, or None. Both get the operands by their roles.
+    """
+
+    summary: str
+    functions: tuple[Callable[..., Any] | str, ...] = ()
+    operands: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    may_lack_weight: bool = False
+    is_transposed: Callable[[dict[str, Any]], bool] = never_transposed
+    refuse_call: Callable[[dict[str, Any]], str | None] = never_refuse
+
+    def operand_of(self, role: str) -> str:
+        """Return the functions' name for an operand."""
+        return self.operands[(self.roles or self.operands).index(role)]
+
+    def name_operands(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return a call's operands by their roles."""
+        roles = dict(zip(self.operands, self.roles or self.operands, strict=True))
+        return {**dict(zip(roles.values(), args, strict=False)), **{roles.get(key, key): kwargs[key] for key in kwargs}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator(CallPattern):
     """An operator of the table: one family of float modules and calls, and how each becomes quantized.
 
-    name, summary: for reports and docs/operators.md. modules: float types, the fused ones too, with the subclasses that
-    inherit their forward; a type of a package that need not be installed by its name, "package.module.Type". functions:
-    float functions, and methods of tensors by name. operands: the functions' operand names in their order. weights:
-    which operands are constant weights. may_lack_weight: whether a call may have no constant there, and then is not a
-    candidate. is_transposed: whether a call, by its operands, takes its weight as (I, O); everything else sees it as
-    (O, I). has_rows: whether the last dimension of a module's input and output holds its features. schemes: the
-    qconfigs it accepts. refuse_module, refuse_call: return why one module, or one call by its operands (with
-    TensorMetadata of the example's shapes for tensors), must stay float, or None. convert_module(module, qconfig,
-    quantize), convert_function(call): see `Call`; operators never edit graphs. parts: return the names of those weights
-    of a module that may each have a scheme of its own; by default the only one. Where there are several, convert_module
+    It is the pattern of its own functions; calls: further patterns. name, summary: for reports and docs/operators.md.
+    modules: float types, the fused ones too, with the subclasses that inherit their forward; a type of a package that
+    need not be installed by its name, "package.module.Type". weights: which operands are constant weights. has_rows:
+    whether the last dimension of a module's input and output holds its features. schemes: the qconfigs it accepts.
+    refuse_module: returns why a module must stay float, or None. convert_module(module, qconfig, quantize),
+    convert_function(call): see `Call`; operators never edit graphs. parts: return the names of those weights of a
+    module that may each have a scheme of its own; by default the only one. Where there are several, convert_module
     gives each `quantize(weight, qconfig.of(name))`.
     """
 
     name: str
-    summary: str
     modules: tuple[type[nn.Module] | str, ...] = ()
-    functions: tuple[Callable[..., Any] | str, ...] = ()
-    operands: tuple[str, ...] = ()
+    calls: tuple[CallPattern, ...] = ()
     weights: tuple[str, ...] = ()
-    may_lack_weight: bool = False
-    is_transposed: Callable[[dict[str, Any]], bool] = never_transposed
     has_rows: bool = True
     schemes: tuple[Scheme, ...]
     convert_module: Callable[[Any, QConfig, Quantize], nn.Module] = no_modules
     convert_function: Callable[[Call], NewCall] = no_functions
     refuse_module: Callable[[Any], str | None] = never_refuse
-    refuse_call: Callable[[dict[str, Any]], str | None] = never_refuse
     parts: Callable[[Any], tuple[str, ...]] = sole_weight
+
+    @property
+    def patterns(self) -> tuple[CallPattern, ...]:
+        """All ways to call it, its own first."""
+        return (self, *self.calls)
+
+    def find_pattern(self, function: Any) -> CallPattern | None:
+        """Return the pattern of a function, or of a method by its name."""
+        return next((pattern for pattern in self.patterns if function in pattern.functions), None)
 
     def accepts(self, qconfig: QConfig) -> bool:
         """Return whether one of the operator's schemes takes the qconfig."""

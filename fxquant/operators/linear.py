@@ -1,4 +1,4 @@
-"""Linear, LinearReLU and F.linear: weights of any format, activations quantized at each call."""
+"""Linear, LinearReLU, F.linear and its other spellings: weights of any format, activations quantized at each call."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fxquant.operators.base import (
     Operator,
     refuse_parameters,
 )
+from fxquant.operators.linear_forms import LINEAR_FORMS, refuse_bias
 from fxquant.qconfig import QConfig
 
 
@@ -31,29 +32,19 @@ def _convert_module(module: nn.Linear, qconfig: QConfig, quantize: Quantize) -> 
     return quantized_type.from_float(module, qconfig, quantize)
 
 
-def refuse_bias(bias: Any, outputs: int) -> str | None:
-    """Return why a call's bias, by its example's shape, cannot be added in the kernel, or None."""
-    shape = tuple(getattr(bias, "shape", ()))  # a number, in torch's older addmm(beta, input, mat1, mat2=…), has none
-    if bias is None or shape == (outputs,):
-        return None
-    return f"what it adds has shape {shape}, not a bias's ({outputs},)"
-
-
 def _refuse_call(operands: dict[str, Any]) -> str | None:
     if len(operands["weight"].shape) != 2:
         return f"its weight is {len(operands['weight'].shape)}-D, not 2-D"
     return refuse_bias(operands.get("bias"), operands["weight"].shape[0])
 
 
-def convert_linear(call: Call, x: str = "input", bias: str = "bias") -> NewCall:
-    """Return the quantized x @ weight.T + bias for a call whose input and bias have these names."""
-    (weight,) = call.weights
-    name, group_size, in_features = call.qconfig.layout(call.weights[weight].shape[1])
+def _convert_function(call: Call) -> NewCall:
+    name, group_size, in_features = call.qconfig.layout(call.weights["weight"].shape[1])
     operands: dict[str, Any] = {
-        "x": call.operands[x],
-        "weight": call.operands[weight],
-        "scale": call.operands[f"{weight}_scale"],
-        "bias": call.operands.get(bias),
+        "x": call.operands["input"],
+        "weight": call.operands["weight"],
+        "scale": call.operands["weight_scale"],
+        "bias": call.operands.get("bias"),
         "relu": call.function is linear_relu,
         "per_token": call.qconfig.per_token,
         "qmax": call.qconfig.qmax,
@@ -70,10 +61,11 @@ LINEAR = Operator(
     modules=(nn.Linear, LinearReLU),
     functions=(F.linear, linear_relu),
     operands=("input", "weight", "bias"),
+    calls=LINEAR_FORMS,
     weights=("weight",),
     schemes=PRODUCTS,
     convert_module=_convert_module,
-    convert_function=convert_linear,
+    convert_function=_convert_function,
     refuse_module=_refuse,
     refuse_call=_refuse_call,
 )

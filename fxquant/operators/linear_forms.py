@@ -1,39 +1,36 @@
-"""Linear forms in other spellings, with a constant matrix: x @ w, torch.mm, torch.addmm, torch.einsum.
+"""Linear's other call patterns, with a constant matrix: x @ w, torch.mm, torch.addmm, torch.einsum.
 
-Each becomes `torch.ops.fxquant.linear`. Without a constant matrix such a call is no candidate: attention multiplies
-activations.
+Each becomes `fxquant.ops.linear`, as F.linear does. Without a constant matrix such a call is no candidate: attention
+multiplies activations.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fxquant.nn.fused import expanded_bmm
-from fxquant.operators.base import (
-    PRODUCTS,
-    Call,
-    NewCall,
-    Operator,
-    never_refuse,
-)
-from fxquant.operators.linear import convert_linear, refuse_bias
+from fxquant.operators.base import CallPattern
 
 _FORM = re.compile(r"(?P<rows>(?:[A-Za-z]|\.\.\.)*)(?P<i>[A-Za-z]),(?P<weight>[A-Za-z]{2})->(?P=rows)(?P<o>[A-Za-z])")
+
+
+def refuse_bias(bias: Any, outputs: int) -> str | None:
+    """Return why a call's bias, by its example's shape, cannot be added in the kernel, or None."""
+    shape = tuple(getattr(bias, "shape", ()))  # a number, in torch's older addmm(beta, input, mat1, mat2=…), has none
+    if bias is None or shape == (outputs,):
+        return None
+    return f"what it adds has shape {shape}, not a bias's ({outputs},)"
 
 
 def _refuse_addmm(operands: dict[str, Any]) -> str | None:
     if operands.get("beta", 1) != 1 or operands.get("alpha", 1) != 1:
         return "its beta or alpha is not 1"
-    return refuse_bias(operands["input"], operands["mat2"].shape[1])
-
-
-def _convert_addmm(call: Call) -> NewCall:
-    return convert_linear(call, x="mat1", bias="input")
+    return refuse_bias(operands["bias"], operands["weight"].shape[1])
 
 
 def _explicit(equation: str) -> str:
@@ -55,10 +52,6 @@ def _layout(equation: Any) -> str:
     return {form["i"] + form["o"]: "io", form["o"] + form["i"]: "oi"}.get(form["weight"], "")
 
 
-def _is_io(operands: dict[str, Any]) -> bool:
-    return "equation" not in operands or _layout(operands["equation"]) == "io"
-
-
 def _refuse_einsum(operands: dict[str, Any]) -> str | None:
     layout = _layout(operands["equation"])
     if not layout:
@@ -69,52 +62,36 @@ def _refuse_einsum(operands: dict[str, Any]) -> str | None:
     return None
 
 
-def _row(
-    name: str,
-    summary: str,
-    functions: tuple[Callable[..., Any] | str, ...],
-    operands: tuple[str, ...],
-    weight: str,
-    refuse_call: Callable[[dict[str, Any]], str | None] = never_refuse,
-    convert_function: Callable[[Call], NewCall] = convert_linear,
-) -> Operator:
-    """Return a row, whose weight is (I, O) unless it is an einsum's."""
-    return Operator(
-        name=name,
-        summary=summary,
-        functions=functions,
-        operands=operands,
-        weights=(weight,),
-        may_lack_weight=True,
-        is_transposed=_is_io,
-        schemes=PRODUCTS,
-        convert_function=convert_function,
-        refuse_call=refuse_call,
-    )
+def _is_io(operands: dict[str, Any]) -> bool:
+    return "equation" not in operands or _layout(operands["equation"]) == "io"
 
 
-MATMUL = _row(
-    "matmul",
-    "x @ weight with a constant weight (I, O), which may be a transpose: x @ w.t()",
-    (operator.matmul, torch.matmul, torch.linalg.matmul, "matmul", expanded_bmm),
-    ("input", "other"),
-    "other",
-)
-MM = _row("mm", "x @ weight of two matrices, the second constant, (I, O)", (torch.mm, "mm"), ("input", "mat2"), "mat2")
-ADDMM = _row(
-    "addmm",
-    "bias + x @ weight with a constant weight (I, O), where beta and alpha are 1",
-    (torch.addmm, "addmm"),
-    ("input", "mat1", "mat2", "beta", "alpha"),
-    "mat2",
-    _refuse_addmm,
-    _convert_addmm,
-)
-EINSUM = _row(
-    "einsum",
-    "an input and a constant matrix: '...i,oi->...o', 'bti,io->bto'",
-    (torch.einsum,),
-    ("equation", "input", "weight"),
-    "weight",
-    _refuse_einsum,
+_form = functools.partial(CallPattern, may_lack_weight=True, is_transposed=_is_io)
+
+LINEAR_FORMS = (
+    _form(
+        summary="x @ weight with a constant weight (I, O), which may be a transpose: x @ w.t()",
+        functions=(operator.matmul, torch.matmul, torch.linalg.matmul, "matmul", expanded_bmm),
+        operands=("input", "other"),
+        roles=("input", "weight"),
+    ),
+    _form(
+        summary="x @ weight of two matrices, the second constant, (I, O)",
+        functions=(torch.mm, "mm"),
+        operands=("input", "mat2"),
+        roles=("input", "weight"),
+    ),
+    _form(
+        summary="bias + x @ weight with a constant weight (I, O), where beta and alpha are 1",
+        functions=(torch.addmm, "addmm"),
+        operands=("input", "mat1", "mat2", "beta", "alpha"),
+        roles=("bias", "input", "weight", "beta", "alpha"),
+        refuse_call=_refuse_addmm,
+    ),
+    _form(
+        summary="an input and a constant matrix: '...i,oi->...o', 'bti,io->bto'",
+        functions=(torch.einsum,),
+        operands=("equation", "input", "weight"),
+        refuse_call=_refuse_einsum,
+    ),
 )

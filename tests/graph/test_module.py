@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import FxQuantError, convert_fx, explain, fuse_fx, ops, per_tensor_dynamic_qconfig
+from fxquant import FxQuantError, convert_fx, explain, fuse_fx
 from fxquant.graph.module import FxModule
 from fxquant.graph.record import record_of
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize, same_bits
@@ -208,23 +208,6 @@ def test_a_users_module_may_be_named_record():
     assert [site.path for site in record_of(copy.deepcopy(quantized)).sites] == ["record"]
 
 
-def test_an_old_pickle_calls_by_new_names():
-    quantized, x = (
-        quantize(Product(), torch.randn(3, 4), mapping=everything(per_tensor_dynamic_qconfig)),
-        torch.randn(5, 4),
-    )
-    (call,) = (node for node in quantized.graph.nodes if node.target is ops.linear)
-    names = list(call.kwargs)
-    call.kwargs = {name.replace("per_token", "per_row"): value for name, value in call.kwargs.items()}
-    quantized.recompile()
-    assert "per_row = False" in quantized.code
-    loaded = pickle.loads(pickle.dumps(quantized))
-    with pytest.warns(DeprecationWarning, match="per_row"):
-        expected = quantized(x)
-    assert same_bits(loaded(x), expected)  # a warning would be an error
-    assert [list(node.kwargs) for node in loaded.graph.nodes if node.target is ops.linear] == [names]
-
-
 def test_inside_a_larger_model_floats_are_not_loaded_into_integers():
     class Model(nn.Module):
         def __init__(self):
@@ -248,17 +231,6 @@ def test_the_twin_of_a_module_compiled_in_place_runs_itself(twin):
     copied.get_submodule("0").weight_int8.zero_()
     assert not copied(x).any()
     assert quantized(x).all()
-
-
-class Product(nn.Module):
-    """A product that is a call."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(6, 4))
-
-    def forward(self, x):
-        return F.linear(x, self.weight)
 
 
 class Viewed(nn.Module):

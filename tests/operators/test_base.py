@@ -1,5 +1,7 @@
 """Schemes and refusals."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -61,13 +63,26 @@ def test_what_a_scheme_accepts(scheme, qconfig, is_taken):
 
 
 def test_a_later_row_overrides_an_earlier_one():
-    import dataclasses
-
     mine = dataclasses.replace(OPERATORS[0], summary="mine")
     table = (*OPERATORS, mine)
     assert find_module_operator(table, nn.Linear) is mine
     assert find_function_operator(table, torch.nn.functional.linear) is mine
     assert find_operator(table, "linear") is mine
+
+
+@pytest.mark.parametrize("name", ["matmul", "mm", "addmm", "einsum"])
+def test_what_was_an_operator_is_a_call_of_linear(name):
+    function = getattr(torch, name)
+    linear = find_function_operator(OPERATORS, function)
+    assert linear is find_operator(OPERATORS, name) is find_operator(OPERATORS, "linear")
+    mine = dataclasses.replace(linear, name=name)
+    assert find_operator((*OPERATORS, mine), name) is mine
+
+
+def test_a_pattern_gives_operands_by_their_roles():
+    pattern = find_operator(OPERATORS, "linear").find_pattern(torch.addmm)
+    assert pattern.name_operands(("b", "x"), {"mat2": "w", "beta": 1, "out": "y"}) == {
+        "bias": "b", "input": "x", "weight": "w", "beta": 1, "out": "y"}  # fmt: skip
 
 
 def test_rows_know_exact_types_only():

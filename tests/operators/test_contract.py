@@ -20,9 +20,6 @@ from fxquant.operators.base import sole_weight
 from fxquant.qconfig_mapping import type_name
 from tests.samples import MIXTURES, SAMPLES, SCHEMES, leaves, prepare, same_bits, scheme_mapping, weight_dtypes
 
-BECOMES = dict.fromkeys(("matmul", "mm", "addmm", "einsum"), "linear")
-"""The operator of torch.ops.fxquant that a row's calls become, where it is not the row's name."""
-
 DOCUMENTED = {
     torch.nn.functional.linear: "linear(input, weight, bias=None)",
     torch.matmul: "matmul(input, other,",
@@ -61,7 +58,8 @@ def test_every_module_and_function_of_a_row_has_a_sample(row):
         return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
     covered = {named(sample.covers) for sample in SAMPLES.get(row.name, ())}
-    assert covered == {named(kind) for kind in (*row.modules, *row.functions)}
+    functions = (function for pattern in row.patterns for function in pattern.functions)
+    assert covered == {named(kind) for kind in (*row.modules, *functions)}
 
 
 @pytest.mark.parametrize("row", OPERATORS, ids=lambda row: row.name)
@@ -76,21 +74,21 @@ def test_names_are_unique_and_summaries_given():
     assert all(row.summary for row in OPERATORS)
 
 
-@pytest.mark.parametrize("row", OPERATORS, ids=lambda row: row.name)
-def test_weights_are_operands_of_the_functions(row):
-    assert set(row.weights) <= set(row.operands)
-    for function in row.functions:
+@pytest.mark.parametrize(("row", "pattern"), [(row, pattern) for row in OPERATORS for pattern in row.patterns])
+def test_weights_are_operands_of_the_functions(row, pattern):
+    assert set(row.weights) <= set(pattern.roles or pattern.operands)
+    for function in pattern.functions:
         if function is operator.matmul:
             continue  # it takes no names
         if isinstance(function, str):
-            matrices = {name: torch.eye(2) for name in row.operands[1:3]}
+            matrices = {name: torch.eye(2) for name in pattern.operands[1:3]}
             assert torch.is_tensor(getattr(torch.eye(2), function)(**matrices))  # else a TypeError
         elif function in DOCUMENTED:
             assert DOCUMENTED[function] in function.__doc__.replace("out_dtype=None, ", "")  # of torch 2.11's addmm
             names = re.findall(r"\b[a-z]\w*(?=[,=)]|$)", DOCUMENTED[function].partition("(")[2])
-            assert tuple(names) == row.operands[: len(names)]
+            assert tuple(names) == pattern.operands[: len(names)]
         else:
-            assert tuple(inspect.signature(function).parameters) == row.operands
+            assert tuple(inspect.signature(function).parameters) == pattern.operands
 
 
 def test_rows_are_values():
@@ -128,7 +126,7 @@ def test_the_graph_holds_the_rows_operator_or_a_quantized_module(case):
     if isinstance(sample.covers, type):
         assert isinstance(quantized.get_submodule(node.target), QuantizedModule)
     else:
-        assert node.target is getattr(ops, BECOMES.get(row.name, row.name))
+        assert node.target is getattr(ops, row.name)
 
 
 def test_rows_are_independent(case):

@@ -12,7 +12,7 @@ from fxquant.graph.constants import asks_kind, constant_of, is_cast, is_transpos
 from fxquant.graph.plan.decisions import Candidate, Decisions
 from fxquant.graph.plan.reasons import refuse_call, why_no_form
 from fxquant.graph.plan.rules import Rules
-from fxquant.graph.plan.targets import Target, call_name, example_shape, find_target
+from fxquant.graph.plan.targets import Target, call_name, example_shape, find_target, pattern_of
 from fxquant.graph.trace.fold import SOURCE, storage_of, written
 from fxquant.graph.trace.trace import Traced
 from fxquant.graph.trace.tracer import SCOPE
@@ -35,7 +35,7 @@ class CallWalk:
         operator = find_function_operator(self._operators, node.target)
         target = find_target(operator, node) if operator is not None else None
         is_alone = target is not None and [*self._matrices(node)] == [target.weight.target]
-        if operator is None or (operator.may_lack_weight and not is_alone):
+        if operator is None or (pattern_of(operator, node).may_lack_weight and not is_alone):
             self._visit_other(node, operator)
             return
         function, scope = SPELT.get(node.target, node.target), node.meta.get(SCOPE, "")
@@ -69,7 +69,9 @@ class CallWalk:
         if is_matrix and all(user.op in ("call_function", "call_method") for user in node.users):
             return  # the calls that use it are reported
         scope = node.meta.get(SCOPE, "")
-        reason = why_no_form(node.target) if operator is None else because(Why.NOT_ALONE, operator.weights[0])
+        reason = why_no_form(node.target)
+        if operator is not None:
+            reason = because(Why.NOT_ALONE, pattern_of(operator, node).operand_of(operator.weights[0]))
         for path, tensor in self._matrices(node).items():
             if isinstance(tensor, nn.Parameter) or operator is not None:
                 rule = self._rules.find(scope, scope, node.target)[""]

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim.swa_utils import AveragedModel
 
 from fxquant.graph.constants import method_of
-from fxquant.graph.plan.targets import Target, call_name, name_operands
+from fxquant.graph.plan.targets import Target, call_name, name_operands, pattern_of
 from fxquant.graph.preserve.extra_state import has_extra_state
 from fxquant.graph.trace.checks import wrapped_in
 from fxquant.graph.trace.leaves import known_base, redefined
@@ -35,14 +35,15 @@ def refuse_call(operator: Operator, target: Target, tensor: torch.Tensor) -> Rea
     operands = name_operands(operator, target.node)
     if tensor.dim() != 2 and (target.is_stored_transposed or target.is_taken_transposed):
         return because(Why.NOT_2D, tensor.dim())
-    if len(target.node.args) > len(operator.operands) or not operands.keys() <= set(operator.operands):
-        return because(Why.MORE_OPERANDS, ", ".join(operator.operands))
+    pattern = pattern_of(operator, target.node)
+    if len(target.node.args) > len(pattern.operands) or not operands.keys() <= set(pattern.roles or pattern.operands):
+        return because(Why.MORE_OPERANDS, ", ".join(pattern.operands))
     if sum(operand is target.operand for operand in operands.values()) > 1:
         return because(Why.WEIGHT_IS_INPUT)
     examples = fx.node.map_arg(operands, lambda node: node.meta.get("tensor_meta"))
     if any(not _keeps_dtype(cast, tensor.dtype) for cast in target.casts) and not _multiplies(operator, examples):
         return because(Why.CAST)
-    text = operator.refuse_call(examples) or refuse_weight(tensor.t() if target.is_stored_transposed else tensor)
+    text = pattern.refuse_call(examples) or refuse_weight(tensor.t() if target.is_stored_transposed else tensor)
     return because(Why.TOLD, text) if text else None
 
 

@@ -10,7 +10,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
 from fxquant.graph.constants import constant_of
-from fxquant.operators import Operator
+from fxquant.operators import CallPattern, Operator
 from fxquant.qconfig_mapping import type_name
 
 
@@ -37,14 +37,22 @@ def find_target(operator: Operator, node: fx.Node) -> Target | None:
     constant = constant_of(operand)
     if operand is None or constant is None:
         return None
-    is_taken_transposed = operator.is_transposed(operands)
+    is_taken_transposed = pattern_of(operator, node).is_transposed(operands)
     is_stored_transposed = constant.is_transposed != is_taken_transposed
     return Target(node, operand, constant.source, is_stored_transposed, is_taken_transposed, constant.casts)
 
 
 def name_operands(operator: Operator, node: fx.Node) -> dict[str, Any]:
     """Return a call's operands by its operator's names for them."""
-    return {**dict(zip(operator.operands, node.args, strict=False)), **node.kwargs}
+    return pattern_of(operator, node).name_operands(node.args, node.kwargs)
+
+
+def pattern_of(operator: Operator, node: fx.Node) -> CallPattern:
+    """Return the pattern of an operator's call; LookupError for another operator's."""
+    pattern = operator.find_pattern(node.target)
+    if pattern is None:
+        raise LookupError(f"{node.name!r} calls {call_name(node.target)}, which is no call of {operator.name!r}")
+    return pattern
 
 
 def example_shape(node: fx.Node) -> tuple[int, ...]:

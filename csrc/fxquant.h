@@ -13,13 +13,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* How a matrix's values are stored. 4 bits: two values a byte, the low nibble first, and rows of whole bytes; INT4
- * holds a value plus 8. */
+/* How a matrix's values are stored. Of less than 8 bits: in rows of whole blocks. 4 bits: two values a byte, the low
+ * nibble first; INT4 holds a value plus 8. INT3 holds a value plus 4, two of them a pair of 6 bits, the low half first;
+ * byte i of a block, 0 to 2, has pair i + 1 in its upper bits, and in the lowest two bits 2 i and 2 i + 1 of pair 0. */
 enum fxq_format {
     FXQ_NONE,
     FXQ_INT8,
     FXQ_INT16,
     FXQ_INT4,
+    FXQ_INT3,
     FXQ_FLOAT16,
     FXQ_FLOAT32,
     FXQ_UINT8, /* this one and the next in tables only */
@@ -33,22 +35,25 @@ enum fxq_activation { FXQ_TO_UINT8, FXQ_TO_INT16, FXQ_TO_FLOAT };
 
 /* What a format is: activations.c. */
 struct fxq_format_entry {
-    int bits;
-    bool is_grouped; /* a scale for each group of a row's columns, not for the row */
+    int block_values, block_bytes; /* so many values of a row are stored in so many bytes */
+    bool is_grouped;               /* a scale for each group of a row's columns, not for the row */
     enum fxq_activation takes;
 };
 extern const struct fxq_format_entry fxq_formats[FXQ_FORMATS];
 
 static inline int64_t fxq_row_bytes(enum fxq_format format, int64_t columns) {
-    return (columns * fxq_formats[format].bits + 7) / 8;
+    const struct fxq_format_entry *entry = &fxq_formats[format];
+    return (columns + entry->block_values - 1) / entry->block_values * entry->block_bytes;
 }
+
+enum { FXQ_LEAST_GROUP = 32, FXQ_MOST_GROUP = 128 }; /* columns that share a scale, or 64 */
 
 /* A matrix of weights: (outputs, columns). */
 struct fxq_weight {
     enum fxq_format format;
     const void *data;
     const void *scale;     /* float32 (outputs,); grouped: bfloat16 (outputs, groups); of floats NULL */
-    int64_t group, groups; /* grouped: columns a group (32, 64 or 128), and how many groups; else 0 */
+    int64_t group, groups; /* grouped: columns a group, and how many groups; else 0 */
     int64_t outputs, columns;
 };
 

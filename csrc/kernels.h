@@ -25,7 +25,7 @@ enum fxq_form {
     FXQ_BYTES,          /* as the instruction set's matmul wants them */
     FXQ_LOW_HIGH,       /* as int16-inl.h says */
     FXQ_FLOATS,         /* as floats-inl.h says */
-    FXQ_NIBBLE_GEMV,    /* few rows, for 4 bits as they lie: (rows, fxq_nibble_depth(columns)) int8, and `less` */
+    FXQ_NIBBLE_GEMV,    /* few rows, for weights as they lie: (rows, fxq_nibble_depth(columns)) int8, and `less` */
     FXQ_GROUPS,         /* more rows, for all groups in one pass */
     FXQ_SEPARATE_GROUPS /* a group's activations after another's, each as FXQ_BYTES */
 };
@@ -41,7 +41,7 @@ struct fxq_activations {
     void *packed;          /* fxq_activation_bytes() */
     int64_t group, groups; /* of the weight */
     int64_t group_bytes;   /* separate: from a group's activations to the next one's */
-    int32_t *less;         /* nibbles: (rows, groups), 8 * sum(q - zero_point) */
+    int32_t *less;         /* nibbles: (rows, groups), sum(q - zero_point) */
 };
 
 /* A grouped weight as int8: a group's (outputs, its width) after another's, and its scales, (groups, outputs). */
@@ -134,7 +134,7 @@ struct fxq_kernels {
     /* Grouped weights. Rows [n, n + count) of columns [k, k + columns) to int8, (count, columns). */
     void (*unpack)(const struct fxq_weight *weight, int64_t n, int64_t count, int64_t k, int64_t columns,
                    int8_t *values);
-    int64_t most_nibble_rows; /* so many rows by 4 bits go through the next two; 0: none */
+    int64_t most_nibble_rows; /* so many rows go through the next two; 0: none */
     void (*quantize_nibbles)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
     void (*matmul_nibbles)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to);
     /* More rows, all groups in one pass. NULL: a product a group. */

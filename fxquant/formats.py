@@ -123,6 +123,27 @@ def _unpack_int4(packed: torch.Tensor, columns: int) -> torch.Tensor:
     return unpack_uint4(packed, columns).to(torch.int8) - 8
 
 
+def _pack_int3(q: torch.Tensor) -> torch.Tensor:
+    """Return values -4–3 packed 8 in 3 bytes along the last dimension, each plus 4, an unfinished block padded with 0.
+
+    Two values are a pair, the first in the low half of 6 bits. Byte i has pair i + 1 in its upper 6 bits, and in the
+    others the bits 2 i and 2 i + 1 of pair 0: so kernels find three pairs in place, and gather one.
+    q: (..., D) whole numbers of any dtype -> (..., ceil(D / 8) * 3) uint8.
+    """
+    q = F.pad((q + 4).to(torch.uint8), (0, -q.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    pairs = q[..., 0::2] | (q[..., 1::2] << 3)
+    pieces = torch.stack([pairs[..., 0] >> 2 * i & 3 for i in range(3)], dim=-1)
+    return (pairs[..., 1:] << 2 | pieces).flatten(-2)
+
+
+def _unpack_int3(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    stored = packed.unflatten(-1, (-1, 3))
+    pieces = stored & 3
+    first = pieces[..., :1] | (pieces[..., 1:2] << 2) | (pieces[..., 2:] << 4)
+    pairs = torch.cat((first, stored >> 2), dim=-1)
+    return torch.stack((pairs & 7, pairs >> 3), dim=-1).flatten(-3)[..., :columns].to(torch.int8) - 4
+
+
 INT8 = Format(
     name="int8",
     suffix="_int8",
@@ -144,6 +165,19 @@ INT4 = Format(
     block=(2, 1),
     pack=_pack_int4,
     unpack=_unpack_int4,
+)
+INT3 = Format(
+    name="int3",
+    suffix="_int3",
+    storage=torch.uint8,
+    bits=3,
+    limits=(-4, 3),
+    scale=torch.bfloat16,
+    group_sizes=(32, 64, 128),
+    activation=Activation.UINT8,
+    block=(8, 3),
+    pack=_pack_int3,
+    unpack=_unpack_int3,
 )
 INT16 = Format(
     name="int16",
@@ -185,7 +219,7 @@ FLOAT32 = Format(
 )
 """A weight that stays as it is beside an operator's quantized ones: no TensorSpec names this format."""
 
-FORMATS = (INT8, INT4, INT16, UINT8, UINT4, FLOAT16, FLOAT32)
+FORMATS = (INT8, INT4, INT3, INT16, UINT8, UINT4, FLOAT16, FLOAT32)
 """All formats."""
 
 _BY_NAME = {known.name: known for known in FORMATS}

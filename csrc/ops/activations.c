@@ -18,10 +18,10 @@ int64_t fxq_depth(int64_t columns) { return (columns + FXQ_DEPTH - 1) / FXQ_DEPT
 int64_t fxq_nibble_depth(int64_t columns) { return (columns + 127) / 128 * 128; }
 
 const struct fxq_format_entry fxq_formats[FXQ_FORMATS] = {
-    [FXQ_INT8] = {8, false, FXQ_TO_UINT8},     [FXQ_INT16] = {16, false, FXQ_TO_INT16},
-    [FXQ_INT4] = {4, true, FXQ_TO_UINT8},      [FXQ_FLOAT16] = {16, false, FXQ_TO_FLOAT},
-    [FXQ_FLOAT32] = {32, false, FXQ_TO_FLOAT}, [FXQ_UINT8] = {8, false, FXQ_TO_FLOAT},
-    [FXQ_UINT4] = {4, false, FXQ_TO_FLOAT},
+    [FXQ_INT8] = {1, 1, false, FXQ_TO_UINT8},    [FXQ_INT16] = {1, 2, false, FXQ_TO_INT16},
+    [FXQ_INT4] = {2, 1, true, FXQ_TO_UINT8},     [FXQ_INT3] = {8, 3, true, FXQ_TO_UINT8},
+    [FXQ_FLOAT16] = {1, 2, false, FXQ_TO_FLOAT}, [FXQ_FLOAT32] = {1, 4, false, FXQ_TO_FLOAT},
+    [FXQ_UINT8] = {1, 1, false, FXQ_TO_FLOAT},   [FXQ_UINT4] = {2, 1, false, FXQ_TO_FLOAT},
 };
 
 int64_t fxq_activation_bytes(const struct fxq_weight *weight, int64_t rows) {

@@ -11,8 +11,7 @@
 enum {
     CHUNK_BYTES = 512 << 10, /* of outputs and unpacked weights, which stay in the L2 cache from group to group */
     LEAST_CHUNK = 64,
-    MOST_CHUNK = 1024,
-    MOST_GROUP = 128
+    MOST_CHUNK = 1024
 };
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -42,7 +41,7 @@ void fxq_begin_groups(struct fxq_activations *x, const struct fxq_weight *weight
     x->groups = weight->groups;
     x->group_bytes = separate_bytes(x->rows, x->group);
     x->less = (int32_t *)((char *)x->packed + x->rows * fxq_nibble_depth(x->columns));
-    if (weight->format == FXQ_INT4 && x->rows <= fxq_active->most_nibble_rows) x->form = FXQ_NIBBLE_GEMV;
+    if (x->rows <= fxq_active->most_nibble_rows) x->form = FXQ_NIBBLE_GEMV;
     else x->form = fxq_active->matmul_groups ? FXQ_GROUPS : FXQ_SEPARATE_GROUPS;
 }
 
@@ -100,8 +99,8 @@ int64_t fxq_group_scratch_bytes(const struct fxq_weight *weight) {
     if (fxq_active->matmul_groups) { /* 64 outputs' unpacked weights, at most 2 bytes each, and their scales */
         return most(FXQ_PACKED_BYTES, 64 * fxq_depth(weight->columns) * 2 * 17 / 16);
     }
-    const struct fxq_weight part = {.columns = MOST_GROUP};
-    return MOST_CHUNK * (MOST_GROUP + (int64_t)sizeof(float)) + fxq_product_scratch_bytes(&part);
+    const struct fxq_weight part = {.columns = FXQ_MOST_GROUP};
+    return MOST_CHUNK * (FXQ_MOST_GROUP + (int64_t)sizeof(float)) + fxq_product_scratch_bytes(&part);
 }
 
 /* One group's product with outputs [n0, n1) of what is unpacked of it, into `to`, or for later groups added to what is
@@ -131,10 +130,10 @@ static void multiply_separately(const struct fxq_matmul *job, int64_t n0, int64_
                                 void *scratch) {
     const int64_t groups = job->x->groups, outputs = job->weight->outputs,
                   row_bytes = job->x->rows * (int64_t)sizeof(float);
-    const int64_t fits = CHUNK_BYTES / (row_bytes + MOST_GROUP) / LEAST_CHUNK * LEAST_CHUNK;
+    const int64_t fits = CHUNK_BYTES / (row_bytes + FXQ_MOST_GROUP) / LEAST_CHUNK * LEAST_CHUNK;
     const int64_t chunk = fxq_clamp(fits, LEAST_CHUNK, MOST_CHUNK);
     int8_t *values = scratch;
-    float *scale = (float *)(values + MOST_CHUNK * MOST_GROUP);
+    float *scale = (float *)(values + MOST_CHUNK * FXQ_MOST_GROUP);
     const struct fxq_unpacked *all = job->unpacked && job->unpacked->values ? job->unpacked : NULL;
     for (int64_t group = 0; all && group < groups; group++) {
         const struct fxq_weight weight =

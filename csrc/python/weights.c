@@ -6,9 +6,9 @@ static const struct {
     const char *name;
     enum kind stored;
 } formats[FXQ_FORMATS] = {
-    [FXQ_INT8] = {"int8", INT8},          [FXQ_INT16] = {"int16", INT16},       [FXQ_INT4] = {"int4", UINT8},
-    [FXQ_FLOAT16] = {"float16", FLOAT16}, [FXQ_FLOAT32] = {"float32", FLOAT32}, [FXQ_UINT8] = {"uint8", UINT8},
-    [FXQ_UINT4] = {"uint4", UINT8},
+    [FXQ_INT8] = {"int8", INT8},    [FXQ_INT16] = {"int16", INT16},       [FXQ_INT4] = {"int4", UINT8},
+    [FXQ_INT3] = {"int3", UINT8},   [FXQ_FLOAT16] = {"float16", FLOAT16}, [FXQ_FLOAT32] = {"float32", FLOAT32},
+    [FXQ_UINT8] = {"uint8", UINT8}, [FXQ_UINT4] = {"uint4", UINT8},
 };
 
 enum fxq_format read_format(PyObject *name) {
@@ -20,13 +20,13 @@ enum fxq_format read_format(PyObject *name) {
 
 /* Elements of a row of the tensor: values, or bytes of several. */
 static int64_t width_of(enum fxq_format format, int64_t columns) {
-    return fxq_formats[format].bits < 8 ? fxq_row_bytes(format, columns) : columns;
+    return fxq_formats[format].block_values > 1 ? fxq_row_bytes(format, columns) : columns;
 }
 
-/* The least group size that gives so many groups, or 0. */
-static int64_t group_size_of(int64_t columns, int64_t groups) {
-    for (int64_t size = 32; size <= 128; size *= 2) {
-        if ((columns + size - 1) / size == groups) return size;
+/* The least group size, or `wanted`, that gives so many groups; 0: none does. */
+static int64_t group_size_of(int64_t columns, int64_t groups, int64_t wanted) {
+    for (int64_t size = FXQ_LEAST_GROUP; size <= FXQ_MOST_GROUP; size *= 2) {
+        if ((wanted == ANY_GROUP || wanted == size) && (columns + size - 1) / size == groups) return size;
     }
     return 0;
 }
@@ -37,9 +37,8 @@ static bool read_groups(PyObject *object, int64_t group, struct fxq_weight *weig
         return false;
     weight->scale = scale.data;
     weight->groups = scale.shape[1];
-    weight->group = group == ANY_GROUP ? group_size_of(weight->columns, weight->groups) : group;
-    return (weight->group == 32 || weight->group == 64 || weight->group == 128) &&
-           weight->groups == (weight->columns + weight->group - 1) / weight->group;
+    weight->group = group_size_of(weight->columns, weight->groups, group);
+    return weight->group > 0;
 }
 
 /* A matrix of so many columns; whether it is one of its format. */

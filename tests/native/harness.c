@@ -59,7 +59,7 @@ static void mix(const float *x, int64_t count) {
 
 /* Of one of the first `formats` formats: any bytes, and finite scales of little size. */
 static struct fxq_weight weight(int64_t outputs, int64_t columns, int formats) {
-    static const enum fxq_format all[] = {FXQ_INT8, FXQ_INT16, FXQ_FLOAT16, FXQ_INT4, FXQ_FLOAT32};
+    static const enum fxq_format all[] = {FXQ_INT8, FXQ_INT16, FXQ_FLOAT16, FXQ_INT4, FXQ_INT3, FXQ_FLOAT32};
     struct fxq_weight w = {.format = all[below(formats)], .outputs = outputs, .columns = columns};
     const int64_t count = outputs * columns, group = 32 << below(3);
     switch (w.format) {
@@ -72,7 +72,7 @@ static struct fxq_weight weight(int64_t outputs, int64_t columns, int formats) {
     if (w.group == 0) return w;
     uint16_t *scale = take(outputs * w.groups * 2);
     for (int64_t i = 0; i < outputs * w.groups; i++) scale[i] = (uint16_t)(below(2) << 15 | (0x3b00 + below(256)));
-    w.data = int8s(outputs * fxq_row_bytes(FXQ_INT4, columns)), w.scale = scale;
+    w.data = int8s(outputs * fxq_row_bytes(w.format, columns)), w.scale = scale;
     return w;
 }
 
@@ -87,7 +87,7 @@ static void linear_case(int threads, bool is_large) {
     const int64_t count = rows ? (inner - 1) * stride + (outer - 1) * outer_stride + columns : 0;
     float *x = floats(count, 1e-3f, true), *bias = floats(outputs, 1e-4f, true);
     float *out = take(rows * outputs * 4);
-    const struct fxq_weight w = weight(outputs, columns, columns ? 4 : 3); /* groups have columns */
+    const struct fxq_weight w = weight(outputs, columns, columns ? 5 : 3); /* groups have columns */
     if (below(10) == 0 && count > 0) x[below(count)] = NAN;
     if (below(10) == 0 && count > 0) x[below(count)] = -INFINITY;
     const struct fxq_linear call = {
@@ -169,11 +169,11 @@ static void recurrent_case(int threads) {
     const int directions = 1 + (int)below(2);
     struct fxq_recurrent_weights cells[2] = {0};
     for (int i = 0; i < directions; i++) {
-        cells[i] = (struct fxq_recurrent_weights){.ih = weight(gates, inputs, 5),
-                                                  .hh = weight(gates, outputs, 5),
+        cells[i] = (struct fxq_recurrent_weights){.ih = weight(gates, inputs, 6),
+                                                  .hh = weight(gates, outputs, 6),
                                                   .bias = floats(gates, 1e-4f, true),
                                                   .hidden_bias = mode == FXQ_GRU ? floats(hidden, 1e-4f, true) : NULL};
-        if (outputs != hidden) cells[i].hr = weight(outputs, hidden, 5);
+        if (outputs != hidden) cells[i].hr = weight(outputs, hidden, 6);
     }
     float *x = floats(steps * batch * inputs, 1e-3f, true), *h0 = floats(directions * batch * outputs, 1e-4f, true);
     float *h = take(directions * batch * outputs * 4), *c = floats(directions * batch * hidden, 1e-4f, true);

@@ -1,6 +1,6 @@
-/* The packed gemm of 4-bit weights: a tile of 16 rows by 16 outputs keeps its float sums in registers while all groups
- * of columns pass, so that each output is written once. Expects: nibbles-inl.h, stream-inl.h, and what the includer
- * defines for its instruction set:
+/* The packed gemm of grouped weights: a tile of 16 rows by 16 outputs keeps its float sums in registers while all
+ * groups of columns pass, so that each output is written once. Expects: nibbles-inl.h, stream-inl.h, and what the
+ * includer defines for its instruction set:
  *
  * #define GROUP_VALUE_BYTES of an unpacked weight
  * static void unpack_words(__m512i words, void *to);                8 columns of 16 outputs, a nibble each
@@ -57,25 +57,32 @@ FXQ_INLINE struct group_tile group_tile_at(const struct group_strip *s, int64_t 
 }
 
 /* Outputs [n, n + 16), as far as there are `left`. */
-static void unpack_group_block(const struct fxq_weight *weight, int64_t n, int64_t left, void *block) {
-    const int64_t row_bytes = fxq_row_bytes(FXQ_INT4, weight->columns), groups = weight->groups;
-    const uint8_t *nibbles = (const uint8_t *)weight->data + n * row_bytes;
-    const __mmask16 lanes = first_lanes(left);
+FXQ_INLINE void *unpack_group_values(const struct fxq_weight *weight, int64_t n, int64_t left, void *block,
+                                     enum fxq_format format) {
+    const int64_t row_bytes = fxq_row_bytes(format, weight->columns);
+    const uint8_t *from = (const uint8_t *)weight->data + n * row_bytes;
     char *to = block;
-    for (int64_t k = 0; k < row_bytes; k += 64) {
-        const __mmask64 bytes = row_bytes - k < 64 ? ~0ull >> (64 - (row_bytes - k)) : ~0ull;
+    for (int64_t k = 0; k < weight->columns; k += PAIR_COLUMNS, from += fxq_row_bytes(format, PAIR_COLUMNS)) {
+        const __mmask64 bytes = bytes_of_columns(format, weight->columns - k);
         __m512i v[16];
         FXQ_FOR(16, int i = 0; i < 16; i++) {
-            _mm_prefetch((const char *)nibbles + (16 + i) * row_bytes + k, _MM_HINT_T0);
-            v[i] = _mm512_maskz_loadu_epi8(i < left ? bytes : 0, nibbles + i * row_bytes + k);
+            _mm_prefetch((const char *)from + (16 + i) * row_bytes, _MM_HINT_T0);
+            v[i] = load_nibbles(format, i < left ? bytes : 0, from + i * row_bytes);
         }
         transpose_16x16(v);
         for (int i = 0; i < 16; i += 8) { /* depth is a multiple of 64: of half a step */
-            if (i == 8 && row_bytes - k <= 32) break;
+            if (i == 8 && weight->columns - k <= PAIR_COLUMNS / 2) break;
             FXQ_FOR(8, int j = 0; j < 8; j++, to += 8 * GROUP_OUTPUTS * GROUP_VALUE_BYTES) unpack_words(v[i + j], to);
         }
     }
-    float *scale = (float *)to;
+    return to;
+}
+
+static void unpack_group_block(const struct fxq_weight *weight, int64_t n, int64_t left, void *block) {
+    const int64_t groups = weight->groups;
+    const __mmask16 lanes = first_lanes(left);
+    float *scale = weight->format == FXQ_INT3 ? unpack_group_values(weight, n, left, block, FXQ_INT3)
+                                              : unpack_group_values(weight, n, left, block, FXQ_INT4);
     for (int64_t g = 0; g < groups; g += 4) {
         const int count = groups - g < 4 ? (int)(groups - g) : 4;
         __m512 s[4];

@@ -1,17 +1,18 @@
-/* The gemv of 4-bit weights: their bytes are the limit, so they are read as they lie, and unpacked in registers.
+/* The gemv of grouped weights: their bytes are the limit, so they are read as they lie, and unpacked in registers.
  *
- * 64 bytes hold 128 columns, u = w + 8 in each nibble. The low nibbles are the even columns and the high ones the odd,
- * so that the activations lie in that order too, 64 even ones and 64 odd: nothing is interleaved. vpdpbusd takes u as
- * the unsigned side and a = q - 128 as the signed one:
+ * load_pairs() gives 64 even columns and 64 odd ones, so that the activations lie in that order too: nothing is
+ * interleaved. Without the shift, u = w + 8 of 4 bits. vpdpbusd takes u as the unsigned side and a = q - 128 as the
+ * signed one:
  *
  *   sum((q - z) w) = sum(a u) + (128 - z) sum(u) - 8 sum(q - z)
  *
- * where the last term is the row's alone (`less`), and a and the ones of sum(u) are 0 beyond the last column. A lane
+ * where the last sum is the row's alone (`less`), and a and the ones of sum(u) are 0 beyond the last column. A lane
  * has the sums of 8 columns; 4, 8 or 16 lanes are a group, added up for 16 outputs at once.
  *
  * Expects: common-inl.h and MOST_NIBBLE_ROWS. */
+#include "kernels/x86/avx512/pairs-inl.h"
 
-enum { NIBBLE_COLUMNS = 128, NIBBLE_ROWS = 4 /* that a register of weights serves */ };
+enum { NIBBLE_ROWS = 4 /* that a register of weights serves */ };
 
 /* The even bytes of 128, then the odd ones. */
 FXQ_INLINE void part_columns(const uint8_t *values, int8_t *out) {
@@ -29,16 +30,16 @@ static void quantize_nibbles(const struct fxq_activations *x, int64_t first, int
         const struct fxq_row *row = &x->row[first + r];
         int8_t *out = (int8_t *)x->packed + (first + r) * depth;
         int32_t *less = x->less + (first + r) * x->groups;
-        for (int64_t k = 0; k < columns; k += NIBBLE_COLUMNS, out += NIBBLE_COLUMNS) {
-            const int64_t width = columns - k < NIBBLE_COLUMNS ? columns - k : NIBBLE_COLUMNS;
-            uint8_t values[NIBBLE_COLUMNS];
+        for (int64_t k = 0; k < columns; k += PAIR_COLUMNS, out += PAIR_COLUMNS) {
+            const int64_t width = columns - k < PAIR_COLUMNS ? columns - k : PAIR_COLUMNS;
+            uint8_t values[PAIR_COLUMNS];
             memset(values, 128, sizeof values);
             quantize_values(rows[r] + k, width, row, x->qmax, values);
             for (int64_t i = 0; i < width; i += group) {
                 const int64_t in_group = width - i < group ? width - i : group;
                 int32_t sum = 0;
                 for (int64_t j = 0; j < in_group; j++) sum += values[i + j];
-                *less++ = 8 * (sum - (int32_t)in_group * row->zero_point);
+                *less++ = sum - (int32_t)in_group * row->zero_point;
             }
             part_columns(values, out);
         }
@@ -98,22 +99,18 @@ FXQ_INLINE void load_scales(const uint16_t *scale, int64_t stride, int count, __
 
 /* What 16 outputs need of the step of 128 columns from k on. */
 struct nibble_step {
-    const uint8_t *nibbles; /* of the first output */
+    enum fxq_format format; /* a constant wherever this is inlined */
+    const uint8_t *weights; /* of the first output */
     int64_t row_bytes, depth;
     const int8_t *values; /* of the first row */
     __mmask64 bytes;      /* that a row has in this step */
     __m512i even_ones, odd_ones;
 };
 
-FXQ_INLINE __m512i dot_nibbles(__m512i sum, __m512i nibbles, __m512i values) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(nibbles), "v"(values)); /* see add_products */
-    return sum;
-}
-
 /* t[m][i]: lanes of sum(a u) + (128 - z) sum(u) of `rows` rows (a constant wherever this is inlined) and 16 outputs. */
 FXQ_INLINE void multiply_nibbles(const struct nibble_step *s, const struct fxq_row *row, int rows, int64_t outputs,
                                  __m512i t[][16]) {
-    const __m512i low = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
+    const __m512i zero = _mm512_setzero_si512();
     __m512i even[NIBBLE_ROWS], odd[NIBBLE_ROWS], factor[NIBBLE_ROWS];
     FXQ_FOR(4, int m = 0; m < rows; m++) {
         even[m] = _mm512_loadu_si512(s->values + m * s->depth);
@@ -121,12 +118,12 @@ FXQ_INLINE void multiply_nibbles(const struct nibble_step *s, const struct fxq_r
         factor[m] = _mm512_set1_epi32(128 - row[m].zero_point); /* the high half meets a 0: a lane's sum(u) is small */
     }
     FXQ_FOR(16, int i = 0; i < 16; i++) {
-        _mm_prefetch((const char *)s->nibbles + (16 + i) * s->row_bytes, _MM_HINT_T0); /* for the next 16 outputs */
-        const __m512i v = _mm512_maskz_loadu_epi8(i < outputs ? s->bytes : 0, s->nibbles + i * s->row_bytes);
-        const __m512i u = _mm512_and_si512(v, low), u_odd = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
-        const __m512i sum = dot_nibbles(dot_nibbles(zero, u, s->even_ones), u_odd, s->odd_ones);
+        _mm_prefetch((const char *)s->weights + (16 + i) * s->row_bytes, _MM_HINT_T0); /* for the next 16 outputs */
+        __m512i u, u_odd;
+        load_pairs(s->format, i < outputs ? s->bytes : 0, s->weights + i * s->row_bytes, &u, &u_odd);
+        const __m512i sum = dot_bytes(dot_bytes(zero, u, s->even_ones), u_odd, s->odd_ones);
         FXQ_FOR(4, int m = 0; m < rows; m++) {
-            const __m512i products = dot_nibbles(dot_nibbles(zero, u, even[m]), u_odd, odd[m]);
+            const __m512i products = dot_bytes(dot_bytes(zero, u, even[m]), u_odd, odd[m]);
             t[m][i] = _mm512_dpwssd_epi32(products, sum, factor[m]);
         }
     }
@@ -134,16 +131,18 @@ FXQ_INLINE void multiply_nibbles(const struct nibble_step *s, const struct fxq_r
 
 /* `rows` rows from m on by outputs [n, n + 16), as far as there are `left`. */
 FXQ_INLINE void matmul_nibbles_16(const struct fxq_matmul *job, int64_t m, int rows, int64_t n, int64_t left,
-                                  int64_t n0, const struct fxq_target *to, int64_t group) {
+                                  int64_t n0, const struct fxq_target *to, enum fxq_format format, int64_t group) {
     const struct fxq_activations *x = job->x;
-    const int64_t columns = x->columns, row_bytes = fxq_row_bytes(FXQ_INT4, columns), groups = x->groups;
-    const int each = (int)(NIBBLE_COLUMNS / group);
+    const int64_t columns = x->columns, row_bytes = fxq_row_bytes(format, columns), groups = x->groups;
+    const int each = (int)(PAIR_COLUMNS / group);
+    const struct pair_code code = pair_code_of(format);
     const struct outputs_16 o = begin_outputs(job, n, n + left);
     const struct fxq_target target = fxq_target_at(to, m, n - n0);
-    struct nibble_step s = {.nibbles = (const uint8_t *)job->weight->data + n * row_bytes,
+    struct nibble_step s = {.format = format,
+                            .weights = (const uint8_t *)job->weight->data + n * row_bytes,
                             .row_bytes = row_bytes,
                             .depth = fxq_nibble_depth(columns),
-                            .bytes = ~0ull,
+                            .bytes = bytes_of_columns(format, columns),
                             .even_ones = _mm512_set1_epi8(1),
                             .odd_ones = _mm512_set1_epi8(1)};
     s.values = (const int8_t *)x->packed + m * s.depth;
@@ -151,12 +150,12 @@ FXQ_INLINE void matmul_nibbles_16(const struct fxq_matmul *job, int64_t m, int r
     FXQ_FOR(4, int i = 0; i < rows; i++) {
         y[i] = begin_sum(&o, target.addend ? target.addend + i * target.addend_stride : NULL);
     }
-    for (int64_t g = 0, k = 0; k < columns; g += each, k += NIBBLE_COLUMNS) {
+    for (int64_t g = 0, k = 0; k < columns; g += each, k += PAIR_COLUMNS) {
         const int64_t width = columns - k;
-        if (width < NIBBLE_COLUMNS) {
-            s.bytes = ~0ull >> (64 - (width + 1) / 2);
-            s.even_ones = _mm512_maskz_set1_epi8(s.bytes, 1);
-            s.odd_ones = _mm512_maskz_set1_epi8(s.bytes >> (width % 2), 1);
+        if (width < PAIR_COLUMNS) {
+            s.bytes = bytes_of_columns(format, width);
+            s.even_ones = _mm512_maskz_set1_epi8(~0ull >> (64 - (width + 1) / 2), 1);
+            s.odd_ones = _mm512_maskz_set1_epi8(~0ull >> (63 - width / 2) >> 1, 1);
         }
         __m512i t[NIBBLE_ROWS][16];
         multiply_nibbles(&s, x->row + m, rows, left, t);
@@ -169,43 +168,50 @@ FXQ_INLINE void matmul_nibbles_16(const struct fxq_matmul *job, int64_t m, int r
             const __m512 row_scale = _mm512_set1_ps(x->row[m + i].scale);
             FXQ_FOR(4, int j = 0; j < each; j++) {
                 if (j >= count) break;
-                const __m512i less = _mm512_set1_epi32(x->less[(m + i) * groups + g + j]);
-                const __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[j], less));
+                const __m512i less = _mm512_set1_epi32(code.offset * x->less[(m + i) * groups + g + j]);
+                const __m512i sum = code.shift ? _mm512_srai_epi32(sums[j], code.shift) : sums[j];
+                const __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, less));
                 y[i] = _mm512_add_ps(_mm512_mul_ps(whole, _mm512_mul_ps(row_scale, scale[j])), y[i]);
             }
         }
-        s.nibbles += 64;
-        s.values += NIBBLE_COLUMNS;
+        s.weights += fxq_row_bytes(format, PAIR_COLUMNS);
+        s.values += PAIR_COLUMNS;
     }
     FXQ_FOR(4, int i = 0; i < rows; i++) store_outputs(&o, end_outputs(&o, y[i]), target.out + i * target.out_stride);
 }
 
 FXQ_INLINE void matmul_nibbles_in(const struct fxq_matmul *job, int64_t m, int rows, int64_t n0, int64_t n1,
-                                  const struct fxq_target *to, int64_t group) {
+                                  const struct fxq_target *to, enum fxq_format format, int64_t group) {
     int64_t n = n0;
-    for (; n + 16 <= n1; n += 16) matmul_nibbles_16(job, m, rows, n, 16, n0, to, group);
-    if (n < n1) matmul_nibbles_16(job, m, rows, n, n1 - n, n0, to, group);
+    for (; n + 16 <= n1; n += 16) matmul_nibbles_16(job, m, rows, n, 16, n0, to, format, group);
+    if (n < n1) matmul_nibbles_16(job, m, rows, n, n1 - n, n0, to, format, group);
 }
 
-/* The compiler makes a form for each number of rows and size of a group. */
+/* The compiler makes a form for each number of rows, format and size of a group. */
 FXQ_INLINE void matmul_nibbles_of(const struct fxq_matmul *job, int64_t m, int rows, int64_t n0, int64_t n1,
-                                  const struct fxq_target *to) {
+                                  const struct fxq_target *to, enum fxq_format format) {
     switch (job->x->group) {
-        case 32: matmul_nibbles_in(job, m, rows, n0, n1, to, 32); break;
-        case 64: matmul_nibbles_in(job, m, rows, n0, n1, to, 64); break;
-        default: matmul_nibbles_in(job, m, rows, n0, n1, to, 128);
+        case 32: matmul_nibbles_in(job, m, rows, n0, n1, to, format, 32); break;
+        case 64: matmul_nibbles_in(job, m, rows, n0, n1, to, format, 64); break;
+        default: matmul_nibbles_in(job, m, rows, n0, n1, to, format, 128);
+    }
+}
+
+FXQ_INLINE void matmul_pairs(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,
+                             enum fxq_format format) {
+    for (int64_t m = 0; m < job->x->rows;) {
+        const int64_t left = job->x->rows - m;
+        const int rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (rows == 4) matmul_nibbles_of(job, m, 4, n0, n1, to, format);
+        else if (rows == 2) matmul_nibbles_of(job, m, 2, n0, n1, to, format);
+        else matmul_nibbles_of(job, m, 1, n0, n1, to, format);
+        m += rows;
     }
 }
 
 static void matmul_nibbles(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to) {
-    for (int64_t m = 0; m < job->x->rows;) {
-        const int64_t left = job->x->rows - m;
-        const int rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        if (rows == 4) matmul_nibbles_of(job, m, 4, n0, n1, to);
-        else if (rows == 2) matmul_nibbles_of(job, m, 2, n0, n1, to);
-        else matmul_nibbles_of(job, m, 1, n0, n1, to);
-        m += rows;
-    }
+    if (job->weight->format == FXQ_INT3) matmul_pairs(job, n0, n1, to, FXQ_INT3);
+    else matmul_pairs(job, n0, n1, to, FXQ_INT4);
 }
 #define FXQ_NIBBLES \
     .most_nibble_rows = MOST_NIBBLE_ROWS, .quantize_nibbles = quantize_nibbles, .matmul_nibbles = matmul_nibbles

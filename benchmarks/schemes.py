@@ -23,6 +23,7 @@ from fxquant import (
     convert_fx,
     default_dynamic_qconfig,
     float16_dynamic_qconfig,
+    int3_dynamic_qconfig,
     int4_dynamic_qconfig,
     int16_dynamic_qconfig,
     prepare_fx,
@@ -34,6 +35,8 @@ SCHEMES: dict[str, tuple[QConfig, QConfig]] = {
     "int8": (default_dynamic_qconfig, default_dynamic_qconfig),
     "decoder int4": (default_dynamic_qconfig, int4_dynamic_qconfig),
     "LSTM and decoder int4": (int4_dynamic_qconfig, int4_dynamic_qconfig),
+    "decoder int3": (default_dynamic_qconfig, int3_dynamic_qconfig),
+    "LSTM and decoder int3": (int3_dynamic_qconfig, int3_dynamic_qconfig),
     "LSTM and decoder int16": (int16_dynamic_qconfig, int16_dynamic_qconfig),
     "LSTM and decoder float16": (float16_dynamic_qconfig, float16_dynamic_qconfig),
 }

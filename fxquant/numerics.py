@@ -101,7 +101,7 @@ def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> t
     low, high: (N,) float32, one a channel or one for all -> scale, zero_point: (N,) float32; for groups all of them (N,
     groups), the scale of the format's dtype. Groups: scale = e / qmin, where e is whichever of low and high is farther
     from 0; the scale is negative where e is positive, so that e becomes qmin and all integers (16 in [-8, 7]) are used.
-    docs/numerics.md, "int4 group". Symmetric: scale = max(|low|, |high|) / steps, zero_point 0. Affine (embedding
+    docs/numerics.md, "group". Symmetric: scale = max(|low|, |high|) / steps, zero_point 0. Affine (embedding
     rows): scale = (high - low) / steps and the real- valued zero_point = -low / scale of torch.ao's float_qparams
     scheme. A range of 0 gives scale 1 (the symmetric case) or the constant itself (the affine case), so that a constant
     is exact.

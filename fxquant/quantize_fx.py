@@ -127,9 +127,9 @@ def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None, check:
     """Return the quantized model that prepare_fx decided on. The prepared model is left as it was.
 
     data: an iterable of batches like those that the model will see, each a tuple of one call's positional arguments, a
-    dict of its keywords, or one tensor. With it 4-bit weights are rounded with GPTQ (docs/numerics.md, "GPTQ error"):
-    the float model runs over it once, and each site says in its `rounding` what came of it. Without it, and for
-    other weights, rounding is to nearest.
+    dict of its keywords, or one tensor. With it 4- and 3-bit weights are rounded with GPTQ (docs/numerics.md, "GPTQ
+    error"): the float model runs over it once, and each site says in its `rounding` what came of it. Without it, and
+    for other weights, rounding is to nearest.
 
     check: whether the quantized model is run once on prepare_fx's example inputs, beside the float one. A layer that
     runs in float but not once it is quantized stays float, with a reason. One warning names other shapes or dtypes, NaN

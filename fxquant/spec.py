@@ -21,8 +21,8 @@ _DTYPES = tuple(known.name for known in FORMATS if known is not FLOAT32)
 class TensorSpec:
     """How one tensor becomes integers: x ≈ (q - zero_point) * scale with q in [qmin, qmax].
 
-    dtype: the name of a format: "int8", "int16", "uint8", "uint4", "int4" (two values a byte) or "float16" (no
-        integers: stored in half precision). "int16" is symmetric over all of its range, ±32767.
+    dtype: the name of a format: "int8", "int16", "uint8", "uint4", "int4" (two values a byte), "int3" (8 in 3
+        bytes) or "float16" (no integers: stored in half precision). "int16" is symmetric over all of its range, ±32767.
     symmetric: zero_point is 0, the range is that of the largest magnitude.
     axis: where scales are shared: "tensor" (one), "channel" (one for each index of dimension 0 of a weight: an output
         channel, a row of a table), "token" (one for each vector of an activation's last dimension: a token, a time

@@ -151,6 +151,7 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
 SCHEMES: dict[str, QConfig] = {
     "int8 weights, uint8 dynamic activations": fxquant.default_dynamic_qconfig,
     "int4 weights in groups, uint8 dynamic activations": fxquant.int4_dynamic_qconfig,
+    "int3 weights in groups, uint8 dynamic activations": fxquant.int3_dynamic_qconfig,
     "int16 weights, int16 dynamic activations": fxquant.int16_dynamic_qconfig,
     "float16 weights": fxquant.float16_dynamic_qconfig,
     "int8 rows": QConfig(

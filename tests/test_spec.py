@@ -13,8 +13,8 @@ from fxquant import QConfigError, TensorSpec
 
 
 def test_an_unknown_dtype_is_refused():
-    with pytest.raises(QConfigError, match="'int3' is not one of int8, int4, int16, uint8"):
-        TensorSpec(dtype="int3")
+    with pytest.raises(QConfigError, match=r"'int7' is not one of int8, int4, .*int16, uint8"):
+        TensorSpec(dtype="int7")
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_an_unknown_axis_is_refused():
         ({"axis": "channel"}, "group_size=64 needs axis 'group', got 'channel'"),
         (
             {"axis": "channel", "group_size": None},
-            "axis 'group' and dtype 'int4' go together, got 'channel' and 'int4'",
+            "axis 'group' and dtype 'int4'.* go together, got 'channel' and 'int4'",
         ),
-        ({"dtype": "int8"}, "axis 'group' and dtype 'int4' go together, got 'group' and 'int8'"),
+        ({"dtype": "int8"}, "axis 'group' and dtype 'int4'.* go together, got 'group' and 'int8'"),
         ({"symmetric": False}, "int4 must be symmetric=True with qmin below 0"),
         ({"qmin": 0}, "int4 must be symmetric=True with qmin below 0"),
         ({"qmin": -9}, r"range \[-9, 7\] does not fit int4 \[-8, 7\]"),

@@ -51,7 +51,7 @@ def linear(
     per_token False: one scale for all of x; per_row: its old name. qmax: 255, or 127 for 7-bit activations; ignored for
     int16 weights, whose activations have 16 bits too. docs/numerics.md, "int16 output". group_size: how many columns
     share a scale, which is (O, ceil(I / group_size)) bfloat16, with in_features I; 0: all of them. docs/numerics.md,
-    "int4 output".
+    "group output".
     """
     per_token = per_token if per_row is None else per_token_of(per_row)
     return _run((x, weight, scale, bias, relu, per_token, qmax, format, group_size, in_features))

@@ -37,6 +37,9 @@ TABLES: dict[str, QConfig] = {
 }
 """The presets for embeddings."""
 
+NEWER = (fxquant.int3_dynamic_qconfig,)
+"""The presets of formats that are younger than the fixture, which has nothing to compare them with."""
+
 Way = Callable[[nn.Module, tuple[Any, ...]], nn.Module]
 
 

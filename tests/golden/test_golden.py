@@ -10,7 +10,7 @@ import fxquant
 from fxquant import QConfig
 from tests.golden import __main__ as command
 from tests.golden import cases, digest, operators
-from tests.golden.schemes import LINEAR, SELDOM, TABLES, WAYS, by_graph, by_module
+from tests.golden.schemes import LINEAR, NEWER, SELDOM, TABLES, WAYS, by_graph, by_module
 from tests.native import cases as native
 
 INPUTS = (torch.arange(8.0).reshape(1, 8),)
@@ -60,7 +60,7 @@ def test_a_site_more_changes_the_figures():
 
 def test_every_preset_is_a_scheme():
     presets = {value for value in vars(fxquant).values() if isinstance(value, QConfig)}
-    assert presets <= {*LINEAR.values(), *SELDOM.values(), *TABLES.values()}
+    assert presets <= {*LINEAR.values(), *SELDOM.values(), *TABLES.values(), *NEWER}
     assert WAYS.keys() >= (LINEAR.keys() | TABLES.keys()) - {"int4 of 32"}
 
 

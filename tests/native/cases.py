@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fxquant.formats import FORMATS, Format
 from fxquant.ops import library
 from tests.native import native
 from tests.ops import reference
@@ -23,6 +24,7 @@ ISAS: dict[str, str] = dict(LIBRARY.isas()) if LIBRARY else {}  # name -> why it
 USUAL_SHARE = 1 << 17
 SIZES = (0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 25, 31, 32, 33, 48, 63, 64, 65, 70, 100, 129)
 DEPTHS = (0, 1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 60, 63, 64, 65, 100, 127, 128, 129, 200, 256, 300)
+GROUPED = tuple(row for row in FORMATS if row.group_sizes)
 EXTREMES = (
     "zeros",
     "ones",
@@ -76,6 +78,12 @@ def int8(*shape: int) -> torch.Tensor:
 
 def int16(*shape: int) -> torch.Tensor:
     return torch.randint(-32768, 32768, shape, dtype=torch.int16)
+
+
+def grouped(row: Format, outputs: int, columns: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a weight of any bytes, past the last column too, and its scales."""
+    scale = (torch.randn(outputs, -(-columns // group_size)) * 0.1).to(torch.bfloat16)
+    return int8(outputs, row.stored_columns(columns)).view(torch.uint8), scale
 
 
 def strided(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -158,14 +166,14 @@ def linear_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tupl
     return native.linear, reference.linear, args, not is_extreme and columns > 0 and not relu
 
 
-def linear_int4_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
-    """Return a case like a linear's, whose weights are nibbles: any bytes, past an odd row's end too."""
+def linear_grouped_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
+    """Return a case like a linear's, whose weights are in groups, the formats in turn."""
     rng = random.Random(-1 - seed)
     run, expect, (x, weight, _, *how), is_rich = linear_case(seed)
-    columns, outputs, group_size = x.shape[-1], weight.shape[0], rng.choice((32, 64, 128))
-    weight = int8(outputs, (columns + 1) // 2).view(torch.uint8)
-    scale = (torch.randn(outputs, -(-columns // group_size)) * 0.1).to(torch.bfloat16)
-    return run, expect, (x, strided(weight, rng), strided(scale, rng), *how, "int4", group_size, columns), is_rich
+    columns, row = x.shape[-1], GROUPED[seed % len(GROUPED)]
+    group_size = rng.choice(row.group_sizes)
+    weight, scale = grouped(row, weight.shape[0], columns, group_size)
+    return run, expect, (x, strided(weight, rng), strided(scale, rng), *how, row.name, group_size, columns), is_rich
 
 
 def linear_int16_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]:
@@ -233,19 +241,17 @@ def lstm_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], tuple[
 def with_schemes(
     weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], seed: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[str]]:
-    """Return weights of the same sizes, their scales and their formats, each its own: often int4, seldom float.
+    """Return weights of the same sizes, their scales and their formats, each its own: often grouped, seldom float.
 
     A row of a float weight has one number that is not 0, so that torch's sums are exact in any order.
     """
-    rng = random.Random(-1 - seed)
+    rng, names = random.Random(-1 - seed), {row.name: row for row in GROUPED}
     has_floats, made, of_made, formats = rng.random() < 0.3, list[torch.Tensor](), list[torch.Tensor](), list[str]()
     for weight, scale in zip(weights, scales, strict=True):
         rows, columns = weight.shape
-        scheme = rng.choice(("int4", "int4", "int8", "int16", *(("float16", "float32") if has_floats else ())))
-        if scheme == "int4":
-            weight = int8(rows, (columns + 1) // 2).view(torch.uint8)
-            groups = -(-columns // rng.choice((32, 64, 128)))
-            scale = (torch.randn(rows, groups) * 0.1).to(torch.bfloat16)
+        scheme = rng.choice((*names, "int8", "int16", *(("float16", "float32") if has_floats else ())))
+        if scheme in names:
+            weight, scale = grouped(names[scheme], rows, columns, rng.choice(names[scheme].group_sizes))
         elif scheme == "int16":
             weight = int16(rows, columns)
             scale = scale / 256
@@ -339,7 +345,7 @@ def embedding_bag_case(seed: int) -> tuple[Callable[..., Any], Callable[..., Any
 
 CASES = {
     "linear": linear_case,
-    "linear_int4": linear_int4_case,
+    "linear_grouped": linear_grouped_case,
     "linear_int16": linear_int16_case,
     "linear_float16": linear_float16_case,
     "lstm": lstm_case,

@@ -9,13 +9,13 @@ import torch
 
 from fxquant.ops import library
 from tests.native import cases, native
-from tests.native.cases import failures, int8, int16, kernels, same_bits
+from tests.native.cases import GROUPED, failures, grouped, int8, int16, kernels, same_bits
 from tests.ops import reference
 
 SETTINGS = [(isa, threads) for isa in cases.usable() for threads in (1, 2)]
 COUNTS = {
     "linear": 1200,
-    "linear_int4": 1200,
+    "linear_grouped": 1200,
     "linear_int16": 1200,
     "linear_float16": 600,
     "lstm": 120,
@@ -79,18 +79,17 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_may_lie_anywhere(isa, name, per_token):
     x = ROWS[name]
-    columns, groups = x.shape[-1], -(-x.shape[-1] // 32)
-    int4 = int8(30, (columns + 1) // 2).view(torch.uint8), torch.randn(30, groups).bfloat16()
+    columns = x.shape[-1]
     for weight, scale, how in (
         (int8(30, columns), torch.rand(30), ("int8", 0, 0)),
         (int16(30, columns), torch.rand(30), ("int16", 0, 0)),
-        (*int4, ("int4", 32, columns)),
+        *((*grouped(row, 30, columns, 32), (row.name, 32, columns)) for row in GROUPED),
     ):
         args = (weight, scale, torch.randn(30), False, per_token, 255, *how)
         expected = reference.linear(x.contiguous(), *args)
         for threads in (1, 2):
             with kernels(isa, threads):
-                assert same_bits(native.linear(x, *args), expected), (weight.dtype, threads)
+                assert same_bits(native.linear(x, *args), expected), (how, threads)
 
 
 def test_rows_that_lie_anywhere_are_taken_at_once():
@@ -127,24 +126,28 @@ def test_products_of_many_rows_give_the_references_bits(isa, rows, outputs):
             assert same_bits(native.linear(x, weight, scale, bias, True), expected), threads
 
 
+FORMS = [(1, 2100), (4, 33), (15, 100), (17, 700), (40, 1100), (300, 130), (2100, 70)]
+STREAMED = [(70, 30_001), (20, 105_000)]
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize(
-    ("rows", "outputs"),
-    [(1, 2100), (4, 33), (15, 100), (17, 700), (40, 1100), (300, 130), (2100, 70), (70, 30_001), (20, 105_000)],
+    ("row", "rows", "outputs"),
+    [(row, *shape) for row in GROUPED for shape in (FORMS + STREAMED if row is GROUPED[0] else FORMS)],
+    ids=str,
 )
-def test_int4_products_of_each_form_give_the_references_bits(isa, rows, outputs, group_size):
-    x, weight = torch.randn(rows, 203), int8(outputs, 102).view(torch.uint8)
-    scale, bias = torch.randn(outputs, -(-203 // group_size)).bfloat16(), torch.randn(outputs)
-    args = (x, weight, scale, bias, True, True, 255, "int4", group_size, 203)
+def test_grouped_products_of_each_form_give_the_references_bits(isa, row, rows, outputs, group_size):
+    x, bias = torch.randn(rows, 203), torch.randn(outputs)
+    args = (x, *grouped(row, outputs, 203, group_size), bias, True, True, 255, row.name, group_size, 203)
     expected = reference.linear(*args)
     for threads in (1, 3):
         with kernels(isa, threads):
             assert same_bits(native.linear(*args), expected), threads
 
 
-def test_an_int4_row_gives_the_same_bits_alone_and_in_any_batch(isa):
-    x, weight, scale = torch.randn(70, 130), int8(100, 65).view(torch.uint8), torch.randn(100, 3).bfloat16()
-    how = (weight, scale, None, False, True, 255, "int4", 64, 130)
+@pytest.mark.parametrize("row", GROUPED, ids=str)
+def test_a_row_by_groups_gives_the_same_bits_alone_and_in_any_batch(isa, row):
+    x, how = torch.randn(70, 130), (*grouped(row, 100, 130, 64), None, False, True, 255, row.name, 64, 130)
     with kernels(isa, 1):
         together = native.linear(x, *how)
         for rows in (1, 2, 3, 7, 16, 33):

@@ -1,4 +1,4 @@
-"""Recurrent operators with a scheme for each weight, against float64 and docs/numerics.md, "int4 output"."""
+"""Recurrent operators with a scheme for each weight, against float64 and docs/numerics.md, "group output"."""
 
 import itertools
 

@@ -6,6 +6,7 @@ from fxquant import (
     QConfigError,
     suggest_mapping,
 )
+from fxquant.tuning.ladder import LADDER
 from tests.debug.measure.test_sensitivity import data, model
 
 __all__ = ["data", "model"]  # fixtures
@@ -13,7 +14,7 @@ __all__ = ["data", "model"]  # fixtures
 
 @pytest.mark.parametrize("schemes", [("int5",), ("int8", "float17"), "int8"])
 def test_another_scheme_is_an_error(model, data, schemes):
-    with pytest.raises(QConfigError, match="schemes is a tuple of some of 'int4', 'int4 of 32', 'int8'"):
+    with pytest.raises(QConfigError, match="schemes is a tuple of some of " + ", ".join(map(repr, LADDER))):
         suggest_mapping(model, data, budget=1.0, schemes=schemes)
 
 

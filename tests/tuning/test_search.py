@@ -63,7 +63,7 @@ def test_the_fastest_model_is_the_one_whose_sites_take_the_least_time(model, dat
 
     monkeypatch.setattr(search, "profile", timed)
     everything = relative_rms(model, quantize(model, EVERYTHING, data), data)
-    found = suggest_mapping(model, data, budget=everything / 2, minimize="ms")
+    found = suggest_mapping(model, data, budget=everything / 2, minimize="ms", schemes=tuple(times))
     assert found.is_within_budget
     assert found.kept == (("first", "float"),)
     assert found.coarser == ()
@@ -116,7 +116,7 @@ def test_tied_weights_are_as_small_as_the_best_of_all_mixtures(end, share):
     mixtures, (int8_bytes, metric) = all_tied_mixtures(end)
     budget = metric * share
     best = min(size for size, error in [(byte_count(model), 0.0), *mixtures] if error <= budget)
-    found = suggest_mapping(model, data, budget=budget)
+    found = suggest_mapping(model, data, budget=budget, schemes=("int4", "int8", "float16", "float"))
     assert found.bytes == best
     assert found.is_within_budget
     assert [row.bytes for row in found.rows if row.is_chosen] == [best]  # and so are those that were not chosen:

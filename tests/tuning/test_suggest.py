@@ -27,19 +27,21 @@ from fxquant.errors import ArgumentError, ModelStateError
 from fxquant.graph.edit import byte_count
 from fxquant.graph.record import record_of
 from fxquant.graph.why import Rounded
+from fxquant.qconfig import BEST
 from fxquant.tuning import search
-from fxquant.tuning.ladder import scheme_name
+from fxquant.tuning.ladder import LADDER, scheme_name
 from fxquant.tuning.suggest import _rows
 from tests.debug.measure.test_sensitivity import EVERYTHING, Branching, data, make_data, make_model, model, relative_rms
 
 __all__ = ["data", "model"]  # fixtures
+SMALLEST = next(iter(LADDER))
 
 
 def quantize(model, mapping, data):
-    """Return the model quantized, int4 weights with GPTQ from the data."""
+    """Return the model quantized, with GPTQ from the data where a format uses it."""
     prepared = prepare_fx(model, mapping, data[0])
-    has_int4 = any(site.qconfig.weight.dtype == "int4" for site in record_of(prepared).sites)
-    return convert_fx(prepared, data=data if has_int4 else None, check=False)  # coarse on purpose, some
+    uses_gptq = any(site.qconfig.weight.format.uses_gptq for site in record_of(prepared).sites)
+    return convert_fx(prepared, data=data if uses_gptq else None, check=False)  # coarse on purpose, some
 
 
 def test_a_wide_budget_makes_everything_as_small_as_can_be(model, data):
@@ -47,11 +49,11 @@ def test_a_wide_budget_makes_everything_as_small_as_can_be(model, data):
     assert found.mapping == (
         QConfigMapping()
         .set_global(default_dynamic_qconfig)
-        .set_object_type(nn.Linear, int4_dynamic_qconfig)
-        .set_object_type(F.linear, int4_dynamic_qconfig)
+        .set_object_type(nn.Linear, BEST[SMALLEST])
+        .set_object_type(F.linear, BEST[SMALLEST])
     )
     assert found.kept == ()
-    assert found.coarser == (("first", "int4"), ("second", "int4"), ("weight (linear)", "int4"))
+    assert found.coarser == (("first", SMALLEST), ("second", SMALLEST), ("weight (linear)", SMALLEST))
 
 
 def test_embeddings_get_4_bit_rows():
@@ -59,7 +61,7 @@ def test_embeddings_get_4_bit_rows():
     model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 8)).eval()
     found = suggest_mapping(model, [torch.randint(50, (4, 6))], budget=1.0)
     sites = {site.path: site.qconfig for site in record_of(found.model).sites}
-    assert sites == {"0": uint4_weight_only_qconfig, "1": int4_dynamic_qconfig}
+    assert sites == {"0": uint4_weight_only_qconfig, "1": BEST[SMALLEST]}
 
 
 def test_the_site_that_does_the_harm_is_kept_finer_and_no_other(model, data):
@@ -103,7 +105,7 @@ def test_it_is_as_small_as_the_best_of_all_mixtures(model, data, all_mixtures, s
     mixtures, (_, metric) = all_mixtures
     budget = metric * share
     best = min(size for size, error in [(byte_count(model), 0.0), *mixtures] if error <= budget)
-    assert suggest_mapping(model, data, budget=budget).bytes == best
+    assert suggest_mapping(model, data, budget=budget, schemes=tuple(map(scheme_name, SCHEMES))).bytes == best
 
 
 def test_schemes_are_all_that_is_used(model, data):
@@ -127,8 +129,8 @@ def test_sites_of_a_mapping_of_ones_own_keep_to_it(model, data):
     found = suggest_mapping(model, data, budget=1.0, qconfig_mapping=own, schemes=("int8", "float16"))
     assert found.mapping == own
     found = suggest_mapping(model, data, budget=1.0, qconfig_mapping=own)
-    assert dict(found.coarser) == {"first": "int4", "weight (linear)": "int4"}
-    assert found.mapping.module_name_qconfigs == {"second": None, "first": int4_dynamic_qconfig}
+    assert dict(found.coarser) == {"first": SMALLEST, "weight (linear)": SMALLEST}
+    assert found.mapping.module_name_qconfigs == {"second": None, "first": BEST[SMALLEST]}
 
 
 def test_what_it_states_is_measured_on_the_model_that_its_mapping_gives(model, data):
@@ -315,7 +317,7 @@ def test_weights_of_one_site_measure_their_inputs_as_the_mapping_says(qconfig):
     mapping = QConfigMapping().set_global(qconfig)
     found = suggest_mapping(model, data, budget=0.1, qconfig_mapping=mapping, error_feedback=False)
     rnn = next(site.qconfig for site in record_of(found.model).sites if site.path == "rnn")
-    assert [scheme_name(own) for _, own in rnn.parts] == ["int4"]
+    assert [scheme_name(own) for _, own in rnn.parts] == [SMALLEST]
     assert {own.activation for own in (rnn, *dict(rnn.parts).values())} == {qconfig.activation}
 
 

@@ -1,16 +1,18 @@
-"""Measure the word language model with 4-bit weights: its bytes, its loss, and how far its probabilities move.
+"""Measure the word language model with weights in groups: its bytes, its loss, and how far its probabilities move.
 
-    python benchmarks/int4_accuracy.py --data FOLDER --checkpoint FILE [--tokens 20000] [--calibrate 10]
-        [--columns 32 64 128] [--lstm int8 "int8, 3 int4" int4] [--suggest BUDGET [--valid 4480] [--by loss]]
+    python benchmarks/grouped_accuracy.py --data FOLDER --checkpoint FILE [--tokens 20000] [--calibrate 10]
+        [--formats int4 int3] [--columns 32 64 128] [--lstm none inputs all]
+        [--suggest BUDGET [--valid 4480] [--by loss]]
 
-The embedding is always 4-bit affine and the decoder int4. The LSTM is int8, or int8 with the input matrices of its
-first three layers in int4, or int4. Each is rounded to nearest, and with GPTQ from some batches of the training text.
+The embedding is always 4-bit affine, and the decoder has a format with groups. So have none of the LSTM's weights, the
+input matrices of its first three layers, or all; the others are int8. Each is rounded to nearest, and with GPTQ from
+some batches of the training text.
 Divergence is the mean over the words of KL(p ‖ q), where p are the float model's probabilities of the next word and q
 those of the quantized model. It is the expected rise of the loss on text that follows the float model's probabilities,
 without the noise of a sample.
 
 With --suggest the model is the one that suggest_mapping finds: the smallest whose loss, or divergence, on some words of
-the validation text exceeds float's by at most BUDGET, with int4 weights rounded by GPTQ. It does not see the test text.
+the validation text exceeds float's by at most BUDGET, with groups rounded by GPTQ. It does not see the test text.
 """
 
 import argparse
@@ -30,6 +32,8 @@ sys.path.insert(0, str(ROOT))  # run as a script, only benchmarks/ is on the pat
 
 import fxquant  # noqa: E402
 from fxquant import QConfigMapping, convert_fx, prepare_fx, suggest_mapping  # noqa: E402
+from fxquant.formats import FORMATS  # noqa: E402
+from fxquant.qconfig import BEST  # noqa: E402
 from tutorials.word_language_model import (  # noqa: E402
     Corpus,
     WordLanguageModel,
@@ -42,21 +46,22 @@ from tutorials.word_language_model.options import token_count  # noqa: E402
 BPTT, LANES, STEPS = 100, 16, 100
 METRICS = ("loss", "divergence")
 GROUP_SIZES = (32, 64, 128)
-LSTMS = {"int8": (), "int8, 3 int4": ("weight_ih_l0", "weight_ih_l1", "weight_ih_l2"), "int4": ("",)}
-"""Which of the LSTM's weights are int4; "" for all."""
+GROUPED = tuple(row.name for row in FORMATS if row.group_sizes)
+LSTMS = {"none": (), "inputs": ("weight_ih_l0", "weight_ih_l1", "weight_ih_l2"), "all": ("",)}
+"""Which of the LSTM's weights have the format; "" for all."""
 
 
-def mapping_of(group_size: int, lstm: str) -> QConfigMapping:
-    """Return the mapping for a group size; lstm: one of LSTMS."""
-    int4 = fxquant.int4_dynamic_qconfig.with_group_size(group_size)
+def mapping_of(name: str, group_size: int, lstm: str) -> QConfigMapping:
+    """Return the mapping for a format of GROUPED and a group size; lstm: one of LSTMS."""
+    grouped = BEST[name].with_group_size(group_size)
     mapping = (
         QConfigMapping()
         .set_object_type(nn.Embedding, fxquant.uint4_weight_only_qconfig)
         .set_object_type(nn.LSTM, fxquant.default_dynamic_qconfig)
-        .set_object_type(nn.Linear, int4)
+        .set_object_type(nn.Linear, grouped)
     )
-    for name in LSTMS[lstm]:
-        mapping.set_module_name(f"rnn.{name}".rstrip("."), int4)
+    for weight in LSTMS[lstm]:
+        mapping.set_module_name(f"rnn.{weight}".rstrip("."), grouped)
     return mapping
 
 
@@ -68,16 +73,19 @@ def calibration(model: WordLanguageModel, text: Tensor, batches: int) -> list[tu
 
 
 def variants(
-    model: WordLanguageModel, text: Tensor, batches: int, sizes: Sequence[int], lstms: Sequence[str]
-) -> Iterator[tuple[str, str, str, float, nn.Module]]:
-    """Yield columns per scale, the LSTM's weights, the rounding, the seconds to convert, and the model."""
+    model: WordLanguageModel, text: Tensor, batches: int, ways: Iterator[tuple[str, int, str]]
+) -> Iterator[tuple[str, str, str, str, float, nn.Module]]:
+    """Yield the format, columns per scale, the LSTM's weights, the rounding, the seconds to convert, and the model.
+
+    ways: arguments of `mapping_of`.
+    """
     data = calibration(model, text, batches)
-    for group_size, lstm in itertools.product(sizes, lstms):
-        prepared = prepare_fx(model, mapping_of(group_size, lstm), data[0])
+    for name, group_size, lstm in ways:
+        prepared = prepare_fx(model, mapping_of(name, group_size, lstm), data[0])
         for rounding, given in (("to nearest", None), ("GPTQ", data)):
             begin = time.perf_counter()
             converted = convert_fx(prepared, data=given)
-            yield str(group_size), lstm, rounding, time.perf_counter() - begin, converted
+            yield name, str(group_size), lstm, rounding, time.perf_counter() - begin, converted
 
 
 def metric_on(text: Tensor, model: WordLanguageModel, name: str) -> Callable[[nn.Module], float]:
@@ -91,13 +99,13 @@ def metric_on(text: Tensor, model: WordLanguageModel, name: str) -> Callable[[nn
 
 def suggested(
     model: WordLanguageModel, corpus: Corpus, batches: int, words: int | None, budget: float, name: str
-) -> tuple[str, str, str, float, nn.Module]:
+) -> tuple[str, str, str, str, float, nn.Module]:
     """Return what `variants` yields, for suggest_mapping's model; print how it was found."""
     data, begin = calibration(model, corpus.train, batches), time.perf_counter()
     text = corpus.valid if words is None else corpus.valid[: words + LANES]
     found = suggest_mapping(model, data, metric_on(text, model, name), budget=budget)
     print(found, found.mapping, "", sep="\n")
-    return "suggested", "suggested", "GPTQ", time.perf_counter() - begin, found.model
+    return "suggested", "", "", "GPTQ", time.perf_counter() - begin, found.model
 
 
 def measure(model: nn.Module, others: Sequence[nn.Module], text: Tensor, hidden: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -125,8 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--checkpoint", type=Path, required=True, help="float model as safetensors")
     option("--tokens", type=token_count, default=20_000, metavar="N|all", help="words of the test text (%(default)s)")
     option("--calibrate", type=int, default=10, metavar="N", help="batches of the training text (%(default)s)")
+    option("--formats", nargs="+", choices=GROUPED, default=GROUPED, help="of the decoder and parts of the LSTM")
     option("--columns", type=int, nargs="+", choices=GROUP_SIZES, default=GROUP_SIZES, help="columns per scale")
-    option("--lstm", nargs="+", choices=LSTMS, default=list(LSTMS), help="which of its weights are int4")
+    option("--lstm", nargs="+", choices=LSTMS, default=list(LSTMS), help="which of its weights have the format")
     option("--suggest", type=float, metavar="BUDGET", help="measure suggest_mapping's model, for this budget, instead")
     option("--valid", type=token_count, default=4480, metavar="N|all", help="validation words (%(default)s)")
     option("--by", choices=METRICS, default="loss", help="the metric it chooses by (%(default)s)")
@@ -135,20 +144,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = corpus.test if options.tokens is None else corpus.test[: options.tokens + 1]
     with torch_threads(1):
         if options.suggest is None:
-            made = list(variants(model, corpus.train, options.calibrate, options.columns, options.lstm))
+            ways = itertools.product(options.formats, options.columns, options.lstm)
+            made = list(variants(model, corpus.train, options.calibrate, ways))
         else:
             made = [suggested(model, corpus, options.calibrate, options.valid, options.suggest, options.by)]
         before, *found = measure(model, [one[-1] for one in made], text.unsqueeze(1), model.init_hidden(1))
     size = state_dict_bytes(model)
-    rows = [("float", "", "", "", size / 1e6, 1.0, float(before[0]), 0.0, 0.0)]
+    rows = [("float", "", "", "", "", size / 1e6, 1.0, float(before[0]), 0.0, 0.0)]
     for (*told, seconds, one), (loss, divergence) in zip(made, found, strict=True):
         ours = state_dict_bytes(one)
         rows.append(
             (*told, f"{seconds:.1f}", ours / 1e6, size / ours, float(loss), float(loss - before[0]), float(divergence))
         )
-    headers = ("columns per scale", "LSTM", "rounding", "s", "MB", "smaller", "loss", "rise", "divergence")
+    headers = ("format", "columns per scale", "LSTM", "rounding", "s", "MB", "smaller", "loss", "rise", "divergence")
     print(f"{len(text) - 1:,} words of the test text; {options.calibrate} batches of {STEPS * LANES:,} to calibrate")
-    print(tabulate(rows, headers=headers, floatfmt=("", "", "", "", ".2f", ".2f", ".5f", ".5f", ".5f")))
+    print(tabulate(rows, headers=headers, floatfmt=("", "", "", "", "", ".2f", ".2f", ".5f", ".5f", ".5f")))
 
 
 if __name__ == "__main__":

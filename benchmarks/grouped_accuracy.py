@@ -2,7 +2,7 @@
 
     python benchmarks/grouped_accuracy.py --data FOLDER --checkpoint FILE [--tokens 20000] [--calibrate 10]
         [--formats int4 int3] [--columns 32 64 128] [--lstm none inputs all]
-        [--suggest BUDGET [--valid 4480] [--by loss]]
+        [--suggest BUDGET [--valid 4480] [--by loss] [--schemes int4 "int4 of 32" int8 float]]
 
 The embedding is always 4-bit affine, and the decoder has a format with groups. So have none of the LSTM's weights, the
 input matrices of its first three layers, or all; the others are int8. Each is rounded to nearest, and with GPTQ from
@@ -34,6 +34,7 @@ import fxquant  # noqa: E402
 from fxquant import QConfigMapping, convert_fx, prepare_fx, suggest_mapping  # noqa: E402
 from fxquant.formats import FORMATS  # noqa: E402
 from fxquant.qconfig import BEST  # noqa: E402
+from fxquant.tuning.ladder import LADDER  # noqa: E402
 from tutorials.word_language_model import (  # noqa: E402
     Corpus,
     WordLanguageModel,
@@ -98,12 +99,13 @@ def metric_on(text: Tensor, model: WordLanguageModel, name: str) -> Callable[[nn
 
 
 def suggested(
-    model: WordLanguageModel, corpus: Corpus, batches: int, words: int | None, budget: float, name: str
+    model: WordLanguageModel, corpus: Corpus, options: argparse.Namespace
 ) -> tuple[str, str, str, str, float, nn.Module]:
     """Return what `variants` yields, for suggest_mapping's model; print how it was found."""
-    data, begin = calibration(model, corpus.train, batches), time.perf_counter()
-    text = corpus.valid if words is None else corpus.valid[: words + LANES]
-    found = suggest_mapping(model, data, metric_on(text, model, name), budget=budget)
+    data, begin = calibration(model, corpus.train, options.calibrate), time.perf_counter()
+    text = corpus.valid if options.valid is None else corpus.valid[: options.valid + LANES]
+    metric = metric_on(text, model, options.by)
+    found = suggest_mapping(model, data, metric, budget=options.suggest, schemes=options.schemes)
     print(found, found.mapping, "", sep="\n")
     return "suggested", "", "", "GPTQ", time.perf_counter() - begin, found.model
 
@@ -139,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--suggest", type=float, metavar="BUDGET", help="measure suggest_mapping's model, for this budget, instead")
     option("--valid", type=token_count, default=4480, metavar="N|all", help="validation words (%(default)s)")
     option("--by", choices=METRICS, default="loss", help="the metric it chooses by (%(default)s)")
+    option("--schemes", nargs="+", choices=LADDER, help="what it may give a weight (all)")
     options = parser.parse_args(arguments)
     corpus, model = Corpus.from_folder(options.data), load_checkpoint(options.checkpoint)
     text = corpus.test if options.tokens is None else corpus.test[: options.tokens + 1]
@@ -147,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ways = itertools.product(options.formats, options.columns, options.lstm)
             made = list(variants(model, corpus.train, options.calibrate, ways))
         else:
-            made = [suggested(model, corpus, options.calibrate, options.valid, options.suggest, options.by)]
+            made = [suggested(model, corpus, options)]
         before, *found = measure(model, [one[-1] for one in made], text.unsqueeze(1), model.init_hidden(1))
     size = state_dict_bytes(model)
     rows = [("float", "", "", "", "", size / 1e6, 1.0, float(before[0]), 0.0, 0.0)]

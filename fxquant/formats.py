@@ -130,14 +130,15 @@ def _pack_int3(q: torch.Tensor) -> torch.Tensor:
     others the bits 2 i and 2 i + 1 of pair 0: so kernels find three pairs in place, and gather one.
     q: (..., D) whole numbers of any dtype -> (..., ceil(D / 8) * 3) uint8.
     """
-    q = F.pad((q + 4).to(torch.uint8), (0, -q.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    q = F.pad((q + 4).to(torch.uint8), (0, -q.shape[-1] % 8))
+    q = q.reshape(*q.shape[:-1], q.shape[-1] // 8, 8)
     pairs = q[..., 0::2] | (q[..., 1::2] << 3)
     pieces = torch.stack([pairs[..., 0] >> 2 * i & 3 for i in range(3)], dim=-1)
     return (pairs[..., 1:] << 2 | pieces).flatten(-2)
 
 
 def _unpack_int3(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    stored = packed.unflatten(-1, (-1, 3))
+    stored = packed.reshape(*packed.shape[:-1], packed.shape[-1] // 3, 3)
     pieces = stored & 3
     first = pieces[..., :1] | (pieces[..., 1:2] << 2) | (pieces[..., 2:] << 4)
     pairs = torch.cat((first, stored >> 2), dim=-1)

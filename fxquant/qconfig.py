@@ -179,10 +179,10 @@ int4_dynamic_qconfig = QConfig(
 `.with_group_size(32)`."""
 
 int3_dynamic_qconfig = QConfig(
-    activation=_ROWS,
+    activation=_TOKENS,
     weight=TensorSpec(dtype="int3", qmin=-4, qmax=3, symmetric=True, axis="group", group_size=64),
 )
-"""The same with int3 weights, a quarter smaller and twice as coarse: for the layers that bear it, rounded by GPTQ."""
+"""int4_dynamic_qconfig, but int3 weights: a quarter smaller, twice as coarse, for what tolerates it, with GPTQ."""
 
 int16_dynamic_qconfig = QConfig(
     activation=TensorSpec(dtype="int16", qmin=-INT16_MAX, qmax=INT16_MAX, symmetric=True, axis="token", dynamic=True),

@@ -48,11 +48,11 @@ def suggest_mapping(
 
     budget: how much worse than float the metric may be, in its own unit (for the default metric, the relative RMS error
     of the outputs itself). data, metric, higher_is_better, progress: as for `sensitivity`; data should be like what the
-    model meets in use. schemes: what a site, or a weight of one, may become: some of "int3", "int3 of 32", "int4" (4-bit
-    tables for embeddings), "int4 of 32", "int8", "int16", "float16" and "float"; None: all that its operator has.
+    model meets in use. schemes: what a site, or a weight of one, may become: some of "int3", "int3 of 32", "int4" (for
+    embeddings 4-bit tables), "int4 of 32", "int8", "int16", "float16" and "float"; None: all that its operator has.
     qconfig_mapping: what "int8" means for each site, and what stays float; None: default_dynamic_qconfig for all.
-    error_feedback: whether weights of 3 and 4 bits are rounded by GPTQ, as in `convert_fx(prepared, data=data)`, which takes one pass over
-    data, and seconds for a large weight.
+    error_feedback: whether weights of 3 and 4 bits are rounded by GPTQ, as in `convert_fx(prepared, data=data)`, which
+    takes one pass over data, and seconds for a large weight.
 
     Each site (for bytes, all places of a tied weight together) is tried alone under its schemes, from the smallest up
     to the first that does little harm; then 10 to 40 whole models are measured by passes over all data: see `search`.

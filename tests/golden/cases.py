@@ -15,7 +15,7 @@ from fxquant.errors import FxQuantError
 from tests.architectures.base import Architecture
 from tests.architectures.collection import ARCHITECTURES
 from tests.golden import digest, operators
-from tests.golden.schemes import LINEAR, WAYS, by_graph, everything, is_worth_it, quiet
+from tests.golden.schemes import FIRST_SCHEMES, LINEAR, WAYS, by_graph, everything, is_worth_it, quiet
 from tests.native import cases as native
 from tests.old_files import by_format
 
@@ -102,7 +102,7 @@ def _reports(architecture: Architecture) -> list[tuple[str, str]]:
     torch.manual_seed(1)
     inputs = architecture.inputs()
     quantized = by_graph(model, inputs, LINEAR["int8"])
-    found = fxquant.suggest_mapping(model, [inputs], budget=0.02)
+    found = fxquant.suggest_mapping(model, [inputs], budget=0.02, schemes=FIRST_SCHEMES)
     return [
         ("compare", digest.comparison(fxquant.compare(model, quantized, [inputs]))),
         ("sensitivity", digest.sensitivity(fxquant.sensitivity(model, everything(LINEAR["int8"]), [inputs]))),

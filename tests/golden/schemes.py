@@ -37,6 +37,9 @@ TABLES: dict[str, QConfig] = {
 }
 """The presets for embeddings."""
 
+FIRST_SCHEMES = ("int4", "int4 of 32", "int8", "int16", "float16", "float")
+"""What suggest_mapping chose from when the fixture was made."""
+
 NEWER = (fxquant.int3_dynamic_qconfig,)
 """The presets of formats that are younger than the fixture, which has nothing to compare them with."""
 

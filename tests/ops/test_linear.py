@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fxquant import ArgumentError, DTypeError, ShapeError, ops
-from fxquant.formats import INT4
+from fxquant.formats import FORMATS
 from fxquant.numerics import quantize_tokens, quantize_tokens_int16
 from fxquant.ops.linear import integer_matmul
 from fxquant.qconfig import int16_dynamic_qconfig
@@ -100,14 +100,15 @@ def test_linear_with_half_weights_is_the_float_product():
     assert bool(((reference.linear(x, weight, None, bias, format="float16") - expected).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("row", [row for row in FORMATS if row.group_sizes], ids=str)
 @pytest.mark.parametrize("columns", [1, 33, 64, 100])
 @pytest.mark.parametrize("relu", [True, False])
-def test_int4_linear_is_its_equation(columns, relu):
+def test_a_linear_in_groups_is_its_equation(row, columns, relu):
     x, bias = torch.randn(4, columns) * 3, torch.randn(6)
-    weight = torch.randint(-8, 8, (6, columns), dtype=torch.int8)
+    weight = torch.randint(row.limits[0], row.limits[1] + 1, (6, columns), dtype=torch.int8)
     scale = (torch.randn(6, -(-columns // 32)) * 0.1).to(torch.bfloat16)
-    packed = INT4.pack(weight)
-    y = reference.linear(x, packed, scale, bias, relu, True, 255, "int4", 32, columns)
+    packed = row.pack(weight)
+    y = reference.linear(x, packed, scale, bias, relu, True, 255, row.name, 32, columns)
     q, row_scale, zero_point = quantize_tokens(x, 255)
     expected, size = bias.double().expand(4, 6), bias.double().abs().expand(4, 6)
     for g in range(scale.shape[1]):
@@ -191,7 +192,7 @@ def test_int4_linear_refuses_other_dtypes(weight, scale):
 
 @pytest.mark.parametrize("name", ["int17", "uint4", "float32", ""])
 def test_linear_refuses_a_format_that_no_product_has(name):
-    words = f"a quantized linear takes one of the formats 'int8', 'int4', 'int16', 'float16', got {name!r}"
+    words = f"a quantized linear takes one of the formats 'int8', .*'float16', got {name!r}"
     for operands in (LINEAR, (torch.zeros(4, 3, dtype=torch.uint8), None), (torch.zeros(4, 6), None)):
         with pytest.raises(ArgumentError, match=words):
             ops.linear(torch.zeros(3, 6), *operands, format=name, in_features=6)

@@ -146,7 +146,7 @@ FXQ_INLINE __m256i word_in_all_lanes(const FXQ_VALUE *a) {
     return _mm256_set1_epi32(word);
 }
 
-/* 16 rows of weights to a panel, and their products with `ones`: see row_major-inl.h. */
+/* 16 rows of weights to a panel; and of bytes their products with `ones`, see row_major-inl.h. */
 static void pack_panel(const int8_t *w, int64_t stride, int64_t depth, const FXQ_VALUE *ones, int8_t *panel,
                        int32_t *sums) {
     for (int half = 0; half < 2; half++) {
@@ -161,7 +161,7 @@ static void pack_panel(const int8_t *w, int64_t stride, int64_t depth, const FXQ
                 if (sizeof(FXQ_VALUE) == 1) add_product(&sum, word_in_all_lanes(ones + k + 4 * i), v[i]);
             }
         }
-        _mm256_storeu_si256((__m256i *)(sums + 8 * half), sum);
+        if (sizeof(FXQ_VALUE) == 1) _mm256_storeu_si256((__m256i *)(sums + 8 * half), sum);
     }
 }
 
@@ -231,7 +231,9 @@ static void multiply_panels(const struct fxq_matmul *job, const struct panels *p
             multiply_panel(p->packed + (n - p->first) * x->depth, a, x->depth, x->depth, sums, count);
             for (int half = 0; half < 2; half++) {
                 struct outputs_8 o = begin_outputs(job, to, n + 8 * half, p->n0, p->n1);
-                o.row_sums = _mm256_loadu_si256((const __m256i *)(p->sums + n - p->first + 8 * half));
+                if (sizeof(FXQ_VALUE) == 1) {
+                    o.row_sums = _mm256_loadu_si256((const __m256i *)(p->sums + n - p->first + 8 * half));
+                }
                 for (int i = 0; i < count; i++) finish_outputs(&o, m + i, sums[i][half]);
             }
         }

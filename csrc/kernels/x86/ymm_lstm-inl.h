@@ -33,7 +33,8 @@ static void pack_gate(const struct fxq_weight *weight, const struct unit_gate *a
         FXQ_VALUE *ones = (FXQ_VALUE *)((int8_t *)scratch + PANEL * columns + width);
         for (int64_t i = 0; i < width; i++) ones[i] = i < columns;
         gather_rows(weight, at, k, columns, scratch);
-        pack_panel(scratch, columns, width, ones, (int8_t *)packed + first * depth + k * PANEL, pairs + g * all + first);
+        pack_panel(scratch, columns, width, ones, (int8_t *)packed + first * depth + k * PANEL,
+                   pairs ? pairs + g * all + first : NULL); /* NULL: int16 need no sums */
         for (int64_t i = 0; i < at->count && weight->group; i++) {
             const int64_t row = at->gate * hidden + at->u + i;
             const uint32_t bits = (uint32_t)((const uint16_t *)weight->scale)[row * weight->groups + g] << 16;
@@ -68,7 +69,7 @@ static void multiply_gate(const struct fxq_lstm_step *s, const struct fxq_activa
         multiply_panel(panel + k * PANEL, (const FXQ_VALUE *)x->packed + k, columns, depth, sums, tokens);
         for (int half = 0; 8 * half < at->count; half++) {
             struct outputs_8 o = begin_outputs(&job, &to, 8 * half, 0, at->count);
-            o.row_sums = _mm256_loadu_si256((const __m256i *)(s->pairs + g * all + first + 8 * half));
+            if (s->pairs) o.row_sums = _mm256_loadu_si256((const __m256i *)(s->pairs + g * all + first + 8 * half));
             for (int i = 0; i < tokens; i++) finish_outputs(&o, i, sums[i][half]);
         }
         to.addend = to.out;

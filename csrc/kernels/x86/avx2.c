@@ -1,4 +1,6 @@
-/* AVX2 without VNNI: products of 16-bit pairs (vpmaddwd). They are exact; vpmaddubsw, twice as fast, saturates. */
+/* AVX2 without VNNI: products of int16 pairs (vpmaddwd). They are exact: q - zero_point is within ±255 and a weight
+ * within -128 … 127, so that a pair's sum is at most 65,280. vpmaddubsw, twice as fast, saturates: docs/kernels.md has
+ * what was tried. */
 #include "runtime/isa.h"
 
 #ifdef FXQ_HAS_AVX2
@@ -22,8 +24,8 @@ FXQ_INLINE void add_product(__m256i *sum, __m256i values, __m256i weights) {
 
 /* Columns 0 and 1 of 8 outputs, and 2 and 3. */
 FXQ_INLINE void store_words(int8_t *panel, int half, __m256i words) {
-    const __m256i pairs = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const __m256i pairs =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
     words = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(words, pairs), 0xd8);
     _mm_store_si128((__m128i *)panel + half, _mm256_castsi256_si128(words));
     _mm_store_si128((__m128i *)panel + 2 + half, _mm256_extracti128_si256(words, 1));
@@ -31,14 +33,23 @@ FXQ_INLINE void store_words(int8_t *panel, int half, __m256i words) {
 
 FXQ_INLINE __m256i load_words(const int8_t *panel, int half) { return load_weights(panel + 16 * half); }
 
-FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, w)); }
+FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, w));
+}
 
 #include "kernels/x86/ymm_lstm-inl.h"
 #include "kernels/x86/ymm_int16-inl.h"
 #include "kernels/x86/ymm_floats-inl.h"
 #include "kernels/generic/tables-inl.h"
 
-const struct fxq_kernels fxq_avx2 = {
-    .name = "avx2", .value_bytes = 2, .quantize = quantize, .matmul = matmul, .pack_lstm = pack_lstm, .lstm_step = lstm_step, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
+const struct fxq_kernels fxq_avx2 = {.name = "avx2",
+                                     .value_bytes = 2,
+                                     .quantize = quantize,
+                                     .matmul = matmul,
+                                     .pack_lstm = pack_lstm,
+                                     .lstm_step = lstm_step,
+                                     FXQ_INT16,
+                                     FXQ_FLOATS,
+                                     FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

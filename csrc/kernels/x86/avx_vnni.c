@@ -26,7 +26,9 @@ FXQ_INLINE void store_words(int8_t *panel, int half, __m256i words) {
     _mm256_store_si256((__m256i *)panel + half, words);
 }
 
-FXQ_INLINE __m256i load_words(const int8_t *panel, int half) { return _mm256_load_si256((const __m256i *)panel + half); }
+FXQ_INLINE __m256i load_words(const int8_t *panel, int half) {
+    return _mm256_load_si256((const __m256i *)panel + half);
+}
 
 static void row_sums(const struct fxq_weight *weight, int64_t n0, int64_t n1, int32_t *sums, void *scratch) {
     struct weight_reader reader = read_weight(weight, scratch);

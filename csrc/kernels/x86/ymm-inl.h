@@ -248,7 +248,8 @@ static void matmul_panels(const struct fxq_matmul *job, int64_t n0, int64_t n1, 
     struct weight_reader reader = read_weight(job->weight, scratch);
     int8_t *packed = (int8_t *)scratch + PANEL * x->depth;
     int32_t sums[MOST_PANELS * PANEL];
-    const int64_t panel = PANEL * x->depth, chunk = PANEL * fxq_clamp(PANELS_BYTES / (panel ? panel : 1), 1, MOST_PANELS);
+    const int64_t panel = PANEL * x->depth,
+                  chunk = PANEL * fxq_clamp(PANELS_BYTES / (panel ? panel : 1), 1, MOST_PANELS);
     for (int64_t first = n0; first < n1; first += chunk) {
         const int64_t end = n1 - first < chunk ? n1 : first + chunk;
         for (int64_t n = first; n < end; n += PANEL) {

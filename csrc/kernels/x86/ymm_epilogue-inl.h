@@ -8,7 +8,7 @@
 struct outputs_8 {
     const struct fxq_matmul *job;
     const struct fxq_target *to;
-    int64_t at; /* n - n0 */
+    int64_t at;    /* n - n0 */
     bool is_whole; /* all 8 are outputs: masks are slow, a masked store takes 20 cycles on AMD's */
     __m256i lanes, row_sums;
     __m256 scale, bias;
@@ -30,7 +30,8 @@ FXQ_INLINE struct outputs_8 begin_outputs(const struct fxq_matmul *job, const st
 FXQ_INLINE void end_outputs(const struct outputs_8 *o, int64_t m, __m256 y) {
     const struct fxq_target to = fxq_target_at(o->to, m, o->at);
     if (o->job->bias) y = _mm256_add_ps(y, o->bias);
-    if (to.addend) y = _mm256_add_ps(y, o->is_whole ? _mm256_loadu_ps(to.addend) : _mm256_maskload_ps(to.addend, o->lanes));
+    if (to.addend)
+        y = _mm256_add_ps(y, o->is_whole ? _mm256_loadu_ps(to.addend) : _mm256_maskload_ps(to.addend, o->lanes));
     if (o->job->relu) y = _mm256_max_ps(_mm256_setzero_ps(), y); /* the second operand where one is NaN */
     if (o->is_whole) _mm256_storeu_ps(to.out, y);
     else _mm256_maskstore_ps(to.out, o->lanes, y);

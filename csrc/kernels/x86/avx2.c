@@ -1,4 +1,4 @@
-/* AVX2 without VNNI: products of int16 pairs (vpmaddwd). They are exact: q - zero_point is within ±255 and a weight
+/* AVX2 without VNNI: products of 16-bit pairs (vpmaddwd). They are exact: q - zero_point is within ±255 and a weight
  * within -128 … 127, so that a pair's sum is at most 65,280. vpmaddubsw, twice as fast, saturates: docs/kernels.md has
  * what was tried. */
 #include "runtime/isa.h"

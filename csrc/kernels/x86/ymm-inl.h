@@ -3,7 +3,7 @@
  *
  * PANEL_TOKENS                                        tokens that a panel is multiplied with at a time
  * load_weights(w)                                   a register of a weight's row: as many columns as of activations
- * add_product(&sum, values, weights)                sum += a word of each a lane (a word: 4 uint8 or 2 int16)
+ * add_product(&sum, values, weights)                sum += a word of each a lane (a word: 4 bytes or 2 halves)
  * store_words(panel, half, words)                   8 outputs' 4 columns each, a lane an output, to where they belong
  * load_words(panel, half)                           8 outputs' words of a panel
  *

@@ -34,7 +34,7 @@ static void pack_gate(const struct fxq_weight *weight, const struct unit_gate *a
         for (int64_t i = 0; i < width; i++) ones[i] = i < columns;
         gather_rows(weight, at, k, columns, scratch);
         pack_panel(scratch, columns, width, ones, (int8_t *)packed + first * depth + k * PANEL,
-                   pairs ? pairs + g * all + first : NULL); /* NULL: int16 need no sums */
+                   pairs ? pairs + g * all + first : NULL); /* NULL: halves need no sums */
         for (int64_t i = 0; i < at->count && weight->group; i++) {
             const int64_t row = at->gate * hidden + at->u + i;
             const uint32_t bits = (uint32_t)((const uint16_t *)weight->scale)[row * weight->groups + g] << 16;

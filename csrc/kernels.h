@@ -119,7 +119,7 @@ struct fxq_kernels {
 
     /* int8. Quantize rows [first, first + count) of x, found at rows[0..count). first % 16 == 0, count <= 16. */
     void (*quantize)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
-    /* NULL where value_bytes is 2 */
+    /* NULL where value_bytes is 2: no sums are needed then, pack_lstm's pairs neither */
     void (*row_sums)(const struct fxq_weight *weight, int64_t n0, int64_t n1, int32_t *sums, void *scratch);
     /* Whether a product of these sizes repays a packed copy of the weights: then x must be row by row. NULL: never. */
     bool (*packs_weight)(int64_t rows, int64_t columns, int64_t outputs);

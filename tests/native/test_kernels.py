@@ -188,6 +188,21 @@ def test_an_int16_row_gives_the_same_bits_alone_and_in_any_batch(isa):
             )
 
 
+@pytest.mark.parametrize("least", [0, -128, -255])  # zero points 0, 128 and 255
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 13])
+def test_every_product_of_an_activation_and_a_weight_is_exact(isa, tokens, least):
+    """Each token holds whole numbers 255 apart at most, so that its scale is 1 and the sums are known."""
+    every = torch.arange(256) + least, torch.arange(256).reshape(-1, 1) + torch.arange(256)  # 256 x 256 products
+    ends = torch.randint(2, (256,)) * 255 + least, torch.randint(2, (256, 256)) * 255
+    ends[1][0], ends[1][1] = 0, 255  # all -128, all 127: pairs of one sign, which a sum in 16 bits cannot hold
+    for values, weight in (every, ends):
+        weight = weight.remainder(256).sub(128).to(torch.int8)
+        x = torch.stack([values.roll(i) for i in range(tokens)])
+        with kernels(isa, 1):
+            y = native.linear(x.float(), weight, torch.ones(256))
+        assert torch.equal(y.long(), x.long() @ weight.long().T)
+
+
 @pytest.mark.parametrize("columns", [32768, 32769, 70000])  # the tiled gemm ends at 32768; 66,000 can pass 2**31
 def test_very_deep_products_give_the_references_bits(isa, columns):
     x, weight, scale = torch.randn(20, columns), int8(3, columns), torch.rand(3)

@@ -5,7 +5,7 @@
 #include "fxquant.h"
 
 #define FXQ_DEPTH 64                 /* activations are padded with zeros to whole steps of 64 columns */
-#define FXQ_PACKED_BYTES (256 << 10) /* of a weight that a thread packs at a time: see packed-inl.h */
+#define FXQ_PACKED_BYTES (256 << 10) /* of a weight that a thread packs at a time: see amx_packed-inl.h */
 
 /* How the values of one token were quantized. */
 struct fxq_row {

@@ -126,6 +126,15 @@ def test_products_of_many_rows_give_the_references_bits(isa, rows, outputs):
             assert same_bits(native.linear(x, weight, scale, bias, True), expected), threads
 
 
+@pytest.mark.parametrize("columns", [770, 1030])  # so long rows that the gemv takes up to 32 tokens, three at a time
+def test_products_of_some_tokens_by_long_rows_give_the_references_bits(isa, columns):
+    x, weight, scale = torch.randn(34, columns), int8(41, columns), torch.rand(41)
+    expected = reference.linear(x, weight, scale)  # a token's outputs do not depend on the others
+    for tokens in (2, 3, 4, 5, 6, 31, 32, 33, 34):
+        with kernels(isa, 2):
+            assert same_bits(native.linear(x[:tokens], weight, scale), expected[:tokens]), tokens
+
+
 FORMS = [(1, 2100), (4, 33), (15, 100), (17, 700), (40, 1100), (300, 130), (2100, 70)]
 STREAMED = [(70, 30_001), (20, 105_000)]
 

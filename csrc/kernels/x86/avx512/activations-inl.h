@@ -90,27 +90,7 @@ static void set_own_rows_16(const struct fxq_activations *x, int64_t first, int 
     set_rows_16(x->row + first, count, least_16(low), greatest_16(high), nan, x->qmax);
 }
 
-/* 64 columns at a time: 16 rows of 64 bytes, then transposed as 16 x 16 groups of 4 bytes. Where the last block has
- * room, the row after the last is ones: its product is the weight's row sums, at no cost. */
-static void quantize_tiles(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
-    __m512i *packed = (__m512i *)((uint8_t *)x->packed + first * x->depth);
-    _Alignas(64) uint8_t part[16][64] = {{0}};
-    for (int64_t k = 0; k < x->depth; k += 64) {
-        const int64_t width = x->columns - k < 64 ? x->columns - k : 64;
-        if (width < 64) memset(part, 0, sizeof part);
-        for (int i = 0; i < count; i++) {
-            quantize_values(rows[i] + k, width, &x->row[first + i], x->qmax, part[i]);
-        }
-        if (count < 16) memset(part[count], 1, (size_t)width);
-        __m512i v[16];
-        for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(part[i]);
-        transpose_16x16(v);
-        for (int i = 0; i < 16; i++) _mm512_store_si512(packed++, v[i]);
-    }
-}
-
-static void quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
+static void set_scales(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
     if (x->per_token && count >= 4) set_own_rows_16(x, first, count, rows);
     else set_own_rows(x, first, count, rows); /* a few: no longer than the reduction of 16 */
-    (x->is_row_major || uses_gemv(x) ? quantize_row_major : quantize_tiles)(x, first, count, rows);
 }

@@ -10,13 +10,14 @@ FXQ_TARGET_BEGIN(
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,amx-bf16,prfchw,prefer-vector-width=512")
 #endif
 
-#define MOST_GEMV_ROWS 2    /* beyond, a tile product is faster even with most of its columns empty */
-#define MOST_NIBBLE_ROWS 6  /* beyond, unpacking them for the tiles is repaid */
-#define GROUP_VALUE_BYTES 2 /* bfloat16: see amx_groups-inl.h */
+#define MOST_GEMV_ROWS(columns) 2 /* beyond, a tile product is faster even with most of its columns empty */
+#define MOST_NIBBLE_ROWS 6        /* beyond, unpacking them for the tiles is repaid */
+#define GROUP_VALUE_BYTES 2       /* bfloat16: see amx_groups-inl.h */
 #include "kernels/x86/avx512/common-inl.h"
+#include "kernels/x86/avx512/packing-inl.h"
 #include "kernels/x86/avx512/tiled-inl.h"
 #include "kernels/x86/avx512/stream-inl.h"
-#include "kernels/x86/avx512/packed-inl.h"
+#include "kernels/x86/avx512/amx_packed-inl.h"
 #include "kernels/x86/avx512/lstm-inl.h"
 #include "kernels/x86/avx512/nibbles-inl.h"
 #include "kernels/x86/avx512/int16-inl.h"

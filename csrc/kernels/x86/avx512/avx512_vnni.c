@@ -9,74 +9,30 @@ FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
 #endif
 
-#define MOST_GEMV_ROWS 6   /* beyond, 16 activations in the lanes beat adding up lanes, even if not all 16 are used */
+/* The gemv adds up lanes for each row, about 45 instructions for 16 outputs; packing takes about 110 for them and 64
+ * columns, whatever the number of rows. So beyond columns / 26 rows packing is repaid: on Zen 4 from 12 rows of 256
+ * columns, 22 of 512, and 40 of 1024 or more. Of more than 32 too many bytes pass through the caches. */
+#define MOST_GEMV_ROWS(columns) fxq_clamp((columns) / 24, 1, 32)
 #define MOST_NIBBLE_ROWS 6 /* beyond, unpacking them is repaid */
 #define GROUP_VALUE_BYTES 1
 #include "kernels/x86/avx512/common-inl.h"
-#include "kernels/x86/avx512/tiled-inl.h"
+#include "kernels/x86/avx512/packing-inl.h"
 #include "kernels/x86/avx512/lstm-inl.h"
 #include "kernels/x86/avx512/nibbles-inl.h"
 #include "kernels/x86/avx512/int16-inl.h"
 #include "kernels/x86/avx512/stream-inl.h"
+#include "kernels/x86/avx512/vnni_packed-inl.h"
 #include "kernels/x86/avx512/groups-inl.h"
 #include "kernels/x86/avx512/vnni_groups-inl.h"
 #include "kernels/x86/avx512/floats-inl.h"
 
-FXQ_INLINE __m512i broadcast_4(const int8_t *w) {
-    int32_t four;
-    memcpy(&four, w, sizeof four);
-    return _mm512_set1_epi32(four);
-}
-
-/* 8 outputs by 32 activations: 16 accumulators, two registers of activations, one of weights. 10 loads for 16 products:
- * the two product units stay busy. Lanes are activations, 4 columns a lane. */
-FXQ_INLINE void multiply_8x2(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int32_t *c) {
-    __m512i acc[8][2];
-    FXQ_FOR(8, int i = 0; i < 8; i++) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < depth; k += 4) {
-        const __m512i b0 = _mm512_load_si512(b + 16 * k), b1 = _mm512_load_si512(b + 16 * (depth + k));
-        FXQ_FOR(8, int i = 0; i < 8; i++) {
-            const __m512i weights = broadcast_4(w + i * stride + k);
-            acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], b0, weights);
-            acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], b1, weights);
-        }
-    }
-    FXQ_FOR(8, int i = 0; i < 8; i++) {
-        _mm512_store_si512(c + 16 * i, acc[i][0]);
-        _mm512_store_si512(c + 256 + 16 * i, acc[i][1]);
-    }
-}
-
-/* 16 outputs by 16 activations: 16 accumulators, one register of activations, the weights broadcast from memory. */
-FXQ_INLINE void multiply_16x1(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int32_t *c) {
-    __m512i acc[16];
-    FXQ_FOR(16, int i = 0; i < 16; i++) acc[i] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < depth; k += 4) {
-        const __m512i b0 = _mm512_load_si512(b + 16 * k);
-        FXQ_FOR(16, int i = 0; i < 16; i++) {
-            acc[i] = _mm512_dpbusd_epi32(acc[i], b0, broadcast_4(w + i * stride + k));
-        }
-    }
-    FXQ_FOR(16, int i = 0; i < 16; i++) _mm512_store_si512(c + 16 * i, acc[i]);
-}
-
-static void multiply(const int8_t *w, int64_t stride, int64_t depth, const uint8_t *b, int blocks, int tiles,
-                     int32_t (*c)[256], struct epilogue *earlier, const int8_t *next) {
-    (void)next;
-    for (int i = 0; i < tiles; i++) {
-        const int8_t *rows = w + 16 * i * stride;
-        if (blocks == 2) {
-            multiply_8x2(rows, stride, depth, b, c[2 * i]);
-            multiply_8x2(rows + 8 * stride, stride, depth, b, c[2 * i] + 128);
-        } else {
-            multiply_16x1(rows, stride, depth, b, c[2 * i]);
-        }
-        finish_tiles(earlier, blocks);
-    }
+static void quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
+    set_scales(x, first, count, rows);
+    quantize_row_major(x, first, count, rows);
 }
 
 static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
-    (uses_gemv(job->x) ? matmul_gemv : matmul_tiled)(job, n0, n1, to, scratch);
+    (uses_gemv(job->x) ? matmul_gemv : matmul_packed)(job, n0, n1, to, scratch);
 }
 
 static void lstm_step(const struct fxq_lstm_step *s) {

@@ -3,34 +3,31 @@
  * Three forms of a product with int8 weights, chosen by the number of rows:
  *
  * gemv (gemv-inl.h), few rows: the weight's rows are read as they lie, 64 columns a register, and multiplied with q's
- * row (vpdpbusd: 4 products a lane); the 16 lanes of 16 outputs' sums are then added up, all at once. Activations lie
+ * rows (vpdpbusd: 4 products a lane); the 16 lanes of 16 outputs' sums are then added up, all at once. Activations lie
  * row by row, with an extra row for the correction: see row_major-inl.h.
  *
- * Tiled gemm (tiled-inl.h), more tokens: C^T = W X^T in tiles of 16 outputs by 16 tokens. Activations lie in
- * blocks of 16 rows, [depth / 4][16][4] bytes, the layout of an AMX "B" tile; the weight is read as it lies, 16 rows by
- * 64 columns an "A" tile. So the weights are never repacked, and the tile is transposed in registers when it is
- * finished.
+ * Tiled gemm (tiled-inl.h), more tokens, with AMX: C^T = W X^T in tiles of 16 outputs by 16 tokens.
+ * Activations lie in blocks of 16 rows, [depth / 4][16][4] bytes, the layout of an AMX "B" tile; the weight is read as
+ * it lies, 16 rows by 64 columns an "A" tile. So the weights are never repacked, and the tile is transposed in
+ * registers when it is finished.
  *
- * Packed gemm (packed-inl.h), for so many rows that a packed copy of the weights is repaid.
+ * Packed gemm (amx_packed-inl.h, vnni_packed-inl.h), for so many rows that a packed copy of the weights is repaid.
  *
  * Columns beyond the last: q is 0 there, so that a weight's row may be read into the next one. The tensor's end is
  * never passed: see weight_rows().
  *
- * Expects: a target with AVX512 F, BW, VL, DQ and VNNI begun; MOST_GEMV_ROWS, beyond which the tiled gemm is faster. */
+ * Expects: a target with AVX512 F, BW, VL, DQ and VNNI begun; MOST_GEMV_ROWS(columns), beyond which
+ * another form is faster. */
 #include <immintrin.h>
 
 #define FXQ_VALUE uint8_t
 #define FXQ_OWN_QUANTIZATION
 #include "kernels/x86/unpack-inl.h"
 
-enum {
-    CHUNK_BYTES = 512 << 10, /* of weights that stay in the L2 cache while all activations pass */
-    MOST_CHUNK_ROWS = 1024,
-    MOST_GEMM_COLUMNS = 32768 /* correct() splits the row sums into 16-bit halves */
-};
+enum { MOST_GEMM_COLUMNS = 32768 /* correct() splits the row sums into 16-bit halves */ };
 
 static bool uses_gemv(const struct fxq_activations *x) {
-    return x->rows <= MOST_GEMV_ROWS || x->columns > MOST_GEMM_COLUMNS;
+    return x->rows <= MOST_GEMV_ROWS(x->columns) || x->columns > MOST_GEMM_COLUMNS;
 }
 
 FXQ_INLINE __mmask16 first_lanes(int64_t count) {
@@ -41,16 +38,17 @@ FXQ_INLINE __mmask16 first_lanes(int64_t count) {
  * operations and 30 shuffles for all. */
 #define FXQ_REDUCE_16(name, type, combine, unpacklo_32, unpackhi_32, unpacklo_64, unpackhi_64, shuffle)        \
     FXQ_INLINE type name##_lanes(type a, type b) { return combine(shuffle(a, b, 0x88), shuffle(a, b, 0xdd)); } \
-    FXQ_INLINE type name(const type v[16]) {                                                                   \
-        type fours[4];                                                                                         \
-        FXQ_FOR(4, int i = 0; i < 4; i++) {                                                                    \
+    FXQ_INLINE type name##_8(const type v[8]) {                                                                \
+        type fours[2];                                                                                         \
+        FXQ_FOR(2, int i = 0; i < 2; i++) {                                                                    \
             const type a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];                     \
             const type ab = combine(unpacklo_32(a, b), unpackhi_32(a, b)),                                     \
                        cd = combine(unpacklo_32(c, d), unpackhi_32(c, d));                                     \
             fours[i] = combine(unpacklo_64(ab, cd), unpackhi_64(ab, cd));                                      \
         }                                                                                                      \
-        return name##_lanes(name##_lanes(fours[0], fours[1]), name##_lanes(fours[2], fours[3]));               \
-    }
+        return name##_lanes(fours[0], fours[1]);                                                               \
+    }                                                                                                          \
+    FXQ_INLINE type name(const type v[16]) { return name##_lanes(name##_8(v), name##_8(v + 8)); }
 FXQ_INLINE __m512 unpacklo_pairs(__m512 a, __m512 b) {
     return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
 }

@@ -3,7 +3,7 @@
  * 4 columns. Lanes are units: no sums within a register, and a row's four gates are finished without leaving registers.
  * With AMX the same bytes are "B" tiles (16 rows, 256 bytes apart), and the activations, row by row, "A" tiles.
  *
- * Expects: tiled-inl.h. */
+ * Expects: packing-inl.h. */
 
 #include "kernels/x86/avx512/gates-inl.h"
 

@@ -8,7 +8,11 @@
  * the last block fill the time in which this block waits for its tiles. next: the weights to come, or NULL when they
  * are in the L2 cache already. */
 
-enum { BLOCK_ROWS = 64 /* outputs of one step: 4 tiles */ };
+enum {
+    BLOCK_ROWS = 64,         /* outputs of one step: 4 tiles */
+    CHUNK_BYTES = 512 << 10, /* of weights that stay in the L2 cache while all activations pass */
+    MOST_CHUNK_ROWS = 1024
+};
 
 /* The finished tiles of a block that wait for dequantization. */
 struct epilogue {
@@ -117,25 +121,26 @@ static void matmul_tiled(const struct fxq_matmul *job, int64_t n0, int64_t n1, c
     }
 }
 
-FXQ_INLINE __m512i sum_columns(__m512i sums, __m512i four) {
-    return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), four);
+/* 64 columns at a time: 16 rows of 64 bytes, then transposed as 16 x 16 groups of 4 bytes. Where the last block has
+ * room, the row after the last is ones: its product is the weight's row sums, at no cost. */
+static void quantize_tiles(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
+    __m512i *packed = (__m512i *)((uint8_t *)x->packed + first * x->depth);
+    _Alignas(64) uint8_t part[16][64] = {{0}};
+    for (int64_t k = 0; k < x->depth; k += 64) {
+        const int64_t width = x->columns - k < 64 ? x->columns - k : 64;
+        if (width < 64) memset(part, 0, sizeof part);
+        for (int i = 0; i < count; i++) {
+            quantize_values(rows[i] + k, width, &x->row[first + i], x->qmax, part[i]);
+        }
+        if (count < 16) memset(part[count], 1, (size_t)width);
+        __m512i v[16];
+        for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(part[i]);
+        transpose_16x16(v);
+        for (int i = 0; i < 16; i++) _mm512_store_si512(packed++, v[i]);
+    }
 }
 
-/* 16 rows of a weight, `count` of them real, to every fourth 64 bytes of packed, 4 columns of each row there. Returns
- * their sums as pairs (see make_pairs). */
-FXQ_INLINE __m512i pack_16(const int8_t *rows, int64_t count, int64_t columns, int8_t *packed) {
-    __m512i sums = _mm512_setzero_si512();
-    for (int64_t k = 0; k < columns; k += 64) {
-        const __mmask64 real = columns - k < 64 ? ~0ull >> (64 - (columns - k)) : ~0ull;
-        __m512i v[16];
-        FXQ_FOR(16, int i = 0; i < 16; i++) {
-            v[i] = _mm512_maskz_loadu_epi8(i < count ? real : 0, rows + i * columns + k);
-        }
-        transpose_16x16(v);
-        FXQ_FOR(16, int i = 0; i < 16; i++) {
-            _mm512_store_si512(packed + 64 * k + 256 * i, v[i]);
-            sums = sum_columns(sums, v[i]);
-        }
-    }
-    return make_pairs(sums);
+static void quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
+    set_scales(x, first, count, rows);
+    (x->is_row_major || uses_gemv(x) ? quantize_row_major : quantize_tiles)(x, first, count, rows);
 }

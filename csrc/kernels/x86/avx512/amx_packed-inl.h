@@ -1,4 +1,5 @@
-/* The packed gemm, for many rows. Expects: tiled-inl.h, stream-inl.h, and a tile product that the includer defines:
+/* The packed gemm in tiles. Expects: packing-inl.h, tiled-inl.h, stream-inl.h, and a tile product that the includer
+ * defines:
  *
  * static void multiply_packed(const uint8_t *q, int64_t depth, int blocks, const int8_t *w, int32_t
  * (*c)[PACKED_OUTPUTS], struct finished_rows *earlier);
@@ -12,7 +13,6 @@
  * see stream-inl.h. */
 
 enum {
-    PACKED_OUTPUTS = 64,
     STREAMED_ROWS = 48,   /* repay the packing where outputs are streamed, */
     UNSTREAMED_ROWS = 256 /* and where they are not */
 };
@@ -95,16 +95,6 @@ static void multiply_chunk(const struct packed_chunk *p) {
         }
     }
     finish_rows(&earlier, 32);
-}
-
-/* Rows [n, n + 64) of the weight, as far as n1. */
-static void pack_block(const struct fxq_matmul *job, int64_t n, int64_t n1, int8_t *packed, int32_t *pairs) {
-    for (int i = 0; i < PACKED_OUTPUTS; i += 16) {
-        const int64_t left = n1 - n - i, columns = job->x->columns;
-        const __m512i sums = pack_16((const int8_t *)job->weight->data + (n + i) * columns, left < 0 ? 0 : left,
-                                     columns, packed + 4 * i);
-        _mm512_store_si512(pairs + i, sums);
-    }
 }
 
 /* scratch: FXQ_PACKED_BYTES, or one block of 64 outputs where that is more. */

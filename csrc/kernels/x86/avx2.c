@@ -65,7 +65,13 @@ FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) { return add_pro
 #include "kernels/x86/ymm_floats-inl.h"
 #include "kernels/generic/tables-inl.h"
 
-const struct fxq_kernels fxq_avx2 = {
-    .name = "avx2", .value_bytes = 2, .quantize = quantize, .matmul = matmul, FXQ_INT16, FXQ_FLOATS, FXQ_ELEMENTWISE};
+const struct fxq_kernels fxq_avx2 = {.name = "avx2",
+                                     .value_bytes = 2,
+                                     .thresholds = {LEAST_PANEL_ROWS - 1, LEAST_PANEL_ROWS, LEAST_PANEL_ROWS},
+                                     .quantize = quantize,
+                                     .matmul = matmul,
+                                     FXQ_INT16,
+                                     FXQ_FLOATS,
+                                     FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -175,7 +175,7 @@ static void matmul_panels(const struct fxq_matmul *job, int64_t n0, int64_t n1, 
 }
 
 static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
-    if (job->x->rows >= LEAST_PANEL_ROWS) {
+    if (fxq_uses(FXQ_PACKED, job->x->rows >= LEAST_PANEL_ROWS)) {
         matmul_panels(job, n0, n1, to, scratch);
         return;
     }

@@ -85,6 +85,7 @@ static void lstm_step(const struct fxq_lstm_step *s) {
 
 const struct fxq_kernels fxq_avx512_vnni = {.name = "avx512_vnni",
                                             .value_bytes = 1,
+                                            .thresholds = {MOST_GEMV_ROWS, 0, 0},
                                             .quantize = quantize,
                                             .row_sums = row_sums,
                                             .matmul = matmul,

@@ -30,7 +30,7 @@ enum {
 };
 
 static bool uses_gemv(const struct fxq_activations *x) {
-    return x->rows <= MOST_GEMV_ROWS || x->columns > MOST_GEMM_COLUMNS;
+    return fxq_uses(FXQ_GEMV, x->rows <= MOST_GEMV_ROWS) || x->columns > MOST_GEMM_COLUMNS;
 }
 
 FXQ_INLINE __mmask16 first_lanes(int64_t count) {

@@ -117,7 +117,7 @@ def level_bytes(level: str, threads: int) -> int:
 
 
 def reading(level: str, threads: int, seconds: float) -> float:
-    """Return the GB/s that threads read from a cache, or from memory, with the widest registers that the machine has."""
+    """Return the GB/s that threads read from a cache, or from memory, with the machine's widest registers."""
     isas = usable_isas()
     width = "zmm" if {"amx", "avx512_vnni"} & set(isas) else "ymm" if "avx2" in isas else "words"
     return _moving(_function(f"fxq_read_{width}", 3), level, threads, seconds)

@@ -138,14 +138,14 @@ def in_a_process(isa: str, arguments: Sequence[str]) -> list[Share]:
 
 
 def render(found: Sequence[Share], limits: dict[int, dict[str, float]]) -> str:
-    """Return the tables of docs/performance.md: the limits by threads, and the shares by instruction set and threads."""
+    """Return the tables of docs/performance.md: the limits by threads; the shares by instruction set and threads."""
     names = list(next(iter(limits.values())))
     headers = ["", *(f"{threads} thread{'s' * (threads > 1)}" for threads in limits)]
     rows = [[name, *(f"{column[name]:.3g}" for column in limits.values())] for name in names]
     columns = list(dict.fromkeys((share.isa, share.threads) for share in found))
-    by_place = {(share.operator, share.isa, share.threads): share for share in found}
+    by_place = {(share.operator, share.isa, share.threads): f"{share.percent:.0f} %" for share in found}
     lines = [
-        [operator, *(f"{by_place[operator, *column].percent:.0f} %" for column in columns)]
+        [operator, *(by_place[operator, isa, threads] for isa, threads in columns)]
         for operator in dict.fromkeys(share.operator for share in found)
     ]
     titles = ["share of the peak", *(f"{isa}, {threads}" for isa, threads in columns)]

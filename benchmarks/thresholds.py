@@ -11,8 +11,8 @@ faster one, here and for all larger numbers, is printed beside what the kernels'
 5 %, is a reason to change the table. A weight that fits the L2 cache, few columns and few outputs each move these
 points, so the table has a compromise. Outputs from 1 MB on are streamed past the caches, where packing pays sooner.
 
-The second table: from how many multiplications two threads are faster than one, where the second one is awake, and where
-it sleeps. fxquant shares out no work below `least_share` for each thread; above, it learns the prices as it runs.
+The second table: from how many multiplications two threads are faster than one, where the second one is awake, and
+where it sleeps. fxquant shares out no work below `least_share` for each thread; above, it learns the prices as it runs.
 """
 
 from __future__ import annotations

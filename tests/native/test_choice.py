@@ -318,6 +318,6 @@ def test_an_unknown_form_is_none_and_leaves_the_choice_to_the_kernels():
 def test_a_table_of_thresholds_is_in_order(isa):
     with cases.kernels(isa, threads=1):
         gemv, packed, streamed, share = cases.LIBRARY.thresholds()
-    assert 0 <= gemv
+    assert gemv >= 0
     assert streamed == packed == 0 or gemv < streamed <= packed
     assert share == 1  # of cases.kernels

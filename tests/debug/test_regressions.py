@@ -187,7 +187,13 @@ def test_explain_names_the_machine_whose_kernels_are_nearest(monkeypatch):
 
 @pytest.mark.parametrize(
     ("operator", "kind", "rows"),
-    [("linear", "nn.Linear", 1), ("linear", "F.linear", 2), ("matmul", "@", 2), ("addmm", "torch.addmm", 2), ("einsum", "torch.einsum", 1)],
+    [
+        ("linear", "nn.Linear", 1),
+        ("linear", "F.linear", 2),
+        ("matmul", "@", 2),
+        ("addmm", "torch.addmm", 2),
+        ("einsum", "torch.einsum", 1),
+    ],
 )
 def test_calls_of_functions_have_times_of_their_own_but_an_einsum_which_is_as_a_linear(operator, kind, rows):
     table = table_of("amx", linear=(Speed(1, 16, 5, 4),), matmul=(Speed(2, 16, 5, 4),))

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant import QConfigMapping, convert_fx, default_dynamic_qconfig, prepare_fx, quantize_dynamic
+from fxquant import QConfig, QConfigMapping, convert_fx, default_dynamic_qconfig, prepare_fx, quantize_dynamic
 from fxquant.ops import kernel_info
 
 Call = Callable[[], Any]
@@ -138,14 +138,13 @@ def torch_ao(module: nn.Module) -> nn.Module | None:
         return quantize(nn.Sequential(module), spec)[0]
 
 
-def sides(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Call]:
-    """Return the calls to compare: modules are called directly, functions within their graph."""
+def sides(module: nn.Module, inputs: tuple[Any, ...], qconfig: QConfig = default_dynamic_qconfig) -> dict[str, Call]:
+    """Return the calls to compare: modules are called directly, functions, with this qconfig, within their graph."""
     if isinstance(module, Constant):
-        mapping = QConfigMapping().set_global(default_dynamic_qconfig)
-        quantized = convert_fx(prepare_fx(module.eval(), mapping, inputs))
+        mapping = QConfigMapping().set_global(qconfig)
+        models = {"fxquant": convert_fx(prepare_fx(module.eval(), mapping, inputs)), "float": module}
     else:
-        quantized = quantize_dynamic(module.eval())
-    models = {"fxquant": quantized, "float": module, "torch_ao": torch_ao(module)}
+        models = {"fxquant": quantize_dynamic(module.eval()), "float": module, "torch_ao": torch_ao(module)}
     return {name: functools.partial(model, *inputs) for name, model in models.items() if model is not None}
 
 

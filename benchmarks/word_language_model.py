@@ -11,7 +11,7 @@ missing are left out, with a message. Without a checkpoint the weights are rando
 "faults" counts the page faults of a call. Large outputs cost torch much time in page faults, which fxquant's output
 pool avoids. In the variant "reused" all sides run in a process whose malloc returns no memory, so that no side has
 faults. The other variants are instruction sets (FXQUANT_ISA, which restricts fxquant alone). "lower bound" is the time
-of the memory traffic alone, at the rates that benchmarks/roofline.py finds in the same process: all weights are read
+of the memory traffic alone, at the rates that benchmarks/limits.py finds in the same process: all weights are read
 once from L3 and the scores written once.
 """
 
@@ -35,9 +35,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, only benchmarks/ is on the path
 
+from benchmarks.limits import LEVELS, rates  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 from benchmarks.onnx_runtime import OnnxRuntimeModel, export_quantized  # noqa: E402
-from benchmarks.roofline import LEVELS, rates  # noqa: E402
 from tutorials.word_language_model import (  # noqa: E402
     Corpus,
     WordLanguageModel,

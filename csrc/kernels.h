@@ -30,6 +30,16 @@ enum fxq_form {
     FXQ_SEPARATE_GROUPS /* a group's activations after another's, each as FXQ_BYTES */
 };
 
+/* The forms of a product with int8 weights: docs/kernels.md. */
+enum fxq_method { FXQ_GEMV, FXQ_TILED, FXQ_PACKED, FXQ_METHODS };
+
+/* Which form is the fastest, by the number of rows: the gemv for at most so many; a packed copy of the weight from so
+ * many on, where the outputs stay in the caches and where they are streamed. 0: never. benchmarks/thresholds.py finds
+ * them. */
+struct fxq_thresholds {
+    int64_t most_gemv, least_packed, least_streamed;
+};
+
 /* Quantized activations. */
 struct fxq_activations {
     int64_t rows, columns, depth; /* depth: columns rounded up to FXQ_DEPTH */
@@ -114,6 +124,7 @@ struct fxq_scores {
 struct fxq_kernels {
     const char *name;
     int value_bytes; /* of a packed activation: 1 for uint8; 2 where the zero point is subtracted already */
+    struct fxq_thresholds thresholds;
     void (*begin)(void), (*end)(void);                                       /* around a thread's work; may be NULL */
     void (*measure)(const float *x, int64_t count, struct fxq_range *range); /* widens *range */
 
@@ -167,6 +178,13 @@ struct fxq_kernels {
 };
 
 extern const struct fxq_kernels *fxq_active; /* set by fxq_select_isa */
+
+/* For tests and benchmarks: one form for all int8 products that have it (FXQ_METHODS: the one that pays). */
+extern enum fxq_method fxq_only_method;
+
+static inline bool fxq_uses(enum fxq_method method, bool pays) {
+    return fxq_only_method == FXQ_METHODS ? pays : fxq_only_method == method;
+}
 
 /* scratch.c: this thread's reusable memory, at least `bytes`, aligned to 64, or NULL. One block: a later call moves it.
  */

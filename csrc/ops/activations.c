@@ -13,6 +13,8 @@
 /* Adding this to a float of less than 2^22 rounds it to a whole number, halves to even, as torch.round does. */
 static const float ROUND = 12582912.0f;
 
+enum fxq_method fxq_only_method = FXQ_METHODS;
+
 int64_t fxq_depth(int64_t columns) { return (columns + FXQ_DEPTH - 1) / FXQ_DEPTH * FXQ_DEPTH; }
 
 int64_t fxq_nibble_depth(int64_t columns) { return (columns + 127) / 128 * 128; }

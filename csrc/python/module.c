@@ -70,21 +70,38 @@ static PyObject *skip_rounds(PyObject *self, PyObject *count) {
     Py_RETURN_NONE;
 }
 
+/* The index of a string among `count` names; `count` if it is none of them. */
+static int find_name(PyObject *string, const char *const *names, int count) {
+    int i = 0;
+    while (i < count && !(PyUnicode_Check(string) && PyUnicode_CompareWithASCIIString(string, names[i]) == 0)) i++;
+    return i;
+}
+
 static const char *const ways[] = {"ready", "waking", "openmp", "alone"};
 
 /* use_way(name or None): tests choose how jobs get help; returns whether it can be had */
 static PyObject *use_way(PyObject *self, PyObject *name) {
     (void)self;
-    fxq_only_way = FXQ_WAYS;
-    if (name == Py_None) Py_RETURN_TRUE;
-    for (int way = 0; way < FXQ_WAYS; way++) {
-        PyObject *own = PyUnicode_FromString(ways[way]);
-        const int is_it = own ? PyObject_RichCompareBool(own, name, Py_EQ) : -1;
-        Py_XDECREF(own);
-        if (is_it < 0) return NULL;
-        if (is_it && (way != FXQ_OPENMP || fxq_has_openmp())) fxq_only_way = (enum fxq_way)way;
-    }
-    return PyBool_FromLong(fxq_only_way != FXQ_WAYS);
+    const int way = find_name(name, ways, FXQ_WAYS);
+    fxq_only_way = way == FXQ_OPENMP && !fxq_has_openmp() ? FXQ_WAYS : (enum fxq_way)way;
+    return PyBool_FromLong(name == Py_None || fxq_only_way != FXQ_WAYS);
+}
+
+/* use_method(name or None): tests and benchmarks choose the form of int8 products; returns whether there is one */
+static PyObject *use_method(PyObject *self, PyObject *name) {
+    (void)self;
+    static const char *const methods[FXQ_METHODS] = {"gemv", "tiled", "packed"};
+    fxq_only_method = (enum fxq_method)find_name(name, methods, FXQ_METHODS);
+    return PyBool_FromLong(name == Py_None || fxq_only_method != FXQ_METHODS);
+}
+
+/* thresholds() -> of the kernels in use: the most rows of the gemv, the least of a packed copy, of one with streamed
+ * outputs; a thread's least multiplications */
+static PyObject *thresholds(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    const struct fxq_thresholds *rows = &fxq_active->thresholds;
+    return Py_BuildValue("(LLLL)", (long long)rows->most_gemv, (long long)rows->least_packed,
+                         (long long)rows->least_streamed, (long long)fxq_least_share);
 }
 
 /* pool_counts() -> how many jobs went each way, times that a thread joined one, workers woken, waits that ended in
@@ -122,6 +139,8 @@ static PyMethodDef methods[] = {FAST(set_torch),
                                 {"hold_helpers", hold_helpers, METH_O, NULL},
                                 {"skip_rounds", skip_rounds, METH_O, NULL},
                                 {"use_way", use_way, METH_O, NULL},
+                                {"use_method", use_method, METH_O, NULL},
+                                {"thresholds", thresholds, METH_NOARGS, NULL},
                                 {"pool_counts", pool_counts, METH_NOARGS, NULL},
                                 {NULL, NULL, 0, NULL}};
 

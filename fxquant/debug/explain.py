@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ class ExplainRow:
         return self.regressions
 
 
+def _wrap(sentence: str) -> str:
+    return textwrap.fill(sentence, 100, subsequent_indent="    ")
+
+
 def _path(row: ExplainRow) -> str:
     """Return the first cell: where it is; of what was left float the line too, for there one has to look."""
     line = row.source.replace("\\", "/").rpartition("/")[2]
@@ -100,7 +105,7 @@ class Explanation(Report):
             *([f"not checked on example inputs: {self.unchecked}"] if self.unchecked else []),
             *(f"other bits in another batch (docs/numerics.md): {place}" for place in self.dependent),
             *map(str, regressions),
-            *(f"such times were measured on {source}; yours may differ" for source in sources),
+            *(_wrap(f"such times were measured on {source}; yours may differ") for source in sources),
         )
 
     title: ClassVar[str] = "Explanation: what became of each layer, and why"

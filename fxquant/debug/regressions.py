@@ -1,7 +1,7 @@
 """Where a site comes out larger or slower than float: its bytes are exact, its speed is looked up among measurements.
 
-The measurements are in speed.json, which names the one machine and the command that they are from: float torch and
-fxquant in turns, over rows and sizes (`benchmarks/speed_table.py`).
+The measurements are in speed.json, by instruction set, each with the machine and the command that they are from: float
+torch and fxquant in turns, over rows and sizes (`benchmarks/speed_table.py`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import functools
 import json
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
 from fxquant.debug.report.table import megabytes, shorten
 from fxquant.graph.record import Site
 from fxquant.operators import RENAMED
+from fxquant.ops import kernel_info
 from fxquant.qconfig import QConfig
 
 _SLOWER_BELOW = 0.95
@@ -24,6 +26,15 @@ _SLOWER_BELOW = 0.95
 
 _SLOWER_BY_US = 1.0
 """The least time worth a line: below is a Python call's overhead, whatever it computes."""
+
+_MEASURED_AS = {"nn.RNNCell": "rnn_cell", "torch.einsum": "linear"}
+"""The measurements that stand for a kind of layer or call, where they are not the operator's, or those of calls."""
+
+_CALLS = {"linear": "matmul"}
+"""The measurements that stand for an operator's calls of functions."""
+
+ISAS = ("amx", "avx512_vnni", "avx_vnni", "avx2", "neon_dot", "portable")
+"""The instruction sets from the fastest to the slowest."""
 
 
 @dataclass(frozen=True)
@@ -68,32 +79,45 @@ class Speed:
 
 @dataclass(frozen=True)
 class SpeedTable:
-    """Measured speeds by the operator's name and the weights' dtype. source: the machine, kernels and date of them."""
+    """Measured speeds by the operator's name and the weights' dtype. source: the machine, kernels and date of them.
+
+    isa: the kernels' instruction set.
+    """
 
     source: str
     speeds: dict[tuple[str, str], tuple[Speed, ...]]
+    isa: str = ""
 
-    def find(self, operator: str, qconfig: QConfig, shape: tuple[int, ...]) -> Speed | None:
+    def find(
+        self, operator: str, qconfig: QConfig, shape: tuple[int, ...], kind: str = "", is_call: bool = False
+    ) -> Speed | None:
         """Return what was measured at the nearest lower rows and size, or at the least; None where nothing was.
 
         shape: rows, inputs, outputs. The size is their geometric mean, which a square layer of as many weights has.
+        kind: of the layer or call, "nn.RNNCell"; is_call: whether it is a call of a function.
         """
-        name = RENAMED.get(operator, operator)
-        measured = () if qconfig.parts else self.speeds.get((name, qconfig.weight.dtype), ())
-        if not measured or not shape:
+        known = RENAMED.get(operator, operator)
+        name = _MEASURED_AS.get(kind) or (_CALLS.get(known, known) if is_call else known)
+        tables = [self.speeds.get((name, qconfig.weight.dtype), ()) for name in (name, known)]
+        measured = next(filter(None, tables), ())
+        if not measured or not shape or qconfig.parts:
             return None
         rows, inputs, outputs = shape
         for key, wanted in (("size", math.sqrt(inputs * outputs)), ("rows", rows)):
-            known = {getattr(speed, key) for speed in measured}
-            nearest = max((value for value in known if value <= wanted), default=min(known))
+            values = {getattr(speed, key) for speed in measured}
+            nearest = max((value for value in values if value <= wanted), default=min(values))
             measured = tuple(speed for speed in measured if getattr(speed, key) == nearest)
         return measured[0]
 
 
 @functools.cache
-def speed_table() -> SpeedTable:
-    """Return the measurements that come with the package."""
+def measured_tables() -> tuple[SpeedTable, ...]:
+    """Return the measurements that come with the package, a table for each instruction set."""
     plain = json.loads(resources.files("fxquant.debug").joinpath("speed.json").read_text(encoding="utf-8"))
+    return tuple(_read_table(isa, table) for isa, table in plain.items())
+
+
+def _read_table(isa: str, plain: dict[str, Any]) -> SpeedTable:
     speeds: dict[tuple[str, str], tuple[Speed, ...]] = {}
     for name, sides in plain["rows"].items():
         operator, dtype, shape = name.split()
@@ -101,8 +125,24 @@ def speed_table() -> SpeedTable:
         speed = Speed(int(rows), int(size), sides["fxquant"], sides["float"])
         speeds[operator, dtype] = (*speeds.get((operator, dtype), ()), speed)
     machine = plain["machine"]
-    source = f"{machine['cpu']}, {machine['date'][:10]}, where {machine['kernel']}"
-    return SpeedTable(source, speeds)
+    return SpeedTable(f"{machine['cpu']}, {machine['date'][:10]}, where {machine['kernel']}", speeds, isa)
+
+
+def nearest_table(tables: Sequence[SpeedTable], isa: str | None) -> SpeedTable:
+    """Return the table of the nearest instruction set, of two the slower one; its source says so if it is another.
+
+    isa: None where plain torch computes, slower than any.
+    """
+    place = len(ISAS) if isa is None else ISAS.index(isa)
+    table = min(tables, key=lambda table: (abs(ISAS.index(table.isa) - place), -ISAS.index(table.isa)))
+    if table.isa == isa:
+        return table
+    return replace(table, source=f"{table.source} (nothing was measured with {isa or 'plain torch'})")
+
+
+def speed_table() -> SpeedTable:
+    """Return the measurements that are nearest to the kernels in use."""
+    return nearest_table(measured_tables(), kernel_info().isa)
 
 
 def regressions_of(site: Site) -> tuple[Regression, ...]:
@@ -111,7 +151,7 @@ def regressions_of(site: Site) -> tuple[Regression, ...]:
     if site.int_bytes > site.float_bytes:
         found.append(Regression(site.path, "larger", site.int_bytes, site.float_bytes, "its tensors", site.opt_out))
     table = speed_table()
-    speed = table.find(site.operator, site.qconfig, site.shape)
+    speed = table.find(site.operator, site.qconfig, site.shape, site.kind, site.call is not None)
     if speed is not None and speed.is_slower:
         what = f"{speed.rows} rows of {speed.size} → {speed.size}"
         found.append(

@@ -204,13 +204,13 @@ class DynamicQuantizedRecurrent(QuantizedModule):
 
     def _states(self, x: torch.Tensor, initial: States | None, batch: int, order: torch.Tensor | None) -> States:
         """Return the initial states in the batch's order, or raise ShapeError."""
-        shapes = [(len(self._cells), batch, size) for size in (self.proj_size or self.hidden_size, self.hidden_size)]
-        names = ("h0", "c0") if self.has_cell_state else ("h0",)
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 1 + self.has_cell_state]
         if initial is None:
-            return tuple(x.new_zeros(shape) for _, shape in zip(names, shapes, strict=False))
+            return tuple([x.new_zeros(len(self._cells), batch, size) for size in sizes])
+        shapes, names = [(len(self._cells), batch, size) for size in sizes], ("h0", "c0")[: len(sizes)]
         if len(initial) != len(names):
             raise ShapeError(f"{self._name()} takes hx of {' and '.join(names)}, got {len(initial)} tensors")
-        for name, state, shape in zip(names, initial, shapes, strict=False):
+        for name, state, shape in zip(names, initial, shapes, strict=True):
             if tuple(state.shape) != shape:
                 raise ShapeError(f"{self._name()} needs {name} of shape {shape}, got {tuple(state.shape)}")
         return initial if order is None else tuple(state.index_select(1, order) for state in initial)

@@ -1,4 +1,4 @@
-"""Memory, roofline, tail and threads: their arithmetic, and that what they promise of fxquant's memory holds."""
+"""Memory, tail and threads: their arithmetic, and that what they promise of fxquant's memory holds."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import memory, roofline, tail, threads
+from benchmarks import memory, tail, threads
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident sets are read from /proc")
@@ -19,25 +19,6 @@ def test_converting_takes_less_than_a_layer_and_a_loaded_model_a_tenth_beyond_it
     assert figures["int8 and scales, MB"] == pytest.approx(12 * 2048 * (2048 + 4 + 4) / 1e6)
     assert figures["extra"] < 1
     assert 1 <= figures["held"] <= 1.1
-
-
-def test_a_rate_is_bytes_over_the_best_readers_time(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(roofline, "LEVELS", {"L2": 4000})
-    monkeypatch.setattr(roofline, "PRODUCT", (2, 3, 5))
-    seconds = iter([4e-6, 2e-6, 8e-6, 1e-6, 3e-9])
-    monkeypatch.setattr(roofline, "best_seconds", lambda call, _: call() is None or next(seconds))
-    expected = {"read L2, GB/s": 2.0, "write L2, GB/s": 4.0, "int8 product, GMAC/s": 10.0}
-    assert roofline.rates() == pytest.approx(expected)
-
-
-def test_the_roofline_prints_and_writes_a_column_for_each_number_of_threads(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(roofline, "LEVELS", {"L2": 1 << 16})
-    monkeypatch.setattr(roofline, "PRODUCT", (16, 64, 64))
-    roofline.main(["--threads", "1", "--seconds", "0", "--json", str(tmp_path / "figures.json")])
-    rates = json.loads((tmp_path / "figures.json").read_text())["rates"]["1"]
-    assert rates.keys() == {"read L2, GB/s", "write L2, GB/s", "int8 product, GMAC/s"}
-    assert min(rates.values()) > 0
-    assert "read L2, GB/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("percent", "expected"), [(50, 5), (90, 9), (99, 10), (100, 10)])

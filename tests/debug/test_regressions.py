@@ -18,7 +18,8 @@ from fxquant import (
     quantize_dynamic,
 )
 from fxquant.debug import regressions
-from fxquant.debug.regressions import Speed, SpeedTable, speed_table
+from fxquant.debug.regressions import ISAS, Speed, SpeedTable, measured_tables, nearest_table, speed_table
+from fxquant.ops import library
 from fxquant.qconfig import BEST
 from tests.samples import everything, prepare, quantize
 
@@ -153,15 +154,81 @@ def test_slower_is_more_than_noise_and_a_call(quantized, unquantized, is_slower)
     assert Speed(1, 16, quantized, unquantized).is_slower == is_slower
 
 
-def test_the_package_has_measurements_of_operators_in_the_table():
-    table = speed_table()
+def table_of(isa, **speeds):
+    return SpeedTable(f"a machine with {isa}", {(name, "int8"): found for name, found in speeds.items()}, isa)
+
+
+@pytest.mark.parametrize(
+    ("isa", "nearest"),
+    [
+        ("amx", "amx"),
+        ("avx512_vnni", "avx512_vnni"),
+        ("avx_vnni", "avx2"),  # as near to AVX512-VNNI: the slower one
+        ("avx2", "avx2"),
+        ("neon_dot", "avx2"),
+        ("portable", "avx2"),
+        (None, "avx2"),
+    ],
+)
+def test_the_nearest_instruction_sets_table_is_used_and_named(isa, nearest):
+    found = nearest_table([table_of(name) for name in ("avx2", "amx", "avx512_vnni")], isa)
+    other = "" if isa == nearest else f" (nothing was measured with {isa or 'plain torch'})"
+    assert (found.isa, found.source) == (nearest, f"a machine with {nearest}{other}")
+
+
+def test_explain_names_the_machine_whose_kernels_are_nearest(monkeypatch):
+    slow = (Speed(1, 16, 9, 6),)
+    monkeypatch.setattr(regressions, "measured_tables", lambda: (table_of("amx"), table_of("avx2", linear=slow)))
+    monkeypatch.setattr(library, "kernel_info", lambda: library.KernelInfo("a library", "avx2", 1, ""))
+    monkeypatch.setattr(regressions, "kernel_info", library.kernel_info)
+    text = str(explain(quantize(nn.Sequential(nn.Linear(16, 16)), torch.randn(1, 16))))
+    assert "such times were measured on a machine with avx2; yours may differ" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_call", "rows"),
+    [("nn.Linear", False, 1), ("F.linear", True, 2), ("operator.matmul", True, 2), ("torch.einsum", True, 1)],
+)
+def test_calls_of_functions_have_times_of_their_own_but_an_einsum_which_is_as_a_linear(kind, is_call, rows):
+    table = table_of("amx", linear=(Speed(1, 16, 5, 4),), matmul=(Speed(2, 16, 5, 4),))
+    assert table.find("linear", default_dynamic_qconfig, (1, 16, 16), kind, is_call).rows == rows
+
+
+def test_calls_of_functions_are_looked_up_as_such(monkeypatch):
+    table = table_of("amx", linear=(Speed(1, 16, 5, 9),), matmul=(Speed(1, 16, 7, 5),))
+    monkeypatch.setattr(regressions, "speed_table", lambda: table)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.weight = nn.Linear(16, 16), nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x):
+            return torch.einsum("bi,oi->bo", self.layer(x) @ self.weight, self.weight.t())
+
+    rows = explain(prepare(Model(), torch.randn(1, 16))).rows
+    assert [len(row.regressions) for row in rows] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("nn.LSTMCell", 1), ("nn.RNNCell", 2)])
+def test_a_plain_cell_has_times_of_its_own(kind, rows):
+    table = table_of("amx", cell=(Speed(1, 16, 5, 4),), rnn_cell=(Speed(2, 16, 5, 4),))
+    assert table.find("cell", default_dynamic_qconfig, (1, 16, 16), kind).rows == rows
+
+
+def test_the_package_has_measurements_of_operators_in_the_table_for_each_kind_of_kernels():
     rows = {row.name: row for row in OPERATORS}
-    assert {"int8", "int4", "int16", "float16", "uint8", "uint4"} == {dtype for _, dtype in table.speeds}
-    for (operator, dtype), speeds in table.speeds.items():
-        assert any(scheme.accepts(BEST[dtype]) for scheme in rows[operator].schemes)
-        shapes = {(speed.rows, speed.size) for speed in speeds}
-        assert {(rows, size) for rows in (1, 16, 256) for size in (16, 64, 256, 1024)} <= shapes, operator
-        assert all(min(speed.quantized_us, speed.float_us) > 0 for speed in speeds)
+    rows |= {"rnn_cell": rows["cell"], "matmul": rows["linear"]}
+    assert [table.isa for table in measured_tables()] == ["amx", "avx512_vnni", "avx2"]
+    assert speed_table().isa in ISAS
+    for table in measured_tables():
+        assert f"where fxquant runs on {table.isa} kernels, 1 thread" in table.source
+        assert {"int8", "int4", "int16", "float16", "uint8", "uint4"} == {dtype for _, dtype in table.speeds}
+        for (operator, dtype), speeds in table.speeds.items():
+            assert any(scheme.accepts(BEST[dtype]) for scheme in rows[operator].schemes)
+            shapes = {(speed.rows, speed.size) for speed in speeds}
+            assert {(rows, size) for rows in (1, 16, 256) for size in (16, 64, 256, 1024)} <= shapes, operator
+            assert all(min(speed.quantized_us, speed.float_us) > 0 for speed in speeds)
 
 
 @pytest.mark.parametrize(

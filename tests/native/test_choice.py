@@ -292,3 +292,32 @@ def test_the_registered_operator_gives_the_same_bits(isa):
     with cases.kernels(isa, 1):
         assert same_bits(torch.ops.fxquant.linear(x, *args), ops.linear(x, *args))
         assert same_bits(torch.ops.fxquant.linear(x, *args), reference.linear(x, *args))
+
+
+@pytest.mark.parametrize("method", ["gemv", "tiled", "packed"])
+@pytest.mark.parametrize(("rows", "columns", "outputs"), [(1, 70, 65), (5, 64, 16), (20, 130, 100), (33, 7, 3)])
+def test_every_form_of_a_product_gives_the_same_bits(isa, method, rows, columns, outputs):
+    torch.manual_seed(0)
+    x, weight, scale = torch.randn(rows, columns), int8(outputs, columns), torch.rand(outputs)
+    with cases.kernels(isa, threads=2):
+        try:
+            assert cases.LIBRARY.use_method(method)
+            found = ops.linear(x, weight, scale)
+        finally:
+            assert cases.LIBRARY.use_method(None)
+    assert same_bits(found, reference.linear(x, weight, scale))
+
+
+def test_an_unknown_form_is_none_and_leaves_the_choice_to_the_kernels():
+    assert not cases.LIBRARY.use_method("guess")
+    assert not cases.LIBRARY.use_way("guess")
+    assert cases.LIBRARY.use_method(None)
+    assert cases.LIBRARY.use_way(None)
+
+
+def test_a_table_of_thresholds_is_in_order(isa):
+    with cases.kernels(isa, threads=1):
+        gemv, packed, streamed, share = cases.LIBRARY.thresholds()
+    assert gemv >= 0
+    assert streamed == packed == 0 or gemv < streamed <= packed
+    assert share == 1  # of cases.kernels

@@ -44,6 +44,7 @@ FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) {
 
 const struct fxq_kernels fxq_avx2 = {.name = "avx2",
                                      .value_bytes = 2,
+                                     .thresholds = {LEAST_PANEL_TOKENS - 1, LEAST_PANEL_TOKENS, LEAST_PANEL_TOKENS},
                                      .quantize = quantize,
                                      .matmul = matmul,
                                      .pack_lstm = pack_lstm,

@@ -54,6 +54,7 @@ FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) { return _mm256_
 
 const struct fxq_kernels fxq_avx_vnni = {.name = "avx_vnni",
                                          .value_bytes = 1,
+                                         .thresholds = {LEAST_PANEL_TOKENS - 1, LEAST_PANEL_TOKENS, LEAST_PANEL_TOKENS},
                                          .quantize = quantize,
                                          .row_sums = row_sums,
                                          .matmul = matmul,

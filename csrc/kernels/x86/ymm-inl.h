@@ -263,7 +263,8 @@ static void matmul_panels(const struct fxq_matmul *job, int64_t n0, int64_t n1, 
 }
 
 static void matmul(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch) {
-    (job->x->rows >= LEAST_PANEL_TOKENS ? matmul_panels : matmul_gemv)(job, n0, n1, to, scratch);
+    const bool packs = fxq_uses(FXQ_PACKED, job->x->rows >= LEAST_PANEL_TOKENS);
+    (packs ? matmul_panels : matmul_gemv)(job, n0, n1, to, scratch);
 }
 
 static void quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {

@@ -248,6 +248,7 @@ static void lstm_step(const struct fxq_lstm_step *s) {
 
 const struct fxq_kernels fxq_amx = {.name = "amx",
                                     .value_bytes = 1,
+                                    .thresholds = {MOST_GEMV_ROWS(0), UNSTREAMED_ROWS, STREAMED_ROWS},
                                     .begin = begin,
                                     .end = end,
                                     .quantize = quantize,

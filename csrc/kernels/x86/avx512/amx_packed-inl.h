@@ -18,8 +18,8 @@ enum {
 };
 
 static bool packs_weight(int64_t rows, int64_t columns, int64_t outputs) {
-    return rows >= (is_streamed(rows, outputs) ? STREAMED_ROWS : UNSTREAMED_ROWS) && columns > 0 &&
-           columns <= MOST_GEMM_COLUMNS;
+    return fxq_uses(FXQ_PACKED, rows >= (is_streamed(rows, outputs) ? STREAMED_ROWS : UNSTREAMED_ROWS)) &&
+           columns > 0 && columns <= MOST_GEMM_COLUMNS;
 }
 
 /* The rows of a block that wait for dequantization. */

@@ -41,6 +41,7 @@ static void lstm_step(const struct fxq_lstm_step *s) {
 
 const struct fxq_kernels fxq_avx512_vnni = {.name = "avx512_vnni",
                                             .value_bytes = 1,
+                                            .thresholds = {256 / 24, 256 / 24 + 1, 256 / 24 + 1}, /* of 256 columns */
                                             .quantize = quantize,
                                             .row_sums = row_sums,
                                             .matmul = matmul,

@@ -27,7 +27,7 @@
 enum { MOST_GEMM_COLUMNS = 32768 /* correct() splits the row sums into 16-bit halves */ };
 
 static bool uses_gemv(const struct fxq_activations *x) {
-    return x->rows <= MOST_GEMV_ROWS(x->columns) || x->columns > MOST_GEMM_COLUMNS;
+    return fxq_uses(FXQ_GEMV, x->rows <= MOST_GEMV_ROWS(x->columns)) || x->columns > MOST_GEMM_COLUMNS;
 }
 
 FXQ_INLINE __mmask16 first_lanes(int64_t count) {

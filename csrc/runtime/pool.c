@@ -17,6 +17,8 @@ enum {
     SIZES = 64,           /* of jobs that are remembered */
     STALE_NS = 100000000, /* after this time, or this many times its length, what is known of a job is looked at anew */
     STALE_TIMES = 200,
+    PATIENCE = 4,         /* lengths after which a job that was slower when shared is shared again; then twice that, … */
+    MOST_LOSSES = 16,
     BAD = 16, /* times the usual price */
     SURE = 2  /* a job must save so many prices */
 };
@@ -34,12 +36,14 @@ static struct {
     double ns_a_multiplication;
 } habit = {.ns_a_multiplication = 0.01};
 
-/* How long a job of this size took, alone and shared, and when that was seen last; 0: never. */
+/* How long a job of this size took, alone and shared, and when that was seen last; 0: never. losses: how often lately
+ * it was slower when shared. Once says little: pages are touched for the first time, or somebody had the core. */
 enum { ALONE, SHARED };
 static struct experience {
     int64_t work;
     int threads;
     int64_t took[2], seen[2];
+    int losses;
 } experiences[SIZES];
 
 _Atomic int64_t fxq_first_arrival, fxq_waited_ns;
@@ -100,18 +104,24 @@ static bool is_stale(const struct experience *of, int how, int64_t now) {
     return now - of->seen[how] > (by_length > STALE_NS ? by_length : STALE_NS);
 }
 
+static bool loses(const struct experience *of) { return of->took[ALONE] && of->took[SHARED] > of->took[ALONE]; }
+
 static void remember(struct experience *of, int how, int64_t took, int64_t now) {
     const int64_t usual = of->took[how];
-    if (took > 2 * usual && !is_stale(of, how, now)) took = 2 * usual; /* bad luck */
-    of->took[how] = is_stale(of, how, now) ? took : (7 * usual + took) / 8;
+    const bool is_new = is_stale(of, how, now) || (how == SHARED && loses(of));
+    if (took > 2 * usual && !is_new) took = 2 * usual; /* bad luck */
+    of->took[how] = is_new ? took : (7 * usual + took) / 8;
     of->seen[how] = now;
+    if (how == SHARED && loses(of)) of->losses += of->losses < MOST_LOSSES;
+    else if (how == SHARED) of->losses -= of->losses > 0;
 }
 
 /* Whether the job is faster alone, or nobody knows how long it takes alone. */
 static bool is_better_alone(const struct experience *of, int64_t now) {
     if (!of->seen[SHARED]) return false;
     if (is_stale(of, ALONE, now)) return true;
-    return !is_stale(of, SHARED, now) && of->took[ALONE] < of->took[SHARED];
+    const bool is_due = now - of->seen[SHARED] > (PATIENCE * of->took[ALONE]) << of->losses;
+    return loses(of) && !is_due && !is_stale(of, SHARED, now);
 }
 
 static enum fxq_way choose_way(struct fxq_hands hands, const struct experience *of, int ready, int64_t now) {

@@ -12,7 +12,7 @@
 #include "runtime/crew.h"
 
 enum {
-    CLOSE_NS = 100000, /* jobs so close follow each other: a worker would have stayed awake (workers.c) */
+    CLOSE_NS = 300000, /* jobs so close follow each other: a worker would have stayed awake (workers.c) */
     MOST_PRICE_NS = 20000000,
     SIZES = 64,           /* of jobs that are remembered */
     STALE_NS = 100000000, /* after this time, or this many times its length, what is known of a job is looked at anew */

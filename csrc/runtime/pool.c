@@ -7,6 +7,7 @@
  * these follow each other closely.
  *
  * After fork() the child has no threads but its own, so it starts with an empty pool. */
+#include <float.h>
 #include <pthread.h>
 
 #include "runtime/crew.h"
@@ -17,7 +18,9 @@ enum {
     SIZES = 64,           /* of jobs that are remembered */
     STALE_NS = 100000000, /* after this time, or this many times its length, what is known of a job is looked at anew */
     STALE_TIMES = 200,
-    PATIENCE = 4,         /* lengths after which a job that was slower when shared is shared again; then twice that, … */
+    FIRST_TRIES = 4,
+    MEAN_OF = 16,
+    PATIENCE = 4, /* lengths after which a job that is slower when shared is shared again; at each loss twice that */
     MOST_LOSSES = 16,
     BAD = 16, /* times the usual price */
     SURE = 2  /* a job must save so many prices */
@@ -36,14 +39,14 @@ static struct {
     double ns_a_multiplication;
 } habit = {.ns_a_multiplication = 0.01};
 
-/* How long a job of this size took, alone and shared, and when that was seen last; 0: never. losses: how often lately
- * it was slower when shared. Once says little: pages are touched for the first time, or somebody had the core. */
+/* How long a job of this size takes, alone and shared, and when that was seen last; 0: never. tries: when shared.
+ * losses: how often it was slower then, less how often it was not. */
 enum { ALONE, SHARED };
 static struct experience {
     int64_t work;
     int threads;
     int64_t took[2], seen[2];
-    int losses;
+    int tries, losses;
 } experiences[SIZES];
 
 _Atomic int64_t fxq_first_arrival, fxq_waited_ns;
@@ -104,16 +107,16 @@ static bool is_stale(const struct experience *of, int how, int64_t now) {
     return now - of->seen[how] > (by_length > STALE_NS ? by_length : STALE_NS);
 }
 
-static bool loses(const struct experience *of) { return of->took[ALONE] && of->took[SHARED] > of->took[ALONE]; }
-
+/* A mean, outliers and all: a thread that waits for another one's core costs more than a hundred jobs gain. But the
+ * first times that a job is shared say little: workers sleep, and pages are touched for the first time. */
 static void remember(struct experience *of, int how, int64_t took, int64_t now) {
-    const int64_t usual = of->took[how];
-    const bool is_new = is_stale(of, how, now) || (how == SHARED && loses(of));
-    if (took > 2 * usual && !is_new) took = 2 * usual; /* bad luck */
-    of->took[how] = is_new ? took : (7 * usual + took) / 8;
+    const bool is_first = is_stale(of, how, now) || (how == SHARED && of->tries < FIRST_TRIES && took < of->took[how]);
+    of->took[how] = is_first ? took : of->took[how] + (took - of->took[how]) / MEAN_OF;
     of->seen[how] = now;
-    if (how == SHARED && loses(of)) of->losses += of->losses < MOST_LOSSES;
-    else if (how == SHARED) of->losses -= of->losses > 0;
+    if (how == ALONE) return;
+    of->tries += of->tries < FIRST_TRIES;
+    if (of->seen[ALONE] && took > of->took[ALONE]) of->losses += of->losses < MOST_LOSSES;
+    else of->losses -= of->losses > 0;
 }
 
 /* Whether the job is faster alone, or nobody knows how long it takes alone. */
@@ -121,15 +124,16 @@ static bool is_better_alone(const struct experience *of, int64_t now) {
     if (!of->seen[SHARED]) return false;
     if (is_stale(of, ALONE, now)) return true;
     const bool is_due = now - of->seen[SHARED] > (PATIENCE * of->took[ALONE]) << of->losses;
-    return loses(of) && !is_due && !is_stale(of, SHARED, now);
+    return of->took[ALONE] < of->took[SHARED] && !is_due && !is_stale(of, SHARED, now);
 }
 
+/* What is known to be faster when shared is shared in the cheapest way, whatever that costs. */
 static enum fxq_way choose_way(struct fxq_hands hands, const struct experience *of, int ready, int64_t now) {
     if (fxq_only_way != FXQ_WAYS) return fxq_only_way == FXQ_OPENMP && !fxq_has_openmp() ? FXQ_WAKING : fxq_only_way;
     if (is_better_alone(of, now)) return FXQ_ALONE;
     const double others = hands.threads - 1;
     const double alone_ns = of->seen[ALONE] ? (double)of->took[ALONE] : (double)of->work * habit.ns_a_multiplication;
-    double most = 0.0;
+    double most = of->seen[SHARED] ? -DBL_MAX : 0.0;
     enum fxq_way best = FXQ_ALONE;
     for (int way = 0; way < FXQ_WAYS; way++) {
         const int helpers = way == FXQ_READY ? ready : hands.threads - 1;

@@ -1,10 +1,13 @@
 /* Who helps with a job: see pool.h.
  *
+ * How long jobs of a size take, alone and shared, is remembered, and a job goes the way that is faster. Shared jobs
+ * count with all that disturbed them, so on a machine whose cores are busy jobs are done alone by themselves; now and
+ * then the other way is tried again, the sooner the less it lost so far.
+ *
  * Each way to get help has its price: how long it took lately until somebody came, and how long threads then waited for
- * others that had lost their cores. A job goes the way that saves most, or is done alone where none saves anything: on
- * a machine whose cores are busy all prices rise by themselves. Prices fall with time, so that a way is tried again now
- * and then. Waking pays for later jobs too, so what sleepers would have saved is added up from job to job, as long as
- * these follow each other closely.
+ * others that had lost their cores. It tells which way is the cheapest, and whether a job that was never shared is
+ * worth it. Prices fall with time, so that a way is tried again. Waking pays for later jobs too, so what sleepers would
+ * have saved is added up from job to job, as long as these follow each other closely.
  *
  * After fork() the child has no threads but its own, so it starts with an empty pool. */
 #include <float.h>

@@ -26,7 +26,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(C_FILES) tests/native/harness.c benchmarks/limits.c
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES) tests/native/harness.c benchmarks/limits.c tests/native/pool_choices.c
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -1,24 +1,33 @@
 /* Who helps with a job: see pool.h.
  *
+ * How long jobs of a size take, alone and shared, is remembered, and a job goes the way that is faster. Shared jobs
+ * count with all that disturbed them, so on a machine whose cores are busy jobs are done alone by themselves; now and
+ * then the other way is tried again, the sooner the less it lost so far.
+ *
  * Each way to get help has its price: how long it took lately until somebody came, and how long threads then waited for
- * others that had lost their cores. A job goes the way that saves most, or is done alone where none saves anything: on
- * a machine whose cores are busy all prices rise by themselves. Prices fall with time, so that a way is tried again now
- * and then. Waking pays for later jobs too, so what sleepers would have saved is added up from job to job, as long as
- * these follow each other closely.
+ * others that had lost their cores. It tells which way is the cheapest, and whether a job that was never shared is
+ * worth it. Prices fall with time, so that a way is tried again. Waking pays for later jobs too, so what sleepers would
+ * have saved is added up from job to job, as long as these follow each other closely.
  *
  * After fork() the child has no threads but its own, so it starts with an empty pool. */
+#include <float.h>
 #include <pthread.h>
 
 #include "runtime/crew.h"
 
 enum {
-    CLOSE_NS = 100000, /* jobs so close follow each other: a worker would have stayed awake (workers.c) */
+    CLOSE_NS = 300000, /* jobs so close follow each other: a worker would have stayed awake (workers.c) */
     MOST_PRICE_NS = 20000000,
     SIZES = 64,           /* of jobs that are remembered */
-    STALE_NS = 100000000, /* after this time, or this many times its length, what is known of a job is looked at anew */
+    STALE_NS = 100000000, /* after so long, or so many times its length, a job is done alone to see what that takes */
     STALE_TIMES = 200,
-    BAD = 16, /* times the usual price */
-    SURE = 2  /* a job must save so many prices */
+    FIRST_TRIES = 4,
+    MEAN_OF = 64,
+    PATIENCE = 4, /* lengths after which a job that is slower when shared is shared again; twice that for each loss, */
+    MOST_LOSSES = 16,
+    MOST_PATIENCE_NS = 400000000, /* and at most so long, or STALE_TIMES lengths */
+    BAD = 16,                     /* times the usual price */
+    SURE = 2                      /* a job must save so many prices */
 };
 /* OpenMP's price is the only one that the caller must pay in full, even if nobody comes: it is tried again less often.
  */
@@ -34,12 +43,16 @@ static struct {
     double ns_a_multiplication;
 } habit = {.ns_a_multiplication = 0.01};
 
-/* How long a job of this size took, alone and shared, and when that was seen last; 0: never. */
+/* How long a job of this size takes, alone and shared, and when that was seen last; 0: never. tries: shared ones, the
+ * first few. losses: two for each shared one that was slower than alone, halved by each that was not. has_waked:
+ * somebody was woken for the last one, and that was not counted: it pays for those that follow. */
 enum { ALONE, SHARED };
 static struct experience {
     int64_t work;
     int threads;
     int64_t took[2], seen[2];
+    int tries, losses;
+    bool has_waked;
 } experiences[SIZES];
 
 _Atomic int64_t fxq_first_arrival, fxq_waited_ns;
@@ -95,31 +108,45 @@ static struct experience *recall(int64_t work, int threads) {
     return found;
 }
 
-static bool is_stale(const struct experience *of, int how, int64_t now) {
-    const int64_t by_length = STALE_TIMES * of->took[how];
-    return now - of->seen[how] > (by_length > STALE_NS ? by_length : STALE_NS);
+static int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static void remember_alone(struct experience *of, int64_t took, int64_t now) {
+    const int64_t usual = of->took[ALONE];
+    of->took[ALONE] = of->seen[ALONE] && took > 2 * usual ? 2 * usual : took; /* bad luck */
+    of->seen[ALONE] = now;
 }
 
-static void remember(struct experience *of, int how, int64_t took, int64_t now) {
-    const int64_t usual = of->took[how];
-    if (took > 2 * usual && !is_stale(of, how, now)) took = 2 * usual; /* bad luck */
-    of->took[how] = is_stale(of, how, now) ? took : (7 * usual + took) / 8;
-    of->seen[how] = now;
+/* A mean, outliers and all: one wait for a core that somebody else has costs as much as ten jobs gain. But the first
+ * times that a job is shared say little, since workers sleep and pages are touched for the first time; nor does a bad
+ * mean once good times have made up for the losses. */
+static void remember_shared(struct experience *of, int64_t took, int64_t now) {
+    const bool is_loss = of->seen[ALONE] && took > of->took[ALONE];
+    int64_t *mean = &of->took[SHARED];
+    of->losses = is_loss ? of->losses + 2 : of->losses / 2;
+    if (of->losses > MOST_LOSSES) of->losses = MOST_LOSSES;
+    const bool is_first = of->tries == 0 || (of->tries < FIRST_TRIES && took < *mean);
+    const bool is_forgiven = of->losses == 0 && *mean > of->took[ALONE];
+    *mean = is_first ? took : is_forgiven ? (took + of->took[ALONE]) / 2 : *mean + (took - *mean) / MEAN_OF;
+    of->seen[SHARED] = now;
+    of->tries += of->tries < FIRST_TRIES;
 }
 
 /* Whether the job is faster alone, or nobody knows how long it takes alone. */
 static bool is_better_alone(const struct experience *of, int64_t now) {
     if (!of->seen[SHARED]) return false;
-    if (is_stale(of, ALONE, now)) return true;
-    return !is_stale(of, SHARED, now) && of->took[ALONE] < of->took[SHARED];
+    const int64_t length = of->took[ALONE], patience = (PATIENCE * length) << of->losses;
+    const int64_t most = greater(MOST_PATIENCE_NS, STALE_TIMES * length);
+    if (now - of->seen[ALONE] > greater(STALE_NS, STALE_TIMES * length)) return true;
+    return length < of->took[SHARED] && now - of->seen[SHARED] < (patience < most ? patience : most);
 }
 
+/* What is known to be faster when shared is shared in the cheapest way, whatever that costs. */
 static enum fxq_way choose_way(struct fxq_hands hands, const struct experience *of, int ready, int64_t now) {
     if (fxq_only_way != FXQ_WAYS) return fxq_only_way == FXQ_OPENMP && !fxq_has_openmp() ? FXQ_WAKING : fxq_only_way;
     if (is_better_alone(of, now)) return FXQ_ALONE;
     const double others = hands.threads - 1;
     const double alone_ns = of->seen[ALONE] ? (double)of->took[ALONE] : (double)of->work * habit.ns_a_multiplication;
-    double most = 0.0;
+    double most = of->seen[SHARED] ? -DBL_MAX : 0.0;
     enum fxq_way best = FXQ_ALONE;
     for (int way = 0; way < FXQ_WAYS; way++) {
         const int helpers = way == FXQ_READY ? ready : hands.threads - 1;
@@ -141,7 +168,9 @@ static void learn(enum fxq_way way, struct fxq_hands hands, struct experience *o
     const int threads = way == FXQ_ALONE || !came ? 1 : way == FXQ_READY ? ready + 1 : hands.threads;
     const double ns = (double)took * threads / (double)(of->work > 0 ? of->work : 1);
     habit.ns_a_multiplication += (ns - habit.ns_a_multiplication) / 8;
-    remember(of, way == FXQ_ALONE ? ALONE : SHARED, took, now);
+    of->has_waked = way == FXQ_WAKING && !of->has_waked && began - habit.ended < CLOSE_NS;
+    if (way == FXQ_ALONE) remember_alone(of, took, now);
+    else if (!of->has_waked) remember_shared(of, took, now);
     if (way != FXQ_ALONE) note_price(way, (came ? came - began : took) + atomic_load(&fxq_waited_ns), now);
     habit.missed_ns =
         way == FXQ_WAKING || way == FXQ_OPENMP ? 0 : habit.missed_ns + took * (hands.threads - threads) / hands.threads;

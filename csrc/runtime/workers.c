@@ -21,7 +21,7 @@
 #endif
 
 enum {
-    IDLE_NS = 100000,     /* a worker spins so long for the next job */
+    IDLE_NS = 300000,     /* a worker spins so long for the next job */
     WAIT_NS = 50000,      /* a thread in a job so long for a piece that another one is at */
     LOST_CORE_NS = 30000, /* between two looks at the clock: somebody else had the core */
     LOOKS = 32            /* between two looks at the clock */

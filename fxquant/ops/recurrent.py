@@ -195,7 +195,7 @@ def _check_sequence(layer_type: str, a: Any, states: Tensors) -> None:
     batch = x.shape[1] if a.batch_sizes is None else None
     for name, state in zip(("h0", "c0"), states, strict=False):
         if state.dim() != 3 or (batch is not None and state.shape[1] != batch):
-            raise ShapeError(f"a quantized {layer_type} of batch {batch} got {name} of shape {tuple(state.shape)}")
+            raise ShapeError(f"a quantized {layer_type} with batch {batch} got {name} of shape {tuple(state.shape)}")
     if states[0].shape[0] == 0 or states[0].shape[:2] != states[-1].shape[:2]:
         shapes = " and ".join(str(tuple(state.shape)) for state in states)
         raise ShapeError(f"a quantized {layer_type} takes states of the same cells, 1 or more, and batch, got {shapes}")

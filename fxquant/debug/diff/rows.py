@@ -200,8 +200,10 @@ def _call(node: fx.Node, module: nn.Module) -> tuple[str, str, int]:
     constants = ", ".join(_constants(node))
     if node.op == "call_function":
         function: Any = node.target
-        is_overload = isinstance(function, torch._ops.OpOverload)
-        return str(function).removesuffix(".default") if is_overload else type_name(function), constants, 0
+        if not isinstance(function, torch._ops.OpOverload):
+            return type_name(function), constants, 0
+        is_plain = function._overloadname == "default" or function.namespace == "fxquant"
+        return str(function.overloadpacket if is_plain else function), constants, 0
     return (f".{node.target}()" if node.op == "call_method" else node.op), constants, 0
 
 

@@ -16,7 +16,7 @@
 
 enum {
     PANEL = 16,
-    LEAST_PANEL_TOKENS = 8, /* fewer do not repay the copy */
+    LEAST_PANEL_TOKENS = 16, /* fewer do not repay the copy */
     PANELS_BYTES = 64 << 10,
     MOST_PANELS = 64,
     WORD_VALUES = 4 / sizeof(FXQ_VALUE),

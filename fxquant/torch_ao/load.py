@@ -1,6 +1,6 @@
 """from_torch_ao and load_torch_ao: conversion of models that torch.ao quantized. Integers and scales are kept.
 
-The float architecture is given or taken from torch.ao's modules, and converted as usual, by module swap or as a graph,
+The float architecture is given, or that of torch.ao's modules, and converted as usual, by module swap or as a graph,
 except that each weight gets torch.ao's integers.
 """
 

@@ -96,8 +96,8 @@ def gradients(
         }  # fmt: skip
         wanted = [name for name, x in twins.items() if x.requires_grad]
         out = run(**twins)
-        gradients = torch.autograd.grad(out, [twins[name] for name in wanted], gradient, create_graph=is_again)
-    return dict(zip(wanted, gradients, strict=True))
+        grads = torch.autograd.grad(out, [twins[name] for name in wanted], gradient, create_graph=is_again)
+    return dict(zip(wanted, grads, strict=True))
 
 
 _MATMUL = Kernel(

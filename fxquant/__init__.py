@@ -47,6 +47,7 @@ from fxquant.ops import KernelInfo, kernel_info
 from fxquant.qconfig import (
     QConfig,
     default_dynamic_qconfig,
+    default_static_qconfig,
     float16_dynamic_qconfig,
     float_qparams_weight_only_qconfig,
     float_qparams_weight_only_qconfig_4bit,
@@ -57,7 +58,7 @@ from fxquant.qconfig import (
     per_tensor_dynamic_qconfig,
     uint4_weight_only_qconfig,
 )
-from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping
+from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping, default_static_qconfig_mapping
 from fxquant.quantize_fx import convert_fx, fuse_fx, prepare_fx
 from fxquant.spec import TensorSpec
 from fxquant.torch_ao.names import MOVED as _MOVED
@@ -103,6 +104,8 @@ __all__ = [
     "convert_fx",
     "default_dynamic_qconfig",
     "default_dynamic_qconfig_mapping",
+    "default_static_qconfig",
+    "default_static_qconfig_mapping",
     "explain",
     "float16_dynamic_qconfig",
     "float_qparams_weight_only_qconfig",

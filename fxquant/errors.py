@@ -42,6 +42,10 @@ class AttributeNameError(FxQuantError, AttributeError):
     """preserved_attributes names something that the model does not have."""
 
 
+class CalibrationError(FxQuantError):
+    """A static model was converted before values were seen that its scales are found from."""
+
+
 class CheckError(FxQuantError):
     """The quantized model fails on the example inputs, on which the float one runs."""
 

@@ -77,6 +77,32 @@ def quantize_tokens(
     return q.nan_to_num_(nan=0.0), scale, zero_point.nan_to_num(nan=0.0)
 
 
+def choose_value_qparams(low: torch.Tensor, high: torch.Tensor, qmax: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (scale, zero_point) of a value that spans [low, high]: () float32 and () int32, as for one token.
+
+    low, high: () float32; the range is widened to hold 0. docs/numerics.md, "values".
+    """
+    low, high = low.clamp(-FLOAT32_MAX, 0.0), high.clamp(0.0, FLOAT32_MAX)
+    scale = (high * 0.5 - low * 0.5) / (torch.full_like(high, qmax) * 0.5)
+    scale = torch.where(scale < FLOAT32_TINY, 1.0, scale)
+    zero_point = (low * -(1.0 / scale)).round_().clamp_(0, qmax)
+    return scale, zero_point.to(torch.int32)
+
+
+def quantize_value(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmax: int = 255) -> torch.Tensor:
+    """Return clamp(round(x (1 / scale)) + zero_point, 0, qmax) as uint8; NaN gives zero_point.
+
+    x: float, of any shape; scale: () float32; zero_point: () int32.
+    """
+    q = (x.to(torch.float32) * (1.0 / scale)).nan_to_num_(nan=0.0).round_().add_(zero_point)
+    return q.clamp_(0, qmax).to(torch.uint8)
+
+
+def dequantize_value(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """Return (q - zero_point) * scale: uint8 -> float32 of the same shape."""
+    return q.to(torch.float32).sub_(zero_point).mul_(scale)
+
+
 def quantize_tokens_int16(x: torch.Tensor, per_token: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (q, scale) of an activation as int16, measured from its values. docs/numerics.md, "int16 scale".
 

@@ -19,6 +19,7 @@ from fxquant.observers import (
     Observer,
     PerChannelMinMaxObserver,
 )
+from fxquant.ranges import LeastError
 from fxquant.spec import TensorSpec
 
 _DEFAULTS: dict[str, type[Observer]] = {
@@ -59,6 +60,14 @@ class QConfig:
     def is_static(self) -> bool:
         """Whether activations would need calibration."""
         return self.activation is not None and self.activation.is_integer and not self.activation.dynamic
+
+    @property
+    def as_dynamic(self) -> QConfig:
+        """What an operator without a static form gets: activations are quantized as it runs, one scale a token."""
+        if not self.is_static or self.activation is None:
+            return self
+        activation = dataclasses.replace(self.activation, axis="token", dynamic=True, range=None)
+        return dataclasses.replace(self, activation=activation)
 
     @property
     def has_qmax(self) -> bool:
@@ -171,6 +180,11 @@ per_channel_dynamic_qconfig = QConfig(
 )
 """torch.ao's per_channel_dynamic_qconfig: one activation scale a tensor, one weight scale an output channel."""
 
+default_static_qconfig = QConfig(
+    activation=TensorSpec(dtype="uint8", qmin=0, qmax=255, axis="tensor", range=LeastError()), weight=_CHANNELS
+)
+"""Calibrated: uint8 affine activations, one scale a value, its range of the least error; int8 weights per channel."""
+
 int4_dynamic_qconfig = QConfig(
     activation=_TOKENS,
     weight=TensorSpec(dtype="int4", qmin=-8, qmax=7, symmetric=True, axis="group", group_size=64),
@@ -226,6 +240,7 @@ BEST = {
 """The preset that makes the most of each format, by its name."""
 
 PRESETS = {
+    "default_static_qconfig": default_static_qconfig,
     "default_dynamic_qconfig": default_dynamic_qconfig,
     "per_tensor_dynamic_qconfig": per_tensor_dynamic_qconfig,
     "per_channel_dynamic_qconfig": per_channel_dynamic_qconfig,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from fxquant.errors import QConfigError, nearest
-from fxquant.qconfig import PRESETS, QConfig, default_dynamic_qconfig
+from fxquant.qconfig import PRESETS, QConfig, default_dynamic_qconfig, default_static_qconfig
 
 ObjectType = Callable[..., Any] | str
 Choice = QConfig | None
@@ -202,6 +202,11 @@ def default_dynamic_qconfig_mapping() -> QConfigMapping:
     return QConfigMapping().set_global(default_dynamic_qconfig)
 
 
+def default_static_qconfig_mapping() -> QConfigMapping:
+    """Return the mapping that calibrates what has a static form: `set_global(default_static_qconfig)`."""
+    return QConfigMapping().set_global(default_static_qconfig)
+
+
 def qconfig_name(qconfig: Choice) -> str:
     """Return a qconfig's preset name where it has one, else what it says."""
     if qconfig is None:
@@ -266,11 +271,6 @@ def _checked(qconfig: Any) -> Choice:
             "import the preset of the same name from fxquant" if theirs else "use a fxquant.QConfig, or None for float"
         )
         raise QConfigError(f"a qconfig must be a fxquant.QConfig, got {type(qconfig).__qualname__}; {hint}")
-    if qconfig.is_static:
-        raise QConfigError(
-            f"a static qconfig ({qconfig.activation}) needs calibration, which fxquant does not have yet; "
-            "use a dynamic one: default_dynamic_qconfig"
-        )
     if qconfig.parts:
         raise QConfigError(
             f"a mapping takes a qconfig without parts, got {qconfig}; name its weights instead: "

@@ -11,7 +11,7 @@ from torch import fx, nn
 from fxquant.entry import entry
 from fxquant.errors import ExampleInputsError, FxQuantError, QConfigError, TraceError, warn
 from fxquant.graph import edit
-from fxquant.graph.calibrate import Hessians, gather
+from fxquant.graph.calibrate import Hessians, calibrated, gather, uses_hessians
 from fxquant.graph.call import Example, Inputs, bind_inputs
 from fxquant.graph.check.check import checked
 from fxquant.graph.convert.clean import clean
@@ -139,6 +139,9 @@ def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None, check:
     one that does not fit forward; CheckError where the quantized model fails on the example inputs.
     """
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
+    if data is not None and record.values.edges:
+        batches = list(data)
+        prepared, data = calibrated(prepared, batches), batches if uses_hessians(record.sites) else None
     hessians = gather(prepared, record.sites, data) if data is not None else None
     if not check:
         return convert_with(prepared, hessians)
@@ -154,7 +157,7 @@ def convert_with(prepared: nn.Module, hessians: Hessians | None) -> nn.Module:
     module = edit.mirror(prepared)
     assert isinstance(module, fx.GraphModule)
     cache = WeightCache(hessians.rounding(module) if hessians is not None else None)
-    sites = convert(module, record.sites, record.operators, cache, record.batch_invariant)
+    sites = convert(module, record.sites, record.operators, cache, record.batch_invariant, record.values)
     quantized = clean(module, prepared, record.preserved)
     return finish(quantized, prepared, record.advance(stage="quantized", sites=sites, example=None))
 

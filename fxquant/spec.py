@@ -9,6 +9,7 @@ import torch
 
 from fxquant.errors import QConfigError, warn
 from fxquant.formats import FLOAT32, FORMATS, Format, format_of
+from fxquant.ranges import Range, range_from_dict
 
 Axis = Literal["tensor", "channel", "token", "group"]
 
@@ -31,6 +32,7 @@ class TensorSpec:
     scale_steps: how many steps the measured range is divided into; None means qmax - qmin for an affine spec and qmax
         for a symmetric one.
     group_size: 32, 64 or 128 for axis "group", else None.
+    range: how the range of a calibrated activation is chosen; None for what is not calibrated.
 
     Raises QConfigError when the fields contradict each other.
     """
@@ -43,6 +45,7 @@ class TensorSpec:
     dynamic: bool = False
     scale_steps: float | None = None
     group_size: int | None = None
+    range: Range | None = None
 
     def __post_init__(self) -> None:
         if self.axis == _OLD_AXIS:
@@ -112,7 +115,8 @@ class TensorSpec:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> TensorSpec:
         """Return the spec that `to_dict` described."""
-        return cls(**_renamed(fields))
+        chosen = fields.get("range")
+        return cls(**{**_renamed(fields), "range": None if chosen is None else range_from_dict(chosen)})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what a pickle holds."""
@@ -120,7 +124,9 @@ class TensorSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        chosen = fields.pop("range")
+        return fields if chosen is None else {**fields, "range": chosen.to_dict()}
 
 
 def _renamed(fields: dict[str, Any]) -> dict[str, Any]:

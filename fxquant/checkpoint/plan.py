@@ -21,9 +21,18 @@ from fxquant._version import __version__
 from fxquant.errors import CheckpointError
 from fxquant.graph.convert.dtypes import table_dtypes
 from fxquant.graph.fingerprint.architecture import Architecture
-from fxquant.graph.plain import plain_site, plain_skipped, plain_unfused, read_site, read_skipped, read_unfused
+from fxquant.graph.plain import (
+    plain_site,
+    plain_skipped,
+    plain_unfused,
+    plain_values,
+    read_site,
+    read_skipped,
+    read_unfused,
+    read_values,
+)
 from fxquant.graph.preserve.preserve import preserve
-from fxquant.graph.record import Coverage, Fusion, Record
+from fxquant.graph.record import NO_VALUES, Coverage, Fusion, Record
 from fxquant.operators import Operator, find_operator
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import ObjectType, QConfigMapping, type_name
@@ -40,6 +49,7 @@ def describe_plan(model: nn.Module, record: Record, aliases: dict[str, str], sta
         "model": type(model).__name__,
         "is_traced": record.is_traced,
         "sites": [plain_site(site) for site in record.sites],
+        **({"values": plain_values(record.values)} if record.values.calls else {}),
         "left": [plain_skipped(part) for part in record.skipped],
         "fusions": [asdict(fusion) for fusion in record.fusions],
         "mapping": {
@@ -103,6 +113,7 @@ def read_record(
         stage="quantized",
         is_traced=plan["is_traced"],
         sites=tuple(sites),
+        values=read_values(plan["values"]) if "values" in plan else NO_VALUES,
         skipped=tuple(map(read_skipped, plan["left"])),
         fusions=tuple(Fusion(path=f["path"], chain=tuple(f["chain"])) for f in plan["fusions"]),
         mapping=_mapping(plan["mapping"], model, operators),

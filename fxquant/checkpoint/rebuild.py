@@ -56,9 +56,9 @@ def _rebuild_graph(model: nn.Module, record: Record, saved: Architecture | None)
     traced = trace(model, record.operators, "meta", record.constants, record.untraced, keep=record.keep)
     _match(saved, traced.module, model)
     fuse(traced.module, traced.hooked, traced.keep.preserved, only=record.fusions)
-    plan = observe(traced.module, replay(traced.module, record.sites, record.operators))
+    plan = observe(traced.module, replay(traced.module, record.sites, record.operators, record.values))
     module: fx.GraphModule = traced.module
-    convert(module, plan.sites, record.operators, batch_invariant=record.batch_invariant)
+    convert(module, plan.sites, record.operators, batch_invariant=record.batch_invariant, values=plan.values)
     record = record.advance(**traced.kept)
     return finish(clean(module, model, record.preserved), model, record, is_skeleton=True)
 

@@ -178,7 +178,9 @@ def _foreseen(model: nn.Module, record: Record) -> tuple[nn.Module, tuple[Site, 
     """Return what a prepared model would be once converted, and its sites: done on the meta device, without data."""
     twin = edit.mirror(model, "meta")
     if isinstance(twin, fx.GraphModule) and record.is_traced:
-        sites = convert(twin, record.sites, record.operators, batch_invariant=record.batch_invariant)
+        sites = convert(
+            twin, record.sites, record.operators, batch_invariant=record.batch_invariant, values=record.values
+        )
         return clean(twin, model, record.preserved), sites
     return convert_modules(twin, record.sites, record.operators, batch_invariant=record.batch_invariant)
 

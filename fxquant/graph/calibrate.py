@@ -123,6 +123,24 @@ def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> H
     return Hessians(counter.close())
 
 
+def calibrated(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
+    """Return a mirror of a prepared model whose observers have seen data, beside what they saw before.
+
+    Raises ExampleInputsError for a batch that does not run, or no batch at all.
+    """
+    twin = edit.mirror(prepared)
+    for number, arguments in enumerate(each_batch(data, prepared)):
+        with torch.no_grad():
+            _run(twin, arguments, number)
+    return twin
+
+
+def uses_hessians(sites: Sequence[Site]) -> bool:
+    """Return whether weights of some sites are rounded with GPTQ."""
+    chosen = (qconfig for site in sites for qconfig in (site.qconfig, *dict(site.qconfig.parts).values()))
+    return any(qconfig is not None and uses_gptq(qconfig) for qconfig in chosen)
+
+
 def _written(prepared: nn.Module, first: Inputs) -> frozenset[str]:
     """Return the parameters that forward writes into; a graph's record has them, a model that was never run is run
     once.

@@ -6,6 +6,7 @@ transpositions stand around the observer. Casts, to an input's dtype say, come a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import fx, nn
@@ -13,6 +14,9 @@ from torch import fx, nn
 from fxquant.graph import edit
 from fxquant.graph.constants import recast, transpose
 from fxquant.graph.plan.planner import Plan
+from fxquant.graph.record import Edge, IntegerCall
+from fxquant.operators.values import Form
+from fxquant.value_observers import InputMean, make_value_observer
 
 
 def observe(module: fx.GraphModule, plan: Plan) -> Plan:
@@ -35,5 +39,47 @@ def observe(module: fx.GraphModule, plan: Plan) -> Plan:
         node.replace_input_with(target.operand, given)
         edit.erase_dead(module.graph, [target.operand])
         sites[number] = replace(site, observer=path)
+    observe_values(module, plan.values.edges)
+    observe_inputs(module, plan.values.calls)
     module.recompile()
     return replace(plan, sites=tuple(sites))
+
+
+def observer_path(scale_of: str) -> str:
+    """Return where the observer of a value stands, and of all that share its scale."""
+    return f"{scale_of}_observer"
+
+
+def observe_values(module: fx.GraphModule, edges: Sequence[Edge]) -> None:
+    """Insert an observer after each value that becomes integers, one for all values that share a scale."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    specs = {edge.scale_of: edge.spec for edge in edges}
+    for scale_of, spec in specs.items():
+        module.add_submodule(observer_path(scale_of), make_value_observer(spec))
+    for edge in edges:
+        if not edge.is_moved:
+            node = nodes[edge.at]
+            with module.graph.inserting_after(node):
+                observed = module.graph.call_module(observer_path(edge.scale_of), (node,))
+            observed.meta.update(node.meta)
+            node.replace_all_uses_with(observed, lambda user, own=observed: user is not own)
+
+
+def mean_path(node: str) -> str:
+    """Return where the means of a product's input are measured."""
+    return f"{node}_input_mean"
+
+
+def observe_inputs(module: fx.GraphModule, calls: Sequence[IntegerCall]) -> None:
+    """Insert what measures the means of the static products' inputs."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    for call in calls:
+        if call.form is Form.PRODUCT:
+            node = nodes[call.node]
+            is_linear = isinstance(module.get_submodule(str(node.target)), nn.Linear)
+            x, path = node.all_input_nodes[0], mean_path(node.name)
+            module.add_submodule(path, InputMean(-1 if is_linear else 1))
+            with module.graph.inserting_before(node):
+                measured = module.graph.call_module(path, (x,))
+            measured.meta.update(x.meta)
+            node.replace_input_with(x, measured)

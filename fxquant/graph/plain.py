@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxquant.graph.record import Site, Skipped, Unfused
+from fxquant.graph.record import Edge, IntegerCall, Site, Skipped, Unfused, Values
 from fxquant.graph.why import NotFused, Reason, Rounded, Why
+from fxquant.operators.values import Form
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import Entry, Setter
+from fxquant.spec import TensorSpec
 
 _OLD_NOTES = {
     "with error feedback": Rounded.GPTQ,
@@ -48,6 +50,29 @@ def read_site(plain: dict[str, Any]) -> Site:
         "rounded": tuple(Rounded[name] for name in plain["rounded"]),
     }
     return Site(**{**plain, **fields})
+
+
+def plain_values(values: Values) -> dict[str, Any]:
+    """Return the decisions about values as JSON values."""
+    edges = [{**vars(edge), "spec": edge.spec.to_dict()} for edge in values.edges]
+    return {"edges": edges, "calls": [{**vars(call), "form": call.form.name} for call in values.calls]}
+
+
+def read_values(plain: dict[str, Any]) -> Values:
+    """Return the decisions that JSON values describe; LookupError or TypeError for others."""
+    edges = tuple(Edge(**{**edge, "spec": TensorSpec.from_dict(edge["spec"])}) for edge in plain["edges"])
+    calls = tuple(
+        IntegerCall(
+            **{
+                **call,
+                "form": Form[call["form"]],
+                "inputs": tuple(call["inputs"]),
+                "absorbed": tuple(call["absorbed"]),
+            }
+        )
+        for call in plain["calls"]
+    )
+    return Values(edges, calls)
 
 
 def plain_skipped(skipped: Skipped) -> dict[str, Any]:

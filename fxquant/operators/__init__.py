@@ -13,6 +13,7 @@ from fxquant.operators.convolution import CONVOLUTION
 from fxquant.operators.embedding import EMBEDDING, EMBEDDING_BAG
 from fxquant.operators.linear import LINEAR
 from fxquant.operators.recurrent import CELL, LSTM, RNN
+from fxquant.operators.static import STATIC_CONVOLUTION, STATIC_LINEAR
 from fxquant.operators.transposed import TRANSPOSED_LINEAR
 
 RENAMED = dict.fromkeys(("matmul", "mm", "addmm", "einsum"), LINEAR.name)
@@ -28,14 +29,22 @@ OPERATORS: tuple[Operator, ...] = (
     EMBEDDING_BAG,
     TRANSPOSED_LINEAR,
     CONVOLUTION,
+    STATIC_LINEAR,
+    STATIC_CONVOLUTION,
 )
 """The operator table, an `Operator` for each family of layers. Add your own: `operators=(*OPERATORS, MY_OPERATOR)`."""
 
 
-def find_module_operator(operators: Sequence[Operator], module_type: type[nn.Module]) -> Operator | None:
-    """Return the last operator whose modules hold this exact type: a user's overrides ours."""
+def find_module_operator(
+    operators: Sequence[Operator], module_type: type[nn.Module], is_static: bool | None = False
+) -> Operator | None:
+    """Return the last operator whose modules hold this exact type: a user's overrides ours.
+
+    is_static: whether a static one is asked for; None: either.
+    """
     names = (module_type, f"{module_type.__module__}.{module_type.__qualname__}")
-    return next((operator for operator in reversed(operators) if any(name in operator.modules for name in names)), None)
+    known = (operator for operator in reversed(operators) if is_static is None or operator.is_static is is_static)
+    return next((operator for operator in known if any(name in operator.modules for name in names)), None)
 
 
 def find_function_operator(operators: Sequence[Operator], function: Callable[..., Any] | str) -> Operator | None:

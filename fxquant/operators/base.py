@@ -22,13 +22,15 @@ class Scheme:
     """One sort of qconfig that an operator accepts.
 
     weight: the weights' dtype; symmetric: whether they have no zero point; activation: the input's dtype, or ANY where
-    the operator has no activation to quantize, so that only the qconfig's weight half applies.
+    the operator has no activation to quantize, so that only the qconfig's weight half applies. is_static: whether its
+    range is found by calibration.
     """
 
     name: str
     weight: str
     symmetric: bool = False
     activation: str = ANY
+    is_static: bool = False
 
     def accepts(self, qconfig: QConfig) -> bool:
         """Return whether a qconfig is of this sort."""
@@ -37,7 +39,7 @@ class Scheme:
             return False
         if self.activation == ANY:
             return True
-        if activation is None or activation.dtype != self.activation or not activation.dynamic:
+        if activation is None or activation.dtype != self.activation or activation.dynamic is self.is_static:
             return False
         return activation.format.is_whole or (not activation.symmetric and activation.qmin == 0)
 
@@ -70,6 +72,9 @@ TABLES = tuple(table_scheme(known) for known in FORMATS if known.is_table)
 """The schemes of an operator that looks up rows."""
 
 INT8_DYNAMIC, INT8_ROWS = product_scheme(INT8), table_scheme(INT8)
+INT8_STATIC = Scheme(
+    name="int8 weights, uint8 static activations", weight="int8", symmetric=True, activation="uint8", is_static=True
+)
 
 
 class Call(NamedTuple):
@@ -152,8 +157,8 @@ class Operator(CallPattern):
 
     It is the pattern of its own functions; calls: further patterns. name, summary: for reports and docs/operators.md.
     modules: float types, the fused ones too, with the subclasses that inherit their forward; a type of a package that
-    need not be installed by its name, "package.module.Type". weights: which operands are constant weights. has_rows:
-    whether the last dimension of a module's input and output holds its features. schemes: the qconfigs it accepts.
+    need not be installed by its name, "package.module.Type". weights: which operands are constant weights. is_static: whether
+    its input is a calibrated value, which the graph has as integers. has_rows: whether the last dimension of a module's input and output holds its features. schemes: the qconfigs it accepts.
     refuse_module: returns why a module must stay float, or None. convert_module(module, qconfig, quantize),
     convert_function(call): see `Call`; operators never edit graphs. parts: return the names of those weights of a
     module that may each have a scheme of its own; by default the only one. Where there are several, convert_module
@@ -165,6 +170,7 @@ class Operator(CallPattern):
     calls: tuple[CallPattern, ...] = ()
     weights: tuple[str, ...] = ()
     has_rows: bool = True
+    is_static: bool = False
     schemes: tuple[Scheme, ...]
     convert_module: Callable[[Any, QConfig, Quantize], nn.Module] = no_modules
     convert_function: Callable[[Call], NewCall] = no_functions

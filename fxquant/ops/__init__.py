@@ -16,6 +16,19 @@ from fxquant.ops.library import KernelInfo, kernel_info
 from fxquant.ops.linear import linear
 from fxquant.ops.recurrent import lstm, rnn
 from fxquant.ops.register import KERNELS, OVERLOADS
+from fxquant.ops.static import static_convolution, static_linear
+from fxquant.ops.values import (
+    adaptive_pool_value,
+    add_values,
+    dequantize,
+    lookup,
+    max_pool_value,
+    mean_value,
+    mul_values,
+    pad_value,
+    pool_value,
+    quantize,
+)
 
 _native_transpose = library.function("transpose")
 
@@ -30,16 +43,28 @@ __all__ = [
     "KERNELS",
     "OVERLOADS",
     "KernelInfo",
+    "adaptive_pool_value",
     "add_product",
+    "add_values",
     "attention",
+    "dequantize",
     "einsum",
     "embedding",
     "embedding_bag",
     "float_linear",
     "kernel_info",
     "linear",
+    "lookup",
     "lstm",
     "matmul",
+    "max_pool_value",
+    "mean_value",
+    "mul_values",
+    "pad_value",
+    "pool_value",
+    "quantize",
     "rnn",
+    "static_convolution",
+    "static_linear",
     "transpose",
 ]

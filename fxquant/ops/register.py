@@ -56,6 +56,7 @@ class Kernel(Generic[R]):
     returns empty outputs. prepare: returns the arguments as the native library takes them (dense, float32), or None
     where the reference is to run. finish: (what the library returned, arguments), returns the outputs. gradient: None
     where a gradient that comes back is an error. is_cast: whether torch.autocast casts an eager call's output.
+    is_native: whether the native library has it.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Kernel(Generic[R]):
     finish: Callable[[Any, Any], R]
     gradient: Gradient | None = None
     is_cast: bool = False
+    is_native: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,9 +90,13 @@ class Kernel(Generic[R]):
             elif isinstance(value, (list, tuple)):
                 yield from ((name, part) for part in value if isinstance(part, torch.Tensor))
 
+    def native(self) -> Callable[..., Any] | None:
+        """Return the native library's function, None where there is none."""
+        return library.function(self.name) if self.is_native else None
+
     def run_native(self, a: Any) -> R | None:
         """Return the native kernel's result for operands made dense, or None where the reference is to run."""
-        native = library.function(self.name)
+        native = self.native()
         prepared = self.prepare(a) if native is not None and self.takes(a) else None
         if native is None or prepared is None:
             return None
@@ -130,7 +136,7 @@ class Kernel(Generic[R]):
         """
         if is_compiling():
             return OVERLOADS[self.name](*args)  # type: ignore[no-any-return]
-        first, native = args[0], library.function(self.name)
+        first, native = args[0], self.native()
         check_dense(first, self.name.replace("_", " "))
         is_tensor = native is not None and isinstance(first, torch.Tensor)
         if is_tensor and first.dtype in _COPIED and not first.is_contiguous():
@@ -156,7 +162,7 @@ class Kernel(Generic[R]):
         KERNELS[self.name] = self
         if self.gradient is not None:
             self._register_gradient(f"fxquant::{name}", self.gradient)
-        native, dispatch, is_cast = library.function(self.name), self.dispatch, self.is_cast
+        native, dispatch, is_cast = self.native(), self.dispatch, self.is_cast
         is_autocast = torch._C._is_any_autocast_enabled  # asked here: a call of cast_dtype costs 0.2 us
 
         def call(args: tuple[Any, ...]) -> R:

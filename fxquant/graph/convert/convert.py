@@ -13,8 +13,9 @@ from fxquant.graph import edit
 from fxquant.graph.calibrate import Rounding, to_nearest
 from fxquant.graph.constants import constant_of, is_cast
 from fxquant.graph.convert.invariant import bring_products
+from fxquant.graph.convert.values import convert_values
 from fxquant.graph.plan.targets import name_operands
-from fxquant.graph.record import Site
+from fxquant.graph.record import NO_VALUES, Site, Values
 from fxquant.graph.references import repoint
 from fxquant.graph.why import Rounded
 from fxquant.nn import QuantizedModule
@@ -64,6 +65,11 @@ class WeightCache:
         self._rounded += rounded
         return module
 
+    @property
+    def converted(self) -> dict[int, nn.Module]:
+        """The float module that each quantized one was made from, by the latter's id."""
+        return {id(module): float_module for float_module, module, _ in self._modules.values()}
+
     def stand_in(self, root: nn.Module) -> None:
         """Replace each converted module under its further names too."""
         forms = {id(float_module): module for float_module, module, _ in self._modules.values()}
@@ -98,10 +104,12 @@ def convert(
     operators: tuple[Operator, ...],
     cache: WeightCache | None = None,
     batch_invariant: bool | None = None,
+    values: Values = NO_VALUES,
 ) -> tuple[Site, ...]:
     """Rewrite in place and return the sites with their bytes after.
 
-    cache: integers that are known already; batch_invariant: as for `bring_products`.
+    cache: integers that are known already; batch_invariant: as for `bring_products`. values: which of the graph's
+    become integers; CalibrationError where what they are was not observed.
     """
     cache = cache or WeightCache()
     nodes, done = {node.name: node for node in module.graph.nodes}, []
@@ -112,6 +120,7 @@ def convert(
             done.append(_convert_module(module, site, operators, cache))
         else:
             done.append(_convert_call(module, nodes[str(site.call)], observers[site.observer], site, operators, cache))
+    convert_values(module, values, cache.converted)
     cache.stand_in(module)  # preserved code may use the other names
     cache.settle(module)
     _keep_swapped_called(module)

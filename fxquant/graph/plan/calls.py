@@ -11,7 +11,7 @@ from fxquant.graph import edit
 from fxquant.graph.constants import asks_kind, constant_of, is_cast, is_transposition
 from fxquant.graph.plan.decisions import Candidate, Decisions
 from fxquant.graph.plan.reasons import refuse_call, why_no_form
-from fxquant.graph.plan.rules import Rules
+from fxquant.graph.plan.rules import Rules, dynamic
 from fxquant.graph.plan.targets import Target, call_name, example_shape, find_target, pattern_of
 from fxquant.graph.trace.fold import SOURCE, storage_of, written
 from fxquant.graph.trace.trace import Traced
@@ -42,7 +42,7 @@ class CallWalk:
         path = "" if target is None else str(target.weight.target)
         is_known = path in self._traced.names.tensors
         source = target.weight.meta.get(SOURCE, path) if target is not None and is_known else ""
-        rule = self._rules.find(scope, scope, function, weights=(source,))[source]
+        rule = dynamic(self._rules.find(scope, scope, function, weights=(source,))[source])
         if target is None or not is_known:
             unknown = Candidate(node.name, call_name(function), None, (), call=node.name)
             self._decisions.decide(unknown, rule, because(Why.NOT_REGISTERED))

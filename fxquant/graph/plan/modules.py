@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.graph.plan.decisions import Candidate, Decisions
 from fxquant.graph.plan.reasons import calls_children, refuse_module, why_hidden, why_unknown
-from fxquant.graph.plan.rules import Rules, main_rule
+from fxquant.graph.plan.rules import Rules, dynamic, main_rule
 from fxquant.graph.plan.same import is_linear
 from fxquant.graph.plan.targets import example_shape
 from fxquant.graph.preserve.preserve import Preserved
@@ -21,7 +21,7 @@ from fxquant.graph.why import Reason, Why, because
 from fxquant.nn import QuantizedModule
 from fxquant.nn.fused import FLOAT_TYPES
 from fxquant.operators import Operator, find_module_operator
-from fxquant.qconfig_mapping import type_name
+from fxquant.qconfig_mapping import Rule, type_name
 
 _NO_CONTAINERS = vars(nn.Module()).keys()
 
@@ -62,7 +62,7 @@ class ModuleWalk:
         path = str(node.target)
         if path not in self._called:
             self._called[path] = self._root.get_submodule(path)
-            self.visit(path, self._called[path], shape=example_shape(node))
+            self.visit(path, self._called[path], shape=example_shape(node), is_called=True)
 
     def visit_preserved(self) -> None:
         """Decide for the modules and weights that preserved code alone uses, under names of the root."""
@@ -77,15 +77,25 @@ class ModuleWalk:
                 candidate = Candidate(name, type_name(nn.Parameter), None, (weight,))
                 self._decisions.decide(candidate, rule, because(Why.USED_BESIDE))
 
-    def visit(self, path: str, module: nn.Module, inside: Reason | None = None, shape: tuple[int, ...] = ()) -> None:
-        """Decide for a module and for what lies inside it. inside: why it cannot be swapped, if so."""
+    def visit(
+        self,
+        path: str,
+        module: nn.Module,
+        inside: Reason | None = None,
+        shape: tuple[int, ...] = (),
+        is_called: bool = False,
+    ) -> None:
+        """Decide for a module and for what lies inside it. inside: why it cannot be swapped, if so.
+
+        is_called: whether the graph calls it itself, so that it may be static.
+        """
         if isinstance(module, QuantizedModule) or id(module) in self._done:
             return
         if self._is_kept:
             self._done.add(id(module))  # and is swapped wherever it stands
         what = self._type(module)
         if what.operator is not None or any(weight.dim() > 1 for weight in module.parameters(recurse=False)):
-            self._decide(path, module, what, inside, shape)
+            self._decide(path, module, what, inside, shape, is_called)
         if what.operator is None and id(module) not in self._entered:
             self._entered.add(id(module))  # what it holds is decided once, and swapped once
             self._visit_strays(path, module)
@@ -97,7 +107,15 @@ class ModuleWalk:
         operator = find_module_operator(self._operators, base) if base is not None and is_inherited else None
         return _Type(FLOAT_TYPES.get(type(module), type(module)), base, operator)
 
-    def _decide(self, path: str, module: nn.Module, what: _Type, inside: Reason | None, shape: tuple[int, ...]) -> None:
+    def _decide(
+        self,
+        path: str,
+        module: nn.Module,
+        what: _Type,
+        inside: Reason | None,
+        shape: tuple[int, ...],
+        is_called: bool,
+    ) -> None:
         """Decide for a module by itself, whose weights may have rules of their own."""
         module_type, base, operator = what
         matrices = [name for name, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
@@ -105,6 +123,8 @@ class ModuleWalk:
         known = None if base is None else FLOAT_TYPES.get(base, base)
         is_whole = operator is not None or not any(True for _ in module.children())
         by_weight = self._rules.find(path, path.rpartition(".")[0], module_type, known, is_whole, weights)
+        what, by_weight = self._with_form(what, by_weight, is_called)
+        operator = what.operator
         rules = {name: by_weight[weight] for weight, name in weights.items()}
         rule = main_rule(by_weight[""], rules.values())
         reason = inside or why_hidden(module) or self._held.get(id(module)) or self._refuse(path, module, what)
@@ -118,6 +138,15 @@ class ModuleWalk:
             self._decisions.decide(candidate, rule, reason)
         if operator is not None:
             self._rules.check_parts(path, module, rule, rules)
+
+    def _with_form(self, what: _Type, rules: dict[str, Rule], is_called: bool) -> tuple[_Type, dict[str, Rule]]:
+        """Return a module's type with its static operator where its rule asks for that; else rules that are dynamic."""
+        qconfig = rules[""].qconfig
+        if is_called and what.base is not None and qconfig is not None and qconfig.is_static:
+            operator = find_module_operator(self._operators, what.base, is_static=True)
+            if operator is not None and operator.accepts(qconfig):
+                return what._replace(operator=operator), rules
+        return what, {name: dynamic(rule) for name, rule in rules.items()}
 
     def _refuse(self, path: str, module: nn.Module, what: _Type) -> Reason | None:
         """Return why a module stays float under any rule, or None."""

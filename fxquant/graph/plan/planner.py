@@ -6,8 +6,8 @@ reason. The plan changes nothing, and no later pass decides again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -18,8 +18,9 @@ from fxquant.graph.plan.decisions import Decisions
 from fxquant.graph.plan.modules import ModuleWalk
 from fxquant.graph.plan.rules import Rules
 from fxquant.graph.plan.targets import Target, find_target
+from fxquant.graph.plan.values import plan_values
 from fxquant.graph.preserve.preserve import NOTHING_PRESERVED
-from fxquant.graph.record import NOTHING, Coverage, Record, Site, Skipped
+from fxquant.graph.record import NO_VALUES, NOTHING, Coverage, Record, Site, Skipped, Values
 from fxquant.graph.trace.trace import Traced, names_of
 from fxquant.operators import Operator, find_operator
 from fxquant.qconfig_mapping import QConfigMapping
@@ -35,6 +36,7 @@ class Plan:
     skipped: tuple[Skipped, ...] = ()
     coverage: Coverage = NOTHING
     targets: Mapping[int, Target] = field(default_factory=dict)
+    values: Values = NO_VALUES
 
     def record(self, model: nn.Module, traced: Traced | None = None, **more: Any) -> Record:
         """Return the record of a model that is prepared by this plan. model: the float one; traced: its graph, if it
@@ -45,6 +47,7 @@ class Plan:
             stage="prepared",
             is_traced=traced is not None,
             sites=self.sites,
+            values=self.values,
             skipped=self.skipped,
             coverage=self.coverage,
             mapping=self.mapping,
@@ -69,7 +72,8 @@ def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator])
             calls.visit(node)
     modules.visit_preserved()
     rules.check_orders()
-    return _plan(mapping, operators, decisions, calls.targets)
+    values = plan_values(traced.module, decisions.sites, traced.hooked)
+    return replace(_plan(mapping, operators, decisions, calls.targets), values=values)
 
 
 def plan_modules(
@@ -85,8 +89,10 @@ def plan_modules(
     return _plan(mapping, operators, decisions, {})
 
 
-def replay(module: fx.GraphModule, sites: Sequence[Site], operators: Sequence[Operator]) -> Plan:
-    """Return the plan that holds these sites, taken elsewhere for the same architecture (a checkpoint's).
+def replay(
+    module: fx.GraphModule, sites: Sequence[Site], operators: Sequence[Operator], values: Values = NO_VALUES
+) -> Plan:
+    """Return the plan that holds these sites and values, taken elsewhere for the same architecture (a checkpoint's).
 
     Raises LookupError, saying what is missing, where the graph has no such module or call.
     """
@@ -100,7 +106,16 @@ def replay(module: fx.GraphModule, sites: Sequence[Site], operators: Sequence[Op
         if target is None or target.weight.target != site.path:
             raise LookupError(f"no call {site.call!r} of {site.kind} on {site.path!r}")
         targets[number] = target
-    return Plan(QConfigMapping(), tuple(operators), tuple(sites), targets=targets)
+    _check_values(nodes.keys(), values)
+    return Plan(QConfigMapping(), tuple(operators), tuple(sites), targets=targets, values=values)
+
+
+def _check_values(nodes: Collection[str], values: Values) -> None:
+    """Raise LookupError where a graph lacks a node that the values of another name."""
+    names = {edge.at for edge in values.edges} | {n for call in values.calls for n in (call.node, *call.absorbed)}
+    missing = sorted(names - set(nodes))
+    if missing:
+        raise LookupError(f"no value {missing[0]!r}")
 
 
 def _plan(

@@ -95,7 +95,7 @@ def why_hidden(module: nn.Module) -> Reason | None:
 
 def why_unknown(module_type: type[nn.Module], operators: Sequence[Operator]) -> Reason:
     """Return why a weight-bearing module without an operator stays float."""
-    known = known_base(module_type, operators)
+    known = known_base(module_type, [operator for operator in operators if not operator.is_static])
     if known is not None:
         if module_type.forward is not known.forward:
             return because(Why.OWN_FORWARD, type_name(known))

@@ -107,6 +107,11 @@ class Rules:
                 )
 
 
+def dynamic(rule: Rule) -> Rule:
+    """Return what a rule says to an operator without a static form."""
+    return rule if rule.qconfig is None else rule._replace(qconfig=rule.qconfig.as_dynamic)
+
+
 def main_rule(default: Rule, rules: Iterable[Rule]) -> Rule:
     """Return the rule of a candidate whose weights have these: one that quantizes, if possible the default."""
     return min(rules, key=lambda rule: (rule.qconfig is None, rule != default), default=default)

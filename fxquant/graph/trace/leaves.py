@@ -71,7 +71,7 @@ def base_of(module: nn.Module, operators: Sequence[Operator]) -> type[nn.Module]
 
 def known_base(module_type: type[nn.Module], operators: Sequence[Operator]) -> type[nn.Module] | None:
     """Return the nearest type in the table that a type is or derives from."""
-    return next((base for base in module_type.__mro__ if find_module_operator(operators, base) is not None), None)
+    return next((base for base in module_type.__mro__ if find_module_operator(operators, base, None)), None)
 
 
 def redefined(module_type: type[nn.Module], base: type[nn.Module]) -> list[str]:

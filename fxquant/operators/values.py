@@ -1,0 +1,178 @@
+"""What stands between products: functions of values without weights, and how each goes on with integers.
+
+KEEPS: integers pass untouched, under the scale of the operand, which all operands share. LOOKS_UP: a function of single
+values becomes a table of 256. Others have an operator of ours, and a scale of their own.
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Kind = Callable[..., Any] | str
+
+
+Arguments = dict[str, Any]
+
+
+class Form(enum.Enum):
+    """How a function of values goes on with integers."""
+
+    PRODUCT = "a site of the operator table"
+    KEEPS = "integers pass as they are"
+    PADS = "padded with the zero point"
+    POOLS = "fxquant.ops.max_pool_value"
+    LOOKS_UP = "a table of 256"
+    ADDS = "fxquant.ops.add_values"
+    MULTIPLIES = "fxquant.ops.mul_values"
+    AVERAGES = "fxquant.ops.mean_value"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueOperator:
+    """One family of functions of values.
+
+    modules, functions: as in an Operator; methods by name. form: how they run. takes: whether one has an integer form
+    by its arguments beside the value.
+    """
+
+    name: str
+    form: Form
+    modules: tuple[type[nn.Module], ...] = ()
+    functions: tuple[Kind, ...] = ()
+    takes: Callable[[Arguments], bool] = lambda given: True
+
+
+def takes_pad(given: Arguments) -> bool:
+    """Return whether padding adds zeros, or values that are there."""
+    return given.get("mode", "constant") != "constant" or given.get("value") in (None, 0, 0.0)
+
+
+def takes_pool(given: Arguments) -> bool:
+    """Return whether a max pooling gives values alone."""
+    return not given.get("return_indices", False)
+
+
+def takes_nearest(given: Arguments) -> bool:
+    """Return whether an interpolation only repeats values."""
+    return given.get("mode", "nearest") in ("nearest", "nearest-exact")
+
+
+MOVES = ValueOperator(
+    name="moves",
+    form=Form.KEEPS,
+    modules=(
+        *(nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+        *(nn.AlphaDropout, nn.FeatureAlphaDropout, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+    ),
+    functions=(
+        *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.movedim),
+        *(torch.swapaxes, torch.chunk, torch.split, torch.unbind, torch.cat, torch.concat, torch.stack, torch.roll),
+        *(torch.flip, torch.narrow, torch.select, torch.tile, operator.getitem, torch.t, torch.broadcast_to),
+        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pixel_shuffle, F.pixel_unshuffle, torch.channel_shuffle),
+        *(torch.unflatten, torch.clone),
+        *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "movedim", "swapaxes", "chunk"),
+        *("split", "unbind", "contiguous", "expand", "repeat", "roll", "flip", "narrow", "select", "t", "clone"),
+        *("unflatten", "detach", "view_as", "reshape_as", "expand_as"),
+    ),
+)
+PADS = ValueOperator(
+    name="pad",
+    form=Form.PADS,
+    modules=(
+        *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+        *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d),
+        *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+    ),
+    functions=(F.pad,),
+    takes=takes_pad,
+)
+MAX_POOLS = ValueOperator(
+    name="max pool",
+    form=Form.POOLS,
+    modules=(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    functions=(F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
+    takes=takes_pool,
+)
+ENLARGES = ValueOperator(
+    name="nearest interpolation",
+    form=Form.KEEPS,
+    modules=(nn.Upsample, nn.UpsamplingNearest2d),
+    functions=(F.interpolate, F.upsample),
+    takes=takes_nearest,
+)
+CURVES = ValueOperator(
+    name="curve",
+    form=Form.LOOKS_UP,
+    modules=(
+        *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.ELU, nn.SELU, nn.CELU, nn.Mish),
+        *(nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardshrink, nn.LogSigmoid, nn.Tanhshrink),
+    ),
+    functions=(
+        *(F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid, F.silu, F.gelu, F.elu, F.selu, F.celu, F.mish),
+        *(F.leaky_relu, F.sigmoid, F.tanh, torch.sigmoid, torch.tanh, F.softplus, F.softsign, torch.clamp, torch.clip),
+        *(F.logsigmoid, torch.exp, torch.abs, torch.neg, operator.neg, torch.square, torch.sqrt, torch.log1p),
+        *("clamp", "clip", "sigmoid", "tanh", "abs", "neg", "square", "sqrt", "exp", "clamp_", "sigmoid_", "tanh_"),
+    ),
+)
+ADDS = ValueOperator(
+    name="add",
+    form=Form.ADDS,
+    functions=(operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "add_", "sub", "sub_"),
+)
+MULTIPLIES = ValueOperator(
+    name="mul",
+    form=Form.MULTIPLIES,
+    functions=(operator.mul, operator.imul, operator.truediv, torch.mul, torch.multiply, torch.div, "mul", "mul_", "div"),
+)
+AVERAGES = ValueOperator(
+    name="average",
+    form=Form.AVERAGES,
+    modules=(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    functions=(
+        *(torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+        *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    ),
+)
+
+VALUE_OPERATORS = (MOVES, PADS, MAX_POOLS, ENLARGES, CURVES, ADDS, MULTIPLIES, AVERAGES)
+"""The table."""
+
+
+def find_value_operator(kind: Any) -> ValueOperator | None:
+    """Return the operator of a module type, function or method's name, None where it has no integer form."""
+    return next((row for row in VALUE_OPERATORS if kind in row.modules or kind in row.functions), None)
+
+
+_NAMES: dict[Any, tuple[str, ...]] = {
+    F.pad: ("pad", "mode", "value"),
+    **dict.fromkeys((F.interpolate, F.upsample), ("size", "scale_factor", "mode", "align_corners")),
+    **dict.fromkeys((torch.mean, "mean"), ("dim", "keepdim", "dtype")),
+    **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), ("output_size",)),
+    **dict.fromkeys(
+        (F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
+        ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    ),
+    **dict.fromkeys(
+        (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+        ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    ),
+}
+_OF_MODULES = (
+    *("padding", "value", "mode", "size", "output_size", "kernel_size", "stride", "dilation", "ceil_mode"),
+    *("return_indices", "count_include_pad", "divisor_override"),
+)
+
+
+def arguments_of(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module | None) -> Arguments:
+    """Return the arguments of a function of values, or the attributes of its module, beside the value, by name."""
+    if module is not None:
+        return {name: getattr(module, name) for name in _OF_MODULES if hasattr(module, name)}
+    return {**dict(zip(_NAMES.get(kind, ()), args[1:], strict=False)), **kwargs}

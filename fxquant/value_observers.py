@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -152,7 +150,7 @@ class HistogramObserver(ValueObserver):
         best = low, high
         shares = _SHARES
         for bounds_at in (
-            lambda b: (low * shares, high * shares),
+            lambda _: (low * shares, high * shares),
             lambda b: (b[0].expand_as(shares), high * shares),
             lambda b: (low * shares, b[1].expand_as(shares)),
             lambda b: (b[0].expand_as(shares), high * shares),

@@ -76,9 +76,7 @@ def test_bins_are_joined_where_a_batch_goes_beyond_them_and_no_value_is_lost():
 
 def test_batches_of_one_kind_give_a_range_however_they_are_cut():
     every = normal(6000)
-    assert chosen(seen(LeastError(), every)) == pytest.approx(
-        chosen(seen(LeastError(), *every.split(700))), rel=0.03
-    )
+    assert chosen(seen(LeastError(), every)) == pytest.approx(chosen(seen(LeastError(), *every.split(700))), rel=0.03)
 
 
 @pytest.mark.parametrize("qmax", [255, 15])

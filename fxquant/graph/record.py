@@ -131,7 +131,10 @@ class IntegerCall:
 
 @dataclass(frozen=True)
 class Values:
-    """What was decided about a graph's values. edges: those that become integers; calls: what computes with integers."""
+    """What was decided about a graph's values.
+
+    edges: those that become integers; calls: what computes with integers.
+    """
 
     edges: tuple[Edge, ...] = ()
     calls: tuple[IntegerCall, ...] = ()

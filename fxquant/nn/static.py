@@ -24,7 +24,9 @@ class StaticQuantizedProduct(QuantizedModule):
 
     bias: nn.Parameter
 
-    def __init__(self, module: Any, qconfig: QConfig, quantize: Quantize, turned: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, module: Any, qconfig: QConfig, quantize: Quantize, turned: tuple[int, int] | None = None
+    ) -> None:
         super().__init__(qconfig)
         weight = module.weight.transpose(*turned) if turned else module.weight
         quantized = quantize(weight, qconfig)
@@ -90,7 +92,11 @@ class StaticQuantizedConv(StaticQuantizedProduct):
         sides = (
             [side for side in module.padding for _ in range(2)]
             if module.transposed
-            else [side for at in reversed(range(len(module.kernel_size))) for side in paddings(module)[2 * at : 2 * at + 2]]
+            else [
+                side
+                for at in reversed(range(len(module.kernel_size)))
+                for side in paddings(module)[2 * at : 2 * at + 2]
+            ]
         )
         quantized._sides = tuple(sides)
         return quantized
@@ -110,9 +116,11 @@ class StaticQuantizedConv(StaticQuantizedProduct):
         if self.padding_mode != "zeros":
             rank = len(sides) // 2
             turned = [side for at in reversed(range(rank)) for side in sides[2 * at : 2 * at + 2]]
-            input, sides = F.pad(input, turned, self.padding_mode), (0,) * len(sides)  # type: ignore[arg-type]
-        out = ops.static_convolution(
-            input,
+            padded, sides = F.pad(input, turned, str(self.padding_mode)), (0,) * len(sides)
+        else:
+            padded = input
+        return ops.static_convolution(
+            padded,
             input_scale,
             input_zero_point,
             weight.transpose(0, 1) if self.transposed else weight,
@@ -128,7 +136,6 @@ class StaticQuantizedConv(StaticQuantizedProduct):
             self.output_padding,
             **more,
         )
-        return out
 
     def _sum(self, weight: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         """Return what a constant input gives, away from the borders: (O,)."""

@@ -157,12 +157,12 @@ class Operator(CallPattern):
 
     It is the pattern of its own functions; calls: further patterns. name, summary: for reports and docs/operators.md.
     modules: float types, the fused ones too, with the subclasses that inherit their forward; a type of a package that
-    need not be installed by its name, "package.module.Type". weights: which operands are constant weights. is_static: whether
-    its input is a calibrated value, which the graph has as integers. has_rows: whether the last dimension of a module's input and output holds its features. schemes: the qconfigs it accepts.
-    refuse_module: returns why a module must stay float, or None. convert_module(module, qconfig, quantize),
-    convert_function(call): see `Call`; operators never edit graphs. parts: return the names of those weights of a
-    module that may each have a scheme of its own; by default the only one. Where there are several, convert_module
-    gives each `quantize(weight, qconfig.of(name))`.
+    need not be installed by its name, "package.module.Type". weights: which operands are constant weights. is_static:
+    whether its input is a calibrated value, which the graph has as integers. has_rows: whether the last dimension of a
+    module's input and output holds its features. schemes: the qconfigs it accepts. refuse_module: returns why a module
+    must stay float, or None. convert_module(module, qconfig, quantize), convert_function(call): see `Call`; operators
+    never edit graphs. parts: return the names of those weights of a module that may each have a scheme of its own; by
+    default the only one. Where there are several, convert_module gives each `quantize(weight, qconfig.of(name))`.
     """
 
     name: str

@@ -47,7 +47,7 @@ class ValueOperator:
     form: Form
     modules: tuple[type[nn.Module], ...] = ()
     functions: tuple[Kind, ...] = ()
-    takes: Callable[[Arguments], bool] = lambda given: True
+    takes: Callable[[Arguments], bool] = lambda _: True
 
 
 def takes_pad(given: Arguments) -> bool:
@@ -112,11 +112,40 @@ CURVES = ValueOperator(
     name="curve",
     form=Form.LOOKS_UP,
     modules=(
-        *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.ELU, nn.SELU, nn.CELU, nn.Mish),
+        *(
+            nn.ReLU,
+            nn.ReLU6,
+            nn.Hardtanh,
+            nn.Hardswish,
+            nn.Hardsigmoid,
+            nn.SiLU,
+            nn.GELU,
+            nn.ELU,
+            nn.SELU,
+            nn.CELU,
+            nn.Mish,
+        ),
         *(nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardshrink, nn.LogSigmoid, nn.Tanhshrink),
     ),
     functions=(
-        *(F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid, F.silu, F.gelu, F.elu, F.selu, F.celu, F.mish),
+        *(
+            F.relu,
+            F.relu_,
+            torch.relu,
+            torch.relu_,
+            "relu",
+            "relu_",
+            F.relu6,
+            F.hardtanh,
+            F.hardswish,
+            F.hardsigmoid,
+            F.silu,
+            F.gelu,
+            F.elu,
+            F.selu,
+            F.celu,
+            F.mish,
+        ),
         *(F.leaky_relu, F.sigmoid, F.tanh, torch.sigmoid, torch.tanh, F.softplus, F.softsign, torch.clamp, torch.clip),
         *(F.logsigmoid, torch.exp, torch.abs, torch.neg, operator.neg, torch.square, torch.sqrt, torch.log1p),
         *("clamp", "clip", "sigmoid", "tanh", "abs", "neg", "square", "sqrt", "exp", "clamp_", "sigmoid_", "tanh_"),
@@ -130,12 +159,29 @@ ADDS = ValueOperator(
 MULTIPLIES = ValueOperator(
     name="mul",
     form=Form.MULTIPLIES,
-    functions=(operator.mul, operator.imul, operator.truediv, torch.mul, torch.multiply, torch.div, "mul", "mul_", "div"),
+    functions=(
+        operator.mul,
+        operator.imul,
+        operator.truediv,
+        torch.mul,
+        torch.multiply,
+        torch.div,
+        "mul",
+        "mul_",
+        "div",
+    ),
 )
 AVERAGES = ValueOperator(
     name="average",
     form=Form.AVERAGES,
-    modules=(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    modules=(
+        nn.AdaptiveAvgPool1d,
+        nn.AdaptiveAvgPool2d,
+        nn.AdaptiveAvgPool3d,
+        nn.AvgPool1d,
+        nn.AvgPool2d,
+        nn.AvgPool3d,
+    ),
     functions=(
         *(torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
         *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),

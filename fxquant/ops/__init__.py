@@ -14,21 +14,11 @@ from fxquant.ops.activations import add_product, attention, einsum, float_linear
 from fxquant.ops.embedding import embedding, embedding_bag
 from fxquant.ops.library import KernelInfo, kernel_info
 from fxquant.ops.linear import linear
+from fxquant.ops.pools import adaptive_pool_value, max_pool_value, mean_value, pool_value
 from fxquant.ops.recurrent import lstm, rnn
 from fxquant.ops.register import KERNELS, OVERLOADS
 from fxquant.ops.static import static_convolution, static_linear
-from fxquant.ops.values import (
-    adaptive_pool_value,
-    add_values,
-    dequantize,
-    lookup,
-    max_pool_value,
-    mean_value,
-    mul_values,
-    pad_value,
-    pool_value,
-    quantize,
-)
+from fxquant.ops.values import add_values, dequantize, lookup, mul_values, pad_value, quantize
 
 _native_transpose = library.function("transpose")
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from fxquant.errors import ShapeError
 from fxquant.numerics import dequantize_value, quantize_value
 from fxquant.ops.linear import EXACT_COLUMNS, integer_matmul
-from fxquant.ops.register import Kernel, arguments_of, public
-from fxquant.ops.values import check_value, clamped
+from fxquant.ops.register import public
+from fxquant.ops.values import check_value, clamped, register_reference
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -46,10 +46,8 @@ def static_linear(
 
     x: (..., I) uint8; weight: (O, I) int8; weight_scale: (O,) float32; bias: (O,) or None; addend: (..., O) uint8.
     """
-    return _linear(
-        (x, x_scale, x_zero_point, weight, weight_scale, bias, scale, zero_point)
-        + (addend, addend_scale, addend_zero_point, qmax, low, high)
-    )
+    product = (x, x_scale, x_zero_point, weight, weight_scale, bias, scale, zero_point)
+    return _linear((*product, addend, addend_scale, addend_zero_point, qmax, low, high))
 
 
 @public
@@ -80,15 +78,14 @@ def static_convolution(
     x: (B, I, L), (B, I, H, W) or (B, I, D, H, W); weight: (O, I / groups, ...), of a transposed one
     (I, O / groups, ...); weight_scale: (O,). padding: before and after in each dimension, with real 0.
     """
-    return _convolution(
-        (x, x_scale, x_zero_point, weight, weight_scale, bias, scale, zero_point, stride, padding, dilation, groups)
-        + (is_transposed, output_padding, addend, addend_scale, addend_zero_point, qmax, low, high)
-    )
+    product = (x, x_scale, x_zero_point, weight, weight_scale, bias, scale, zero_point)
+    windows = (stride, padding, dilation, groups, is_transposed, output_padding)
+    return _convolution((*product, *windows, addend, addend_scale, addend_zero_point, qmax, low, high))
 
 
 def _finish(sums: torch.Tensor, a: Any, shape: tuple[int, ...]) -> torch.Tensor:
     """Return what a product gives of its int32 sums. shape: that in which a number an output channel is broadcast."""
-    y = sums.to(torch.float32).mul_((a.weight_scale * a.x_scale).view(shape))
+    y: torch.Tensor = sums.to(torch.float32).mul_((a.weight_scale * a.x_scale).view(shape))
     if a.bias is not None:
         y.add_(a.bias.to(torch.float32).view(shape))
     if a.addend is not None:
@@ -98,7 +95,7 @@ def _finish(sums: torch.Tensor, a: Any, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _linear_reference(a: Any) -> torch.Tensor:
-    rows = a.x.reshape(math.prod(a.x.shape[:-1]), a.x.shape[-1]).to(torch.float32)
+    rows: torch.Tensor = a.x.reshape(math.prod(a.x.shape[:-1]), a.x.shape[-1]).to(torch.float32)
     zero_point = a.x_zero_point.to(torch.float32).expand(len(rows), 1)
     sums = integer_matmul(rows, zero_point, a.weight)
     return _finish(sums.view(*a.x.shape[:-1], len(a.weight)), a, (-1,))
@@ -123,7 +120,7 @@ def _convolution_sums(x: torch.Tensor, a: Any) -> torch.Tensor:
     if inputs <= at_once:
         return run(x, weight).to(torch.int32)
     total: torch.Tensor | None = None
-    grouped = x.unflatten(1, (groups, inputs))
+    grouped = x.unflatten(1, (groups, inputs))  # type: ignore[no-untyped-call]
     turned = weight.unflatten(0, (groups, inputs)) if a.is_transposed else weight
     for start in range(0, inputs, at_once):
         part = slice(start, start + at_once)
@@ -169,7 +166,8 @@ def _check_convolution(a: Any) -> None:
 
 def _linear_fake(a: Any) -> torch.Tensor:
     dtype = torch.float32 if a.scale is None else torch.uint8
-    return a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0]), dtype=dtype)
+    y: torch.Tensor = a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0]), dtype=dtype)
+    return y
 
 
 def _convolution_fake(a: Any) -> torch.Tensor:
@@ -184,29 +182,14 @@ _END = (
 )
 
 
-def _kernel(function: Any, schema: str, reference: Any, check: Any, fake: Any) -> Any:
-    kernel: Kernel[torch.Tensor] = Kernel(
-        name=function.__name__,
-        schema=schema,
-        arguments=arguments_of(function),
-        reference=reference,
-        check=check,
-        fake=fake,
-        prepare=lambda a: None,
-        finish=lambda out, a: out,
-        is_native=False,
-    )
-    return kernel.register()
-
-
-_linear = _kernel(
+_linear = register_reference(
     static_linear,
     f"{_X}=None, Tensor? scale=None, Tensor? zero_point=None, {_END}",
     _linear_reference,
     _check_linear,
     _linear_fake,
 )
-_convolution = _kernel(
+_convolution = register_reference(
     static_convolution,
     f"{_X}, Tensor? scale, Tensor? zero_point, int[] stride, int[] padding, int[] dilation, int groups=1,"
     f" bool is_transposed=False, int[] output_padding=[], {_END}",

@@ -7,8 +7,7 @@ operator may do the work of several, with the same bits. docs/numerics.md, "valu
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,73 +81,9 @@ def mul_values(
 
 
 @public
-def mean_value(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    x_zero_point: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    dims: Sequence[int],
-    keepdim: bool = False,
-    qmax: int = 255,
-) -> torch.Tensor:
-    """Return the mean of a uint8 value over dimensions, as uint8: its sum is exact, and divided in float64."""
-    return _mean((x, x_scale, x_zero_point, scale, zero_point, dims, keepdim, qmax))
-
-
-@public
-def pool_value(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    x_zero_point: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor: int | None = None,
-    qmax: int = 255,
-) -> torch.Tensor:
-    """Return the average pooling of a uint8 value, as uint8; kernel, stride, padding: a number a dimension."""
-    return _pool(
-        (x, x_scale, x_zero_point, scale, zero_point, kernel, stride, padding, ceil_mode, count_include_pad)
-        + (divisor, qmax)
-    )
-
-
-@public
-def adaptive_pool_value(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    x_zero_point: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    size: Sequence[int],
-    qmax: int = 255,
-) -> torch.Tensor:
-    """Return the adaptive average pooling of a uint8 value to a size, as uint8."""
-    return _adaptive_pool((x, x_scale, x_zero_point, scale, zero_point, size, qmax))
-
-
-@public
 def pad_value(x: torch.Tensor, zero_point: torch.Tensor, pad: Sequence[int]) -> torch.Tensor:
     """Return a uint8 value padded with real 0, which is its zero point; pad: as F.pad takes it."""
     return _pad((x, zero_point, pad))
-
-
-@public
-def max_pool_value(
-    x: torch.Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool = False,
-) -> torch.Tensor:
-    """Return the max pooling of a uint8 value, whose scale it keeps; a number a dimension each."""
-    return _max_pool((x, kernel, stride, padding, dilation, ceil_mode))
 
 
 def clamped(y: torch.Tensor, low: float | None, high: float | None) -> torch.Tensor:
@@ -160,6 +95,14 @@ def check_value(name: str, x: torch.Tensor) -> None:
     """Raise DTypeError unless x is uint8."""
     if x.dtype != torch.uint8:
         raise DTypeError(f"{name} of a static model takes uint8 values, got {x.dtype}; fxquant.ops.quantize makes them")
+
+
+def _check_pair(name: str) -> Callable[[Any], None]:
+    def check(a: Any) -> None:
+        check_value(name, a.a)
+        check_value(name, a.b)
+
+    return check
 
 
 def _check_float(a: Any) -> None:
@@ -179,50 +122,6 @@ def _mul_reference(a: Any) -> torch.Tensor:
     return quantize_value(clamped(product, a.low, a.high), a.scale, a.zero_point, a.qmax)
 
 
-def _mean_reference(a: Any) -> torch.Tensor:
-    count = math.prod(a.x.shape[dim] for dim in a.dims)
-    sums = a.x.to(torch.int32).sub_(a.x_zero_point).sum(tuple(a.dims), keepdim=a.keepdim)
-    return _averaged(a, sums.to(torch.float64) / count)
-
-
-def _averaged(a: Any, average: torch.Tensor) -> torch.Tensor:
-    """Return an average of centred integers, in float64, as the value that it stands for."""
-    return quantize_value(average.to(torch.float32) * a.x_scale, a.scale, a.zero_point, a.qmax)
-
-
-_POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-_ADAPTIVE: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-
-
-def _run_pool(a: Any, x: torch.Tensor) -> torch.Tensor:
-    options = (list(a.kernel), list(a.stride), list(a.padding), a.ceil_mode, a.count_include_pad)
-    more = () if a.divisor is None else (a.divisor,)
-    return _POOLS[len(a.kernel)](x, *options, *more)  # type: ignore[no-any-return]
-
-
-def _run_adaptive(a: Any, x: torch.Tensor) -> torch.Tensor:
-    return _ADAPTIVE[len(a.size)](x, list(a.size))  # type: ignore[no-any-return]
-
-
-def _run_max_pool(a: Any) -> torch.Tensor:
-    options = [list(part) for part in (a.kernel, a.stride, a.padding, a.dilation)]
-    if len(a.kernel) == 1:  # torch has none of rank 1 for uint8
-        wide = [[neutral, *part] for neutral, part in zip((1, 1, 0, 1), options, strict=True)]
-        return F.max_pool2d(a.x.unsqueeze(-2), *wide, ceil_mode=a.ceil_mode).squeeze(-2)  # type: ignore[arg-type]
-    pool = F.max_pool2d if len(a.kernel) == 2 else F.max_pool3d
-    return pool(a.x, *options, ceil_mode=a.ceil_mode)  # type: ignore[arg-type]
-
-
-def _centred(a: Any) -> torch.Tensor:
-    return a.x.to(torch.float64).sub_(a.x_zero_point)  # type: ignore[no-any-return]
-
-
-def _mean_fake(a: Any) -> torch.Tensor:
-    dims = {dim % a.x.dim() for dim in a.dims}
-    shape = [1 if d in dims else size for d, size in enumerate(a.x.shape) if a.keepdim or d not in dims]
-    return a.x.new_empty(shape)
-
-
 def _pair_fake(a: Any) -> torch.Tensor:
     return torch.empty_like(a.a + a.b)
 
@@ -231,7 +130,10 @@ _QPARAMS = "Tensor scale, Tensor zero_point"
 _PAIR = f"(Tensor a, Tensor a_scale, Tensor a_zero_point, Tensor b, Tensor b_scale, Tensor b_zero_point, {_QPARAMS}, "
 
 
-def _kernel(function: Any, schema: str, reference: Any, check: Any, fake: Any) -> Any:
+def register_reference(
+    function: Any, schema: str, reference: Any, check: Any, fake: Any
+) -> Callable[[tuple[Any, ...]], torch.Tensor]:
+    """Register an operator that is plain torch everywhere, and return what calls it."""
     kernel: Kernel[torch.Tensor] = Kernel(
         name=function.__name__,
         schema=schema,
@@ -239,82 +141,52 @@ def _kernel(function: Any, schema: str, reference: Any, check: Any, fake: Any) -
         reference=reference,
         check=check,
         fake=fake,
-        prepare=lambda a: None,
-        finish=lambda out, a: out,
+        prepare=lambda _: None,
+        finish=lambda out, _: out,
         is_native=False,
     )
     return kernel.register()
 
 
-_quantize = _kernel(
+_quantize = register_reference(
     quantize,
     f"(Tensor x, {_QPARAMS}, int qmax=255) -> Tensor",
     lambda a: quantize_value(a.x, a.scale, a.zero_point, a.qmax),
     _check_float,
     lambda a: torch.empty_like(a.x, dtype=torch.uint8),
 )
-_dequantize = _kernel(
+_dequantize = register_reference(
     dequantize,
     f"(Tensor q, {_QPARAMS}) -> Tensor",
     lambda a: dequantize_value(a.q, a.scale, a.zero_point),
     lambda a: check_value("dequantize", a.q),
     lambda a: torch.empty_like(a.q, dtype=torch.float32),
 )
-_lookup = _kernel(
+_lookup = register_reference(
     lookup,
     "(Tensor q, Tensor table) -> Tensor",
     lambda a: a.table.index_select(0, a.q.reshape(-1).to(torch.int32)).view(a.q.shape),
     lambda a: check_value("lookup", a.q),
     lambda a: torch.empty_like(a.q, memory_format=torch.contiguous_format),
 )
-_add = _kernel(
+_add = register_reference(
     add_values,
     f"{_PAIR}int qmax=255, float alpha=1.0, float? low=None, float? high=None) -> Tensor",
     _add_reference,
-    lambda a: (check_value("add_values", a.a), check_value("add_values", a.b)),
+    _check_pair("add_values"),
     _pair_fake,
 )
-_mul = _kernel(
+_mul = register_reference(
     mul_values,
     f"{_PAIR}int qmax=255, float? low=None, float? high=None) -> Tensor",
     _mul_reference,
-    lambda a: (check_value("mul_values", a.a), check_value("mul_values", a.b)),
+    _check_pair("mul_values"),
     _pair_fake,
 )
-_mean = _kernel(
-    mean_value,
-    f"(Tensor x, Tensor x_scale, Tensor x_zero_point, {_QPARAMS}, int[] dims, bool keepdim=False, int qmax=255)"
-    " -> Tensor",
-    _mean_reference,
-    lambda a: check_value("mean_value", a.x),
-    _mean_fake,
-)
-_pool = _kernel(
-    pool_value,
-    f"(Tensor x, Tensor x_scale, Tensor x_zero_point, {_QPARAMS}, int[] kernel, int[] stride, int[] padding,"
-    " bool ceil_mode=False, bool count_include_pad=True, int? divisor=None, int qmax=255) -> Tensor",
-    lambda a: _averaged(a, _run_pool(a, _centred(a))),
-    lambda a: check_value("pool_value", a.x),
-    lambda a: _run_pool(a, a.x.to(torch.float64)).to(torch.uint8),
-)
-_adaptive_pool = _kernel(
-    adaptive_pool_value,
-    f"(Tensor x, Tensor x_scale, Tensor x_zero_point, {_QPARAMS}, SymInt[] size, int qmax=255) -> Tensor",
-    lambda a: _averaged(a, _run_adaptive(a, _centred(a))),
-    lambda a: check_value("adaptive_pool_value", a.x),
-    lambda a: _run_adaptive(a, a.x.to(torch.float64)).to(torch.uint8),
-)
-_pad = _kernel(
+_pad = register_reference(
     pad_value,
     "(Tensor x, Tensor zero_point, SymInt[] pad) -> Tensor",
     lambda a: F.pad(a.x.to(torch.int16).sub_(a.zero_point), list(a.pad)).add_(a.zero_point).to(torch.uint8),
     lambda a: check_value("pad_value", a.x),
     lambda a: F.pad(a.x, list(a.pad)),
-)
-_max_pool = _kernel(
-    max_pool_value,
-    "(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode=False) -> Tensor",
-    _run_max_pool,
-    lambda a: check_value("max_pool_value", a.x),
-    _run_max_pool,
 )

@@ -100,7 +100,7 @@ def test_an_empty_batch_gives_an_empty_one():
 
 def test_other_inputs_are_refused():
     weight, scale, bias = product(3, 2)
-    with pytest.raises(DTypeError, match="a linear of a static model takes uint8 values, got torch.float32"):
+    with pytest.raises(DTypeError, match=r"a linear of a static model takes uint8 values, got torch\.float32"):
         ops.static_linear(torch.zeros(4, 2), SCALE, ZERO, weight, scale, bias)
     with pytest.raises(ShapeError, match=r"of 2 inputs takes x of shape \(..., 2\), got \(4, 3\)"):
         ops.static_linear(torch.zeros(4, 3, dtype=torch.uint8), SCALE, ZERO, weight, scale, bias)

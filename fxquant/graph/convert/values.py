@@ -51,9 +51,9 @@ def _correct_biases(module: fx.GraphModule, calls: Sequence[IntegerCall], floats
         count = sum(float(observer.count) for observer in observers)
         product = module.get_submodule(path)
         weight = floats[id(product)].weight
-        if count and not weight.is_meta:  # type: ignore[union-attr]
+        if count and not weight.is_meta:
             assert isinstance(product, StaticQuantizedProduct)
-            mean = sum(observer.total for observer in observers if observer.total.numel()) / count  # type: ignore[call-overload]
+            mean = sum(observer.total for observer in observers if observer.total.numel()) / count
             product.correct_bias(weight, mean)  # type: ignore[arg-type]
 
 
@@ -117,8 +117,7 @@ class _Values:
         while place.next.op in ("placeholder", "get_attr"):
             place = place.next
         with self._graph.inserting_after(place):
-            quantized = self._graph.call_function(ops.quantize, (node, *self._of(edge.name), edge.spec.qmax))
-        return quantized
+            return self._graph.call_function(ops.quantize, (node, *self._of(edge.name), edge.spec.qmax))
 
     def _float_readers(self, ends: Mapping[str, Sequence[fx.Node]]) -> set[fx.Node]:
         """Return the nodes that compute with floats."""
@@ -160,7 +159,7 @@ class _Values:
         kwargs.update({name: bound for name in ("low", "high") if (bound := getattr(call, name)) is not None})
         node.args, node.kwargs = (inputs[0], *self._of(call.inputs[0])), kwargs
 
-    def _move(self, call: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
+    def _move(self, _: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
         if node.target in (torch.cat, torch.concat, torch.stack):
             node.args = (inputs, *node.args[1:])
         else:
@@ -174,7 +173,7 @@ class _Values:
         else:
             self._move(call, node, inputs)
 
-    def _pool(self, call: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
+    def _pool(self, _: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
         more = max_pool(*self._function(node))
         node.op, node.target, node.args, node.kwargs = "call_function", ops.max_pool_value, (inputs[0],), more
 
@@ -198,7 +197,7 @@ class _Values:
         if scale.is_meta:
             return torch.empty(256, dtype=torch.uint8, device="meta")
         every = ops.dequantize(torch.arange(256, dtype=torch.uint8), scale.cpu(), zero_point.cpu())
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: every)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: every)
         with torch.no_grad():
             if node.op == "call_module":
                 real = self._module.get_submodule(str(node.target))(*args, **kwargs)
@@ -231,6 +230,8 @@ class _Values:
 
 _MOVING = (Form.KEEPS, Form.PADS, Form.POOLS)
 _SUBTRACTIONS = ("sub", "sub_", torch.sub, operator.sub)
+
+
 def _asks_shape(node: fx.Node) -> bool:
     return node.target in ("size", "dim", "ndimension", "numel", "nelement") or (
         node.target is getattr and node.args[1] in ("shape", "ndim")
@@ -268,7 +269,7 @@ def _drop_observers(module: fx.GraphModule, edges: Sequence[Edge], calls: Sequen
     paths |= {mean_path(call.node) for call in calls if call.form is Form.PRODUCT}
     for node in list(module.graph.nodes):
         if node.op == "call_module" and node.target in paths:
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     for path in paths:
         module.delete_submodule(path)

@@ -7,30 +7,21 @@ wanted is quantized where it is first moved or read. Nothing is changed here: do
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata
-from torch.utils import _pytree as pytree
 
+from fxquant.graph.plan.operands import LISTS, bounds_of, is_float, is_minus, operands_of, shape_of
 from fxquant.graph.record import NO_VALUES, Edge, IntegerCall, Site, Values
 from fxquant.nn.fused import FLOAT_TYPES
 from fxquant.operators.values import Form, ValueOperator, arguments_of, find_value_operator
 from fxquant.ranges import Fixed
 from fxquant.spec import TensorSpec
 
-_LISTS = (torch.cat, torch.concat, torch.stack)
-_CLAMPS: dict[Any, tuple[float | None, float | None]] = {
-    **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), (0.0, None)),
-    **dict.fromkeys((nn.ReLU6, F.relu6), (0.0, 6.0)),
-}
-_BOUNDED = (torch.clamp, torch.clip, "clamp", "clip", F.hardtanh)
 _MOVING = (Form.KEEPS, Form.PADS, Form.POOLS)
 _UNIT: tuple[Any, ...] = (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_", nn.Hardsigmoid, F.hardsigmoid)
 _SIGNED: tuple[Any, ...] = (nn.Tanh, torch.tanh, F.tanh, "tanh", "tanh_")
@@ -91,18 +82,21 @@ class _Walk:
         """Return the operator of a function of values, None where its form has no place for the node's arguments."""
         kind = self._kind(node)
         row = find_value_operator(kind) if node.op in ("call_function", "call_method", "call_module") else None
-        if row is None or not _is_float(node) or (node.op == "call_module" and node.target in self._hooked):
+        if row is None or not is_float(node) or (node.op == "call_module" and node.target in self._hooked):
             return None
-        operands = _operands(node, row)
-        if not operands or not all(map(_is_float, operands)):
+        operands = operands_of(node, row)
+        if not operands or not all(map(is_float, operands)):
             return None
         rest = {n for n in node.all_input_nodes if n not in operands}
-        module = self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        given = arguments_of(kind, node.args, dict(node.kwargs), module)
-        return None if any(map(_is_float, rest)) or not row.takes(given) else row
+        given = arguments_of(kind, node.args, dict(node.kwargs), self._submodule(node))
+        return None if any(map(is_float, rest)) or not row.takes(given) else row
+
+    def _submodule(self, node: fx.Node) -> nn.Module | None:
+        return self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def _kind(self, node: fx.Node) -> Any:
-        return type(self._module.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+        module = self._submodule(node)
+        return node.target if module is None else type(module)
 
     # Backward
 
@@ -113,7 +107,7 @@ class _Walk:
             if site is not None and user.args[:1] == (node,):
                 assert site.qconfig.activation is not None
                 self._note(node, site.qconfig.activation)
-            elif user in self._wanted and self._rows[user] is not None and node in _operands(user, self._rows[user]):
+            elif user in self._wanted and self._rows[user] is not None and node in operands_of(user, self._rows[user]):
                 self._note(node, self._wanted[user])
 
     def _note(self, node: fx.Node, spec: TensorSpec) -> None:
@@ -129,10 +123,10 @@ class _Walk:
         if row is None:
             self._quantize_for_site(node)
             return []
-        operands = _operands(node, row)
+        operands = operands_of(node, row)
         if row.form in _MOVING:
             floats = [operand for operand in operands if operand not in self._made]
-            if (self._is_list(node) and floats == operands) or any(_shape(operand) is None for operand in floats):
+            if (node.target in LISTS and floats == operands) or any(shape_of(operand) is None for operand in floats):
                 self._quantize_for_site(node)  # joined floats, and what a float gives in a tuple
                 return []
             self._quantized.update(dict.fromkeys(floats))
@@ -155,7 +149,7 @@ class _Walk:
     def _make(self, node: fx.Node, form: Form, site: Site | None = None) -> _Chain:
         """Let a node compute with integers, and do what follows it."""
         row = self._rows[node]
-        operands = node.all_input_nodes[:1] if site is not None else _operands(node, row)
+        operands = node.all_input_nodes[:1] if site is not None else operands_of(node, row)
         for operand in operands:
             if operand not in self._made:
                 self._quantized[operand] = None
@@ -174,7 +168,7 @@ class _Walk:
                 high=chain.high,
                 addend=self._named([chain.addend])[0] if chain.addend is not None else "",
                 absorbed=tuple(chain.absorbed),
-                rank=len(_shape(operands[0]) or ()),
+                rank=len(shape_of(operands[0]) or ()),
             )
         )
         return chain
@@ -184,9 +178,9 @@ class _Walk:
         chain = _Chain(node, low=0.0 if self._is_rectified(node) else None)
         while len(chain.tail.users) == 1:
             (user,) = chain.tail.users
-            bounds = self._bounds(user)
-            if bounds is not None and _operands(user, self._rows[user]) == [chain.tail]:
-                chain.low, chain.high = _tighter(chain.low, bounds[0], max), bounds[1]
+            bounds = bounds_of(self._kind(user), self._submodule(user), user) if self._rows[user] else None
+            if bounds is not None and operands_of(user, self._rows[user]) == [chain.tail]:
+                chain.low, chain.high = _higher(chain.low, bounds[0]), bounds[1]
                 chain.tail = user
                 chain.absorbed.append(user.name)
                 break
@@ -204,35 +198,18 @@ class _Walk:
     def _addend(self, node: fx.Node, chain: _Chain, user: fx.Node) -> fx.Node | None:
         """Return what an addition adds to what a site gives, if the site can do that."""
         row = self._rows[user]
-        if chain.addend is not None or chain.low is not None or row is None or row.form is not Form.ADDS or _is_minus(user):
+        if (
+            chain.addend is not None
+            or chain.low is not None
+            or row is None
+            or row.form is not Form.ADDS
+            or is_minus(user)
+        ):
             return None
-        others = [operand for operand in _operands(user, row) if operand is not chain.tail]
+        others = [operand for operand in operands_of(user, row) if operand is not chain.tail]
         if len(others) != 1 or others[0] not in self._made or self._order[others[0]] > self._order[node]:
             return None
-        return others[0] if _shape(others[0]) == _shape(node) else None
-
-    def _bounds(self, node: fx.Node) -> tuple[float | None, float | None] | None:
-        """Return the bounds that a node clamps to, None where it does something else."""
-        if self._rows[node] is None:
-            return None
-        kind = self._kind(node)
-        if kind is nn.Hardtanh:
-            module = self._module.get_submodule(str(node.target))
-            return float(module.min_val), float(module.max_val)  # type: ignore[arg-type]
-        if kind in _CLAMPS:
-            return _CLAMPS[kind]
-        if kind not in _BOUNDED:
-            return None
-        names = ("min_val", "max_val") if kind is F.hardtanh else ("min", "max")
-        default = (-1.0, 1.0) if kind is F.hardtanh else (None, None)
-        given = dict(zip(names, node.args[1:], strict=False)) | {n: node.kwargs[n] for n in names if n in node.kwargs}
-        low, high = (given.get(name, other) for name, other in zip(names, default, strict=True))
-        if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
-            return None
-        return _number(low), _number(high)
-
-    def _is_list(self, node: fx.Node) -> bool:
-        return node.target in _LISTS
+        return others[0] if shape_of(others[0]) == shape_of(node) else None
 
     # Scales
 
@@ -263,7 +240,7 @@ class _Walk:
             spec = classes[root]
             fixed = self._fixed(node) if root is node else None
             if fixed is not None and not any(self._root(other) is root for other in values if other is not node):
-                spec = _with_range(spec, fixed)
+                spec = replace(spec, range=fixed)
             yield Edge(
                 name=self._names.get(node, node.name),
                 at=node.name,
@@ -279,64 +256,5 @@ class _Walk:
         return Fixed(0.0, 1.0) if kind in _UNIT else Fixed(-1.0, 1.0) if kind in _SIGNED else None
 
 
-def _with_range(spec: TensorSpec, fixed: Fixed) -> TensorSpec:
-    return replace(spec, range=fixed)
-
-
-def _operands(node: fx.Node, row: ValueOperator | None) -> list[fx.Node]:
-    """Return the values that a function of values computes with, none where its arguments have no form."""
-    if row is None or not node.args:
-        return []
-    if node.target in _LISTS:
-        given = node.args[0]
-        return list(given) if isinstance(given, (list, tuple)) and all(isinstance(n, fx.Node) for n in given) else []
-    first, rest = node.args[0], node.args[1:]
-    if row.form in (Form.ADDS, Form.MULTIPLIES):
-        return _pair(node, row, first, rest)
-    return [first] if isinstance(first, fx.Node) else []
-
-
-def _pair(node: fx.Node, row: ValueOperator, first: Any, rest: tuple[Any, ...]) -> list[fx.Node]:
-    """Return both operands of a sum or product, or the one beside a number."""
-    if len(rest) != 1 or set(node.kwargs) - {"alpha"} or node.kwargs.get("alpha", 1) != 1:
-        return []
-    both = [part for part in (first, rest[0]) if isinstance(part, fx.Node)]
-    numbers = [part for part in (first, rest[0]) if isinstance(part, (int, float)) and not isinstance(part, bool)]
-    if len(both) + len(numbers) != 2 or not both:
-        return []
-    if node.target in (operator.truediv, torch.div, "div") and not (numbers and rest[0] in numbers):
-        return []
-    return both
-
-
-def is_curve(node: fx.Node) -> bool:
-    """Return whether a sum or product is one of a value and a number, and so a function of single values."""
-    return sum(isinstance(part, fx.Node) for part in node.args[:2]) == 1
-
-
-def _is_minus(node: fx.Node) -> bool:
-    return node.target in (operator.sub, torch.sub, "sub", "sub_")
-
-
-def _is_float(node: Any) -> bool:
-    """Return whether a node gives floating-point tensors on the example inputs, and nothing else."""
-    metas = _metas(node)
-    return bool(metas) and all(meta.dtype == torch.float32 for meta in metas)
-
-
-def _metas(node: Any) -> list[TensorMetadata]:
-    parts = pytree.tree_leaves(node.meta.get("tensor_meta"), is_leaf=lambda part: isinstance(part, TensorMetadata))
-    return [part for part in parts if isinstance(part, TensorMetadata)]
-
-
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    metas = _metas(node)
-    return tuple(metas[0].shape) if len(metas) == 1 else None
-
-
-def _tighter(one: float | None, other: float | None, choose: Callable[[float, float], float]) -> float | None:
-    return other if one is None else one if other is None else choose(one, other)
-
-
-def _number(bound: Any) -> float | None:
-    return None if bound is None or math.isinf(bound) else float(bound)
+def _higher(one: float | None, other: float | None) -> float | None:
+    return other if one is None else one if other is None else max(one, other)

@@ -27,7 +27,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant import QConfig, QConfigMapping, convert_fx, default_dynamic_qconfig, prepare_fx, quantize_dynamic
+from fxquant import (
+    QConfig,
+    QConfigMapping,
+    convert_fx,
+    default_dynamic_qconfig,
+    default_static_qconfig_mapping,
+    prepare_fx,
+    quantize_dynamic,
+)
 from fxquant.ops import kernel_info
 
 Call = Callable[[], Any]
@@ -75,6 +83,10 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class Static(nn.Sequential):
+    """Modules that are quantized statically: integers between a quantize and floats, calibrated on the inputs."""
+
+
 def _rows(make: Callable[[int], nn.Module]) -> Callable[[int, int], Case]:
     return lambda rows, size: (make(size), (torch.randn(rows, size),))
 
@@ -118,6 +130,13 @@ CASES: dict[str, dict[str, Callable[[int, int], Case]]] = {
             (torch.randint(TABLE, (rows, STEPS)),),
         )
     },
+    "static linear": {"static_linear": _rows(lambda size: Static(nn.Linear(size, size)))},
+    "static convolution": {  # images of 8 × 8
+        "static_convolution": lambda rows, size: (
+            Static(nn.Conv2d(size, size, 3, padding=1)),
+            (torch.randn(rows, size, 8, 8),),
+        )
+    },
 }
 MAKERS = {name: make for cases in CASES.values() for name, make in cases.items()}
 
@@ -140,7 +159,10 @@ def torch_ao(module: nn.Module) -> nn.Module | None:
 
 def sides(module: nn.Module, inputs: tuple[Any, ...], qconfig: QConfig = default_dynamic_qconfig) -> dict[str, Call]:
     """Return the calls to compare: modules are called directly, functions, with this qconfig, within their graph."""
-    if isinstance(module, Constant):
+    if isinstance(module, Static):
+        prepared = prepare_fx(module.eval(), default_static_qconfig_mapping(), inputs)
+        models = {"fxquant": convert_fx(prepared, data=[inputs]), "float": module}
+    elif isinstance(module, Constant):
         mapping = QConfigMapping().set_global(qconfig)
         models = {"fxquant": convert_fx(prepare_fx(module.eval(), mapping, inputs)), "float": module}
     else:
@@ -151,6 +173,8 @@ def sides(module: nn.Module, inputs: tuple[Any, ...], qconfig: QConfig = default
 def macs(module: nn.Module, inputs: tuple[Any, ...]) -> float:
     """Return the multiplications of one call: each weight with each row, if there are rows to multiply."""
     x = inputs[0]
+    if isinstance(module, Static) and x.dim() == 4:
+        return sum(p.numel() for p in module.parameters()) * x.numel() / x.shape[1]
     return sum(p.numel() for p in module.parameters()) * (x.numel() / x.shape[-1] if x.is_floating_point() else 0)
 
 

@@ -80,7 +80,7 @@ def quantize_tokens(
 def choose_value_qparams(low: torch.Tensor, high: torch.Tensor, qmax: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (scale, zero_point) of a value that spans [low, high]: () float32 and () int32, as for one token.
 
-    low, high: () float32; the range is widened to hold 0. docs/numerics.md, "values".
+    low, high: () float32; the range is widened to hold 0. docs/numerics.md, "Static values".
     """
     low, high = low.clamp(-FLOAT32_MAX, 0.0), high.clamp(0.0, FLOAT32_MAX)
     scale = (high * 0.5 - low * 0.5) / (torch.full_like(high, qmax) * 0.5)

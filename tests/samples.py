@@ -16,8 +16,9 @@ from torch import nn
 
 import fxquant
 from fxquant import QConfig, QConfigMapping, TensorSpec, convert_fx, prepare_fx
+from fxquant.graph.record import record_of
 from fxquant.nn import ConvReLU1d, ConvReLU2d, LinearReLU, linear_relu
-from fxquant.nn.fused import expanded_bmm
+from fxquant.nn.fused import ConvReLU3d, expanded_bmm
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,50 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         Sample(nn.EmbeddingBag, lambda: nn.Sequential(nn.EmbeddingBag(20, 9)), lambda: (indices(4, 3),)),
         Sample(F.embedding_bag, lambda: Call(F.embedding_bag, 20, 9), lambda: (indices(4, 3),)),
     ),
+    "static linear": (
+        Sample(nn.Linear, lambda: nn.Sequential(nn.Linear(24, 12)), lambda: (torch.randn(5, 24),)),
+        Sample(LinearReLU, lambda: nn.Sequential(nn.Linear(24, 12), nn.ReLU()), lambda: (torch.randn(5, 24),)),
+    ),
+    "static convolution": (
+        Sample(nn.Conv1d, lambda: nn.Sequential(nn.Conv1d(128, 256, 3)), lambda: (torch.randn(3, 128, 7),)),
+        Sample(
+            nn.Conv2d,
+            lambda: nn.Sequential(nn.Conv2d(64, 128, 3, 2, 1, padding_mode="reflect")),
+            lambda: (torch.randn(3, 64, 5, 6),),
+        ),
+        Sample(nn.Conv3d, lambda: nn.Sequential(nn.Conv3d(16, 32, 2)), lambda: (torch.randn(3, 16, 3, 4, 5),)),
+        Sample(ConvReLU1d, lambda: nn.Sequential(nn.Conv1d(512, 512, 1), nn.ReLU()), lambda: (torch.randn(3, 512, 4),)),
+        Sample(
+            ConvReLU2d,
+            lambda: nn.Sequential(nn.Conv2d(128, 64, (3, 4), padding="same"), nn.ReLU()),
+            lambda: (torch.randn(3, 128, 4, 3),),
+        ),
+        Sample(
+            ConvReLU3d,
+            lambda: nn.Sequential(nn.Conv3d(16, 32, 2), nn.ReLU()),
+            lambda: (torch.randn(3, 16, 3, 4, 5),),
+        ),
+        Sample(
+            nn.ConvTranspose1d,
+            lambda: nn.Sequential(nn.ConvTranspose1d(64, 32, 3, 2, 1, 1)),
+            lambda: (torch.randn(3, 64, 4),),
+        ),
+        Sample(
+            nn.ConvTranspose2d,
+            lambda: nn.Sequential(nn.ConvTranspose2d(64, 32, 3, (2, 1))),
+            lambda: (torch.randn(3, 64, 4, 3),),
+        ),
+        Sample(
+            nn.ConvTranspose3d,
+            lambda: nn.Sequential(nn.ConvTranspose3d(16, 32, 2)),
+            lambda: (torch.randn(3, 16, 2, 3, 4),),
+        ),
+    ),
 }
 
 SCHEMES: dict[str, QConfig] = {
     "int8 weights, uint8 dynamic activations": fxquant.default_dynamic_qconfig,
+    "int8 weights, uint8 static activations": fxquant.default_static_qconfig,
     "int4 weights in groups, uint8 dynamic activations": fxquant.int4_dynamic_qconfig,
     "int3 weights in groups, uint8 dynamic activations": fxquant.int3_dynamic_qconfig,
     "int16 weights, int16 dynamic activations": fxquant.int16_dynamic_qconfig,
@@ -222,7 +263,10 @@ def prepare(model: nn.Module, *inputs: Any, mapping: Any = None, **options: Any)
 def quantize(
     model: nn.Module, *inputs: Any, mapping: Any = None, check: bool = True, **options: Any
 ) -> fxquant.graph.module.FxModule:
-    return convert_fx(prepare(model, *inputs, mapping=mapping, **options), check=check)
+    prepared = prepare(model, *inputs, mapping=mapping, **options)
+    if record_of(prepared).values.edges:
+        prepared(*inputs)  # calibrates
+    return convert_fx(prepared, check=check)
 
 
 def leaves(tree: Any) -> list[torch.Tensor]:

@@ -29,7 +29,7 @@ from fxquant import (
 )
 from fxquant.checkpoint import FORMAT, files
 from fxquant.graph.fingerprint.architecture import ModuleKind
-from fxquant.graph.record import Coverage, Fusion, Site, Skipped
+from fxquant.graph.record import Coverage, Edge, Fusion, IntegerCall, Site, Skipped
 from fxquant.spec import TensorSpec
 from tests.samples import SCHEMES, Call, WordLM, everything, leaves, lm_inputs, prepare, quantize, same_bits
 
@@ -397,7 +397,9 @@ FIELDS = {
         Coverage: "quantized_bytes total_bytes",
         QConfig: "activation weight weight_observer parts",
         ModuleKind: "type details attributes code release tensors",
-        TensorSpec: "dtype qmin qmax symmetric axis dynamic scale_steps group_size",
+        TensorSpec: "dtype qmin qmax symmetric axis dynamic scale_steps group_size range",
+        Edge: "name at scale_of spec is_float is_moved",
+        IntegerCall: "node form inputs output low high addend absorbed rank",
     }
 }
 """What a plan is made of, by format; after a release, a change here needs a new FORMAT: fxquant/checkpoint/plan.py."""

@@ -12,10 +12,10 @@ import fxquant
 
 PACKAGE = pathlib.Path(fxquant.__file__).parent
 FLOORS = {
-    "errors": 0, "entry": 0, "formats": 0, "spec": 0, "_version": 0, "torch_ao.names": 0, "frames": 0,
+    "errors": 0, "entry": 0, "formats": 0, "spec": 0, "_version": 0, "ranges": 0, "torch_ao.names": 0, "frames": 0,
     "tensor_file": 1, "plain_values": 1,
     "numerics": 1, "gptq": 1, "ops": 1,
-    "qconfig": 2, "qconfig_mapping": 2, "observers": 2, "nn": 2,
+    "qconfig": 2, "qconfig_mapping": 2, "observers": 2, "value_observers": 2, "nn": 2,
     "operators": 3,
     "graph": 4,
     "quantize_fx": 5, "eager": 5, "checkpoint": 5, "torch_ao": 5,
@@ -49,6 +49,7 @@ TESTED_ELSEWHERE = {
     "graph.plan.modules": "tests/graph/plan/test_planner.py, with all that a plan decides",
     "graph.plan.reasons": "tests/debug/test_explain.py: the reasons that explain gives",
     "graph.plan.targets": "tests/graph/plan/test_rules.py: what the entries of a mapping match",
+    "graph.plan.operands": "tests/graph/plan/test_values.py, with the decisions about values",
     "graph.record": "tests/graph/test_plain.py: what a record holds, and in files",
     "graph.why": "tests/debug/test_explain.py: the reasons that explain gives",
     "graph.preserve.bound": "tests/graph/preserve/test_preserve.py: the methods that a graph keeps",
@@ -58,6 +59,10 @@ TESTED_ELSEWHERE = {
     "operators.convolution": "tests/operators/test_rows.py, the rows of all operators",
     "operators.embedding": "tests/operators/test_rows.py, the rows of all operators",
     "operators.linear": "tests/operators/test_rows.py, the rows of all operators",
+    "ops.pools": "tests/ops/test_values.py, with the other operators on values",
+    "ranges": "tests/test_value_observers.py, with what measures them",
+    "operators.pools": "tests/graph/convert/test_values.py: the calls that poolings become",
+    "operators.static": "tests/operators/test_rows.py, the rows of all operators",
     "operators.recurrent": "tests/operators/test_rows.py, the rows of all operators",
     "operators.transposed": "tests/operators/test_linear_forms.py, with the forms of the Linear row",
     "ops.library": "tests/ops/test_register.py and tests/ops/test_calls.py: what is registered, and where calls run",

@@ -130,7 +130,6 @@ CURVES = ValueOperator(
     functions=(
         *(
             F.relu,
-            F.relu_,
             torch.relu,
             torch.relu_,
             "relu",

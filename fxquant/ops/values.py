@@ -2,7 +2,7 @@
 
 Each gives what float arithmetic on the values that its integers stand for gives, quantized: single float32 operations
 in a stated order, and sums of integers, which are exact. So a graph may quantize and dequantize anywhere, and one
-operator may do the work of several, with the same bits. docs/numerics.md, "values".
+operator may do the work of several, with the same bits. docs/numerics.md, "Static values".
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ def case(request):
     torch.manual_seed(5)
     model, inputs = sample.model().eval(), sample.inputs()
     prepared = prepare(model, *inputs, mapping=scheme_mapping(scheme))
+    if row.is_static:
+        prepared(*inputs)  # calibrates
     return row, sample, model, inputs, prepared
 
 
@@ -124,7 +126,10 @@ def test_the_quantized_model_is_smaller_and_near(case):
 def test_the_graph_holds_the_rows_operator_or_a_quantized_module(case):
     row, sample, _, _, prepared = case
     quantized = convert_fx(prepared)
-    (node,) = [n for n in quantized.graph.nodes if n.op in ("call_module", "call_function") and "getitem" not in n.name]
+    calls = [n for n in quantized.graph.nodes if n.op in ("call_module", "call_function") and "getitem" not in n.name]
+    if row.is_static:
+        assert calls.pop(0).target is ops.quantize
+    (node,) = calls
     if isinstance(sample.covers, type):
         assert isinstance(quantized.get_submodule(node.target), QuantizedModule)
     else:
@@ -202,9 +207,10 @@ def test_float_weights_that_are_not_finite_are_left_with_a_reason(case):
 
 
 def test_a_qconfig_of_no_scheme_is_refused(case):
-    _row, sample, model, inputs, _ = case
+    row, sample, model, inputs, _ = case
     odd = fxquant.QConfig(
-        activation=None, weight=fxquant.TensorSpec(dtype="int8", qmin=-100, qmax=100, axis="channel")
+        activation=fxquant.default_static_qconfig.activation if row.is_static else None,
+        weight=fxquant.TensorSpec(dtype="int8", qmin=-100, qmax=100, axis="channel"),
     )  # affine int8 weights: nobody takes them
     written = {**FLOAT_TYPES, **SPELT}
     kind = written.get(sample.covers, sample.covers)

@@ -37,8 +37,8 @@ def convert_values(module: fx.GraphModule, values: Values, floats: Mapping[int, 
 def _correct_biases(module: fx.GraphModule, calls: Sequence[IntegerCall], floats: Mapping[int, nn.Module]) -> None:
     """Add to the biases of static products what rounding their weights takes away on average: (W - Ŵ) E[x].
 
-    Nagel et al. 2019, "Data-Free Quantization
-    Through Weight Equalization and Bias Correction", with means from calibration data.
+    Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", with means from
+    calibration data.
     """
     nodes = {node.name: node for node in module.graph.nodes}
     means: dict[str, list[InputMean]] = {}
@@ -48,10 +48,10 @@ def _correct_biases(module: fx.GraphModule, calls: Sequence[IntegerCall], floats
             assert isinstance(observer, InputMean)
             means.setdefault(str(nodes[call.node].target), []).append(observer)
     for path, observers in means.items():
-        count = sum(float(observer.count) for observer in observers)
         product = module.get_submodule(path)
         weight = floats[id(product)].weight
-        if count and not weight.is_meta:
+        count = 0.0 if weight.is_meta else sum(float(observer.count) for observer in observers)
+        if count:
             assert isinstance(product, StaticQuantizedProduct)
             mean = sum(observer.total for observer in observers if observer.total.numel()) / count
             product.correct_bias(weight, mean)  # type: ignore[arg-type]

@@ -144,7 +144,7 @@ class ModuleWalk:
         qconfig = rules[""].qconfig
         if is_called and what.base is not None and qconfig is not None and qconfig.is_static:
             operator = find_module_operator(self._operators, what.base, is_static=True)
-            if operator is not None and operator.accepts(qconfig):
+            if operator is not None and (operator.accepts(qconfig) or what.operator is None):
                 return what._replace(operator=operator), rules
         return what, {name: dynamic(rule) for name, rule in rules.items()}
 

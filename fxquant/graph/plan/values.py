@@ -2,7 +2,7 @@
 
 A value is wanted as integers where a static site reads it, or a function of values that itself is wanted so. It is made
 as integers where a static site gives it, or a function of values whose operands are integers; a float value that is
-wanted is quantized where it is first moved or read. Nothing is changed here: docs/design.md, "values".
+wanted is quantized where it is first moved or read. Nothing is changed here: docs/design.md, "Values".
 """
 
 from __future__ import annotations

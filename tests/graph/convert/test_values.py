@@ -1,0 +1,107 @@
+"""A static model's graph computes with integers: what each node becomes, and that the numbers are those of the plan."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxquant
+from fxquant import convert_fx, ops, prepare_fx
+from fxquant.errors import CalibrationError
+from tests.graph.plan.test_values import Net, Residual
+from tests.samples import sqnr
+
+
+def quantized(model, *batches):
+    data = batches or [torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    prepared = prepare_fx(model.eval(), fxquant.default_static_qconfig_mapping(), (data[0],))
+    return convert_fx(prepared, data=[(x,) for x in data]), data[0]
+
+
+def targets(module):
+    return [node.target for node in module.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(
+    ("body", "inputs", "function"),
+    [
+        (lambda x: F.max_pool2d(x, 2), 8, ops.max_pool_value),
+        (nn.MaxPool2d(3, 2, 1), 8, ops.max_pool_value),
+        (lambda x: F.avg_pool2d(x, 2, ceil_mode=True), 8, ops.pool_value),
+        (nn.AvgPool2d(3, 1, 1, count_include_pad=False), 8, ops.pool_value),
+        (nn.AdaptiveAvgPool2d(1), 8, ops.mean_value),
+        (nn.AdaptiveAvgPool2d((2, 3)), 8, ops.adaptive_pool_value),
+        (lambda x: x.mean((2, 3), keepdim=True), 8, ops.mean_value),
+        (lambda x: F.pad(x, (1, 2)), 8, ops.pad_value),
+        (nn.Hardswish(), 8, ops.lookup),
+        (lambda x: x * 0.5 + 1, 8, ops.lookup),
+        (lambda x: x[:, :4] + x[:, 4:], 4, ops.add_values),
+        (lambda x: x[:, :4] - x[:, 4:], 4, ops.add_values),
+        (lambda x: x[:, :4] * x[:, 4:], 4, ops.mul_values),
+    ],
+)
+def test_a_node_becomes_an_operator_of_ours_and_gives_what_float_gives(body, inputs, function):
+    torch.manual_seed(0)
+    model = Net(body, inputs)
+    with torch.no_grad():
+        module, x = quantized(model)
+        assert function in targets(module)
+        assert ops.dequantize not in targets(module)
+        assert sqnr(model(x), module(x)) > 30
+
+
+@torch.no_grad()
+def test_an_addition_is_in_the_convolutions_call():
+    torch.manual_seed(0)
+    model = Residual()
+    module, x = quantized(model)
+    assert targets(module) == [ops.quantize]
+    assert sqnr(model(x), module(x)) > 30
+
+
+@torch.no_grad()
+def test_a_value_that_both_kinds_read_is_dequantized_once():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(x), F.softmax(x, 1), x.cumsum(1)
+
+    module, _ = quantized(Both())
+    assert targets(module).count(ops.dequantize) == 1
+
+
+@torch.no_grad()
+def test_scales_are_plain_buffers_named_after_their_values():
+    module, _ = quantized(Net(F.relu))
+    state = module.state_dict()
+    assert {
+        name: (tensor.dtype, tensor.shape) for name, tensor in state.items() if "_scale" in name and "." not in name
+    } == {
+        "x_scale": (torch.float32, ()),
+        "first_scale": (torch.float32, ()),
+    }
+    assert state["x_zero_point"].dtype == torch.int32
+
+
+@torch.no_grad()
+def test_what_saw_no_data_is_an_error_that_names_it():
+    prepared = prepare_fx(Net(F.relu).eval(), fxquant.default_static_qconfig_mapping(), (torch.randn(2, 3, 6, 6),))
+    with pytest.raises(CalibrationError, match=r"not calibrated: 'x', 'first' of 2 values saw no data\. Run the prep"):
+        convert_fx(prepared)
+
+
+@torch.no_grad()
+def test_the_bias_takes_back_what_rounding_the_weights_takes_on_average():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 1)
+    x = torch.rand(4, 3, 6, 6) + 1  # of one sign: each weight's rounding adds up
+    module, _ = quantized(nn.Sequential(conv), x)
+    product = module.get_submodule("0")
+    rest = conv.weight - product.dequantize("weight").transpose(0, 0)
+    mean = x.mean((0, 2, 3))
+    assert torch.allclose(product.bias, conv.bias + rest.flatten(1) @ mean, atol=1e-6)
+    assert not torch.equal(product.bias, conv.bias)

@@ -1,0 +1,61 @@
+"""The static Linear and convolutions by themselves."""
+
+import pytest
+import torch
+from torch import nn
+
+from fxquant import ops
+from fxquant.nn.static import StaticQuantizedConv, StaticQuantizedLinear
+
+SCALE, ZERO = torch.tensor(1 / 64), torch.tensor(128, dtype=torch.int32)
+
+
+def x_of(*shape):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Linear(12, 7), (3, 12)),
+        (lambda: nn.Linear(12, 7, bias=False), (2, 3, 12)),
+        (lambda: nn.Conv1d(4, 6, 3, 2, 1, 2), (2, 4, 11)),
+        (lambda: nn.Conv2d(4, 6, (3, 2), padding="same", dilation=(1, 2)), (2, 4, 5, 6)),
+        (lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1, padding_mode="replicate"), (2, 4, 5, 6)),
+        (lambda: nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="circular"), (2, 4, 5, 6)),
+        (lambda: nn.Conv3d(2, 3, 2, bias=False), (1, 2, 3, 4, 3)),
+        (lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, 1), (2, 4, 5)),
+        (lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), (1, 0), dilation=(1, 2)), (2, 4, 5, 3)),
+    ],
+)
+@torch.no_grad()
+def test_outputs_are_those_of_a_float_module_with_the_weights_that_are_stored(make, shape):
+    torch.manual_seed(0)
+    module, x = make(), x_of(*shape)
+    kind = StaticQuantizedLinear if isinstance(module, nn.Linear) else StaticQuantizedConv
+    quantized = kind.from_float(module)
+    twin = make().double()
+    stored = quantized.dequantize("weight").double()
+    twin.weight.copy_(stored)
+    if module.bias is not None:
+        twin.bias.copy_(module.bias)
+    got, expected = quantized(x, SCALE, ZERO), twin(ops.dequantize(x, SCALE, ZERO).double())
+    assert got.dtype == torch.float32
+    assert torch.allclose(got.double(), expected, rtol=1e-6, atol=1e-6)
+    integers = quantized(x, SCALE, ZERO, SCALE, ZERO)
+    assert torch.equal(integers, ops.quantize(got, SCALE, ZERO))
+
+
+@torch.no_grad()
+def test_a_constant_input_is_what_a_bias_is_corrected_by():
+    torch.manual_seed(0)
+    module = nn.ConvTranspose2d(4, 6, 1)
+    quantized = StaticQuantizedConv.from_float(module)
+    quantized.correct_bias(module.weight, torch.ones(4).double())
+    lost = (module.weight - quantized.dequantize("weight")).sum((0, 2, 3))
+    assert torch.allclose(quantized.bias, module.bias + lost, atol=1e-6)
+
+
+def test_print_tells_the_sizes():
+    assert "12, 7" in repr(StaticQuantizedLinear.from_float(nn.Linear(12, 7)))
+    assert "kernel_size=(3, 3)" in repr(StaticQuantizedConv.from_float(nn.Conv2d(2, 3, 3)))

@@ -29,7 +29,8 @@ from fxquant import (
 )
 from fxquant.checkpoint import FORMAT, files
 from fxquant.graph.fingerprint.architecture import ModuleKind
-from fxquant.graph.record import Coverage, Edge, Fusion, IntegerCall, Site, Skipped
+from fxquant.graph.record import Coverage, Fusion, Site, Skipped
+from fxquant.graph.values import Edge, FloatValue, IntegerCall
 from fxquant.spec import TensorSpec
 from tests.samples import SCHEMES, Call, WordLM, everything, leaves, lm_inputs, prepare, quantize, same_bits
 
@@ -399,6 +400,7 @@ FIELDS = {
         ModuleKind: "type details attributes code release tensors",
         TensorSpec: "dtype qmin qmax symmetric axis dynamic scale_steps group_size range",
         Edge: "name at scale_of spec is_float is_moved",
+        FloatValue: "node path kind why source",
         IntegerCall: "node form inputs output low high addend absorbed rank",
     }
 }

@@ -32,7 +32,8 @@ from fxquant.graph.plain import (
     read_values,
 )
 from fxquant.graph.preserve.preserve import preserve
-from fxquant.graph.record import NO_VALUES, Coverage, Fusion, Record
+from fxquant.graph.record import Coverage, Fusion, Record
+from fxquant.graph.values import NO_VALUES
 from fxquant.operators import Operator, find_operator
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import ObjectType, QConfigMapping, type_name

@@ -22,6 +22,7 @@ from fxquant.graph.record import Coverage, Record, Site, record_of
 from fxquant.nn import QuantizedModule
 from fxquant.qconfig_mapping import qconfig_name
 
+_STATIC_SPEED = ("slow: static layers run in plain torch so far, which is not faster than float",)
 _SHOWN = 3  # chains that are not fused for the same reason
 
 
@@ -72,7 +73,8 @@ class Explanation(Report):
 
     coverage: how many bytes of the weights are quantized; outcome: the same as a line. saved_bytes: by how much the
     whole model is smaller. dependent: where batch_invariant=True was asked for, what torch still computes in another
-    order in another batch: "place: operator".
+    order in another batch: "place: operator". floats: the values of a static model that stay float between integers,
+    and why; has_static: whether there are calibrated sites.
     """
 
     rows: tuple[ExplainRow, ...]
@@ -86,6 +88,8 @@ class Explanation(Report):
     unfused: tuple[str, ...] = ()
     dependent: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
+    floats: tuple[str, ...] = ()
+    has_static: bool = False
 
     @property
     def total(self) -> str:
@@ -101,6 +105,8 @@ class Explanation(Report):
             *(f"fused: {fusion}" for fusion in self.fusions),
             *(f"not fused: {chain}" for chain in self.unfused),
             *(f"not traced: {path}" for path in self.untraced),
+            *(_wrap(f"float between integers: {value}") for value in self.floats),
+            *(_STATIC_SPEED if self.has_static else ()),
             *(f"slow: {reader}" for reader in self.readers),
             *([f"not checked on example inputs: {self.unchecked}"] if self.unchecked else []),
             *(f"other bits in another batch (docs/numerics.md): {place}" for place in self.dependent),
@@ -146,7 +152,8 @@ def explain(model: nn.Module) -> Explanation:
     rows = _rows(record.advance(sites=sites), _sources(model))
     dependent = tuple(_dependent(quantized, record)) if record.batch_invariant else ()
     told = (record.outcome, saved, record.unchecked, unfused, dependent, _readers(model))
-    return Explanation(rows, fusions, untraced, record.stage, record.coverage, *told)
+    values = tuple(map(str, record.values.floats)), bool(record.values.calls)
+    return Explanation(rows, fusions, untraced, record.stage, record.coverage, *told, *values)
 
 
 def _unfused(record: Record) -> Iterator[str]:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxquant.graph import edit
 from fxquant.graph.constants import recast, transpose
 from fxquant.graph.plan.planner import Plan
-from fxquant.graph.record import Edge, IntegerCall
+from fxquant.graph.values import Edge, IntegerCall
 from fxquant.operators.values import Form
 from fxquant.value_observers import InputMean, make_value_observer
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxquant.graph.record import Edge, IntegerCall, Site, Skipped, Unfused, Values
-from fxquant.graph.why import NotFused, Reason, Rounded, Why
+from fxquant.graph.record import Site, Skipped, Unfused
+from fxquant.graph.values import Edge, FloatValue, IntegerCall, Values
+from fxquant.graph.why import NotFused, Reason, Rounded, StaysFloat, Why
 from fxquant.operators.values import Form
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import Entry, Setter
@@ -55,7 +56,11 @@ def read_site(plain: dict[str, Any]) -> Site:
 def plain_values(values: Values) -> dict[str, Any]:
     """Return the decisions about values as JSON values."""
     edges = [{**vars(edge), "spec": edge.spec.to_dict()} for edge in values.edges]
-    return {"edges": edges, "calls": [{**vars(call), "form": call.form.name} for call in values.calls]}
+    return {
+        "edges": edges,
+        "calls": [{**vars(call), "form": call.form.name} for call in values.calls],
+        "floats": [{**vars(value), "why": _plain_reason(value.why)} for value in values.floats],
+    }
 
 
 def read_values(plain: dict[str, Any]) -> Values:
@@ -72,7 +77,8 @@ def read_values(plain: dict[str, Any]) -> Values:
         )
         for call in plain["calls"]
     )
-    return Values(edges, calls)
+    floats = (FloatValue(**{**value, "why": _read_reason(StaysFloat, value["why"])}) for value in plain["floats"])
+    return Values(edges, calls, tuple(floats))
 
 
 def plain_skipped(skipped: Skipped) -> dict[str, Any]:
@@ -103,7 +109,7 @@ def _plain_reason(reason: Reason) -> list[str]:
     return [reason.why.name, *reason.details]
 
 
-def _read_reason(codes: type[Why] | type[NotFused], plain: list[str]) -> Reason:
+def _read_reason(codes: type[Why] | type[NotFused] | type[StaysFloat], plain: list[str]) -> Reason:
     return Reason(codes[plain[0]], tuple(plain[1:]))
 
 

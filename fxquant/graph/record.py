@@ -13,13 +13,12 @@ from fxquant.errors import ModelStateError
 from fxquant.graph.call import Example
 from fxquant.graph.fingerprint.architecture import Architecture
 from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Keep, Preserved
+from fxquant.graph.values import NO_VALUES, Values
 from fxquant.graph.why import Reason, Rounded
 from fxquant.nn.training import trainable
 from fxquant.operators import Operator
-from fxquant.operators.values import Form
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import Entry, QConfigMapping
-from fxquant.spec import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -89,59 +88,6 @@ class Site:
     def rounding(self) -> str:
         """How its weights were rounded, in words; "" where there is nothing to say."""
         return "; ".join(rounded.value for rounded in self.rounded)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Edge:
-    """One value of a static model that becomes integers.
-
-    name: the node that gives it in the quantized graph, after which its scale and zero point are named. at: the node
-    whose result is observed. scale_of: the name of the value whose scale it has: its own, or that of one that it is
-    moved from or joined with. is_float: whether float computes it, and it is then quantized. is_moved: whether it only
-    holds what other values hold, and is not observed by itself.
-    """
-
-    name: str
-    at: str
-    scale_of: str
-    spec: TensorSpec
-    is_float: bool = False
-    is_moved: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class IntegerCall:
-    """One node that computes with integers.
-
-    node: its name; form: what it does. inputs: the edges' names; output: the name of its edge, ""
-    where it gives floats. low, high: what it clamps to; addend: the edge that it adds first, or "". absorbed: the
-    nodes after it that it does. rank: the dimensions of its input.
-    """
-
-    node: str
-    form: Form
-    inputs: tuple[str, ...]
-    output: str = ""
-    low: float | None = None
-    high: float | None = None
-    addend: str = ""
-    absorbed: tuple[str, ...] = ()
-    rank: int = 0
-
-
-@dataclass(frozen=True)
-class Values:
-    """What was decided about a graph's values.
-
-    edges: those that become integers; calls: what computes with integers.
-    """
-
-    edges: tuple[Edge, ...] = ()
-    calls: tuple[IntegerCall, ...] = ()
-
-
-NO_VALUES = Values()
-"""Those of a model without static sites."""
 
 
 @dataclass(frozen=True, kw_only=True)

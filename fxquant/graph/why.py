@@ -64,17 +64,25 @@ class NotFused(enum.Enum):
     OTHER_RANK = "the layer gives {}-D values, and the normalization is over its outputs only if they are {}-D"
 
 
-class Reason(NamedTuple):
-    """Why one candidate stays float, or one chain is not fused: a code, and the details of its sentence."""
+class StaysFloat(enum.Enum):
+    """Why a value between static layers stays float; the value is the sentence, as with Why."""
 
-    why: Why | NotFused
+    NO_FORM = "it has no integer form"
+    OTHER_ARGUMENTS = "it has no integer form with these arguments, dtypes or a hook"
+    READS_FLOATS = "it reads a value that stays float"
+
+
+class Reason(NamedTuple):
+    """Why one candidate or value stays float, or one chain is not fused: a code, and the details of its sentence."""
+
+    why: Why | NotFused | StaysFloat
     details: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return str(self.why.value).format(*self.details)
 
 
-def because(why: Why | NotFused, *details: object) -> Reason:
+def because(why: Why | NotFused | StaysFloat, *details: object) -> Reason:
     """Return a reason, its details as text."""
     return Reason(why, tuple(map(str, details)))
 

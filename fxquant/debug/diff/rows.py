@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import fx, nn
 
+from fxquant import ops
 from fxquant.debug.diff.fold import DiffRow
 from fxquant.errors import TraceError
 from fxquant.graph import edit
@@ -45,6 +46,7 @@ class _Side:
         self.root = root
         self.nodes = {node.name: node for node in graph.nodes}
         self.schemes, self.others, candidates = _decisions(record_of(model))
+        self._values = dict(_integers(root, self.nodes, record_of(model)))
         self._modules = dict(self.root.named_modules())
         callers: dict[str, str] = {}
         for node in graph.find_nodes(op="call_module", sort=True):
@@ -86,8 +88,10 @@ class _Side:
         is_fixed = (
             node is not None and node.target in PRODUCTS and (library.available() or node.kwargs.get("anywhere", True))
         )
-        otherwise = _Decided("the same bits in any batch" if is_fixed else "")
-        return _Decided(scheme) if scheme else self._of(self.others, name, path) or otherwise
+        integers = self._values.get(name, "")
+        otherwise = _Decided("the same bits in any batch" if is_fixed else integers)
+        told = _Decided(f"{scheme}; {integers}" if integers else scheme)
+        return told if scheme else self._of(self.others, name, path) or otherwise
 
     def _of(self, told: dict[_Key, _T], name: str, path: str) -> _T | None:
         """Return what is told of a call by its name, or of the module that it calls; inputs may be named as either."""
@@ -95,6 +99,20 @@ class _Side:
         if node is not None and node.op == "placeholder":
             return None
         return told.get((name, "")) or (told.get(("", path)) if path else None)
+
+
+def _integers(root: nn.Module, nodes: dict[str, fx.Node], record: Record | None) -> Iterator[tuple[str, str]]:
+    """Yield each node of a quantized graph that gives integers, and their dtype and scale in words."""
+    scales = {name: node.args[1] for name, node in nodes.items() if node.target is ops.quantize}
+    for name, read in scales.items():
+        yield name, _uint8(edit.get_tensor(root, str(read.target)))  # type: ignore[union-attr]
+    for edge in record.values.edges if record is not None and record.stage == "quantized" else ():
+        if not edge.is_float and edge.name in nodes:
+            yield edge.name, _uint8(edit.get_tensor(root, f"{edge.scale_of}_scale"))
+
+
+def _uint8(scale: torch.Tensor | None) -> str:
+    return "uint8" if scale is None or scale.is_meta else f"uint8, scale {float(scale):.3g}"
 
 
 def diff_rows(before: nn.Module, after: nn.Module) -> tuple[tuple[DiffRow, ...], str]:

@@ -11,8 +11,7 @@ peak says how far the largest values of the float site's input stick out, over i
 
     peak = √(Σ_t K max_k x_tk² / Σ_t Σ_k x_tk²)      1 if all values have one magnitude; √K if only one is not 0
 
-A token is quantized in 255 steps, and its largest values set their size: twice the peak costs 6 dB.
-"""
+A token is quantized in 255 steps of a size that its largest values set: twice the peak costs 6 dB."""
 
 from __future__ import annotations
 
@@ -27,7 +26,8 @@ import torch
 from torch import nn
 
 from fxquant.debug.measure.metric import NO_FLOATS, Progress
-from fxquant.debug.measure.sites import first_tensor, open_float, open_quantized
+from fxquant.debug.measure.sites import OpenModel, first_tensor, open_float, open_quantized
+from fxquant.debug.measure.static import End
 from fxquant.debug.report.charts import Bar, bar_chart
 from fxquant.debug.report.page import write
 from fxquant.debug.report.report import Column, Report
@@ -184,27 +184,34 @@ class _Activation:
 class _Watch:
     """Watches one site while both models run."""
 
-    def __init__(self, site: Site, float_site: nn.Module, quantized_site: nn.Module) -> None:
-        self.site, self.quantized_site, self.unpaired = site, quantized_site, 0
+    def __init__(self, number: int, site: Site, theirs: OpenModel, ours: OpenModel) -> None:
+        self.site, self.form, self.unpaired = site, ours.form(number), 0
         self.accumulated, self.local, self.activation = Error(), Error(), _Activation()
         self.waiting: collections.deque[torch.Tensor] = collections.deque()  # float outputs of this batch
         # Ahead of the user's own hooks, which may change the site's output:
-        float_site.register_forward_hook(self.see_float, prepend=True, with_kwargs=True)
-        quantized_site.register_forward_hook(self.see_quantized, prepend=True)
+        theirs.sites[number].register_forward_hook(self.see_float, prepend=True, with_kwargs=True)
+        for end in theirs.ends_of(number):
+            end.register_forward_hook(self.see_end, prepend=True)
+        for end in ours.ends_of(number):
+            end.register_forward_hook(self.see_quantized, prepend=True)
 
     def see_float(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Compare the sites on the same inputs, and keep the float output until the quantized model has run."""
+        """Compare the sites on the same inputs."""
         x, expected = first_tensor((args, kwargs)), first_tensor(output)
         if x is not None and x.is_floating_point():
             self.activation.add(x)
-        got = first_tensor(self.quantized_site.forward(*args, **kwargs))
+        got = first_tensor(self.form.forward(*args, **kwargs))
         if expected is not None and got is not None:
             self.local.add(expected, got)
-            self.waiting.append(expected.detach().clone())  # forward may go on to write into it
 
-    def see_quantized(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+    def see_end(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        """Keep the float output until the quantized model has run: copied, for forward may go on to write into it."""
+        if (expected := first_tensor(output)) is not None:
+            self.waiting.append(expected.detach().clone())
+
+    def see_quantized(self, end: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         """Compare with the float model's output of the same call."""
-        got = first_tensor(output)
+        got = end.real(output) if isinstance(end, End) else first_tensor(output)
         expected = self.waiting.popleft() if self.waiting else None
         if expected is None or got is None or expected.shape != got.shape:
             self.unpaired += 1
@@ -276,7 +283,7 @@ def compare(
     """
     record = need_stage(quantized, "quantized", "compare", "convert_fx(prepared) or quantize_dynamic(model)")
     ours, theirs = open_quantized(quantized, record), open_float(float_model, record)
-    watches = list(map(_Watch, record.sites, theirs.sites, ours.sites))
+    watches = [_Watch(number, site, theirs, ours) for number, site in enumerate(record.sites)]
     outputs, batches = _Outputs(), 0
     for arguments in each_batch(data, ours.model, progress):
         expected, got = (run(side.model, arguments, seed=batches) for side in (theirs, ours))

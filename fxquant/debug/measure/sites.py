@@ -5,9 +5,9 @@ Hooks, swaps and writes in a mirror never reach the user's model, even when its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
+from fxquant.debug.measure.static import add_ends, open_static, static_calls
 from fxquant.errors import ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.convert.convert import rescue_reads
@@ -33,10 +34,24 @@ Forms = Mapping[int, nn.Module]
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A mirror of a model and its sites' modules, in the record's order."""
+    """A mirror of a model and its sites' modules, in the record's order.
+
+    forms: what a site is between floats, where it is not its module: a static one, by its number. ends: the modules
+    that its results pass, where they are not its module's own: a static one's, after what it does of what follows it.
+    """
 
     model: nn.Module
     sites: tuple[nn.Module, ...]
+    forms: Forms = field(default_factory=dict)
+    ends: Mapping[int, Sequence[nn.Module]] = field(default_factory=dict)
+
+    def form(self, number: int) -> nn.Module:
+        """Return a site as a module between floats."""
+        return self.forms.get(number, self.sites[number])
+
+    def ends_of(self, number: int) -> Sequence[nn.Module]:
+        """Return the modules that a site's results pass."""
+        return self.ends.get(number) or (self.sites[number],)
 
     @contextmanager
     def swapped(self, forms: Forms) -> Iterator[nn.Module]:
@@ -125,7 +140,15 @@ def open_in_place(root: nn.Module, record: Record) -> OpenModel:
             if site.call is None:
                 rescue_reads(root, site.path)  # calls that stay float may read a tensor of a module that is swapped
         root.recompile()
-    return OpenModel(root, tuple(sites))
+    numbers = {site.path: number for number, site in enumerate(record.sites) if site.is_static}
+    forms = open_static(root, record)
+    ends = add_ends(root, static_calls(root, record))
+    return OpenModel(
+        root,
+        tuple(sites),
+        {numbers[path]: form for path, form in forms.items()},
+        {numbers[path]: some for path, some in ends.items()},
+    )
 
 
 def _as_module(root: nn.Module, site: Site) -> SiteCall:

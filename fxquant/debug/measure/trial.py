@@ -22,7 +22,7 @@ from fxquant.graph import edit
 from fxquant.graph.calibrate import Hessians, gather, uses_gptq
 from fxquant.graph.call import check_data, each_batch, run
 from fxquant.graph.outputs import named_floats
-from fxquant.graph.record import keep_record, need_stage
+from fxquant.graph.record import keep_record, need_stage, record_of
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
 from fxquant.quantize_fx import convert_fx, convert_with, prepare_fx
@@ -46,13 +46,14 @@ class Trial:
         self.batches = list(each_batch(self.data, model))
         self._hessians: Hessians | None = None
         self.prepared = self._prepare(model, mapping)
-        self.quantized = convert_fx(self.prepared, check=False)
+        is_static = any(site.is_static for site in record_of(self.prepared).sites)  # type: ignore[union-attr]
+        self.quantized = convert_fx(self.prepared, data=self.data if is_static else None, check=False)
         self.record = need_stage(self.quantized, "quantized", "sensitivity", "a mapping that quantizes something")
         if not self.record.sites:
             raise ModelStateError("the mapping quantizes nothing of this model: there is nothing to try")
         self._float = open_float(model, self.record)
         opened = open_quantized(self.quantized, self.record)
-        self.forms: Forms = dict(enumerate(opened.sites))
+        self.forms: Forms = {number: opened.form(number) for number in range(len(opened.sites))}
         self._other_sizes = self._sizes_outside(opened)
         is_pure = metric is None and not self.record.untraced  # the code of an untraced module may keep state
         self._partial: PartialPasses | None = partial_passes(self._float, self.batches) if is_pure else None

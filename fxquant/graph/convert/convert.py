@@ -15,8 +15,9 @@ from fxquant.graph.constants import constant_of, is_cast
 from fxquant.graph.convert.invariant import bring_products
 from fxquant.graph.convert.values import convert_values
 from fxquant.graph.plan.targets import name_operands
-from fxquant.graph.record import NO_VALUES, Site, Values
+from fxquant.graph.record import Site
 from fxquant.graph.references import repoint
+from fxquant.graph.values import NO_VALUES, Values
 from fxquant.graph.why import Rounded
 from fxquant.nn import QuantizedModule
 from fxquant.nn.transformer import avoid_fast_path

@@ -13,7 +13,7 @@ from fxquant import ops
 from fxquant.errors import CalibrationError
 from fxquant.graph import edit
 from fxquant.graph.observe import mean_path, observer_path
-from fxquant.graph.record import Edge, IntegerCall, Values
+from fxquant.graph.values import Edge, IntegerCall, Values
 from fxquant.nn.static import StaticQuantizedProduct
 from fxquant.operators.pools import average, max_pool, padding
 from fxquant.operators.values import Form, arguments_of

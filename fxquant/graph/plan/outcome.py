@@ -24,6 +24,7 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
     mapping, skipped = record.mapping, record.skipped
     if strict:
         _refuse_unasked(model, record)
+        _refuse_floats(model, record)
     decided: list[Site | Skipped] = [*record.sites, *skipped]
     used = {entry for site in record.sites for entry in (site.entry, *site.part_entries)}
     entries = list(_asking(mapping, known.types | set(functions)))
@@ -52,6 +53,17 @@ def _refuse_unasked(model: str, record: Record) -> None:
             f"strict: {len(unasked)} of {model}'s candidates would stay float, which the mapping does not ask for "
             f"({record.outcome}). Give it a qconfig that it takes, or accept it as float with the entry that ends its "
             f"line:{lines}"
+        )
+
+
+def _refuse_floats(model: str, record: Record) -> None:
+    """Raise QConfigError for the values between static layers that stay float."""
+    floats = record.values.floats
+    if floats:
+        lines = "".join(f"\n  {value}" for value in floats)
+        raise QConfigError(
+            f"strict: {len(floats)} of {model}'s values would stay float between integers. Give a layer that reads "
+            f"them a dynamic qconfig, or None for float:{lines}"
         )
 
 

@@ -20,8 +20,9 @@ from fxquant.graph.plan.rules import Rules
 from fxquant.graph.plan.targets import Target, find_target
 from fxquant.graph.plan.values import plan_values
 from fxquant.graph.preserve.preserve import NOTHING_PRESERVED
-from fxquant.graph.record import NO_VALUES, NOTHING, Coverage, Record, Site, Skipped, Values
+from fxquant.graph.record import NOTHING, Coverage, Record, Site, Skipped
 from fxquant.graph.trace.trace import Traced, names_of
+from fxquant.graph.values import NO_VALUES, Values
 from fxquant.operators import Operator, find_operator
 from fxquant.qconfig_mapping import QConfigMapping
 

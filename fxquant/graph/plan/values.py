@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxquant.graph.plan.floats import find_floats
 from fxquant.graph.plan.operands import LISTS, bounds_of, is_float, is_minus, operands_of, shape_of
-from fxquant.graph.record import NO_VALUES, Edge, IntegerCall, Site, Values
+from fxquant.graph.record import Site
+from fxquant.graph.values import NO_VALUES, Edge, IntegerCall, Values
 from fxquant.nn.fused import FLOAT_TYPES
 from fxquant.operators.values import Form, ValueOperator, arguments_of, find_value_operator
 from fxquant.ranges import Fixed
@@ -73,7 +75,9 @@ class _Walk:
                 done |= set(self._make(node, Form.PRODUCT, site).absorbed)
             elif node in self._wanted:
                 done |= set(self._visit(node))
-        return Values(tuple(self._edges()), tuple(self._calls))
+        integer = {name for call in self._calls for name in (call.node, *call.absorbed)}
+        floats = find_floats(self._nodes, self._made, self._quantized, integer, self._kind)
+        return Values(tuple(self._edges()), tuple(self._calls), floats)
 
     def _site(self, node: fx.Node) -> Site | None:
         return self._static.get(str(node.target)) if node.op == "call_module" else None

@@ -7,6 +7,7 @@ from torch import nn
 
 import fxquant
 from fxquant import prepare_fx
+from fxquant.graph.why import StaysFloat
 from fxquant.operators.values import Form
 from fxquant.ranges import Fixed
 
@@ -112,6 +113,37 @@ def test_what_has_no_integer_form_stands_in_float_between_two_quantized_values()
     values = values_of(Net(lambda x: F.softmax(x, 1)))
     assert forms(values) == [Form.PRODUCT, Form.PRODUCT]
     assert [edge.is_float for edge in values.edges] == [True, True]  # the convolution before gives floats at once
+
+
+def test_what_stays_float_between_integers_says_why():
+    values = values_of(Net(lambda x: F.interpolate(F.softmax(x, 1) * 2, scale_factor=2.0, mode="bilinear")))
+    assert [(value.node, value.why.why) for value in values.floats] == [
+        ("softmax", StaysFloat.NO_FORM),
+        ("mul", StaysFloat.READS_FLOATS),
+        ("interpolate", StaysFloat.READS_FLOATS),
+    ]
+    (value,) = values_of(Net(lambda x: F.pad(x, (1, 1), value=2.0))).floats
+    assert value.why.why is StaysFloat.OTHER_ARGUMENTS
+    assert str(value).startswith("pad (F.pad at ")
+
+
+def test_what_stands_before_or_after_all_integers_is_not_between_them():
+    class Ends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return F.softmax(self.conv(F.normalize(x)), 1)
+
+    assert values_of(Ends()).floats == ()
+
+
+def test_strict_refuses_values_that_stay_float():
+    mapping = fxquant.default_static_qconfig_mapping()
+    with pytest.raises(fxquant.QConfigError, match=r"strict: 1 of Net's values would stay float between integers"):
+        prepare_fx(Net(lambda x: F.softmax(x, 1)).eval(), mapping, (torch.randn(2, 3, 6, 6),), strict=True)
+    prepare_fx(Net(F.relu).eval(), mapping, (torch.randn(2, 3, 6, 6),), strict=True)
 
 
 def test_a_float_layer_ends_the_integers_before_it():

@@ -1,4 +1,4 @@
-"""Dynamic quantization of PyTorch models on the FX graph: int8 weights, a quarter of the memory, faster on CPUs.
+"""Dynamic and static quantization of PyTorch models on the FX graph: int8 weights in a quarter of the memory.
 
 prepare_fx and convert_fx quantize a model; quantize_dynamic quantizes one without tracing it. explain and graph_diff
 show what changed, compare, profile and sensitivity measure it, suggest_mapping finds a mapping within an error
@@ -16,6 +16,7 @@ from fxquant.eager import quantize_dynamic
 from fxquant.errors import (
     ArgumentError,
     AttributeNameError,
+    CalibrationError,
     CheckError,
     CheckpointError,
     ColumnError,
@@ -35,6 +36,19 @@ from fxquant.errors import (
     TorchAoError,
     TraceError,
 )
+from fxquant.nn.stubs import DeQuantStub, FloatFunctional, QuantStub, QuantWrapper
+from fxquant.observer_names import (
+    FixedQParamsObserver,
+    HistogramObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    default_fixed_qparams_range_0to1_observer,
+    default_fixed_qparams_range_neg1to1_observer,
+    default_histogram_observer,
+    default_observer,
+    default_per_channel_weight_observer,
+    default_weight_observer,
+)
 from fxquant.observers import (
     GroupMinMaxObserver,
     LeastErrorObserver,
@@ -47,10 +61,12 @@ from fxquant.ops import KernelInfo, kernel_info
 from fxquant.qconfig import (
     QConfig,
     default_dynamic_qconfig,
+    default_qconfig,
     default_static_qconfig,
     float16_dynamic_qconfig,
     float_qparams_weight_only_qconfig,
     float_qparams_weight_only_qconfig_4bit,
+    get_default_qconfig,
     int3_dynamic_qconfig,
     int4_dynamic_qconfig,
     int16_dynamic_qconfig,
@@ -58,7 +74,12 @@ from fxquant.qconfig import (
     per_tensor_dynamic_qconfig,
     uint4_weight_only_qconfig,
 )
-from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping, default_static_qconfig_mapping
+from fxquant.qconfig_mapping import (
+    QConfigMapping,
+    default_dynamic_qconfig_mapping,
+    default_static_qconfig_mapping,
+    get_default_qconfig_mapping,
+)
 from fxquant.quantize_fx import convert_fx, fuse_fx, prepare_fx
 from fxquant.spec import TensorSpec
 from fxquant.torch_ao.names import MOVED as _MOVED
@@ -71,14 +92,19 @@ __all__ = [
     "OPERATORS",
     "ArgumentError",
     "AttributeNameError",
+    "CalibrationError",
     "CheckError",
     "CheckpointError",
     "ColumnError",
     "DTypeError",
+    "DeQuantStub",
     "ExampleInputsError",
     "FixedAttributeError",
+    "FixedQParamsObserver",
+    "FloatFunctional",
     "FxQuantError",
     "GroupMinMaxObserver",
+    "HistogramObserver",
     "IndexRangeError",
     "KernelInfo",
     "LeastErrorObserver",
@@ -88,12 +114,16 @@ __all__ = [
     "ModelStateError",
     "MovedImportError",
     "MovedNameError",
+    "MovingAverageMinMaxObserver",
+    "MovingAveragePerChannelMinMaxObserver",
     "Observer",
     "Operator",
     "PerChannelMinMaxObserver",
     "QConfig",
     "QConfigError",
     "QConfigMapping",
+    "QuantStub",
+    "QuantWrapper",
     "ReadOnlyError",
     "ShapeError",
     "TensorSpec",
@@ -104,14 +134,23 @@ __all__ = [
     "convert_fx",
     "default_dynamic_qconfig",
     "default_dynamic_qconfig_mapping",
+    "default_fixed_qparams_range_0to1_observer",
+    "default_fixed_qparams_range_neg1to1_observer",
+    "default_histogram_observer",
+    "default_observer",
+    "default_per_channel_weight_observer",
+    "default_qconfig",
     "default_static_qconfig",
     "default_static_qconfig_mapping",
+    "default_weight_observer",
     "explain",
     "float16_dynamic_qconfig",
     "float_qparams_weight_only_qconfig",
     "float_qparams_weight_only_qconfig_4bit",
     "from_torch_ao",
     "fuse_fx",
+    "get_default_qconfig",
+    "get_default_qconfig_mapping",
     "graph_diff",
     "int3_dynamic_qconfig",
     "int4_dynamic_qconfig",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from fxquant.errors import QConfigError, ShapeError
 from fxquant.numerics import RANGE_SHARES, QuantizedTensor, choose_qparams, quantize_with, weight_range
-from fxquant.spec import TensorSpec
+from fxquant.observer_names import ObserverName
+from fxquant.spec import Axis, TensorSpec
 
 _PER_TENSOR = TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="tensor")
 _PER_CHANNEL = TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="channel")
@@ -23,7 +26,7 @@ class Observer(nn.Module):
     into batches makes no difference.
     """
 
-    axis = "tensor"
+    axis: Axis = "tensor"
     min_val: torch.Tensor
     max_val: torch.Tensor
     total: torch.Tensor
@@ -36,6 +39,11 @@ class Observer(nn.Module):
         self.register_buffer("min_val", torch.empty(0), persistent=False)
         self.register_buffer("max_val", torch.empty(0), persistent=False)
         self.register_buffer("total", torch.empty(0), persistent=False)  # of the tensor seen; NaN if there were several
+
+    @classmethod
+    def with_args(cls, **options: Any) -> TensorSpec:
+        """Return the TensorSpec that torch.ao's form says: `MinMaxObserver.with_args(dtype=torch.quint8)`, say."""
+        return ObserverName(cls.__name__, axis=cls.axis).with_args(**options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x itself, and remember its range. Raises ShapeError if it has other channels or groups than before."""

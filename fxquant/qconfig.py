@@ -185,6 +185,23 @@ default_static_qconfig = QConfig(
 )
 """Calibrated: uint8 affine activations, one scale a value, its range of the least error; int8 weights per channel."""
 
+default_qconfig = default_static_qconfig
+"""torch.ao's name of it."""
+
+_BACKENDS = ("x86", "fbgemm", "onednn", "qnnpack")
+
+
+def get_default_qconfig(backend: str = "x86", version: int = 0) -> QConfig:  # noqa: ARG001 - torch.ao's signature
+    """Return default_static_qconfig, whatever the backend: 8 bits are exact on every instruction set here.
+
+    Raises QConfigError for a backend that torch.ao has not.
+    """
+    if backend not in _BACKENDS:
+        known = ", ".join(_BACKENDS)
+        raise QConfigError(f"there is no backend {backend!r}; there are {known}, and all mean the same here")
+    return default_static_qconfig
+
+
 int4_dynamic_qconfig = QConfig(
     activation=_TOKENS,
     weight=TensorSpec(dtype="int4", qmin=-8, qmax=7, symmetric=True, axis="group", group_size=64),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from fxquant.errors import QConfigError, nearest
-from fxquant.qconfig import PRESETS, QConfig, default_dynamic_qconfig, default_static_qconfig
+from fxquant.qconfig import PRESETS, QConfig, default_dynamic_qconfig, default_static_qconfig, get_default_qconfig
 
 ObjectType = Callable[..., Any] | str
 Choice = QConfig | None
@@ -205,6 +205,11 @@ def default_dynamic_qconfig_mapping() -> QConfigMapping:
 def default_static_qconfig_mapping() -> QConfigMapping:
     """Return the mapping that calibrates what has a static form: `set_global(default_static_qconfig)`."""
     return QConfigMapping().set_global(default_static_qconfig)
+
+
+def get_default_qconfig_mapping(backend: str = "x86", version: int = 0) -> QConfigMapping:
+    """Return `default_static_qconfig_mapping()` under torch.ao's name. QConfigError for an unknown backend."""
+    return QConfigMapping().set_global(get_default_qconfig(backend, version))
 
 
 def qconfig_name(qconfig: Choice) -> str:

@@ -12,7 +12,8 @@ import fxquant
 
 PACKAGE = pathlib.Path(fxquant.__file__).parent
 FLOORS = {
-    "errors": 0, "entry": 0, "formats": 0, "spec": 0, "_version": 0, "ranges": 0, "torch_ao.names": 0, "frames": 0,
+    "errors": 0, "entry": 0, "formats": 0, "spec": 0, "_version": 0, "ranges": 0, "observer_names": 0,
+    "torch_ao.names": 0, "frames": 0,
     "tensor_file": 1, "plain_values": 1,
     "numerics": 1, "gptq": 1, "ops": 1,
     "qconfig": 2, "qconfig_mapping": 2, "observers": 2, "value_observers": 2, "nn": 2,
@@ -62,6 +63,7 @@ TESTED_ELSEWHERE = {
     "operators.embedding": "tests/operators/test_rows.py, the rows of all operators",
     "operators.linear": "tests/operators/test_rows.py, the rows of all operators",
     "ops.pools": "tests/ops/test_values.py, with the other operators on values",
+    "nn.stubs": "tests/test_observer_names.py, with torch.ao's other names",
     "ranges": "tests/test_value_observers.py, with what measures them",
     "operators.pools": "tests/graph/convert/test_values.py: the calls that poolings become",
     "operators.static": "tests/operators/test_rows.py, the rows of all operators",

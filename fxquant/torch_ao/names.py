@@ -13,8 +13,24 @@ SAME = {
     "float16_dynamic_qconfig": "",
     "float_qparams_weight_only_qconfig": "",
     "float_qparams_weight_only_qconfig_4bit": "scales are kept in float32",
-    "MinMaxObserver": "for weights; takes a `TensorSpec`",
-    "PerChannelMinMaxObserver": "for weights; takes a `TensorSpec`",
+    "MinMaxObserver": "`.with_args(…)` gives a `TensorSpec`; as a module it is for weights, and takes one",
+    "PerChannelMinMaxObserver": "`.with_args(…)` gives a `TensorSpec`; as a module it is for weights, and takes one",
+    "get_default_qconfig_mapping": "the same for every backend: 8 bits, exact everywhere",
+    "get_default_qconfig": "the same for every backend: 8 bits, exact everywhere",
+    "default_qconfig": "`default_static_qconfig`",
+    "HistogramObserver": "`.with_args(…)` gives a `TensorSpec` with `range=LeastError()`",
+    "MovingAverageMinMaxObserver": "`.with_args(…)` gives a `TensorSpec` with `range=MovingAverage(…)`",
+    "MovingAveragePerChannelMinMaxObserver": "for weights, which do not change: one range a channel",
+    "FixedQParamsObserver": "`.with_args(…)` gives a `TensorSpec` with `range=Fixed(…)`",
+    "default_observer": "a `TensorSpec`",
+    "default_histogram_observer": "a `TensorSpec`",
+    "default_weight_observer": "a `TensorSpec`",
+    "default_per_channel_weight_observer": "a `TensorSpec`",
+    "default_fixed_qparams_range_0to1_observer": "a `TensorSpec`; sigmoid and the like have such a range by themselves",
+    "default_fixed_qparams_range_neg1to1_observer": "a `TensorSpec`; tanh has such a range by itself",
+    "QuantStub": "a pass-through: not needed, and neither is torch.ao's in a model",
+    "DeQuantStub": "a pass-through",
+    "QuantWrapper": "a module between two pass-throughs",
 }
 """Names that mean the same in both, and the difference."""
 
@@ -38,13 +54,10 @@ _GROUPS = {
         "get_fuser_method",
         "get_fuser_method_new",
     ),
-    "activations are quantized dynamically here, which takes no calibration: prepare_fx and convert_fx, or "
+    "calibration is running the prepared model, or convert_fx(prepared, data=batches); without it "
     "quantize_dynamic(model)": (
         "quantize",
         "default_eval_fn",
-        "QuantStub",
-        "DeQuantStub",
-        "QuantWrapper",
         "get_observer_state_dict",
         "load_observer_state_dict",
         "no_observer_set",
@@ -92,14 +105,10 @@ _GROUPS = {
         "get_default_qat_qconfig_mapping",
         "get_embedding_qat_module_mappings",
     ),
-    "it gives static qconfigs, which need calibration; here activations are measured at each call: "
-    "default_dynamic_qconfig_mapping(), or QConfigMapping().set_global(default_dynamic_qconfig)": (
-        "get_default_qconfig_mapping",
+    "a QConfigMapping takes its place: get_default_qconfig_mapping(), or default_static_qconfig_mapping()": (
         "get_default_qconfig_dict",
     ),
-    "it is static and needs calibration; here activations are measured at each call: default_dynamic_qconfig": (
-        "get_default_qconfig",
-        "default_qconfig",
+    "one static qconfig takes its place: default_static_qconfig": (
         "default_debug_qconfig",
         "default_per_channel_qconfig",
         "default_per_channel_symmetric_qnnpack_qconfig",
@@ -115,13 +124,9 @@ _GROUPS = {
     "QConfig with a dynamic activation takes its place: default_dynamic_qconfig": ("QConfigDynamic",),
     "it stood for a QConfig, or None for float": ("QConfigAny",),
     "qconfigs are values here: compare them with ==": ("qconfig_equals",),
-    "weights have MinMaxObserver and PerChannelMinMaxObserver, activations are measured at each call; for another way "
+    "TensorSpec(…, range=…) says how an activation's range is found, MinMaxObserver.with_args(…) too; for another way "
     "to find a weight's range subclass Observer and name it in QConfig(…, weight_observer=…)": (
         "AffineQuantizedObserverBase",
-        "FixedQParamsObserver",
-        "HistogramObserver",
-        "MovingAverageMinMaxObserver",
-        "MovingAveragePerChannelMinMaxObserver",
         "NoopObserver",
         "ObserverBase",
         "PlaceholderObserver",
@@ -131,17 +136,11 @@ _GROUPS = {
         "default_affine_fixed_qparams_observer",
         "default_debug_observer",
         "default_dynamic_quant_observer",
-        "default_fixed_qparams_range_0to1_observer",
-        "default_fixed_qparams_range_neg1to1_observer",
         "default_float_qparams_observer",
         "default_float_qparams_observer_4bit",
-        "default_histogram_observer",
-        "default_observer",
-        "default_per_channel_weight_observer",
         "default_placeholder_observer",
         "default_reuse_input_observer",
         "default_symmetric_fixed_qparams_observer",
-        "default_weight_observer",
         "per_channel_weight_observer_range_neg_127_to_127",
         "weight_observer_range_neg_127_to_127",
     ),

@@ -55,7 +55,7 @@ def test_the_tables_do_not_contradict_each_other():
 def test_what_takes_a_names_place_is_there():
     texts = " ".join(MOVED.values())
     named = set(re.findall(r"(?<!\.)\b(\w+)\(", texts)) | set(re.findall(r"\w+_qconfig\w*", texts))
-    assert {"prepare_fx", "convert_fx", "quantize_dynamic", "default_dynamic_qconfig_mapping"} <= named
+    assert {"prepare_fx", "convert_fx", "quantize_dynamic", "default_static_qconfig_mapping"} <= named
     assert not [name for name in named if not hasattr(fxquant, name)]
 
 
@@ -68,8 +68,8 @@ def test_a_moved_name_is_an_attribute_error_of_ours():
 
 def test_importing_a_moved_name_says_the_same():
     assert issubclass(MovedImportError, FxQuantError)
-    with pytest.raises(ImportError, match=r"default_dynamic_qconfig_mapping\(\)") as caught:
-        from fxquant import get_default_qconfig_mapping  # noqa: F401
+    with pytest.raises(ImportError, match=r"default_static_qconfig_mapping\(\)") as caught:
+        from fxquant import get_default_qconfig_dict  # noqa: F401
     assert isinstance(caught.value, MovedImportError)
 
 

@@ -120,8 +120,8 @@ class HistogramObserver(ValueObserver):
             counts, first = _joined(counts, first)
             width *= 2
         counts, first = _placed(counts, first, min(first, int(low // width)))
-        values = x.flatten().cpu()
-        counts = counts + torch.histc(values[values.isfinite()], BINS, first * width, (first + BINS) * width)
+        # what is not finite is in no bin
+        counts = counts + torch.histc(x.flatten().cpu(), BINS, first * width, (first + BINS) * width)
         self.width, self.first, self.counts = torch.tensor(width), torch.tensor(first), counts
 
     def centres(self) -> torch.Tensor:

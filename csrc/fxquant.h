@@ -81,6 +81,11 @@ struct fxq_linear {
 };
 int fxq_linear(const struct fxq_linear *call, int threads);
 
+/* histogram.c: how many x[i] * inverse + offset have each whole part from 0 to 2047; others are not counted. count: at
+ * most 2^24, so that float32 holds each number. */
+enum { FXQ_HISTOGRAM_BINS = 2048 };
+void fxq_histogram(const float *x, int64_t count, float inverse, float offset, float *out);
+
 /* transpose.c: (matrices, rows, columns) to (matrices, columns, rows) */
 void fxq_transpose(const float *x, int64_t matrices, int64_t rows, int64_t columns, float *out, int threads);
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fxquant import ops
 from fxquant.errors import CalibrationError
 from fxquant.numerics import FLOAT32_MAX, FLOAT32_TINY, choose_value_qparams
 from fxquant.ranges import Fixed, LeastError, MinMax, MovingAverage, Percentile, Range
@@ -120,8 +121,7 @@ class HistogramObserver(ValueObserver):
             counts, first = _joined(counts, first)
             width *= 2
         counts, first = _placed(counts, first, min(first, int(low // width)))
-        # what is not finite is in no bin
-        counts = counts + torch.histc(x.flatten().cpu(), BINS, first * width, (first + BINS) * width)
+        counts = counts + ops.histogram(x, 1.0 / width, -first)
         self.width, self.first, self.counts = torch.tensor(width), torch.tensor(first), counts
 
     def centres(self) -> torch.Tensor:

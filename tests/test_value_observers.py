@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from fxquant import ops
 from fxquant.errors import CalibrationError, QConfigError
 from fxquant.ranges import RANGES, Fixed, LeastError, MinMax, MovingAverage, Percentile, range_from_dict
 from fxquant.spec import TensorSpec
@@ -138,3 +139,17 @@ def test_means_are_those_of_each_channel():
     measuring(torch.full((1, 3, 2), float("nan")))
     every = torch.cat([a.movedim(1, 0).flatten(1), b.movedim(1, 0).flatten(1)], 1)
     assert torch.allclose(measuring.total / measuring.count, every.double().mean(1), atol=1e-6)
+
+
+def test_counts_are_those_of_the_whole_parts(monkeypatch):
+    x = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)) * 4
+    x[0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 2047.0 / 150])
+    place = x.mul(150.0).add(1024.0).flatten().tolist()
+    expected = torch.zeros(2048, dtype=torch.float64)
+    for value in place:
+        if 0 <= value < 2048:
+            expected[int(value)] += 1
+    monkeypatch.setattr(ops, "_COUNTED", 700)  # in parts
+    assert torch.equal(ops.histogram(x, 150.0, 1024.0), expected)
+    monkeypatch.setattr(ops, "_native_histogram", None)
+    assert torch.equal(ops.histogram(x, 150.0, 1024.0), expected)

@@ -1,4 +1,4 @@
-/* The module's calls of a linear and of a transpose. */
+/* The module's calls of a linear, of a transpose and of a histogram. */
 #include "python/calls.h"
 
 /* The rows of a call's input of any strides, if each of them is dense; dimensions are joined where one goes on as the
@@ -52,4 +52,14 @@ PyObject *transpose(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     }
     const int64_t *size = x.shape, shape[] = {size[0], size[2], size[1]};
     RETURN_OUTPUT(shape, 3, (fxq_transpose(x.data, size[0], size[1], size[2], out, threads), FXQ_OK));
+}
+
+/* histogram(x, inverse, offset): the counts of `fxq_histogram`, (2048,) float32 */
+PyObject *histogram(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    struct tensor x;
+    const int64_t shape[] = {FXQ_HISTOGRAM_BINS};
+    if (count != 3 || !read_tensor(args[0], &x) || x.kind != FLOAT32 || x.count > 1 << 24) return nothing();
+    const float inverse = (float)PyFloat_AsDouble(args[1]), offset = (float)PyFloat_AsDouble(args[2]);
+    RETURN_OUTPUT(shape, 1, (fxq_histogram(x.data, x.count, inverse, offset, out), (void)threads, FXQ_OK));
 }

@@ -61,9 +61,9 @@ static inline PyObject *finish(int status, PyObject *outputs) {
     } while (0)
 
 typedef PyObject *call_of_module(PyObject *self, PyObject *const *args, Py_ssize_t count);
-call_of_module linear, transpose;        /* call_linear.c */
-call_of_module matmul, attention;        /* call_matmul.c */
-call_of_module lstm, rnn;                /* call_recurrent.c */
-call_of_module embedding, embedding_bag; /* call_embedding.c */
+call_of_module linear, transpose, histogram; /* call_linear.c */
+call_of_module matmul, attention;            /* call_matmul.c */
+call_of_module lstm, rnn;                    /* call_recurrent.c */
+call_of_module embedding, embedding_bag;     /* call_embedding.c */
 
 #endif

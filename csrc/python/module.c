@@ -125,6 +125,7 @@ static PyObject *pool_counts(PyObject *self, PyObject *unused) {
 static PyMethodDef methods[] = {FAST(set_torch),
                                 FAST(linear),
                                 FAST(transpose),
+                                FAST(histogram),
                                 FAST(matmul),
                                 FAST(attention),
                                 FAST(lstm),
@@ -151,7 +152,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     fxq_select_isa(-1);
     fxq_watch_forks();
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "interface", 10) != 0)
+    if (module && PyModule_AddIntConstant(module, "interface", 11) != 0)
         Py_CLEAR(module); /* of library.py's _INTERFACE */
     return module;
 }

@@ -29,6 +29,27 @@ def transpose(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous() if out is None else out
 
 
+_native_histogram = library.function("histogram")
+_COUNTED = 1 << 24  # at once: float32 holds such numbers
+
+
+def histogram(x: torch.Tensor, inverse: float, offset: float) -> torch.Tensor:
+    """Return how many values of x * inverse + offset have each whole part from 0 to 2047: (2048,) float64.
+
+    x: float32. Both operations are float32 ones; what is not finite or outside is not counted.
+    """
+    parts = torch.split(x.detach().contiguous().flatten(), _COUNTED)
+    return torch.stack([_count(part, inverse, offset) for part in parts]).sum(0, dtype=torch.float64)
+
+
+def _count(x: torch.Tensor, inverse: float, offset: float) -> torch.Tensor:
+    out: torch.Tensor | None = None if _native_histogram is None else _native_histogram(x, inverse, offset)
+    if out is not None:
+        return out
+    place = x.cpu().mul(inverse).add_(offset)
+    return torch.bincount(place[(place >= 0) & (place < 2048)].to(torch.int32), minlength=2048)
+
+
 __all__ = [
     "KERNELS",
     "OVERLOADS",
@@ -42,6 +63,7 @@ __all__ = [
     "embedding",
     "embedding_bag",
     "float_linear",
+    "histogram",
     "kernel_info",
     "linear",
     "lookup",

@@ -21,7 +21,7 @@ import torch
 from fxquant.errors import ModelStateError, ShapeError
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
 
-_INTERFACE = 10  # what module.c says it is: a library left from another version is not called
+_INTERFACE = 11  # what module.c says it is: a library left from another version is not called
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,11 +19,13 @@ from fxquant.graph.convert.clean import clean
 from fxquant.graph.convert.convert import convert, convert_modules
 from fxquant.graph.convert.invariant import find_dependent
 from fxquant.graph.record import Coverage, Record, Site, record_of
+from fxquant.graph.values import FloatValue
+from fxquant.graph.why import StaysFloat
 from fxquant.nn import QuantizedModule
 from fxquant.qconfig_mapping import qconfig_name
 
 _STATIC_SPEED = ("slow: static layers run in plain torch so far, which is not faster than float",)
-_SHOWN = 3  # chains that are not fused for the same reason
+_SHOWN = 3  # places of one kind and reason
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def explain(model: nn.Module) -> Explanation:
     rows = _rows(record.advance(sites=sites), _sources(model))
     dependent = tuple(_dependent(quantized, record)) if record.batch_invariant else ()
     told = (record.outcome, saved, record.unchecked, unfused, dependent, _readers(model))
-    values = tuple(map(str, record.values.floats)), bool(record.values.calls)
+    values = tuple(_floats(record.values.floats)), bool(record.values.calls)
     return Explanation(rows, fusions, untraced, record.stage, record.coverage, *told, *values)
 
 
@@ -160,8 +162,24 @@ def _unfused(record: Record) -> Iterator[str]:
     """Yield a line for each reason for which chains were not fused, with those chains."""
     for why in dict.fromkeys(unfused.why for unfused in record.unfused):
         chains = [" → ".join(unfused.chain) for unfused in record.unfused if unfused.why == why]
-        more = f" and {len(chains) - _SHOWN} more" if len(chains) > _SHOWN else ""
-        yield f"{', '.join(chains[:_SHOWN])}{more}: {why}"
+        yield f"{_some(chains)}: {why}"
+
+
+def _floats(values: Sequence[FloatValue]) -> Iterator[str]:
+    """Yield a line for each kind of value that stays float for one reason, and one for all that only read those."""
+    own = [value for value in values if value.why.why is not StaysFloat.READS_FLOATS]
+    for kind, why in dict.fromkeys((value.kind, value.why) for value in own):
+        named = [value for value in own if (value.kind, value.why) == (kind, why)]
+        places = [f"{value.path or value.node}{f' at {value.source}' if value.source else ''}" for value in named]
+        yield f"{kind} ({_some(places)}): {why}"
+    readers = [value.path or value.node for value in values if value.why.why is StaysFloat.READS_FLOATS]
+    if readers:
+        yield f"what reads such values: {_some(readers)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
 
 
 def _dependent(quantized: nn.Module, record: Record) -> Iterator[str]:

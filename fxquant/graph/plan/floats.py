@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import fx
 
 from fxquant.graph import edit
+from fxquant.graph.plan.operands import is_float
 from fxquant.graph.plan.targets import call_name
 from fxquant.graph.values import FloatValue
 from fxquant.graph.why import Reason, StaysFloat, because
@@ -20,11 +22,12 @@ def find_floats(
     quantized: Collection[fx.Node],
     calls: Collection[str],
     kind_of: Callable[[fx.Node], Any],
+    sites: Collection[str],
 ) -> tuple[FloatValue, ...]:
     """Return what computes with floats that come from integers and become integers again.
 
     made: the nodes that give integers; quantized: those whose floats become integers; calls: the names of the nodes
-    that compute with integers.
+    that compute with integers; sites: the paths and names of the candidates, which are reported as such.
     """
     after: set[fx.Node] = set()  # of integers
     for node in nodes:
@@ -44,8 +47,15 @@ def find_floats(
             source=edit.node_frame(node),
         )
         for node in nodes
-        if node in after and node in before and node.op.startswith("call_")
+        if node in after and node in before and is_float(node) and _computes(node, sites)
     )
+
+
+def _computes(node: fx.Node, sites: Collection[str]) -> bool:
+    """Return whether a node is more than a reading of another, and no candidate."""
+    if not node.op.startswith("call_") or node.target in (getattr, operator.getitem):
+        return False
+    return node.name not in sites and not (node.op == "call_module" and node.target in sites)
 
 
 def _why(node: fx.Node, kind: Any, after: Collection[fx.Node]) -> Reason:

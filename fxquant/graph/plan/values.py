@@ -7,7 +7,7 @@ wanted is quantized where it is first moved or read. Nothing is changed here: do
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from fxquant.graph.plan.floats import find_floats
 from fxquant.graph.plan.operands import LISTS, bounds_of, is_float, is_minus, operands_of, shape_of
-from fxquant.graph.record import Site
+from fxquant.graph.record import Site, Skipped
 from fxquant.graph.values import NO_VALUES, Edge, IntegerCall, Values
 from fxquant.nn.fused import FLOAT_TYPES
 from fxquant.operators.values import Form, ValueOperator, arguments_of, find_value_operator
@@ -40,10 +40,14 @@ class _Chain:
     absorbed: list[str] = field(default_factory=list)
 
 
-def plan_values(module: fx.GraphModule, sites: Sequence[Site], hooked: frozenset[str] = frozenset()) -> Values:
+def plan_values(
+    module: fx.GraphModule, sites: Sequence[Site], skipped: Sequence[Skipped], hooked: frozenset[str] = frozenset()
+) -> Values:
     """Return what each value of a graph becomes. sites: those that are static count; hooked: modules with hooks."""
     static = {site.path: site for site in sites if site.is_static}
-    return _Walk(module, static, hooked).run() if static else NO_VALUES
+    parts: list[Site | Skipped] = [*sites, *skipped]
+    candidates = {part.call or part.path for part in parts}
+    return _Walk(module, static, hooked).run(candidates) if static else NO_VALUES
 
 
 class _Walk:
@@ -62,8 +66,8 @@ class _Walk:
         self._names: dict[fx.Node, str] = {}  # of made values, where an earlier node gives them
         self._calls: list[IntegerCall] = []
 
-    def run(self) -> Values:
-        """Return the decisions."""
+    def run(self, candidates: Collection[str]) -> Values:
+        """Return the decisions. candidates: the paths and names of what is decided about as such."""
         for node in reversed(self._nodes):
             self._want(node)
         done: set[str] = set()
@@ -76,7 +80,7 @@ class _Walk:
             elif node in self._wanted:
                 done |= set(self._visit(node))
         integer = {name for call in self._calls for name in (call.node, *call.absorbed)}
-        floats = find_floats(self._nodes, self._made, self._quantized, integer, self._kind)
+        floats = find_floats(self._nodes, self._made, self._quantized, integer, self._kind, candidates)
         return Values(tuple(self._edges()), tuple(self._calls), floats)
 
     def _site(self, node: fx.Node) -> Site | None:

@@ -150,6 +150,12 @@ CURVES = ValueOperator(
         *("clamp", "clip", "sigmoid", "tanh", "abs", "neg", "square", "sqrt", "exp", "clamp_", "sigmoid_", "tanh_"),
     ),
 )
+PRELU = ValueOperator(
+    name="PReLU",
+    form=Form.LOOKS_UP,
+    modules=(nn.PReLU,),
+    takes=lambda given: given.get("num_parameters") == 1,  # else a function of the channel too
+)
 ADDS = ValueOperator(
     name="add",
     form=Form.ADDS,
@@ -187,7 +193,7 @@ AVERAGES = ValueOperator(
     ),
 )
 
-VALUE_OPERATORS = (MOVES, PADS, MAX_POOLS, ENLARGES, CURVES, ADDS, MULTIPLIES, AVERAGES)
+VALUE_OPERATORS = (MOVES, PADS, MAX_POOLS, ENLARGES, CURVES, PRELU, ADDS, MULTIPLIES, AVERAGES)
 """The table."""
 
 
@@ -212,7 +218,7 @@ _NAMES: dict[Any, tuple[str, ...]] = {
 }
 _OF_MODULES = (
     *("padding", "value", "mode", "size", "output_size", "kernel_size", "stride", "dilation", "ceil_mode"),
-    *("return_indices", "count_include_pad", "divisor_override"),
+    *("return_indices", "count_include_pad", "divisor_override", "num_parameters"),
 )
 
 

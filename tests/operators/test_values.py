@@ -40,6 +40,8 @@ def test_others_have_none(kind):
         (F.max_pool2d, {"return_indices": True}, False),
         (F.interpolate, {"mode": "nearest"}, True),
         (F.interpolate, {"mode": "bilinear"}, False),
+        (nn.PReLU, {"num_parameters": 1}, True),
+        (nn.PReLU, {"num_parameters": 8}, False),
     ],
 )
 def test_some_arguments_have_no_integer_form(kind, given, takes):

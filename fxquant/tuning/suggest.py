@@ -12,14 +12,17 @@ from torch import nn
 
 from fxquant.debug.measure.metric import Metric, Progress
 from fxquant.debug.measure.trial import Trial
+from fxquant.debug.report.table import site_name
 from fxquant.errors import ArgumentError, QConfigError, each_warning_once, warn
 from fxquant.graph import edit
-from fxquant.graph.record import record_of
+from fxquant.graph.record import Site, record_of
 from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping
 from fxquant.tuning.ladder import LADDER, check_schemes, scheme_name
 from fxquant.tuning.mapping import by_name, by_type
 from fxquant.tuning.search import Point, Search
 from fxquant.tuning.suggestion import Suggestion, SuggestionSite, SuggestionStep
+
+_SHOWN_STATIC = 3
 
 
 def _check_aims(budget: Any, minimize: str) -> None:
@@ -28,6 +31,19 @@ def _check_aims(budget: Any, minimize: str) -> None:
         raise QConfigError(f"minimize is 'bytes' or 'ms', got {minimize!r}")
     if not isinstance(budget, numbers.Real) or math.isnan(budget):
         raise ArgumentError(f"budget is how much worse than float the metric may be, a number, got {budget!r}")
+
+
+def _refuse_static(sites: Sequence[Site]) -> None:
+    """Raise QConfigError for static sites: their integers go from one to the next, so none can change alone."""
+    static = [site for site in sites if site.is_static]
+    if static:
+        names = ", ".join(map(site_name, static[:_SHOWN_STATIC])) + (", …" if len(static) > _SHOWN_STATIC else "")
+        raise QConfigError(
+            f"suggest_mapping chooses among dynamic and weight-only schemes, and under this mapping {len(static)} of "
+            f"{len(sites)} sites are static: {names}. Give it one of dynamic qconfigs (as a qconfig's .as_dynamic is), "
+            "or see with sensitivity(model, qconfig_mapping, data) which static sites do harm, and leave these float "
+            "with set_module_name(path, None)"
+        )
 
 
 @each_warning_once()
@@ -59,12 +75,13 @@ def suggest_mapping(
 
     The same arguments give the same mapping; for "ms", the same timings do. The figures are measured on the model that
     the mapping gives. Warns if the result is outside the budget. Raises QConfigError for an unknown `minimize` or
-    scheme, and what `sensitivity` raises.
+    scheme or a mapping under which sites are static, and what `sensitivity` raises.
     """
     _check_aims(budget, minimize)
     names = check_schemes(schemes)
     mapping = default_dynamic_qconfig_mapping() if qconfig_mapping is None else qconfig_mapping
     trial = Trial(model, mapping, data, metric)
+    _refuse_static(trial.record.sites)
     search = Search(trial, model, names, budget, -1.0 if higher_is_better else 1.0, minimize, error_feedback)
     search.run(progress)
     return _result(trial, model, search, is_ours=qconfig_mapping is None)

@@ -47,6 +47,7 @@ class _Side:
         self.nodes = {node.name: node for node in graph.nodes}
         self.schemes, self.others, candidates = _decisions(record_of(model))
         self._values = dict(_integers(root, self.nodes, record_of(model)))
+        self.others.update(_absorbed(self.nodes, record_of(model)))
         self._modules = dict(self.root.named_modules())
         callers: dict[str, str] = {}
         for node in graph.find_nodes(op="call_module", sort=True):
@@ -109,6 +110,15 @@ def _integers(root: nn.Module, nodes: dict[str, fx.Node], record: Record | None)
     for edge in record.values.edges if record is not None and record.stage == "quantized" else ():
         if not edge.is_float and edge.name in nodes:
             yield edge.name, _uint8(edit.get_tensor(root, f"{edge.scale_of}_scale"))
+
+
+def _absorbed(nodes: dict[str, fx.Node], record: Record | None) -> Iterator[tuple[_Key, _Decided]]:
+    """Yield each node that a node of a quantized graph does too: an addition or a clamp after a static product, say."""
+    for call in record.values.calls if record is not None and record.stage == "quantized" else ():
+        node = nodes.get(call.node)
+        path = str(node.target) if node is not None and node.op == "call_module" else ""
+        for name in call.absorbed:
+            yield (name, ""), _Decided(f"done by {call.node}", fused_into=path)
 
 
 def _uint8(scale: torch.Tensor | None) -> str:

@@ -23,6 +23,8 @@ from fxquant.graph.references import repoint
 from fxquant.graph.why import Reason, Why, because
 
 _ROUNDS, _SHOWN = 3, 3
+_HELP = "fxquant.suggest_mapping finds a mapping that keeps to a budget"
+_STATIC_HELP = "fxquant.sensitivity which of them to leave float; does the data for calibration look like these inputs?"
 
 
 def checked(prepared: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -60,7 +62,8 @@ def checked(prepared: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> n
     if comparison.sqnr_db < LEAST_SQNR_DB and not is_random(expected):
         errors = site_errors(expected, quantized, _record(quantized).sites)
         if not (min(errors, default=(0.0,))[0] >= NOISE_DB and selects(expected)):
-            lines.append(_noise_line(comparison, errors))
+            has_static = any(site.is_static for site in record.sites)
+            lines.append(_noise_line(comparison, errors, has_static))
     if lines:
         warn("".join([f"this {name} was checked on its example inputs:", *(f"\n  - {line}" for line in lines)]))
     return quantized
@@ -218,12 +221,11 @@ def _describe_floats(record: Record, floats: Mapping[int, Reason]) -> list[str]:
     return lines
 
 
-def _noise_line(comparison: _Comparison, errors: Sequence[tuple[float, str, str]]) -> str:
-    """Return a line about an output's SQNR and the worst sites."""
+def _noise_line(comparison: _Comparison, errors: Sequence[tuple[float, str, str]], has_static: bool) -> str:
+    """Return a line about an output's SQNR and the worst sites. has_static: whether some are static."""
     worst = ", ".join(f"{name or 'the model'} ({kind}) {sqnr_db:.1f} dB" for sqnr_db, name, kind in errors[:_SHOWN])
     output = f"output {comparison.output!r}" if comparison.output else "the output"
     return (
         f"{output} has an SQNR of {comparison.sqnr_db:.1f} dB against float, less than {LEAST_SQNR_DB:.0f}; the worst "
-        f"sites: {worst}. fxquant.compare says more about them, fxquant.suggest_mapping finds "
-        "a mapping that keeps to a budget"
+        f"sites: {worst}. fxquant.compare says more about them, {_STATIC_HELP if has_static else _HELP}"
     )

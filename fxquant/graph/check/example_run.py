@@ -12,13 +12,15 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fxquant import ops
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, copies, repeatable
 from fxquant.graph.convert.clean import own_tensors
 from fxquant.graph.outputs import drained, named_floats, named_tensors
-from fxquant.graph.record import Site
+from fxquant.graph.record import Site, record_of
 from fxquant.graph.trace.signature import Interpreter, arguments_of
 from fxquant.nn.base import QuantizedModule
+from fxquant.operators.values import Form
 
 NOISE_DB = 30.0
 """The SQNR of each site under `noise`: a little less than in int8 (about 40 dB)."""
@@ -43,10 +45,10 @@ class Pass:
     ) -> None:
         self.model, self.sites, self.inputs, self.uses, self._noise = model, sites, inputs, uses, noise
         self.error: Exception | None = None
-        output = None
+        output, ends = None, _ends(model, sites)
         for is_copy in (False, True):
             try:
-                output = self._run(self._open(sites, is_copy, is_kept), sites if is_kept else {})
+                output = self._run(self._open(sites, is_copy, is_kept), sites if is_kept else {}, ends)
             except _WritesError:
                 continue
             except Exception as error:
@@ -69,7 +71,7 @@ class Pass:
         self.uses.guard(() if is_copy else twin.parameters())
         for number, site in sites.items():
             if site.call is None:
-                self._watch(twin.get_submodule(site.path), number, is_kept)
+                self._watch(twin.get_submodule(site.path), number, is_kept and not site.is_static)
                 self.uses.show(twin.get_submodule(site.path), number)
         return twin
 
@@ -100,19 +102,45 @@ class Pass:
         if first is not None:
             self.seen.setdefault(number, []).append(first.clone())  # forward may go on to write into it
 
-    def _run(self, twin: nn.Module, kept: Mapping[int, Site]) -> Any:
+    def _run(self, twin: nn.Module, kept: Mapping[int, Site], ends: Mapping[str, int]) -> Any:
         inputs = _placed(copies(self.inputs), twin)
         with torch.no_grad(), repeatable(), warnings.catch_warnings(), self.uses:
             warnings.simplefilter("ignore")  # the user sees the model's own warnings when running it
             if not isinstance(self.model, fx.GraphModule):
                 return drained(twin(*inputs.args, **inputs.kwargs))
             calls = {site.call: number for number, site in kept.items() if site.call is not None}
+            calls.update({name: number for name, number in ends.items() if number in kept})
 
             def see(node: fx.Node, value: Any) -> None:
                 if node.name in calls:
-                    self._keep(calls[node.name], value)
+                    self._keep(calls[node.name], _real(twin, node, value))
 
             return drained(Interpreter(twin, self.model.graph, arguments_of(self.model, inputs), see).run())
+
+
+def _ends(model: nn.Module, sites: Mapping[int, Site]) -> dict[str, int]:
+    """Return the numbers of the static sites by the nodes that give their results: after their additions and clamps.
+
+    A quantized graph has not kept the nodes that a static product does too; there the product gives the result.
+    """
+    record, numbers = record_of(model), {site.path: number for number, site in sites.items() if site.is_static}
+    if record is None or not isinstance(model, fx.GraphModule):
+        return {}
+    nodes = {node.name: node for node in model.graph.nodes}
+    products = [call for call in record.values.calls if call.form is Form.PRODUCT]
+    ends = {call.node: next((name for name in call.absorbed[-1:] if name in nodes), call.node) for call in products}
+    paths = {end: str(nodes[name].target) for name, end in ends.items()}
+    return {end: numbers[path] for end, path in paths.items() if path in numbers}
+
+
+def _real(root: nn.Module, node: fx.Node, value: Any) -> Any:
+    """Return what a node gives in floats: a static product's integers are dequantized."""
+    scale, zero_point = (node.kwargs.get(name) for name in ("scale", "zero_point"))
+    if not (isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and isinstance(scale, fx.Node)):
+        return value
+    assert isinstance(zero_point, fx.Node)
+    tensors = [edit.get_tensor(root, str(read.target)) for read in (scale, zero_point)]
+    return ops.dequantize(value, *tensors)  # type: ignore[arg-type]
 
 
 def _shell(model: nn.Module) -> nn.Module:

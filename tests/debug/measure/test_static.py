@@ -97,6 +97,19 @@ def test_a_diff_shows_where_integers_begin_and_their_scales(models):
     assert "uint8" not in rows["last"].note  # which gives floats
 
 
+def test_a_diff_says_what_does_the_addition_and_the_clamp_that_are_gone(models):
+    model, quantized, _ = models
+    diff = fxquant.graph_diff(model, quantized)
+    rows = {row.name: row for row in diff.rows}
+    assert [(rows[name].sign, rows[name].note, rows[name].fused_into) for name in ("add", "relu")] == [
+        ("-", "done by conv", "conv"),
+        ("-", "done by conv", "conv"),
+    ]
+    assert "done by conv" in str(diff)
+    prepared = prepare_fx(model, fxquant.default_static_qconfig_mapping(), models[2][0])
+    assert not [row for row in fxquant.graph_diff(model, prepared).rows if row.fused_into]  # nothing is gone yet
+
+
 def test_files_keep_what_was_decided_about_values(models, tmp_path):
     _, quantized, _ = models
     fxquant.save(quantized, tmp_path / "q")

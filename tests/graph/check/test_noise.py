@@ -1,5 +1,6 @@
 """Differences that a little noise explains are not the fault of quantization."""
 
+import dataclasses
 import random
 import warnings
 
@@ -91,3 +92,25 @@ def test_what_is_selected_by_values_is_no_fault(select):
         quantized = unwarned(model, x)
         changed += quantized(x).shape != model(x).shape or not torch.allclose(quantized(x), model(x), atol=0.1)
     assert changed
+
+
+def test_static_sites_that_give_integers_are_among_the_worst_with_their_true_figures():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(16, n) for n in (16, 16, 4))
+
+        def forward(self, x):
+            x = torch.relu(self.a(x))
+            return torch.relu(self.c(torch.relu(self.b(x) + x)))
+
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(30, 16)
+    static = fxquant.default_static_qconfig
+    coarse = dataclasses.replace(static, activation=dataclasses.replace(static.activation, qmax=1))
+    with pytest.warns(UserWarning, match=r"SQNR of .* fxquant.sensitivity which of them to leave float") as caught:
+        quantized = convert_fx(prepare(model, x, mapping=everything(coarse)), data=[(x,)])
+    rows = fxquant.compare(model, quantized, [(x,)]).rows  # worst first, measured in another way
+    assert [row.path for row in rows] != ["c"]
+    worst = ", ".join(f"{row.path} (nn.Linear) {row.sqnr_db:.1f} dB" for row in rows)
+    assert f"the worst sites: {worst}. " in str(caught[-1].message)

@@ -9,7 +9,7 @@ from torch import nn
 
 from fxquant.errors import QConfigError, ShapeError
 from fxquant.numerics import RANGE_SHARES, QuantizedTensor, choose_qparams, quantize_with, weight_range
-from fxquant.observer_names import ObserverName
+from fxquant.observer_names import MIN_MAX, PER_CHANNEL
 from fxquant.spec import Axis, TensorSpec
 
 _PER_TENSOR = TensorSpec(dtype="int8", qmin=-127, qmax=127, symmetric=True, axis="tensor")
@@ -42,8 +42,16 @@ class Observer(nn.Module):
 
     @classmethod
     def with_args(cls, **options: Any) -> TensorSpec:
-        """Return the TensorSpec that torch.ao's form says: `MinMaxObserver.with_args(dtype=torch.quint8)`, say."""
-        return ObserverName(cls.__name__, axis=cls.axis).with_args(**options)
+        """Return the TensorSpec that torch.ao's form says: `MinMaxObserver.with_args(dtype=torch.qint8)`, say.
+
+        QConfigError for an observer that torch.ao has not, which a TensorSpec alone cannot name.
+        """
+        name = {MinMaxObserver: MIN_MAX, PerChannelMinMaxObserver: PER_CHANNEL}.get(cls)
+        if name is None:
+            raise QConfigError(
+                f"{cls.__name__}.with_args: write a TensorSpec, and QConfig(…, weight_observer={cls.__name__})"
+            )
+        return name.with_args(**options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x itself, and remember its range. Raises ShapeError if it has other channels or groups than before."""

@@ -49,9 +49,21 @@ class QConfig:
     def __post_init__(self) -> None:
         for name, spec in (("activation", self.activation), ("weight", self.weight)):
             if not isinstance(spec, TensorSpec) and not (name == "activation" and spec is None):
-                raise QConfigError(f"QConfig.{name} must be a TensorSpec, got {type(spec).__name__}")
+                called = getattr(spec, "name", None) or getattr(spec, "__name__", "…")
+                hint = f"; write {called}.with_args()" if hasattr(spec, "with_args") else ""
+                raise QConfigError(f"QConfig.{name} must be a TensorSpec, got {type(spec).__name__}{hint}")
         if self.weight.dynamic or self.weight.axis == "token":
             raise QConfigError(f"QConfig.weight is quantized once, per tensor or per channel; got '{self.weight}'")
+        if self.weight.range is not None:
+            raise QConfigError(
+                f"QConfig.weight has the range of an activation, {self.weight.range}; a weight of torch.ao's has "
+                "dtype=torch.qint8"
+            )
+        if self.activation is not None and self.is_static and self.activation.dtype == "int8":
+            raise QConfigError(
+                f"QConfig.activation is calibrated as uint8, got '{self.activation}'; leave dtype out, or write "
+                "torch.quint8: the zero point covers values below 0"
+            )
         if self.activation is not None and self.activation.axis in ("channel", "group"):
             raise QConfigError(f"QConfig.activation has one scale a token or one a tensor; got '{self.activation}'")
         self.make_observer()
@@ -191,11 +203,13 @@ default_qconfig = default_static_qconfig
 _BACKENDS = ("x86", "fbgemm", "onednn", "qnnpack")
 
 
-def get_default_qconfig(backend: str = "x86", version: int = 0) -> QConfig:  # noqa: ARG001 - torch.ao's signature
+def get_default_qconfig(backend: str = "x86", version: int = 0) -> QConfig:
     """Return default_static_qconfig, whatever the backend: 8 bits are exact on every instruction set here.
 
-    Raises QConfigError for a backend that torch.ao has not.
+    Raises QConfigError for a backend or a version that torch.ao has not.
     """
+    if version != 0:
+        raise QConfigError(f"the default qconfigs have version 0 alone, got {version!r}")
     if backend not in _BACKENDS:
         known = ", ".join(_BACKENDS)
         raise QConfigError(f"there is no backend {backend!r}; there are {known}, and all mean the same here")

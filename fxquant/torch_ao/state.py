@@ -38,7 +38,8 @@ _QCONFIGS = {
 """The preset whose weight half describes a quantized tensor of torch.ao's, by its dtype and scheme."""
 
 _STATIC = (
-    "fxquant takes over what torch.ao quantized dynamically or weight-only: quantize the float model with prepare_fx"
+    "fxquant takes over what torch.ao quantized dynamically or weight-only; quantize the float model anew instead: "
+    "prepare_fx(model, default_static_qconfig_mapping(), example_inputs), then convert_fx(prepared, data=batches)"
 )
 
 

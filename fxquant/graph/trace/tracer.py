@@ -64,7 +64,7 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module is called as it is, rather than traced through."""
         return (
-            (super().is_leaf_module(m, module_qualified_name) and forward_of(m) not in PLAIN_FORWARDS)
+            (super().is_leaf_module(m, module_qualified_name) and not _is_traced_through(m, module_qualified_name))
             or module_qualified_name in self._whole
             or "forward" in vars(m)  # replaced on the instance, perhaps by a closure over the original
             or isinstance(m, (QuantizedModule, torch.jit.ScriptModule))
@@ -244,3 +244,11 @@ def is_fresh(operand: Any) -> bool:
 def forward_of(module: nn.Module) -> Any:
     """Return the forward of a module's class as it is stored there; TorchScript's has no other access."""
     return inspect.getattr_static(type(module), "forward", None)
+
+
+def _is_traced_through(module: nn.Module, path: str) -> bool:
+    """Return whether a module of torch's is no leaf: a transformer's, or the pass-through after a sum of torch.ao's
+    FloatFunctional, which would stand between the sum and its ReLU.
+    """
+    is_pass = type(module) is nn.Identity and path.rpartition(".")[2] == "activation_post_process"
+    return is_pass or forward_of(module) in PLAIN_FORWARDS

@@ -21,8 +21,11 @@ enum {
     SIZES = 64,           /* of jobs that are remembered */
     STALE_NS = 100000000, /* after so long, or so many times its length, a job is done alone to see what that takes */
     STALE_TIMES = 200,
+    SETTLED_NS = 20000000, /* after a shared job: so long it may slow down jobs that are done alone */
+    DRIFT = 32,            /* lone jobs after which a slower time is believed */
     FIRST_TRIES = 4,
     MEAN_OF = 64,
+    MEAN_OF_LOSSES = 8, /* where it loses again and again */
     PATIENCE = 4, /* lengths after which a job that is slower when shared is shared again; twice that for each loss, */
     MOST_LOSSES = 16,
     MOST_PATIENCE_NS = 400000000, /* and at most so long, or STALE_TIMES lengths */
@@ -110,9 +113,12 @@ static struct experience *recall(int64_t work, int threads) {
 
 static int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* The fastest that was seen lately. A machine whose cores are two threads of one, or that clocks them down together, is
+ * slow for a while after shared jobs, so that one alone seems no faster: until then nothing slower is believed. */
 static void remember_alone(struct experience *of, int64_t took, int64_t now) {
-    const int64_t usual = of->took[ALONE];
-    of->took[ALONE] = of->seen[ALONE] && took > 2 * usual ? 2 * usual : took; /* bad luck */
+    const int64_t usual = of->took[ALONE], most = took < 2 * usual ? took : 2 * usual; /* beyond it is bad luck */
+    if (!of->seen[ALONE] || took < usual) of->took[ALONE] = took;
+    else if (now - of->seen[SHARED] > SETTLED_NS) of->took[ALONE] = usual + (most - usual) / DRIFT;
     of->seen[ALONE] = now;
 }
 
@@ -126,7 +132,8 @@ static void remember_shared(struct experience *of, int64_t took, int64_t now) {
     if (of->losses > MOST_LOSSES) of->losses = MOST_LOSSES;
     const bool is_first = of->tries == 0 || (of->tries < FIRST_TRIES && took < *mean);
     const bool is_forgiven = of->losses == 0 && *mean > of->took[ALONE];
-    *mean = is_first ? took : is_forgiven ? (took + of->took[ALONE]) / 2 : *mean + (took - *mean) / MEAN_OF;
+    const int64_t of_last = of->losses == MOST_LOSSES ? MEAN_OF_LOSSES : MEAN_OF;
+    *mean = is_first ? took : is_forgiven ? (took + of->took[ALONE]) / 2 : *mean + (took - *mean) / of_last;
     of->seen[SHARED] = now;
     of->tries += of->tries < FIRST_TRIES;
 }

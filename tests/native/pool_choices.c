@@ -6,12 +6,21 @@
 
 #include "runtime/pool.c"
 
-enum { JOBS = 2000, ALONE_NS = 400000, SHARED_NS = 220000, WAKE_NS = 40000, STALL_NS = 4000000, GAP_NS = 20000 };
+enum {
+    JOBS = 2000,
+    ALONE_NS = 400000,
+    SHARED_NS = 220000,
+    WAKE_NS = 40000,
+    STALL_NS = 4000000,
+    GAP_NS = 20000,
+    SLOWED_NS = 20000000
+};
 
 static int64_t now_ns = 1000000000000;
 static const char *scene;
 static int shared_so_far;
 static bool is_awake;
+static int64_t last_shared_ns;
 
 int64_t fxq_now_ns(void) { return now_ns; }
 int fxq_ready_workers(int threads) { return is_awake ? threads - 1 : 0; }
@@ -35,14 +44,16 @@ void fxq_run_with_workers(const struct fxq_offer *offer, bool wakes) {
     if (strcmp(scene, "disturbed") == 0 && shared_so_far % 100 < 2) took += STALL_NS;
     if (strcmp(scene, "busy") == 0 && shared_so_far % 4) took += STALL_NS;
     if (strcmp(scene, "useless") == 0) took = ALONE_NS * 3 / 2;
+    if (strcmp(scene, "siblings") == 0 && shared_so_far > 200) took = ALONE_NS * 5 / 4;
     atomic_store(&fxq_first_arrival, began + (wakes ? WAKE_NS : 500));
     if (took > ALONE_NS) atomic_store(&fxq_waited_ns, took - ALONE_NS);
-    now_ns += took;
+    last_shared_ns = now_ns += took;
 }
 
 static void job(void *arg, struct fxq_team *team) {
     (void)arg, (void)team;
-    now_ns += ALONE_NS;
+    const bool is_slowed = shared_so_far > 200 && now_ns - last_shared_ns < SLOWED_NS; /* by what came before */
+    now_ns += strcmp(scene, "siblings") == 0 && is_slowed ? ALONE_NS * 13 / 10 : ALONE_NS;
 }
 
 int main(int count, char **arguments) {

@@ -49,7 +49,7 @@ def test_jobs_that_lose_are_seldom_shared(play, scene):
 
 
 def test_cores_that_slow_each_other_down_are_found_out(play):
-    # After 200 jobs a shared one takes 1.25 times as long as alone, and one alone 1.3 times for 20 ms after a shared one.
+    # After 200 jobs, a shared one takes 1.25 times as long as alone; for 20 ms after it, one alone takes 1.3 times.
     counts = play("siblings")
     assert counts["alone"] >= 0.8 * JOBS, counts
     assert counts["took"] <= 1.05 * JOBS * ALONE_US, counts

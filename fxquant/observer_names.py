@@ -34,8 +34,8 @@ _OPTIONS = frozenset(
 class ObserverName:
     """A name of torch.ao's for a way to observe; `with_args(…)`, or calling it, gives the equivalent TensorSpec.
 
-    dtype: torch.quint8 (the default) or torch.uint8 for an activation, torch.qint8 or torch.int8 for a weight. A name
-    of channels is for weights: int8 by default, torch.quint8 and torch.quint4x2 for the rows of an embedding.
+    dtype: quint8 (the default) or uint8 for an activation, qint8 or int8 for a weight. A name
+    of channels is for weights: int8 by default, quint8 and quint4x2 for the rows of an embedding.
     Activations are exact at 8 bits here, so `reduce_range` changes nothing; neither do `eps` and a histogram's `bins`.
     Of `qscheme` only "per tensor" or "per channel" counts: an activation's zero point always follows from its range.
     options: what this name takes beyond that; `needs`: those of them that it cannot do without.

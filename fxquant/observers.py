@@ -42,7 +42,7 @@ class Observer(nn.Module):
 
     @classmethod
     def with_args(cls, **options: Any) -> TensorSpec:
-        """Return the TensorSpec that torch.ao's form says: `MinMaxObserver.with_args(dtype=torch.qint8)`, say.
+        """Return the TensorSpec that torch.ao's form says: `MinMaxObserver.with_args(dtype=torch.int8)`, say.
 
         QConfigError for an observer that torch.ao has not, which a TensorSpec alone cannot name.
         """

@@ -57,12 +57,12 @@ class QConfig:
         if self.weight.range is not None:
             raise QConfigError(
                 f"QConfig.weight has the range of an activation, {self.weight.range}; a weight of torch.ao's has "
-                "dtype=torch.qint8"
+                "dtype=torch.int8"
             )
         if self.activation is not None and self.is_static and self.activation.dtype == "int8":
             raise QConfigError(
                 f"QConfig.activation is calibrated as uint8, got '{self.activation}'; leave dtype out, or write "
-                "torch.quint8: the zero point covers values below 0"
+                "torch.uint8: the zero point covers values below 0"
             )
         if self.activation is not None and self.activation.axis in ("channel", "group"):
             raise QConfigError(f"QConfig.activation has one scale a token or one a tensor; got '{self.activation}'")

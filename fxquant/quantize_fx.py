@@ -127,21 +127,23 @@ def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None, check:
     """Return the quantized model that prepare_fx decided on. The prepared model is left as it was.
 
     data: an iterable of batches like those that the model will see, each a tuple of one call's positional arguments, a
-    dict of its keywords, or one tensor. With it 4- and 3-bit weights are rounded with GPTQ (docs/numerics.md, "GPTQ
-    error"): the float model runs over it once, and each site says in its `rounding` what came of it. Without it, and
-    for other weights, rounding is to nearest.
+    dict of its keywords, or one tensor. It calibrates static values, which need it unless the prepared model has run on
+    data before. With it 4- and 3-bit weights are rounded with GPTQ (docs/numerics.md, "GPTQ error"): the float model
+    runs over it once, and each site says in its `rounding` what came of it. Without it, and for other weights, rounding
+    is to nearest.
 
     check: whether the quantized model is run once on prepare_fx's example inputs, beside the float one. A layer that
     runs in float but not once it is quantized stays float, with a reason. One warning names other shapes or dtypes, NaN
     where float has none, and an SQNR below 10 dB with the worst sites.
 
-    Raises ModelStateError for anything but a result of prepare_fx; ExampleInputsError for data without a batch, or with
+    Raises ModelStateError for anything but a result of prepare_fx; CalibrationError for static values that have seen no
+    data; ExampleInputsError for data without a batch, or with
     one that does not fit forward; CheckError where the quantized model fails on the example inputs.
     """
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
     if data is not None and record.values.edges:
-        batches = list(data)
-        prepared, data = calibrated(prepared, batches), batches if uses_hessians(record.sites) else None
+        again = list(data) if uses_hessians(record.sites) else None  # which needs a second pass
+        prepared, data = calibrated(prepared, data if again is None else again), again
     hessians = gather(prepared, record.sites, data) if data is not None else None
     if not check:
         return convert_with(prepared, hessians)

@@ -24,7 +24,7 @@ from fxquant.graph.why import StaysFloat
 from fxquant.nn import QuantizedModule
 from fxquant.qconfig_mapping import qconfig_name
 
-_STATIC_SPEED = ("slow: static layers run in plain torch so far, which is not faster than float",)
+_STATIC_SPEED = ("slow: static layers run in plain torch so far, slower than float",)
 _SHOWN = 3  # places of one kind and reason
 
 

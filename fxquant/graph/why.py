@@ -35,6 +35,7 @@ class Why(enum.Enum):
     WRITTEN = "forward writes into its weight or bias as it runs"
     PRESERVED_WRITES = "preserved code may write into it"
     USED_BESIDE = "code beside the graph uses it as it is"
+    HOOKED = "it has a hook, which would see integers"
     PASSED_BY = (
         "forward calls the float layer by a reference that no copy of the model can follow (in a global, a class, a "
         "local class); let it call the layer by an attribute of the model"

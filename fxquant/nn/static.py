@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,13 +15,17 @@ from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.nn.convolution import paddings
 from fxquant.qconfig import QConfig, default_static_qconfig
 
+_CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _SHOWN = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class StaticQuantizedProduct(QuantizedModule):
     """What a static Linear and a static convolution share: int8 weights, and a call with scales.
 
-    weight_int8: (O, ...); weight_scale, bias: (O,) float32. weight: the float weight.
+    weight_int8: (O, ...); weight_scale, bias: (O,) float32. weight: the float weight. The graph calls it with integers
+    and their scale; code beside the graph (a preserved method, a module that is not traced) calls it as the float
+    module, and gets what floats and the dequantized weight give.
     """
 
     bias: nn.Parameter
@@ -35,6 +41,31 @@ class StaticQuantizedProduct(QuantizedModule):
         bias = torch.zeros(self.out_features, device=weight.device) if module.bias is None else module.bias
         self.set_bias("bias", bias.to(torch.float32))
 
+    def forward(
+        self,
+        input: torch.Tensor,
+        input_scale: torch.Tensor | None = None,
+        input_zero_point: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+        zero_point: torch.Tensor | None = None,
+        **more: Any,
+    ) -> torch.Tensor:
+        """Return the product of the input: float32, or uint8 under a scale. more: as the operator in `ops` takes it.
+
+        input: uint8 values under (input_scale, input_zero_point), or floats without them.
+        """
+        if input_scale is None:
+            return self._in_float(input.to(torch.float32)).to(input.dtype)
+        return self._in_integers((input, input_scale, input_zero_point), (scale, zero_point), more)
+
+    def _in_float(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what a float module gives that has the dequantized weight."""
+        raise NotImplementedError
+
+    def _in_integers(self, value: Sequence[Any], output: Sequence[Any], more: dict[str, Any]) -> torch.Tensor:
+        """Return what the operator gives."""
+        raise NotImplementedError
+
     def correct_bias(self, weight: torch.Tensor, mean: torch.Tensor) -> None:
         """Add to the bias (W - Ŵ) E[x]: what the integers give less than the float weight on average.
 
@@ -44,8 +75,8 @@ class StaticQuantizedProduct(QuantizedModule):
         self.bias.add_(self._sum(lost, mean).to(self.bias.dtype))
 
     def _sum(self, weight: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-        """Return what a constant input gives: (O,)."""
-        return weight @ mean
+        """Return what a constant input gives on average: (O,)."""
+        raise NotImplementedError
 
 
 class StaticQuantizedLinear(StaticQuantizedProduct):
@@ -58,20 +89,14 @@ class StaticQuantizedLinear(StaticQuantizedProduct):
         """Return the quantized form of a float Linear (or LinearReLU), which is left as it is."""
         return cls(module, qconfig, quantize)
 
-    def forward(
-        self,
-        input: torch.Tensor,
-        input_scale: torch.Tensor,
-        input_zero_point: torch.Tensor,
-        scale: torch.Tensor | None = None,
-        zero_point: torch.Tensor | None = None,
-        **more: Any,
-    ) -> torch.Tensor:
-        """Return input @ weight.T + bias: float32, or uint8 under a scale. more: as `ops.static_linear` takes it."""
-        weight, weight_scale, bias = self.own(self._tensors)
-        return ops.static_linear(
-            input, input_scale, input_zero_point, weight, weight_scale, bias, scale, zero_point, **more
-        )
+    def _in_float(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.dequantize("weight"), self.own(self._tensors)[2])
+
+    def _in_integers(self, value: Sequence[Any], output: Sequence[Any], more: dict[str, Any]) -> torch.Tensor:
+        return ops.static_linear(*value, *self.own(self._tensors), *output, **more)
+
+    def _sum(self, weight: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        return weight @ mean
 
     def extra_repr(self) -> str:
         """Return what print shows: the sizes and the scheme."""
@@ -89,62 +114,46 @@ class StaticQuantizedConv(StaticQuantizedProduct):
         quantized = cls(module, qconfig, quantize, (0, 1) if module.transposed else None)
         for name in ("in_channels", "out_channels", "transposed", "output_padding", *_SHOWN):
             setattr(quantized, name, getattr(module, name))
-        sides = (
-            [side for side in module.padding for _ in range(2)]
-            if module.transposed
-            else [
-                side
-                for at in reversed(range(len(module.kernel_size)))
-                for side in paddings(module)[2 * at : 2 * at + 2]
-            ]
-        )
+        sides = [side for side in module.padding for _ in range(2)] if module.transposed else _turned(paddings(module))
         quantized._sides = tuple(sides)
         return quantized
 
-    def forward(
-        self,
-        input: torch.Tensor,
-        input_scale: torch.Tensor,
-        input_zero_point: torch.Tensor,
-        scale: torch.Tensor | None = None,
-        zero_point: torch.Tensor | None = None,
-        **more: Any,
-    ) -> torch.Tensor:
-        """Return the convolution of the input. more: as `ops.static_convolution` takes it."""
-        weight, weight_scale, bias = self.own(self._tensors)
+    def _in_float(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.dequantize("weight"), self.own(self._tensors)[2]
+        options: Any = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        rank = weight.dim() - 2
+        y: torch.Tensor
+        if self.transposed:
+            y = _TRANSPOSED[rank](x, weight, bias, *options)
+            return y
+        mode = "constant" if self.padding_mode == "zeros" else str(self.padding_mode)
+        padded = F.pad(x, _turned(self._sides), mode)
+        y = _CONVOLUTIONS[rank](padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+        return y
+
+    def _in_integers(self, value: Sequence[Any], output: Sequence[Any], more: dict[str, Any]) -> torch.Tensor:
         sides: Any = self._sides
         if self.padding_mode != "zeros":
-            rank = len(sides) // 2
-            turned = [side for at in reversed(range(rank)) for side in sides[2 * at : 2 * at + 2]]
-            padded, sides = F.pad(input, turned, str(self.padding_mode)), (0,) * len(sides)
-        else:
-            padded = input
-        return ops.static_convolution(
-            padded,
-            input_scale,
-            input_zero_point,
-            weight.transpose(0, 1) if self.transposed else weight,
-            weight_scale,
-            bias,
-            scale,
-            zero_point,
-            self.stride,
-            sides,
-            self.dilation,
-            self.groups,
-            self.transposed,
-            self.output_padding,
-            **more,
-        )
+            value = (F.pad(value[0], _turned(sides), str(self.padding_mode)), *value[1:])
+            sides = (0,) * len(sides)
+        weight, weight_scale, bias = self.own(self._tensors)
+        product: Any = (weight.transpose(0, 1) if self.transposed else weight, weight_scale, bias)
+        windows: Any = (self.stride, sides, self.dilation, self.groups, self.transposed, self.output_padding)
+        return ops.static_convolution(*value, *product, *output, *windows, **more)
 
     def _sum(self, weight: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-        """Return what a constant input gives, away from the borders: (O,)."""
+        """Return what a constant input gives on average, away from the borders: (O,)."""
         sums = weight.flatten(2).sum(2)
-        if self.transposed:
-            return sums.t() @ mean
+        if self.transposed:  # an output meets one of as many taps as its stride has phases
+            return sums.t() @ mean / float(math.prod(self.stride))
         return (sums.view(self.groups, -1, sums.shape[1]) @ mean.view(self.groups, -1, 1)).flatten()
 
     def extra_repr(self) -> str:
         """Return what print shows: the sizes and the scheme."""
         shown = ", ".join(f"{name}={getattr(self, name)}" for name in _SHOWN)
         return f"{self.in_channels}, {self.out_channels}, {shown}, {self.qconfig}"
+
+
+def _turned(sides: Sequence[int]) -> list[int]:
+    """Return sides of padding with the dimensions in the other order: F.pad begins with the last one."""
+    return [side for at in reversed(range(0, len(sides), 2)) for side in sides[at : at + 2]]

@@ -47,6 +47,38 @@ def test_outputs_are_those_of_a_float_module_with_the_weights_that_are_stored(ma
 
 
 @torch.no_grad()
+def test_code_beside_the_graph_calls_it_with_floats():
+    torch.manual_seed(0)
+    for make, shape in (
+        (lambda: nn.Linear(12, 7), (3, 12)),
+        (lambda: nn.Conv2d(4, 6, (3, 2), padding="same", dilation=(1, 2), groups=2), (2, 4, 5, 6)),
+        (lambda: nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="reflect"), (2, 4, 5, 6)),
+        (lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), (1, 0), dilation=(1, 2)), (2, 4, 5, 3)),
+    ):
+        module, twin, x = make(), make(), torch.randn(shape)
+        kind = StaticQuantizedLinear if isinstance(module, nn.Linear) else StaticQuantizedConv
+        quantized = kind.from_float(module)
+        twin.weight.copy_(quantized.dequantize("weight"))
+        twin.bias.copy_(module.bias)
+        assert torch.allclose(quantized(x), twin(x), rtol=1e-5, atol=1e-6)
+        assert quantized(x.double()).dtype == torch.float64
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (4, 2), (3, 3)])
+def test_a_transposed_convolution_with_a_stride_is_corrected_by_the_taps_that_an_output_meets(kernel, stride):
+    torch.manual_seed(0)
+    module = nn.ConvTranspose2d(16, 8, kernel, stride)
+    quantized, twin = StaticQuantizedConv.from_float(module), nn.ConvTranspose2d(16, 8, kernel, stride)
+    quantized.correct_bias(module.weight, torch.ones(16).double())
+    twin.weight.copy_(quantized.dequantize("weight"))
+    twin.bias.copy_(quantized.bias)
+    x = torch.ones(1, 16, 9, 9)
+    inner = (..., *[slice(2 * kernel, -2 * kernel)] * 2)
+    assert (twin(x) - module(x))[inner].mean((0, 2, 3)).abs().max() < 1e-6
+
+
+@torch.no_grad()
 def test_a_constant_input_is_what_a_bias_is_corrected_by():
     torch.manual_seed(0)
     module = nn.ConvTranspose2d(4, 6, 1)

@@ -38,7 +38,7 @@ class _Type(NamedTuple):
 
 
 class ModuleWalk:
-    """Decides for modules, each once, and for those inside them. root: what holds them."""
+    """Decides for modules, each once, and for those inside them. root: what holds them; hooked: those with hooks."""
 
     def __init__(
         self,
@@ -47,7 +47,9 @@ class ModuleWalk:
         preserved: Preserved,
         rules: Rules,
         decisions: Decisions,
+        hooked: frozenset[str] = frozenset(),
     ) -> None:
+        self._hooked = hooked
         self._root, self._operators, self._preserved = root, operators, preserved
         self._rules, self._decisions = rules, decisions
         self._tree = set(map(id, root.modules()))
@@ -123,11 +125,17 @@ class ModuleWalk:
         known = None if base is None else FLOAT_TYPES.get(base, base)
         is_whole = operator is not None or not any(True for _ in module.children())
         by_weight = self._rules.find(path, path.rpartition(".")[0], module_type, known, is_whole, weights)
-        what, by_weight = self._with_form(what, by_weight, is_called)
+        static = self._static_operator(what, by_weight[""]) if is_called else None
+        is_hooked = static is not None and path in self._hooked
+        if static is not None and not is_hooked:
+            what = what._replace(operator=static)
+        else:
+            by_weight = {name: dynamic(rule) for name, rule in by_weight.items()}
         operator = what.operator
         rules = {name: by_weight[weight] for weight, name in weights.items()}
         rule = main_rule(by_weight[""], rules.values())
         reason = inside or why_hidden(module) or self._held.get(id(module)) or self._refuse(path, module, what)
+        reason = because(Why.HOOKED) if reason is not None and is_hooked else reason
         tensors = tuple(module.parameters(recurse=operator is not None))  # a module inside counts itself
         shape = shape if operator is None or operator.has_rows else ()
         candidate = Candidate(path, type_name(module_type), operator, tensors, shape)
@@ -139,14 +147,13 @@ class ModuleWalk:
         if operator is not None:
             self._rules.check_parts(path, module, rule, rules)
 
-    def _with_form(self, what: _Type, rules: dict[str, Rule], is_called: bool) -> tuple[_Type, dict[str, Rule]]:
-        """Return a module's type with its static operator where its rule asks for that; else rules that are dynamic."""
-        qconfig = rules[""].qconfig
-        if is_called and what.base is not None and qconfig is not None and qconfig.is_static:
-            operator = find_module_operator(self._operators, what.base, is_static=True)
-            if operator is not None and (operator.accepts(qconfig) or what.operator is None):
-                return what._replace(operator=operator), rules
-        return what, {name: dynamic(rule) for name, rule in rules.items()}
+    def _static_operator(self, what: _Type, rule: Rule) -> Operator | None:
+        """Return the static operator of a module, where its rule asks for that."""
+        if what.base is None or rule.qconfig is None or not rule.qconfig.is_static:
+            return None
+        operator = find_module_operator(self._operators, what.base, is_static=True)
+        is_taken = operator is not None and (operator.accepts(rule.qconfig) or what.operator is None)
+        return operator if is_taken else None
 
     def _refuse(self, path: str, module: nn.Module, what: _Type) -> Reason | None:
         """Return why a module stays float under any rule, or None."""

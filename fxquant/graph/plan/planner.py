@@ -64,7 +64,7 @@ def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator])
     Raises QConfigError where an entry that names a candidate directly gives it a qconfig that its operator cannot take.
     """
     rules, decisions = Rules(mapping, traced.names), _decisions(traced.module, traced.keep.written)
-    modules = ModuleWalk(traced.module, operators, traced.keep.preserved, rules, decisions)
+    modules = ModuleWalk(traced.module, operators, traced.keep.preserved, rules, decisions, traced.hooked)
     calls = CallWalk(traced, operators, rules, decisions)
     for node in traced.module.graph.nodes:
         if node.op == "call_module":

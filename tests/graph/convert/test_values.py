@@ -1,5 +1,7 @@
 """A static model's graph computes with integers: what each node becomes, and that the numbers are those of the plan."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,6 +87,62 @@ def test_scales_are_plain_buffers_named_after_their_values():
         "first_scale": (torch.float32, ()),
     }
     assert state["x_zero_point"].dtype == torch.int32
+
+
+@torch.no_grad()
+def test_a_hook_sees_floats_and_what_it_gives_is_used():
+    torch.manual_seed(0)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        model, seen = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)), []
+
+        def hook(_, args, output=None, seen=seen):
+            seen.append(args[0].dtype)
+            return 2 * output if output is not None else (2 * args[0],)
+
+        getattr(model[1], register)(hook)
+        module, x = quantized(model)
+        (skipped,) = module.record.skipped
+        assert (skipped.path, skipped.reason) == ("1", "it has a hook, which would see integers")
+        seen.clear()
+        assert sqnr(model(x), module(x)) > 30
+        assert set(seen) == {torch.float32}
+
+
+@torch.no_grad()
+def test_a_preserved_method_calls_a_static_layer_with_floats():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+        def features(self, x):
+            return self.conv(x)
+
+        def forward(self, x):
+            return self.last(F.relu(self.conv(x)))
+
+    torch.manual_seed(0)
+    model, x = Model().eval(), torch.randn(2, 3, 6, 6)
+    mapping = fxquant.default_static_qconfig_mapping()
+    module = convert_fx(prepare_fx(model, mapping, (x,), preserved_attributes=("features",)), data=[(x,)])
+    assert {site.operator for site in module.record.sites} == {"static convolution"}
+    assert sqnr(model.features(x), module.features(x)) > 40
+
+
+@torch.no_grad()
+def test_calibration_data_is_not_kept():
+    refs = []
+
+    def batches():
+        for _ in range(4):
+            x = torch.randn(2, 3, 6, 6)
+            assert sum(ref() is not None for ref in refs) <= 1  # of the batches before, the last at most
+            refs.append(weakref.ref(x))
+            yield (x,)
+
+    mapping = fxquant.default_static_qconfig_mapping()
+    convert_fx(prepare_fx(Net(F.relu).eval(), mapping, (torch.randn(2, 3, 6, 6),)), data=batches())
+    assert len(refs) == 4
 
 
 @torch.no_grad()

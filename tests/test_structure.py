@@ -42,6 +42,7 @@ TESTED_ELSEWHERE = {
     "checkpoint.files": "tests/test_checkpoint.py: the files that save writes and load reads",
     "checkpoint.plan": "tests/test_checkpoint.py: what each format's plan is made of",
     "checkpoint.rebuild": "tests/test_checkpoint.py: the models that load makes, and those that it refuses",
+    "debug.measure.activation": "tests/debug/measure/test_compare.py, with what compare shows",
     "frames": "tests/test_errors.py: the lines that errors and warnings name",
     "graph.eager": "tests/test_eager.py, with fxquant.eager",
     "graph.old_keys": "tests/test_old_files.py: files and state_dicts of the old keys",

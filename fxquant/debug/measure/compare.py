@@ -11,7 +11,8 @@ peak says how far the largest values of the float site's input stick out, over i
 
     peak = √(Σ_t K max_k x_tk² / Σ_t Σ_k x_tk²)      1 if all values have one magnitude; √K if only one is not 0
 
-A token is quantized in 255 steps of a size that its largest values set: twice the peak costs 6 dB."""
+A token is quantized in 255 steps, and its largest values set their size: twice the peak costs 6 dB.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fxquant.debug.measure.activation import Activation
 from fxquant.debug.measure.metric import NO_FLOATS, Progress
 from fxquant.debug.measure.sites import OpenModel, first_tensor, open_float, open_quantized
 from fxquant.debug.measure.static import End
@@ -34,7 +36,7 @@ from fxquant.debug.report.report import Column, Report
 from fxquant.debug.report.table import decibels, first_few, site_fields, site_name
 from fxquant.errors import ExampleInputsError
 from fxquant.graph.call import each_batch, run
-from fxquant.graph.outputs import Error, energy, named_floats, wide
+from fxquant.graph.outputs import Error, named_floats
 from fxquant.graph.record import Site, need_stage
 
 _SHOWN_OUTPUTS = 8
@@ -155,38 +157,12 @@ class Comparison(Report):
         return write(path, self.figure())
 
 
-class _Activation:
-    """Running range and peak of one input."""
-
-    def __init__(self) -> None:
-        self.low, self.high, self.peaks, self.energy = math.inf, -math.inf, 0.0, 0.0
-
-    def add(self, x: torch.Tensor) -> None:
-        """Count another tensor's tokens; those with a NaN or an infinity are left out."""
-        tokens = wide(x).reshape(-1, x.shape[-1] if x.dim() else 1)
-        if not math.isfinite(energy(tokens)):
-            tokens = tokens[tokens.isfinite().all(-1)]
-        if tokens.numel():
-            low, high = tokens.aminmax()
-            self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
-            self.peaks += tokens.shape[-1] * energy(tokens.abs().amax(-1))
-            self.energy += energy(tokens)
-
-    @property
-    def range(self) -> tuple[float, float]:
-        return (self.low, self.high) if self.low <= self.high else (math.nan, math.nan)
-
-    @property
-    def peak(self) -> float:
-        return math.sqrt(self.peaks / self.energy) if self.energy else math.nan
-
-
 class _Watch:
     """Watches one site while both models run."""
 
     def __init__(self, number: int, site: Site, theirs: OpenModel, ours: OpenModel) -> None:
         self.site, self.form, self.unpaired = site, ours.form(number), 0
-        self.accumulated, self.local, self.activation = Error(), Error(), _Activation()
+        self.accumulated, self.local, self.activation = Error(), Error(), Activation()
         self.waiting: collections.deque[torch.Tensor] = collections.deque()  # float outputs of this batch
         # Ahead of the user's own hooks, which may change the site's output:
         theirs.sites[number].register_forward_hook(self.see_float, prepend=True, with_kwargs=True)

@@ -17,7 +17,8 @@ from fxquant.qconfig_mapping import Entry, QConfigMapping, Setter, order_entry, 
 
 
 def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (), *, strict: bool = False) -> None:
-    """Warn of the mapping's entries that ask for a qconfig and quantize nothing; once, of a model with no site.
+    """Warn of the mapping's entries that ask for a qconfig and quantize nothing; once, of a model with no site, and of
+    static qconfigs for a model without a graph.
 
     strict: raise QConfigError, which lists them, where candidates stay float that the mapping does not ask to.
     """
@@ -25,6 +26,11 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
     if strict:
         _refuse_unasked(model, record)
         _refuse_floats(model, record)
+    if record.sites and not record.is_traced and _asks_for_static(mapping):
+        warn(
+            f"this {model} has no graph, and so no values to calibrate: its static qconfigs quantize activations as it "
+            "runs (their as_dynamic); data calibrates nothing"
+        )
     decided: list[Site | Skipped] = [*record.sites, *skipped]
     used = {entry for site in record.sites for entry in (site.entry, *site.part_entries)}
     entries = list(_asking(mapping, known.types | set(functions)))
@@ -42,6 +48,15 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
             if reasons or not any(_covers(entry, part, known) for part in decided):
                 why = reasons[0] if reasons else "nothing there has a weight that can be quantized"
                 warn(f"the mapping's {entry} quantizes nothing: {why}; in all, {record.outcome}")
+
+
+def _asks_for_static(mapping: QConfigMapping) -> bool:
+    chosen = (
+        *(mapping.global_qconfig, *mapping.object_type_qconfigs.values(), *mapping.module_name_qconfigs.values()),
+        *mapping.module_name_regex_qconfigs.values(),
+        *mapping.module_name_object_type_order_qconfigs.values(),
+    )
+    return any(qconfig is not None and qconfig.is_static for qconfig in chosen)
 
 
 def _refuse_unasked(model: str, record: Record) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxquant
 from fxquant import (
     QConfigError,
     QConfigMapping,
@@ -163,3 +164,21 @@ def test_strict_changes_nothing_where_all_is_quantized():
     model, x = nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(2, 8)
     results = [convert_fx(prepare_fx(model, everything(), x, strict=strict))(x) for strict in (False, True)]
     assert torch.equal(*results)
+
+
+def test_static_qconfigs_for_a_model_without_a_graph_are_warned_of():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.linear(x) if x.sum() > 0 else self.linear(-x)
+
+    mapping, x = fxquant.default_static_qconfig_mapping(), torch.randn(2, 64)
+    with pytest.warns(UserWarning, match="this Branches has no graph, and so no values to calibrate") as caught:
+        prepared = fxquant.prepare_fx(Branches().eval(), mapping, (x,))
+    assert any("does not trace" in str(warning.message) for warning in caught)
+    assert not prepared._fxquant_record.sites[0].is_static
+    with pytest.warns(UserWarning, match="this Linear has no graph"):
+        fxquant.quantize_dynamic(nn.Linear(64, 64).eval(), mapping)

@@ -13,7 +13,8 @@ from tests.native.build import ROOT, build
 # Null pointers and the ends of objects are AddressSanitizer's too; asking twice doubles what a compiler needs.
 FLAGS = (
     *("-fsanitize=address,undefined", "-fno-sanitize=null,object-size", "-fno-sanitize-recover=undefined"),
-    *("-fno-omit-frame-pointer", "-g1", "-O1", "-fwrapv", "-fvisibility=hidden"),
+    # Not optimized: compiling is most of the time, and nothing that would be wrong is optimized away.
+    *("-fno-omit-frame-pointer", "-g1", "-O0", "-fwrapv", "-fvisibility=hidden"),
     *("--param", "asan-instrumentation-with-call-threshold=0"),  # calls compile in half the time of inline checks
 )
 RUN = """

@@ -71,6 +71,7 @@ class StaysFloat(enum.Enum):
     NO_FORM = "it has no integer form"
     OTHER_ARGUMENTS = "it has no integer form with these arguments, dtypes or a hook"
     READS_FLOATS = "it reads a value that stays float"
+    READ_AS_FLOATS = "what reads it computes with floats"
 
 
 class Reason(NamedTuple):

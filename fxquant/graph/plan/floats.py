@@ -21,13 +21,15 @@ def find_floats(
     made: Collection[fx.Node],
     quantized: Collection[fx.Node],
     calls: Collection[str],
+    wanted: Collection[fx.Node],
     kind_of: Callable[[fx.Node], Any],
     sites: Collection[str],
 ) -> tuple[FloatValue, ...]:
     """Return what computes with floats that come from integers and become integers again.
 
     made: the nodes that give integers; quantized: those whose floats become integers; calls: the names of the nodes
-    that compute with integers; sites: the paths and names of the candidates, which are reported as such.
+    that compute with integers; wanted: those that some reader wants as integers; sites: the paths and names of the
+    candidates, which are reported as such.
     """
     after: set[fx.Node] = set()  # of integers
     for node in nodes:
@@ -43,7 +45,7 @@ def find_floats(
             node=node.name,
             path=str(node.target) if node.op == "call_module" else "",
             kind=call_name(kind_of(node)),
-            why=_why(node, kind_of(node), after),
+            why=_why(node, kind_of(node), after, wanted),
             source=edit.node_frame(node),
         )
         for node in nodes
@@ -58,9 +60,9 @@ def _computes(node: fx.Node, sites: Collection[str]) -> bool:
     return node.name not in sites and not (node.op == "call_module" and node.target in sites)
 
 
-def _why(node: fx.Node, kind: Any, after: Collection[fx.Node]) -> Reason:
+def _why(node: fx.Node, kind: Any, after: Collection[fx.Node], wanted: Collection[fx.Node]) -> Reason:
     if find_value_operator(kind) is None:
         return because(StaysFloat.NO_FORM)
     if any(read in after for read in node.all_input_nodes):
         return because(StaysFloat.READS_FLOATS)
-    return because(StaysFloat.OTHER_ARGUMENTS)
+    return because(StaysFloat.OTHER_ARGUMENTS if node in wanted else StaysFloat.READ_AS_FLOATS)

@@ -80,7 +80,7 @@ class _Walk:
             elif node in self._wanted:
                 done |= set(self._visit(node))
         integer = {name for call in self._calls for name in (call.node, *call.absorbed)}
-        floats = find_floats(self._nodes, self._made, self._quantized, integer, self._kind, candidates)
+        floats = find_floats(self._nodes, self._made, self._quantized, integer, self._wanted, self._kind, candidates)
         return Values(tuple(self._edges()), tuple(self._calls), floats)
 
     def _site(self, node: fx.Node) -> Site | None:

@@ -127,6 +127,22 @@ def test_what_stays_float_between_integers_says_why():
     assert str(value).startswith("pad (F.pad at ")
 
 
+def test_what_has_an_integer_form_says_that_a_float_layer_reads_it():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.lstm, self.end = nn.Conv2d(3, 8, 3), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.end(self.lstm(F.adaptive_avg_pool2d(self.conv(x), (1, 3)).flatten(2).transpose(1, 2))[0])
+
+    assert [(value.node, value.why.why) for value in values_of(Reader()).floats] == [
+        ("adaptive_avg_pool2d", StaysFloat.READ_AS_FLOATS),
+        ("flatten", StaysFloat.READS_FLOATS),
+        ("transpose", StaysFloat.READS_FLOATS),
+    ]
+
+
 def test_what_stands_before_or_after_all_integers_is_not_between_them():
     class Ends(nn.Module):
         def __init__(self):

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fxquant import OPERATORS
+from fxquant.operators.base import ANY
+from fxquant.operators.values import VALUE_OPERATORS, Form
 from fxquant.ops import KERNELS
 from fxquant.qconfig import PRESETS
 from fxquant.qconfig_mapping import type_name
@@ -17,7 +19,43 @@ with a weight stays float, and `fxquant.explain` gives the reason.
 
 *float*: the modules and calls that the operator covers. *calls*: other ways to call it. *accepts*: the kinds of
 qconfig. *presets*: the qconfigs of [this table](quick_start.md#choose-what-is-quantized) among them.
+
+## At a glance
+
+*dynamic*: the weights' formats under a dynamic or weight-only qconfig. *static*: what becomes of the layer under
+`default_static_qconfig`. "int8" computes with calibrated integers and may give some; "dynamic" and "weight-only" are
+quantized as under a dynamic mapping, and give floats.
 """
+
+_VALUES = """## Values without weights
+
+What computes between [static](static_quantization.md) layers, and what it does there with integers. Everything else
+computes with floats, between a dequantize and a quantize, and so do these where their arguments have no integer form (a
+max pooling that returns indices, padding with a constant other than 0, interpolation that is not nearest, PReLU of a
+slope a channel); `explain` lists them.
+
+| modules | functions and methods, in any of their forms | with integers |
+|---|---|---|
+"""
+
+_DOES = {
+    Form.KEEPS: "integers pass as they are, under the same scale",
+    Form.PADS: "padded with the zero point, or with values that are there",
+    Form.POOLS: "the largest integer, under the same scale",
+    Form.LOOKS_UP: "a table of 256 integers; a ReLU or other clamp after a layer or an addition is part of that",
+    Form.ADDS: "two values: rounded once, after a layer as part of that; a value and a number: a table of 256 integers",
+    Form.MULTIPLIES: "two values: rounded once; a value and a number: a table of 256 integers",
+    Form.AVERAGES: "summed exactly and rounded once",
+}
+
+_SIGNS: dict[Any, str] = {
+    operator.getitem: "x[…]",
+    **dict.fromkeys((operator.add, operator.iadd), "+"),
+    operator.sub: "-",
+    operator.neg: "-x",
+    **dict.fromkeys((operator.mul, operator.imul), "*"),
+    operator.truediv: "/",
+}
 
 
 def _written(kind: Callable[..., Any] | str) -> str:
@@ -33,9 +71,41 @@ def _kinds(*kinds: Any) -> str:
     return ", ".join(dict.fromkeys(f"`{_written(kind)}`" for kind in kinds))
 
 
+def _glance() -> str:
+    """Return the table of layers: with which weights each is dynamic, and what becomes of it under a static mapping."""
+    static = {kind for row in OPERATORS if row.is_static for kind in (*row.modules, *row.functions)}
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    seen: set[Any] = set()
+    for row in sorted(OPERATORS, key=lambda row: row.is_static):
+        for kind in (*row.modules, *row.functions, *(pattern.functions[0] for pattern in row.calls)):
+            if kind in seen or getattr(kind, "__module__", "").startswith("fxquant"):
+                continue
+            seen.add(kind)
+            formats = "–" if row.is_static else ", ".join(dict.fromkeys(scheme.weight for scheme in row.schemes))
+            has_activations = any(scheme.activation != ANY for scheme in row.schemes)
+            under = "int8" if kind in static else "dynamic" if has_activations else "weight-only"
+            groups.setdefault((row.name, formats, under), []).append(kind)
+    lines = (f"| {_kinds(*kinds)} | {formats} | {under} |\n" for (_, formats, under), kinds in groups.items())
+    return "| layer | dynamic | static |\n|---|---|---|\n" + "".join(lines)
+
+
+def _called(kind: Callable[..., Any] | str) -> str:
+    """Return the name that a function and a method share."""
+    return kind if isinstance(kind, str) else _SIGNS.get(kind, kind.__name__)
+
+
+def _values() -> str:
+    """Return the table of functions of values."""
+    lines = []
+    for row in VALUE_OPERATORS:
+        calls = ", ".join(dict.fromkeys(f"`{_called(kind)}`" for kind in row.functions))
+        lines.append(f"| {_kinds(*row.modules)} | {calls} | {_DOES[row.form]} |\n")
+    return _VALUES + "".join(lines)
+
+
 def page() -> str:
     """Return the page's text."""
-    parts = [_HEAD]
+    parts = [_HEAD, _glance()]
     for row in OPERATORS:
         kinds = _kinds(*row.modules, *row.functions)
         calls = "".join(f"| calls | {_kinds(*pattern.functions)}: {pattern.summary} |\n" for pattern in row.calls)
@@ -45,6 +115,7 @@ def page() -> str:
             f"## {row.name}\n\n{row.summary}.\n\n"
             f"| | |\n|---|---|\n| float | {kinds} |\n{calls}| accepts | {schemes} |\n| presets | {presets} |\n"
         )
+    parts.append(_values())
     parts.append(
         "## The registered operators\n\n"
         "Graphs call the functions of `fxquant.ops`. `torch.compile` and `torch.export` see the operators "

@@ -12,7 +12,7 @@ from torch import nn
 from fxquant.entry import entry
 from fxquant.errors import QConfigError
 from fxquant.graph.calibrate import gather
-from fxquant.graph.call import bind_inputs
+from fxquant.graph.call import Inputs, bind_inputs
 from fxquant.graph.check.check import checked
 from fxquant.graph.eager import convert_tree, plain_mirror, prepare_tree
 from fxquant.graph.plan.outcome import judge
@@ -22,6 +22,7 @@ from fxquant.graph.trace.checks import check_kind
 from fxquant.graph.trace.exported import adopt
 from fxquant.graph.trace.trace import names_of
 from fxquant.operators import OPERATORS, Operator
+from fxquant.progress import Progress, count_on_terminal
 from fxquant.qconfig import (
     QConfig,
     default_dynamic_qconfig,
@@ -56,6 +57,7 @@ def quantize_dynamic(
     strict: bool = False,
     batch_invariant: bool | None = None,
     data: Iterable[Any] | None = None,
+    progress: Progress = count_on_terminal,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
@@ -65,9 +67,9 @@ def quantize_dynamic(
     None for every module of the operator table. dtype: for types and names without a qconfig of their own: torch.int8
     (default_dynamic_qconfig), torch.int16, torch.float16; for embeddings torch.uint8, torch.uint4.
     strict: whether a QConfigError lists what would stay float although no entry of the mapping says so.
-    batch_invariant: as for `prepare_fx`, for the swapped modules; products in the model's own code stay torch's. data:
-    as for `convert_fx`. example_inputs, example_kwargs: one call's arguments, as for prepare_fx, on which the quantized
-    model is checked as by `convert_fx`; without them nothing runs, and nothing is checked.
+    batch_invariant: as for `prepare_fx`, for the swapped modules; products in the model's own code stay torch's. data,
+    progress: as for `convert_fx`. example_inputs, example_kwargs: one call's arguments, as for prepare_fx, on which the
+    quantized model is checked as by `convert_fx`; without them nothing runs, and nothing is checked.
 
     This is for models that do not trace; calls of F.linear and the like cannot be quantized here. `fxquant.explain`
     lists what happened to each module; `fxquant.save` and `load` work as for a result of convert_fx.
@@ -79,14 +81,20 @@ def quantize_dynamic(
     mapping = _as_mapping(qconfig_spec, dtype)
     known = names_of(plain_mirror(model))
     check_mapping(mapping, known)
-    inputs = None
-    if example_inputs is not None or example_kwargs is not None:
-        inputs = bind_inputs(model, () if example_inputs is None else example_inputs, example_kwargs)
+    inputs = _bound(model, example_inputs, example_kwargs)
     prepared = prepare_tree(model, mapping, tuple(operators), inputs=inputs, batch_invariant=batch_invariant)
     record = need_stage(prepared, "prepared", "quantize_dynamic", "prepare_tree")
     judge(type(model).__name__, record, known, strict=strict)
-    convert = functools.partial(convert_tree, hessians=None if data is None else gather(prepared, record.sites, data))
+    hessians = None if data is None else gather(prepared, record.sites, data, progress)
+    convert = functools.partial(convert_tree, hessians=hessians)
     return convert(prepared) if inputs is None else checked(prepared, convert)
+
+
+def _bound(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None) -> Inputs | None:
+    """Return the arguments of the call that the model is checked on, None where there are none."""
+    if example_inputs is None and example_kwargs is None:
+        return None
+    return bind_inputs(model, () if example_inputs is None else example_inputs, example_kwargs)
 
 
 def _as_mapping(spec: Any, dtype: torch.dtype) -> QConfigMapping:

@@ -32,6 +32,7 @@ from fxquant.graph.trace.trace import names_of, trace
 from fxquant.graph.trace.verify import GraphFailsError, capture, check_runs, verify
 from fxquant.nn.fused import SPELT
 from fxquant.operators import OPERATORS, Operator
+from fxquant.progress import Progress, count_on_terminal
 from fxquant.qconfig_mapping import QConfigMapping
 
 
@@ -123,7 +124,13 @@ def _prepare_whole(
 
 
 @entry
-def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None, check: bool = True) -> nn.Module:
+def convert_fx(
+    prepared: nn.Module,
+    *,
+    data: Iterable[Any] | None = None,
+    progress: Progress = count_on_terminal,
+    check: bool = True,
+) -> nn.Module:
     """Return the quantized model that prepare_fx decided on. The prepared model is left as it was.
 
     data: an iterable of batches like those that the model will see, each a tuple of one call's positional arguments, a
@@ -131,6 +138,9 @@ def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None, check:
     data before. With it 4- and 3-bit weights are rounded with GPTQ (docs/numerics.md, "GPTQ error"): the float model
     runs over it once, and each site says in its `rounding` what came of it. Without it, and for other weights, rounding
     is to nearest.
+
+    progress: wraps the batches, such as `tqdm` for a bar. By default a line on a terminal counts them if they take more
+    than two seconds; `iter` shows nothing.
 
     check: whether the quantized model is run once on prepare_fx's example inputs, beside the float one. A layer that
     runs in float but not once it is quantized stays float, with a reason. One warning names other shapes or dtypes, NaN
@@ -143,8 +153,8 @@ def convert_fx(prepared: nn.Module, *, data: Iterable[Any] | None = None, check:
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
     if data is not None and record.values.edges:
         again = list(data) if uses_hessians(record.sites) else None  # which needs a second pass
-        prepared, data = calibrated(prepared, data if again is None else again), again
-    hessians = gather(prepared, record.sites, data) if data is not None else None
+        prepared, data = calibrated(prepared, data if again is None else again, progress), again
+    hessians = gather(prepared, record.sites, data, progress) if data is not None else None
     if not check:
         return convert_with(prepared, hessians)
     return checked(prepared, functools.partial(convert_with, hessians=hessians))

@@ -13,7 +13,7 @@ import fxquant
 PACKAGE = pathlib.Path(fxquant.__file__).parent
 FLOORS = {
     "errors": 0, "entry": 0, "formats": 0, "spec": 0, "_version": 0, "ranges": 0, "observer_names": 0,
-    "torch_ao.names": 0, "frames": 0,
+    "torch_ao.names": 0, "frames": 0, "progress": 0,
     "tensor_file": 1, "plain_values": 1,
     "numerics": 1, "gptq": 1, "ops": 1,
     "qconfig": 2, "qconfig_mapping": 2, "observers": 2, "value_observers": 2, "nn": 2,

@@ -29,6 +29,7 @@ from fxquant.graph.why import Rounded
 from fxquant.nn.base import quantize_alone
 from fxquant.numerics import QuantizedTensor
 from fxquant.observers import Observer
+from fxquant.progress import Progress
 from fxquant.qconfig import QConfig
 
 aten = torch.ops.aten
@@ -93,14 +94,14 @@ def uses_gptq(qconfig: QConfig) -> bool:
     return qconfig.weight.format.uses_gptq
 
 
-def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> Hessians:
+def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any], progress: Progress = iter) -> Hessians:
     """Return the Hessians of the sites' weights, from their inputs while a prepared model runs over data.
 
     It runs as a mirror, so that it is not changed. All weights are watched in one pass, since one each would take far
     longer: float32 (K, K) for a weight (O, K), K / O of its memory.
     Raises ExampleInputsError for a batch that does not run, or no batch at all.
     """
-    batches = each_batch(data, prepared)
+    batches = each_batch(data, prepared, progress)
     twin = edit.mirror(prepared)
     weights = _weights(twin, sites)
     if any(tensor.is_meta for tensor in twin.parameters()):
@@ -123,13 +124,13 @@ def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any]) -> H
     return Hessians(counter.close())
 
 
-def calibrated(prepared: nn.Module, data: Iterable[Any]) -> nn.Module:
+def calibrated(prepared: nn.Module, data: Iterable[Any], progress: Progress = iter) -> nn.Module:
     """Return a mirror of a prepared model whose observers have seen data, beside what they saw before.
 
     Raises ExampleInputsError for a batch that does not run, or no batch at all.
     """
     twin = edit.mirror(prepared)
-    for number, arguments in enumerate(each_batch(data, prepared)):
+    for number, arguments in enumerate(each_batch(data, prepared, progress)):
         with torch.no_grad():
             _run(twin, arguments, number)
     return twin

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import ExampleInputsError
 from fxquant.graph import edit
 from fxquant.graph.outputs import drained
+from fxquant.progress import Progress
 
 
 class Inputs(NamedTuple):
@@ -105,9 +106,7 @@ def _as_inputs(value: Any) -> Inputs | None:
     return Inputs(tuple(value), {}) if is_sequence else None
 
 
-def each_batch(
-    data: Iterable[Any], model: nn.Module, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
-) -> Iterator[Inputs]:
+def each_batch(data: Iterable[Any], model: nn.Module, progress: Progress = iter) -> Iterator[Inputs]:
     """Yield the arguments of each batch, or raise ExampleInputsError if there is none.
 
     progress: wraps the batches, as tqdm does.

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fxquant.debug.measure.metric import Progress, need_information, need_number
+from fxquant.debug.measure.metric import need_information, need_number
 from fxquant.debug.measure.profile import profile
 from fxquant.debug.measure.replay import Variant
 from fxquant.debug.measure.sites import Forms
@@ -27,6 +27,7 @@ from fxquant.debug.measure.trial import Trial
 from fxquant.debug.report.table import site_name
 from fxquant.errors import QConfigError
 from fxquant.operators import find_operator
+from fxquant.progress import Progress
 from fxquant.qconfig import QConfig
 from fxquant.tuning.ladder import Ladder, Mixture, Option, Place, Unit, best_mixtures, ladder_of, places_of, tie
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from fxquant.debug.measure.metric import Metric, Progress
+from fxquant.debug.measure.metric import Metric
 from fxquant.debug.measure.trial import Trial
 from fxquant.debug.report.table import site_name
 from fxquant.errors import ArgumentError, QConfigError, each_warning_once, warn
 from fxquant.graph import edit
 from fxquant.graph.record import Site, record_of
+from fxquant.progress import Progress
 from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping
 from fxquant.tuning.ladder import LADDER, check_schemes, scheme_name
 from fxquant.tuning.mapping import by_name, by_type

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from fxquant.debug.measure.activation import Activation
-from fxquant.debug.measure.metric import NO_FLOATS, Progress
+from fxquant.debug.measure.metric import NO_FLOATS
 from fxquant.debug.measure.sites import OpenModel, first_tensor, open_float, open_quantized
 from fxquant.debug.measure.static import End
 from fxquant.debug.report.charts import Bar, bar_chart
@@ -38,6 +38,7 @@ from fxquant.errors import ExampleInputsError
 from fxquant.graph.call import each_batch, run
 from fxquant.graph.outputs import Error, named_floats
 from fxquant.graph.record import Site, need_stage
+from fxquant.progress import Progress
 
 _SHOWN_OUTPUTS = 8
 

@@ -18,7 +18,6 @@ from fxquant.formats import FORMATS
 from fxquant.graph.outputs import named_floats
 
 Metric = Callable[[nn.Module], float]
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Floats = Mapping[str, torch.Tensor]
 """The floating-point tensors of an output, by their paths."""
 

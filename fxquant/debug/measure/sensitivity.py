@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from fxquant.debug.measure.metric import Metric, Progress, need_information, need_number
+from fxquant.debug.measure.metric import Metric, need_information, need_number
 from fxquant.debug.measure.notes import Notes
 from fxquant.debug.measure.replay import Variant
 from fxquant.debug.measure.sites import Forms
@@ -22,6 +22,7 @@ from fxquant.debug.measure.trial import Trial
 from fxquant.debug.report.report import Column, Report
 from fxquant.debug.report.table import megabytes, shorten, site_fields, site_name
 from fxquant.graph.record import Site
+from fxquant.progress import Progress
 from fxquant.qconfig_mapping import QConfigMapping
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant.debug.measure.metric import Floats, Metric, Progress, call_metric, relative_rms, squared_errors
+from fxquant.debug.measure.metric import Floats, Metric, call_metric, relative_rms, squared_errors
 from fxquant.debug.measure.replay import InexactError, PartialPasses, Variant, partial_passes
 from fxquant.debug.measure.sites import Forms, OpenModel, open_float, open_in_place, open_quantized
 from fxquant.errors import ArgumentError, ModelStateError
@@ -23,6 +23,7 @@ from fxquant.graph.calibrate import Hessians, gather, uses_gptq
 from fxquant.graph.call import check_data, each_batch, run
 from fxquant.graph.outputs import named_floats
 from fxquant.graph.record import keep_record, need_stage, record_of
+from fxquant.progress import Progress
 from fxquant.qconfig import QConfig
 from fxquant.qconfig_mapping import QConfigMapping
 from fxquant.quantize_fx import convert_fx, convert_with, prepare_fx

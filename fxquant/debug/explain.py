@@ -69,7 +69,7 @@ def _path(row: ExplainRow) -> str:
 
 @dataclass(frozen=True)
 class Explanation(Report):
-    """What became of every candidate: print it, show it in a notebook, sort it, or walk its rows.
+    """What became of every candidate: print it, show it in a notebook, sort it, or walk its lines.
 
     readers: the places that have read the float weight of a quantized layer so far, past the layer.
 
@@ -138,7 +138,7 @@ def explain(model: nn.Module) -> Explanation:
     model: prepare_fx decides.
 
     Where a site comes out larger than float, or slower by what was measured of its kernel, its
-    row says so with both figures and the entry that would leave it float. The mapping is obeyed all the same.
+    line says so with both figures and the entry that would leave it float. The mapping is obeyed all the same.
     """
     record = record_of(model)
     if record is None or record.stage == "fused":
@@ -153,9 +153,9 @@ def explain(model: nn.Module) -> Explanation:
     saved = record.float_bytes - edit.byte_count(quantized)
     rows = _rows(record.advance(sites=sites), _sources(model))
     dependent = tuple(_dependent(quantized, record)) if record.batch_invariant else ()
-    told = (record.outcome, saved, record.unchecked, unfused, dependent, _readers(model))
+    totals = (record.outcome, saved, record.unchecked, unfused, dependent, _readers(model))
     values = tuple(_floats(record.values.floats)), bool(record.values.calls)
-    return Explanation(rows, fusions, untraced, record.stage, record.coverage, *told, *values)
+    return Explanation(rows, fusions, untraced, record.stage, record.coverage, *totals, *values)
 
 
 def _unfused(record: Record) -> Iterator[str]:
@@ -167,11 +167,11 @@ def _unfused(record: Record) -> Iterator[str]:
 
 def _floats(values: Sequence[FloatValue]) -> Iterator[str]:
     """Yield a line for each kind of value that stays float for one reason, and one for all that only read those."""
-    own = [value for value in values if value.why.why is not StaysFloat.READS_FLOATS]
-    for kind, why in dict.fromkeys((value.kind, value.why) for value in own):
-        named = [value for value in own if (value.kind, value.why) == (kind, why)]
+    causes = [value for value in values if value.why.why is not StaysFloat.READS_FLOATS]
+    for call, why in dict.fromkeys((value.kind, value.why) for value in causes):
+        named = [value for value in causes if (value.kind, value.why) == (call, why)]
         places = [f"{value.path or value.node}{f' at {value.source}' if value.source else ''}" for value in named]
-        yield f"{kind} ({_some(places)}): {why}"
+        yield f"{call} ({_some(places)}): {why}"
     readers = [value.path or value.node for value in values if value.why.why is StaysFloat.READS_FLOATS]
     if readers:
         yield f"what reads such values: {_some(readers)}"

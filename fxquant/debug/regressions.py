@@ -1,7 +1,7 @@
 """Where a site comes out larger or slower than float: its bytes are exact, its speed is looked up among measurements.
 
 The measurements are in speed.json, by instruction set, each with the machine and the command that they are from: float
-torch and fxquant in turns, over rows and sizes (`benchmarks/speed_table.py`).
+torch and fxquant in turns, over numbers of tokens and sizes (`benchmarks/speed_table.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ISAS = ("amx", "avx512_vnni", "avx_vnni", "avx2", "neon_dot", "portable")
 class Regression:
     """What one site costs more than float. kind: "larger" or "slower"; quantized, unquantized: bytes, or microseconds.
 
-    what: of what the two figures are; opt_out: the mapping entry that would leave the site float; source: where they
+    what: what the two figures are of; opt_out: the mapping entry that would leave the site float; source: where they
     were measured, "" for bytes, which are exact.
     """
 
@@ -64,9 +64,9 @@ class Regression:
 
 @dataclass(frozen=True)
 class Speed:
-    """What one call took, in microseconds, for an input of so many rows and a layer of size inputs → size outputs."""
+    """What one call took, in microseconds, for so many tokens and a layer of size inputs → size outputs."""
 
-    rows: int
+    tokens: int
     size: int
     quantized_us: float
     float_us: float
@@ -91,9 +91,9 @@ class SpeedTable:
     def find(
         self, operator: str, qconfig: QConfig, shape: tuple[int, ...], kind: str = "", is_call: bool = False
     ) -> Speed | None:
-        """Return what was measured at the nearest lower rows and size, or at the least; None where nothing was.
+        """Return what was measured at the nearest lower tokens and size, or at the least; None where nothing was.
 
-        shape: rows, inputs, outputs. The size is their geometric mean, which a square layer of as many weights has.
+        shape: tokens, inputs, outputs. The size is their geometric mean, which a square layer of as many weights has.
         kind: of the layer or call, "nn.RNNCell"; is_call: whether it is a call of a function.
         """
         known = RENAMED.get(operator, operator)
@@ -102,8 +102,8 @@ class SpeedTable:
         measured = next(filter(None, tables), ())
         if not measured or not shape or qconfig.parts:
             return None
-        rows, inputs, outputs = shape
-        for key, wanted in (("size", math.sqrt(inputs * outputs)), ("rows", rows)):
+        tokens, inputs, outputs = shape
+        for key, wanted in (("size", math.sqrt(inputs * outputs)), ("tokens", tokens)):
             values = {getattr(speed, key) for speed in measured}
             nearest = max((value for value in values if value <= wanted), default=min(values))
             measured = tuple(speed for speed in measured if getattr(speed, key) == nearest)
@@ -121,8 +121,8 @@ def _read_table(isa: str, plain: dict[str, Any]) -> SpeedTable:
     speeds: dict[tuple[str, str], tuple[Speed, ...]] = {}
     for name, sides in plain["rows"].items():
         operator, dtype, shape = name.split()
-        rows, size = shape.split("x")
-        speed = Speed(int(rows), int(size), sides["fxquant"], sides["float"])
+        tokens, size = shape.split("x")
+        speed = Speed(int(tokens), int(size), sides["fxquant"], sides["float"])
         speeds[operator, dtype] = (*speeds.get((operator, dtype), ()), speed)
     machine = plain["machine"]
     return SpeedTable(f"{machine['cpu']}, {machine['date'][:10]}, where {machine['kernel']}", speeds, isa)
@@ -147,17 +147,19 @@ def speed_table() -> SpeedTable:
 
 def regressions_of(site: Site) -> tuple[Regression, ...]:
     """Return what a converted site costs more than float: bytes, and time where its shape is known."""
-    found = []
+    regressions = []
     if site.int_bytes > site.float_bytes:
-        found.append(Regression(site.path, "larger", site.int_bytes, site.float_bytes, "its tensors", site.opt_out))
+        regressions.append(
+            Regression(site.path, "larger", site.int_bytes, site.float_bytes, "its tensors", site.opt_out)
+        )
     table = speed_table()
     speed = table.find(site.operator, site.qconfig, site.shape, site.kind, site.call is not None)
     if speed is not None and speed.is_slower:
-        what = f"{speed.rows} rows of {speed.size} → {speed.size}"
-        found.append(
+        what = f"{speed.tokens} token{'' if speed.tokens == 1 else 's'} of {speed.size} → {speed.size}"
+        regressions.append(
             Regression(site.path, "slower", speed.quantized_us, speed.float_us, what, site.opt_out, table.source)
         )
-    return tuple(found)
+    return tuple(regressions)
 
 
 def __getattr__(name: str) -> Any:

@@ -72,7 +72,7 @@ def test_a_slower_site_is_told_with_what_was_measured(measured):
     for stage in (prepare(model, torch.randn(3, 64)), quantize(model, torch.randn(3, 64))):
         assert told(stage) == {"0": [("slower", 9, 6)]}
         text = str(explain(stage))
-        assert "slower than float: 0, about 9 us instead of 6 us for 1 rows of 64 → 64;" in text
+        assert "slower than float: 0, about 9 us instead of 6 us for 1 token of 64 → 64;" in text
         assert "such times were measured on a machine, 2026; yours may differ" in text
 
 
@@ -138,7 +138,7 @@ def test_the_opt_out_leaves_the_site_float(measured):
 )
 def test_the_nearest_lower_shape_is_found(shape, found):
     speed = TABLE.find("linear", default_dynamic_qconfig, shape)
-    assert (speed.rows, speed.size) == found
+    assert (speed.tokens, speed.size) == found
 
 
 def test_no_shape_or_no_such_operator_finds_nothing():
@@ -191,7 +191,7 @@ def test_explain_names_the_machine_whose_kernels_are_nearest(monkeypatch):
 )
 def test_calls_of_functions_have_times_of_their_own_but_an_einsum_which_is_as_a_linear(kind, is_call, rows):
     table = table_of("amx", linear=(Speed(1, 16, 5, 4),), matmul=(Speed(2, 16, 5, 4),))
-    assert table.find("linear", default_dynamic_qconfig, (1, 16, 16), kind, is_call).rows == rows
+    assert table.find("linear", default_dynamic_qconfig, (1, 16, 16), kind, is_call).tokens == rows
 
 
 def test_calls_of_functions_are_looked_up_as_such(monkeypatch):
@@ -213,7 +213,7 @@ def test_calls_of_functions_are_looked_up_as_such(monkeypatch):
 @pytest.mark.parametrize(("kind", "rows"), [("nn.LSTMCell", 1), ("nn.RNNCell", 2)])
 def test_a_plain_cell_has_times_of_its_own(kind, rows):
     table = table_of("amx", cell=(Speed(1, 16, 5, 4),), rnn_cell=(Speed(2, 16, 5, 4),))
-    assert table.find("cell", default_dynamic_qconfig, (1, 16, 16), kind).rows == rows
+    assert table.find("cell", default_dynamic_qconfig, (1, 16, 16), kind).tokens == rows
 
 
 def test_the_package_has_measurements_of_operators_in_the_table_for_each_kind_of_kernels():
@@ -226,7 +226,7 @@ def test_the_package_has_measurements_of_operators_in_the_table_for_each_kind_of
         assert {"int8", "int4", "int16", "float16", "uint8", "uint4"} == {dtype for _, dtype in table.speeds}
         for (operator, dtype), speeds in table.speeds.items():
             assert any(scheme.accepts(BEST[dtype]) for scheme in rows[operator].schemes)
-            shapes = {(speed.rows, speed.size) for speed in speeds}
+            shapes = {(speed.tokens, speed.size) for speed in speeds}
             assert {(rows, size) for rows in (1, 16, 256) for size in (16, 64, 256, 1024)} <= shapes, operator
             assert all(min(speed.quantized_us, speed.float_us) > 0 for speed in speeds)
 

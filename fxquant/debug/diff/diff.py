@@ -108,7 +108,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class GraphDiff(Report):
-    """The difference between two graphs: print it, show it in a notebook, or iterate over its rows, one for each node.
+    """The difference between two graphs: print it, show it in a notebook, or iterate over its lines, one for each node.
 
     to_html and to_svg draw the two graphs side by side. stages: what the two are, such as "float" and "quantized";
     remark: what the diff leaves out, or "". context, is_folded, color, layout: how it is shown, as in graph_diff.
@@ -148,7 +148,7 @@ class GraphDiff(Report):
 
     @property
     def shown(self) -> list[DiffRow]:
-        """The rows that are printed."""
+        """The lines that are printed."""
         rows = fold(self.rows) if self.is_folded else list(self.rows)
         return rows if self.context is None else near_changes(rows, self.context)
 
@@ -175,7 +175,7 @@ class GraphDiff(Report):
         return chosen, [[column.lines(row) for column in chosen] for row in shown]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all rows, sizes and counts as plain dicts, tuples, strings and numbers, as json.dumps takes them."""
+        """Return all lines, sizes and counts as plain dicts, tuples, strings and numbers, as json.dumps takes them."""
         names = ("bytes_before", "bytes_after", "quantized", "candidates", "stages", "remark")
         return {"rows": tuple(map(asdict, self.rows)), **{name: getattr(self, name) for name in names}}
 
@@ -250,14 +250,14 @@ def _stages(before: nn.Module, after: nn.Module) -> tuple[str, str]:
     return ("before", "after") if old == new else (old, new)
 
 
-def _measured(rows: tuple[DiffRow, ...], name: str, report: Any, kind: type[Report]) -> tuple[DiffRow, ...]:
-    """Return the rows with what a report measured on their sites, or raise."""
+def _measured(rows: tuple[DiffRow, ...], name: str, report: Any, report_type: type[Report]) -> tuple[DiffRow, ...]:
+    """Return the lines with what a report measured on their sites, or raise."""
     if report is None:
         return rows
-    if not isinstance(report, kind):
-        maker = "compare" if kind is Comparison else "profile"
+    if not isinstance(report, report_type):
+        maker = "compare" if report_type is Comparison else "profile"
         raise ArgumentError(f"graph_diff takes {name}=the result of {maker}, got {type(report).__name__}")
-    fields = {"sqnr_db"} if kind is Comparison else {"kernel", "ms", "float_ms"}
+    fields = {"sqnr_db"} if report_type is Comparison else {"kernel", "ms", "float_ms"}
     known = {place: row for row in report.rows if (place := row.call or row.path)}
     sites = [known.get(row.name) or known.get(row.path) for row in rows]
     if known and not any(sites):

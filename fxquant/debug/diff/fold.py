@@ -23,7 +23,7 @@ class DiffRow:
     is_float: whether it is a candidate that stays float; fused_into: where what it did is done now, or "".
     sqnr_db, kernel, ms, float_ms: of its site, as `compare` and `profile` measured it; None and "" where they did not.
 
-    In what is shown, a row of sign "⋮" stands for unchanged ones left out, one of sign "×" for changed ones repeated:
+    In what is shown, a line of sign "⋮" stands for unchanged ones left out, one of sign "×" for changed ones repeated:
     it has the bytes and milliseconds of all of them, and the worst SQNR.
     """
 
@@ -54,15 +54,15 @@ class DiffRow:
 
 
 def fold(rows: Sequence[DiffRow]) -> list[DiffRow]:
-    """Return the rows with each repeated block once, and a row that says how often it stands there.
+    """Return the lines with each repeated block once, and a line that says how often it stands there.
 
-    Rows are equal here if only the numbers in their names and notes differ: layers_0_norm, layers_1_norm.
+    Lines are equal here if only the numbers in their names and notes differ: layers_0_norm, layers_1_norm.
     """
     return [row for row, _ in unfolded(rows)]
 
 
 def unfolded(rows: Sequence[DiffRow]) -> list[tuple[DiffRow, Sequence[DiffRow]]]:
-    """Return the same, each row with the repeated ones that it stands for, or none."""
+    """Return the same, each line with the repeated ones that it stands for, or none."""
     keys = [_key(row) for row in rows]
     result: list[tuple[DiffRow, Sequence[DiffRow]]] = []
     start = 0
@@ -77,7 +77,7 @@ def unfolded(rows: Sequence[DiffRow]) -> list[tuple[DiffRow, Sequence[DiffRow]]]
 
 
 def sides(row: DiffRow) -> tuple[list[Line], list[Line]]:
-    """Return what a row says of either graph; where only a scheme, dtype or argument changed, that alone has colour."""
+    """Return what a line says of either graph; if only a scheme, dtype or argument changed, that alone has colour."""
     now, notes = row.after or row.before, [(row.note, "dim")] if row.note else []
     if row.sign in "×⋮" or (row.sign == " " and row.after):  # stands for others
         return [(row.before, "dim")], [(row.after, "dim")] if row.after else []
@@ -95,7 +95,7 @@ def sides(row: DiffRow) -> tuple[list[Line], list[Line]]:
 
 
 def _repeats(run: Sequence[DiffRow], period: int, times: int) -> DiffRow:
-    """Return the row that stands for a run's repeated blocks, with the totals of the whole run."""
+    """Return the line that stands for a run's repeated blocks, with the totals of the whole run."""
     worst = min((row.sqnr_db for row in run if row.sqnr_db is not None), default=None)
     ms, float_ms = (
         sum(numbers) if (numbers := [n for row in run if (n := getattr(row, name)) is not None]) else None
@@ -116,7 +116,7 @@ def _repeats(run: Sequence[DiffRow], period: int, times: int) -> DiffRow:
 
 
 def near_changes(rows: Sequence[DiffRow], context: int) -> list[DiffRow]:
-    """Return the rows that are changed or within `context` rows of one that is."""
+    """Return the lines that are changed or within `context` lines of one that is."""
     changed = [i for i, row in enumerate(rows) if row.sign != " "]
     shown = {j for i in changed for j in range(i - context, i + context + 1)}
     result: list[DiffRow] = []

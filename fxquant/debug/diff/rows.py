@@ -1,4 +1,4 @@
-"""The rows of a diff: what each node of two graphs is, what happened to it, and what it reads."""
+"""The lines of a diff: what each node of two graphs is, what happened to it, and what it reads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 
 class _Decided(NamedTuple):
-    """What is told of a node: in words, whether it is a candidate that stays float, and what it was fused into."""
+    """The message about a node, whether it is a candidate that stays float, and what it was fused into."""
 
     note: str
     is_float: bool = False
@@ -39,7 +39,7 @@ class _Decided(NamedTuple):
 class _Side:
     """One of the two graphs, and what its record says about its nodes.
 
-    inside: by a node's name, the paths of candidates inside the module that it calls, which get rows of their own.
+    inside: by a node's name, the paths of candidates inside the module that it calls, which get lines of their own.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, root: nn.Module) -> None:
@@ -73,7 +73,7 @@ class _Side:
         return () if node is None else tuple(read.name for read in node.all_input_nodes)
 
     def describe(self, name: str, apart: list[str]) -> tuple[str, str, int]:
-        """Return what a node is in a word or two, its details, and its bytes. apart: modules with rows of their own."""
+        """Return what a node is in a word or two, its details and its bytes. apart: modules with lines of their own."""
         node, path = self.nodes.get(name), self.path(name)
         if path:
             return _module(self._modules[path], [self._modules[part] for part in apart if part in self._modules])
@@ -84,22 +84,23 @@ class _Side:
         return self._of(self.schemes, name, path) or ""
 
     def decided(self, name: str, path: str) -> _Decided:
-        """Return what is told of a node: its qconfig, why it stays float or changed, or what it was fused into."""
+        """Return the message about a node: its qconfig, why it stays float or changed, or what it was fused into."""
         node, scheme = self.nodes.get(name), self.scheme(name, path)
         is_fixed = (
             node is not None and node.target in PRODUCTS and (library.available() or node.kwargs.get("anywhere", True))
         )
         integers = self._values.get(name, "")
         otherwise = _Decided("the same bits in any batch" if is_fixed else integers)
-        told = _Decided(f"{scheme}; {integers}" if integers else scheme)
-        return told if scheme else self._of(self.others, name, path) or otherwise
+        if scheme:
+            return _Decided(f"{scheme}; {integers}" if integers else scheme)
+        return self._of(self.others, name, path) or otherwise
 
-    def _of(self, told: dict[_Key, _T], name: str, path: str) -> _T | None:
-        """Return what is told of a call by its name, or of the module that it calls; inputs may be named as either."""
+    def _of(self, decisions: dict[_Key, _T], name: str, path: str) -> _T | None:
+        """Return the decision about a call by its name, or the module that it calls; inputs may be named as either."""
         node = self.nodes.get(name)
         if node is not None and node.op == "placeholder":
             return None
-        return told.get((name, "")) or (told.get(("", path)) if path else None)
+        return decisions.get((name, "")) or (decisions.get(("", path)) if path else None)
 
 
 def _integers(root: nn.Module, nodes: dict[str, fx.Node], record: Record | None) -> Iterator[tuple[str, str]]:
@@ -126,7 +127,7 @@ def _uint8(scale: torch.Tensor | None) -> str:
 
 
 def diff_rows(before: nn.Module, after: nn.Module) -> tuple[tuple[DiffRow, ...], str]:
-    """Return a row for every node of either graph, in an order that both agree with, and a remark, or ""."""
+    """Return a line for every node of either graph, in an order that both agree with, and a remark, or ""."""
     records = [record for record in map(record_of, (after, before)) if record is not None]
     is_traced = all(record.is_traced for record in records)
     try:
@@ -146,7 +147,7 @@ def diff_rows(before: nn.Module, after: nn.Module) -> tuple[tuple[DiffRow, ...],
 
 
 def _row(name: str, old: _Side, new: _Side, apart: list[str]) -> DiffRow:
-    """Return the row of one node. apart: modules inside it that have rows of their own."""
+    """Return the line of one node. apart: modules inside it that have lines of their own."""
     was, old_details, size_before = old.describe(name, apart)
     now, new_details, size_after = new.describe(name, apart)
     path = new.path(name) or old.path(name)
@@ -249,15 +250,15 @@ def _key(part: Site | Skipped) -> _Key:
 
 
 def _decisions(record: Record | None) -> tuple[dict[_Key, str], dict[_Key, _Decided], list[str]]:
-    """Return, by node name or module path, qconfigs and what is told where there is none; and candidates' paths."""
+    """Return, by node name or module path, qconfigs, and messages where there is none; and candidates' paths."""
     if record is None:
         return {}, {}, []
     schemes = {_key(site): qconfig_name(site.qconfig) for site in record.sites}
     others = {_key(part): _Decided(f"float: {part.reason}", is_float=True) for part in record.skipped}
     for fusion in record.fusions:
         for part in fusion.chain[1:]:
-            told = _Decided(f"fused into {fusion.path}", fused_into=fusion.path)
-            others.update(dict.fromkeys([(part, ""), ("", part)], told))
+            fused = _Decided(f"fused into {fusion.path}", fused_into=fusion.path)
+            others.update(dict.fromkeys([(part, ""), ("", part)], fused))
     candidates = [site.path for site in record.sites if site.call is None]
     candidates += [part.path for part in record.skipped if part.call is None]
     return schemes, others, candidates

@@ -84,7 +84,7 @@ def diff_drawing(rows: Sequence[DiffRow], stages: tuple[str, str], footer: Seque
 
 
 def _boxes(rows: Sequence[DiffRow], side: int) -> dict[int, _Box]:
-    """Return the boxes of one graph by their rows' numbers."""
+    """Return the boxes of one graph by the numbers of their lines."""
     single = [max(row.bytes_before, row.bytes_after) for row in rows if not _is_folded(row)]
     scale = min(_HIGHEST / max([1, *single]), _ALL / max(1, sum(single)))
     boxes = {}
@@ -151,8 +151,8 @@ def _draw(box: _Box, x: float) -> str:
     for i, line in enumerate(box.lines):
         room = int((_BOX - 16) / _CHAR) - (0 if i else len(box.size) + 2)
         text = html.escape(shorten(line, room))
-        kind = f"bold {box.decision}" if i == 0 else css
-        parts.append(f'<text class="{kind}" x="{x + 8:g}" y="{box.top + 15 + _LINE * i:g}">{text}</text>')
+        style = f"bold {box.decision}" if i == 0 else css
+        parts.append(f'<text class="{style}" x="{x + 8:g}" y="{box.top + 15 + _LINE * i:g}">{text}</text>')
     if box.bar:
         place = f'x="{x + 4:g}" y="{box.end - box.bar - 4:g}" width="{_BOX - 8}" height="{box.bar:g}"'
         parts.append(f'<rect class="bytes {box.decision}" {place}/>')

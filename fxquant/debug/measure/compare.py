@@ -98,7 +98,7 @@ def _range(row: CompareRow) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Report):
-    """Every site's error, worst first: print it, show it in a notebook, sort it, or read its rows.
+    """Every site's error, worst first: print it, show it in a notebook, sort it, or read its lines.
 
     batches: how many were run. outputs: the errors of the floating-point outputs; output_sqnr_db, output_relative_rms,
     output_max_error: of the worst one.

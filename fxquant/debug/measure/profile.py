@@ -65,7 +65,7 @@ def _label(row: ProfileRow) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile(Report):
-    """Every site's milliseconds and bytes, slowest first: print it, show it in a notebook, sort it, or read its rows.
+    """Every site's milliseconds and bytes, slowest first: print it, show it in a notebook, sort it, or read its lines.
 
     ms, float_ms: of a whole call; bytes, float_bytes: of a whole model; all milliseconds are medians of the rounds.
     """

@@ -47,7 +47,7 @@ def _value(value: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity(Report):
-    """Every site's damage, worst first: print it, show it in a notebook, sort it, or read its rows.
+    """Every site's damage, worst first: print it, show it in a notebook, sort it, or read its lines.
 
     float_metric, quantized_metric: of the float model, and with all sites quantized.
     """

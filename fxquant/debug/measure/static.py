@@ -66,13 +66,13 @@ class StaticAlone(nn.Module):
 
 def static_calls(root: nn.Module, record: Record) -> dict[str, list[IntegerCall]]:
     """Return the calls of each static site by its path, in the graph's order; none for a model without a graph."""
-    found: dict[str, list[IntegerCall]] = {}
+    calls: dict[str, list[IntegerCall]] = {}
     if isinstance(root, fx.GraphModule):
         nodes = {node.name: node for node in root.graph.nodes}
         for call in record.values.calls:
             if call.form is Form.PRODUCT:
-                found.setdefault(str(nodes[call.node].target), []).append(call)
-    return found
+                calls.setdefault(str(nodes[call.node].target), []).append(call)
+    return calls
 
 
 def add_ends(root: nn.Module, calls: Mapping[str, Sequence[IntegerCall]]) -> dict[str, list[End]]:
@@ -91,7 +91,7 @@ def add_ends(root: nn.Module, calls: Mapping[str, Sequence[IntegerCall]]) -> dic
             root.add_module(name, end)
             with root.graph.inserting_after(node):
                 passed = root.graph.call_module(name, (node,))
-            node.replace_all_uses_with(passed, lambda user, own=passed: user is not own)
+            node.replace_all_uses_with(passed, lambda user, end=passed: user is not end)
             ends.setdefault(path, []).append(end)
     root.recompile()
     return ends
@@ -101,7 +101,7 @@ def open_static(root: nn.Module, record: Record) -> dict[str, StaticAlone]:
     """Return the static sites of a quantized graph as modules between floats, by their paths; none of a float graph."""
     specs = {edge.name: edge.spec for edge in record.values.edges}
     nodes = {node.name: node for node in root.graph.nodes} if isinstance(root, fx.GraphModule) else {}
-    found = {}
+    alone = {}
     for path, calls in static_calls(root, record).items():
         product = root.get_submodule(path)
         if not isinstance(product, StaticQuantizedProduct):
@@ -111,14 +111,14 @@ def open_static(root: nn.Module, record: Record) -> dict[str, StaticAlone]:
         call = calls[widest]
         has_output = bool(call.output) and not call.absorbed
         end = (*_output(root, nodes[call.node]), specs[call.output].qmax) if has_output else ()
-        found[path] = StaticAlone(product, sources[widest], end, None if call.absorbed else call.low)
-    return found
+        alone[path] = StaticAlone(product, sources[widest], end, None if call.absorbed else call.low)
+    return alone
 
 
 def _output(root: nn.Module, node: fx.Node) -> list[Any]:
     """Return the scale and zero point of what a static product gives, none where it gives floats."""
-    given = [node.kwargs[name] for name in ("scale", "zero_point") if isinstance(node.kwargs.get(name), fx.Node)]
-    return _tensors(root, given)
+    reads = [node.kwargs[name] for name in ("scale", "zero_point") if isinstance(node.kwargs.get(name), fx.Node)]
+    return _tensors(root, reads)
 
 
 def _tensors(root: nn.Module, reads: Any) -> list[Any]:

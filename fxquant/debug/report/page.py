@@ -81,13 +81,13 @@ def table_page(
     """Return a page with a table that a click sorts. headers: text and is_number; cells: text and what to sort by."""
     css = [' class="number"' if is_number else "" for _, is_number in headers]
     head = "".join(
-        f"<th{kind}><button>{html.escape(text)}</button></th>" for (text, _), kind in zip(headers, css, strict=True)
+        f"<th{style}><button>{html.escape(text)}</button></th>" for (text, _), style in zip(headers, css, strict=True)
     )
     lines = "".join(
         "<tr>"
         + "".join(
-            f'<td{kind} data-value="{html.escape(value)}">{html.escape(text)}</td>'
-            for (text, value), kind in zip(row, css, strict=True)
+            f'<td{style} data-value="{html.escape(value)}">{html.escape(text)}</td>'
+            for (text, value), style in zip(row, css, strict=True)
         )
         + "</tr>\n"
         for row in rows

@@ -62,7 +62,7 @@ class Report:
         return html_table(cells, [column.header for column in columns], "; ".join(self.footer))
 
     def sort(self: R, column: str, reverse: bool = False) -> R:
-        """Return the report sorted by a column, given by its header in the table or the attribute of the rows.
+        """Return the report sorted by a column, given by its header in the table or the attribute of the lines.
 
         Numbers come largest first, decibels smallest first (the worst), text from a to z, and missing values last.
         Raises ColumnError for an unknown name.
@@ -101,7 +101,7 @@ class Report:
         return write(path, table_page(self.title or type(self).__name__, headers, rows, self.footer, self.figure()))
 
     def to_dataframe(self) -> Any:
-        """Return the rows as a pandas.DataFrame. Raises MissingPackageError if pandas is not installed."""
+        """Return the lines as a pandas.DataFrame. Raises MissingPackageError if pandas is not installed."""
         try:
             pandas = importlib.import_module("pandas")
         except ImportError as error:

@@ -49,9 +49,8 @@ def linear(
     x: (..., I) float; weight: (O, I), as the format of this name (`fxquant.formats`) stores it; scale: (O,) float32,
     None for floats; bias: (O,) or None -> (..., O) in x's dtype, or in that which F.linear gives under torch.autocast.
     per_token False: one scale for all of x; per_row: its old name. qmax: 255, or 127 for 7-bit activations; ignored for
-    int16 weights, whose activations have 16 bits too. docs/numerics.md, "int16 output". group_size: how many columns
-    share a scale, which is (O, ceil(I / group_size)) bfloat16, with in_features I; 0: all of them. docs/numerics.md,
-    "group output".
+    weights whose activations have 16 bits, as the format says. group_size: how many columns share a scale, which is
+    (O, ceil(I / group_size)) bfloat16, with in_features I; 0: all of them. docs/numerics.md, "group output".
     """
     per_token = per_token if per_row is None else per_token_of(per_row)
     return _run((x, weight, scale, bias, relu, per_token, qmax, format, group_size, in_features))
@@ -104,7 +103,7 @@ def multiply(
 
 
 def _wide_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return q @ weight.T, exactly: (M, K) float32 of whole int16 numbers and (N, K) int16 -> (M, N) int64."""
+    """Return q @ weight.T, exactly: (M, K) float32 of whole numbers of 16 bits, (N, K) of such -> (M, N) int64."""
     # Whole numbers are exact in any order for K * 2**30 <= 2**53, far beyond MAX_COLUMNS. An integer 0 has no sign.
     return (q.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.int64)
 

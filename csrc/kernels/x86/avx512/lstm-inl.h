@@ -79,18 +79,7 @@ FXQ_INLINE void multiply_units_1(const int8_t *w, int64_t columns, const uint8_t
 FXQ_INLINE void multiply_units(const int8_t *w, int64_t columns, const uint8_t *q, int64_t depth, int count,
                                __m512i (*sums)[4]) {
     FXQ_FOR(16, int i = 0; i < 4 * count; i++) sums[i / 4][i % 4] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < columns; k += 4, w += 256) {
-        __m512i weights[4];
-        FXQ_FOR(4, int gate = 0; gate < 4; gate++) weights[gate] = _mm512_load_si512(w + 64 * gate);
-        FXQ_FOR(4, int m = 0; m < count; m++) {
-            int32_t four;
-            memcpy(&four, q + m * depth + k, sizeof four);
-            const __m512i a = _mm512_set1_epi32(four);
-            FXQ_FOR(4, int gate = 0; gate < 4; gate++) {
-                __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[m][gate]) : "v"(a), "v"(weights[gate])); /* as add_products */
-            }
-        }
-    }
+    add_packed(q, depth, count, w, columns, sums);
 }
 
 FXQ_INLINE void step_rows(const struct fxq_lstm_step *s, const struct unit_block *b, int64_t m, int count) {

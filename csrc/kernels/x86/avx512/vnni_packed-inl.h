@@ -21,23 +21,6 @@ struct packed_block {
     struct streamed_block streamed;
 };
 
-/* `count` tokens (a constant) by 64 outputs, of `columns` columns, a multiple of 4. */
-FXQ_INLINE void add_packed(const uint8_t *q, int64_t depth, int count, const int8_t *w, int64_t columns,
-                           __m512i (*sums)[4]) {
-    for (int64_t k = 0; k < columns; k += 4, w += 4 * PACKED_OUTPUTS) {
-        __m512i weights[4];
-        FXQ_FOR(4, int j = 0; j < 4; j++) weights[j] = _mm512_load_si512(w + 64 * j);
-        FXQ_FOR(6, int i = 0; i < count; i++) {
-            int32_t four;
-            memcpy(&four, q + i * depth + k, sizeof four);
-            const __m512i a = _mm512_set1_epi32(four);
-            FXQ_FOR(4, int j = 0; j < 4; j++) {
-                __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[i][j]) : "v"(a), "v"(weights[j])); /* as add_products */
-            }
-        }
-    }
-}
-
 FXQ_INLINE void finish_token(const struct packed_block *b, const struct fxq_row *row, const __m512i sums[4],
                              const struct fxq_target *to, float *carried) {
     __m512 y[4];

@@ -247,7 +247,7 @@ def _find_qparams(module: fx.GraphModule, edges: Sequence[Edge]) -> dict[str, tu
             continue
         observer = module.get_submodule(observer_path(edge.scale_of))
         assert isinstance(observer, ValueObserver)
-        if is_meta:
+        if is_meta and not observer.is_given:
             found[edge.scale_of] = torch.empty((), device="meta"), torch.empty((), dtype=torch.int32, device="meta")
         elif observer.has_seen:
             found[edge.scale_of] = observer.calculate_qparams()

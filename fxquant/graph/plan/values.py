@@ -17,9 +17,11 @@ from torch import fx, nn
 
 from fxquant.graph.plan.floats import find_floats
 from fxquant.graph.plan.operands import LISTS, bounds_of, is_float, is_minus, operands_of, shape_of
+from fxquant.graph.plan.targets import product_input
 from fxquant.graph.record import Site, Skipped
 from fxquant.graph.values import NO_VALUES, Edge, IntegerCall, Values
-from fxquant.nn.fused import FLOAT_TYPES
+from fxquant.nn.fused import FLOAT_TYPES, linear_relu
+from fxquant.operators import OPERATORS, Operator
 from fxquant.operators.values import Form, ValueOperator, arguments_of, find_value_operator
 from fxquant.ranges import Fixed
 from fxquant.spec import TensorSpec
@@ -41,20 +43,30 @@ class _Chain:
 
 
 def plan_values(
-    module: fx.GraphModule, sites: Sequence[Site], skipped: Sequence[Skipped], hooked: frozenset[str] = frozenset()
+    module: fx.GraphModule,
+    sites: Sequence[Site],
+    skipped: Sequence[Skipped],
+    hooked: frozenset[str] = frozenset(),
+    operators: Sequence[Operator] = OPERATORS,
 ) -> Values:
     """Return what each value of a graph becomes. sites: those that are static count; hooked: modules with hooks."""
-    static = {site.path: site for site in sites if site.is_static}
+    static = {(site.call is None, site.call or site.path): site for site in sites if site.is_static}
     parts: list[Site | Skipped] = [*sites, *skipped]
     candidates = {part.call or part.path for part in parts}
-    return _Walk(module, static, hooked).run(candidates) if static else NO_VALUES
+    return _Walk(module, static, hooked, operators).run(candidates) if static else NO_VALUES
 
 
 class _Walk:
     """One walk backward, for what is wanted, and one forward, for what is made."""
 
-    def __init__(self, module: fx.GraphModule, static: dict[str, Site], hooked: frozenset[str]) -> None:
-        self._module, self._static, self._hooked = module, static, hooked
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        static: dict[tuple[bool, str], Site],
+        hooked: frozenset[str],
+        operators: Sequence[Operator],
+    ) -> None:
+        self._module, self._static, self._hooked, self._operators = module, static, hooked, operators
         self._nodes = list(module.graph.nodes)
         self._order = {node: number for number, node in enumerate(self._nodes)}
         self._rows = {node: self._row(node) for node in self._nodes}
@@ -84,7 +96,13 @@ class _Walk:
         return Values(tuple(self._edges()), tuple(self._calls), floats)
 
     def _site(self, node: fx.Node) -> Site | None:
-        return self._static.get(str(node.target)) if node.op == "call_module" else None
+        is_module = node.op == "call_module"
+        return self._static.get((is_module, str(node.target) if is_module else node.name))
+
+    def _reads(self, user: fx.Node, node: fx.Node) -> Site | None:
+        """Return the static site that a user of a node is, if the node is its input."""
+        site = self._site(user)
+        return site if site is not None and product_input(user, site, self._operators) is node else None
 
     def _row(self, node: fx.Node) -> ValueOperator | None:
         """Return the operator of a function of values, None where its form has no place for the node's arguments."""
@@ -111,8 +129,8 @@ class _Walk:
     def _want(self, node: fx.Node) -> None:
         """Note the spec under which a node's readers want it as integers, if they do."""
         for user in node.users:
-            site = self._site(user)
-            if site is not None and user.args[:1] == (node,):
+            site = self._reads(user, node)
+            if site is not None:
                 assert site.qconfig.activation is not None
                 self._note(node, site.qconfig.activation)
             elif user in self._wanted and self._rows[user] is not None and node in operands_of(user, self._rows[user]):
@@ -151,13 +169,13 @@ class _Walk:
 
     def _quantize_for_site(self, node: fx.Node) -> None:
         """Quantize what float gives where a site reads it; what moves it does so itself."""
-        if any(self._site(user) is not None and user.args[:1] == (node,) for user in node.users):
+        if any(self._reads(user, node) is not None for user in node.users):
             self._quantized[node] = None
 
     def _make(self, node: fx.Node, form: Form, site: Site | None = None) -> _Chain:
         """Let a node compute with integers, and do what follows it."""
         row = self._rows[node]
-        operands = node.all_input_nodes[:1] if site is not None else operands_of(node, row)
+        operands = operands_of(node, row) if site is None else [product_input(node, site, self._operators)]
         for operand in operands:
             if operand not in self._made:
                 self._quantized[operand] = None
@@ -201,7 +219,7 @@ class _Walk:
 
     def _is_rectified(self, node: fx.Node) -> bool:
         """Return whether a site is one module with its ReLU."""
-        return node.op == "call_module" and self._kind(node) in FLOAT_TYPES
+        return node.target is linear_relu or (node.op == "call_module" and self._kind(node) in FLOAT_TYPES)
 
     def _addend(self, node: fx.Node, chain: _Chain, user: fx.Node) -> fx.Node | None:
         """Return what an addition adds to what a site gives, if the site can do that."""

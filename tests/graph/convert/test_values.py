@@ -163,3 +163,56 @@ def test_the_bias_takes_back_what_rounding_the_weights_takes_on_average():
     mean = x.mean((0, 2, 3))
     assert torch.allclose(product.bias, conv.bias + rest.flatten(1) @ mean, atol=1e-6)
     assert not torch.equal(product.bias, conv.bias)
+
+
+class Calls(nn.Module):
+    """A network without a module that holds weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel, self.shift = nn.Parameter(torch.randn(8, 3, 3, 3) / 5), nn.Parameter(torch.randn(8))
+        self.oi, self.io = nn.Parameter(torch.randn(6, 8) / 3), nn.Parameter(torch.randn(6, 5) / 3)
+        self.bias = nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        x = F.relu6(F.conv2d(x, self.kernel, self.shift, padding=1)) + x.mean()
+        return torch.addmm(self.bias, F.relu(F.linear(x.mean((2, 3)), self.oi)), self.io)
+
+
+class Modules(Calls):
+    """The same of modules."""
+
+    def __init__(self, calls):
+        nn.Module.__init__(self)
+        self.conv, self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 6, bias=False), nn.Linear(6, 5)
+        self.conv.weight, self.conv.bias, self.first.weight = calls.kernel, calls.shift, calls.oi
+        self.last.weight, self.last.bias = nn.Parameter(calls.io.t().contiguous()), calls.bias
+
+    def forward(self, x):
+        x = F.relu6(self.conv(x)) + x.mean()
+        return self.last(F.relu(self.first(x.mean((2, 3)))))
+
+
+@torch.no_grad()
+def test_calls_give_the_bits_of_modules_with_the_same_weights():
+    calls = Calls()
+    module, x = quantized(calls)
+    assert torch.equal(module(x), quantized(Modules(calls))[0](x))
+    assert [(site.path, site.call, site.is_static) for site in module.record.sites] == [
+        ("kernel", "conv2d", True), ("oi", "linear", True), ("io", "addmm", True)
+    ]  # fmt: skip
+    assert not {"kernel", "oi", "io", "shift"} & dict(module.named_parameters()).keys()
+    report = fxquant.compare(calls, module, [(x,)])
+    assert all(row.sqnr_db > 30 for row in report.rows)
+
+
+@torch.no_grad()
+def test_a_call_whose_bias_is_computed_is_dynamic_or_says_so():
+    class Computed(Calls):
+        def forward(self, x):
+            x = F.conv2d(x, self.kernel, x.mean() * self.shift)
+            return F.linear(x.mean((2, 3)), self.oi, x.mean() * self.shift[:6])
+
+    record = prepare_fx(Computed().eval(), fxquant.default_static_qconfig_mapping(), (torch.randn(2, 3, 6, 6),)).record
+    assert [skipped.reason for skipped in record.skipped] == ["its bias is computed at each call"]
+    assert [(site.call, site.is_static) for site in record.sites] == [("linear", False)]

@@ -194,6 +194,11 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
             lambda: (torch.randn(3, 64, 4, 3),),
         ),
         Sample(
+            nn.ConvTranspose2d,
+            lambda: nn.Sequential(nn.ConvTranspose2d(64, 32, 3, 2, groups=4)),
+            lambda: (torch.randn(3, 64, 3, 3),),
+        ),
+        Sample(
             nn.ConvTranspose3d,
             lambda: nn.Sequential(nn.ConvTranspose3d(16, 32, 2)),
             lambda: (torch.randn(3, 16, 2, 3, 4),),

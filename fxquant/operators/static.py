@@ -21,8 +21,6 @@ from fxquant.qconfig import QConfig
 def _refuse(module: Any) -> str | None:
     if "weight" not in module._parameters:
         return "its weight is recomputed at each call (weight_norm or the like); remove that first"
-    if getattr(module, "transposed", False) and module.groups > 1:
-        return "a transposed convolution in groups has no static form"
     return refuse_weight(module.weight.flatten(1)) or refuse_parameters(module)
 
 

@@ -87,6 +87,8 @@ def _convolution(kind: type[nn.Module]) -> Callable[[Any], nn.Module]:
     names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
 
     def make(old: Any) -> nn.Module:
+        if getattr(old, "transposed", False) and old.groups > 1:
+            raise TorchAoError(f"a transposed convolution in {old.groups} groups does not come over. {STATIC_LATER}")
         more = {"output_padding": old.output_padding} if getattr(old, "transposed", False) else {}
         options = {name: getattr(old, name) for name in names}
         return kind(**options, **more, bias=old.bias() is not None, device="meta")

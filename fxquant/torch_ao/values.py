@@ -19,11 +19,10 @@ from fxquant.graph.plan.operands import bounds_of, operands_of
 from fxquant.graph.plan.targets import call_name
 from fxquant.graph.values import Edge, IntegerCall, Values
 from fxquant.nn.fused import FLOAT_TYPES
-from fxquant.operators.values import Form, arguments_of, find_value_operator
+from fxquant.operators.values import MOVING, NEAREST, Form, arguments_of, find_value_operator
 from fxquant.torch_ao.static import SPEC, STATIC_LATER, Qparams, Scales, qparams_of
 from fxquant.value_observers import ValueObserver
 
-_MOVING = (Form.KEEPS, Form.PADS, Form.POOLS)
 _FIXED: dict[Any, tuple[float, int]] = {
     **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), (1 / 256, 0)),
     **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), (1 / 256, 0)),
@@ -133,10 +132,11 @@ class _Walk:
         row = find_value_operator(kind)
         operands = operands_of(node, row)
         given = arguments_of(kind, node.args, dict(node.kwargs), module)
-        is_whole = row is not None and row.form is Form.AVERAGES and kind in (torch.mean, "mean") and "dim" not in given
-        if row is None or is_whole or any(x not in self._edges for x in operands or [node]) or not row.takes(given):
+        is_known = row is not None and all(x in self._edges for x in operands or [node]) and row.takes(given)
+        if not is_known or _is_other(kind, given):
             raise self._refused(node, kind, "has no integer form here")
-        if row.form in _MOVING:
+        assert row is not None
+        if row.form in MOVING:
             self._move(node, kind, row.form, operands)
             return
         self._compute(node, row.form, operands, self._scale_of(node, kind, row.form, operands))
@@ -206,6 +206,13 @@ class _Walk:
             mark.replace_all_uses_with(mark.args[0])  # type: ignore[arg-type]
             self._module.graph.erase_node(mark)
         self._module.recompile()
+
+
+def _is_other(kind: Any, given: dict[str, Any]) -> bool:
+    """Return whether torch.ao computes something in another way: a mean of all of a value, a linear interpolation."""
+    is_whole = kind in (torch.mean, "mean") and given.get("dim") is None
+    row = find_value_operator(kind)
+    return is_whole or (row is not None and row.form is Form.RESIZES and given.get("mode", "nearest") not in NEAREST)
 
 
 def _is_same(one: Qparams, other: Qparams) -> bool:

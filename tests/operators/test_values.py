@@ -39,13 +39,21 @@ def test_others_have_none(kind):
         (F.pad, {"mode": "reflect"}, True),
         (F.max_pool2d, {"return_indices": True}, False),
         (F.interpolate, {"mode": "nearest"}, True),
-        (F.interpolate, {"mode": "bilinear"}, False),
-        (nn.PReLU, {"num_parameters": 1}, True),
-        (nn.PReLU, {"num_parameters": 8}, False),
+        (F.interpolate, {"mode": "bilinear"}, True),
+        (F.interpolate, {"mode": "bilinear", "antialias": True}, False),
+        (F.interpolate, {"mode": "bicubic"}, False),
+        (nn.BatchNorm2d, {"track_running_stats": True, "training": False}, True),
+        (nn.BatchNorm2d, {"track_running_stats": False, "training": False}, False),
     ],
 )
 def test_some_arguments_have_no_integer_form(kind, given, takes):
     assert find_value_operator(kind).takes(given) is takes
+
+
+def test_functions_of_the_channel_need_a_table_each():
+    assert find_value_operator(nn.PReLU).channels({"num_parameters": 1}) == 0
+    assert find_value_operator(nn.PReLU).channels({"num_parameters": 8}) == 8
+    assert find_value_operator(nn.BatchNorm1d).channels({"num_features": 6}) == 6
 
 
 def test_arguments_are_known_by_name_however_they_are_given():

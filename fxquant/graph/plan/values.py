@@ -22,11 +22,10 @@ from fxquant.graph.record import Site, Skipped
 from fxquant.graph.values import NO_VALUES, Edge, IntegerCall, Values
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.operators import OPERATORS, Operator
-from fxquant.operators.values import Form, ValueOperator, arguments_of, find_value_operator
+from fxquant.operators.values import MOVING, Form, ValueOperator, arguments_of, find_value_operator
 from fxquant.ranges import Fixed
 from fxquant.spec import TensorSpec
 
-_MOVING = (Form.KEEPS, Form.PADS, Form.POOLS)
 _UNIT: tuple[Any, ...] = (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_", nn.Hardsigmoid, F.hardsigmoid)
 _SIGNED: tuple[Any, ...] = (nn.Tanh, torch.tanh, F.tanh, "tanh", "tanh_")
 
@@ -150,7 +149,7 @@ class _Walk:
             self._quantize_for_site(node)
             return []
         operands = operands_of(node, row)
-        if row.form in _MOVING:
+        if row.form in MOVING:
             floats = [operand for operand in operands if operand not in self._made]
             if (node.target in LISTS and floats == operands) or any(shape_of(operand) is None for operand in floats):
                 self._quantize_for_site(node)  # joined floats, and what a float gives in a tuple
@@ -160,7 +159,8 @@ class _Walk:
                 self._join(operand, node)
             self._made.add(node)
             self._moved.add(node)
-            self._calls.append(IntegerCall(node=node.name, form=row.form, inputs=self._named(operands)))
+            rank = len(shape_of(operands[0]) or ())
+            self._calls.append(IntegerCall(node=node.name, form=row.form, inputs=self._named(operands), rank=rank))
             return []
         if all(operand in self._made for operand in operands):
             return self._make(node, row.form).absorbed
@@ -179,7 +179,8 @@ class _Walk:
         for operand in operands:
             if operand not in self._made:
                 self._quantized[operand] = None
-        chain = self._absorb(node, site) if site is not None or form in (Form.ADDS, Form.MULTIPLIES) else _Chain(node)
+        has_clamp = site is not None or form in (Form.ADDS, Form.MULTIPLIES) or self._has_channels(node)
+        chain = self._absorb(node, site) if has_clamp else _Chain(node)
         is_made = chain.tail in self._wanted
         if is_made:
             self._made.add(chain.tail)
@@ -198,6 +199,12 @@ class _Walk:
             )
         )
         return chain
+
+    def _has_channels(self, node: fx.Node) -> bool:
+        """Return whether a function of values is one for each channel."""
+        row, module = self._rows[node], self._submodule(node)
+        given = arguments_of(self._kind(node), node.args, dict(node.kwargs), module)
+        return row is not None and row.form is Form.LOOKS_UP and row.channels(given) > 0
 
     def _absorb(self, node: fx.Node, site: Site | None) -> _Chain:
         """Return what a node can do of what follows it: an addition, by a site, and a clamp."""

@@ -37,6 +37,10 @@ def targets(module):
         (lambda x: F.pad(x, (1, 2)), 8, ops.pad_value),
         (nn.Hardswish(), 8, ops.lookup),
         (lambda x: x * 0.5 + 1, 8, ops.lookup),
+        (nn.PReLU(8, 0.1), 8, ops.lookup_channels),
+        (lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"), 8, ops.resize_value),
+        (lambda x: F.interpolate(x, x.shape[2:], mode="bilinear", align_corners=True), 8, ops.resize_value),
+        (nn.UpsamplingBilinear2d(scale_factor=3), 8, ops.resize_value),
         (lambda x: x[:, :4] + x[:, 4:], 4, ops.add_values),
         (lambda x: x[:, :4] - x[:, 4:], 4, ops.add_values),
         (lambda x: x[:, :4] * x[:, 4:], 4, ops.mul_values),
@@ -163,6 +167,39 @@ def test_the_bias_takes_back_what_rounding_the_weights_takes_on_average():
     mean = x.mean((0, 2, 3))
     assert torch.allclose(product.bias, conv.bias + rest.flatten(1) @ mean, atol=1e-6)
     assert not torch.equal(product.bias, conv.bias)
+
+
+class Norms(nn.Module):
+    """BatchNorms with no layer before them to be folded into: before a convolution, and in a residual branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.last, self.flat, self.head = nn.BatchNorm2d(8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+        for norm in (self.norm, self.last, self.flat):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(norm.weight, 0.2, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x + self.second(F.relu(self.norm(x)))
+        return self.head(F.relu(self.flat(F.relu6(self.last(x)).mean((2, 3)))))
+
+
+@torch.no_grad()
+def test_a_norm_by_itself_is_a_table_a_channel_with_the_clamp_after_it():
+    torch.manual_seed(0)
+    model = Norms()
+    module, x = quantized(model)
+    assert targets(module).count(ops.lookup_channels) == 3
+    assert not {ops.dequantize, ops.lookup, F.relu} & set(targets(module))
+    assert module.record.values.floats == ()
+    assert sqnr(model(x), module(x)) > 30
+    table = module.get_buffer("norm_table")
+    scales = [module.get_buffer(f"{name}_{part}") for name in ("first", "norm") for part in ("scale", "zero_point")]
+    every = ops.dequantize(torch.arange(256, dtype=torch.uint8), *scales[:2]).expand(1, 8, 1, 256)
+    assert torch.equal(table, ops.quantize(F.relu(model.norm(every)), *scales[2:]).view(8, 256))
 
 
 class Calls(nn.Module):

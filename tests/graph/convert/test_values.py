@@ -253,3 +253,49 @@ def test_a_call_whose_bias_is_computed_is_dynamic_or_says_so():
     record = prepare_fx(Computed().eval(), fxquant.default_static_qconfig_mapping(), (torch.randn(2, 3, 6, 6),)).record
     assert [skipped.reason for skipped in record.skipped] == ["its bias is computed at each call"]
     assert [(site.call, site.is_static) for site in record.sites] == [("linear", False)]
+
+
+class Choosing(nn.Module):
+    """It does not trace."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else self.layer(-x)
+
+
+class Twice(nn.Module):
+    """A layer that the graph calls, and a part beside it too. is_fused: with a ReLU; is_later: after that part."""
+
+    def __init__(self, is_fused, is_later):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 3, padding=1)
+        self.part, self.is_fused, self.is_later = Choosing(self.layer), is_fused, is_later
+
+    def forward(self, x):
+        x = self.part(x) if self.is_later else x
+        x = self.layer(x)
+        x = F.relu(x) if self.is_fused else x * 2
+        return x if self.is_later else self.part(x)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("is_later", [True, False])
+@torch.no_grad()
+def test_a_layer_that_a_part_beside_the_graph_calls_too_is_static_there(is_fused, is_later, tmp_path):
+    torch.manual_seed(0)
+    model = Twice(is_fused, is_later).eval()
+    module, x = quantized(model)
+    record = module.record
+    assert record.skipped == ()
+    assert {site.path: site.is_static for site in record.sites} == (
+        {"layer": True, "part.layer": True} if is_fused else {"layer": True}
+    )
+    parts = [module.get_submodule(path) for path in ("layer", "part.layer")]
+    assert parts[0].weight_int8.data_ptr() == parts[1].weight_int8.data_ptr()
+    assert not any(type(part) is nn.Conv2d for part in module.modules())
+    assert sqnr(model(x), module(x)) > 30
+    fxquant.save(module, tmp_path / "q")
+    assert torch.equal(fxquant.load(Twice(is_fused, is_later).eval(), tmp_path / "q")(x), module(x))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxquant.graph.plan.floats import find_floats
-from fxquant.graph.plan.operands import LISTS, bounds_of, is_float, is_minus, operands_of, shape_of
+from fxquant.graph.plan.operands import LISTS, SHAPED_LIKE, bounds_of, is_float, is_minus, operands_of, shape_of
 from fxquant.graph.plan.targets import product_input
 from fxquant.graph.record import Site, Skipped
 from fxquant.graph.values import NO_VALUES, Edge, IntegerCall, Values
@@ -112,7 +112,7 @@ class _Walk:
         operands = operands_of(node, row)
         if not operands or not all(map(is_float, operands)):
             return None
-        rest = {n for n in node.all_input_nodes if n not in operands}
+        rest = {n for n in node.all_input_nodes if n not in operands and node.target not in SHAPED_LIKE}
         given = arguments_of(kind, node.args, dict(node.kwargs), self._submodule(node))
         return None if any(map(is_float, rest)) or not row.takes(given) else row
 

@@ -19,9 +19,10 @@ class ValueObserver(nn.Module):
     """A pass-through that measures a value. Statistics have one shape, whatever the batches' are.
 
     spec: how the value will become integers. low, high: () float32, the least and greatest finite value so far, 0
-    included; `has_seen` tells whether there was one.
+    included; `has_seen` tells whether there was one. is_given: whether scale and zero point are known from elsewhere.
     """
 
+    is_given = False
     low: torch.Tensor
     high: torch.Tensor
 

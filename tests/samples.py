@@ -98,22 +98,27 @@ def indices(*shape: int, top: int = 20) -> torch.Tensor:
     return torch.randint(top, shape)
 
 
+LINEAR_CALLS = (
+    Sample(F.linear, lambda: Call(F.linear, 12, 24), lambda: (torch.randn(5, 24),)),
+    Sample(linear_relu, lambda: Call(relu_of_linear, 12, 24), lambda: (torch.randn(5, 24),)),
+    Sample(operator.matmul, lambda: Call(operator.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
+    Sample(torch.matmul, lambda: Call(torch.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
+    Sample(torch.linalg.matmul, lambda: Call(torch.linalg.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
+    Sample("matmul", lambda: Call(lambda x, w: x.matmul(w), 24, 12), lambda: (torch.randn(5, 24),)),
+    Sample(expanded_bmm, lambda: Call(expanded_bmm, 24, 12), lambda: (torch.randn(2, 5, 24),)),
+    Sample(torch.mm, lambda: Call(torch.mm, 24, 12), lambda: (torch.randn(5, 24),)),
+    Sample("mm", lambda: Call(lambda x, w: x.mm(w), 24, 12), lambda: (torch.randn(5, 24),)),
+    Sample(torch.addmm, lambda: CallWithBias(torch.addmm, 24, 12), lambda: (torch.randn(5, 24),)),
+    Sample("addmm", lambda: CallWithBias(lambda b, x, w: b.addmm(x, w), 24, 12), lambda: (torch.randn(5, 24),)),
+    Sample(torch.einsum, lambda: Call(einsum_of_rows, 12, 24), lambda: (torch.randn(5, 24),)),
+)
+"""Of F.linear and its other forms."""
+
 SAMPLES: dict[str, tuple[Sample, ...]] = {
     "linear": (
         Sample(nn.Linear, lambda: nn.Sequential(nn.Linear(24, 12)), lambda: (torch.randn(5, 24),)),
         Sample(LinearReLU, lambda: nn.Sequential(nn.Linear(24, 12), nn.ReLU()), lambda: (torch.randn(5, 24),)),
-        Sample(F.linear, lambda: Call(F.linear, 12, 24), lambda: (torch.randn(5, 24),)),
-        Sample(linear_relu, lambda: Call(relu_of_linear, 12, 24), lambda: (torch.randn(5, 24),)),
-        Sample(operator.matmul, lambda: Call(operator.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
-        Sample(torch.matmul, lambda: Call(torch.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
-        Sample(torch.linalg.matmul, lambda: Call(torch.linalg.matmul, 24, 12), lambda: (torch.randn(5, 24),)),
-        Sample("matmul", lambda: Call(lambda x, w: x.matmul(w), 24, 12), lambda: (torch.randn(5, 24),)),
-        Sample(expanded_bmm, lambda: Call(expanded_bmm, 24, 12), lambda: (torch.randn(2, 5, 24),)),
-        Sample(torch.mm, lambda: Call(torch.mm, 24, 12), lambda: (torch.randn(5, 24),)),
-        Sample("mm", lambda: Call(lambda x, w: x.mm(w), 24, 12), lambda: (torch.randn(5, 24),)),
-        Sample(torch.addmm, lambda: CallWithBias(torch.addmm, 24, 12), lambda: (torch.randn(5, 24),)),
-        Sample("addmm", lambda: CallWithBias(lambda b, x, w: b.addmm(x, w), 24, 12), lambda: (torch.randn(5, 24),)),
-        Sample(torch.einsum, lambda: Call(einsum_of_rows, 12, 24), lambda: (torch.randn(5, 24),)),
+        *LINEAR_CALLS,
     ),
     "attention": (
         Sample(nn.MultiheadAttention, lambda: SelfAttention(24, 3), lambda: (torch.randn(4, 3, 24),), rows=1),
@@ -150,8 +155,16 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "static linear": (
         Sample(nn.Linear, lambda: nn.Sequential(nn.Linear(24, 12)), lambda: (torch.randn(5, 24),)),
         Sample(LinearReLU, lambda: nn.Sequential(nn.Linear(24, 12), nn.ReLU()), lambda: (torch.randn(5, 24),)),
+        *LINEAR_CALLS,
     ),
     "static convolution": (
+        Sample(F.conv1d, lambda: Call(F.conv1d, 64, 32, 3, stride=2), lambda: (torch.randn(3, 32, 7),)),
+        Sample(
+            F.conv2d,
+            lambda: Call(F.conv2d, 64, 16, 3, 2, padding=(1, 0), groups=2),
+            lambda: (torch.randn(3, 32, 5, 6),),
+        ),
+        Sample(F.conv3d, lambda: Call(F.conv3d, 32, 16, 2, 2, 2), lambda: (torch.randn(3, 16, 3, 4, 5),)),
         Sample(nn.Conv1d, lambda: nn.Sequential(nn.Conv1d(128, 256, 3)), lambda: (torch.randn(3, 128, 7),)),
         Sample(
             nn.Conv2d,
@@ -179,6 +192,11 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
             nn.ConvTranspose2d,
             lambda: nn.Sequential(nn.ConvTranspose2d(64, 32, 3, (2, 1))),
             lambda: (torch.randn(3, 64, 4, 3),),
+        ),
+        Sample(
+            nn.ConvTranspose2d,
+            lambda: nn.Sequential(nn.ConvTranspose2d(64, 32, 3, 2, groups=4)),
+            lambda: (torch.randn(3, 64, 3, 3),),
         ),
         Sample(
             nn.ConvTranspose3d,

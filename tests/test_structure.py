@@ -73,7 +73,10 @@ TESTED_ELSEWHERE = {
     "ops.library": "tests/ops/test_register.py and tests/ops/test_calls.py: what is registered, and where calls run",
     "ops.output_pool": "tests/native/test_output_pool.py",
     "tensor_file": "tests/test_checkpoint.py: the files that save writes and load reads",
+    "torch_ao.architecture": "tests/torch_ao/test_load.py: the checkpoints of torch.ao",
+    "torch_ao.packed": "tests/torch_ao/test_load.py: the checkpoints of torch.ao",
     "torch_ao.state": "tests/torch_ao/test_load.py: the checkpoints of torch.ao",
+    "torch_ao.values": "tests/torch_ao/test_static.py, with the marks that it reads",
 }
 """Modules without a test file of their own name, and where their tests are."""
 

@@ -211,12 +211,13 @@ def _foreseen(model: nn.Module, record: Record) -> tuple[nn.Module, tuple[Site, 
 
 
 def _sources(model: nn.Module) -> dict[tuple[str, str], str]:
-    """Return the user's line that made each node, by the path of the module that it calls, or "" and its name."""
+    """Return the user's line that made each node, by "" and its name, and by the path of the module that it calls."""
     nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
     lines: dict[tuple[str, str], str] = {}
     for node in nodes:
-        place = (str(node.target), "") if node.op == "call_module" else ("", node.name)
-        lines.setdefault(place, edit.node_frame(node))
+        lines[("", node.name)] = edit.node_frame(node)
+        if node.op == "call_module":
+            lines.setdefault((str(node.target), ""), edit.node_frame(node))
     return lines
 
 

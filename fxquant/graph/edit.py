@@ -125,6 +125,13 @@ def swap_module(root: nn.Module, path: str, module: nn.Module) -> None:
     root.get_submodule(parent)._modules[name] = module
 
 
+def call_new_module(root: fx.GraphModule, node: fx.Node, module: nn.Module, x: Any) -> None:
+    """Let a node call a module of x, which stands under the node's name."""
+    path = free_name(root, node.name)
+    root.add_submodule(path, module)
+    node.op, node.target, node.args, node.kwargs = "call_module", path, (x,), {}
+
+
 def get_tensor(root: nn.Module, path: str) -> torch.Tensor | None:
     """Return the tensor at a path, or None where there is none."""
     value: Any = root

@@ -14,7 +14,9 @@ from torch import fx, nn
 from fxquant.graph import edit
 from fxquant.graph.constants import recast, transpose
 from fxquant.graph.plan.planner import Plan
-from fxquant.graph.values import Edge, IntegerCall
+from fxquant.graph.plan.targets import product_input
+from fxquant.graph.values import Edge
+from fxquant.operators import find_operator
 from fxquant.operators.values import Form
 from fxquant.value_observers import InputMean, make_value_observer
 
@@ -40,7 +42,7 @@ def observe(module: fx.GraphModule, plan: Plan) -> Plan:
         edit.erase_dead(module.graph, [target.operand])
         sites[number] = replace(site, observer=path)
     observe_values(module, plan.values.edges)
-    observe_inputs(module, plan.values.calls)
+    observe_inputs(module, plan)
     module.recompile()
     return replace(plan, sites=tuple(sites))
 
@@ -70,15 +72,17 @@ def mean_path(node: str) -> str:
     return f"{node}_input_mean"
 
 
-def observe_inputs(module: fx.GraphModule, calls: Sequence[IntegerCall]) -> None:
+def observe_inputs(module: fx.GraphModule, plan: Plan) -> None:
     """Insert what measures the means of the static products' inputs."""
     nodes = {node.name: node for node in module.graph.nodes}
-    for call in calls:
+    sites = {site.call or site.path: site for site in plan.sites if site.is_static}
+    for call in plan.values.calls:
         if call.form is Form.PRODUCT:
             node = nodes[call.node]
-            is_linear = isinstance(module.get_submodule(str(node.target)), nn.Linear)
-            x, path = node.all_input_nodes[0], mean_path(node.name)
-            module.add_submodule(path, InputMean(-1 if is_linear else 1))
+            site = sites[str(node.target) if node.op == "call_module" else node.name]
+            operator = find_operator(plan.operators, site.operator)
+            x, path = product_input(node, site, plan.operators), mean_path(node.name)
+            module.add_submodule(path, InputMean(-1 if operator is not None and operator.has_rows else 1))
             with module.graph.inserting_before(node):
                 measured = module.graph.call_module(path, (x,))
             measured.meta.update(x.meta)

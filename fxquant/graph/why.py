@@ -32,6 +32,7 @@ class Why(enum.Enum):
     MORE_OPERANDS = "it is called with more than {}"
     WEIGHT_IS_INPUT = "its weight is its input too"
     CAST = "its weight is cast to another dtype at each call"
+    COMPUTED_BIAS = "its bias is computed at each call"
     WRITTEN = "forward writes into its weight or bias as it runs"
     PRESERVED_WRITES = "preserved code may write into it"
     USED_BESIDE = "code beside the graph uses it as it is"

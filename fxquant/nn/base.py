@@ -20,7 +20,7 @@ from fxquant import frames
 from fxquant.errors import ModelStateError, ReadOnlyError, warn
 from fxquant.formats import FLOAT32
 from fxquant.nn.float_weight import FloatWeight
-from fxquant.nn.stored import LIKE, Stored, StoredWeights
+from fxquant.nn.stored import LIKE, Stored, StoredWeights, turn
 from fxquant.nn.training import frozen, warn_of_training
 from fxquant.numerics import QuantizedTensor, dequantize
 from fxquant.qconfig import QConfig
@@ -58,11 +58,12 @@ class QuantizedModule(StoredWeights):
         weight: QuantizedTensor,
         like: torch.Tensor | None = None,
         turned: tuple[int, int] | None = None,
+        groups: int = 1,
     ) -> str:
         """Register a quantized weight as buffers and return the key of its values.
 
         like: the float weight, whose shape and dtype `module.<name>` has; by default float32 in the values' shape.
-        turned: two dimensions of it that are swapped in the quantized one.
+        turned, groups: two dimensions of it that are swapped in the quantized one, in so many groups (`turn`).
         """
         weight_format, shape = (
             weight.format,
@@ -72,7 +73,7 @@ class QuantizedModule(StoredWeights):
         for buffer, tensor in zip((key, f"{name}_scale", f"{name}_zero_point"), weight.tensors, strict=True):
             self.register_buffer(buffer, tensor)
         if weight_format is not FLOAT32:
-            self._stored[name] = Stored(key, weight_format, weight.columns, weight.group_size, shape, turned)
+            self._stored[name] = Stored(key, weight_format, weight.columns, weight.group_size, shape, turned, groups)
         dtype = torch.float32 if like is None else like.dtype
         empty = torch.empty(0, dtype=dtype, device=weight.values.device)
         self.register_parameter(LIKE, frozen(empty))
@@ -114,7 +115,7 @@ class QuantizedModule(StoredWeights):
             values, scale, zero_point = parts
             kept = QuantizedTensor(stored.format, values, scale, zero_point, stored.columns, stored.group_size)
             real = dequantize(kept).reshape(shape)
-            real = real.transpose(*stored.turned) if stored.turned else real
+            real = turn(real, stored.turned, stored.groups) if stored.turned else real
             real = real.to(self._parameters[LIKE].dtype)  # type: ignore[union-attr]
         if isinstance(rows, torch.Tensor):
             return real.view(*rows.shape, *real.shape[1:])

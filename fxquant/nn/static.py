@@ -13,6 +13,7 @@ from torch import nn
 from fxquant import ops
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.nn.convolution import paddings
+from fxquant.nn.stored import turn
 from fxquant.qconfig import QConfig, default_static_qconfig
 
 _CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -34,10 +35,12 @@ class StaticQuantizedProduct(QuantizedModule):
         self, module: Any, qconfig: QConfig, quantize: Quantize, turned: tuple[int, int] | None = None
     ) -> None:
         super().__init__(qconfig)
-        weight = module.weight.transpose(*turned) if turned else module.weight
+        groups = module.groups if turned else 1
+        weight = turn(module.weight, turned, groups) if turned else module.weight
         quantized = quantize(weight, qconfig)
         self.out_features, self.in_features = quantized.values.shape[0], quantized.values[0].numel()
-        self._tensors = (self.set_weight("weight", quantized, module.weight, turned), "weight_scale", "bias")
+        key = self.set_weight("weight", quantized, module.weight, turned, groups)
+        self._tensors = (key, "weight_scale", "bias")
         bias = torch.zeros(self.out_features, device=weight.device) if module.bias is None else module.bias
         self.set_bias("bias", bias.to(torch.float32))
 
@@ -137,16 +140,19 @@ class StaticQuantizedConv(StaticQuantizedProduct):
             value = (F.pad(value[0], _turned(sides), str(self.padding_mode)), *value[1:])
             sides = (0,) * len(sides)
         weight, weight_scale, bias = self.own(self._tensors)
-        product: Any = (weight.transpose(0, 1) if self.transposed else weight, weight_scale, bias)
+        product: Any = (turn(weight, (0, 1), self.groups) if self.transposed else weight, weight_scale, bias)
         windows: Any = (self.stride, sides, self.dilation, self.groups, self.transposed, self.output_padding)
         return ops.static_convolution(*value, *product, *output, *windows, **more)
 
     def _sum(self, weight: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         """Return what a constant input gives on average, away from the borders: (O,)."""
         sums = weight.flatten(2).sum(2)
-        if self.transposed:  # an output meets one of as many taps as its stride has phases
-            return sums.t() @ mean / float(math.prod(self.stride))
-        return (sums.view(self.groups, -1, sums.shape[1]) @ mean.view(self.groups, -1, 1)).flatten()
+        taps = float(math.prod(self.stride)) if self.transposed else 1.0  # an output meets one in so many
+        if self.transposed:
+            sums = turn(sums, (0, 1), self.groups)
+        if self.transposed and self.groups == 1:
+            return sums @ mean / taps
+        return (sums.reshape(self.groups, -1, sums.shape[1]) @ mean.view(self.groups, -1, 1)).flatten() / taps
 
     def extra_repr(self) -> str:
         """Return what print shows: the sizes and the scheme."""

@@ -23,7 +23,7 @@ class Stored:
     """How a float weight is kept: under a key, in a format.
 
     columns, group_size: as QuantizedTensor has them. shape: of the float weight; turned: the two dimensions that are
-    swapped in the kept one.
+    swapped in the kept one, groups: in so many parts (`turn`).
     """
 
     key: str
@@ -32,6 +32,7 @@ class Stored:
     group_size: int
     shape: tuple[int, ...]
     turned: tuple[int, int] | None = None
+    groups: int = 1
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
@@ -39,8 +40,20 @@ class Stored:
         shape = list(self.shape)
         if self.turned:
             first, second = self.turned
-            shape[first], shape[second] = shape[second], shape[first]
+            shape[first], shape[second] = shape[second] * self.groups, shape[first] // self.groups
         return tuple(shape)
+
+
+def turn(weight: torch.Tensor, turned: tuple[int, int], groups: int = 1) -> torch.Tensor:
+    """Return a weight with two dimensions swapped; done twice it is the weight again.
+
+    groups: of a transposed convolution, whose weight (I, O / groups, ...) becomes (O, I / groups, ...), group by group.
+    """
+    if groups == 1:
+        return weight.transpose(*turned)
+    assert turned == (0, 1), turned
+    parts: torch.Tensor = weight.unflatten(0, (groups, weight.shape[0] // groups))  # type: ignore[no-untyped-call]
+    return parts.transpose(1, 2).flatten(0, 1)
 
 
 class StoredWeights(nn.Module):

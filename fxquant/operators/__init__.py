@@ -47,9 +47,12 @@ def find_module_operator(
     return next((operator for operator in known if any(name in operator.modules for name in names)), None)
 
 
-def find_function_operator(operators: Sequence[Operator], function: Callable[..., Any] | str) -> Operator | None:
-    """Return the last operator that holds this function, or method by its name."""
-    return next((operator for operator in reversed(operators) if operator.find_pattern(function) is not None), None)
+def find_function_operator(
+    operators: Sequence[Operator], function: Callable[..., Any] | str, is_static: bool = False
+) -> Operator | None:
+    """Return the last operator that holds this function, or method by its name. is_static: whether a static one."""
+    known = (operator for operator in reversed(operators) if operator.is_static is is_static)
+    return next((operator for operator in known if operator.find_pattern(function) is not None), None)
 
 
 def find_operator(operators: Sequence[Operator], name: str) -> Operator | None:

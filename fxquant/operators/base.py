@@ -107,6 +107,11 @@ def no_functions(call: Call) -> NewCall:
     raise NotImplementedError(f"{call.function} has no functional form")
 
 
+def no_stand_in(function: Any, operands: dict[str, Any]) -> nn.Module:
+    """Stand in for stand_in in an operator whose calls stay calls."""
+    raise NotImplementedError(f"{function} of {list(operands)} has no module")
+
+
 def never_transposed(_: dict[str, Any]) -> bool:
     """Stand in for is_transposed in an operator whose calls take their weights as (O, I)."""
     return False
@@ -161,8 +166,10 @@ class Operator(CallPattern):
     whether its input is a calibrated value, which the graph has as integers. has_rows: whether the last dimension of a
     module's input and output holds its features. schemes: the qconfigs it accepts. refuse_module: returns why a module
     must stay float, or None. convert_module(module, qconfig, quantize), convert_function(call): see `Call`; operators
-    never edit graphs. parts: return the names of those weights of a module that may each have a scheme of its own; by
-    default the only one. Where there are several, convert_module gives each `quantize(weight, qconfig.of(name))`.
+    never edit graphs. stand_in(function, operands): of a static one, the float module that computes what a call does,
+    from its operands by their roles, constants as tensors; that module is converted. parts: return the names of those
+    weights of a module that may each have a scheme of its own; by default the only one. Where there are several,
+    convert_module gives each `quantize(weight, qconfig.of(name))`.
     """
 
     name: str
@@ -174,6 +181,7 @@ class Operator(CallPattern):
     schemes: tuple[Scheme, ...]
     convert_module: Callable[[Any, QConfig, Quantize], nn.Module] = no_modules
     convert_function: Callable[[Call], NewCall] = no_functions
+    stand_in: Callable[[Any, dict[str, Any]], nn.Module] = no_stand_in
     refuse_module: Callable[[Any], str | None] = never_refuse
     parts: Callable[[Any], tuple[str, ...]] = sole_weight
 

@@ -32,7 +32,8 @@ def _convert_module(module: nn.Linear, qconfig: QConfig, quantize: Quantize) -> 
     return quantized_type.from_float(module, qconfig, quantize)
 
 
-def _refuse_call(operands: dict[str, Any]) -> str | None:
+def refuse_linear(operands: dict[str, Any]) -> str | None:
+    """Return why a call of F.linear must stay float, or None."""
     if len(operands["weight"].shape) != 2:
         return f"its weight is {len(operands['weight'].shape)}-D, not 2-D"
     return refuse_bias(operands.get("bias"), operands["weight"].shape[0])
@@ -67,5 +68,5 @@ LINEAR = Operator(
     convert_module=_convert_module,
     convert_function=_convert_function,
     refuse_module=_refuse,
-    refuse_call=_refuse_call,
+    refuse_call=refuse_linear,
 )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxquant import ops
-from fxquant.operators.values import Arguments
+from fxquant.operators.values import NEAREST, Arguments
 
 _RANKS: dict[Any, int] = {
     **dict.fromkeys((nn.AdaptiveAvgPool1d, F.adaptive_avg_pool1d, nn.AvgPool1d, F.avg_pool1d), 1),
@@ -55,6 +55,15 @@ def padding(kind: Any, given: Arguments) -> tuple[list[int], str]:
     return list(given["padding"]), mode
 
 
+def resizing(given: Arguments, rank: int) -> dict[str, Any] | None:
+    """Return the arguments of `ops.resize_value` beside a value, None where it repeats values. rank: the value's."""
+    if given.get("mode", "nearest") in NEAREST:
+        return None
+    size, factors = given.get("size"), given.get("scale_factor")
+    more = {"size": size} if size is not None else {"factors": list(map(float, _each(factors, rank - 2)))}
+    return {**more, "align_corners": bool(given.get("align_corners", False))}
+
+
 def _windows(given: Arguments, rank: int) -> dict[str, Any]:
     kernel, stride = _each(given["kernel_size"], rank), given.get("stride")
     return {
@@ -66,4 +75,5 @@ def _windows(given: Arguments, rank: int) -> dict[str, Any]:
 
 
 def _each(size: Any, rank: int) -> list[Any]:
-    return [size] * rank if isinstance(size, int) or size is None else list(size) * (rank if len(size) == 1 else 1)
+    is_one = isinstance(size, (int, float)) or size is None
+    return [size] * rank if is_one else list(size) * (rank if len(size) == 1 else 1)

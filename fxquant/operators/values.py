@@ -1,6 +1,7 @@
 """What stands between products: functions of values without weights, and how each goes on with integers.
 
-KEEPS: integers pass untouched, under the scale of the operand, which all operands share. LOOKS_UP: a function of single
+KEEPS: integers pass untouched, under the scale of the operand, which all operands share, as in PADS, POOLS and RESIZES,
+which give no value outside their operand's range. LOOKS_UP: a function of single
 values becomes a table of 256. Others have an operator of ours, and a scale of their own.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
 Kind = Callable[..., Any] | str
 
@@ -29,10 +31,15 @@ class Form(enum.Enum):
     KEEPS = "integers pass as they are"
     PADS = "padded with the zero point"
     POOLS = "fxquant.ops.max_pool_value"
+    RESIZES = "repeated, or fxquant.ops.resize_value"
     LOOKS_UP = "a table of 256"
     ADDS = "fxquant.ops.add_values"
     MULTIPLIES = "fxquant.ops.mul_values"
     AVERAGES = "fxquant.ops.mean_value"
+
+
+MOVING = (Form.KEEPS, Form.PADS, Form.POOLS, Form.RESIZES)
+"""Those whose result has its operand's scale, and is not observed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,7 @@ class ValueOperator:
     """One family of functions of values.
 
     modules, functions: as in an Operator; methods by name. form: how they run. takes: whether one has an integer form
-    by its arguments beside the value.
+    by its arguments beside the value. channels: how many tables it needs, one each; 0: one for all of the value.
     """
 
     name: str
@@ -48,6 +55,7 @@ class ValueOperator:
     modules: tuple[type[nn.Module], ...] = ()
     functions: tuple[Kind, ...] = ()
     takes: Callable[[Arguments], bool] = lambda _: True
+    channels: Callable[[Arguments], int] = lambda _: 0
 
 
 def takes_pad(given: Arguments) -> bool:
@@ -60,9 +68,17 @@ def takes_pool(given: Arguments) -> bool:
     return not given.get("return_indices", False)
 
 
-def takes_nearest(given: Arguments) -> bool:
-    """Return whether an interpolation only repeats values."""
-    return given.get("mode", "nearest") in ("nearest", "nearest-exact")
+NEAREST = ("nearest", "nearest-exact")
+
+
+def takes_resize(given: Arguments) -> bool:
+    """Return whether an interpolation repeats values, or gives linear means of neighbours: none outside their range."""
+    if given.get("mode", "nearest") in NEAREST:
+        return True
+    factors = given.get("scale_factor")
+    is_known = factors is None or all(isinstance(part, (int, float)) for part in pytree.tree_leaves(factors))
+    is_plain = not given.get("antialias") and not given.get("recompute_scale_factor")
+    return given["mode"] in ("linear", "bilinear", "trilinear") and is_known and is_plain
 
 
 MOVES = ValueOperator(
@@ -102,11 +118,11 @@ MAX_POOLS = ValueOperator(
     takes=takes_pool,
 )
 ENLARGES = ValueOperator(
-    name="nearest interpolation",
-    form=Form.KEEPS,
-    modules=(nn.Upsample, nn.UpsamplingNearest2d),
+    name="interpolation",
+    form=Form.RESIZES,
+    modules=(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     functions=(F.interpolate, F.upsample),
-    takes=takes_nearest,
+    takes=takes_resize,
 )
 CURVES = ValueOperator(
     name="curve",
@@ -154,7 +170,14 @@ PRELU = ValueOperator(
     name="PReLU",
     form=Form.LOOKS_UP,
     modules=(nn.PReLU,),
-    takes=lambda given: given.get("num_parameters") == 1,  # else a function of the channel too
+    channels=lambda given: 0 if given["num_parameters"] == 1 else int(given["num_parameters"]),
+)
+NORMS = ValueOperator(
+    name="BatchNorm",
+    form=Form.LOOKS_UP,
+    modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    takes=lambda given: given["track_running_stats"] and not given["training"],
+    channels=lambda given: int(given["num_features"]),
 )
 ADDS = ValueOperator(
     name="add",
@@ -193,7 +216,7 @@ AVERAGES = ValueOperator(
     ),
 )
 
-VALUE_OPERATORS = (MOVES, PADS, MAX_POOLS, ENLARGES, CURVES, PRELU, ADDS, MULTIPLIES, AVERAGES)
+VALUE_OPERATORS = (MOVES, PADS, MAX_POOLS, ENLARGES, CURVES, PRELU, NORMS, ADDS, MULTIPLIES, AVERAGES)
 """The table."""
 
 
@@ -204,7 +227,8 @@ def find_value_operator(kind: Any) -> ValueOperator | None:
 
 _NAMES: dict[Any, tuple[str, ...]] = {
     F.pad: ("pad", "mode", "value"),
-    **dict.fromkeys((F.interpolate, F.upsample), ("size", "scale_factor", "mode", "align_corners")),
+    F.interpolate: (*("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"),),
+    F.upsample: ("size", "scale_factor", "mode", "align_corners"),
     **dict.fromkeys((torch.mean, "mean"), ("dim", "keepdim", "dtype")),
     **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), ("output_size",)),
     **dict.fromkeys(
@@ -219,6 +243,7 @@ _NAMES: dict[Any, tuple[str, ...]] = {
 _OF_MODULES = (
     *("padding", "value", "mode", "size", "output_size", "kernel_size", "stride", "dilation", "ceil_mode"),
     *("return_indices", "count_include_pad", "divisor_override", "num_parameters"),
+    *("num_features", "track_running_stats", "training", "scale_factor", "align_corners", "recompute_scale_factor"),
 )
 
 

@@ -17,8 +17,9 @@ from fxquant.ops.linear import linear
 from fxquant.ops.pools import adaptive_pool_value, max_pool_value, mean_value, pool_value
 from fxquant.ops.recurrent import lstm, rnn
 from fxquant.ops.register import KERNELS, OVERLOADS
+from fxquant.ops.resize import resize_value
 from fxquant.ops.static import static_convolution, static_linear
-from fxquant.ops.values import add_values, dequantize, lookup, mul_values, pad_value, quantize
+from fxquant.ops.values import add_values, dequantize, lookup, lookup_channels, mul_values, pad_value, quantize
 
 _native_transpose = library.function("transpose")
 
@@ -67,6 +68,7 @@ __all__ = [
     "kernel_info",
     "linear",
     "lookup",
+    "lookup_channels",
     "lstm",
     "matmul",
     "max_pool_value",
@@ -75,6 +77,7 @@ __all__ = [
     "pad_value",
     "pool_value",
     "quantize",
+    "resize_value",
     "rnn",
     "static_convolution",
     "static_linear",

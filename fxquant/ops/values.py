@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxquant.errors import DTypeError
+from fxquant.errors import DTypeError, ShapeError
 from fxquant.numerics import dequantize_value, quantize_value
 from fxquant.ops.register import Kernel, arguments_of, public
 
@@ -38,6 +38,15 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -
 def lookup(q: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Return table[q]: any function of single values. q: uint8; table: (256,) uint8 -> uint8 in q's shape."""
     return _lookup((q, table))
+
+
+@public
+def lookup_channels(q: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return table[channel, q]: any function of single values and their channel, dimension 1.
+
+    q: (B, C, ...) uint8; table: (C, 256) uint8 -> uint8 in q's shape. Raises ShapeError for another number of channels.
+    """
+    return _lookup_channels((q, table))
 
 
 @public
@@ -110,6 +119,22 @@ def _check_float(a: Any) -> None:
         raise DTypeError(f"quantize takes a float tensor, got {a.x.dtype}; call x.float() before it")
 
 
+def _check_channels(a: Any) -> None:
+    check_value("lookup_channels", a.q)
+    if a.q.dim() < 2 or a.q.shape[1] != a.table.shape[0]:
+        raise ShapeError(
+            f"lookup_channels of {a.table.shape[0]} channels takes x with so many in dimension 1, got "
+            f"{tuple(a.q.shape)}"
+        )
+
+
+def _lookup_channels_reference(a: Any) -> torch.Tensor:
+    first = torch.arange(0, a.table.numel(), 256, dtype=torch.int32, device=a.q.device)
+    at = a.q.to(torch.int32) + first.view(-1, *[1] * (a.q.dim() - 2))
+    found: torch.Tensor = a.table.view(-1).index_select(0, at.reshape(-1)).view(a.q.shape)
+    return found
+
+
 def _add_reference(a: Any) -> torch.Tensor:
     real = dequantize_value(a.a, a.a_scale, a.a_zero_point)
     other = dequantize_value(a.b, a.b_scale, a.b_zero_point)
@@ -167,6 +192,13 @@ _lookup = register_reference(
     "(Tensor q, Tensor table) -> Tensor",
     lambda a: a.table.index_select(0, a.q.reshape(-1).to(torch.int32)).view(a.q.shape),
     lambda a: check_value("lookup", a.q),
+    lambda a: torch.empty_like(a.q, memory_format=torch.contiguous_format),
+)
+_lookup_channels = register_reference(
+    lookup_channels,
+    "(Tensor q, Tensor table) -> Tensor",
+    _lookup_channels_reference,
+    _check_channels,
     lambda a: torch.empty_like(a.q, memory_format=torch.contiguous_format),
 )
 _add = register_reference(

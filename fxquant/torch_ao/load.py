@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,9 +29,14 @@ from fxquant.graph.record import keep_record, record_of
 from fxquant.graph.trace.trace import Traced, trace
 from fxquant.graph.trace.tracer import SCOPE
 from fxquant.graph.trace.verify import tensors_meta
+from fxquant.nn.static import StaticQuantizedProduct
 from fxquant.operators import OPERATORS, find_function_operator
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
-from fxquant.torch_ao.state import Contents, Packed, Weight, architecture_of, unpack
+from fxquant.torch_ao.architecture import architecture_of, marked
+from fxquant.torch_ao.packed import Packed
+from fxquant.torch_ao.state import Contents, Weight, unpack
+from fxquant.torch_ao.static import Scales
+from fxquant.torch_ao.values import give_scales, take_values
 
 _WHOLE_MODEL = (
     "with a float model beside it, a state_dict is expected, of which only tensors are read. If it is a whole model, "
@@ -66,18 +72,23 @@ def from_torch_ao(
     for argument in (quantized, model):
         if record_of(argument) is not None:
             raise ModelStateError("from_torch_ao takes torch.ao's model and the float one; this went through fxquant")
+    scales = Scales()
     if isinstance(quantized, nn.Module):
-        state, architecture = quantized.state_dict(), architecture_of(quantized) if model is None else model
+        state = quantized.state_dict()
+        architecture = architecture_of(quantized, scales) if model is None else marked(model, state, scales)
     elif isinstance(quantized, Mapping) and model is not None:
-        state, architecture = dict(quantized), model
+        state, architecture = dict(quantized), marked(model, quantized, scales)
     else:
         got = "a state_dict alone" if isinstance(quantized, Mapping) else type(quantized).__name__
         raise TorchAoError(
             "from_torch_ao takes a model that torch.ao quantized, or its state_dict with the float model beside it: "
             f"from_torch_ao(state_dict, model); got {got}"
         )
-    contents = unpack(state, architecture, qconfig)
-    result = (_as_graph if _needs_graph(architecture, contents) else _as_tree)(architecture, contents)
+    contents = unpack(state, architecture, qconfig, scales)
+    if scales.of or _needs_graph(architecture, contents):
+        result = _as_graph(architecture, contents, scales, model if scales.of else None)
+    else:
+        result = _as_tree(architecture, contents)
     _check_filled(result)
     return result
 
@@ -121,19 +132,32 @@ def _as_tree(architecture: nn.Module, contents: Contents) -> nn.Module:
     return keep_record(root, record.advance(stage="quantized", sites=sites))
 
 
-def _as_graph(architecture: nn.Module, contents: Contents) -> nn.Module:
-    """Return the architecture as a graph, as prepare_fx and convert_fx give; a BatchNorm that was not folded stays."""
-    traced = trace(architecture, OPERATORS, keep_whole=True, folds=False)  # its weights are not read
-    described = describe(traced.module, architecture)
+def _as_graph(architecture: nn.Module, contents: Contents, scales: Scales, model: nn.Module | None = None) -> nn.Module:
+    """Return the architecture as a graph, as prepare_fx and convert_fx give; a BatchNorm that was not folded stays.
+
+    model: the float one, of which a static architecture is a copy with marks.
+    """
+    traced = _trace(architecture)
+    described = describe(traced.module if model is None else _trace(model).module, model or architecture)
     norms = {name.rpartition(".")[0] for name in contents.floats if name.endswith(".running_mean")}
     fusions, _ = fuse(traced.module, traced.hooked | norms)
     _place_calls(traced, contents)
     cache = _fill(traced.module, contents, architecture)
-    decided = observe(traced.module, plan(traced, contents.mapping, OPERATORS))
-    sites = convert(traced.module, decided.sites, OPERATORS, cache)
+    values, qparams = take_values(traced.module, scales)
+    decided = replace(plan(traced, contents.mapping, OPERATORS), values=values)
+    decided = observe(traced.module, decided)
+    give_scales(traced.module, qparams)
+    sites = convert(traced.module, decided.sites, OPERATORS, cache, values=values)
+    for part in traced.module.modules():
+        if isinstance(part, StaticQuantizedProduct) and part.bias.is_meta:  # torch.ao's had none
+            part.set_bias("bias", torch.zeros(part.out_features))
     record = decided.record(architecture, traced, fusions=fusions, architecture=described)
     record = record.advance(stage="quantized", sites=sites)
     return finish(clean(traced.module, architecture), architecture, record)
+
+
+def _trace(model: nn.Module) -> Traced:
+    return trace(model, OPERATORS, keep_whole=True, folds=False)  # its weights are not read
 
 
 def _place_calls(traced: Traced, contents: Contents) -> None:
@@ -191,7 +215,7 @@ def _fill(skeleton: nn.Module, contents: Contents, architecture: nn.Module) -> W
         new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         new = placed.setdefault((id(old), is_weight), new)  # tied ones stay tied
         if isinstance(value, Weight):
-            cache.give(new, value.qconfig, value.quantized)
+            cache.give(new.transpose(0, 1) if value.is_turned else new, value.qconfig, value.quantized)
         setattr(owner, last, new)  # not register_…: nn.RNN keeps a list of its weights up to date so
         done.add((id(owner), last))
     return cache

@@ -25,6 +25,8 @@ def x_of(*shape):
         (lambda: nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="circular"), (2, 4, 5, 6)),
         (lambda: nn.Conv3d(2, 3, 2, bias=False), (1, 2, 3, 4, 3)),
         (lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, 1), (2, 4, 5)),
+        (lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2), (2, 4, 5)),
+        (lambda: nn.ConvTranspose2d(6, 6, (3, 2), (2, 1), groups=6, bias=False), (2, 6, 5, 3)),
         (lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), (1, 0), dilation=(1, 2)), (2, 4, 5, 3)),
     ],
 )
@@ -54,6 +56,7 @@ def test_code_beside_the_graph_calls_it_with_floats():
         (lambda: nn.Conv2d(4, 6, (3, 2), padding="same", dilation=(1, 2), groups=2), (2, 4, 5, 6)),
         (lambda: nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="reflect"), (2, 4, 5, 6)),
         (lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), (1, 0), dilation=(1, 2)), (2, 4, 5, 3)),
+        (lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), groups=2), (2, 4, 5, 3)),
     ):
         module, twin, x = make(), make(), torch.randn(shape)
         kind = StaticQuantizedLinear if isinstance(module, nn.Linear) else StaticQuantizedConv
@@ -65,11 +68,11 @@ def test_code_beside_the_graph_calls_it_with_floats():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (4, 2), (3, 3)])
-def test_a_transposed_convolution_with_a_stride_is_corrected_by_the_taps_that_an_output_meets(kernel, stride):
+@pytest.mark.parametrize(("kernel", "stride", "groups"), [(2, 2, 1), (4, 2, 1), (3, 3, 1), (2, 2, 4)])
+def test_a_transposed_convolution_with_a_stride_is_corrected_by_the_taps_that_an_output_meets(kernel, stride, groups):
     torch.manual_seed(0)
-    module = nn.ConvTranspose2d(16, 8, kernel, stride)
-    quantized, twin = StaticQuantizedConv.from_float(module), nn.ConvTranspose2d(16, 8, kernel, stride)
+    module, twin = (nn.ConvTranspose2d(16, 8, kernel, stride, groups=groups) for _ in range(2))
+    quantized = StaticQuantizedConv.from_float(module)
     quantized.correct_bias(module.weight, torch.ones(16).double())
     twin.weight.copy_(quantized.dequantize("weight"))
     twin.bias.copy_(quantized.bias)

@@ -60,6 +60,9 @@ def value_cases():
     yield "quantize", (torch.randn(2, 3), scale, zero), {}
     yield "dequantize", value, {}
     yield "lookup", (q, torch.arange(255, -1, -1).to(torch.uint8)), {}
+    yield "lookup_channels", (q, torch.randint(256, (4, 256), dtype=torch.uint8)), {}
+    yield "resize_value", (q, [3, 9]), {"align_corners": True}
+    yield "resize_value", (q,), {"factors": [2.0, 1.5]}
     yield "add_values", (*value, *value, scale, zero), {"alpha": -1.0, "low": 0.0}
     yield "mul_values", (*value, q[:, :1], scale, zero, scale, zero), {"high": 6.0}
     yield "mean_value", (*value, scale, zero, [2, -1]), {"keepdim": True}

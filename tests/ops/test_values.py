@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fxquant import ops
-from fxquant.errors import DTypeError
+from fxquant.errors import DTypeError, ShapeError
 
 SCALE, ZERO = torch.tensor(0.05), torch.tensor(100, dtype=torch.int32)
 OUT_SCALE, OUT_ZERO = torch.tensor(0.11), torch.tensor(37, dtype=torch.int32)
@@ -65,6 +65,15 @@ def test_sums_and_products_are_those_of_the_values(shapes, bounds):
 def test_a_table_is_any_function():
     table = torch.arange(255, -1, -1, dtype=torch.uint8)
     assert torch.equal(ops.lookup(value(3, 5, 7), table), 255 - value(3, 5, 7))
+
+
+def test_a_table_a_channel_is_any_function_of_value_and_channel():
+    table, x = torch.randint(256, (5, 256), dtype=torch.uint8), value(3, 5, 7)
+    for q in (x, x[..., 0], x.transpose(0, 2).contiguous().transpose(0, 2)):
+        expected = torch.stack([table[c][q[:, c].long()] for c in range(5)], 1)
+        assert torch.equal(ops.lookup_channels(q, table), expected)
+    with pytest.raises(ShapeError, match="of 5 channels takes x with so many in dimension 1"):
+        ops.lookup_channels(x.transpose(0, 1), table)
 
 
 @pytest.mark.parametrize(("dims", "keepdim"), [((-2, -1), True), ((1,), False), ((0, 1, 2, 3), False)])

@@ -620,47 +620,6 @@ def test_a_model_of_ours_is_refused():
         from_torch_ao(quantized)
 
 
-def static(tq, model, x, form):
-    """Return torch.ao's statically quantized form."""
-    if form == "graph":
-        mapping = tq.get_default_qconfig_mapping()
-        prepared = tq.quantize_fx.prepare_fx(model.eval(), mapping, (x,))
-        prepared(x)
-        return tq.quantize_fx.convert_fx(prepared)
-    wrapped = nn.Sequential(tq.QuantStub(), *model, tq.DeQuantStub()).eval()
-    wrapped.qconfig = tq.get_default_qconfig()
-    prepared = tq.prepare(wrapped)
-    prepared(x)
-    return tq.convert(prepared)
-
-
-@pytest.mark.parametrize("form", ["eager", "graph"])
-def test_static_quantization_is_refused(tq, form):
-    with pytest.raises(TorchAoError, match=r"is torch\.ao\.nn\.quantized\.modules\..*dynamically or weight-only"):
-        from_torch_ao(static(tq, nn.Sequential(nn.Linear(8, 4)), torch.randn(9, 8), form))
-
-
-def test_a_static_state_dict_is_refused(tq):
-    state = static(tq, nn.Sequential(nn.Linear(8, 4)), torch.randn(9, 8), "graph").state_dict()
-    with pytest.raises(TorchAoError, match="'0' quantizes its output by the fixed scale"):
-        from_torch_ao(state, nn.Sequential(nn.Linear(8, 4)).eval())
-
-
-def test_a_static_convolutions_state_dict_is_refused(tq):
-    state = static(tq, nn.Sequential(nn.Conv1d(8, 4, 1)), torch.randn(9, 8, 2), "graph").state_dict()
-    with pytest.raises(TorchAoError, match=r"'0\.weight' holds torch\.qint8"):
-        from_torch_ao(state, nn.Sequential(nn.Conv1d(8, 4, 1)).eval())
-
-
-def test_a_static_call_in_a_graph_is_refused(tq):
-    class Sum(nn.Module):
-        def forward(self, x):
-            return x + x
-
-    with pytest.raises(TorchAoError, match=r"calls torch\.ops\.quantized\.add"):
-        from_torch_ao(static(tq, Sum(), torch.randn(9, 8), "graph"))
-
-
 def linear_state(weight):
     """Return what torch.ao saves of a Linear with this quantized weight."""
     return {"0._packed_params._packed_params": (weight, None)}

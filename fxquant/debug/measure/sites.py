@@ -140,21 +140,16 @@ def open_in_place(root: nn.Module, record: Record) -> OpenModel:
             if site.call is None:
                 rescue_reads(root, site.path)  # calls that stay float may read a tensor of a module that is swapped
         root.recompile()
-    numbers = {site.path: number for number, site in enumerate(record.sites) if site.is_static}
     forms = open_static(root, record)
-    ends = add_ends(root, static_calls(root, record))
-    return OpenModel(
-        root,
-        tuple(sites),
-        {numbers[path]: form for path, form in forms.items()},
-        {numbers[path]: some for path, some in ends.items()},
-    )
+    return OpenModel(root, tuple(sites), forms, add_ends(root, static_calls(root, record)))
 
 
-def _as_module(root: nn.Module, site: Site) -> SiteCall:
+def _as_module(root: nn.Module, site: Site) -> nn.Module:
     """Turn a functional site of a graph into a call of a module, and return that module."""
     nodes = list(root.graph.nodes) if isinstance(root, fx.GraphModule) else []
     node = next((node for node in nodes if node.name == site.call), None)
+    if node is not None and node.op == "call_module" and site.is_static:
+        return root.get_submodule(str(node.target))  # once it is quantized it is a module
     if node is None or node.op not in ("call_function", "call_method"):
         raise LookupError(site.call)
     call = SiteCall(node, root)

@@ -51,8 +51,9 @@ class StaticAlone(nn.Module):
             for part, ending in zip(tensors or (None, None), ("scale", "zero_point"), strict=False):
                 self.register_buffer(f"{name}_{ending}", part)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the site's result for floats."""
+    def forward(self, x: torch.Tensor | None = None, **named: torch.Tensor) -> torch.Tensor:
+        """Return the site's result for floats. named: x by the name of a node, as a call's site is called."""
+        x = next(iter(named.values())) if x is None else x
         scale: Any = self.input_scale
         zero_point: Any = self.input_zero_point
         y: torch.Tensor = self.product(
@@ -64,25 +65,28 @@ class StaticAlone(nn.Module):
         return y.to(x.dtype)
 
 
-def static_calls(root: nn.Module, record: Record) -> dict[str, list[IntegerCall]]:
-    """Return the calls of each static site by its path, in the graph's order; none for a model without a graph."""
-    calls: dict[str, list[IntegerCall]] = {}
+def static_calls(root: nn.Module, record: Record) -> dict[int, list[IntegerCall]]:
+    """Return the calls of each static site by its number, in the graph's order; none for a model without a graph."""
+    found: dict[int, list[IntegerCall]] = {}
     if isinstance(root, fx.GraphModule):
         nodes = {node.name: node for node in root.graph.nodes}
+        modules = {site.path: i for i, site in enumerate(record.sites) if site.is_static and site.call is None}
+        calls = {site.call: i for i, site in enumerate(record.sites) if site.is_static}
         for call in record.values.calls:
             if call.form is Form.PRODUCT:
-                calls.setdefault(str(nodes[call.node].target), []).append(call)
-    return calls
+                number = calls[call.node] if call.node in calls else modules[str(nodes[call.node].target)]
+                found.setdefault(number, []).append(call)
+    return found
 
 
-def add_ends(root: nn.Module, calls: Mapping[str, Sequence[IntegerCall]]) -> dict[str, list[End]]:
-    """Insert an End after each call, in a float or a quantized graph, and return them by their sites' paths."""
-    ends: dict[str, list[End]] = {}
+def add_ends(root: nn.Module, calls: Mapping[int, Sequence[IntegerCall]]) -> dict[int, list[End]]:
+    """Insert an End after each call, in a float or a quantized graph, and return them by their sites' numbers."""
+    ends: dict[int, list[End]] = {}
     if not calls:
         return ends
     assert isinstance(root, fx.GraphModule)
     nodes = {node.name: node for node in root.graph.nodes}
-    for path, some in calls.items():
+    for number, some in calls.items():
         for call in some:
             last = (call.absorbed or (call.node,))[-1]
             node = nodes.get(last) or nodes[call.node]  # a quantized graph has not kept what the product does
@@ -91,19 +95,20 @@ def add_ends(root: nn.Module, calls: Mapping[str, Sequence[IntegerCall]]) -> dic
             root.add_module(name, end)
             with root.graph.inserting_after(node):
                 passed = root.graph.call_module(name, (node,))
-            node.replace_all_uses_with(passed, lambda user, end=passed: user is not end)
-            ends.setdefault(path, []).append(end)
+            node.replace_all_uses_with(passed, lambda user, own=passed: user is not own)
+            ends.setdefault(number, []).append(end)
     root.recompile()
     return ends
 
 
-def open_static(root: nn.Module, record: Record) -> dict[str, StaticAlone]:
-    """Return the static sites of a quantized graph as modules between floats, by their paths; none of a float graph."""
+def open_static(root: nn.Module, record: Record) -> dict[int, StaticAlone]:
+    """Return the static sites of a quantized graph as modules between floats, by number; none of a float graph."""
     specs = {edge.name: edge.spec for edge in record.values.edges}
     nodes = {node.name: node for node in root.graph.nodes} if isinstance(root, fx.GraphModule) else {}
-    alone = {}
-    for path, calls in static_calls(root, record).items():
-        product = root.get_submodule(path)
+    found = {}
+    for number, calls in static_calls(root, record).items():
+        node = nodes[calls[0].node]
+        product = root.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(product, StaticQuantizedProduct):
             continue  # the graph is a float one
         sources = [(*_tensors(root, nodes[c.node].args[1:3]), specs[c.inputs[0]].qmax) for c in calls]
@@ -111,14 +116,14 @@ def open_static(root: nn.Module, record: Record) -> dict[str, StaticAlone]:
         call = calls[widest]
         has_output = bool(call.output) and not call.absorbed
         end = (*_output(root, nodes[call.node]), specs[call.output].qmax) if has_output else ()
-        alone[path] = StaticAlone(product, sources[widest], end, None if call.absorbed else call.low)
-    return alone
+        found[number] = StaticAlone(product, sources[widest], end, None if call.absorbed else call.low)
+    return found
 
 
 def _output(root: nn.Module, node: fx.Node) -> list[Any]:
     """Return the scale and zero point of what a static product gives, none where it gives floats."""
-    reads = [node.kwargs[name] for name in ("scale", "zero_point") if isinstance(node.kwargs.get(name), fx.Node)]
-    return _tensors(root, reads)
+    given = [node.kwargs[name] for name in ("scale", "zero_point") if isinstance(node.kwargs.get(name), fx.Node)]
+    return _tensors(root, given)
 
 
 def _tensors(root: nn.Module, reads: Any) -> list[Any]:

@@ -123,14 +123,15 @@ def _ends(model: nn.Module, sites: Mapping[int, Site]) -> dict[str, int]:
 
     A quantized graph has not kept the nodes that a static product does too; there the product gives the result.
     """
-    record, numbers = record_of(model), {site.path: number for number, site in sites.items() if site.is_static}
+    record, static = record_of(model), {number: site for number, site in sites.items() if site.is_static}
+    numbers = {site.call or site.path: number for number, site in static.items()}
     if record is None or not isinstance(model, fx.GraphModule):
         return {}
     nodes = {node.name: node for node in model.graph.nodes}
     products = [call for call in record.values.calls if call.form is Form.PRODUCT]
     ends = {call.node: next((name for name in call.absorbed[-1:] if name in nodes), call.node) for call in products}
-    paths = {end: str(nodes[name].target) for name, end in ends.items()}
-    return {end: numbers[path] for end, path in paths.items() if path in numbers}
+    places = {end: name if name in numbers else str(nodes[name].target) for name, end in ends.items()}
+    return {end: numbers[place] for end, place in places.items() if place in numbers}
 
 
 def _real(root: nn.Module, node: fx.Node, value: Any) -> Any:

@@ -37,6 +37,7 @@ class WeightCache:
         self._done: dict[tuple[Any, ...], tuple[torch.Tensor, QuantizedTensor, Rounded]] = {}
         self._modules: dict[tuple[int, QConfig], tuple[nn.Module, nn.Module, tuple[Rounded, ...]]] = {}
         self._round: Rounding = rounding or (lambda *weight: (to_nearest(*weight), Rounded.TO_NEAREST))
+        self._of_calls: list[tuple[nn.Module, nn.Module]] = []
         self._rounded: list[Rounded] = []
 
     def quantize(self, weight: torch.Tensor, qconfig: QConfig, observer: Observer | None = None) -> QuantizedTensor:
@@ -69,7 +70,14 @@ class WeightCache:
     @property
     def converted(self) -> dict[int, nn.Module]:
         """The float module that each quantized one was made from, by the latter's id."""
-        return {id(module): float_module for float_module, module, _ in self._modules.values()}
+        made = {id(module): float_module for float_module, module, _ in self._modules.values()}
+        return {**made, **{id(module): float_module for float_module, module in self._of_calls}}
+
+    def convert_call(self, float_module: nn.Module, site: Site, operator: Operator, weight: QuantizedTensor) -> Any:
+        """Return the quantized module of a static call, which has this weight."""
+        module = operator.convert_module(float_module, site.qconfig, lambda *_: weight).train(False)
+        self._of_calls.append((float_module, module))
+        return module
 
     def stand_in(self, root: nn.Module) -> None:
         """Replace each converted module under its further names too."""
@@ -215,25 +223,43 @@ def _convert_call(
     name = operator.weights[0]
     operands = name_operands(operator, node)
     cast = [operand for key, operand in operands.items() if key != name and is_cast(operand)]
-    weight, shown = operands[name], constant_of(observed.args[0])
-    assert shown is not None, site.observer
-    path = str(shown.source.target)  # not site.path: a swap of the module around it may have moved it
-    tensor = edit.get_tensor(module, path)
-    assert tensor is not None, path
-    tensor = tensor.t() if shown.is_transposed else tensor
+    weight = operands[name]
+    path, tensor = _observed_weight(module, observed)
     quantized = cache.quantize(tensor, site.qconfig, observer if _observes(observer, site.qconfig) else None)
-    with graph.inserting_before(node):
-        nodes = _place(module, graph, path, quantized)
-    # Casts are dropped: the operators compute in float32 and return their input's dtype.
-    operands = {key: _uncast(operand) for key, operand in operands.items()}
-    operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
-    like = torch.empty_like(tensor, device="meta")
-    node.target, kwargs = operator.convert_function(Call(function, operands, {name: like}, site.qconfig))
-    node.op, node.args, node.kwargs = "call_function", (), kwargs  # it may have been a method
+    size = sum(part.numel() * part.element_size() for part in quantized.tensors if part is not None)
+    if operator.is_static:
+        known = {key: _value(module, operand) for key, operand in operands.items() if key != "input"}
+        stand_in = operator.stand_in(function, {**known, name: tensor})
+        edit.call_new_module(module, node, cache.convert_call(stand_in, site, operator, quantized), operands["input"])
+        cast = [part for part in operands.values() if isinstance(part, fx.Node) and part is not weight]
+    else:
+        with graph.inserting_before(node):
+            nodes = _place(module, graph, path, quantized)
+        # Casts are dropped: the operators compute in float32 and return their input's dtype.
+        operands = {key: _uncast(operand) for key, operand in operands.items()}
+        operands.update({name: nodes[0], f"{name}_scale": nodes[1], f"{name}_zero_point": nodes[2]})
+        like = torch.empty_like(tensor, device="meta")
+        node.target, kwargs = operator.convert_function(Call(function, operands, {name: like}, site.qconfig))
+        node.op, node.args, node.kwargs = "call_function", (), kwargs  # it may have been a method
     edit.erase_dead(graph, [weight, *(node for node in cast if not node.users)])
     module.delete_submodule(str(site.observer))  # it may stand inside a leaf, which is kept whole
-    size = sum(part.numel() * part.element_size() for part in quantized.tensors if part is not None)
     return replace(site, int_bytes=size, rounded=cache.take_rounded())
+
+
+def _observed_weight(module: nn.Module, observed: fx.Node) -> tuple[str, torch.Tensor]:
+    """Return the path of the weight that an observer is shown, and the weight as (O, I)."""
+    shown = constant_of(observed.args[0])
+    assert shown is not None, observed
+    path = str(shown.source.target)  # not the site's: a swap of the module around it may have moved it
+    tensor = edit.get_tensor(module, path)
+    assert tensor is not None, path
+    return path, tensor.t() if shown.is_transposed else tensor
+
+
+def _value(module: nn.Module, operand: Any) -> Any:
+    """Return a constant operand's tensor, anything else as it is."""
+    constant = constant_of(operand) if isinstance(operand, fx.Node) else None
+    return operand if constant is None else edit.get_tensor(module, str(constant.source.target))
 
 
 def _uncast(operand: Any) -> Any:

@@ -15,8 +15,8 @@ from fxquant.graph import edit
 from fxquant.graph.observe import mean_path, observer_path
 from fxquant.graph.values import Edge, IntegerCall, Values
 from fxquant.nn.static import StaticQuantizedProduct
-from fxquant.operators.pools import average, max_pool, padding
-from fxquant.operators.values import Form, arguments_of
+from fxquant.operators.pools import average, max_pool, padding, resizing
+from fxquant.operators.values import MOVING, Form, arguments_of, find_value_operator
 from fxquant.value_observers import InputMean, ValueObserver
 
 Qparams = tuple[fx.Node, fx.Node]
@@ -88,7 +88,7 @@ class _Values:
                     user.replace_input_with(tail, node)
             for absorbed in reversed(ends[call.node]):
                 self._graph.erase_node(absorbed)
-            name = call.output or (call.node if call.form in _MOVING else "")
+            name = call.output or (call.node if call.form in MOVING else "")
             if name:
                 self._ints[name] = node
                 self._dequantize(name, node, [user for user in node.users if user in readers])
@@ -141,6 +141,7 @@ class _Values:
             Form.KEEPS: self._move,
             Form.PADS: self._pad,
             Form.POOLS: self._pool,
+            Form.RESIZES: self._resize,
             Form.LOOKS_UP: self._look_up,
             Form.ADDS: self._combine,
             Form.MULTIPLIES: self._combine,
@@ -177,6 +178,13 @@ class _Values:
         more = max_pool(*self._function(node))
         node.op, node.target, node.args, node.kwargs = "call_function", ops.max_pool_value, (inputs[0],), more
 
+    def _resize(self, call: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
+        more = resizing(self._function(node)[1], call.rank)
+        if more is None:
+            self._move(call, node, inputs)
+        else:
+            node.op, node.target, node.args, node.kwargs = "call_function", ops.resize_value, (inputs[0],), more
+
     def _function(self, node: fx.Node) -> tuple[Any, dict[str, Any]]:
         """Return what a node computes, and its arguments beside the value."""
         module = self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -189,14 +197,22 @@ class _Values:
         edit.set_tensor(self._module, path, table)
         with self._graph.inserting_before(node):
             read = self._graph.get_attr(path)
-        node.op, node.target, node.args, node.kwargs = "call_function", ops.lookup, (inputs[0], read), {}
+        function = ops.lookup if table.dim() == 1 else ops.lookup_channels
+        node.op, node.target, node.args, node.kwargs = "call_function", function, (inputs[0], read), {}
 
     def _table(self, call: IntegerCall, node: fx.Node) -> torch.Tensor:
-        """Return a function's values at what the 256 integers stand for, as integers."""
+        """Return a function's values at what the 256 integers stand for, as integers; those of each channel."""
         scale, zero_point = self._found[self._edges[call.inputs[0]].scale_of]
+        kind, given = self._function(node)
+        row = find_value_operator(kind)
+        channels = row.channels(given) if row is not None else 0
+        shape = (channels, 256) if channels else (256,)
         if scale.is_meta:
-            return torch.empty(256, dtype=torch.uint8, device="meta")
+            return torch.empty(shape, dtype=torch.uint8, device="meta")
         every = ops.dequantize(torch.arange(256, dtype=torch.uint8), scale.cpu(), zero_point.cpu())
+        if channels:  # as a value of these channels and as many dimensions
+            rest = [1] * (max(call.rank, 3) - 3)
+            every = every.view(256, *rest).expand(1, channels, 256, *rest)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: every)
         with torch.no_grad():
             if node.op == "call_module":
@@ -207,7 +223,10 @@ class _Values:
                 real = node.target(*args, **kwargs)  # type: ignore[operator]
         edge = self._edges[call.output]
         out_scale, out_zero_point = self._found[edge.scale_of]
-        return ops.quantize(real, out_scale.cpu(), out_zero_point.cpu(), edge.spec.qmax).to(scale.device)
+        if call.low is not None or call.high is not None:
+            real = real.clamp(call.low, call.high)
+        table = ops.quantize(real, out_scale.cpu(), out_zero_point.cpu(), edge.spec.qmax).to(scale.device)
+        return table.view(shape)
 
     def _combine(self, call: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
         if len(inputs) == 1:
@@ -228,7 +247,6 @@ class _Values:
         node.op, node.target, node.args, node.kwargs = "call_function", target, args, more
 
 
-_MOVING = (Form.KEEPS, Form.PADS, Form.POOLS)
 _SUBTRACTIONS = ("sub", "sub_", torch.sub, operator.sub)
 
 
@@ -247,7 +265,7 @@ def _find_qparams(module: fx.GraphModule, edges: Sequence[Edge]) -> dict[str, tu
             continue
         observer = module.get_submodule(observer_path(edge.scale_of))
         assert isinstance(observer, ValueObserver)
-        if is_meta:
+        if is_meta and not observer.is_given:
             found[edge.scale_of] = torch.empty((), device="meta"), torch.empty((), dtype=torch.int32, device="meta")
         elif observer.has_seen:
             found[edge.scale_of] = observer.calculate_qparams()

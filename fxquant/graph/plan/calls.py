@@ -12,7 +12,7 @@ from fxquant.graph.constants import asks_kind, constant_of, is_cast, is_transpos
 from fxquant.graph.plan.decisions import Candidate, Decisions
 from fxquant.graph.plan.reasons import refuse_call, why_no_form
 from fxquant.graph.plan.rules import Rules, dynamic
-from fxquant.graph.plan.targets import Target, call_name, example_shape, find_target, pattern_of
+from fxquant.graph.plan.targets import Target, call_name, example_shape, find_target, name_operands, pattern_of
 from fxquant.graph.trace.fold import SOURCE, storage_of, written
 from fxquant.graph.trace.trace import Traced
 from fxquant.graph.trace.tracer import SCOPE
@@ -32,7 +32,7 @@ class CallWalk:
 
     def visit(self, node: fx.Node) -> None:
         """Decide for a call."""
-        operator = find_function_operator(self._operators, node.target)
+        operator = self._static_operator(node) or find_function_operator(self._operators, node.target)
         target = find_target(operator, node) if operator is not None else None
         is_alone = target is not None and [*self._matrices(node)] == [target.weight.target]
         if operator is None or (pattern_of(operator, node).may_lack_weight and not is_alone):
@@ -42,7 +42,8 @@ class CallWalk:
         path = "" if target is None else str(target.weight.target)
         is_known = path in self._traced.names.tensors
         source = target.weight.meta.get(SOURCE, path) if target is not None and is_known else ""
-        rule = dynamic(self._rules.find(scope, scope, function, weights=(source,))[source])
+        rule = self._rules.find(scope, scope, function, weights=(source,))[source]
+        rule = rule if operator.is_static else dynamic(rule)
         if target is None or not is_known:
             unknown = Candidate(node.name, call_name(function), None, (), call=node.name)
             self._decisions.decide(unknown, rule, because(Why.NOT_REGISTERED))
@@ -54,9 +55,34 @@ class CallWalk:
         if self._decisions.decide(candidate, rule, reason):
             self.targets[len(self._decisions.sites) - 1] = target
 
+    def _static_operator(self, node: fx.Node) -> Operator | None:
+        """Return the static operator of a call whose rule asks for that, and that it can be."""
+        static = find_function_operator(self._operators, node.target, is_static=True)
+        target = find_target(static, node) if static is not None else None
+        path = "" if target is None else str(target.weight.target)
+        if static is None or target is None or path not in self._traced.names.tensors:
+            return None
+        function, scope = SPELT.get(node.target, node.target), node.meta.get(SCOPE, "")
+        rule = self._rules.peek(scope, function, target.weight.meta.get(SOURCE, path))
+        if rule.qconfig is None or not rule.qconfig.is_static:
+            return None
+        if find_function_operator(self._operators, node.target) is None:
+            return static
+        tensor = edit.get_tensor(self._traced.module, path)  # a dynamic one takes what this one refuses, or says why
+        is_refused = tensor is None or self._refuse_bias(static, target) or refuse_call(static, target, tensor)
+        return None if is_refused or not static.accepts(rule.qconfig) else static
+
+    @staticmethod
+    def _refuse_bias(operator: Operator, target: Target) -> Reason | None:
+        bias = name_operands(operator, target.node).get("bias")
+        is_constant = bias is None or constant_of(bias) is not None
+        return None if is_constant else because(Why.COMPUTED_BIAS)
+
     def _refuse(self, operator: Operator, rule: Rule, target: Target, tensor: torch.Tensor) -> Reason | None:
         """Return why a call with an operator stays float, or None."""
         reason = refuse_call(operator, target, tensor) if rule.qconfig is not None else None
+        if reason is None and operator.is_static:
+            reason = self._refuse_bias(operator, target)
         if reason is None and storage_of(tensor) in self._changed:
             return because(Why.WRITTEN)
         if reason is None and self._traced.keep.preserved.may_write(str(target.weight.target)):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from fxquant.graph import edit
 from fxquant.graph.plan.decisions import Candidate, Decisions
 from fxquant.graph.plan.reasons import calls_children, refuse_module, why_hidden, why_unknown
 from fxquant.graph.plan.rules import Rules, dynamic, main_rule
@@ -57,6 +58,7 @@ class ModuleWalk:
         self._called: dict[str, nn.Module] = {}  # what the graph calls, by path
         self._entered: set[int] = set()  # the containers that were visited, which may stand at several paths
         self._done: set[int] = set()  # modules that preserved code need not be visited for
+        self._in_graph, self._weights = _called_by_graph(root)  # the ids of modules, and of their weights
         self._is_kept = False  # whether what is visited is there for preserved code, beside the graph
 
     def visit_call(self, node: fx.Node) -> None:
@@ -120,12 +122,15 @@ class ModuleWalk:
     ) -> None:
         """Decide for a module by itself, whose weights may have rules of their own."""
         module_type, base, operator = what
-        matrices = [name for name, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
-        weights = {_join(path, name): name for name in (matrices if operator is None else operator.parts(module))}
+        weights = _weights_of(path, module, operator)
         known = None if base is None else FLOAT_TYPES.get(base, base)
         is_whole = operator is not None or not any(True for _ in module.children())
         by_weight = self._rules.find(path, path.rpartition(".")[0], module_type, known, is_whole, weights)
-        static = self._static_operator(what, by_weight[""]) if is_called else None
+        static = self._static_operator(what, by_weight[""])
+        if not is_called and static is not None:
+            if id(module) in self._in_graph:
+                return  # the graph calls it too, and decides: a static layer takes floats from other code
+            static = static if self._is_static_beside(module, what) else None
         is_hooked = static is not None and path in self._hooked
         if static is not None and not is_hooked:
             what = what._replace(operator=static)
@@ -154,6 +159,13 @@ class ModuleWalk:
         operator = find_module_operator(self._operators, what.base, is_static=True)
         is_taken = operator is not None and (operator.accepts(rule.qconfig) or what.operator is None)
         return operator if is_taken else None
+
+    def _is_static_beside(self, module: nn.Module, what: _Type) -> bool:
+        """Return whether a module that the graph does not call becomes static, to keep integers alone of its weight: it
+        is that of a layer in the graph, and there is no dynamic form.
+        """
+        has_other = what.operator is not None and refuse_module(what.operator, module) is None
+        return not has_other and any(edit.identity(w) in self._weights for w in module.parameters(recurse=False))
 
     def _refuse(self, path: str, module: nn.Module, what: _Type) -> Reason | None:
         """Return why a module stays float under any rule, or None."""
@@ -189,6 +201,20 @@ class ModuleWalk:
     def _outside(self, parts: Any) -> list[nn.Module]:
         """Return the modules among some objects that are not in the tree; a weak proxy only looks like one."""
         return [part for part in parts if issubclass(type(part), nn.Module) and id(part) not in self._tree]
+
+
+def _weights_of(path: str, module: nn.Module, operator: Operator | None) -> dict[str, str]:
+    """Return the names of the weights of a module that may have rules of their own, by their paths."""
+    matrices = [name for name, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
+    return {_join(path, name): name for name in (matrices if operator is None else operator.parts(module))}
+
+
+def _called_by_graph(root: nn.Module) -> tuple[set[int], set[tuple[Any, ...]]]:
+    """Return the ids of the modules that a graph calls, and what identifies their matrices; none of a tree."""
+    nodes = root.graph.find_nodes(op="call_module") if isinstance(root, fx.GraphModule) else ()
+    modules = [root.get_submodule(str(node.target)) for node in nodes]
+    weights = {edit.identity(w) for module in modules for w in module.parameters(recurse=False) if w.dim() > 1}
+    return set(map(id, modules)), weights
 
 
 def _held_forwards(root: nn.Module) -> Iterator[tuple[int, Reason]]:

@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 from fxquant.operators.values import Form, ValueOperator
 
 LISTS = (torch.cat, torch.concat, torch.stack)
+SHAPED_LIKE = ("view_as", "reshape_as", "expand_as")
+"""Methods whose other operand gives only its shape."""
 _CLAMPS: dict[Any, tuple[float | None, float | None]] = {
     **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), (0.0, None)),
     **dict.fromkeys((nn.ReLU6, F.relu6), (0.0, 6.0)),

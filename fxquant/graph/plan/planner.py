@@ -73,7 +73,7 @@ def plan(traced: Traced, mapping: QConfigMapping, operators: Sequence[Operator])
             calls.visit(node)
     modules.visit_preserved()
     rules.check_orders()
-    values = plan_values(traced.module, decisions.sites, decisions.skipped, traced.hooked)
+    values = plan_values(traced.module, decisions.sites, decisions.skipped, traced.hooked, operators)
     return replace(_plan(mapping, operators, decisions, calls.targets), values=values)
 
 

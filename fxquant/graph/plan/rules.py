@@ -71,6 +71,10 @@ class Rules:
         self._counts.update((scope, each) for each in types)
         return {weight: rule._replace(opt_out=out) for weight, rule in rules.items()}
 
+    def peek(self, scope: str, target: Any, weight: str) -> Rule:
+        """Return the rule that decides for the next candidate's weight, which stays the next one."""
+        return self._resolve(scope, scope, (target,), weight)
+
     def _resolve(self, path: str, scope: str, types: tuple[Any, ...], weight: str) -> Rule:
         """Return the rule that decides for a candidate, or a weight, by any of the names of a shared module."""
         aliases = [name for name in self._names.aliases.get(path, ()) if name != path]

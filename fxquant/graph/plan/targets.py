@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
 from fxquant.graph.constants import constant_of
-from fxquant.operators import CallPattern, Operator
+from fxquant.graph.record import Site
+from fxquant.operators import CallPattern, Operator, find_operator
 from fxquant.qconfig_mapping import type_name
 
 
@@ -45,6 +47,14 @@ def find_target(operator: Operator, node: fx.Node) -> Target | None:
 def name_operands(operator: Operator, node: fx.Node) -> dict[str, Any]:
     """Return a call's operands by its operator's names for them."""
     return pattern_of(operator, node).name_operands(node.args, node.kwargs)
+
+
+def product_input(node: fx.Node, site: Site, operators: Sequence[Operator]) -> Any:
+    """Return what a static site, which a node calls, multiplies with its weight."""
+    operator = find_operator(operators, site.operator) if site.call is not None else None
+    if operator is None:
+        return node.args[0] if node.args else None
+    return name_operands(operator, node)["input"]
 
 
 def pattern_of(operator: Operator, node: fx.Node) -> CallPattern:

@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxquant.graph.plan.floats import find_floats
-from fxquant.graph.plan.operands import LISTS, bounds_of, is_float, is_minus, operands_of, shape_of
+from fxquant.graph.plan.operands import LISTS, SHAPED_LIKE, bounds_of, is_float, is_minus, operands_of, shape_of
+from fxquant.graph.plan.targets import product_input
 from fxquant.graph.record import Site, Skipped
 from fxquant.graph.values import NO_VALUES, Edge, IntegerCall, Values
-from fxquant.nn.fused import FLOAT_TYPES
-from fxquant.operators.values import Form, ValueOperator, arguments_of, find_value_operator
+from fxquant.nn.fused import FLOAT_TYPES, linear_relu
+from fxquant.operators import OPERATORS, Operator
+from fxquant.operators.values import MOVING, Form, ValueOperator, arguments_of, find_value_operator
 from fxquant.ranges import Fixed
 from fxquant.spec import TensorSpec
 
-_MOVING = (Form.KEEPS, Form.PADS, Form.POOLS)
 _UNIT: tuple[Any, ...] = (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_", nn.Hardsigmoid, F.hardsigmoid)
 _SIGNED: tuple[Any, ...] = (nn.Tanh, torch.tanh, F.tanh, "tanh", "tanh_")
 
@@ -41,20 +42,30 @@ class _Chain:
 
 
 def plan_values(
-    module: fx.GraphModule, sites: Sequence[Site], skipped: Sequence[Skipped], hooked: frozenset[str] = frozenset()
+    module: fx.GraphModule,
+    sites: Sequence[Site],
+    skipped: Sequence[Skipped],
+    hooked: frozenset[str] = frozenset(),
+    operators: Sequence[Operator] = OPERATORS,
 ) -> Values:
     """Return what each value of a graph becomes. sites: those that are static count; hooked: modules with hooks."""
-    static = {site.path: site for site in sites if site.is_static}
+    static = {(site.call is None, site.call or site.path): site for site in sites if site.is_static}
     parts: list[Site | Skipped] = [*sites, *skipped]
     candidates = {part.call or part.path for part in parts}
-    return _Walk(module, static, hooked).run(candidates) if static else NO_VALUES
+    return _Walk(module, static, hooked, operators).run(candidates) if static else NO_VALUES
 
 
 class _Walk:
     """One walk backward, for what is wanted, and one forward, for what is made."""
 
-    def __init__(self, module: fx.GraphModule, static: dict[str, Site], hooked: frozenset[str]) -> None:
-        self._module, self._static, self._hooked = module, static, hooked
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        static: dict[tuple[bool, str], Site],
+        hooked: frozenset[str],
+        operators: Sequence[Operator],
+    ) -> None:
+        self._module, self._static, self._hooked, self._operators = module, static, hooked, operators
         self._nodes = list(module.graph.nodes)
         self._order = {node: number for number, node in enumerate(self._nodes)}
         self._rows = {node: self._row(node) for node in self._nodes}
@@ -84,7 +95,13 @@ class _Walk:
         return Values(tuple(self._edges()), tuple(self._calls), floats)
 
     def _site(self, node: fx.Node) -> Site | None:
-        return self._static.get(str(node.target)) if node.op == "call_module" else None
+        is_module = node.op == "call_module"
+        return self._static.get((is_module, str(node.target) if is_module else node.name))
+
+    def _reads(self, user: fx.Node, node: fx.Node) -> Site | None:
+        """Return the static site that a user of a node is, if the node is its input."""
+        site = self._site(user)
+        return site if site is not None and product_input(user, site, self._operators) is node else None
 
     def _row(self, node: fx.Node) -> ValueOperator | None:
         """Return the operator of a function of values, None where its form has no place for the node's arguments."""
@@ -95,7 +112,7 @@ class _Walk:
         operands = operands_of(node, row)
         if not operands or not all(map(is_float, operands)):
             return None
-        rest = {n for n in node.all_input_nodes if n not in operands}
+        rest = {n for n in node.all_input_nodes if n not in operands and node.target not in SHAPED_LIKE}
         given = arguments_of(kind, node.args, dict(node.kwargs), self._submodule(node))
         return None if any(map(is_float, rest)) or not row.takes(given) else row
 
@@ -111,8 +128,8 @@ class _Walk:
     def _want(self, node: fx.Node) -> None:
         """Note the spec under which a node's readers want it as integers, if they do."""
         for user in node.users:
-            site = self._site(user)
-            if site is not None and user.args[:1] == (node,):
+            site = self._reads(user, node)
+            if site is not None:
                 assert site.qconfig.activation is not None
                 self._note(node, site.qconfig.activation)
             elif user in self._wanted and self._rows[user] is not None and node in operands_of(user, self._rows[user]):
@@ -132,7 +149,7 @@ class _Walk:
             self._quantize_for_site(node)
             return []
         operands = operands_of(node, row)
-        if row.form in _MOVING:
+        if row.form in MOVING:
             floats = [operand for operand in operands if operand not in self._made]
             if (node.target in LISTS and floats == operands) or any(shape_of(operand) is None for operand in floats):
                 self._quantize_for_site(node)  # joined floats, and what a float gives in a tuple
@@ -142,7 +159,8 @@ class _Walk:
                 self._join(operand, node)
             self._made.add(node)
             self._moved.add(node)
-            self._calls.append(IntegerCall(node=node.name, form=row.form, inputs=self._named(operands)))
+            rank = len(shape_of(operands[0]) or ())
+            self._calls.append(IntegerCall(node=node.name, form=row.form, inputs=self._named(operands), rank=rank))
             return []
         if all(operand in self._made for operand in operands):
             return self._make(node, row.form).absorbed
@@ -151,17 +169,18 @@ class _Walk:
 
     def _quantize_for_site(self, node: fx.Node) -> None:
         """Quantize what float gives where a site reads it; what moves it does so itself."""
-        if any(self._site(user) is not None and user.args[:1] == (node,) for user in node.users):
+        if any(self._reads(user, node) is not None for user in node.users):
             self._quantized[node] = None
 
     def _make(self, node: fx.Node, form: Form, site: Site | None = None) -> _Chain:
         """Let a node compute with integers, and do what follows it."""
         row = self._rows[node]
-        operands = node.all_input_nodes[:1] if site is not None else operands_of(node, row)
+        operands = operands_of(node, row) if site is None else [product_input(node, site, self._operators)]
         for operand in operands:
             if operand not in self._made:
                 self._quantized[operand] = None
-        chain = self._absorb(node, site) if site is not None or form in (Form.ADDS, Form.MULTIPLIES) else _Chain(node)
+        has_clamp = site is not None or form in (Form.ADDS, Form.MULTIPLIES) or self._has_channels(node)
+        chain = self._absorb(node, site) if has_clamp else _Chain(node)
         is_made = chain.tail in self._wanted
         if is_made:
             self._made.add(chain.tail)
@@ -180,6 +199,12 @@ class _Walk:
             )
         )
         return chain
+
+    def _has_channels(self, node: fx.Node) -> bool:
+        """Return whether a function of values is one for each channel."""
+        row, module = self._rows[node], self._submodule(node)
+        given = arguments_of(self._kind(node), node.args, dict(node.kwargs), module)
+        return row is not None and row.form is Form.LOOKS_UP and row.channels(given) > 0
 
     def _absorb(self, node: fx.Node, site: Site | None) -> _Chain:
         """Return what a node can do of what follows it: an addition, by a site, and a clamp."""
@@ -201,7 +226,7 @@ class _Walk:
 
     def _is_rectified(self, node: fx.Node) -> bool:
         """Return whether a site is one module with its ReLU."""
-        return node.op == "call_module" and self._kind(node) in FLOAT_TYPES
+        return node.target is linear_relu or (node.op == "call_module" and self._kind(node) in FLOAT_TYPES)
 
     def _addend(self, node: fx.Node, chain: _Chain, user: fx.Node) -> fx.Node | None:
         """Return what an addition adds to what a site gives, if the site can do that."""

@@ -115,8 +115,13 @@ def test_what_has_no_integer_form_stands_in_float_between_two_quantized_values()
     assert [edge.is_float for edge in values.edges] == [True, True]  # the convolution before gives floats at once
 
 
+def test_the_other_operand_of_view_as_gives_only_its_shape():
+    values = values_of(Net(lambda x: x.flatten(2).view_as(F.softmax(x, 1))))
+    assert forms(values) == [Form.PRODUCT, Form.KEEPS, Form.KEEPS, Form.PRODUCT]
+
+
 def test_what_stays_float_between_integers_says_why():
-    values = values_of(Net(lambda x: F.interpolate(F.softmax(x, 1) * 2, scale_factor=2.0, mode="bilinear")))
+    values = values_of(Net(lambda x: F.interpolate(F.softmax(x, 1) * 2, scale_factor=2.0, mode="bicubic")))
     assert [(value.node, value.why.why) for value in values.floats] == [
         ("softmax", StaysFloat.NO_FORM),
         ("mul", StaysFloat.READS_FLOATS),

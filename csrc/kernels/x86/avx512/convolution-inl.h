@@ -1,0 +1,135 @@
+/* The products of convolutions in vpdpbusd: tiles of up to 6 pixels by 16 to 64 outputs, and depthwise ones.
+ *
+ * Expects: common-inl.h, packing-inl.h. */
+#define CONV_VALUE uint8_t
+#include "kernels/generic/windows-inl.h"
+#include "kernels/generic/ending-inl.h"
+#include "kernels/generic/values-inl.h"
+#include "kernels/generic/depthwise-inl.h"
+enum { TILE_PIXELS = 6, REGISTERS_TOGETHER = 1 };
+#include "kernels/generic/convolution-inl.h"
+
+FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int64_t columns, int8_t *packed,
+                        int64_t step, int32_t *sums) {
+    __m512i sum = _mm512_load_si512(sums);
+    for (int64_t k = 0; k < columns; k += 32) {
+        __m512i v[8];
+        if (count >= 16 && columns - k >= 32) load_rows(rows + k, stride, v);
+        else load_some_rows(rows + k, stride, count, columns - k, v);
+        transpose_rows(v);
+        const int64_t words = columns - k >= 32 ? 8 : (columns - k + 3) / 4;
+        for (int64_t i = 0; i < words; i++, packed += step) _mm512_store_si512(packed, v[i]);
+        FXQ_FOR(8, int i = 0; i < 8; i++) sum = sum_columns(sum, v[i]);
+    }
+    _mm512_store_si512(sums, sum);
+}
+
+/* count, registers: constants wherever this is inlined. */
+FXQ_INLINE void multiply_pixels_by(const struct tile *tile, int count, int registers,
+                                   int32_t (*sums)[BLOCK_OUTPUTS]) {
+    const struct windows *v = tile->windows;
+    const int64_t step = v->step, run = v->run, offset = tile->pixel * step;
+    const int8_t *w = tile->weights;
+    __m512i acc[TILE_PIXELS][4];
+    FXQ_FOR(24, int i = 0; i < 4 * count; i++) acc[i / 4][i % 4] = _mm512_setzero_si512();
+    for (int64_t t = 0; t < v->taps; t++) {
+        const uint8_t *q = v->at[t] + offset;
+        for (int64_t k = 0; k < run; k += 4, w += 64 * registers) {
+            __m512i weights[4];
+            FXQ_FOR(4, int j = 0; j < registers; j++) weights[j] = _mm512_load_si512(w + 64 * j);
+            FXQ_FOR(6, int i = 0; i < count; i++) {
+                int32_t four;
+                memcpy(&four, q + i * step + k, sizeof four);
+                const __m512i a = _mm512_set1_epi32(four);
+                FXQ_FOR(4, int j = 0; j < registers; j++) {
+                    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc[i][j]) : "v"(a), "v"(weights[j])); /* as add_products */
+                }
+            }
+        }
+    }
+    FXQ_FOR(6, int i = 0; i < count; i++) {
+        FXQ_FOR(4, int j = 0; j < registers; j++) _mm512_store_si512(sums[i] + 16 * j, acc[i][j]);
+    }
+}
+
+#define FXQ_PIXELS(registers)                                                                 \
+    static void multiply_pixels_##registers(const struct tile *tile, int count,               \
+                                            int32_t (*sums)[BLOCK_OUTPUTS]) {                 \
+        switch (count) {                                                                      \
+            case 6: multiply_pixels_by(tile, 6, registers, sums); break;                      \
+            case 5: multiply_pixels_by(tile, 5, registers, sums); break;                      \
+            case 4: multiply_pixels_by(tile, 4, registers, sums); break;                      \
+            case 3: multiply_pixels_by(tile, 3, registers, sums); break;                      \
+            case 2: multiply_pixels_by(tile, 2, registers, sums); break;                      \
+            default: multiply_pixels_by(tile, 1, registers, sums);                            \
+        }                                                                                     \
+    }
+FXQ_PIXELS(1)
+FXQ_PIXELS(2)
+FXQ_PIXELS(3)
+FXQ_PIXELS(4)
+
+static void multiply_pixels(const struct tile *tile, int count, int registers, int32_t (*sums)[BLOCK_OUTPUTS]) {
+    switch (registers) {
+        case 4: multiply_pixels_4(tile, count, sums); break;
+        case 3: multiply_pixels_3(tile, count, sums); break;
+        case 2: multiply_pixels_2(tile, count, sums); break;
+        default: multiply_pixels_1(tile, count, sums);
+    }
+}
+
+/* Depthwise: four taps' bytes of 64 channels are interleaved in each 128 bits, so that a lane has four of one channel:
+ * 4 channels of each quarter a register. Once bytes again, their words are the transpose of what they should be. */
+FXQ_INLINE int channel_at(int i) { return i / 4 % 4 * 16 + i / 16 * 4 + i % 4; }
+
+FXQ_INLINE int64_t packed_taps(int64_t taps) { return (taps + 3) / 4 * 4; }
+
+FXQ_INLINE void order_bytes(const uint8_t *bytes, uint8_t *out) {
+    const __m512i turned = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi32(turned, _mm512_loadu_si512(bytes)));
+}
+
+FXQ_INLINE void interleave_4(__m512i v[4]) {
+    const __m512i a = _mm512_unpacklo_epi8(v[0], v[1]), b = _mm512_unpackhi_epi8(v[0], v[1]),
+                  c = _mm512_unpacklo_epi8(v[2], v[3]), d = _mm512_unpackhi_epi8(v[2], v[3]);
+    v[0] = _mm512_unpacklo_epi16(a, c);
+    v[1] = _mm512_unpackhi_epi16(a, c);
+    v[2] = _mm512_unpacklo_epi16(b, d);
+    v[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+static void pack_channels(const int8_t *weights, int64_t taps, int8_t *packed, int32_t *sums) {
+    __m512i sum[4];
+    FXQ_FOR(4, int j = 0; j < 4; j++) sum[j] = _mm512_setzero_si512();
+    for (int64_t t = 0; t < taps; t += 4, packed += 256) {
+        __m512i v[4];
+        FXQ_FOR(4, int j = 0; j < 4; j++) {
+            v[j] = t + j < taps ? _mm512_loadu_si512(weights + (t + j) * CHANNELS) : _mm512_setzero_si512();
+        }
+        interleave_4(v);
+        FXQ_FOR(4, int j = 0; j < 4; j++) {
+            _mm512_storeu_si512(packed + 64 * j, v[j]);
+            sum[j] = sum_columns(sum[j], v[j]);
+        }
+    }
+    FXQ_FOR(4, int j = 0; j < 4; j++) _mm512_storeu_si512(sums + 16 * j, sum[j]);
+}
+
+static void add_channels(const uint8_t *const *at, int64_t offset, int64_t taps, const int8_t *packed, int32_t *sums) {
+    __m512i sum[4];
+    FXQ_FOR(4, int j = 0; j < 4; j++) sum[j] = _mm512_setzero_si512();
+    for (int64_t t = 0; t < taps; t += 4, packed += 256) {
+        __m512i v[4];
+        if (taps - t >= 4) {
+            FXQ_FOR(4, int j = 0; j < 4; j++) v[j] = _mm512_loadu_si512(at[t + j] + offset);
+        } else {
+            v[0] = _mm512_loadu_si512(at[t] + offset);
+            v[1] = t + 1 < taps ? _mm512_loadu_si512(at[t + 1] + offset) : _mm512_setzero_si512();
+            v[2] = t + 2 < taps ? _mm512_loadu_si512(at[t + 2] + offset) : _mm512_setzero_si512();
+            v[3] = _mm512_setzero_si512();
+        }
+        interleave_4(v);
+        FXQ_FOR(4, int j = 0; j < 4; j++) sum[j] = _mm512_dpbusd_epi32(sum[j], v[j], _mm512_loadu_si512(packed + 64 * j));
+    }
+    FXQ_FOR(4, int j = 0; j < 4; j++) _mm512_store_si512(sums + 16 * j, sum[j]);
+}

@@ -202,6 +202,8 @@ static inline bool fxq_uses(enum fxq_method method, bool pays) {
  */
 void *fxq_scratch(int64_t bytes);
 void fxq_trim_scratch(void); /* gives back an unusually large block */
+void *fxq_arena(int64_t bytes); /* the same, of another block: a run's values */
+void fxq_trim_arena(void);
 
 /* Bytes in whole cache lines. */
 static inline int64_t fxq_aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }

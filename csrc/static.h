@@ -38,6 +38,9 @@ struct fxq_convolution {
 };
 int fxq_convolve(const struct fxq_convolution *call, int threads);
 
+/* transpose.c: as fxq_transpose, of bytes */
+void fxq_turn_bytes(const uint8_t *x, int64_t matrices, int64_t rows, int64_t columns, uint8_t *out);
+
 /* values.c: single values. */
 void fxq_quantize_value(const float *x, int64_t count, struct fxq_scale scale, int qmax, uint8_t *q, int threads);
 void fxq_dequantize_value(const uint8_t *q, int64_t count, struct fxq_scale scale, float *x, int threads);
@@ -70,5 +73,57 @@ struct fxq_pool {
     uint8_t *y;
 };
 int fxq_pool_windows(const struct fxq_pool *call, int threads);
+
+/* run.c: operators one after another, in one call. Values are known by their number; those with channels lie pixel by
+ * pixel. */
+enum { FXQ_RANK = 2 + FXQ_SPACE, FXQ_STEP_INPUTS = 16, FXQ_MOST_VALUES = 512 };
+enum fxq_operator {
+    FXQ_IMPORT, /* integers from outside */
+    FXQ_QUANTIZE,
+    FXQ_DEQUANTIZE,
+    FXQ_CONVOLVE,
+    FXQ_COMBINE,
+    FXQ_POOL,
+    FXQ_LOOK_UP,
+    FXQ_FLATTEN,
+    FXQ_JOIN /* channels of one value after those of another */
+};
+
+struct fxq_value {
+    int dimensions; /* (batch, channels, ...), or fewer */
+    int64_t shape[FXQ_RANK];
+    bool is_float, by_rows; /* by_rows: from or for outside, its channels one after another, each with all pixels */
+    void *data;             /* NULL before it is given a place in the arena */
+};
+
+struct fxq_step {
+    enum fxq_operator operator;
+    int inputs[FXQ_STEP_INPUTS], input_count, output;
+    int last_use; /* of its output: the index of a step */
+    union {
+        struct fxq_convolution convolution;
+        struct fxq_pair pair;
+        struct fxq_pool pool;
+        struct {
+            struct fxq_scale scale;
+            int qmax;
+            const uint8_t *table;
+        } single;
+    } call;
+};
+
+static inline int64_t fxq_pixels(const struct fxq_value *value) {
+    int64_t pixels = 1;
+    for (int i = 2; i < value->dimensions; i++) pixels *= value->shape[i];
+    return pixels;
+}
+static inline int64_t fxq_bytes(const struct fxq_value *value) {
+    int64_t bytes = value->is_float ? (int64_t)sizeof(float) : 1;
+    for (int i = 0; i < value->dimensions; i++) bytes *= value->shape[i];
+    return bytes;
+}
+
+/* Runs steps whose values have their shapes, and those from or for outside their data. */
+int fxq_run_steps(struct fxq_step *steps, int count, struct fxq_value *values, int threads);
 
 #endif

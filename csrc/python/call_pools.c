@@ -19,7 +19,7 @@ static bool read_pooled(PyObject *object, struct tensor *x, bool *says, struct f
 }
 
 /* The output's size in one dimension, as torch has it. */
-static int64_t pooled_size(const struct fxq_pool *c, int i, bool rounds_up) {
+int64_t pooled_size(const struct fxq_pool *c, int i, bool rounds_up) {
     const int64_t window = c->dilation[i] * (c->kernel[i] - 1) + 1, whole = c->in[i] + 2 * c->before[i] - window;
     if (whole < 0) return 0;
     int64_t size = (whole + (rounds_up ? c->stride[i] - 1 : 0)) / c->stride[i] + 1;

@@ -80,5 +80,6 @@ call_of_module embedding, embedding_bag;     /* call_embedding.c */
 /* call_static.c, call_values.c */
 call_of_module static_linear, static_convolution, quantize, dequantize, lookup, add_values, mul_values;
 call_of_module mean_value, pool_value, adaptive_pool_value, max_pool_value;
+call_of_module plan_run, run; /* call_run.c */
 
 #endif

@@ -17,8 +17,10 @@ from fxquant.graph.preserve.bound import carry, install
 from fxquant.graph.preserve.extra_state import key_of, lost_states, tensors_of
 from fxquant.graph.record import Record, keep_record, record_of
 from fxquant.graph.references import copy_attributes
+from fxquant.graph.runs import RUNS, with_runs
 from fxquant.graph.trace.tracer import TRACING
 from fxquant.nn.base import QuantizedModule, refuse_script
+from fxquant.nn.static import StaticQuantizedProduct
 from fxquant.nn.stored import dtype_errors
 from fxquant.nn.training import warn_of_training
 
@@ -39,6 +41,9 @@ class FxModule(fx.GraphModule):
         code = super().recompile()
         if "__call__" in vars(type(self)):
             del type(self).__call__
+        self.__dict__.pop(RUNS, None)
+        if any(isinstance(part, StaticQuantizedProduct) for part in self.modules()):
+            type(self).forward = with_runs(type(self).forward)  # type: ignore[method-assign]
         return code
 
     def __getattr__(self, name: str) -> Any:
@@ -87,7 +92,7 @@ class FxModule(fx.GraphModule):
         install(twin, self._fxquant_record.preserved)
         for name in self._fxquant_record.preserved.modules_of(self):  # torch.fx drops the second name of a module
             twin._modules[name] = copy.deepcopy(self._modules[name], memo)
-        for name in self.__dict__.keys() - twin.__dict__.keys() - {"_compiled_call_impl"}:  # what the user attached
+        for name in self.__dict__.keys() - twin.__dict__.keys() - {"_compiled_call_impl", RUNS}:  # what the user attached
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         memo[id(self)] = twin
         twin.__dict__.update(copy_attributes(self, memo))
@@ -99,6 +104,7 @@ class FxModule(fx.GraphModule):
         nodes = [(node.name, node.meta) for node in self.graph.nodes]
         hooks = {name: self.__dict__[name] for name in edit.HOOKS}  # torch.fx drops those of the root
         reduced = super().__reduce__()
+        reduced[1][0].pop(RUNS, None)
         reduced[1][0].pop("_compiled_call_impl", None)  # of .compile(): nn.Module's own pickles leave it out too
         return _restore, (reduced, self.__class__.__name__, nodes, hooks)
 

@@ -93,6 +93,7 @@ struct fxq_value {
     int dimensions; /* (batch, channels, ...), or fewer */
     int64_t shape[FXQ_RANK];
     bool is_float, by_rows; /* by_rows: from or for outside, its channels one after another, each with all pixels */
+    bool is_turned;         /* lies by rows already */
     void *data;             /* NULL before it is given a place in the arena */
 };
 

@@ -199,8 +199,7 @@ static PyObject *make_outputs(const struct plan *plan, struct fxq_value *values,
             return NULL;
         }
         data[i] = made.data;
-        const bool is_turned = value->by_rows && value->dimensions > 2 && !value->is_float;
-        if (!is_turned) value->data = made.data;
+        if (!value->by_rows || value->dimensions < 3 || value->is_turned) value->data = made.data;
     }
     return all;
 }
@@ -209,7 +208,10 @@ static int run_all(const struct plan *plan, const struct memory *m, void *const 
     const int status = fxq_run_steps(m->steps, plan->step_count, m->values, threads);
     for (int i = 0; i < plan->output_count && status == FXQ_OK; i++) {
         const struct fxq_value *value = &m->values[plan->outputs[i]];
-        if (value->data != data[i]) fxq_turn_bytes(value->data, value->shape[0], fxq_pixels(value), value->shape[1], data[i]);
+        const int64_t pixels = fxq_pixels(value);
+        if (value->data == data[i]) continue;
+        if (value->is_float) fxq_transpose(value->data, value->shape[0], pixels, value->shape[1], data[i], threads);
+        else fxq_turn_bytes(value->data, value->shape[0], pixels, value->shape[1], data[i]);
     }
     fxq_trim_arena();
     return status;

@@ -199,5 +199,6 @@ bool prepare_step(const struct template *template, const struct tensor *tensors,
                   struct fxq_value *values) {
     if (!prepare(template, tensors, step, values)) return false;
     values[step->output].by_rows = gives_rows(step, values);
+    values[step->output].is_turned = step->operator == FXQ_DEQUANTIZE;
     return true;
 }

@@ -32,9 +32,9 @@ FXQ_INLINE float most_of(struct fxq_scale scale, float inverse, float high, int 
 
 /* A value of y / scale in its bounds: rounded half to even; NaN is real 0. */
 FXQ_INLINE uint8_t to_uint8(float t, float least, float most, int32_t zero_point) {
+    t = t == t ? t : 0.0f;
     t = t < least ? least : t;
     t = t > most ? most : t;
-    t = t == t ? t : 0.0f;
     return (uint8_t)(float_bits(t + ROUND) + (uint32_t)zero_point);
 }
 

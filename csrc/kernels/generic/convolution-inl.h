@@ -11,7 +11,9 @@
  * pack_runs(rows, stride, count, columns, packed, step, sums)
  *                                `count` of 16 rows of weights, 4 columns of each to every `step` bytes; and their sums
  * multiply_pixels(tile, count, registers, sums)
- *                                `count` pixels by 16 * registers outputs */
+ *                                `count` pixels by 16 * registers outputs
+ * end_pixel(ending, outputs, sums, at)
+ *                                what becomes of a pixel's sums; at: where its outputs begin */
 
 #define FXQ_STATIC .convolution_bytes = convolution_bytes, .convolve = convolve, FXQ_VALUES
 
@@ -23,11 +25,13 @@ struct tile {
     int64_t pixel;      /* the first one, of the segment */
     const int8_t *weights;
     int64_t register_bytes; /* of 16 outputs' weights; 0: they alternate */
+    const int32_t *start;   /* what sums begin with */
 };
 
 FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int64_t columns, int8_t *packed,
                         int64_t step, int32_t *sums);
 static void multiply_pixels(const struct tile *tile, int count, int registers, int32_t (*sums)[BLOCK_OUTPUTS]);
+FXQ_INLINE void end_pixel(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at);
 
 /* One thread's part of a convolution: of one group of channels after another. */
 struct part {
@@ -79,7 +83,7 @@ static void multiply_segment(const struct part *p, const struct segment *s, cons
     _Alignas(64) int32_t sums[TILE_PIXELS][BLOCK_OUTPUTS];
     const int registers = (int)(outputs->width / 16);
     const int64_t tiles = (s->count + TILE_PIXELS - 1) / TILE_PIXELS;
-    struct tile tile = {&p->windows, 0, p->packed, REGISTERS_TOGETHER ? 0 : 16 * p->depth};
+    struct tile tile = {&p->windows, 0, p->packed, REGISTERS_TOGETHER ? 0 : 16 * p->depth, outputs->start};
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t first = s->count * i / tiles, end = s->count * (i + 1) / tiles;
         tile.pixel = first;

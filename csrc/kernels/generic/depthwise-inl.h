@@ -3,27 +3,26 @@
  * Expects: windows-inl.h, ending-inl.h; of the instruction set:
  *
  * channel_at(i)                            which of 64 channels the i-th sum is of
- * order_bytes(bytes, out)                  64 bytes in the order of the channels
  * packed_taps(taps)                        bytes a channel that the next one writes
  * pack_channels(weights, taps, packed, sums)
  *                                          weights [taps][64] as the next one takes them, and the channels' sums
- * add_channels(at, offset, taps, packed, sums)
- *                                          the sums of 64 channels of a pixel */
-
+ * convolve_pixel(windows, ending, block, offset, at)
+ *                                          64 channels of a pixel, from values `offset` from the segment's first on, to
+ *                                          where their outputs begin */
 enum { CHANNELS = 64 };
 
 FXQ_INLINE int channel_at(int i);
 FXQ_INLINE int64_t packed_taps(int64_t taps);
-FXQ_INLINE void order_bytes(const uint8_t *bytes, uint8_t *out);
 static void pack_channels(const int8_t *weights, int64_t taps, int8_t *packed, int32_t *sums);
-static void add_channels(const CONV_VALUE *const *at, int64_t offset, int64_t taps, const int8_t *packed,
-                         int32_t *sums);
 
 /* 64 channels: their outputs, and the weights after it. */
 struct channel_block {
     struct outputs_64 outputs;
     int8_t packed[];
 };
+
+static void convolve_pixel(const struct windows *v, const struct ending *e, const struct channel_block *block,
+                           int64_t offset, int64_t at);
 
 static int64_t channel_block_bytes(int64_t taps) {
     return fxq_aligned((int64_t)sizeof(struct channel_block) + packed_taps(taps) * CHANNELS);
@@ -58,31 +57,6 @@ static void order_outputs(struct outputs_64 *o) {
     }
 }
 
-/* A pixel's channels. */
-static void end_channels(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at) {
-    _Alignas(64) uint8_t addend[CHANNELS], plain[CHANNELS], bytes[CHANNELS];
-    _Alignas(64) float floats[CHANNELS];
-    if (e->of.addend) {
-        memcpy(plain, e->of.addend + at, (size_t)o->count);
-        for (int i = 0; i < CHANNELS; i++) addend[i] = plain[channel_at(i)];
-    }
-    end_whole_sums(e, o, sums, e->of.addend ? addend : NULL, e->of.is_float ? (void *)floats : (void *)bytes);
-    if (e->of.is_float) {
-        float *y = (float *)e->y + at;
-        for (int i = 0; i < CHANNELS; i++) {
-            if (channel_at(i) < o->count) y[channel_at(i)] = floats[i];
-        }
-        return;
-    }
-    uint8_t *y = (uint8_t *)e->y + at;
-    if (o->count == CHANNELS) {
-        order_bytes(bytes, y);
-    } else {
-        order_bytes(bytes, plain);
-        memcpy(y, plain, (size_t)o->count);
-    }
-}
-
 static void begin_channels(const struct fxq_convolution *c, int64_t n, int64_t n1, int64_t taps, int8_t *gathered,
                            struct channel_block *block) {
     struct outputs_64 *o = &block->outputs;
@@ -100,7 +74,6 @@ static void convolve_channels(const struct windows *v, const struct ending *e, i
     const struct fxq_convolution *c = v->call;
     const int64_t bytes = channel_block_bytes(v->taps);
     char *blocks = (char *)scratch + fxq_aligned(v->taps * CHANNELS);
-    _Alignas(64) int32_t sums[CHANNELS];
     for (int64_t n = n0; n < n1; n += CHANNELS) {
         begin_channels(c, n, n1, v->taps, scratch, (struct channel_block *)(blocks + (n - n0) / CHANNELS * bytes));
     }
@@ -109,8 +82,7 @@ static void convolve_channels(const struct windows *v, const struct ending *e, i
         for (int64_t n = n0; n < n1; n += CHANNELS) {
             const struct channel_block *block = (struct channel_block *)(blocks + (n - n0) / CHANNELS * bytes);
             for (int64_t m = 0; m < s.count; m++) {
-                add_channels(v->at, m * v->step + n, v->taps, block->packed, sums);
-                end_channels(e, &block->outputs, sums, (s.pixel + m) * c->outputs + n);
+                convolve_pixel(v, e, block, m * v->step + n, (s.pixel + m) * c->outputs + n);
             }
         }
     }

@@ -16,7 +16,7 @@ struct outputs_64 {
     int64_t first, count, width;
     _Alignas(64) float scale[64];
     _Alignas(64) float bias[64];
-    _Alignas(64) int32_t start[64]; /* is added to the sums: -zero_point * sum(weights) */
+    _Alignas(64) int32_t start[64]; /* what sums begin with: -zero_point * sum(weights) */
 };
 
 /* The bounds of a quantized value before rounding. */
@@ -65,7 +65,7 @@ FXQ_INLINE void end_sums(const struct ending *e, const struct outputs_64 *o, con
     const float inverse = e->inverse, least = e->least, most = e->most;
     for (int64_t n = 0; n < o->width; n += 16) {
         for (int64_t i = n; i < n + 16; i++) {
-            float v = (float)(sums[i] + o->start[i]) * o->scale[i] + o->bias[i];
+            float v = (float)sums[i] * o->scale[i] + o->bias[i];
             if (adds) v += (float)((int32_t)addend[i] - addend_zero) * addend_scale;
             if (is_float) {
                 v = v < low ? low : v;
@@ -90,7 +90,7 @@ FXQ_INLINE void end_whole_sums(const struct ending *e, const struct outputs_64 *
 }
 
 /* A pixel's outputs; at: where they begin in the output. */
-static void end_pixel(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at) {
+static inline void end_plainly(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at) {
     const uint8_t *addend = e->of.addend ? e->of.addend + at : NULL;
     const size_t size = e->of.is_float ? sizeof(float) : 1;
     char *y = (char *)e->y + (size_t)at * size;

@@ -5,8 +5,8 @@
 #include "kernels/generic/windows-inl.h"
 #include "kernels/generic/ending-inl.h"
 #include "kernels/generic/values-inl.h"
-#include "kernels/generic/plain_depthwise-inl.h"
 #include "kernels/generic/depthwise-inl.h"
+#include "kernels/generic/plain_depthwise-inl.h"
 enum { TILE_PIXELS = 4, REGISTERS_TOGETHER = 0 };
 #include "kernels/generic/convolution-inl.h"
 
@@ -22,10 +22,12 @@ FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int
     }
 }
 
-static void multiply_pixel(const struct tile *tile, int64_t pixel, const int8_t *restrict w, int32_t *restrict sums) {
+static void multiply_pixel(const struct tile *tile, int64_t pixel, const int8_t *restrict w, const int32_t *start,
+                           int32_t *restrict sums) {
     const struct windows *v = tile->windows;
     const int64_t run = (v->run + 3) / 4 * 4;
-    int32_t acc[16] = {0};
+    int32_t acc[16];
+    memcpy(acc, start, sizeof acc);
     for (int64_t t = 0; t < v->taps; t++) {
         const CONV_VALUE *restrict a = v->at[t] + pixel * v->step;
         for (int64_t k = 0; k < run; k++, w += 16) {
@@ -38,7 +40,12 @@ static void multiply_pixel(const struct tile *tile, int64_t pixel, const int8_t 
 static void multiply_pixels(const struct tile *tile, int count, int registers, int32_t (*sums)[BLOCK_OUTPUTS]) {
     for (int r = 0; r < registers; r++) {
         for (int i = 0; i < count; i++) {
-            multiply_pixel(tile, tile->pixel + i, tile->weights + r * tile->register_bytes, sums[i] + 16 * r);
+            multiply_pixel(tile, tile->pixel + i, tile->weights + r * tile->register_bytes, tile->start + 16 * r,
+                           sums[i] + 16 * r);
         }
     }
+}
+
+FXQ_INLINE void end_pixel(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at) {
+    end_plainly(e, o, sums, at);
 }

@@ -5,8 +5,8 @@
 #include "kernels/generic/windows-inl.h"
 #include "kernels/generic/ending-inl.h"
 #include "kernels/generic/values-inl.h"
-#include "kernels/generic/plain_depthwise-inl.h"
 #include "kernels/generic/depthwise-inl.h"
+#include "kernels/generic/plain_depthwise-inl.h"
 enum { TILE_PIXELS = PANEL_TOKENS, REGISTERS_TOGETHER = 0 };
 #include "kernels/generic/convolution-inl.h"
 
@@ -49,7 +49,10 @@ FXQ_INLINE void multiply_pixels_by(const struct tile *tile, const int8_t *w, int
     const struct windows *v = tile->windows;
     const int64_t step = v->step, run = (v->run + 3) / 4 * 4, offset = tile->pixel * step;
     __m256i acc[TILE_PIXELS][2];
-    FXQ_FOR(8, int i = 0; i < count; i++) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
+    FXQ_FOR(8, int i = 0; i < count; i++) {
+        acc[i][0] = _mm256_load_si256((const __m256i *)(tile->start + first));
+        acc[i][1] = _mm256_load_si256((const __m256i *)(tile->start + first + 8));
+    }
     for (int64_t t = 0; t < v->taps; t++) {
         const CONV_VALUE *a = v->at[t] + offset;
         for (int64_t k = 0; k < run; k += WORD_VALUES, w += WORD_VALUES * PANEL) {
@@ -81,4 +84,8 @@ static void multiply_pixels(const struct tile *tile, int count, int registers, i
             default: multiply_pixels_by(tile, w, 1, sums, 16 * r);
         }
     }
+}
+
+FXQ_INLINE void end_pixel(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at) {
+    end_plainly(e, o, sums, at);
 }

@@ -5,6 +5,7 @@
 #include "kernels/generic/windows-inl.h"
 #include "kernels/generic/ending-inl.h"
 #include "kernels/generic/values-inl.h"
+#include "kernels/x86/avx512/ending-inl.h"
 #include "kernels/generic/depthwise-inl.h"
 enum { TILE_PIXELS = 6, REGISTERS_TOGETHER = 1 };
 #include "kernels/generic/convolution-inl.h"
@@ -31,7 +32,7 @@ FXQ_INLINE void multiply_pixels_by(const struct tile *tile, int count, int regis
     const int64_t step = v->step, run = v->run, offset = tile->pixel * step;
     const int8_t *w = tile->weights;
     __m512i acc[TILE_PIXELS][4];
-    FXQ_FOR(24, int i = 0; i < 4 * count; i++) acc[i / 4][i % 4] = _mm512_setzero_si512();
+    FXQ_FOR(24, int i = 0; i < 4 * count; i++) acc[i / 4][i % 4] = _mm512_load_si512(tile->start + 16 * (i % 4));
     for (int64_t t = 0; t < v->taps; t++) {
         const uint8_t *q = v->at[t] + offset;
         for (int64_t k = 0; k < run; k += 4, w += 64 * registers) {
@@ -84,11 +85,6 @@ FXQ_INLINE int channel_at(int i) { return i / 4 % 4 * 16 + i / 16 * 4 + i % 4; }
 
 FXQ_INLINE int64_t packed_taps(int64_t taps) { return (taps + 3) / 4 * 4; }
 
-FXQ_INLINE void order_bytes(const uint8_t *bytes, uint8_t *out) {
-    const __m512i turned = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi32(turned, _mm512_loadu_si512(bytes)));
-}
-
 FXQ_INLINE void interleave_4(__m512i v[4]) {
     const __m512i a = _mm512_unpacklo_epi8(v[0], v[1]), b = _mm512_unpackhi_epi8(v[0], v[1]),
                   c = _mm512_unpacklo_epi8(v[2], v[3]), d = _mm512_unpackhi_epi8(v[2], v[3]);
@@ -115,21 +111,57 @@ static void pack_channels(const int8_t *weights, int64_t taps, int8_t *packed, i
     FXQ_FOR(4, int j = 0; j < 4; j++) _mm512_storeu_si512(sums + 16 * j, sum[j]);
 }
 
-static void add_channels(const uint8_t *const *at, int64_t offset, int64_t taps, const int8_t *packed, int32_t *sums) {
-    __m512i sum[4];
-    FXQ_FOR(4, int j = 0; j < 4; j++) sum[j] = _mm512_setzero_si512();
-    for (int64_t t = 0; t < taps; t += 4, packed += 256) {
-        __m512i v[4];
-        if (taps - t >= 4) {
-            FXQ_FOR(4, int j = 0; j < 4; j++) v[j] = _mm512_loadu_si512(at[t + j] + offset);
-        } else {
-            v[0] = _mm512_loadu_si512(at[t] + offset);
-            v[1] = t + 1 < taps ? _mm512_loadu_si512(at[t + 1] + offset) : _mm512_setzero_si512();
-            v[2] = t + 2 < taps ? _mm512_loadu_si512(at[t + 2] + offset) : _mm512_setzero_si512();
-            v[3] = _mm512_setzero_si512();
-        }
-        interleave_4(v);
-        FXQ_FOR(4, int j = 0; j < 4; j++) sum[j] = _mm512_dpbusd_epi32(sum[j], v[j], _mm512_loadu_si512(packed + 64 * j));
+/* The sums of a pixel's channels. */
+FXQ_INLINE void add_channels(const struct windows *v, const int8_t *packed, int64_t offset, __m512i sums[4]) {
+    const uint8_t *const *at = v->at;
+    int64_t t = 0;
+    for (; t + 4 <= v->taps; t += 4, packed += 256) {
+        __m512i x[4];
+        FXQ_FOR(4, int j = 0; j < 4; j++) x[j] = _mm512_loadu_si512(at[t + j] + offset);
+        interleave_4(x);
+        FXQ_FOR(4, int j = 0; j < 4; j++) sums[j] = _mm512_dpbusd_epi32(sums[j], x[j], _mm512_loadu_si512(packed + 64 * j));
     }
-    FXQ_FOR(4, int j = 0; j < 4; j++) _mm512_store_si512(sums + 16 * j, sum[j]);
+    if (t == v->taps) return;
+    __m512i x[4] = {_mm512_loadu_si512(at[t] + offset), _mm512_setzero_si512(), _mm512_setzero_si512(),
+                    _mm512_setzero_si512()};
+    if (t + 1 < v->taps) x[1] = _mm512_loadu_si512(at[t + 1] + offset);
+    if (t + 2 < v->taps) x[2] = _mm512_loadu_si512(at[t + 2] + offset);
+    interleave_4(x);
+    FXQ_FOR(4, int j = 0; j < 4; j++) sums[j] = _mm512_dpbusd_epi32(sums[j], x[j], _mm512_loadu_si512(packed + 64 * j));
+}
+
+static void end_floats(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at) {
+    _Alignas(64) float floats[CHANNELS];
+    _Alignas(64) uint8_t plain[CHANNELS] = {0}, addend[CHANNELS];
+    if (e->of.addend) memcpy(plain, e->of.addend + at, (size_t)o->count);
+    for (int i = 0; i < CHANNELS; i++) addend[i] = plain[channel_at(i)];
+    end_whole_sums(e, o, sums, e->of.addend ? addend : NULL, floats);
+    for (int i = 0; i < CHANNELS; i++) {
+        if (channel_at(i) < o->count) ((float *)e->y)[at + channel_at(i)] = floats[i];
+    }
+}
+
+static void convolve_pixel(const struct windows *v, const struct ending *e, const struct channel_block *block,
+                           int64_t offset, int64_t at) {
+    const struct outputs_64 *o = &block->outputs;
+    __m512i sums[4];
+    FXQ_FOR(4, int j = 0; j < 4; j++) sums[j] = _mm512_load_si512(o->start + 16 * j);
+    add_channels(v, block->packed, offset, sums);
+    if (!e->of.is_float) {
+        end_bytes(e, o, sums, at, false);
+        return;
+    }
+    _Alignas(64) int32_t stored[CHANNELS];
+    FXQ_FOR(4, int j = 0; j < 4; j++) _mm512_store_si512(stored + 16 * j, sums[j]);
+    end_floats(e, o, stored, at);
+}
+
+FXQ_INLINE void end_pixel(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at) {
+    __m512i registers[4];
+    if (e->of.is_float) {
+        end_plainly(e, o, sums, at);
+        return;
+    }
+    FXQ_FOR(4, int j = 0; j < 4; j++) registers[j] = _mm512_load_si512(sums + 16 * j);
+    end_bytes(e, o, registers, at, true);
 }

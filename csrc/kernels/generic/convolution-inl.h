@@ -17,12 +17,12 @@
 
 #define FXQ_STATIC .convolution_bytes = convolution_bytes, .convolve = convolve, FXQ_VALUES
 
-enum { BLOCK_OUTPUTS = 64 };
+enum { BLOCK_OUTPUTS = 64, LEAST_EVEN = 40 };
 
 /* Windows of pixels beside each other, and the packed weights of a block. */
 struct tile {
     const struct windows *windows;
-    int64_t pixel;      /* the first one, of the segment */
+    int64_t step, offsets[TILE_PIXELS]; /* of each one's windows; step: if all of them are so far apart, else 0 */
     const int8_t *weights;
     int64_t register_bytes; /* of 16 outputs' weights; 0: they alternate */
     const int32_t *start;   /* what sums begin with */
@@ -78,19 +78,40 @@ static void pack_outputs(const struct part *p, int64_t n, int64_t count, struct 
     }
 }
 
-/* The pixels of a segment by a block of outputs. */
-static void multiply_segment(const struct part *p, const struct segment *s, const struct outputs_64 *outputs) {
+/* `count` pixels of a segment by a block of outputs, from the one at the cursor on; pixel: of the output. even: whether
+ * they are of one row. */
+static void multiply_run(const struct part *p, struct cursor *cursor, int64_t pixel, int64_t count, bool even,
+                         const struct outputs_64 *outputs) {
     _Alignas(64) int32_t sums[TILE_PIXELS][BLOCK_OUTPUTS];
     const int registers = (int)(outputs->width / 16);
-    const int64_t tiles = (s->count + TILE_PIXELS - 1) / TILE_PIXELS;
-    struct tile tile = {&p->windows, 0, p->packed, REGISTERS_TOGETHER ? 0 : 16 * p->depth, outputs->start};
+    const int64_t tiles = (count + TILE_PIXELS - 1) / TILE_PIXELS, row = p->call->outputs;
+    struct tile tile = {.windows = &p->windows,
+                        .step = even ? cursor->step : 0,
+                        .weights = p->packed,
+                        .register_bytes = REGISTERS_TOGETHER ? 0 : 16 * p->depth,
+                        .start = outputs->start};
     for (int64_t i = 0; i < tiles; i++) {
-        const int64_t first = s->count * i / tiles, end = s->count * (i + 1) / tiles;
-        tile.pixel = first;
+        const int64_t first = count * i / tiles, end = count * (i + 1) / tiles;
+        if (even) tile.offsets[0] = cursor->offset + first * cursor->step;
+        for (int64_t m = first; m < end && !even; m++, advance(cursor)) tile.offsets[m - first] = cursor->offset;
         multiply_pixels(&tile, (int)(end - first), registers, sums);
         for (int64_t m = first; m < end; m++) {
-            end_pixel(&p->ending, outputs, sums[m - first], (s->pixel + m) * p->call->outputs + outputs->first);
+            end_pixel(&p->ending, outputs, sums[m - first], (pixel + m) * row + outputs->first);
         }
+    }
+    if (even) cursor->offset += (count - 1) * cursor->step + cursor->turn;
+}
+
+/* Rows that are long enough are cut into tiles by themselves: then windows are evenly apart. Tiles of others may begin
+ * in one row and end in the next. */
+static void multiply_segment(const struct part *p, const struct segment *s, const struct outputs_64 *outputs) {
+    struct cursor cursor = begin_cursor(&p->windows, s);
+    if (s->columns < LEAST_EVEN && s->columns < s->count) {
+        multiply_run(p, &cursor, s->pixel, s->count, false, outputs);
+        return;
+    }
+    for (int64_t m = 0; m < s->count; m += s->columns) {
+        multiply_run(p, &cursor, s->pixel + m, s->columns, true, outputs);
     }
 }
 

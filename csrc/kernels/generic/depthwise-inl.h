@@ -69,7 +69,7 @@ static void begin_channels(const struct fxq_convolution *c, int64_t n, int64_t n
 }
 
 /* Pixels [p0, p1) of channels [n0, n1). */
-static void convolve_channels(const struct windows *v, const struct ending *e, int64_t p0, int64_t p1, int64_t n0,
+static void convolve_channels(struct windows *v, const struct ending *e, int64_t p0, int64_t p1, int64_t n0,
                               int64_t n1, int8_t *scratch) {
     const struct fxq_convolution *c = v->call;
     const int64_t bytes = channel_block_bytes(v->taps);
@@ -81,8 +81,9 @@ static void convolve_channels(const struct windows *v, const struct ending *e, i
         find_windows(v, &s, 0);
         for (int64_t n = n0; n < n1; n += CHANNELS) {
             const struct channel_block *block = (struct channel_block *)(blocks + (n - n0) / CHANNELS * bytes);
-            for (int64_t m = 0; m < s.count; m++) {
-                convolve_pixel(v, e, block, m * v->step + n, (s.pixel + m) * c->outputs + n);
+            struct cursor cursor = begin_cursor(v, &s);
+            for (int64_t m = 0; m < s.count; m++, advance(&cursor)) {
+                convolve_pixel(v, e, block, cursor.offset + n, (s.pixel + m) * c->outputs + n);
             }
         }
     }

@@ -22,14 +22,14 @@ FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int
     }
 }
 
-static void multiply_pixel(const struct tile *tile, int64_t pixel, const int8_t *restrict w, const int32_t *start,
+static void multiply_pixel(const struct tile *tile, int64_t offset, const int8_t *restrict w, const int32_t *start,
                            int32_t *restrict sums) {
     const struct windows *v = tile->windows;
     const int64_t run = (v->run + 3) / 4 * 4;
     int32_t acc[16];
     memcpy(acc, start, sizeof acc);
     for (int64_t t = 0; t < v->taps; t++) {
-        const CONV_VALUE *restrict a = v->at[t] + pixel * v->step;
+        const CONV_VALUE *restrict a = v->at[t] + offset;
         for (int64_t k = 0; k < run; k++, w += 16) {
             for (int i = 0; i < 16; i++) acc[i] += (int32_t)a[k] * w[i];
         }
@@ -40,7 +40,7 @@ static void multiply_pixel(const struct tile *tile, int64_t pixel, const int8_t 
 static void multiply_pixels(const struct tile *tile, int count, int registers, int32_t (*sums)[BLOCK_OUTPUTS]) {
     for (int r = 0; r < registers; r++) {
         for (int i = 0; i < count; i++) {
-            multiply_pixel(tile, tile->pixel + i, tile->weights + r * tile->register_bytes, tile->start + 16 * r,
+            multiply_pixel(tile, tile->step ? tile->offsets[0] + i * tile->step : tile->offsets[i], tile->weights + r * tile->register_bytes, tile->start + 16 * r,
                            sums[i] + 16 * r);
         }
     }

@@ -47,18 +47,23 @@ FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int
 FXQ_INLINE void multiply_pixels_by(const struct tile *tile, const int8_t *w, int count, int32_t (*sums)[BLOCK_OUTPUTS],
                                    int first) {
     const struct windows *v = tile->windows;
-    const int64_t step = v->step, run = (v->run + 3) / 4 * 4, offset = tile->pixel * step;
+    const int64_t run = (v->run + 3) / 4 * 4;
+    int64_t offsets[TILE_PIXELS];
+    FXQ_FOR(8, int i = 0; i < count; i++) {
+        offsets[i] = tile->step ? tile->offsets[0] + i * tile->step : tile->offsets[i];
+    }
     __m256i acc[TILE_PIXELS][2];
     FXQ_FOR(8, int i = 0; i < count; i++) {
         acc[i][0] = _mm256_load_si256((const __m256i *)(tile->start + first));
         acc[i][1] = _mm256_load_si256((const __m256i *)(tile->start + first + 8));
     }
     for (int64_t t = 0; t < v->taps; t++) {
-        const CONV_VALUE *a = v->at[t] + offset;
+        const CONV_VALUE *a[TILE_PIXELS];
+        FXQ_FOR(8, int i = 0; i < count; i++) a[i] = v->at[t] + offsets[i];
         for (int64_t k = 0; k < run; k += WORD_VALUES, w += WORD_VALUES * PANEL) {
             const __m256i w0 = load_words(w, 0), w1 = load_words(w, 1);
             FXQ_FOR(8, int i = 0; i < count; i++) {
-                const __m256i values = word_in_all_lanes(a + i * step + k);
+                const __m256i values = word_in_all_lanes(a[i] + k);
                 add_product(&acc[i][0], values, w0);
                 add_product(&acc[i][1], values, w1);
             }

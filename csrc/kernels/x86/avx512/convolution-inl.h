@@ -25,22 +25,23 @@ FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int
     _mm512_store_si512(sums, sum);
 }
 
-/* count, registers: constants wherever this is inlined. */
-FXQ_INLINE void multiply_pixels_by(const struct tile *tile, int count, int registers,
+/* count, registers, even: constants wherever this is inlined. */
+FXQ_INLINE void multiply_pixels_by(const struct tile *tile, int count, int registers, bool even,
                                    int32_t (*sums)[BLOCK_OUTPUTS]) {
     const struct windows *v = tile->windows;
-    const int64_t step = v->step, run = v->run, offset = tile->pixel * step;
+    const int64_t run = v->run, step = tile->step;
     const int8_t *w = tile->weights;
     __m512i acc[TILE_PIXELS][4];
     FXQ_FOR(24, int i = 0; i < 4 * count; i++) acc[i / 4][i % 4] = _mm512_load_si512(tile->start + 16 * (i % 4));
     for (int64_t t = 0; t < v->taps; t++) {
-        const uint8_t *q = v->at[t] + offset;
+        const uint8_t *q[TILE_PIXELS];
+        FXQ_FOR(6, int i = 0; i < count; i++) q[i] = v->at[t] + tile->offsets[even ? 0 : i];
         for (int64_t k = 0; k < run; k += 4, w += 64 * registers) {
             __m512i weights[4];
             FXQ_FOR(4, int j = 0; j < registers; j++) weights[j] = _mm512_load_si512(w + 64 * j);
             FXQ_FOR(6, int i = 0; i < count; i++) {
                 int32_t four;
-                memcpy(&four, q + i * step + k, sizeof four);
+                memcpy(&four, even ? q[0] + i * step + k : q[i] + k, sizeof four);
                 const __m512i a = _mm512_set1_epi32(four);
                 FXQ_FOR(4, int j = 0; j < registers; j++) {
                     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc[i][j]) : "v"(a), "v"(weights[j])); /* as add_products */
@@ -53,29 +54,32 @@ FXQ_INLINE void multiply_pixels_by(const struct tile *tile, int count, int regis
     }
 }
 
-#define FXQ_PIXELS(registers)                                                                 \
-    static void multiply_pixels_##registers(const struct tile *tile, int count,               \
-                                            int32_t (*sums)[BLOCK_OUTPUTS]) {                 \
-        switch (count) {                                                                      \
-            case 6: multiply_pixels_by(tile, 6, registers, sums); break;                      \
-            case 5: multiply_pixels_by(tile, 5, registers, sums); break;                      \
-            case 4: multiply_pixels_by(tile, 4, registers, sums); break;                      \
-            case 3: multiply_pixels_by(tile, 3, registers, sums); break;                      \
-            case 2: multiply_pixels_by(tile, 2, registers, sums); break;                      \
-            default: multiply_pixels_by(tile, 1, registers, sums);                            \
-        }                                                                                     \
+#define FXQ_PIXELS(registers, even, name)                                                          \
+    static void name##_##registers(const struct tile *tile, int count, int32_t (*sums)[BLOCK_OUTPUTS]) { \
+        switch (count) {                                                                           \
+            case 6: multiply_pixels_by(tile, 6, registers, even, sums); break;                     \
+            case 5: multiply_pixels_by(tile, 5, registers, even, sums); break;                     \
+            case 4: multiply_pixels_by(tile, 4, registers, even, sums); break;                     \
+            case 3: multiply_pixels_by(tile, 3, registers, even, sums); break;                     \
+            case 2: multiply_pixels_by(tile, 2, registers, even, sums); break;                     \
+            default: multiply_pixels_by(tile, 1, registers, even, sums);                           \
+        }                                                                                          \
     }
-FXQ_PIXELS(1)
-FXQ_PIXELS(2)
-FXQ_PIXELS(3)
-FXQ_PIXELS(4)
+FXQ_PIXELS(1, true, even_pixels)
+FXQ_PIXELS(2, true, even_pixels)
+FXQ_PIXELS(3, true, even_pixels)
+FXQ_PIXELS(4, true, even_pixels)
+FXQ_PIXELS(1, false, any_pixels)
+FXQ_PIXELS(2, false, any_pixels)
+FXQ_PIXELS(3, false, any_pixels)
+FXQ_PIXELS(4, false, any_pixels)
 
 static void multiply_pixels(const struct tile *tile, int count, int registers, int32_t (*sums)[BLOCK_OUTPUTS]) {
     switch (registers) {
-        case 4: multiply_pixels_4(tile, count, sums); break;
-        case 3: multiply_pixels_3(tile, count, sums); break;
-        case 2: multiply_pixels_2(tile, count, sums); break;
-        default: multiply_pixels_1(tile, count, sums);
+        case 4: (tile->step ? even_pixels_4 : any_pixels_4)(tile, count, sums); break;
+        case 3: (tile->step ? even_pixels_3 : any_pixels_3)(tile, count, sums); break;
+        case 2: (tile->step ? even_pixels_2 : any_pixels_2)(tile, count, sums); break;
+        default: (tile->step ? even_pixels_1 : any_pixels_1)(tile, count, sums);
     }
 }
 

@@ -2,6 +2,7 @@
  *
  * Expects: common-inl.h, packing-inl.h. */
 #define CONV_VALUE uint8_t
+#define FXQ_PAIRS
 #include "kernels/generic/windows-inl.h"
 #include "kernels/generic/ending-inl.h"
 #include "kernels/generic/values-inl.h"
@@ -115,23 +116,50 @@ static void pack_channels(const int8_t *weights, int64_t taps, int8_t *packed, i
     FXQ_FOR(4, int j = 0; j < 4; j++) _mm512_storeu_si512(sums + 16 * j, sum[j]);
 }
 
-/* The sums of a pixel's channels. */
-FXQ_INLINE void add_channels(const struct windows *v, const int8_t *packed, int64_t offset, __m512i sums[4]) {
+/* 64 values of a tap: of a pixel, or 32 of each of two. */
+FXQ_INLINE __m512i load_tap(const uint8_t *at, const int64_t *offsets, bool is_pair) {
+    if (!is_pair) return _mm512_loadu_si512(at + offsets[0]);
+    const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(at + offsets[0])));
+    return _mm512_inserti64x4(first, _mm256_loadu_si256((const __m256i *)(at + offsets[1])), 1);
+}
+
+/* The sums of 64 channels. is_pair: a constant wherever this is inlined. */
+FXQ_INLINE void add_channels(const struct windows *v, const struct channel_block *block, const int64_t *offsets,
+                             bool is_pair, __m512i sums[4]) {
     const uint8_t *const *at = v->at;
+    const int8_t *packed = block->packed;
     int64_t t = 0;
+    FXQ_FOR(4, int j = 0; j < 4; j++) sums[j] = _mm512_load_si512(block->outputs.start + 16 * j);
     for (; t + 4 <= v->taps; t += 4, packed += 256) {
         __m512i x[4];
-        FXQ_FOR(4, int j = 0; j < 4; j++) x[j] = _mm512_loadu_si512(at[t + j] + offset);
+        FXQ_FOR(4, int j = 0; j < 4; j++) x[j] = load_tap(at[t + j], offsets, is_pair);
         interleave_4(x);
         FXQ_FOR(4, int j = 0; j < 4; j++) sums[j] = _mm512_dpbusd_epi32(sums[j], x[j], _mm512_loadu_si512(packed + 64 * j));
     }
     if (t == v->taps) return;
-    __m512i x[4] = {_mm512_loadu_si512(at[t] + offset), _mm512_setzero_si512(), _mm512_setzero_si512(),
-                    _mm512_setzero_si512()};
-    if (t + 1 < v->taps) x[1] = _mm512_loadu_si512(at[t + 1] + offset);
-    if (t + 2 < v->taps) x[2] = _mm512_loadu_si512(at[t + 2] + offset);
+    const __m512i zero = _mm512_setzero_si512();
+    __m512i x[4] = {load_tap(at[t], offsets, is_pair), zero, zero, zero};
+    if (t + 1 < v->taps) x[1] = load_tap(at[t + 1], offsets, is_pair);
+    if (t + 2 < v->taps) x[2] = load_tap(at[t + 2], offsets, is_pair);
     interleave_4(x);
     FXQ_FOR(4, int j = 0; j < 4; j++) sums[j] = _mm512_dpbusd_epi32(sums[j], x[j], _mm512_loadu_si512(packed + 64 * j));
+}
+
+static void convolve_pair(const struct windows *v, const struct ending *e, const struct channel_block *block,
+                          const int64_t offsets[2], const int64_t at[2]) {
+    const struct outputs_64 *o = &block->outputs;
+    const __mmask32 lanes = o->count == 32 ? ~(__mmask32)0 : ((__mmask32)1 << o->count) - 1;
+    const uint8_t *from = e->of.addend;
+    __m512i q[4], sums[4], addend[4] = {_mm512_setzero_si512()};
+    add_channels(v, block, offsets, true, sums);
+    if (from) {
+        const __m512i first = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(lanes, from + at[0]));
+        unpack_bytes(_mm512_inserti64x4(first, _mm256_maskz_loadu_epi8(lanes, from + at[1]), 1), addend);
+    }
+    FXQ_FOR(4, int j = 0; j < 4; j++) q[j] = end_16(e, o, 16 * j, sums[j], addend[j], from != NULL);
+    const __m512i bytes = pack_bytes(q);
+    _mm256_mask_storeu_epi8((uint8_t *)e->y + at[0], lanes, _mm512_castsi512_si256(bytes));
+    _mm256_mask_storeu_epi8((uint8_t *)e->y + at[1], lanes, _mm512_extracti64x4_epi64(bytes, 1));
 }
 
 static void end_floats(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at) {
@@ -149,8 +177,7 @@ static void convolve_pixel(const struct windows *v, const struct ending *e, cons
                            int64_t offset, int64_t at) {
     const struct outputs_64 *o = &block->outputs;
     __m512i sums[4];
-    FXQ_FOR(4, int j = 0; j < 4; j++) sums[j] = _mm512_load_si512(o->start + 16 * j);
-    add_channels(v, block->packed, offset, sums);
+    add_channels(v, block, &offset, false, sums);
     if (!e->of.is_float) {
         end_bytes(e, o, sums, at, false);
         return;

@@ -201,7 +201,7 @@ static inline bool fxq_uses(enum fxq_method method, bool pays) {
 /* scratch.c: this thread's reusable memory, at least `bytes`, aligned to 64, or NULL. One block: a later call moves it.
  */
 void *fxq_scratch(int64_t bytes);
-void fxq_trim_scratch(void); /* gives back an unusually large block */
+void fxq_trim_scratch(void);    /* gives back an unusually large block */
 void *fxq_arena(int64_t bytes); /* the same, of another block: a run's values */
 void fxq_trim_arena(void);
 

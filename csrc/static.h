@@ -1,6 +1,6 @@
-/* The operators of static quantization. A value is uint8: real = (q - zero_point) * scale, with one scale for all of it.
- * Pixels lie one after another, each with all of its channels; fxquant/ops/static.py, values.py and pools.py have the
- * specification, to the bit. */
+/* The operators of static quantization. A value is uint8: real = (q - zero_point) * scale, with one scale for all of
+ * it. Pixels lie one after another, each with all of its channels; fxquant/ops/static.py, values.py and pools.py have
+ * the specification, to the bit. */
 #ifndef FXQUANT_STATIC_H
 #define FXQUANT_STATIC_H
 
@@ -11,8 +11,8 @@ struct fxq_scale {
     int32_t zero_point;
 };
 
-/* What becomes of a product's sums: y = float(sum) * (x's scale * weight_scale) + bias + addend, clamped; and, but where
- * it stays float, quantized. */
+/* What becomes of a product's sums: y = float(sum) * (x's scale * weight_scale) + bias + addend, clamped; and, but
+ * where it stays float, quantized. */
 struct fxq_ending {
     const float *weight_scale, *bias; /* (outputs,); bias may be NULL */
     const uint8_t *addend;            /* as the output, or NULL */
@@ -67,7 +67,7 @@ struct fxq_pool {
     bool is_average; /* else the greatest */
     struct fxq_scale x_scale, scale;
     int qmax;
-    int64_t divisor;   /* of a window's sum; 0: the pixels that count */
+    int64_t divisor;     /* of a window's sum; 0: the pixels that count */
     bool counts_padding; /* as far as the padding goes: `after` beyond the end */
     int64_t after[FXQ_SPACE];
     uint8_t *y;

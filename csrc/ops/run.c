@@ -1,5 +1,5 @@
-/* A run of static operators, one after another in one call. Values live in an arena, each from the step that makes it to
- * the last one that reads it. */
+/* A run of static operators, one after another in one call. Values live in an arena, each from the step that makes it
+ * to the last one that reads it. */
 #include <string.h>
 
 #include "kernels.h"

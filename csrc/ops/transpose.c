@@ -64,7 +64,8 @@ void fxq_turn_bytes(const uint8_t *x, int64_t matrices, int64_t rows, int64_t co
         for (int64_t first = 0; first < columns; first += TURNED) {
             const int64_t end = columns - first < TURNED ? columns : first + TURNED;
             for (int64_t row = 0; row < rows; row++) {
-                for (int64_t column = first; column < end; column++) out[column * rows + row] = x[row * columns + column];
+                for (int64_t column = first; column < end; column++)
+                    out[column * rows + row] = x[row * columns + column];
             }
         }
     }

@@ -20,7 +20,8 @@ static void quantize(void *arg, int thread, int64_t first, int64_t last) {
     const struct job *job = arg;
     const int64_t from = value_at(job, first), to = value_at(job, last);
     (void)thread;
-    fxq_active->quantize_value((const float *)job->x + from, to - from, job->scale, job->qmax, (uint8_t *)job->y + from);
+    fxq_active->quantize_value((const float *)job->x + from, to - from, job->scale, job->qmax,
+                               (uint8_t *)job->y + from);
 }
 
 static void dequantize(void *arg, int thread, int64_t first, int64_t last) {

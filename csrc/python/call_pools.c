@@ -116,8 +116,7 @@ PyObject *mean_value(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     struct tensor x, made;
     struct fxq_pool call = {0};
     bool says, is_meant[MOST_DIMENSIONS] = {false};
-    if (count != 9 || !read_averaged(args, args[8], &x, &says, &call) ||
-        PySequence_Size(args[6]) != x.dimensions - 2) {
+    if (count != 9 || !read_averaged(args, args[8], &x, &says, &call) || PySequence_Size(args[6]) != x.dimensions - 2) {
         return nothing();
     }
     for (int i = 2; i < x.dimensions; i++) {

@@ -49,7 +49,7 @@ static int read_numbers(PyObject *tuple, int most, int below, int least, int *to
 static bool read_step(PyObject *tuple, const struct plan *plan, struct fxq_step *step, struct template *template) {
     if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != 8) return false;
     const int64_t operator = INTEGER(PyTuple_GetItem(tuple, 0)), output = INTEGER(PyTuple_GetItem(tuple, 1));
-    step->operator = (enum fxq_operator) operator;
+    step->operator = (enum fxq_operator)operator;
     step->output = (int)output;
     step->last_use = (int)INTEGER(PyTuple_GetItem(tuple, 2));
     step->input_count = read_numbers(PyTuple_GetItem(tuple, 3), FXQ_STEP_INPUTS, plan->value_count, 0, step->inputs);
@@ -98,7 +98,8 @@ static bool all_hold(const struct plan *plan) {
     return true;
 }
 
-/* plan_run(places ((dict, key), ...), guards ((dict, key, expected), ...), the number of values, inputs, outputs, steps): a capsule for run() */
+/* plan_run(places ((dict, key), ...), guards ((dict, key, expected), ...), the number of values, inputs, outputs,
+ * steps): a capsule for run() */
 PyObject *plan_run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     if (count != 6 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[1]) || !PyTuple_Check(args[5])) return nothing();
@@ -114,8 +115,9 @@ PyObject *plan_run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     plan->templates = calloc((size_t)plan->step_count + 1, sizeof *plan->templates);
     plan->input_count = read_numbers(args[3], FXQ_STEP_INPUTS, plan->value_count, 0, plan->inputs);
     plan->output_count = read_numbers(args[4], FXQ_STEP_INPUTS, plan->value_count, 0, plan->outputs);
-    bool fits = plan->places && plan->guards && plan->steps && plan->templates && plan->value_count <= FXQ_MOST_VALUES &&
-                plan->input_count > 0 && plan->output_count > 0 && read_places(args[0], plan) && read_guards(args[1], plan);
+    bool fits = plan->places && plan->guards && plan->steps && plan->templates &&
+                plan->value_count <= FXQ_MOST_VALUES && plan->input_count > 0 && plan->output_count > 0 &&
+                read_places(args[0], plan) && read_guards(args[1], plan);
     for (int i = 0; fits && i < plan->step_count; i++) {
         fits = read_step(PyTuple_GetItem(args[5], i), plan, &plan->steps[i], &plan->templates[i]);
     }
@@ -192,8 +194,7 @@ static PyObject *make_outputs(const struct plan *plan, struct fxq_value *values,
         int64_t strides[MOST_DIMENSIONS];
         struct tensor made;
         set_strides(value->shape, value->dimensions, !value->by_rows && value->dimensions > 3, strides);
-        PyObject *one =
-            new_strided(value->shape, strides, value->dimensions, value->is_float ? FLOAT32 : UINT8, &made);
+        PyObject *one = new_strided(value->shape, strides, value->dimensions, value->is_float ? FLOAT32 : UINT8, &made);
         if (one == NULL || PyTuple_SetItem(all, i, one) != 0) {
             Py_DECREF(all);
             return NULL;

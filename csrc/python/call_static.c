@@ -36,8 +36,8 @@ PyObject *static_linear(PyObject *self, PyObject *const *args, Py_ssize_t count)
     (void)self;
     struct tensor x, weight, made;
     struct fxq_convolution c = {0};
-    if (count != 15 || !may_run(args[0], args[1]) || !read_tensor(args[1], &x) || x.kind != UINT8 ||
-        x.dimensions < 1 || !read_scale(args[2], args[3], &c.x_scale) || !read_kind(args[4], INT8, 2, &weight) ||
+    if (count != 15 || !may_run(args[0], args[1]) || !read_tensor(args[1], &x) || x.kind != UINT8 || x.dimensions < 1 ||
+        !read_scale(args[2], args[3], &c.x_scale) || !read_kind(args[4], INT8, 2, &weight) ||
         x.shape[x.dimensions - 1] != weight.shape[1] || weight.shape[1] > MOST_WINDOW || weight.shape[1] == 0 ||
         !read_ending(args + 5, args + 9, weight.shape[0], &c.ending)) {
         return nothing();
@@ -54,8 +54,9 @@ PyObject *static_linear(PyObject *self, PyObject *const *args, Py_ssize_t count)
     x.shape[x.dimensions - 1] = c.outputs;
     int64_t strides[MOST_DIMENSIONS];
     set_strides(x.shape, x.dimensions, false, strides);
-    PyObject *output =
-        PyErr_Occurred() ? NULL : new_strided(x.shape, strides, x.dimensions, c.ending.is_float ? FLOAT32 : UINT8, &made);
+    PyObject *output = PyErr_Occurred()
+                           ? NULL
+                           : new_strided(x.shape, strides, x.dimensions, c.ending.is_float ? FLOAT32 : UINT8, &made);
     if (output == NULL) return NULL;
     c.y = made.data;
     if (!read_addend(args[9], &made, &c.ending)) {

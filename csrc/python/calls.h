@@ -46,18 +46,18 @@ static inline PyObject *finish(int status, PyObject *outputs) {
 
 /* Ends a call: runs the kernel without the GIL and returns the output as finish() does. kernel: an expression of
  * `threads` that gives a status. */
-#define RUN(output, kernel)                       \
-    do {                                          \
-        const int threads = thread_count();       \
-        int status;                               \
-        if (PyErr_Occurred()) {                   \
-            Py_DECREF(output);                    \
-            return NULL;                          \
-        }                                         \
-        Py_BEGIN_ALLOW_THREADS                    \
-        status = (kernel);                        \
-        Py_END_ALLOW_THREADS                      \
-        return finish(status, output);            \
+#define RUN(output, kernel)                 \
+    do {                                    \
+        const int threads = thread_count(); \
+        int status;                         \
+        if (PyErr_Occurred()) {             \
+            Py_DECREF(output);              \
+            return NULL;                    \
+        }                                   \
+        Py_BEGIN_ALLOW_THREADS              \
+        status = (kernel);                  \
+        Py_END_ALLOW_THREADS                \
+        return finish(status, output);      \
     } while (0)
 
 /* The same of a call with one output, which it makes: float32. kernel: an expression of `out`, the output's data, too.

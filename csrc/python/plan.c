@@ -6,7 +6,8 @@
 static bool set_scale(const struct tensor *tensors, const int *places, struct fxq_scale *to) {
     if (places[0] < 0 || places[1] < 0) return false;
     const struct tensor *scale = &tensors[places[0]], *zero_point = &tensors[places[1]];
-    if (scale->kind != FLOAT32 || scale->count != 1 || zero_point->kind != INT32 || zero_point->count != 1) return false;
+    if (scale->kind != FLOAT32 || scale->count != 1 || zero_point->kind != INT32 || zero_point->count != 1)
+        return false;
     *to = (struct fxq_scale){*(const float *)scale->data, *(const int32_t *)zero_point->data};
     return to->zero_point >= 0 && to->zero_point <= 255;
 }
@@ -75,8 +76,7 @@ static bool prepare_product(const struct template *t, const struct tensor *tenso
 }
 
 static bool has_shape_of(const struct fxq_value *a, const struct fxq_value *b) {
-    return a->dimensions == b->dimensions &&
-           memcmp(a->shape, b->shape, (size_t)a->dimensions * sizeof *a->shape) == 0;
+    return a->dimensions == b->dimensions && memcmp(a->shape, b->shape, (size_t)a->dimensions * sizeof *a->shape) == 0;
 }
 
 /* places: the scales of a, of b and of the output. integers: qmax, whether it multiplies, whether it subtracts. */
@@ -84,8 +84,14 @@ static bool prepare_pair(const struct template *t, const struct tensor *tensors,
                          struct fxq_value *values) {
     const struct fxq_value *a = &values[s->inputs[0]], *b = &values[s->inputs[1]];
     struct fxq_pair *c = &s->call.pair;
-    *c = (struct fxq_pair){.images = 1, .pixels = 1, .channels = fxq_bytes(a), .low = t->low, .high = t->high,
-                           .qmax = (int)t->integers[0], .multiplies = t->integers[1], .subtracts = t->integers[2]};
+    *c = (struct fxq_pair){.images = 1,
+                           .pixels = 1,
+                           .channels = fxq_bytes(a),
+                           .low = t->low,
+                           .high = t->high,
+                           .qmax = (int)t->integers[0],
+                           .multiplies = t->integers[1],
+                           .subtracts = t->integers[2]};
     values[s->output].dimensions = a->dimensions;
     memcpy(values[s->output].shape, a->shape, sizeof a->shape);
     if (a->is_float || b->is_float || !set_scale(tensors, t->places, &c->a_scale) ||
@@ -111,10 +117,15 @@ static bool prepare_pool(const struct template *t, const struct tensor *tensors,
     struct fxq_pool *c = &s->call.pool;
     const int64_t *kernel = t->integers + 2, *stride = kernel + 3, *before = stride + 3, *dilation = before + 3;
     const int rank = x->dimensions - 2;
-    *c = (struct fxq_pool){.batch = x->shape[0], .channels = x->shape[1], .is_average = t->integers[1],
-                           .qmax = (int)t->integers[0], .counts_padding = t->integers[15], .divisor = t->integers[16]};
-    if (rank < 1 || x->is_float || (kernel[FXQ_SPACE - 1] < 0 && stride[0] != rank) || (c->is_average && (!set_scale(tensors, t->places, &c->x_scale) ||
-                                                      !set_scale(tensors, t->places + 2, &c->scale)))) {
+    *c = (struct fxq_pool){.batch = x->shape[0],
+                           .channels = x->shape[1],
+                           .is_average = t->integers[1],
+                           .qmax = (int)t->integers[0],
+                           .counts_padding = t->integers[15],
+                           .divisor = t->integers[16]};
+    if (rank < 1 || x->is_float || (kernel[FXQ_SPACE - 1] < 0 && stride[0] != rank) ||
+        (c->is_average &&
+         (!set_scale(tensors, t->places, &c->x_scale) || !set_scale(tensors, t->places + 2, &c->scale)))) {
         return false;
     }
     *y = (struct fxq_value){.dimensions = x->dimensions, .shape = {c->batch, c->channels}, .data = y->data};

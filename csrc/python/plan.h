@@ -20,8 +20,8 @@ struct place {
     PyObject *dict, *key;
 };
 
-/* What must still be so, or a run's nodes are to be called one by one: somebody replaced a module, its forward, or hung a
- * hook on it. */
+/* What must still be so, or a run's nodes are to be called one by one: somebody replaced a module, its forward, or hung
+ * a hook on it. */
 struct guard {
     PyObject *dict, *key, *expected; /* key NULL: the dict is empty; expected NULL: it has no such key */
 };

@@ -36,8 +36,8 @@ enum { WATCHERS = 4 };
 static struct {
     PyObject *tensor, *parameter; /* types */
     PyObject *dtypes[KINDS];
-    PyObject *empty, *float32_on_cpu;         /* torch.empty and its keywords */
-    PyObject *empty_strided, *uint8_on_cpu;   /* torch.empty_strided, and its keywords for the other dtype */
+    PyObject *empty, *float32_on_cpu;       /* torch.empty and its keywords */
+    PyObject *empty_strided, *uint8_on_cpu; /* torch.empty_strided, and its keywords for the other dtype */
     PyObject *new_large, *get_num_threads, *is_grad_enabled;
     PyObject *watchers[WATCHERS]; /* functions that say something true while somebody watches */
     const struct dl_exchange *exchange;
@@ -244,7 +244,8 @@ PyObject *new_strided(const int64_t *shape, const int64_t *strides, int dimensio
                       struct tensor *tensor) {
     PyObject *sizes = integers(shape, dimensions), *steps = integers(strides, dimensions);
     PyObject *args = sizes && steps ? PyTuple_Pack(2, sizes, steps) : NULL, *made = NULL;
-    if (args) made = PyObject_Call(torch.empty_strided, args, kind == UINT8 ? torch.uint8_on_cpu : torch.float32_on_cpu);
+    if (args)
+        made = PyObject_Call(torch.empty_strided, args, kind == UINT8 ? torch.uint8_on_cpu : torch.float32_on_cpu);
     Py_XDECREF(args);
     Py_XDECREF(sizes);
     Py_XDECREF(steps);

@@ -41,6 +41,6 @@ bool is_trained(PyObject *object);
 PyObject *new_tensor(const int64_t *shape, int dimensions, struct tensor *tensor);
 PyObject *new_strided(const int64_t *shape, const int64_t *strides, int dimensions, enum kind kind,
                       struct tensor *tensor); /* of float32 or uint8 */
-int thread_count(void); /* torch's; -1: an exception is set, perhaps before the call */
+int thread_count(void);                       /* torch's; -1: an exception is set, perhaps before the call */
 
 #endif

@@ -53,7 +53,7 @@ void set_strides(const int64_t *shape, int dimensions, bool by_pixels, int64_t *
 
 /* An output of these sizes, which lies as the input does; NULL: it would have to lie otherwise than it is computed. */
 PyObject *new_output(PyObject *asks, const int64_t *shape, int dimensions, bool says, bool is_float,
-                            struct tensor *made) {
+                     struct tensor *made) {
     int64_t strides[MOST_DIMENSIONS], pixels = 1;
     for (int i = 2; i < dimensions; i++) pixels *= shape[i];
     if (!says && pixels != 1 && shape[1] != 1 && asks == Py_True) return NULL;

@@ -29,7 +29,7 @@ struct tile {
 };
 
 FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int64_t columns, int8_t *packed,
-                        int64_t step, int32_t *sums);
+                          int64_t step, int32_t *sums);
 static void multiply_pixels(const struct tile *tile, int count, int registers, int32_t (*sums)[BLOCK_OUTPUTS]);
 FXQ_INLINE void end_pixel(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at);
 

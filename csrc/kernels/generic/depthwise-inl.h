@@ -10,8 +10,8 @@
  *                                          64 channels of a pixel, from values `offset` from the segment's first on, to
  *                                          where their outputs begin
  * FXQ_PAIRS, convolve_pair(windows, ending, block, offsets, at)
- *                                          if there is such a function: half as many channels of two pixels, whose block
- *                                          has everything twice */
+ *                                          if there is such a function: half as many channels of two pixels, whose
+ * block has everything twice */
 enum { CHANNELS = 64 };
 
 FXQ_INLINE int channel_at(int i);
@@ -60,7 +60,8 @@ static void order_outputs(struct outputs_64 *o) {
     struct outputs_64 plain = *o;
     const int64_t half = o->count <= CHANNELS / 2 ? CHANNELS / 2 : CHANNELS; /* everything twice, for pairs */
     for (int64_t i = o->count; i < half; i++) plain.scale[i] = 0.0f, plain.bias[i] = -0.0f;
-    for (int64_t i = half; i < CHANNELS; i++) plain.scale[i] = plain.scale[i - half], plain.bias[i] = plain.bias[i - half];
+    for (int64_t i = half; i < CHANNELS; i++)
+        plain.scale[i] = plain.scale[i - half], plain.bias[i] = plain.bias[i - half];
     for (int i = 0; i < CHANNELS; i++) {
         o->scale[i] = plain.scale[channel_at(i)];
         o->bias[i] = plain.bias[channel_at(i)];
@@ -98,8 +99,8 @@ static void convolve_block(const struct windows *v, const struct ending *e, cons
 }
 
 /* Pixels [p0, p1) of channels [n0, n1). */
-static void convolve_channels(struct windows *v, const struct ending *e, int64_t p0, int64_t p1, int64_t n0,
-                              int64_t n1, int8_t *scratch) {
+static void convolve_channels(struct windows *v, const struct ending *e, int64_t p0, int64_t p1, int64_t n0, int64_t n1,
+                              int8_t *scratch) {
     const struct fxq_convolution *c = v->call;
     const int64_t bytes = channel_block_bytes(v->taps);
     char *blocks = (char *)scratch + fxq_aligned(v->taps * CHANNELS);

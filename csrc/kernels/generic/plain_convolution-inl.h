@@ -12,7 +12,7 @@ enum { TILE_PIXELS = 4, REGISTERS_TOGETHER = 0 };
 
 /* Packed: [columns][16]. */
 FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int64_t columns, int8_t *packed,
-                        int64_t step, int32_t *sums) {
+                          int64_t step, int32_t *sums) {
     for (int64_t k = 0; k < (columns + 3) / 4 * 4; k++) {
         for (int64_t i = 0; i < 16; i++) {
             const int8_t w = k < columns && i < count ? rows[i * stride + k] : 0;
@@ -40,8 +40,8 @@ static void multiply_pixel(const struct tile *tile, int64_t offset, const int8_t
 static void multiply_pixels(const struct tile *tile, int count, int registers, int32_t (*sums)[BLOCK_OUTPUTS]) {
     for (int r = 0; r < registers; r++) {
         for (int i = 0; i < count; i++) {
-            multiply_pixel(tile, tile->step ? tile->offsets[0] + i * tile->step : tile->offsets[i], tile->weights + r * tile->register_bytes, tile->start + 16 * r,
-                           sums[i] + 16 * r);
+            multiply_pixel(tile, tile->step ? tile->offsets[0] + i * tile->step : tile->offsets[i],
+                           tile->weights + r * tile->register_bytes, tile->start + 16 * r, sums[i] + 16 * r);
         }
     }
 }

@@ -1,7 +1,7 @@
 /* Static quantization's operators on single values and on pools' windows: plain C, vectorized by the compiler.
  *
  * Expects: ending-inl.h. */
-#define FXQ_VALUES                                                                                          \
+#define FXQ_VALUES                                                                                                  \
     .quantize_value = quantize_value, .dequantize_value = dequantize_value, .look_up = look_up, .combine = combine, \
     .pool_pixels = pool_pixels
 

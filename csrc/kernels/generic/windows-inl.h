@@ -3,8 +3,8 @@
  * A window is `taps` runs of `run` values that lie together: a kernel's row with all channels, where it is not dilated
  * and has one group, or one place of the kernel. Pixels are taken a segment at a time: a part of an output row, or some
  * whole rows of a plane. Where a window of theirs passes the border, or values are not taken as they lie, the part of
- * the input that they see is copied, with the zero point beyond the border; and so is the end of the tensor, since up to
- * 64 values may be read beyond a run.
+ * the input that they see is copied, with the zero point beyond the border; and so is the end of the tensor, since up
+ * to 64 values may be read beyond a run.
  *
  * Expects: CONV_VALUE, how values are multiplied: uint8_t as they lie, or int16_t. */
 #include "static.h"
@@ -14,12 +14,12 @@ enum { COPIED_BYTES = 128 << 10, MOST_SEGMENT = 480, SLACK = 64 };
 struct windows {
     const struct fxq_convolution *call;
     int64_t taps, run;
-    int64_t per_row;          /* taps a row of the kernel */
-    int64_t most_rows, most;  /* of a segment: rows, and pixels of a part of a row */
-    int64_t bytes;            /* of scratch */
-    const CONV_VALUE **at;    /* where the first pixel's runs begin */
-    CONV_VALUE *copy;         /* of what a segment sees */
-    int64_t pitch;            /* of the rows that a segment sees, in values */
+    int64_t per_row;         /* taps a row of the kernel */
+    int64_t most_rows, most; /* of a segment: rows, and pixels of a part of a row */
+    int64_t bytes;           /* of scratch */
+    const CONV_VALUE **at;   /* where the first pixel's runs begin */
+    CONV_VALUE *copy;        /* of what a segment sees */
+    int64_t pitch;           /* of the rows that a segment sees, in values */
 };
 
 /* Pixels of the output, of one row or of whole rows. */

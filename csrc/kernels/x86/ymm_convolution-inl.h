@@ -24,7 +24,7 @@ FXQ_INLINE void load_8_rows(const int8_t *rows, int64_t stride, int64_t count, i
 }
 
 FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int64_t columns, int8_t *packed,
-                        int64_t step, int32_t *sums) {
+                          int64_t step, int32_t *sums) {
     const __m256i ones = _mm256_set1_epi8(1);
     for (int half = 0; half < 2; half++) {
         __m256i sum = _mm256_load_si256((const __m256i *)(sums + 8 * half));

@@ -12,7 +12,7 @@ enum { TILE_PIXELS = 6, REGISTERS_TOGETHER = 1 };
 #include "kernels/generic/convolution-inl.h"
 
 FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int64_t columns, int8_t *packed,
-                        int64_t step, int32_t *sums) {
+                          int64_t step, int32_t *sums) {
     __m512i sum = _mm512_load_si512(sums);
     for (int64_t k = 0; k < columns; k += 32) {
         __m512i v[8];
@@ -55,16 +55,16 @@ FXQ_INLINE void multiply_pixels_by(const struct tile *tile, int count, int regis
     }
 }
 
-#define FXQ_PIXELS(registers, even, name)                                                          \
+#define FXQ_PIXELS(registers, even, name)                                                                \
     static void name##_##registers(const struct tile *tile, int count, int32_t (*sums)[BLOCK_OUTPUTS]) { \
-        switch (count) {                                                                           \
-            case 6: multiply_pixels_by(tile, 6, registers, even, sums); break;                     \
-            case 5: multiply_pixels_by(tile, 5, registers, even, sums); break;                     \
-            case 4: multiply_pixels_by(tile, 4, registers, even, sums); break;                     \
-            case 3: multiply_pixels_by(tile, 3, registers, even, sums); break;                     \
-            case 2: multiply_pixels_by(tile, 2, registers, even, sums); break;                     \
-            default: multiply_pixels_by(tile, 1, registers, even, sums);                           \
-        }                                                                                          \
+        switch (count) {                                                                                 \
+            case 6: multiply_pixels_by(tile, 6, registers, even, sums); break;                           \
+            case 5: multiply_pixels_by(tile, 5, registers, even, sums); break;                           \
+            case 4: multiply_pixels_by(tile, 4, registers, even, sums); break;                           \
+            case 3: multiply_pixels_by(tile, 3, registers, even, sums); break;                           \
+            case 2: multiply_pixels_by(tile, 2, registers, even, sums); break;                           \
+            default: multiply_pixels_by(tile, 1, registers, even, sums);                                 \
+        }                                                                                                \
     }
 FXQ_PIXELS(1, true, even_pixels)
 FXQ_PIXELS(2, true, even_pixels)
@@ -134,7 +134,8 @@ FXQ_INLINE void add_channels(const struct windows *v, const struct channel_block
         __m512i x[4];
         FXQ_FOR(4, int j = 0; j < 4; j++) x[j] = load_tap(at[t + j], offsets, is_pair);
         interleave_4(x);
-        FXQ_FOR(4, int j = 0; j < 4; j++) sums[j] = _mm512_dpbusd_epi32(sums[j], x[j], _mm512_loadu_si512(packed + 64 * j));
+        FXQ_FOR(4, int j = 0; j < 4; j++)
+            sums[j] = _mm512_dpbusd_epi32(sums[j], x[j], _mm512_loadu_si512(packed + 64 * j));
     }
     if (t == v->taps) return;
     const __m512i zero = _mm512_setzero_si512();

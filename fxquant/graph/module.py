@@ -43,7 +43,7 @@ class FxModule(fx.GraphModule):
             del type(self).__call__
         self.__dict__.pop(RUNS, None)
         if any(isinstance(part, StaticQuantizedProduct) for part in self.modules()):
-            type(self).forward = with_runs(type(self).forward)  # type: ignore[method-assign]
+            type(self).forward = with_runs(type(self).forward)
         return code
 
     def __getattr__(self, name: str) -> Any:
@@ -92,7 +92,8 @@ class FxModule(fx.GraphModule):
         install(twin, self._fxquant_record.preserved)
         for name in self._fxquant_record.preserved.modules_of(self):  # torch.fx drops the second name of a module
             twin._modules[name] = copy.deepcopy(self._modules[name], memo)
-        for name in self.__dict__.keys() - twin.__dict__.keys() - {"_compiled_call_impl", RUNS}:  # what the user attached
+        ours = {"_compiled_call_impl", RUNS}
+        for name in self.__dict__.keys() - twin.__dict__.keys() - ours:  # what the user attached
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         memo[id(self)] = twin
         twin.__dict__.update(copy_attributes(self, memo))

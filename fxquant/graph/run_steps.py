@@ -84,7 +84,8 @@ class _Plan:
                 continue
             numbers = tuple((known if part in known else self._values)[part] for part in step.inputs)
             places = tuple(-1 if place is None else self._place(place) for place in step.places)
-            self._values[node] = self._add(step.op, numbers, places, tuple(map(int, step.integers)), step.low, step.high)
+            integers = tuple(map(int, step.integers))
+            self._values[node] = self._add(step.op, numbers, places, integers, step.low, step.high)
         ends = tuple(self._values[node] for node in self._outputs)
         for step_row in self._steps:
             step_row[2] = len(self._steps) if step_row[1] in ends else step_row[2]

@@ -9,28 +9,26 @@ runs off.
 
 from __future__ import annotations
 
-import linecache
 import operator
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from fxquant.graph.run_steps import knows, plan
 from fxquant.ops import library
 
 _LEAST_NODES, _MOST_NODES = 2, 400
 _REFUSALS = 3  # of a run that never came about: its values have other shapes than the library takes
-_numbers = count()
 
 
 def _make_run(module: fx.GraphModule, nodes: Sequence[fx.Node], plan: Any) -> Callable[..., tuple[torch.Tensor, ...]]:
     """Return a function of the values that nodes read from outside, to those that others read of theirs."""
-    native, plain = library.function("run"), _function(_cut(module.graph, nodes, *_ends(nodes)))
+    native = library.function("run")
+    plain = _function(module, _cut(module.graph, nodes, *_ends(nodes)))
     assert native is not None
     root = weakref.ref(module)  # a cycle would keep the weights until Python's next collection
     refused = 0
@@ -71,12 +69,12 @@ def _forward(module: fx.GraphModule) -> Callable[..., Any] | None:
     """Return a function of the module and its inputs that calls its runs; None where there are none."""
     if not library.available() or os.environ.get("FXQUANT_RUNS") == "0":
         return None
-    runs = {}
+    runs: dict[fx.Node, tuple[Sequence[fx.Node], Callable[..., Any]]] = {}
     for nodes in _find(module):
         made = plan(module, nodes, *_ends(nodes))
         if made is not None:
             runs[nodes[-1]] = nodes, _make_run(module, nodes, made)
-    return _function(_fused(module.graph, runs)) if runs else None
+    return _function(module, _fused(module.graph, runs)) if runs else None
 
 
 def _find(module: fx.GraphModule) -> list[list[fx.Node]]:
@@ -99,9 +97,7 @@ def _ends(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     return list(dict.fromkeys(read)), [node for node in nodes if any(user not in own for user in node.users)]
 
 
-def _cut(
-    graph: fx.Graph, nodes: Sequence[fx.Node], inputs: Iterable[fx.Node], outputs: Iterable[fx.Node]
-) -> fx.Graph:
+def _cut(graph: fx.Graph, nodes: Sequence[fx.Node], inputs: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> fx.Graph:
     """Return nodes as a graph of their own, which returns a tuple."""
     part = fx.Graph()
     twins = {node: part.placeholder(node.name) for node in inputs}
@@ -131,12 +127,7 @@ def _fused(graph: fx.Graph, runs: dict[fx.Node, tuple[Sequence[fx.Node], Callabl
     return result
 
 
-def _function(graph: fx.Graph) -> Callable[..., Any]:
-    """Return a graph's code as a function of the module and its inputs, which tracebacks can show."""
-    code = graph.python_code("self")
-    name = f"<fxquant run {next(_numbers)}>"
-    linecache.cache[name] = len(code.src), None, code.src.splitlines(True), name
-    namespace = dict(code.globals)
-    exec(compile(code.src, name, "exec"), namespace)
-    function: Callable[..., Any] = namespace["forward"]
+def _function(module: fx.GraphModule, graph: fx.Graph) -> Callable[..., Any]:
+    """Return a graph's code as a function of the module and its inputs."""
+    function: Callable[..., Any] = type(fx.GraphModule(module, graph)).forward
     return function

@@ -78,11 +78,11 @@ def _choose_isa(library: Any) -> str:
 
 def _introduce_torch(library: Any, exchange: object) -> None:
     """Give the library what it needs of torch; exchange: the capsule of DLPack's exchange interface, or None."""
-    cpu = torch.device("cpu")
+    floats = {"dtype": torch.float32, "device": torch.device("cpu")}
     library.set_torch(
         (torch.Tensor, torch.nn.Parameter),
         (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.int16, torch.float16),
-        (torch.empty, {"dtype": torch.float32, "device": cpu}, torch.empty_strided, {"dtype": torch.uint8, "device": cpu}),
+        (torch.empty, floats, torch.empty_strided, {"dtype": torch.uint8, "device": torch.device("cpu")}),
         (output_pool.empty, torch.get_num_threads, torch.is_grad_enabled),
         (
             torch._C._len_torch_dispatch_stack,

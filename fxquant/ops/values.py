@@ -37,7 +37,7 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -
 
 @public
 def lookup(q: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return table[q]: any function of single values. q: uint8; table: (256,) uint8 -> uint8 in q's shape and format."""
+    """Return table[q]: any function of single values. q: uint8; table: (256,) uint8 -> uint8, lying as q does."""
     return _lookup((q, table))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant import ops
 from fxquant.graph import edit
 from fxquant.graph.convert import dtypes
 from fxquant.graph.old_keys import take_old_call_keys, take_old_keys
@@ -20,7 +21,6 @@ from fxquant.graph.references import copy_attributes
 from fxquant.graph.runs import RUNS, with_runs
 from fxquant.graph.trace.tracer import TRACING
 from fxquant.nn.base import QuantizedModule, refuse_script
-from fxquant.nn.static import StaticQuantizedProduct
 from fxquant.nn.stored import dtype_errors
 from fxquant.nn.training import warn_of_training
 
@@ -42,7 +42,7 @@ class FxModule(fx.GraphModule):
         if "__call__" in vars(type(self)):
             del type(self).__call__
         self.__dict__.pop(RUNS, None)
-        if any(isinstance(part, StaticQuantizedProduct) for part in self.modules()):
+        if any(node.target is ops.quantize for node in self.graph.nodes):
             type(self).forward = with_runs(type(self).forward)
         return code
 

@@ -129,5 +129,7 @@ def _fused(graph: fx.Graph, runs: dict[fx.Node, tuple[Sequence[fx.Node], Callabl
 
 def _function(module: fx.GraphModule, graph: fx.Graph) -> Callable[..., Any]:
     """Return a graph's code as a function of the module and its inputs."""
-    function: Callable[..., Any] = type(fx.GraphModule(module, graph)).forward
+    kind = type(fx.GraphModule(module, graph))
+    function: Callable[..., Any] = kind.forward
+    del kind.forward  # a class lives until Python's next collection, and this leads to the weights
     return function

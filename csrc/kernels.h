@@ -3,6 +3,7 @@
 #define FXQUANT_KERNELS_H
 
 #include "fxquant.h"
+#include "static.h"
 
 #define FXQ_DEPTH 64                 /* activations are padded with zeros to whole steps of 64 columns */
 #define FXQ_PACKED_BYTES (256 << 10) /* of a weight that a thread packs at a time: see amx_packed-inl.h */
@@ -170,6 +171,17 @@ struct fxq_kernels {
                       float *scale, void *scratch);
     void (*lstm_step)(const struct fxq_lstm_step *step);
 
+    /* Pixels [p0, p1) of all output's, and outputs [n0, n1), n0 a multiple of 64, with so much scratch. */
+    int64_t (*convolution_bytes)(const struct fxq_convolution *call);
+    void (*convolve)(const struct fxq_convolution *call, int64_t p0, int64_t p1, int64_t n0, int64_t n1, void *scratch);
+
+    /* Static quantization: so many values; and a pool's output pixels [p0, p1). */
+    void (*quantize_value)(const float *x, int64_t count, struct fxq_scale scale, int qmax, uint8_t *q);
+    void (*dequantize_value)(const uint8_t *q, int64_t count, struct fxq_scale scale, float *x);
+    void (*look_up)(const uint8_t *q, int64_t count, const uint8_t *table, uint8_t *out);
+    void (*combine)(const struct fxq_pair *call, const uint8_t *a, const uint8_t *b, int64_t count, uint8_t *out);
+    void (*pool_pixels)(const struct fxq_pool *call, int64_t p0, int64_t p1);
+
     void (*put_row)(const struct fxq_table *table, int64_t row, float *out);
     /* out += the rows, one after another, each times its weight; weights NULL: all 1 */
     void (*add_rows)(const struct fxq_table *table, const int64_t *rows, const float *weights, int64_t count,
@@ -189,7 +201,9 @@ static inline bool fxq_uses(enum fxq_method method, bool pays) {
 /* scratch.c: this thread's reusable memory, at least `bytes`, aligned to 64, or NULL. One block: a later call moves it.
  */
 void *fxq_scratch(int64_t bytes);
-void fxq_trim_scratch(void); /* gives back an unusually large block */
+void fxq_trim_scratch(void);    /* gives back an unusually large block */
+void *fxq_arena(int64_t bytes); /* the same, of another block: a run's values */
+void fxq_trim_arena(void);
 
 /* Bytes in whole cache lines. */
 static inline int64_t fxq_aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }

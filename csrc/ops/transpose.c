@@ -3,6 +3,8 @@
  * A plain loop reads or writes one value of each cache line, and where a row is a power of two long, always the same
  * few sets of the cache. So squares go through a buffer. 32 wide: 16 would be a line, but lines that a row's length
  * leaves unaligned are written in two parts, and cost several times as much where the part is half of it. */
+#include <string.h>
+
 #include "kernels.h"
 #include "runtime/pool.h"
 
@@ -48,4 +50,23 @@ void fxq_transpose(const float *x, int64_t matrices, int64_t rows, int64_t colum
     const struct fxq_hands hands = fxq_worthwhile(8 * values, stripes, threads);
     struct job job = {x, out, matrices, rows, columns, fxq_piece_count(stripes, hands)};
     fxq_split(work, &job, job.pieces, hands, 8 * values);
+}
+
+/* Blocks of so many columns: their lines stay in the cache while all rows pass. */
+enum { TURNED = 64 };
+
+void fxq_turn_bytes(const uint8_t *x, int64_t matrices, int64_t rows, int64_t columns, uint8_t *out) {
+    if (rows == 1 || columns == 1) {
+        memcpy(out, x, (size_t)(matrices * rows * columns));
+        return;
+    }
+    for (int64_t i = 0; i < matrices; i++, x += rows * columns, out += rows * columns) {
+        for (int64_t first = 0; first < columns; first += TURNED) {
+            const int64_t end = columns - first < TURNED ? columns : first + TURNED;
+            for (int64_t row = 0; row < rows; row++) {
+                for (int64_t column = first; column < end; column++)
+                    out[column * rows + row] = x[row * columns + column];
+            }
+        }
+    }
 }

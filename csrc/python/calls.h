@@ -44,20 +44,31 @@ static inline PyObject *finish(int status, PyObject *outputs) {
     return status == FXQ_NO_MEMORY ? PyErr_NoMemory() : nothing();
 }
 
-/* Ends a call that has one output: makes it, runs the kernel without the GIL, and returns it as finish() does. kernel:
- * an expression of `out`, the output's data, and `threads`, which gives a status. */
+/* Ends a call: runs the kernel without the GIL and returns the output as finish() does. kernel: an expression of
+ * `threads` that gives a status. */
+#define RUN(output, kernel)                 \
+    do {                                    \
+        const int threads = thread_count(); \
+        int status;                         \
+        if (PyErr_Occurred()) {             \
+            Py_DECREF(output);              \
+            return NULL;                    \
+        }                                   \
+        Py_BEGIN_ALLOW_THREADS              \
+        status = (kernel);                  \
+        Py_END_ALLOW_THREADS                \
+        return finish(status, output);      \
+    } while (0)
+
+/* The same of a call with one output, which it makes: float32. kernel: an expression of `out`, the output's data, too.
+ */
 #define RETURN_OUTPUT(shape, dimensions, kernel)                                               \
     do {                                                                                       \
         struct tensor made;                                                                    \
-        const int threads = thread_count();                                                    \
         PyObject *output = PyErr_Occurred() ? NULL : new_tensor((shape), (dimensions), &made); \
         if (output == NULL) return NULL;                                                       \
         float *const out = made.data;                                                          \
-        int status;                                                                            \
-        Py_BEGIN_ALLOW_THREADS                                                                 \
-        status = (kernel);                                                                     \
-        Py_END_ALLOW_THREADS                                                                   \
-        return finish(status, output);                                                         \
+        RUN(output, kernel);                                                                   \
     } while (0)
 
 typedef PyObject *call_of_module(PyObject *self, PyObject *const *args, Py_ssize_t count);
@@ -65,5 +76,10 @@ call_of_module linear, transpose, histogram; /* call_linear.c */
 call_of_module matmul, attention;            /* call_matmul.c */
 call_of_module lstm, rnn;                    /* call_recurrent.c */
 call_of_module embedding, embedding_bag;     /* call_embedding.c */
+
+/* call_static.c, call_values.c */
+call_of_module static_linear, static_convolution, quantize, dequantize, lookup, add_values, mul_values;
+call_of_module mean_value, pool_value, adaptive_pool_value, max_pool_value;
+call_of_module plan_run, run; /* call_run.c */
 
 #endif

@@ -132,6 +132,19 @@ static PyMethodDef methods[] = {FAST(set_torch),
                                 FAST(rnn),
                                 FAST(embedding),
                                 FAST(embedding_bag),
+                                FAST(static_linear),
+                                FAST(static_convolution),
+                                FAST(quantize),
+                                FAST(dequantize),
+                                FAST(lookup),
+                                FAST(add_values),
+                                FAST(mul_values),
+                                FAST(mean_value),
+                                FAST(pool_value),
+                                FAST(adaptive_pool_value),
+                                FAST(max_pool_value),
+                                FAST(plan_run),
+                                FAST(run),
                                 FAST(use_huge_pages),
                                 {"isas", isas, METH_NOARGS, NULL},
                                 {"active_isa", active_isa, METH_NOARGS, NULL},
@@ -152,7 +165,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     fxq_select_isa(-1);
     fxq_watch_forks();
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "interface", 11) != 0)
+    if (module && PyModule_AddIntConstant(module, "interface", 12) != 0)
         Py_CLEAR(module); /* of library.py's _INTERFACE */
     return module;
 }

@@ -36,7 +36,8 @@ enum { WATCHERS = 4 };
 static struct {
     PyObject *tensor, *parameter; /* types */
     PyObject *dtypes[KINDS];
-    PyObject *empty, *float32_on_cpu; /* torch.empty and its keywords */
+    PyObject *empty, *float32_on_cpu;       /* torch.empty and its keywords */
+    PyObject *empty_strided, *uint8_on_cpu; /* torch.empty_strided, and its keywords for the other dtype */
     PyObject *new_large, *get_num_threads, *is_grad_enabled;
     PyObject *watchers[WATCHERS]; /* functions that say something true while somebody watches */
     const struct dl_exchange *exchange;
@@ -57,17 +58,18 @@ static bool make_names(void) {
            (name.data_ptr = PyUnicode_InternFromString("data_ptr"));
 }
 
-/* set_torch((Tensor, Parameter), dtypes in the order of enum kind, (empty, its keywords),
+/* set_torch((Tensor, Parameter), dtypes in the order of enum kind,
+ * (empty, its keywords, empty_strided, its keywords for uint8),
  * (new_large, get_num_threads, is_grad_enabled), watchers, the exchange interface's capsule or None) */
 PyObject *set_torch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     PyObject **targets[5][KINDS] = {{&torch.tensor, &torch.parameter},
                                     {&torch.dtypes[0], &torch.dtypes[1], &torch.dtypes[2], &torch.dtypes[3],
                                      &torch.dtypes[4], &torch.dtypes[5], &torch.dtypes[6], &torch.dtypes[7]},
-                                    {&torch.empty, &torch.float32_on_cpu},
+                                    {&torch.empty, &torch.float32_on_cpu, &torch.empty_strided, &torch.uint8_on_cpu},
                                     {&torch.new_large, &torch.get_num_threads, &torch.is_grad_enabled},
                                     {&torch.watchers[0], &torch.watchers[1], &torch.watchers[2], &torch.watchers[3]}};
-    static const Py_ssize_t sizes[5] = {2, KINDS, 2, 3, WATCHERS};
+    static const Py_ssize_t sizes[5] = {2, KINDS, 4, 3, WATCHERS};
     if (count != 6) return PyErr_Format(PyExc_TypeError, "set_torch takes 6 arguments, got %zd", count);
     if (!make_names()) return NULL;
     for (int i = 0; i < 5; i++) {
@@ -227,6 +229,28 @@ PyObject *new_tensor(const int64_t *shape, int dimensions, struct tensor *tensor
     Py_XDECREF(sizes);
     if (made && !read_tensor(made, tensor)) {
         PyErr_SetString(PyExc_SystemError, "torch.empty gave a tensor that cannot be read");
+        Py_CLEAR(made);
+    }
+    return made;
+}
+
+static PyObject *integers(const int64_t *values, int count) {
+    PyObject *tuple = PyTuple_New(count);
+    for (int i = 0; tuple && i < count; i++) PyTuple_SetItem(tuple, i, PyLong_FromLongLong(values[i]));
+    return tuple;
+}
+
+PyObject *new_strided(const int64_t *shape, const int64_t *strides, int dimensions, enum kind kind,
+                      struct tensor *tensor) {
+    PyObject *sizes = integers(shape, dimensions), *steps = integers(strides, dimensions);
+    PyObject *args = sizes && steps ? PyTuple_Pack(2, sizes, steps) : NULL, *made = NULL;
+    if (args)
+        made = PyObject_Call(torch.empty_strided, args, kind == UINT8 ? torch.uint8_on_cpu : torch.float32_on_cpu);
+    Py_XDECREF(args);
+    Py_XDECREF(sizes);
+    Py_XDECREF(steps);
+    if (made && !read_strided(made, tensor)) {
+        PyErr_SetString(PyExc_SystemError, "torch.empty_strided gave a tensor that cannot be read");
         Py_CLEAR(made);
     }
     return made;

@@ -39,6 +39,8 @@ bool is_trained(PyObject *object);
 
 /* A new float32 tensor, not initialized. NULL: an exception is set. */
 PyObject *new_tensor(const int64_t *shape, int dimensions, struct tensor *tensor);
-int thread_count(void); /* torch's; -1: an exception is set, perhaps before the call */
+PyObject *new_strided(const int64_t *shape, const int64_t *strides, int dimensions, enum kind kind,
+                      struct tensor *tensor); /* of float32 or uint8 */
+int thread_count(void);                       /* torch's; -1: an exception is set, perhaps before the call */
 
 #endif

@@ -4,7 +4,10 @@
 
 #include "kernels.h"
 
-#define KEPT_BYTES ((int64_t)16 << 20) /* larger blocks are given back after the call */
+/* Larger blocks are given back after the call. */
+static const int64_t most_kept[] = {(int64_t)16 << 20, (int64_t)64 << 20};
+
+enum which { SCRATCH, ARENA, BLOCKS };
 
 struct block {
     void *memory;
@@ -16,26 +19,26 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static bool has_key;
 
 static void release(void *pointer) {
-    struct block *block = pointer;
-    free(block->memory);
-    free(block);
+    struct block *blocks = pointer;
+    for (int i = 0; i < BLOCKS; i++) free(blocks[i].memory);
+    free(blocks);
 }
 
 static void make_key(void) { has_key = pthread_key_create(&key, release) == 0; }
 
-static struct block *own_block(void) {
+static struct block *own_block(enum which which) {
     pthread_once(&once, make_key);
     if (!has_key) return NULL;
-    struct block *block = pthread_getspecific(key);
-    if (block == NULL && (block = calloc(1, sizeof *block)) != NULL && pthread_setspecific(key, block) != 0) {
-        free(block);
-        block = NULL;
+    struct block *blocks = pthread_getspecific(key);
+    if (blocks == NULL && (blocks = calloc(BLOCKS, sizeof *blocks)) != NULL && pthread_setspecific(key, blocks) != 0) {
+        free(blocks);
+        blocks = NULL;
     }
-    return block;
+    return blocks ? &blocks[which] : NULL;
 }
 
-void *fxq_scratch(int64_t bytes) {
-    struct block *block = own_block();
+static void *grow(enum which which, int64_t bytes) {
+    struct block *block = own_block(which);
     if (block == NULL || bytes < 0) return NULL;
     if (block->bytes < bytes) {
         free(block->memory);
@@ -48,10 +51,18 @@ void *fxq_scratch(int64_t bytes) {
     return block->memory;
 }
 
-void fxq_trim_scratch(void) {
-    struct block *block = own_block();
-    if (block == NULL || block->bytes <= KEPT_BYTES) return;
+static void trim(enum which which) {
+    struct block *block = own_block(which);
+    if (block == NULL || block->bytes <= most_kept[which]) return;
     free(block->memory);
     block->memory = NULL;
     block->bytes = 0;
 }
+
+void *fxq_scratch(int64_t bytes) { return grow(SCRATCH, bytes); }
+
+void fxq_trim_scratch(void) { trim(SCRATCH); }
+
+void *fxq_arena(int64_t bytes) { return grow(ARENA, bytes); }
+
+void fxq_trim_arena(void) { trim(ARENA); }

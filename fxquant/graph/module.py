@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant import ops
 from fxquant.graph import edit
 from fxquant.graph.convert import dtypes
 from fxquant.graph.old_keys import take_old_call_keys, take_old_keys
@@ -17,6 +18,7 @@ from fxquant.graph.preserve.bound import carry, install
 from fxquant.graph.preserve.extra_state import key_of, lost_states, tensors_of
 from fxquant.graph.record import Record, keep_record, record_of
 from fxquant.graph.references import copy_attributes
+from fxquant.graph.runs import RUNS, with_runs
 from fxquant.graph.trace.tracer import TRACING
 from fxquant.nn.base import QuantizedModule, refuse_script
 from fxquant.nn.stored import dtype_errors
@@ -39,6 +41,9 @@ class FxModule(fx.GraphModule):
         code = super().recompile()
         if "__call__" in vars(type(self)):
             del type(self).__call__
+        self.__dict__.pop(RUNS, None)
+        if any(node.target is ops.quantize for node in self.graph.nodes):
+            type(self).forward = with_runs(type(self).forward)
         return code
 
     def __getattr__(self, name: str) -> Any:
@@ -87,7 +92,8 @@ class FxModule(fx.GraphModule):
         install(twin, self._fxquant_record.preserved)
         for name in self._fxquant_record.preserved.modules_of(self):  # torch.fx drops the second name of a module
             twin._modules[name] = copy.deepcopy(self._modules[name], memo)
-        for name in self.__dict__.keys() - twin.__dict__.keys() - {"_compiled_call_impl"}:  # what the user attached
+        ours = {"_compiled_call_impl", RUNS}
+        for name in self.__dict__.keys() - twin.__dict__.keys() - ours:  # what the user attached
             twin.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         memo[id(self)] = twin
         twin.__dict__.update(copy_attributes(self, memo))
@@ -99,6 +105,7 @@ class FxModule(fx.GraphModule):
         nodes = [(node.name, node.meta) for node in self.graph.nodes]
         hooks = {name: self.__dict__[name] for name in edit.HOOKS}  # torch.fx drops those of the root
         reduced = super().__reduce__()
+        reduced[1][0].pop(RUNS, None)
         reduced[1][0].pop("_compiled_call_impl", None)  # of .compile(): nn.Module's own pickles leave it out too
         return _restore, (reduced, self.__class__.__name__, nodes, hooks)
 

@@ -119,7 +119,22 @@ class StaticQuantizedConv(StaticQuantizedProduct):
             setattr(quantized, name, getattr(module, name))
         sides = [side for side in module.padding for _ in range(2)] if module.transposed else _turned(paddings(module))
         quantized._sides = tuple(sides)
+        quantized._lay_out()
         return quantized
+
+    def _lay_out(self) -> None:
+        """Let the integers lie as the kernels read them; their values and shape stay.
+
+        An output's window by places, each with all channels; depthwise, where a place has one, all outputs of a place.
+        """
+        weight: Any = self._buffers[self._tensors[0]]
+        if not self.transposed:
+            first = 0 if self.groups > 1 and weight.shape[1] == 1 else 1
+            weight.data = weight.movedim(first, -1).contiguous().movedim(-1, first)  # in place: it may be tied
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._lay_out()
 
     def _in_float(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.dequantize("weight"), self.own(self._tensors)[2]

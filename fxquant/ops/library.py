@@ -21,7 +21,7 @@ import torch
 from fxquant.errors import ModelStateError, ShapeError
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
 
-_INTERFACE = 11  # what module.c says it is: a library left from another version is not called
+_INTERFACE = 12  # what module.c says it is: a library left from another version is not called
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ def _choose_isa(library: Any) -> str:
 
 def _introduce_torch(library: Any, exchange: object) -> None:
     """Give the library what it needs of torch; exchange: the capsule of DLPack's exchange interface, or None."""
+    floats = {"dtype": torch.float32, "device": torch.device("cpu")}
     library.set_torch(
         (torch.Tensor, torch.nn.Parameter),
         (torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.int16, torch.float16),
-        (torch.empty, {"dtype": torch.float32, "device": torch.device("cpu")}),
+        (torch.empty, floats, torch.empty_strided, {"dtype": torch.uint8, "device": torch.device("cpu")}),
         (output_pool.empty, torch.get_num_threads, torch.is_grad_enabled),
         (
             torch._C._len_torch_dispatch_stack,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from fxquant.numerics import quantize_value
 from fxquant.ops.register import public
-from fxquant.ops.values import check_value, register_reference
+from fxquant.ops.values import by_pixels, check_value, layout, register_value
 
 
 @public
@@ -99,7 +99,12 @@ def _run_pool(a: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _run_adaptive(a: Any, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = _ADAPTIVE[len(a.size)](x, list(a.size))
+    rank, sizes = len(a.size), x.shape[2:]
+    if all(n % out == 0 for n, out in zip(sizes, a.size, strict=True) if out):  # a sum, divided once
+        windows = [n // out if out else 1 for n, out in zip(sizes, a.size, strict=True)]
+        y: torch.Tensor = _POOLS[rank](x, windows) if 0 not in a.size else _ADAPTIVE[rank](x, list(a.size))
+    else:
+        y = _ADAPTIVE[rank](x, list(a.size))
     return y
 
 
@@ -112,7 +117,15 @@ def _run_max_pool(a: Any) -> torch.Tensor:
         y = pool(a.x.unsqueeze(-2), *wide, ceil_mode=a.ceil_mode).squeeze(-2)
     else:
         y = pool(a.x, *options, ceil_mode=a.ceil_mode)
-    return y
+    return y.contiguous(memory_format=layout(a.x))
+
+
+def _prepare(a: Any) -> Any:
+    return a._replace(x=by_pixels(a.x))
+
+
+def _as_input(out: torch.Tensor, a: Any) -> torch.Tensor:
+    return out.contiguous(memory_format=layout(a.x))
 
 
 def _centred(a: Any) -> torch.Tensor:
@@ -128,7 +141,7 @@ def _mean_fake(a: Any) -> torch.Tensor:
 
 
 _QPARAMS = "Tensor scale, Tensor zero_point"
-_mean = register_reference(
+_mean = register_value(
     mean_value,
     f"(Tensor x, Tensor x_scale, Tensor x_zero_point, {_QPARAMS}, int[] dims, bool keepdim=False, int qmax=255)"
     " -> Tensor",
@@ -136,25 +149,31 @@ _mean = register_reference(
     lambda a: check_value("mean_value", a.x),
     _mean_fake,
 )
-_pool = register_reference(
+_pool = register_value(
     pool_value,
     f"(Tensor x, Tensor x_scale, Tensor x_zero_point, {_QPARAMS}, int[] kernel, int[] stride, int[] padding,"
     " bool ceil_mode=False, bool count_include_pad=True, int? divisor=None, int qmax=255) -> Tensor",
-    lambda a: _averaged(a, _run_pool(a, _centred(a))),
+    lambda a: _as_input(_averaged(a, _run_pool(a, _centred(a))), a),
     lambda a: check_value("pool_value", a.x),
-    lambda a: _run_pool(a, a.x.to(torch.float64)).to(torch.uint8),
+    lambda a: _as_input(_run_pool(a, a.x.to(torch.float64)).to(torch.uint8), a),
+    _prepare,
+    _as_input,
 )
-_adaptive_pool = register_reference(
+_adaptive_pool = register_value(
     adaptive_pool_value,
     f"(Tensor x, Tensor x_scale, Tensor x_zero_point, {_QPARAMS}, SymInt[] size, int qmax=255) -> Tensor",
-    lambda a: _averaged(a, _run_adaptive(a, _centred(a))),
+    lambda a: _as_input(_averaged(a, _run_adaptive(a, _centred(a))), a),
     lambda a: check_value("adaptive_pool_value", a.x),
-    lambda a: _run_adaptive(a, a.x.to(torch.float64)).to(torch.uint8),
+    lambda a: _as_input(_run_adaptive(a, a.x.to(torch.float64)).to(torch.uint8), a),
+    _prepare,
+    _as_input,
 )
-_max_pool = register_reference(
+_max_pool = register_value(
     max_pool_value,
     "(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode=False) -> Tensor",
     _run_max_pool,
     lambda a: check_value("max_pool_value", a.x),
     _run_max_pool,
+    _prepare,
+    _as_input,
 )

@@ -9,7 +9,7 @@ import torch
 
 from fxquant.errors import ShapeError
 from fxquant.ops.register import public
-from fxquant.ops.values import check_value, register_reference
+from fxquant.ops.values import check_value, layout, register_value
 
 
 @public
@@ -22,7 +22,7 @@ def resize_value(
     """Return a uint8 value interpolated linearly to a size, or by factors, along each dimension after the second.
 
     size: an int is that of each dimension. Raises ShapeError where there are not as many sizes or factors.
-    x: (B, C, ...) uint8, contiguous or not -> (B, C, *size) uint8, contiguous. Positions are those of F.interpolate;
+    x: (B, C, ...) uint8 -> (B, C, *size) uint8, in x's memory format. Positions are those of F.interpolate;
     x0 (1 - w) + x1 w in single float32 operations, the last dimension first, then rounded half to even.
     """
     sizes = size if size is None or isinstance(size, (list, tuple)) else (size,) * (x.dim() - 2)
@@ -50,7 +50,7 @@ def _resize_reference(a: Any) -> torch.Tensor:
         before = first.to(torch.int64)
         after = before.add(1).clamp_(max=length - 1)
         y = y.index_select(dim, before).mul_(1.0 - share) + y.index_select(dim, after).mul_(share)
-    rounded: torch.Tensor = y.round_().to(torch.uint8).contiguous()
+    rounded: torch.Tensor = y.round_().to(torch.uint8).contiguous(memory_format=layout(a.x))
     return rounded
 
 
@@ -62,10 +62,11 @@ def _check_resize(a: Any) -> None:
         raise ShapeError(f"resize_value takes a size or factors, one for each dimension after the second, got {got}")
 
 
-_resize = register_reference(
+_resize = register_value(
     resize_value,
     "(Tensor x, SymInt[]? size=None, float[]? factors=None, bool align_corners=False) -> Tensor",
     _resize_reference,
     _check_resize,
-    lambda a: a.x.new_empty((*a.x.shape[:2], *_sizes(a))),
+    lambda a: a.x.new_empty((*a.x.shape[:2], *_sizes(a))).contiguous(memory_format=layout(a.x)),
+    is_native=False,
 )

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 
 from fxquant.errors import ShapeError
 from fxquant.numerics import dequantize_value, quantize_value
+from fxquant.ops.library import plain
 from fxquant.ops.linear import EXACT_COLUMNS, integer_matmul
 from fxquant.ops.register import public
-from fxquant.ops.values import check_value, clamped, register_reference
+from fxquant.ops.values import by_pixels, check_value, clamped, layout, register_value
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -103,7 +104,21 @@ def _linear_reference(a: Any) -> torch.Tensor:
 
 def _convolution_reference(a: Any) -> torch.Tensor:
     centred = a.x.to(torch.float32).sub_(a.x_zero_point)
-    return _finish(_convolution_sums(centred, a), a, (-1, *[1] * (a.x.dim() - 2)))
+    return _as_input(_finish(_convolution_sums(centred, a), a, (-1, *[1] * (a.x.dim() - 2))), a)
+
+
+def _as_input(out: torch.Tensor, a: Any) -> torch.Tensor:
+    return out.contiguous(memory_format=layout(a.x))
+
+
+def _prepare_linear(a: Any) -> Any:
+    return a._replace(x=plain(a.x), addend=None if a.addend is None else plain(a.addend))
+
+
+def _prepare_convolution(a: Any) -> Any:
+    if a.is_transposed:
+        return None
+    return a._replace(x=by_pixels(a.x), addend=None if a.addend is None else by_pixels(a.addend))
 
 
 def _convolution_sums(x: torch.Tensor, a: Any) -> torch.Tensor:
@@ -172,7 +187,7 @@ def _linear_fake(a: Any) -> torch.Tensor:
 
 def _convolution_fake(a: Any) -> torch.Tensor:
     dtype = torch.float32 if a.scale is None else torch.uint8
-    return _runner(a)(a.x.to(torch.float32), a.weight.to(torch.float32)).to(dtype)
+    return _as_input(_runner(a)(a.x.to(torch.float32), a.weight.to(torch.float32)).to(dtype), a)
 
 
 _X = "(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias"
@@ -182,18 +197,21 @@ _END = (
 )
 
 
-_linear = register_reference(
+_linear = register_value(
     static_linear,
     f"{_X}=None, Tensor? scale=None, Tensor? zero_point=None, {_END}",
     _linear_reference,
     _check_linear,
     _linear_fake,
+    _prepare_linear,
 )
-_convolution = register_reference(
+_convolution = register_value(
     static_convolution,
     f"{_X}, Tensor? scale, Tensor? zero_point, int[] stride, int[] padding, int[] dilation, int groups=1,"
     f" bool is_transposed=False, int[] output_padding=[], {_END}",
     _convolution_reference,
     _check_convolution,
     _convolution_fake,
+    _prepare_convolution,
+    _as_input,
 )

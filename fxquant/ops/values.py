@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from fxquant.errors import DTypeError, ShapeError
 from fxquant.numerics import dequantize_value, quantize_value
+from fxquant.ops.library import bare
 from fxquant.ops.register import Kernel, arguments_of, public
 
 
@@ -36,7 +37,7 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -
 
 @public
 def lookup(q: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return table[q]: any function of single values. q: uint8; table: (256,) uint8 -> uint8 in q's shape."""
+    """Return table[q]: any function of single values. q: uint8; table: (256,) uint8 -> uint8, lying as q does."""
     return _lookup((q, table))
 
 
@@ -100,6 +101,22 @@ def clamped(y: torch.Tensor, low: float | None, high: float | None) -> torch.Ten
     return y if low is None and high is None else y.clamp_(low, high)
 
 
+_BY_PIXELS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def layout(x: torch.Tensor) -> torch.memory_format:
+    """Return the memory format of a tensor with channels, as that of what convolutions and pools make of it."""
+    by_pixels = _BY_PIXELS.get(x.dim())
+    if by_pixels is None or x.is_contiguous() or not x.is_contiguous(memory_format=by_pixels):
+        return torch.contiguous_format
+    return by_pixels
+
+
+def by_pixels(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with channels, or a copy, that lies pixel by pixel, as the kernels want it."""
+    return bare(x).movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def check_value(name: str, x: torch.Tensor) -> None:
     """Raise DTypeError unless x is uint8."""
     if x.dtype != torch.uint8:
@@ -132,7 +149,7 @@ def _lookup_channels_reference(a: Any) -> torch.Tensor:
     first = torch.arange(0, a.table.numel(), 256, dtype=torch.int32, device=a.q.device)
     at = a.q.to(torch.int32) + first.view(-1, *[1] * (a.q.dim() - 2))
     found: torch.Tensor = a.table.view(-1).index_select(0, at.reshape(-1)).view(a.q.shape)
-    return found
+    return found.contiguous(memory_format=layout(a.q))
 
 
 def _add_reference(a: Any) -> torch.Tensor:
@@ -155,10 +172,17 @@ _QPARAMS = "Tensor scale, Tensor zero_point"
 _PAIR = f"(Tensor a, Tensor a_scale, Tensor a_zero_point, Tensor b, Tensor b_scale, Tensor b_zero_point, {_QPARAMS}, "
 
 
-def register_reference(
-    function: Any, schema: str, reference: Any, check: Any, fake: Any
+def register_value(
+    function: Any,
+    schema: str,
+    reference: Callable[[Any], torch.Tensor],
+    check: Callable[[Any], object],
+    fake: Callable[[Any], torch.Tensor],
+    prepare: Callable[[Any], Any] = lambda a: a,
+    finish: Callable[[torch.Tensor, Any], torch.Tensor] = lambda out, _: out,
+    is_native: bool = True,
 ) -> Callable[[tuple[Any, ...]], torch.Tensor]:
-    """Register an operator that is plain torch everywhere, and return what calls it."""
+    """Register an operator on integer values, and return what calls it."""
     kernel: Kernel[torch.Tensor] = Kernel(
         name=function.__name__,
         schema=schema,
@@ -166,59 +190,61 @@ def register_reference(
         reference=reference,
         check=check,
         fake=fake,
-        prepare=lambda _: None,
-        finish=lambda out, _: out,
-        is_native=False,
+        prepare=prepare,
+        finish=finish,
+        is_native=is_native,
     )
     return kernel.register()
 
 
-_quantize = register_reference(
+_quantize = register_value(
     quantize,
     f"(Tensor x, {_QPARAMS}, int qmax=255) -> Tensor",
     lambda a: quantize_value(a.x, a.scale, a.zero_point, a.qmax),
     _check_float,
     lambda a: torch.empty_like(a.x, dtype=torch.uint8),
 )
-_dequantize = register_reference(
+_dequantize = register_value(
     dequantize,
     f"(Tensor q, {_QPARAMS}) -> Tensor",
     lambda a: dequantize_value(a.q, a.scale, a.zero_point),
     lambda a: check_value("dequantize", a.q),
     lambda a: torch.empty_like(a.q, dtype=torch.float32),
 )
-_lookup = register_reference(
+_lookup = register_value(
     lookup,
     "(Tensor q, Tensor table) -> Tensor",
-    lambda a: a.table.index_select(0, a.q.reshape(-1).to(torch.int32)).view(a.q.shape),
+    lambda a: torch.empty_like(a.q).copy_(a.table.index_select(0, a.q.reshape(-1).to(torch.int32)).view(a.q.shape)),
     lambda a: check_value("lookup", a.q),
-    lambda a: torch.empty_like(a.q, memory_format=torch.contiguous_format),
+    lambda a: torch.empty_like(a.q),
 )
-_lookup_channels = register_reference(
+_lookup_channels = register_value(
     lookup_channels,
     "(Tensor q, Tensor table) -> Tensor",
     _lookup_channels_reference,
     _check_channels,
-    lambda a: torch.empty_like(a.q, memory_format=torch.contiguous_format),
+    lambda a: torch.empty_like(a.q, memory_format=layout(a.q)),
+    is_native=False,
 )
-_add = register_reference(
+_add = register_value(
     add_values,
     f"{_PAIR}int qmax=255, float alpha=1.0, float? low=None, float? high=None) -> Tensor",
     _add_reference,
     _check_pair("add_values"),
     _pair_fake,
 )
-_mul = register_reference(
+_mul = register_value(
     mul_values,
     f"{_PAIR}int qmax=255, float? low=None, float? high=None) -> Tensor",
     _mul_reference,
     _check_pair("mul_values"),
     _pair_fake,
 )
-_pad = register_reference(
+_pad = register_value(
     pad_value,
     "(Tensor x, Tensor zero_point, SymInt[] pad) -> Tensor",
     lambda a: F.pad(a.x.to(torch.int16).sub_(a.zero_point), list(a.pad)).add_(a.zero_point).to(torch.uint8),
     lambda a: check_value("pad_value", a.x),
     lambda a: F.pad(a.x, list(a.pad)),
+    is_native=False,
 )

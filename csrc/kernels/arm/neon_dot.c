@@ -15,6 +15,7 @@ FXQ_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 #include "kernels/generic/int16-inl.h"
 #include "kernels/arm/neon_floats-inl.h"
 #include "kernels/generic/tables-inl.h"
+#include "kernels/generic/plain_convolution-inl.h"
 #include "kernels/generic/unpack-inl.h"
 
 /* SDOT takes signed values: rows hold q - 128, 0 in the padding, so that
@@ -81,6 +82,7 @@ const struct fxq_kernels fxq_neon_dot = {.name = "neon_dot",
                                          .matmul = matmul,
                                          FXQ_INT16,
                                          FXQ_FLOATS,
+                                         FXQ_STATIC,
                                          FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -5,6 +5,7 @@
 #include "kernels/generic/int16-inl.h"
 #include "kernels/generic/floats-inl.h"
 #include "kernels/generic/tables-inl.h"
+#include "kernels/generic/plain_convolution-inl.h"
 #include "kernels/generic/unpack-inl.h"
 
 static void quantize(const struct fxq_activations *x, int64_t first, int count, const float *const *rows) {
@@ -40,4 +41,5 @@ const struct fxq_kernels fxq_portable = {.name = "portable",
                                          .matmul = matmul,
                                          FXQ_INT16,
                                          FXQ_FLOATS,
+                                         FXQ_STATIC,
                                          FXQ_ELEMENTWISE};

@@ -41,6 +41,7 @@ FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) {
 #include "kernels/x86/ymm_int16-inl.h"
 #include "kernels/x86/ymm_floats-inl.h"
 #include "kernels/generic/tables-inl.h"
+#include "kernels/x86/ymm_convolution-inl.h"
 
 const struct fxq_kernels fxq_avx2 = {.name = "avx2",
                                      .value_bytes = 2,
@@ -51,6 +52,7 @@ const struct fxq_kernels fxq_avx2 = {.name = "avx2",
                                      .lstm_step = lstm_step,
                                      FXQ_INT16,
                                      FXQ_FLOATS,
+                                     FXQ_STATIC,
                                      FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -15,6 +15,7 @@ FXQ_TARGET_BEGIN(
 #define GROUP_VALUE_BYTES 2       /* bfloat16: see amx_groups-inl.h */
 #include "kernels/x86/avx512/common-inl.h"
 #include "kernels/x86/avx512/packing-inl.h"
+#include "kernels/x86/avx512/convolution-inl.h"
 #include "kernels/x86/avx512/tiled-inl.h"
 #include "kernels/x86/avx512/stream-inl.h"
 #include "kernels/x86/avx512/amx_packed-inl.h"
@@ -261,6 +262,7 @@ const struct fxq_kernels fxq_amx = {.name = "amx",
                                     FXQ_GROUPS,
                                     FXQ_INT16,
                                     FXQ_FLOATS,
+                                    FXQ_STATIC,
                                     FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

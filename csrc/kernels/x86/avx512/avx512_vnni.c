@@ -17,6 +17,7 @@ FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-wi
 #define GROUP_VALUE_BYTES 1
 #include "kernels/x86/avx512/common-inl.h"
 #include "kernels/x86/avx512/packing-inl.h"
+#include "kernels/x86/avx512/convolution-inl.h"
 #include "kernels/x86/avx512/lstm-inl.h"
 #include "kernels/x86/avx512/nibbles-inl.h"
 #include "kernels/x86/avx512/int16-inl.h"
@@ -51,6 +52,7 @@ const struct fxq_kernels fxq_avx512_vnni = {.name = "avx512_vnni",
                                             FXQ_GROUPS,
                                             FXQ_INT16,
                                             FXQ_FLOATS,
+                                            FXQ_STATIC,
                                             FXQ_ELEMENTWISE};
 FXQ_TARGET_END
 #endif

@@ -1,0 +1,59 @@
+/* Static convolutions, and linears as convolutions of one place: pixels and outputs shared among threads. */
+#include "kernels.h"
+#include "runtime/pool.h"
+
+struct job {
+    const struct fxq_convolution *call;
+    int64_t pixels, pixel_parts, output_parts;
+    char *scratch;
+    int64_t scratch_bytes; /* a thread */
+};
+
+static void convolve(void *arg, int thread, int64_t first, int64_t last) {
+    const struct job *job = arg;
+    void *scratch = job->scratch + thread * job->scratch_bytes;
+    while (first < last) { /* pieces of the same pixels together: their outputs lie side by side */
+        const int64_t row = first / job->output_parts, from = first % job->output_parts;
+        const int64_t most = job->output_parts - from, count = last - first < most ? last - first : most;
+        const int64_t n0 = fxq_share(job->call->outputs, 64, from, job->output_parts),
+                      n1 = fxq_share(job->call->outputs, 64, from + count, job->output_parts);
+        int64_t rows = 1;
+        if (count == job->output_parts) rows = (last - first) / count; /* and all outputs of some pixels */
+        const int64_t p0 = fxq_share(job->pixels, 1, row, job->pixel_parts),
+                      p1 = fxq_share(job->pixels, 1, row + rows, job->pixel_parts);
+        if (n0 < n1 && p0 < p1) fxq_active->convolve(job->call, p0, p1, n0, n1, scratch);
+        first += rows * count;
+    }
+}
+
+/* A convolution of one place is one of a single row of pixels. */
+static struct fxq_convolution as_one_row(struct fxq_convolution c) {
+    for (int i = 0; i < FXQ_SPACE; i++) {
+        if (c.kernel[i] != 1 || c.stride[i] != 1 || c.in[i] != c.out[i]) return c;
+    }
+    const int64_t pixels = c.batch * c.out[0] * c.out[1] * c.out[2];
+    c.batch = c.in[0] = c.in[1] = c.out[0] = c.out[1] = 1;
+    c.in[2] = c.out[2] = pixels;
+    return c;
+}
+
+int fxq_convolve(const struct fxq_convolution *call, int threads) {
+    const struct fxq_convolution c = as_one_row(*call);
+    struct job job = {.call = &c, .pixels = c.batch * c.out[0] * c.out[1] * c.out[2]};
+    if (job.pixels == 0 || c.outputs == 0) return FXQ_OK;
+    const int64_t window = c.inputs / c.groups * c.kernel[0] * c.kernel[1] * c.kernel[2];
+    const int64_t work = job.pixels * c.outputs * window, blocks = (c.outputs + 63) / 64;
+    const struct fxq_hands hands = fxq_worthwhile(work, job.pixels * blocks, threads);
+    const int64_t pieces = fxq_piece_count(job.pixels * blocks, hands);
+    /* Weights are packed by each thread that needs them: so few pixels are not shared, as long as there are outputs. */
+    const bool shares_outputs = job.pixels < 1024 && blocks >= hands.threads;
+    job.output_parts = shares_outputs ? (blocks < pieces ? blocks : pieces) : 1;
+    job.pixel_parts = (pieces + job.output_parts - 1) / job.output_parts;
+    if (job.pixel_parts > job.pixels) job.pixel_parts = job.pixels;
+    job.scratch_bytes = fxq_aligned(fxq_active->convolution_bytes(&c));
+    job.scratch = fxq_scratch(hands.threads * job.scratch_bytes);
+    if (job.scratch == NULL) return FXQ_NO_MEMORY;
+    fxq_split(convolve, &job, job.pixel_parts * job.output_parts, hands, work);
+    fxq_trim_scratch();
+    return FXQ_OK;
+}

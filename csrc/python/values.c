@@ -1,0 +1,62 @@
+/* Integer values, seen from C: their scales, and how they lie. */
+#include "python/values.h"
+
+/* A value's scale and zero point: a float32 and an int32, of a single element each. */
+bool read_scale(PyObject *scale, PyObject *zero_point, struct fxq_scale *to) {
+    struct tensor s, z;
+    if (!read_strided(scale, &s) || s.kind != FLOAT32 || s.count != 1 || !read_strided(zero_point, &z) ||
+        z.kind != INT32 || z.count != 1) {
+        return false;
+    }
+    *to = (struct fxq_scale){*(const float *)s.data, *(const int32_t *)z.data};
+    return to->zero_point >= 0 && to->zero_point <= 255;
+}
+
+float read_bound(PyObject *bound, float none) { return bound == Py_None ? none : (float)PyFloat_AsDouble(bound); }
+
+/* `count` integers, to the last places of three; whether there are so many. */
+bool read_integers(PyObject *sequence, int count, int64_t *to) {
+    if (PySequence_Size(sequence) != count) return false;
+    for (int i = 0; i < count; i++) {
+        PyObject *item = PySequence_GetItem(sequence, i);
+        to[FXQ_SPACE - count + i] = item ? PyLong_AsLongLong(item) : -1;
+        Py_XDECREF(item);
+    }
+    return true;
+}
+
+/* Whether a tensor whose channels are its second dimension lies pixel by pixel; says: and can be seen to, which of one
+ * with one channel or one pixel it cannot. */
+bool lies_by_pixels(const struct tensor *x, bool *says) {
+    int64_t dense = 1, row_dense = 1;
+    bool by_pixels = true, by_rows = true;
+    for (int i = 0; i < x->dimensions; i++) {
+        const int d = i == 0 ? 1 : i == x->dimensions - 1 ? 0 : x->dimensions - i, row = x->dimensions - 1 - i;
+        by_pixels = by_pixels && (x->shape[d] == 1 || x->strides[d] == dense);
+        by_rows = by_rows && (x->shape[row] == 1 || x->strides[row] == row_dense);
+        dense *= x->shape[d];
+        row_dense *= x->shape[row];
+    }
+    *says = by_pixels && !by_rows && x->dimensions > 3;
+    return by_pixels;
+}
+
+/* The strides of a tensor that lies so, or row by row. */
+void set_strides(const int64_t *shape, int dimensions, bool by_pixels, int64_t *strides) {
+    int64_t dense = 1;
+    for (int i = 0; i < dimensions; i++) {
+        const int d = !by_pixels ? dimensions - 1 - i : i == 0 ? 1 : i == dimensions - 1 ? 0 : dimensions - i;
+        strides[d] = dense;
+        dense *= shape[d];
+    }
+}
+
+/* An output of these sizes, which lies as the input does; NULL: it would have to lie otherwise than it is computed. */
+PyObject *new_output(PyObject *asks, const int64_t *shape, int dimensions, bool says, bool is_float,
+                     struct tensor *made) {
+    int64_t strides[MOST_DIMENSIONS], pixels = 1;
+    for (int i = 2; i < dimensions; i++) pixels *= shape[i];
+    if (!says && pixels != 1 && shape[1] != 1 && asks == Py_True) return NULL;
+    set_strides(shape, dimensions, says || asks != Py_True, strides);
+    return new_strided(shape, strides, dimensions, is_float ? FLOAT32 : UINT8, made);
+}

@@ -1,0 +1,274 @@
+"""The steps of a run: how each node of a static model is told to the native library (csrc/python/call_run.c)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from fxquant import ops
+from fxquant.nn.static import StaticQuantizedConv, StaticQuantizedLinear
+from fxquant.ops import library
+from fxquant.ops.register import KERNELS
+
+Place = tuple[dict[str, Any], str]
+"""Where a tensor is looked up at each call: a module's dict of buffers or parameters, and its name there."""
+
+
+class Op(IntEnum):
+    """What a step does, by the library's number."""
+
+    IMPORT = 0
+    QUANTIZE = 1
+    DEQUANTIZE = 2
+    CONVOLVE = 3
+    COMBINE = 4
+    POOL = 5
+    LOOK_UP = 6
+    FLATTEN = 7
+    JOIN = 8
+    PASS = -1
+
+
+class Step(NamedTuple):
+    """One step. inputs: nodes. places: None where an argument is left out. integers: as csrc/python/plan.c has them."""
+
+    op: Op
+    inputs: Sequence[fx.Node]
+    places: Sequence[Place | None] = ()
+    integers: Sequence[int] = ()
+    low: float | None = None
+    high: float | None = None
+
+
+def knows(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether the library can do what a node does."""
+    return _step_of(module, node) is not None
+
+
+def plan(
+    module: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> Any:
+    """Return the library's plan of nodes that it knows, or None where there are too many ends."""
+    return _Plan(module, nodes, outputs).make(inputs)
+
+
+class _Plan:
+    """What a plan is made of; values are numbered as they are made."""
+
+    def __init__(self, module: fx.GraphModule, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> None:
+        self._module, self._nodes, self._outputs = module, nodes, outputs
+        self._places: dict[tuple[int, str], int] = {}
+        self._found: list[Place] = []
+        self._guards: dict[tuple[int, str | None], tuple[Any, ...]] = {}
+        self._values: dict[fx.Node, int] = {}  # integers, and what is dequantized
+        self._steps: list[list[Any]] = []
+        self._count = 0
+
+    def make(self, inputs: Sequence[fx.Node]) -> Any:
+        given = [self._new() for _ in inputs]
+        floats = dict(zip(inputs, given, strict=True))
+        for node, number in floats.items():
+            if any(user in self._nodes and user.target is not ops.quantize for user in node.users):
+                self._values[node] = self._add(Op.IMPORT, (number,), (), (), None, None)
+        for node in self._nodes:
+            step = _step_of(self._module, node)
+            assert step is not None
+            known = floats if step.op is Op.QUANTIZE else self._values
+            self._guard(node)
+            if step.op is Op.PASS:
+                self._values[node] = self._values[step.inputs[0]]
+                continue
+            numbers = tuple((known if part in known else self._values)[part] for part in step.inputs)
+            places = tuple(-1 if place is None else self._place(place) for place in step.places)
+            integers = tuple(map(int, step.integers))
+            self._values[node] = self._add(step.op, numbers, places, integers, step.low, step.high)
+        ends = tuple(self._values[node] for node in self._outputs)
+        for step_row in self._steps:
+            step_row[2] = len(self._steps) if step_row[1] in ends else step_row[2]
+        make = library.function("plan_run")
+        assert make is not None
+        rows = tuple(map(tuple, self._steps))
+        return make(tuple(self._found), tuple(self._guards.values()), self._count, tuple(given), ends, rows)
+
+    def _new(self) -> int:
+        self._count += 1
+        return self._count - 1
+
+    def _add(self, op: Op, inputs: tuple[int, ...], *rest: Any) -> int:
+        output, at = self._new(), len(self._steps)
+        for step in self._steps:
+            step[2] = at if step[1] in inputs else step[2]
+        self._steps.append([int(op), output, at, inputs, *rest])
+        return output
+
+    def _place(self, place: Place) -> int:
+        key = id(place[0]), place[1]
+        if key not in self._places:
+            self._places[key] = len(self._found)
+            self._found.append(place)
+        return self._places[key]
+
+    def _guard(self, node: fx.Node) -> None:
+        """Keep in mind what a module's call depends on beside its tensors."""
+        if node.op != "call_module":
+            return
+        owner: nn.Module = self._module
+        for name in str(node.target).split("."):
+            self._guards[id(owner._modules), name] = owner._modules, name, owner._modules[name]
+            owner = owner.get_submodule(name)
+        self._guards[id(owner), "forward"] = vars(owner), "forward", None
+        hooks = (owner._forward_hooks, owner._forward_pre_hooks, *_GLOBAL_HOOKS)
+        self._guards.update({(id(each), None): (each, None, None) for each in hooks})
+
+
+_GLOBAL_HOOKS: Any = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+
+
+def _step_of(module: fx.GraphModule, node: fx.Node) -> Step | None:
+    if node.op == "call_module":
+        target = module.get_submodule(str(node.target))
+        make = _MODULES.get(type(target))
+        return None if make is None else make(module, node, target)
+    if node.op == "call_function" and node.target in _FUNCTIONS:
+        return _FUNCTIONS[node.target](module, node)
+    return _flatten(module, node) if (node.op, node.target) == ("call_method", "flatten") else None
+
+
+def _stored(module: fx.GraphModule, *nodes: Any) -> list[Place | None] | None:
+    """Return where get_attr nodes (or None) look up their tensors; None if a node is none of these."""
+    places: list[Place | None] = []
+    for node in nodes:
+        if node is None:
+            places.append(None)
+        elif isinstance(node, fx.Node) and node.op == "get_attr":
+            path, _, name = str(node.target).rpartition(".")
+            places.append(_kept(module.get_submodule(path), name))
+        else:
+            return None
+    return places
+
+
+def _kept(owner: nn.Module, name: str) -> Place:
+    kept: Any = owner._buffers if name in owner._buffers else owner._parameters
+    return kept, name
+
+
+def _called(node: fx.Node) -> Any:
+    """Return the arguments of a call of one of our operators."""
+    function: Any = node.target
+    return KERNELS[function.__name__].arguments(*node.args, **node.kwargs)
+
+
+def _three(sizes: Sequence[int], other: int = 1) -> tuple[int, ...]:
+    """Return sizes of up to three dimensions as those of three."""
+    return (*[other] * (_SPACE - len(sizes)), *sizes)
+
+
+def _single(op: Op) -> Callable[[fx.GraphModule, fx.Node], Step | None]:
+    def step(module: fx.GraphModule, node: fx.Node) -> Step | None:
+        a = _called(node)
+        places = _stored(module, *((a.table,) if op is Op.LOOK_UP else (a.scale, a.zero_point)))
+        return None if places is None else Step(op, (a[0],), places, (getattr(a, "qmax", 255),))
+
+    return step
+
+
+def _pair(module: fx.GraphModule, node: fx.Node) -> Step | None:
+    a = _called(node)
+    places = _stored(module, a.a_scale, a.a_zero_point, a.b_scale, a.b_zero_point, a.scale, a.zero_point)
+    if places is None or not isinstance(a.a, fx.Node) or not isinstance(a.b, fx.Node):
+        return None
+    return Step(
+        Op.COMBINE,
+        (a.a, a.b),
+        places,
+        (a.qmax, node.target is ops.mul_values, getattr(a, "alpha", 1.0) < 0),
+        a.low,
+        a.high,
+    )
+
+
+def _max_pool(_: fx.GraphModule, node: fx.Node) -> Step | None:
+    a = _called(node)
+    windows = (*_three(a.kernel), *_three(a.stride), *_three(a.padding, 0), *_three(a.dilation))
+    return Step(Op.POOL, (a.x,), (), (255, 0, *windows, a.ceil_mode))
+
+
+def _averages(module: fx.GraphModule, node: fx.Node) -> Step | None:
+    a = _called(node)
+    places = _stored(module, a.x_scale, a.x_zero_point, a.scale, a.zero_point)
+    if places is None:
+        return None
+    more: tuple[int, ...]
+    if node.target is ops.pool_value:
+        windows = (*_three(a.kernel), *_three(a.stride), *_three(a.padding, 0), 1, 1, 1)
+        more = (*windows, a.ceil_mode, a.count_include_pad, a.divisor or 0)
+    else:
+        size = a.size if node.target is ops.adaptive_pool_value else (1,) * len(a.dims)
+        if node.target is ops.mean_value and sorted(a.dims) not in _SPATIAL:
+            return None
+        if not all(isinstance(part, int) and part > 0 for part in size):
+            return None
+        more = (*_three([-part for part in size], -1), len(size), 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0)
+    drops = node.target is ops.mean_value and not a.keepdim
+    return Step(Op.POOL, (a.x,), places, (a.qmax, 1, *more, drops))
+
+
+def _flatten(_: fx.GraphModule, node: fx.Node, module: Any = None) -> Step | None:
+    rest = (module.start_dim, module.end_dim) if module is not None else tuple(node.args[1:])
+    start = node.kwargs.get("start_dim", rest[0] if rest else 0)
+    end = node.kwargs.get("end_dim", rest[1] if len(rest) > 1 else -1)
+    is_node = bool(node.args) and isinstance(node.args[0], fx.Node)
+    return Step(Op.FLATTEN, (node.args[0],)) if is_node and (start, end) == (1, -1) else None  # type: ignore[arg-type]
+
+
+def _join(_: fx.GraphModule, node: fx.Node) -> Step | None:
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    parts: Any = node.args[0] if node.args else ()
+    fits = isinstance(parts, (list, tuple)) and 0 < len(parts) <= _MOST_JOINED
+    return Step(Op.JOIN, parts) if fits and dim in (1,) and all(isinstance(p, fx.Node) for p in parts) else None
+
+
+def _product(module: fx.GraphModule, node: fx.Node, product: Any) -> Step | None:
+    names = ("input", "input_scale", "input_zero_point", "scale", "zero_point")
+    a: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    scales = _stored(module, *(a.get(name) for name in (*names[1:], "addend_scale", "addend_zero_point")))
+    if scales is None or scales[0] is None or not isinstance(a.get("input"), fx.Node):
+        return None
+    places = (*scales[:2], *(_kept(product, name) for name in product._tensors), *scales[2:])
+    windows: tuple[int, ...] = (1,) * (1 + 2 * _SPACE) + (0,) * 2 * _SPACE
+    if isinstance(product, StaticQuantizedConv):
+        if product.transposed or product.padding_mode != "zeros":
+            return None
+        sides = (0,) * (2 * _SPACE - len(product._sides)) + tuple(product._sides)
+        windows = (product.groups, *_three(product.stride), *_three(product.dilation), *sides)
+    inputs = (a["input"], a["addend"]) if a.get("addend") is not None else (a["input"],)
+    return Step(Op.CONVOLVE, inputs, places, (a.get("qmax", 255), *windows), a.get("low"), a.get("high"))
+
+
+def _pass(_: fx.GraphModule, node: fx.Node, module: Any) -> Step | None:
+    is_node = len(node.args) == 1 and isinstance(node.args[0], fx.Node)
+    return Step(Op.PASS, (node.args[0],)) if is_node and not module.training else None  # type: ignore[arg-type]
+
+
+_SPACE, _MOST_JOINED = 3, 16
+_SPATIAL = ([2], [2, 3], [2, 3, 4], [-1], [-2, -1], [-3, -2, -1])
+_FUNCTIONS: dict[Any, Callable[[fx.GraphModule, fx.Node], Step | None]] = {
+    ops.quantize: _single(Op.QUANTIZE),
+    ops.dequantize: _single(Op.DEQUANTIZE),
+    ops.lookup: _single(Op.LOOK_UP),
+    **dict.fromkeys((ops.add_values, ops.mul_values), _pair),
+    ops.max_pool_value: _max_pool,
+    **dict.fromkeys((ops.mean_value, ops.pool_value, ops.adaptive_pool_value), _averages),
+    torch.flatten: _flatten,
+    **dict.fromkeys((torch.cat, torch.concat), _join),
+}
+_MODULES: dict[type, Callable[[fx.GraphModule, fx.Node, Any], Step | None]] = {
+    **dict.fromkeys((StaticQuantizedConv, StaticQuantizedLinear), _product),
+    nn.Flatten: _flatten,
+    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d), _pass),
+}

@@ -32,18 +32,19 @@ _ROWS_AT_ONCE = 4096
 def round_with_gptq(weight: torch.Tensor, hessian: torch.Tensor, spec: TensorSpec) -> QuantizedTensor:
     """Return a weight in integers whose products with inputs of this Hessian are close to the float ones.
 
-    weight: (N, K) floating point; hessian: H = Σ x xᵀ, (K, K), of the inputs x that it is multiplied with; spec: of a
-    format in groups. In each output channel, the error (w - ŵ) H (w - ŵ)ᵀ is never more than that of rounding to
-    nearest, and far less where inputs are correlated. Channels are independent of one another; a column whose input was
-    always 0 is rounded to nearest.
+    weight: (N, ...) floating point; hessian: H = Σ x xᵀ, (K, K), of the inputs x that it is multiplied with, K numbers
+    each; spec: symmetric, one scale a group or an output channel. In each output channel, the error (w - ŵ) H (w - ŵ)ᵀ
+    is never more than that of rounding to nearest, and far less where inputs are correlated. Channels are independent
+    of one another; a column whose input was always 0 is rounded to nearest.
     """
-    size = spec.group_size
-    assert size is not None, spec
+    size = spec.group_size or weight[0].numel()
     factor = _inverse_factor(hessian).to(weight.device)
-    rows = torch.split(weight.detach(), _ROWS_AT_ONCE)
+    rows = torch.split(weight.detach().flatten(1), _ROWS_AT_ONCE)
     parts = [_round_rows(part.float().contiguous(), hessian, factor, spec, size) for part in rows]
     values, scale = (torch.cat(part) for part in zip(*parts, strict=True))
-    return QuantizedTensor(spec.format, values, scale, None, weight.shape[1], size)
+    if spec.group_size is None:
+        values, scale = values.view(weight.shape), scale.squeeze(1)
+    return QuantizedTensor(spec.format, values, scale, None, weight.shape[-1], spec.group_size or 0)
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
@@ -69,9 +70,10 @@ def _round_rows(
     """Return packed values and scales of some output channels, each rounded by GPTQ or, where better, to nearest."""
     plain_scale, zeros = choose_qparams(*weight_range(weight, spec), spec)
     plain = quantize_with(weight, plain_scale, zeros, spec)
+    plain_scale = plain_scale.view(len(weight), -1)
     adjusted, scale = _feed(weight, factor, spec, size)
     # The columns as they were at their turn: they round to the integers that were chosen then.
-    values = quantize_with(adjusted, scale, zeros, spec)
+    values = quantize_with(adjusted, _shaped(scale, spec), zeros, spec)
     values, scale = _refine(weight, values, scale, hessian, spec, size)
     better = _error(weight, values, scale, hessian, spec) < _error(weight, plain, plain_scale, hessian, spec)
     return torch.where(better, values, plain), torch.where(better, scale, plain_scale)
@@ -123,7 +125,12 @@ def _refine(
             better = (integer + h[k] @ off / (h[k, k] * fitted)).round_().clamp_(spec.qmin, spec.qmax)
             off[k] -= (better - integer) * fitted
             integer.copy_(better)
-    return spec.format.pack(q.t()), scales.t().to(spec.format.scale)
+    return spec.format.pack(q.t()).to(spec.format.storage), scales.t().to(spec.format.scale)
+
+
+def _shaped(scale: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """Return scales, (N, groups), as weights of the spec have them."""
+    return scale if spec.group_size is not None else scale.squeeze(1)
 
 
 def _search_scale(block: torch.Tensor, diagonal: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
@@ -146,5 +153,6 @@ def _error(
     weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, spec: TensorSpec
 ) -> torch.Tensor:
     """Return each output channel's (w - ŵ) H (w - ŵ)ᵀ, (N, 1)."""
-    off = weight - dequantize(QuantizedTensor(spec.format, values, scale, None, weight.shape[1], spec.group_size or 0))
+    size, shaped = spec.group_size or 0, _shaped(scale, spec)
+    off = weight - dequantize(QuantizedTensor(spec.format, values, shaped, None, weight.shape[1], size))
     return (off @ hessian.to(off.dtype)).mul_(off).sum(1, keepdim=True)

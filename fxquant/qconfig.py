@@ -37,6 +37,7 @@ class QConfig:
     do, once. weight_observer: the Observer class that finds a weight's range; None: the min-max observer of the
     weight's axis. parts: the operator's weights that have a qconfig of their own, by name, or None to stay float32. A
     mapping's entries for weights ("lstm.weight_ih_l0") make them; a mapping accepts no qconfig that has them already.
+    gptq: whether int8 weights are rounded with GPTQ where data is given, as 4- and 3-bit ones are: `with_gptq`.
 
     An operator without activations (an embedding) uses only the weight's half.
     """
@@ -45,6 +46,7 @@ class QConfig:
     weight: TensorSpec
     weight_observer: type[Observer] | None = None
     parts: tuple[tuple[str, QConfig | None], ...] = ()
+    gptq: bool = False
 
     def __post_init__(self) -> None:
         for name, spec in (("activation", self.activation), ("weight", self.weight)):
@@ -66,6 +68,8 @@ class QConfig:
             )
         if self.activation is not None and self.activation.axis in ("channel", "group"):
             raise QConfigError(f"QConfig.activation has one scale a token or one a tensor; got '{self.activation}'")
+        if self.gptq and not (self.weight.symmetric and self.weight.axis in ("channel", "group")):
+            raise QConfigError(f"GPTQ rounds symmetric weights per channel or per group, not '{self.weight}'")
         self.make_observer()
 
     @property
@@ -135,6 +139,12 @@ class QConfig:
             raise QConfigError(f"reduce_range needs uint8 activations, this qconfig has {self.activation}")
         return dataclasses.replace(self, activation=dataclasses.replace(self.activation, qmax=127))
 
+    def with_gptq(self) -> QConfig:
+        """Return the same, whose weights are rounded with GPTQ where convert_fx is given data. QConfigError for weights
+        that are not symmetric, one scale an output channel or group. docs/numerics.md, "GPTQ error".
+        """
+        return dataclasses.replace(self, gptq=True)
+
     def with_group_size(self, group_size: int) -> QConfig:
         """Return the same with groups of 32, 64 or 128 columns; QConfigError for weights that have no groups."""
         return dataclasses.replace(self, weight=dataclasses.replace(self.weight, group_size=group_size))
@@ -158,6 +168,7 @@ class QConfig:
             "weight": self.weight.to_dict(),
             "weight_observer": None if observer is None else observer.__name__,
             "parts": [[name, part and part.to_dict()] for name, part in self.parts],
+            **({"gptq": True} if self.gptq else {}),
         }
 
     @classmethod
@@ -170,6 +181,7 @@ class QConfig:
             TensorSpec.from_dict(fields["weight"]),
             known.get(fields["weight_observer"]),
             tuple((name, part and cls.from_dict(part)) for name, part in fields.get("parts", ())),
+            bool(fields.get("gptq", False)),
         )
 
 

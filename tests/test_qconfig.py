@@ -252,3 +252,13 @@ def test_int16_weights_have_a_scale_a_channel_and_come_back_within_half_a_step()
 
 def test_an_int16_qconfig_goes_through_json():
     assert QConfig.from_dict(json.loads(json.dumps(int16_dynamic_qconfig.to_dict()))) == int16_dynamic_qconfig
+
+
+def test_gptq_is_for_symmetric_weights_of_a_scale_a_channel_or_group():
+    qconfig = fxquant.default_static_qconfig.with_gptq()
+    assert QConfig.from_dict(json.loads(json.dumps(qconfig.to_dict()))) == qconfig != fxquant.default_static_qconfig
+    assert "gptq" not in fxquant.default_static_qconfig.to_dict()
+    assert qconfig.as_dynamic.gptq
+    for other in (fxquant.per_tensor_dynamic_qconfig, fxquant.float_qparams_weight_only_qconfig):
+        with pytest.raises(QConfigError, match="GPTQ rounds symmetric weights per channel or per group, not"):
+            other.with_gptq()

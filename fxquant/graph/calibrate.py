@@ -75,7 +75,7 @@ class Hessians:
                 return self._round(weight, None, qconfig, observer)
             key = name, weight.shape, weight.stride(), qconfig.weight, qconfig.weight_observer
             if key not in self._done:
-                hessian = self.sums.get((name, weight.shape[-1]))
+                hessian = self.sums.get((name, weight[0].numel())) if len(weight) else None
                 self._done[key] = self._round(weight, hessian, qconfig, observer)
             return self._done[key]
 
@@ -86,12 +86,14 @@ class Hessians:
     ) -> tuple[QuantizedTensor, Rounded]:
         if hessian is not None and hessian.isfinite().all():
             return round_with_gptq(weight, hessian, qconfig.weight), Rounded.GPTQ
+        if weight.dim() > 2 and hessian is None:
+            return to_nearest(weight, qconfig, observer), Rounded.NO_CONVOLUTION
         return to_nearest(weight, qconfig, observer), Rounded.NO_INPUT if hessian is None else Rounded.NOT_FINITE
 
 
 def uses_gptq(qconfig: QConfig) -> bool:
-    """Return whether GPTQ rounds a qconfig's weights."""
-    return qconfig.weight.format.uses_gptq
+    """Return whether GPTQ rounds a qconfig's weights: by their format, or since the qconfig asks for it."""
+    return qconfig.gptq or qconfig.weight.format.uses_gptq
 
 
 def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any], progress: Progress = iter) -> Hessians:
@@ -229,13 +231,33 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         if func in _FACTORS:
             self.see(*args[_FACTORS[func]])
+        if func is aten.convolution.default:
+            self.see_windows(*args)
         return func(*args, **kwargs)
 
     def see(self, x: torch.Tensor, factor: torch.Tensor) -> None:
         """Add the rows of x if the factor lies within one of the weights."""
+        name = self._name(factor)
+        if name is not None and x.numel():
+            self.sums.setdefault((name, x.shape[-1]), _Sum()).add(x.reshape(-1, x.shape[-1]))
+
+    def see_windows(self, x: torch.Tensor, weight: torch.Tensor, *options: Any) -> None:
+        """Add the windows that a convolution without groups multiplies with one of the weights, image by image."""
+        _, stride, padding, dilation, is_transposed, _, groups = options
+        if is_transposed or groups > 1 or self._name(weight) is None:
+            return
+        rank, sides = weight.dim() - 2, [part for side in reversed(padding) for part in (side, side)]
+        for image in torch.nn.functional.pad(x, sides):
+            windows = image
+            for at, (size, step, gap) in enumerate(zip(weight.shape[2:], stride, dilation, strict=True)):
+                windows = windows.unfold(1 + at, (size - 1) * gap + 1, step)[..., ::gap]
+            rows = windows.permute(*range(1, 1 + rank), 0, *range(1 + rank, 1 + 2 * rank))
+            self.see(rows.flatten(rank), weight)
+
+    def _name(self, factor: torch.Tensor) -> str | None:
+        """Return the name of the weight that a factor lies in."""
         place = bisect.bisect_right(self.places, factor.data_ptr(), key=lambda place: place[0]) - 1
-        if place >= 0 and factor.data_ptr() < self.places[place][1] and x.numel():
-            self.sums.setdefault((self.places[place][2], x.shape[-1]), _Sum()).add(x.reshape(-1, x.shape[-1]))
+        return self.places[place][2] if place >= 0 and factor.data_ptr() < self.places[place][1] else None
 
     def close(self) -> dict[tuple[str, int], torch.Tensor]:
         """Return the sums."""

@@ -95,5 +95,6 @@ class Rounded(enum.Enum):
 
     TO_NEAREST = ""
     GPTQ = "with GPTQ"
+    NO_CONVOLUTION = "to nearest: GPTQ is for convolutions without groups, not transposed, that met inputs in data"
     NO_INPUT = "to nearest: it met no input in data"
     NOT_FINITE = "to nearest: its inputs in data were not finite, or too large"

@@ -301,3 +301,54 @@ def test_a_checkpoint_keeps_the_integers_and_how_they_came_to_be(tmp_path):
     loaded = fxquant.load(two_layers(), tmp_path / "m.safetensors")
     assert torch.equal(loaded(x), quantized(x))
     assert notes(loaded) == notes(quantized)
+
+
+# int8 weights whose qconfig asks for it
+
+
+STATIC_GPTQ = everything(fxquant.default_static_qconfig.with_gptq())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: nn.Conv1d(4, 6, 3, 2, 1, 2), (2, 4, 11)),
+        (lambda: nn.Conv2d(4, 6, (3, 2), (1, 2), (1, 0), (1, 2)), (3, 4, 5, 6)),
+        (lambda: nn.Conv2d(4, 6, 3, padding="same"), (3, 4, 5, 6)),
+        (lambda: nn.Conv3d(2, 6, 2), (2, 2, 3, 4, 3)),
+    ],
+)
+def test_a_convolution_s_inputs_are_its_windows(layer, shape):
+    layer, x = layer().eval(), torch.randn(shape)
+    found = count({"weight": layer.weight}, lambda: layer(x))["weight"]
+    columns = layer.weight[0].numel()
+    taps = torch.eye(columns, dtype=torch.float64).view(columns, *layer.weight.shape[1:])
+    options = layer.stride, layer.padding, layer.dilation
+    convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
+    windows = convolve(x.double(), taps, None, *options).movedim(1, -1).reshape(-1, columns)
+    torch.testing.assert_close(found.double(), windows.t() @ windows, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_int8_weights_are_rounded_with_it_where_the_qconfig_asks_for_that():
+    x = torch.einsum("brl,rc->bcl", torch.randn(6, 2, 20), torch.randn(2, 8))
+    model = nn.Sequential(nn.Conv1d(8, 8, 3), nn.Conv1d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(128, 5)).eval()
+    fed = convert_fx(prepare(model, x, mapping=STATIC_GPTQ), data=[x])
+    plain = convert_fx(prepare(model, x, mapping=everything(fxquant.default_static_qconfig)), data=[x])
+    assert notes(fed) == {"0": GPTQ, "1": (Rounded.NO_CONVOLUTION,), "3": GPTQ}
+    assert set(notes(plain).values()) == {()}
+    windows = x.unfold(2, 3, 1).transpose(1, 2).flatten(2).flatten(0, 1)
+    off = [(layer.get_submodule("0").dequantize("weight") - model[0].weight).flatten(1) for layer in (fed, plain)]
+    ours, theirs = ((part @ windows.t()).square().sum(1) for part in off)
+    assert (ours <= theirs * (1 + 1e-4)).all()
+    assert ours.sum() < theirs.sum() / 3
+
+
+@torch.no_grad()
+def test_dynamic_int8_weights_can_be_too():
+    model, x = nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(300, 5) @ torch.randn(5, 64)
+    mapping = everything(fxquant.default_dynamic_qconfig.with_gptq())
+    quantized = convert_fx(prepare(model, x, mapping=mapping), data=[x])
+    expected = round_with_gptq(model[0].weight, product(x), fxquant.default_dynamic_qconfig.weight)
+    assert torch.equal(quantized.get_submodule("0").weight_int8, expected.values)
+    assert expected.scale.shape == (32,)

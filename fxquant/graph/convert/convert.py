@@ -104,7 +104,8 @@ class WeightCache:
 
     def _key(self, weight: torch.Tensor, qconfig: QConfig) -> tuple[Any, ...]:
         place = weight.untyped_storage().data_ptr() or weight.untyped_storage()._cdata  # on the meta device
-        return place, weight.storage_offset(), weight.shape, weight.stride(), qconfig.weight, qconfig.weight_observer
+        chosen = qconfig.weight, qconfig.weight_observer, qconfig.gptq
+        return place, weight.storage_offset(), weight.shape, weight.stride(), *chosen
 
 
 def convert(

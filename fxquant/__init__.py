@@ -1,8 +1,8 @@
 """Dynamic and static quantization of PyTorch models on the FX graph: int8 weights in a quarter of the memory.
 
-prepare_fx and convert_fx quantize a model; quantize_dynamic quantizes one without tracing it. explain and graph_diff
-show what changed, compare, profile and sensitivity measure it, suggest_mapping finds a mapping within an error
-budget, and save and load store the result.
+prepare_fx and convert_fx quantize a model; prepare_qat_fx lets it train with the rounding in; quantize_dynamic
+quantizes one without tracing it. explain and graph_diff show what changed, compare, profile and sensitivity measure it,
+suggest_mapping finds a mapping within an error budget, and save and load store the result.
 """
 
 import importlib
@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from fxquant._version import __version__
+from fxquant.backends import get_default_qat_qconfig, get_default_qconfig
 from fxquant.checkpoint import load, save
 from fxquant.debug import compare, explain, graph_diff, profile, sensitivity
 from fxquant.eager import quantize_dynamic
@@ -20,6 +21,7 @@ from fxquant.errors import (
     CheckError,
     CheckpointError,
     ColumnError,
+    DivergedError,
     DTypeError,
     ExampleInputsError,
     FixedAttributeError,
@@ -36,6 +38,8 @@ from fxquant.errors import (
     TorchAoError,
     TraceError,
 )
+from fxquant.fake_quantize import FakeQuantize
+from fxquant.nn.modes import freeze_bn_stats, update_bn_stats
 from fxquant.nn.stubs import DeQuantStub, FloatFunctional, QuantStub, QuantWrapper
 from fxquant.observer_names import (
     FixedQParamsObserver,
@@ -58,15 +62,16 @@ from fxquant.observers import (
 )
 from fxquant.operators import OPERATORS, Operator
 from fxquant.ops import KernelInfo, kernel_info
+from fxquant.qat import prepare_qat_fx
 from fxquant.qconfig import (
     QConfig,
     default_dynamic_qconfig,
+    default_qat_qconfig,
     default_qconfig,
     default_static_qconfig,
     float16_dynamic_qconfig,
     float_qparams_weight_only_qconfig,
     float_qparams_weight_only_qconfig_4bit,
-    get_default_qconfig,
     int3_dynamic_qconfig,
     int4_dynamic_qconfig,
     int16_dynamic_qconfig,
@@ -77,10 +82,13 @@ from fxquant.qconfig import (
 from fxquant.qconfig_mapping import (
     QConfigMapping,
     default_dynamic_qconfig_mapping,
+    default_qat_qconfig_mapping,
     default_static_qconfig_mapping,
+    get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
 )
 from fxquant.quantize_fx import convert_fx, fuse_fx, prepare_fx
+from fxquant.rounding import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
 from fxquant.spec import TensorSpec
 from fxquant.torch_ao.names import MOVED as _MOVED
 from fxquant.tuning import suggest_mapping
@@ -98,7 +106,9 @@ __all__ = [
     "ColumnError",
     "DTypeError",
     "DeQuantStub",
+    "DivergedError",
     "ExampleInputsError",
+    "FakeQuantize",
     "FixedAttributeError",
     "FixedQParamsObserver",
     "FloatFunctional",
@@ -139,16 +149,25 @@ __all__ = [
     "default_histogram_observer",
     "default_observer",
     "default_per_channel_weight_observer",
+    "default_qat_qconfig",
+    "default_qat_qconfig_mapping",
     "default_qconfig",
     "default_static_qconfig",
     "default_static_qconfig_mapping",
     "default_weight_observer",
+    "disable_fake_quant",
+    "disable_observer",
+    "enable_fake_quant",
+    "enable_observer",
     "explain",
     "float16_dynamic_qconfig",
     "float_qparams_weight_only_qconfig",
     "float_qparams_weight_only_qconfig_4bit",
+    "freeze_bn_stats",
     "from_torch_ao",
     "fuse_fx",
+    "get_default_qat_qconfig",
+    "get_default_qat_qconfig_mapping",
     "get_default_qconfig",
     "get_default_qconfig_mapping",
     "graph_diff",
@@ -161,12 +180,14 @@ __all__ = [
     "per_channel_dynamic_qconfig",
     "per_tensor_dynamic_qconfig",
     "prepare_fx",
+    "prepare_qat_fx",
     "profile",
     "quantize_dynamic",
     "save",
     "sensitivity",
     "suggest_mapping",
     "uint4_weight_only_qconfig",
+    "update_bn_stats",
 ]
 
 

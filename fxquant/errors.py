@@ -46,6 +46,10 @@ class CalibrationError(FxQuantError):
     """A static model was converted before values were seen that its scales are found from."""
 
 
+class DivergedError(FxQuantError, ArithmeticError):
+    """A value of a model in quantization-aware training became NaN or infinite."""
+
+
 class CheckError(FxQuantError):
     """The quantized model fails on the example inputs, on which the float one runs."""
 

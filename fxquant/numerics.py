@@ -8,6 +8,7 @@ operation in a stated order, never fused, so that each kernel can give the same 
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,6 +90,24 @@ def choose_value_qparams(low: torch.Tensor, high: torch.Tensor, qmax: int) -> tu
     return scale, zero_point.to(torch.int32)
 
 
+def value_qparams_of(low: float, high: float, qmax: int) -> tuple[float, float, int]:
+    """Return (scale, 1 / scale, zero_point) of `choose_value_qparams`, the same bits, from numbers and as numbers.
+
+    A float64 operation on float32 numbers, rounded to float32, is the float32 operation. For training on the CPU,
+    where a dozen operators on one number each would take longer than rounding a small value.
+    """
+    low, high = max(min(low, 0.0), -FLOAT32_MAX), min(max(high, 0.0), FLOAT32_MAX)
+    scale = float32(float32(high * 0.5 - low * 0.5) / (qmax * 0.5))
+    scale = 1.0 if scale < FLOAT32_TINY else scale
+    inverse = float32(1.0 / scale)
+    return scale, inverse, max(0, min(qmax, round(float32(low * -inverse))))
+
+
+def float32(number: float) -> float:
+    """Return the nearest float32."""
+    return ctypes.c_float(number).value
+
+
 def quantize_value(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmax: int = 255) -> torch.Tensor:
     """Return clamp(round(x (1 / scale)) + zero_point, 0, qmax) as uint8; NaN gives zero_point.
 
@@ -162,13 +181,13 @@ def quantize_with(
     qparams = (part.expand(channels, *part.shape[1:]) for part in (inverse, zero_point))
     parts = (torch.split(part, at_once) for part in (q, weight, *qparams))
     for out, values, factor, offset in zip(*parts, strict=True):
-        real = values * _spread(factor, values.shape, group_size)
-        real.add_(_spread(offset, values.shape, group_size)).round_().clamp_(spec.qmin, spec.qmax)
+        real = values * spread(factor, values.shape, group_size)
+        real.add_(spread(offset, values.shape, group_size)).round_().clamp_(spec.qmin, spec.qmax)
         out.copy_(weight_format.pack(real))
     return q
 
 
-def _spread(numbers: torch.Tensor, shape: torch.Size, group_size: int) -> torch.Tensor:
+def spread(numbers: torch.Tensor, shape: torch.Size, group_size: int) -> torch.Tensor:
     """Return one number a channel, or one a group of columns, in a shape that broadcasts with the weight."""
     if not group_size:
         return numbers.view((-1,) + (1,) * (len(shape) - 1))
@@ -212,7 +231,7 @@ def dequantize(weight: QuantizedTensor) -> torch.Tensor:
     """Return the float32 tensor that the integers stand for."""
     real = weight.format.unpack(weight.values, weight.columns).to(torch.float32)
     if weight.zero_point is not None:
-        real = real - _spread(weight.zero_point, real.shape, 0)
+        real = real - spread(weight.zero_point, real.shape, 0)
     if weight.scale is None:
         return real
-    return real * _spread(weight.scale.to(torch.float32), real.shape, weight.group_size)
+    return real * spread(weight.scale.to(torch.float32), real.shape, weight.group_size)

@@ -19,7 +19,7 @@ from fxquant.observers import (
     Observer,
     PerChannelMinMaxObserver,
 )
-from fxquant.ranges import LeastError
+from fxquant.ranges import Learned, LeastError, MovingAverage
 from fxquant.spec import TensorSpec
 
 _DEFAULTS: dict[str, type[Observer]] = {
@@ -56,7 +56,9 @@ class QConfig:
                 raise QConfigError(f"QConfig.{name} must be a TensorSpec, got {type(spec).__name__}{hint}")
         if self.weight.dynamic or self.weight.axis == "token":
             raise QConfigError(f"QConfig.weight is quantized once, per tensor or per channel; got '{self.weight}'")
-        if self.weight.range is not None:
+        if isinstance(self.weight.range, Learned) and not (self.weight.symmetric and self.weight.is_integer):
+            raise QConfigError(f"QConfig.weight learns the step of symmetric integers, got '{self.weight}'")
+        if self.weight.range is not None and not isinstance(self.weight.range, Learned):
             raise QConfigError(
                 f"QConfig.weight has the range of an activation, {self.weight.range}; a weight of torch.ao's has "
                 "dtype=torch.int8"
@@ -76,6 +78,12 @@ class QConfig:
     def is_static(self) -> bool:
         """Whether activations would need calibration."""
         return self.activation is not None and self.activation.is_integer and not self.activation.dynamic
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether training learns a step size of it."""
+        specs = (self.weight, self.activation)
+        return any(spec is not None and isinstance(spec.range, Learned) for spec in specs)
 
     @property
     def as_dynamic(self) -> QConfig:
@@ -212,21 +220,10 @@ default_static_qconfig = QConfig(
 default_qconfig = default_static_qconfig
 """torch.ao's name of it."""
 
-_BACKENDS = ("x86", "fbgemm", "onednn", "qnnpack")
-
-
-def get_default_qconfig(backend: str = "x86", version: int = 0) -> QConfig:
-    """Return default_static_qconfig, whatever the backend: 8 bits are exact on every instruction set here.
-
-    Raises QConfigError for a backend or a version that torch.ao has not.
-    """
-    if version != 0:
-        raise QConfigError(f"the default qconfigs have version 0 alone, got {version!r}")
-    if backend not in _BACKENDS:
-        known = ", ".join(_BACKENDS)
-        raise QConfigError(f"there is no backend {backend!r}; there are {known}, and all mean the same here")
-    return default_static_qconfig
-
+default_qat_qconfig = QConfig(
+    activation=TensorSpec(dtype="uint8", qmin=0, qmax=255, axis="tensor", range=MovingAverage()), weight=_CHANNELS
+)
+"""For training: default_static_qconfig with ranges that follow the batches, MovingAverage(0.01)."""
 
 int4_dynamic_qconfig = QConfig(
     activation=_TOKENS,
@@ -284,6 +281,7 @@ BEST = {
 
 PRESETS = {
     "default_static_qconfig": default_static_qconfig,
+    "default_qat_qconfig": default_qat_qconfig,
     "default_dynamic_qconfig": default_dynamic_qconfig,
     "per_tensor_dynamic_qconfig": per_tensor_dynamic_qconfig,
     "per_channel_dynamic_qconfig": per_channel_dynamic_qconfig,

@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from fxquant.backends import get_default_qat_qconfig, get_default_qconfig
 from fxquant.errors import QConfigError, nearest
-from fxquant.qconfig import PRESETS, QConfig, default_dynamic_qconfig, default_static_qconfig, get_default_qconfig
+from fxquant.qconfig import PRESETS, QConfig, default_dynamic_qconfig, default_qat_qconfig, default_static_qconfig
 
 ObjectType = Callable[..., Any] | str
 Choice = QConfig | None
@@ -207,9 +208,19 @@ def default_static_qconfig_mapping() -> QConfigMapping:
     return QConfigMapping().set_global(default_static_qconfig)
 
 
+def default_qat_qconfig_mapping() -> QConfigMapping:
+    """Return the mapping for training: `set_global(default_qat_qconfig)`."""
+    return QConfigMapping().set_global(default_qat_qconfig)
+
+
 def get_default_qconfig_mapping(backend: str = "x86", version: int = 0) -> QConfigMapping:
     """Return `default_static_qconfig_mapping()` under torch.ao's name. QConfigError for an unknown backend."""
     return QConfigMapping().set_global(get_default_qconfig(backend, version))
+
+
+def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> QConfigMapping:
+    """Return `default_qat_qconfig_mapping()` under torch.ao's name. QConfigError for an unknown backend."""
+    return QConfigMapping().set_global(get_default_qat_qconfig(backend, version))
 
 
 def qconfig_name(qconfig: Choice) -> str:

@@ -9,27 +9,29 @@ from typing import Any
 from torch import fx, nn
 
 from fxquant.entry import entry
-from fxquant.errors import ExampleInputsError, FxQuantError, QConfigError, TraceError, warn
+from fxquant.errors import ArgumentError, ExampleInputsError, TraceError
 from fxquant.graph import edit
 from fxquant.graph.calibrate import Hessians, calibrated, gather, uses_hessians
-from fxquant.graph.call import Example, Inputs, bind_inputs
+from fxquant.graph.call import Example, bind_inputs
 from fxquant.graph.check.check import checked
 from fxquant.graph.convert.clean import clean
 from fxquant.graph.convert.convert import WeightCache, convert
-from fxquant.graph.eager import convert_tree, plain_mirror, prepare_tree
+from fxquant.graph.eager import convert_tree
 from fxquant.graph.fingerprint.architecture import describe
 from fxquant.graph.fuse import fuse
+from fxquant.graph.lower import lower
 from fxquant.graph.module import FxModule, finish
 from fxquant.graph.observe import observe
 from fxquant.graph.plan.outcome import judge
 from fxquant.graph.plan.planner import plan
-from fxquant.graph.plan.rules import check_mapping
+from fxquant.graph.plan.rules import as_mapping, check_mapping
 from fxquant.graph.preserve.preserve import Keep, preserve
 from fxquant.graph.record import Record, need_stage, preserved_of, refuse_ours
-from fxquant.graph.trace.checks import check_model, first_line
+from fxquant.graph.trace.checks import check_model
 from fxquant.graph.trace.exported import adopt
-from fxquant.graph.trace.trace import names_of, trace
-from fxquant.graph.trace.verify import GraphFailsError, capture, check_runs, verify
+from fxquant.graph.trace.trace import trace
+from fxquant.graph.trace.verify import capture, verify
+from fxquant.graph.whole import prepare_whole
 from fxquant.nn.fused import SPELT
 from fxquant.operators import OPERATORS, Operator
 from fxquant.progress import Progress, count_on_terminal
@@ -66,7 +68,7 @@ def prepare_fx(
     Dynamic quantization needs no calibration: convert_fx may follow at once. Raises ModelStateError, TraceError,
     ExampleInputsError, QConfigError, MappingNameError or AttributeNameError; then nothing was changed.
     """
-    mapping = _as_mapping(qconfig_mapping)
+    mapping = as_mapping(qconfig_mapping)
     refuse_ours(model, "prepare_fx", ("prepared", "quantized"))
     original, model = model, adopt(model)
     check_model(model)
@@ -77,7 +79,7 @@ def prepare_fx(
         if original is not model:
             verify(original, traced.module, inputs)
     except (TraceError, ExampleInputsError) as error:
-        return _prepare_whole(model, mapping, operators, inputs, error, strict, batch_invariant)
+        return prepare_whole(model, mapping, operators, inputs, error, strict, batch_invariant)
     functions = [SPELT.get(node.target, node.target) for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
     architecture = describe(traced.module, model)  # before it is fused
@@ -93,34 +95,6 @@ def prepare_fx(
     )
     judge(type(model).__name__, record, traced.names, functions, strict=strict)
     return finish(traced.module, model, record)
-
-
-def _prepare_whole(
-    model: nn.Module,
-    mapping: QConfigMapping,
-    operators: Sequence[Operator],
-    inputs: Inputs,
-    cause: FxQuantError,
-    strict: bool,
-    batch_invariant: bool | None,
-) -> nn.Module:
-    """Return a model that does not trace, prepared module by module; raise the cause where no module can be."""
-    written = check_runs(model, inputs, cause)
-    if isinstance(cause, ExampleInputsError):  # the model does run on them
-        failure = f"its graph fails {cause.place}" if isinstance(cause, GraphFailsError) else first_line(cause)
-        cause = TraceError(f"{type(model).__name__} runs, but not as it was traced (it may ask for a type): {failure}")
-    check_mapping(mapping, names_of(plain_mirror(model)))
-    why = " ".join(line.strip() for line in str(cause).splitlines()[:2])
-    prepared = prepare_tree(model, mapping, operators, {"": why}, inputs, written, batch_invariant=batch_invariant)
-    record = need_stage(prepared, "prepared", "prepare_fx", "prepare_tree")
-    if not record.sites:
-        raise cause
-    judge(type(model).__name__, record, names_of(model), strict=strict)
-    warn(
-        f"{why}\n  So the model's own code runs on, and its modules are quantized where they stand: {record.outcome}; "
-        "calls of F.linear and the like are out of reach there (fxquant.explain)"
-    )
-    return prepared
 
 
 @entry
@@ -151,6 +125,8 @@ def convert_fx(
     one that does not fit forward; CheckError where the quantized model fails on the example inputs.
     """
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
+    if record.is_trained:
+        prepared = _trained(prepared, data)
     if data is not None and record.values.edges:
         again = list(data) if uses_hessians(record.sites) else None  # which needs a second pass
         prepared, data = calibrated(prepared, data if again is None else again, progress), again
@@ -168,10 +144,23 @@ def convert_with(prepared: nn.Module, hessians: Hessians | None) -> nn.Module:
         return convert_tree(prepared, hessians)
     module = edit.mirror(prepared)
     assert isinstance(module, fx.GraphModule)
+    learned = lower(module, record) if record.is_trained else []
     cache = WeightCache(hessians.rounding(module) if hessians is not None else None)
+    for integers in learned:
+        cache.give(*integers)
     sites = convert(module, record.sites, record.operators, cache, record.batch_invariant, record.values)
     quantized = clean(module, prepared, record.preserved)
     return finish(quantized, prepared, record.advance(stage="quantized", sites=sites, example=None))
+
+
+def _trained(prepared: nn.Module, data: Iterable[Any] | None) -> nn.Module:
+    """Return a mirror, in eval mode, of a model that was trained; ArgumentError where data is given."""
+    if data is not None:
+        raise ArgumentError(
+            "convert_fx takes no data for a model of prepare_qat_fx: its ranges and weights are those of training; "
+            "leave data out"
+        )
+    return edit.mirror(prepared).train(False)
 
 
 @entry
@@ -199,17 +188,3 @@ def fuse_fx(
     fusions, unfused = fuse(traced.module, traced.hooked, traced.keep.preserved)
     record = Record(stage="fused", fusions=fusions, unfused=unfused, float_bytes=edit.byte_count(model), **traced.kept)
     return finish(traced.module, model, record)
-
-
-def _as_mapping(mapping: QConfigMapping | Mapping[str, Any]) -> QConfigMapping:
-    """Return a mapping of the prepared model's own."""
-    if isinstance(mapping, QConfigMapping):
-        return mapping.copy()
-    if isinstance(mapping, Mapping):
-        return QConfigMapping.from_dict(dict(mapping))
-    theirs = (
-        " (torch.ao's: import QConfigMapping from fxquant)" if type(mapping).__module__.startswith("torch.ao") else ""
-    )
-    raise QConfigError(
-        f"qconfig_mapping must be a QConfigMapping or its dict form, got {type(mapping).__name__}{theirs}"
-    )

@@ -62,8 +62,16 @@ class Fixed(Range):
             raise QConfigError(f"Fixed range holds 0 and more, got [{self.low}, {self.high}]")
 
 
+@dataclass(frozen=True)
+class Learned(Range):
+    """A step size that training learns, for `prepare_qat_fx` alone: of an activation, or of symmetric weights.
+
+    Esser et al. 2020, "Learned Step Size Quantization": it begins as the first batch's range, or the weight's, says.
+    """
+
+
 RANGES: dict[str, type[Range]] = {
-    kind.__name__: kind for kind in (MinMax, MovingAverage, Percentile, LeastError, Fixed)
+    kind.__name__: kind for kind in (MinMax, MovingAverage, Percentile, LeastError, Fixed, Learned)
 }
 """The ways by name."""
 

@@ -8,7 +8,7 @@ from torch import nn
 from fxquant import ops
 from fxquant.errors import CalibrationError
 from fxquant.numerics import FLOAT32_MAX, FLOAT32_TINY, choose_value_qparams
-from fxquant.ranges import Fixed, LeastError, MinMax, MovingAverage, Percentile, Range
+from fxquant.ranges import Fixed, Learned, LeastError, MinMax, MovingAverage, Percentile, Range
 from fxquant.spec import TensorSpec
 
 BINS = 2048
@@ -233,6 +233,7 @@ _OBSERVERS: dict[type[Range], type[ValueObserver]] = {
     Percentile: HistogramObserver,
     LeastError: HistogramObserver,
     Fixed: FixedObserver,
+    Learned: ValueObserver,  # in the graph that a file is loaded into, where it sees nothing
 }
 
 

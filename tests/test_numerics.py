@@ -12,11 +12,13 @@ from fxquant.numerics import (
     MAX_COLUMNS,
     QuantizedTensor,
     choose_qparams,
+    choose_value_qparams,
     dequantize,
     quantize_tokens,
     quantize_tokens_int16,
     quantize_with,
     to_floats,
+    value_qparams_of,
     weight_range,
 )
 
@@ -277,3 +279,14 @@ def test_an_int16_row_of_special_values():
 def test_int16_rows_of_nothing(shape):
     q, scale = quantize_tokens_int16(torch.zeros(shape))
     assert (q.shape, scale.tolist()) == (shape, [[1.0]] * shape[0])
+
+
+def test_numbers_give_the_bits_that_tensors_give():
+    generator = torch.Generator().manual_seed(0)
+    bounds = torch.randn(400, 2, generator=generator) * 10 ** (6 * torch.randn(400, 1, generator=generator))
+    bounds = torch.cat([bounds, torch.tensor([[0.0, 0.0], [-3e38, 3e38], [0.0, 1e-40], [-1.0, 0.0]])])
+    for low, high in bounds.sort(1).values:
+        for qmax in (3, 127, 255):
+            scale, zero_point = choose_value_qparams(low, high, qmax)
+            expected = scale.item(), (1.0 / scale).item(), zero_point.item()
+            assert value_qparams_of(low.item(), high.item(), qmax) == expected

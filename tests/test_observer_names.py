@@ -128,7 +128,22 @@ def test_every_backend_gives_the_static_default(backend):
     assert fxquant.get_default_qconfig(backend) is fxquant.default_qconfig is fxquant.default_static_qconfig
 
 
-@pytest.mark.parametrize("get", [fxquant.get_default_qconfig, fxquant.get_default_qconfig_mapping])
+@pytest.mark.parametrize("backend", ["x86", "fbgemm", "onednn", "qnnpack"])
+def test_every_backend_gives_the_default_for_training(backend):
+    assert fxquant.get_default_qat_qconfig_mapping(backend) == fxquant.default_qat_qconfig_mapping()
+    for version in (0, 1):
+        assert fxquant.get_default_qat_qconfig(backend, version) is fxquant.default_qat_qconfig
+    with pytest.raises(QConfigError, match="versions 0 and 1, got 2"):
+        fxquant.get_default_qat_qconfig(backend, 2)
+
+
+GETTERS = [
+    *(fxquant.get_default_qconfig, fxquant.get_default_qconfig_mapping),
+    *(fxquant.get_default_qat_qconfig, fxquant.get_default_qat_qconfig_mapping),
+]
+
+
+@pytest.mark.parametrize("get", GETTERS)
 def test_another_backend_is_an_error_that_lists_them(get):
     with pytest.raises(QConfigError, match=r"no backend 'x68'; there are x86, fbgemm, onednn, qnnpack"):
         get("x68")

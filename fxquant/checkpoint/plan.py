@@ -70,6 +70,7 @@ def describe_plan(model: nn.Module, record: Record, aliases: dict[str, str], sta
         "extra_states": states,
         "architecture": None if record.architecture is None else record.architecture.to_plain(),
         "batch_invariant": record.batch_invariant,
+        **({"is_trained": True} if record.is_trained else {}),
     }
 
 
@@ -129,6 +130,7 @@ def read_record(
         coverage=Coverage(**plan["coverage"]),
         architecture=Architecture.from_plain(plan["architecture"]) if plan.get("architecture") else None,
         batch_invariant=plan.get("batch_invariant"),  # older files have none
+        is_trained=plan.get("is_trained", False),
     )
 
 

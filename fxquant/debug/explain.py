@@ -18,6 +18,7 @@ from fxquant.graph import edit
 from fxquant.graph.convert.clean import clean
 from fxquant.graph.convert.convert import convert, convert_modules
 from fxquant.graph.convert.invariant import find_dependent
+from fxquant.graph.lower import lower
 from fxquant.graph.record import Coverage, Record, Site, record_of
 from fxquant.graph.values import FloatValue
 from fxquant.graph.why import StaysFloat
@@ -202,6 +203,8 @@ def _readers(model: nn.Module) -> tuple[str, ...]:
 def _foreseen(model: nn.Module, record: Record) -> tuple[nn.Module, tuple[Site, ...]]:
     """Return what a prepared model would be once converted, and its sites: done on the meta device, without data."""
     twin = edit.mirror(model, "meta")
+    if record.is_trained:
+        lower(twin, record)
     if isinstance(twin, fx.GraphModule) and record.is_traced:
         sites = convert(
             twin, record.sites, record.operators, batch_invariant=record.batch_invariant, values=record.values

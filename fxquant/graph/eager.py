@@ -12,8 +12,10 @@ from fxquant.graph.call import Example, Inputs
 from fxquant.graph.convert.clean import own_tensors
 from fxquant.graph.convert.convert import WeightCache, convert_modules
 from fxquant.graph.fingerprint.architecture import describe
+from fxquant.graph.lower import lower
 from fxquant.graph.plan.planner import plan_modules
 from fxquant.graph.record import keep_record, record_of
+from fxquant.graph.teach import train_module
 from fxquant.graph.trace.leaves import make_plain
 from fxquant.operators import Operator
 from fxquant.qconfig_mapping import QConfigMapping
@@ -27,13 +29,15 @@ def prepare_tree(
     inputs: Inputs | None = None,
     written: frozenset[str] = frozenset(),
     batch_invariant: bool | None = None,
+    is_trained: bool = False,
 ) -> nn.Module:
     """Return a mirror of the model, in eval mode, with every decision about its modules.
 
     untraced: why there is no graph, under the root's path "". inputs: what the quantized model is checked on. written:
-    the parameters that forward writes into. Raises QConfigError as `plan` does.
+    the parameters that forward writes into. is_trained: whether its modules get their forms for training. Raises
+    QConfigError as `plan` does.
     """
-    root = plain_mirror(model, written=written)
+    root = edit.mirror(model, written=written).eval() if is_trained else plain_mirror(model, written=written)
     decided = plan_modules(root, mapping, operators, written)
     record = decided.record(
         model,
@@ -42,7 +46,10 @@ def prepare_tree(
         example=None if inputs is None else Example(inputs),
         architecture=describe(root),
         batch_invariant=batch_invariant,
+        is_trained=is_trained,
     )
+    for site in record.sites if is_trained else ():
+        train_module(root, site, record.operators)
     return keep_record(root, record)
 
 
@@ -61,7 +68,10 @@ def convert_tree(prepared: nn.Module, hessians: Hessians | None = None) -> nn.Mo
     record = record_of(prepared)
     assert record is not None
     twin = edit.mirror(prepared)
+    learned = lower(twin, record) if record.is_trained else []
     cache = WeightCache(hessians.rounding(twin) if hessians is not None else None)
+    for integers in learned:
+        cache.give(*integers)
     root, sites = convert_modules(twin, record.sites, record.operators, cache, record.batch_invariant)
     own_tensors(root, prepared)
     return keep_record(root, record.advance(stage="quantized", sites=sites, example=None))

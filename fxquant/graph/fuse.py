@@ -198,7 +198,7 @@ def _fold_norm(module: fx.GraphModule, node: fx.Node, follower: fx.Node, may_gua
     norm_type, rank = _NORMS[type(float_module)]
     if node.meta.get("tensor_meta") is None and norm_type is nn.BatchNorm1d and may_guard:
         _guard_rank(module.graph, node, rank)
-    edit.swap_module(module, str(node.target), _folded(float_module, norm))
+    edit.swap_module(module, str(node.target), folded(float_module, norm))
 
 
 def _guard_rank(graph: fx.Graph, node: fx.Node, rank: int) -> None:
@@ -212,7 +212,7 @@ def _guard_rank(graph: fx.Graph, node: fx.Node, rank: int) -> None:
         graph.call_function(torch._assert, (is_right, message))
 
 
-def _folded(module: Any, norm: Any) -> nn.Module:
+def folded(module: Any, norm: Any) -> nn.Module:
     """Return a module whose weights include the normalization: w' = w γ / √(σ² + ε), b' = (b - μ) γ / √(σ² + ε) + β."""
     twin: Any = edit.mirror(module)
     wide = torch.float64  # folded once, so rounded once
@@ -239,7 +239,7 @@ def _is_rectified(module: fx.GraphModule, node: fx.Node, follower: fx.Node) -> b
         is_layer = node.target in (F.linear, linear_relu)
     else:
         is_layer = type(_module_of(module, node, nn.Module)) in WITH_RELU
-    return is_layer and _is_relu(module, follower)
+    return is_layer and is_relu(module, follower)
 
 
 def _absorb_relu(module: fx.GraphModule, node: fx.Node, _follower: fx.Node, _may_guard: bool) -> None:
@@ -280,7 +280,8 @@ def _reads(module: fx.GraphModule, target: str) -> list[fx.Node]:
     return [n for n in module.graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{target}.")]
 
 
-def _is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
+def is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether a node is a ReLU, in any spelling."""
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))) is nn.ReLU
     if node.op == "call_function":

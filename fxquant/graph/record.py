@@ -146,6 +146,7 @@ class Record:
     read. written: the parameters that forward writes into. batch_invariant: how its float products are summed:
     graph/convert/invariant.py. extra_states: what get_extra_state gave, by the paths of modules that were traced
     through. trainable: for a quantized one with sites, the parameters that required a gradient when it was made.
+    is_trained: whether it is from prepare_qat_fx.
     """
 
     stage: str
@@ -173,6 +174,7 @@ class Record:
     unchecked: str = ""
     batch_invariant: bool | None = None
     trainable: frozenset[str] | None = field(default=None, compare=False)
+    is_trained: bool = False
 
     @property
     def left(self) -> tuple[Skipped, ...]:
@@ -192,7 +194,7 @@ class Record:
     @property
     def keep(self) -> Keep:
         """What another trace of the same model has to take care of."""
-        return Keep(self.preserved, self.live, self.written)
+        return Keep(self.preserved, self.live, self.written, self.is_trained)
 
     def __repr__(self) -> str:
         return f"<fused: {len(self.fusions)} chains>" if self.stage == "fused" else f"<{self.stage}: {self.outcome}>"

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxquant.nn import DynamicQuantizedMultiheadAttention
+from fxquant.nn.trained_attention import train_attention
 from fxquant.operators.base import PRODUCTS, Operator, refuse_parameters
 
 
@@ -34,4 +35,5 @@ ATTENTION = Operator(
     schemes=PRODUCTS,
     convert_module=DynamicQuantizedMultiheadAttention.from_float,
     refuse_module=_refuse,
+    train_module=train_attention,
 )

@@ -167,8 +167,9 @@ class Operator(CallPattern):
     module's input and output holds its features. schemes: the qconfigs it accepts. refuse_module: returns why a module
     must stay float, or None. convert_module(module, qconfig, quantize), convert_function(call): see `Call`; operators
     never edit graphs. stand_in(function, operands): of a static one, the float module that computes what a call does,
-    from its operands by their roles, constants as tensors; that module is converted. parts: return the names of those
-    weights of a module that may each have a scheme of its own; by default the only one. Where there are several,
+    from its operands by their roles, constants as tensors; that module is converted. train_module(module, qconfig): its
+    form for quantization-aware training, a `nn.trained.Trained`; None: it trains in float. parts: return the names of
+    those weights of a module that may each have a scheme of its own; by default the only one. Of several,
     convert_module gives each `quantize(weight, qconfig.of(name))`.
     """
 
@@ -183,6 +184,7 @@ class Operator(CallPattern):
     convert_function: Callable[[Call], NewCall] = no_functions
     stand_in: Callable[[Any, dict[str, Any]], nn.Module] = no_stand_in
     refuse_module: Callable[[Any], str | None] = never_refuse
+    train_module: Callable[[Any, QConfig], nn.Module] | None = None
     parts: Callable[[Any], tuple[str, ...]] = sole_weight
 
     @property

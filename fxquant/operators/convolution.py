@@ -10,6 +10,7 @@ from torch import nn
 
 from fxquant.nn import ConvReLU1d, ConvReLU2d, DynamicQuantizedConv, DynamicQuantizedConvReLU
 from fxquant.nn.base import Quantize
+from fxquant.nn.trained import train_product
 from fxquant.operators.base import INT8_DYNAMIC, Operator, refuse_parameters, refuse_weight
 from fxquant.qconfig import QConfig
 
@@ -71,4 +72,5 @@ CONVOLUTION = Operator(
     schemes=(INT8_DYNAMIC,),
     convert_module=_convert,
     refuse_module=_refuse,
+    train_module=train_product,
 )

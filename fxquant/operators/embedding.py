@@ -9,6 +9,7 @@ from torch import nn
 
 from fxquant import ops
 from fxquant.nn import QuantizedEmbedding, QuantizedEmbeddingBag
+from fxquant.nn.trained_tables import train_embedding, train_embedding_bag
 from fxquant.operators.base import (
     TABLES,
     Call,
@@ -64,6 +65,7 @@ EMBEDDING = Operator(
     weights=("weight",),
     schemes=TABLES,
     convert_module=QuantizedEmbedding.from_float,
+    train_module=train_embedding,
     convert_function=_convert_embedding,
     refuse_module=_refuse_module,
     refuse_call=_refuse_call,
@@ -90,6 +92,7 @@ EMBEDDING_BAG = Operator(
     weights=("weight",),
     schemes=TABLES,
     convert_module=QuantizedEmbeddingBag.from_float,
+    train_module=train_embedding_bag,
     convert_function=_convert_bag,
     refuse_module=_refuse_module,
     refuse_call=_refuse_call,

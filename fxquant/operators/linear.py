@@ -10,6 +10,7 @@ from torch import nn
 from fxquant import ops
 from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLinearReLU, LinearReLU, linear_relu
 from fxquant.nn.base import Quantize
+from fxquant.nn.trained import train_product
 from fxquant.operators.base import (
     PRODUCTS,
     Call,
@@ -67,6 +68,7 @@ LINEAR = Operator(
     schemes=PRODUCTS,
     convert_module=_convert_module,
     convert_function=_convert_function,
+    train_module=train_product,
     refuse_module=_refuse,
     refuse_call=refuse_linear,
 )

@@ -16,6 +16,7 @@ from fxquant.nn import (
     DynamicQuantizedRNNCell,
 )
 from fxquant.nn.base import Quantize
+from fxquant.nn.trained_recurrent import train_recurrent
 from fxquant.operators.base import PRODUCTS, Operator, refuse_parameters
 from fxquant.qconfig import QConfig
 
@@ -57,6 +58,7 @@ def _row(name: str, summary: str, *modules: type[nn.Module]) -> Operator:
         schemes=PRODUCTS,
         convert_module=_convert,
         refuse_module=_refuse,
+        train_module=train_recurrent,
         parts=_parts,
     )
 

@@ -12,6 +12,7 @@ from fxquant.nn import ConvReLU1d, ConvReLU2d, LinearReLU
 from fxquant.nn.base import Quantize
 from fxquant.nn.fused import ConvReLU3d, linear_relu
 from fxquant.nn.static import StaticQuantizedConv, StaticQuantizedLinear
+from fxquant.nn.trained import train_product
 from fxquant.operators.base import INT8_STATIC, Operator, refuse_parameters, refuse_weight
 from fxquant.operators.linear import refuse_linear
 from fxquant.operators.linear_forms import LINEAR_FORMS, refuse_bias
@@ -94,6 +95,7 @@ STATIC_LINEAR = Operator(
     convert_module=_convert_linear,
     stand_in=_linear_of,
     refuse_call=refuse_linear,
+    train_module=train_product,
     refuse_module=_refuse,
 )
 
@@ -113,5 +115,6 @@ STATIC_CONVOLUTION = Operator(
     stand_in=_convolution_of,
     refuse_call=_refuse_convolution,
     convert_module=_convert_convolution,
+    train_module=train_product,
     refuse_module=_refuse,
 )

@@ -8,6 +8,7 @@ from torch import nn
 
 from fxquant.nn import DynamicQuantizedLinear
 from fxquant.nn.base import Quantize
+from fxquant.nn.trained import TrainedConv1D
 from fxquant.operators.base import PRODUCTS, Operator, refuse_weight
 from fxquant.qconfig import QConfig
 
@@ -28,4 +29,5 @@ TRANSPOSED_LINEAR = Operator(
     schemes=PRODUCTS,
     convert_module=_convert,
     refuse_module=_refuse,
+    train_module=TrainedConv1D.from_float,
 )

@@ -62,7 +62,7 @@ def test_what_takes_a_names_place_is_there():
 def test_a_moved_name_is_an_attribute_error_of_ours():
     assert issubclass(MovedNameError, (FxQuantError, AttributeError))
     assert not hasattr(fxquant, "prepare_qat")
-    with pytest.raises(MovedNameError, match=r"train in float, then prepare_fx and convert_fx"):
+    with pytest.raises(MovedNameError, match=r"prepare_qat_fx\(model\.train\(\), .* takes its place"):
         _ = fxquant.prepare_qat
 
 

@@ -22,11 +22,13 @@ from fxquant.graph import edit
 from fxquant.graph.convert.convert import rescue_reads
 from fxquant.graph.eager import plain_mirror
 from fxquant.graph.fuse import fuse
+from fxquant.graph.lower import lower
 from fxquant.graph.module import finish
 from fxquant.graph.record import Record, Site, record_of
 from fxquant.graph.trace.trace import trace
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.operators import OPERATORS
+from fxquant.rounding import disable_fake_quant
 
 Forms = Mapping[int, nn.Module]
 """The modules that replace sites, by the sites' numbers; sites without one stay as they are."""
@@ -113,7 +115,11 @@ def open_float(model: Any, record: Record) -> OpenModel:
         message = "a quantized one" if known is not None else type(model).__name__
         raise ModelStateError(f"expected the float model from which the quantized one was made, got {message}")
     if known is not None and known.stage == "prepared":
-        return open_in_place(edit.mirror(model), record)
+        twin = edit.mirror(model)
+        if known.is_trained:  # the float model that was trained
+            lower(twin, known)
+            twin.train(False).apply(disable_fake_quant)
+        return open_in_place(twin, record)
     if not record.is_traced:
         return open_in_place(plain_mirror(model, written=record.written), record)
     operators = record.operators or OPERATORS

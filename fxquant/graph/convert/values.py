@@ -43,9 +43,8 @@ def _correct_biases(module: fx.GraphModule, calls: Sequence[IntegerCall], floats
     nodes = {node.name: node for node in module.graph.nodes}
     means: dict[str, list[InputMean]] = {}
     for call in calls:
-        if call.form is Form.PRODUCT:
-            observer = module.get_submodule(mean_path(call.node))
-            assert isinstance(observer, InputMean)
+        observer = module._modules.get(mean_path(call.node))  # a trained model has none: its biases learned
+        if call.form is Form.PRODUCT and isinstance(observer, InputMean):
             means.setdefault(str(nodes[call.node].target), []).append(observer)
     for path, observers in means.items():
         product = module.get_submodule(path)

@@ -13,6 +13,7 @@ from fxquant.errors import QConfigError, warn
 from fxquant.graph.record import Record, Site, Skipped
 from fxquant.graph.trace.trace import Names
 from fxquant.graph.why import Why
+from fxquant.learned import refuse_learned
 from fxquant.qconfig_mapping import Entry, QConfigMapping, Setter, order_entry, type_name
 
 
@@ -20,9 +21,12 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
     """Warn of the mapping's entries that ask for a qconfig and quantize nothing; once, of a model with no site, and of
     static qconfigs for a model without a graph.
 
-    strict: raise QConfigError, which lists them, where candidates stay float that the mapping does not ask to.
+    strict: raise QConfigError, which lists them, where candidates stay float that the mapping does not ask to. Raises
+    QConfigError too for step sizes to be learned where nothing will train.
     """
     mapping, skipped = record.mapping, record.skipped
+    for site in () if record.is_trained else record.sites:
+        refuse_learned(site.path, site.kind, site.qconfig)
     if strict:
         _refuse_unasked(model, record)
         _refuse_floats(model, record)

@@ -19,6 +19,20 @@ from fxquant.qconfig_mapping import Entry, QConfigMapping, Rule, Setter, opt_out
 _PRECEDENCE = list(Setter)
 
 
+def as_mapping(mapping: QConfigMapping | Mapping[str, Any]) -> QConfigMapping:
+    """Return a mapping of the prepared model's own, or raise QConfigError for what is none."""
+    if isinstance(mapping, QConfigMapping):
+        return mapping.copy()
+    if isinstance(mapping, Mapping):
+        return QConfigMapping.from_dict(dict(mapping))
+    theirs = (
+        " (torch.ao's: import QConfigMapping from fxquant)" if type(mapping).__module__.startswith("torch.ao") else ""
+    )
+    raise QConfigError(
+        f"qconfig_mapping must be a QConfigMapping or its dict form, got {type(mapping).__name__}{theirs}"
+    )
+
+
 def check_mapping(mapping: QConfigMapping, known: Names, functions: Iterable[Any] = ()) -> None:
     """Raise MappingNameError for a name or pattern that matches nothing in the model; warn of a type not in it."""
     modules = {path for path in known.aliases if path}

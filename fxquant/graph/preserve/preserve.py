@@ -115,12 +115,14 @@ def with_reached(preserved: Preserved, root: nn.Module, whole: Iterable[str]) ->
 class Keep(NamedTuple):
     """What a trace must preserve. preserved: what the graph keeps beside forward. live: the attributes that it
     reads at each call; None: as many of those that may be set as do not steer forward. written: the parameters that
-    forward writes into, of which the graph gets copies.
+    forward writes into, of which the graph gets copies. recomputes: whether weights that are computed from others
+    (weight_norm, w * 2) are so at each call, as training needs, and not once, now.
     """
 
     preserved: Preserved = NOTHING_PRESERVED
     live: tuple[str, ...] | None = None
     written: frozenset[str] = frozenset()
+    recomputes: bool = False
 
 
 @dataclass

@@ -37,15 +37,23 @@ def check_kind(model: Any) -> None:
             raise ModelStateError(f"{name!r} is lazy and has no shape yet; run the model once on real input first")
 
 
-def check_model(model: Any) -> None:
-    """Raise ModelStateError unless `check_kind` passes, the model is in eval mode, and its class has its forward."""
+def check_model(model: Any, in_training: bool = False) -> None:
+    """Raise ModelStateError unless `check_kind` passes, the model is in eval mode, and its class has its forward.
+
+    in_training: whether it must be in training mode instead.
+    """
     check_kind(model)
     if "forward" in vars(model):
         raise ModelStateError(
             f"the forward of this {type(model).__name__} was replaced on the instance, where torch.fx does not see it; "
             "define it in a class"
         )
-    if model.training:
+    if in_training and not model.training:
+        raise ModelStateError(
+            f"{type(model).__name__} is in eval mode, and quantization-aware training begins in training mode; call "
+            "model.train() first (or prepare_fx, to quantize it without training)"
+        )
+    if model.training and not in_training:
         raise ModelStateError(f"{type(model).__name__} is in training mode; call model.eval() first")
 
 

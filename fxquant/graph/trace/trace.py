@@ -132,18 +132,18 @@ def trace(
     keep_whole: bool = False,
     keep: Keep = Keep(),  # noqa: B008
     folds: bool = True,
+    in_training: bool = False,
 ) -> Traced:
     """Return a model's graph over a mirror of its modules and tensors, whose hooks are left off meanwhile.
 
     constants: arguments that are fixed, and checked. untraced: submodules known not to trace. keep_whole: whether a
     submodule that turns out not to trace is called as it is, the innermost first, instead of an error. keep: what the
     graph keeps besides forward, and what forward writes into. folds: whether weights that are computed from constants
-    are computed now.
-
-    Raises ModelStateError for a model in training mode or with lazy parameters, TraceError if torch.fx cannot trace it.
+    are computed now. in_training: whether the model is in training mode, not eval mode. Raises
+    ModelStateError for a model in the other mode or with lazy parameters, TraceError if torch.fx fails.
     """
-    check_model(model)
-    hooked = frozenset(name for name, module in model.named_modules() if name and edit.has_hooks(module))
+    check_model(model, in_training)
+    hooked = _hooked(model)
     kept = dict(untraced or {})
     while True:
         tracer = functools.partial(Tracer, operators, hooked | kept.keys())  # inlining a module would lose its hooks
@@ -158,11 +158,15 @@ def trace(
     whole = sorted({str(node.target) for node in graph.find_nodes(op="call_module")})
     keep = keep._replace(preserved=with_reached(keep.preserved, root, whole))
     _finish(model, root, graph)
-    if folds:
+    if folds and not keep.recomputes:
         fold(root, graph, operators, hooked | kept.keys(), keep)
     module = fx.GraphModule(root, graph, type(model).__name__)
     carry(root, module, keep.preserved)
     return Traced(module, names_of(root), hooked, dict(constants or {}), kept, doubtful, keep, attributes)
+
+
+def _hooked(model: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, module in model.named_modules() if name and edit.has_hooks(module))
 
 
 def _finish(model: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
@@ -220,11 +224,12 @@ def _graph(
     one by an input's size, or if kept code may write into one.
     """
     failures = []
-    model, device, (preserved, _, written) = source
+    model, device, (preserved, _, written, recomputes) = source
     nodes_first = _keeps_buffers(model, preserved)
     for buffers_are_nodes in (nodes_first, not nodes_first):
         root, tracer = edit.mirror(model, device, hooks=False, written=written), make_tracer()
-        make_plain(root)
+        if not recomputes:
+            make_plain(root)
         give_class_values(root, preserved)
         states = replace(wanted, read={}, checked={}, baked={})
         tracer.proxy_buffer_attributes = buffers_are_nodes

@@ -36,6 +36,7 @@ def capture(
     operators: Sequence[Operator],
     inputs: Inputs,
     preserved: Preserved = NOTHING_PRESERVED,
+    recomputes: bool = False,
 ) -> Traced:
     """Return a model's graph, run once on the example inputs, so that every node's shapes and dtypes are recorded.
 
@@ -44,25 +45,23 @@ def capture(
     graph with submodules that do not trace called as they are. Never the last two together: such a model (GPT-2, with
     its cache and `generate`) keeps more of itself in its own class, module by module.
 
-    The graph has copies of the parameters that forward writes into, and shares all others with the model. Raises what
-    `trace` and `propagate` raise.
+    The graph has copies of the parameters that forward writes into, and shares all others with the model. recomputes:
+    as `Keep` has it. Raises what `trace` and `propagate` raise.
     """
 
     def run(written: frozenset[str]) -> Traced:
-        return _capture(model, operators, inputs, preserved, written)
+        return _capture(model, operators, inputs, Keep(preserved, None, written, recomputes))
 
     return without_writes(model, run)[0]
 
 
-def _capture(
-    model: nn.Module, operators: Sequence[Operator], inputs: Inputs, preserved: Preserved, written: frozenset[str]
-) -> Traced:
+def _capture(model: nn.Module, operators: Sequence[Operator], inputs: Inputs, keep: Keep) -> Traced:
     """Return the same, with copies of the parameters that are known to be written into."""
     constants = fixable(model, inputs)
     cause: Exception | None = None
     for fixed, keep_whole in (({}, False), (constants, False), ({}, True)) if constants else (({}, False), ({}, True)):
         try:
-            traced = _faithful(model, operators, inputs, fixed, keep_whole, preserved, written)
+            traced = _faithful(model, operators, inputs, fixed, keep_whole, keep)
         except (TraceError, ExampleInputsError) as error:
             cause = cause if keep_whole else error
             continue
@@ -79,17 +78,16 @@ def _faithful(
     inputs: Inputs,
     fixed: dict[str, Any],
     keep_whole: bool,
-    preserved: Preserved,
-    written: frozenset[str],
+    keep: Keep,
 ) -> Traced:
     """Return a graph that was run and gives the model's output, or raise TraceError or ExampleInputsError."""
     kept: dict[str, str] = {}
     live: tuple[str, ...] | None = None
     while True:
-        traced = trace(model, operators, None, fixed, kept, keep_whole, Keep(preserved, live, written))
+        traced = trace(model, operators, None, fixed, kept, keep_whole, keep._replace(live=live))
         try:
-            propagate(traced.module, inputs, written)
-            verify(model, traced.module, inputs, written)
+            propagate(traced.module, inputs, keep.written)
+            verify(model, traced.module, inputs, keep.written)
         except (TraceError, ExampleInputsError) as error:
             if live is None and traced.attributes.live:  # forward may have asked for the types of such attributes
                 live = ()

@@ -1,0 +1,148 @@
+"""The way back from quantization-aware training: a trained graph becomes what prepare_fx and calibration give.
+
+Each trained module becomes its float one again, chains are fused as they were decided, and what rounded values counts
+as their observers. So convert is the same for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxquant.fake_quantize import FakeQuantize
+from fxquant.graph import edit
+from fxquant.graph.constants import constant_of
+from fxquant.graph.fuse import folded
+from fxquant.graph.observe import make_weight_observer
+from fxquant.graph.record import Fusion, Record
+from fxquant.graph.teach import calls_of, flat_arguments, put_argument
+from fxquant.nn.fused import WITH_RELU, linear_relu
+from fxquant.nn.modes import ByMode
+from fxquant.nn.trained import Given, Trained, TrainedProduct, given
+from fxquant.rounding import FakeQuantizeTokens, FakeQuantizeWeight
+
+
+def lower(module: nn.Module, record: Record) -> list[Given]:
+    """Rewrite a trained model in place, which may share its tensors with another.
+
+    Returns the integers of the weights whose step sizes were learned.
+    """
+    if not isinstance(module, fx.GraphModule) or not record.is_traced:
+        return _lower_modules(module)
+    _fix_mode(module)
+    _restore_relus(module)
+    learned = _join(module, record.fusions)
+    learned += _lower_modules(module)
+    for site in record.sites:
+        rounding = None if site.observer is None else module.get_submodule(site.observer)
+        if isinstance(rounding, FakeQuantizeWeight):
+            tensor = edit.get_tensor(module, site.path)
+            (node,) = module.graph.find_nodes(op="call_module", target=site.observer)
+            if tensor is not None:
+                shown = constant_of(node.args[0])
+                learned += given(rounding, tensor.t() if shown is not None and shown.is_transposed else tensor)
+            edit.swap_module(module, str(site.observer), make_weight_observer(rounding.qconfig))
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), FakeQuantizeTokens):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.recompile()
+    return learned
+
+
+def _lower_modules(root: nn.Module) -> list[Given]:
+    """Replace the trained modules of a tree by their float forms, and return what is learned of them."""
+    learned: list[Given] = []
+    for part in list(root.modules()):
+        if isinstance(part, Trained):
+            result = part.to_float()
+            learned += part.learned(result)
+            _replace(root, part, result)
+    return learned
+
+
+def _fix_mode(module: fx.GraphModule) -> None:
+    """Put the constants of eval mode where arguments followed the mode."""
+    for node in list(module.graph.nodes):
+        called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, ByMode):
+            for user in list(node.users):
+                for place, leaf in enumerate(flat_arguments(user)):
+                    if leaf is node:
+                        put_argument(user, place, called.in_eval)
+            module.graph.erase_node(node)
+
+
+def _restore_relus(module: fx.GraphModule) -> None:
+    """Put the ReLUs back that what rounds values did."""
+    for node in list(module.graph.nodes):
+        rounding = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(rounding, FakeQuantize) and rounding.rectifies:
+            with module.graph.inserting_before(node):
+                relu = module.graph.create_node("call_function", F.relu, node.args, name=rounding.rectifies)
+            relu.meta.update(node.meta)
+            node.args, rounding.rectifies = (relu,), ""
+
+
+def _join(module: fx.GraphModule, fusions: Sequence[Fusion]) -> list[Given]:
+    """Fuse the chains again that were taken apart, and return what is learned of them."""
+    learned: list[Given] = []
+    for fusion in fusions:
+        path = fusion.chain[0]
+        calls = calls_of(module, path)
+        norm: Any = _norm_after(module, calls[0]) if calls else None
+        has_relu = len(fusion.chain) > 1 + (norm is not None)
+        for node in calls:
+            if norm is not None:
+                tensors = [read for read in node.args[1:] if isinstance(read, fx.Node)]
+                node.args = node.args[:1]  # without the BatchNorm's tensors
+                edit.erase_dead(module.graph, tensors)
+                _absorb(module, node)
+            if has_relu:
+                _absorb(module, node)
+            if node.op == "call_function":
+                node.target = linear_relu
+        if calls and calls[0].op == "call_module":
+            layer = module.get_submodule(path)
+            result = _joined(layer, norm, has_relu)
+            learned += layer.learned(result) if isinstance(layer, Trained) else []
+            _replace(module, layer, result)
+    return learned
+
+
+def _norm_after(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """Return the BatchNorm that reads what a fused chain's first node gives, if one does."""
+    follower = next(iter(node.users))
+    called = module.get_submodule(str(follower.target)) if follower.op == "call_module" else None
+    return called if isinstance(called, _BatchNorm) else None
+
+
+def _absorb(module: fx.GraphModule, node: fx.Node) -> None:
+    """Let a node do the one that reads it."""
+    (follower,) = node.users
+    follower.replace_all_uses_with(node)
+    module.graph.erase_node(follower)
+
+
+def _joined(layer: nn.Module, norm: Any, has_relu: bool) -> nn.Module:
+    """Return the float module of a chain."""
+    if isinstance(layer, TrainedProduct):
+        result = layer.to_float() if norm is None else layer.folded(norm)
+    else:
+        result = layer.to_float() if isinstance(layer, Trained) else layer
+        result = edit.mirror(result) if norm is None else folded(result, norm)
+    if has_relu:
+        result.__class__ = WITH_RELU[type(result)]
+    return result
+
+
+def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another one, wherever that stands."""
+    for parent in list(root.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new

@@ -1,0 +1,292 @@
+"""Float modules that round their weights, and what they take, as their quantized forms will: Linear and convolutions.
+
+They keep their type's attributes and parameters under the user's names. A BatchNorm after one stays a module of its
+own; its weight and running variance come in as arguments, since the weights are rounded as they will be folded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxquant.errors import QConfigError
+from fxquant.formats import Activation
+from fxquant.learned import LearnedWeight, make_weight_rounding
+from fxquant.nn.convolution import paddings
+from fxquant.nn.stored import turn
+from fxquant.numerics import QuantizedTensor
+from fxquant.qconfig import QConfig
+from fxquant.ranges import Learned
+from fxquant.rounding import FakeQuantizeTokens
+
+_LEAST_GAIN = 1e-18
+"""A smaller factor of a folded normalization counts as one of weight 1: its channel gives its bias alone anyway."""
+
+_SHALLOW = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+T = TypeVar("T", bound=nn.Module)
+
+
+def retyped(module: nn.Module, module_type: type[T]) -> T:
+    """Return a module of another type with the same attributes, parameters and buffers: the objects themselves."""
+    twin = object.__new__(module_type)
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.update({name: copy.copy(module.__dict__[name]) for name in _SHALLOW})
+    return twin
+
+
+Given = tuple[torch.Tensor, QConfig, QuantizedTensor]
+"""A weight, as it is quantized, its qconfig and its integers."""
+
+
+def given(rounding: nn.Module, weight: torch.Tensor) -> Iterator[Given]:
+    """Yield the integers of a weight if its step size was learned."""
+    if isinstance(rounding, LearnedWeight):
+        yield weight, rounding.qconfig, rounding.quantize(weight)
+
+
+class Trained(nn.Module):
+    """What the trained modules share. `from_float` makes them, and `to_float` gives the float module back."""
+
+    added: ClassVar[tuple[str, ...]] = ("weight_rounding", "input_rounding")  # the modules that add_rounding registers
+    float_type: type[nn.Module]
+    qconfig: QConfig
+
+    @classmethod
+    def from_float(cls: type[T], module: nn.Module, qconfig: QConfig) -> T:
+        """Return the trained form of a float module, whose parameters it has: the same objects."""
+        trained = retyped(module, cls)
+        trained.float_type, trained.qconfig = type(module), qconfig  # type: ignore[assignment]
+        trained.add_rounding()  # type: ignore[operator]
+        return trained
+
+    def add_rounding(self) -> None:
+        """Register what rounds."""
+        self.weight_rounding = make_weight_rounding(self.qconfig, self._turned(self.weight))
+        self.input_rounding = token_rounding(self.qconfig)
+
+    def _turned(self, weight: Any) -> Any:
+        """Return a weight as it is quantized, (O, ...)."""
+        return weight
+
+    def learned(self, module: Any) -> Iterator[Given]:
+        """Yield the integers of weights whose step sizes were learned, once for each. module: its float form."""
+        yield from given(self.weight_rounding, self._turned(module.weight))
+
+    def to_float(self) -> nn.Module:
+        """Return the float module, with the parameters that it has now."""
+        module = retyped(self, self.float_type)
+        for name in ("float_type", "qconfig", "norm_eps"):
+            vars(module).pop(name, None)
+        for name in self.added:
+            module._modules.pop(name, None)
+        return module
+
+
+def token_rounding(qconfig: QConfig | None) -> nn.Module:
+    """Return what rounds the tokens that meet a weight under a qconfig, None for a float one."""
+    activation = None if qconfig is None or qconfig.weight.format.activation is Activation.FLOAT else qconfig.activation
+    is_rounded = activation is not None and activation.dynamic and activation.is_integer
+    return FakeQuantizeTokens(activation) if is_rounded and activation is not None else nn.Identity()
+
+
+class TrainedProduct(Trained):
+    """What Linear and the convolutions share. norm_eps: of the BatchNorm after it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    norm_eps = 0.0
+    turned: tuple[int, int] | None = None
+
+    def _turned(self, weight: Any) -> Any:
+        return turn(weight, self.turned, self._turned_groups) if self.turned else weight
+
+    @property
+    def _turned_groups(self) -> int:
+        return int(vars(self).get("groups", 1)) if self.turned else 1
+
+    def add_rounding(self) -> None:
+        """Register what rounds."""
+        if self._turned_groups > 1 and isinstance(self.qconfig.weight.range, Learned):
+            raise QConfigError("the step sizes of a transposed convolution in groups cannot be learned")
+        super().add_rounding()
+
+    def rounded(self, gamma: torch.Tensor | None, variance: torch.Tensor | None) -> torch.Tensor:
+        """Return the rounded weight. gamma, variance: of the BatchNorm after it, (O,); None: there is none.
+
+        With one: W = Q(w g) / g with the factor g = γ / √(σ² + ε) of running statistics, as in Jacob et al. 2018. The
+        BatchNorm then uses its batch's statistics, which is the correction of Krishnamoorthi 2018, "Quantizing deep
+        convolutional networks for efficient inference", without a division of what the product gives. Where scales are
+        symmetric and one a channel, Q(w g) is g Q(w), so that training rounds w itself; eval folds, for the same bits
+        as the quantized model's integers.
+        """
+        weight = self._turned(self.weight)
+        if (
+            variance is None
+            or not self.weight_rounding.rounds
+            or (self.training and self.weight_rounding.is_scale_free)
+        ):
+            weight = self.weight_rounding(weight)
+        else:
+            gain, safe = _gain(gamma, variance.detach(), self.norm_eps)
+            gain = torch.where(gain.abs() < _LEAST_GAIN, safe, gain).view(-1, *[1] * (weight.dim() - 1))
+            weight = self.weight_rounding(weight * gain) / gain
+        rounded: torch.Tensor = self._turned(weight)
+        return rounded
+
+    def folded(self, norm: Any) -> nn.Module:
+        """Return the float module with a BatchNorm folded into it: the weights that `rounded` rounds in eval mode."""
+        module: Any = self.to_float()
+        weight = module.weight.detach()
+        gain, _ = _gain(norm.weight, norm.running_var, norm.eps)
+        shape = (-1, *[1] * (weight.dim() - 1))
+        bias = 0.0 if module.bias is None else module.bias.detach().double()
+        shift = 0.0 if norm.bias is None else norm.bias.detach().double()
+        folded_bias = (bias - norm.running_mean.double()) * gain.double() + shift
+        folded = self._turned(self._turned(weight) * gain.view(shape))
+        module.weight = nn.Parameter(folded, module.weight.requires_grad)
+        module.bias = nn.Parameter(folded_bias.to(weight.dtype), module.weight.requires_grad)
+        return module  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _gain(gamma: torch.Tensor | None, variance: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a normalization's factor γ / √(σ² + ε), and the same for γ = 1: (O,) in the variance's dtype."""
+    plain = (variance.double() + eps).rsqrt()
+    gain = plain if gamma is None else plain * gamma.detach().double()
+    return gain.to(variance.dtype), plain.to(variance.dtype)
+
+
+class TrainedLinear(TrainedProduct, nn.Linear):  # type: ignore[misc]
+    """A Linear in quantization-aware training."""
+
+    def forward(
+        self, input: torch.Tensor, gamma: torch.Tensor | None = None, variance: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the product of the rounded input and weight. gamma, variance: see `rounded`."""
+        return F.linear(self.input_rounding(input), self.rounded(gamma, variance), self.bias)
+
+
+class _TrainedConv(TrainedProduct):
+    def forward(
+        self, input: torch.Tensor, gamma: torch.Tensor | None = None, variance: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the convolution by the rounded weight. gamma, variance: see `rounded`."""
+        y: torch.Tensor = self._conv_forward(input, self.rounded(gamma, variance), self.bias)  # type: ignore[operator]
+        return y
+
+
+class TrainedConv1d(_TrainedConv, nn.Conv1d):
+    """A Conv1d in quantization-aware training."""
+
+
+class TrainedConv2d(_TrainedConv, nn.Conv2d):
+    """A Conv2d in quantization-aware training."""
+
+
+class TrainedConv3d(_TrainedConv, nn.Conv3d):
+    """A Conv3d in quantization-aware training."""
+
+
+class TrainedWindows(TrainedProduct):
+    """A Conv1d or Conv2d without groups whose windows are rounded one by one: a Linear of windows."""
+
+    def learned(self, module: Any) -> Iterator[Given]:
+        """Yield the integers of a weight whose step sizes were learned, in the order of a window."""
+        yield from given(self.weight_rounding, module.weight.transpose(1, -1))
+
+    def forward(
+        self, input: torch.Tensor, gamma: torch.Tensor | None = None, variance: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the convolution of the rounded windows. gamma, variance: see `rounded`."""
+        module: Any = self
+        if input.dim() < self.weight.dim():
+            return self.forward(input.unsqueeze(0), gamma, variance).squeeze(0)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(input, paddings(module), mode)
+        flat = [1] * (4 - x.dim())  # F.unfold takes images
+        sizes = [(*flat, *numbers) for numbers in (module.kernel_size, module.dilation, module.stride)]
+        kernel, dilation, stride = sizes
+        image = x if x.dim() == 4 else x.unsqueeze(2)
+        windows = F.unfold(image, kernel, dilation, 0, stride).transpose(1, 2)
+        y = F.linear(self.input_rounding(windows), self.rounded(gamma, variance).flatten(1), self.bias)
+        steps = zip(x.shape[2:], module.kernel_size, module.dilation, module.stride, strict=True)
+        shape = [(size - (kernel - 1) * dilation - 1) // stride + 1 for size, kernel, dilation, stride in steps]
+        return y.transpose(1, 2).reshape(*y.shape[::2], *shape)
+
+
+class TrainedWindows1d(TrainedWindows, nn.Conv1d):
+    """A dynamic Conv1d in quantization-aware training."""
+
+
+class TrainedWindows2d(TrainedWindows, nn.Conv2d):
+    """A dynamic Conv2d in quantization-aware training."""
+
+
+class TrainedConv1D(TrainedProduct):
+    """Hugging Face's Conv1D, a Linear whose weight is (I, O), in quantization-aware training."""
+
+    turned = (0, 1)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the product of the rounded input and weight."""
+        return F.linear(self.input_rounding(input), self.rounded(None, None).t(), self.bias)
+
+
+class _TrainedTransposed(TrainedProduct):
+    turned = (0, 1)
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        gamma: torch.Tensor | None = None,
+        variance: torch.Tensor | None = None,
+        output_size: list[int] | None = None,
+    ) -> torch.Tensor:
+        """Return the transposed convolution by the rounded weight. gamma, variance: see `rounded`."""
+        module: Any = self
+        rank = module.weight.dim() - 2
+        convolve: Any = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[rank]
+        sizes = (module.stride, module.padding, module.kernel_size, rank, module.dilation)
+        more = module.output_padding if output_size is None else module._output_padding(input, output_size, *sizes)
+        weight = self.rounded(gamma, variance)
+        y: torch.Tensor = convolve(
+            input, weight, self.bias, module.stride, module.padding, more, module.groups, module.dilation
+        )
+        return y
+
+
+class TrainedConvTranspose1d(_TrainedTransposed, nn.ConvTranspose1d):  # type: ignore[misc]
+    """A ConvTranspose1d in quantization-aware training."""
+
+
+class TrainedConvTranspose2d(_TrainedTransposed, nn.ConvTranspose2d):  # type: ignore[misc]
+    """A ConvTranspose2d in quantization-aware training."""
+
+
+class TrainedConvTranspose3d(_TrainedTransposed, nn.ConvTranspose3d):  # type: ignore[misc]
+    """A ConvTranspose3d in quantization-aware training."""
+
+
+_TRAINED: dict[type[nn.Module], type[TrainedProduct]] = {
+    nn.Linear: TrainedLinear,
+    nn.Conv1d: TrainedConv1d,
+    nn.Conv2d: TrainedConv2d,
+    nn.Conv3d: TrainedConv3d,
+    nn.ConvTranspose1d: TrainedConvTranspose1d,
+    nn.ConvTranspose2d: TrainedConvTranspose2d,
+    nn.ConvTranspose3d: TrainedConvTranspose3d,
+}
+_OF_WINDOWS: dict[type[nn.Module], type[TrainedProduct]] = {nn.Conv1d: TrainedWindows1d, nn.Conv2d: TrainedWindows2d}
+
+
+def train_product(module: nn.Module, qconfig: QConfig) -> TrainedProduct:
+    """Return the trained form of a Linear or a convolution."""
+    known = _TRAINED if qconfig.is_static or isinstance(module, nn.Linear) else _OF_WINDOWS
+    trained_type = next(known[base] for base in type(module).__mro__ if base in known)
+    return trained_type.from_float(module, qconfig)

@@ -1,0 +1,168 @@
+"""Learned step sizes: their gradients, and that the converted model has them."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxquant
+from fxquant import QConfig, QConfigError, QConfigMapping, convert_fx, default_qat_qconfig, prepare_fx, prepare_qat_fx
+from fxquant.learned import LearnedFakeQuantize, LearnedWeight
+from fxquant.ranges import Learned
+from fxquant.straight_through import learned_value, learned_weight
+from tests.samples import sqnr
+
+
+def learning(qconfig, weight=True, activation=True):
+    """Return a qconfig of which training learns the step sizes."""
+    parts = {}
+    if weight:
+        parts["weight"] = dataclasses.replace(qconfig.weight, range=Learned())
+    if activation and qconfig.is_static:
+        parts["activation"] = dataclasses.replace(qconfig.activation, range=Learned())
+    return dataclasses.replace(qconfig, **parts)
+
+
+def written_out(x, scale, low, high):
+    """LSQ as its paper writes it, by autograd alone: v = x / s clipped, rounded straight through, times s."""
+    v = (x / scale).clamp(low, high)
+    return (v + (v.round() - v).detach()) * scale
+
+
+def test_the_gradients_of_a_value_are_the_papers():
+    torch.manual_seed(0)
+    ours, theirs = ((torch.randn(4, 50).requires_grad_(), torch.tensor(0.021).requires_grad_()) for _ in range(2))
+    with torch.no_grad():
+        theirs[0].copy_(ours[0])
+    zero, weights = torch.tensor(100, dtype=torch.int32), torch.randn(4, 50)
+    (learned_value(*ours, zero, 255) * weights).sum().backward()
+    (written_out(*theirs, -100, 155) * weights).sum().backward()
+    assert torch.allclose(ours[0].grad, theirs[0].grad, atol=1e-6)
+    assert torch.allclose(ours[1].grad, theirs[1].grad / (50 * 255) ** 0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("qconfig", [fxquant.default_dynamic_qconfig, fxquant.per_tensor_dynamic_qconfig])
+def test_the_gradients_of_a_weight_are_the_papers(qconfig):
+    torch.manual_seed(0)
+    spec, weight = qconfig.weight, torch.randn(3, 40).requires_grad_()
+    scale = torch.full((3 if spec.axis == "channel" else 1,), 0.015).requires_grad_()
+    (learned_weight(weight, scale, spec) ** 3).sum().backward()
+    twin, steps = weight.detach().clone().requires_grad_(), scale.detach().clone().requires_grad_()
+    (written_out(twin, steps.unsqueeze(1), spec.qmin, spec.qmax) ** 3).sum().backward()
+    assert torch.allclose(weight.grad, twin.grad, rtol=1e-4)
+    count = 40 if spec.axis == "channel" else 120
+    assert torch.allclose(scale.grad, steps.grad / (count * spec.qmax) ** 0.5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int3", "int16"])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(70, 5), nn.LSTM(70, 5), nn.GRUCell(70, 5), nn.MultiheadAttention(70, 2)], ids=str
+)
+def test_what_is_learned_is_converted(name, layer):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+
+    x, mapping = torch.randn(6, 70), QConfigMapping().set_global(learning(fxquant.qconfig.BEST[name]))
+    prepared = prepare_qat_fx(Net().train(), mapping, (x,))
+    scales = [p for n, p in prepared.named_parameters() if n.endswith("scale")]
+    before = [scale.detach().clone() for scale in scales]
+    optimizer = torch.optim.SGD(prepared.parameters(), 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        first(prepared(x)).square().sum().backward()
+        optimizer.step()
+    assert scales
+    assert not all(map(torch.equal, before, scales))
+    prepared.eval()
+    with torch.no_grad():
+        assert sqnr(first(prepared(x)), first(convert_fx(prepared)(x))) > 45
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.up, self.fc = nn.ConvTranspose2d(4, 4, 2, 2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.up(F.relu(self.norm(self.conv(x)))).mean((2, 3)))
+
+
+def trained(qconfig):
+    torch.manual_seed(0)
+    prepared = prepare_qat_fx(Net().train(), QConfigMapping().set_global(qconfig), (torch.randn(2, 1, 6, 6),))
+    optimizer = torch.optim.SGD(prepared.parameters(), 0.01)
+    for _ in range(4):
+        optimizer.zero_grad()
+        prepared(torch.randn(8, 1, 6, 6)).square().sum().backward()
+        optimizer.step()
+    return prepared
+
+
+@pytest.mark.parametrize("qmax", [3, 255])
+def test_a_static_network_learns_its_steps(qmax):
+    activation = dataclasses.replace(default_qat_qconfig.activation, qmax=qmax)
+    prepared = trained(learning(dataclasses.replace(default_qat_qconfig, activation=activation))).eval()
+    steps = [m for m in prepared.modules() if isinstance(m, LearnedFakeQuantize)]
+    assert len(steps) == 4
+    assert sum(isinstance(m, LearnedWeight) for m in prepared.modules()) == 3
+    assert all(m.scale.grad is not None and m.scale.grad != 0 for m in steps)
+    x = torch.randn(8, 1, 6, 6)
+    quantized = convert_fx(prepared)
+    with torch.no_grad():
+        assert sqnr(prepared(x), quantized(x)) > 30
+    assert torch.equal(quantized.x_scale, prepared.x_observer.scale)
+
+
+def test_a_checkpoint_holds_what_was_learned():
+    one, other = trained(learning(default_qat_qconfig)), trained(learning(default_qat_qconfig))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(2, 1, 6, 6)
+    assert torch.equal(one.eval()(x), other.eval()(x))
+
+
+def test_without_training_there_is_nothing_to_learn():
+    mapping = QConfigMapping().set_global(learning(default_qat_qconfig))
+    with pytest.raises(QConfigError, match=r"'conv' .* range=Learned\(\): use prepare_qat_fx"):
+        prepare_fx(Net().eval(), mapping, (torch.randn(2, 1, 6, 6),))
+    with pytest.raises(QConfigError, match="use prepare_qat_fx"):
+        fxquant.quantize_dynamic(
+            nn.Sequential(nn.Linear(2, 2)).eval(), {nn.Linear: learning(fxquant.default_dynamic_qconfig)}
+        )
+
+
+def test_what_cannot_be_learned_is_refused():
+    with pytest.raises(QConfigError, match="symmetric integers"):
+        learning(fxquant.float_qparams_weight_only_qconfig)
+    with pytest.raises(QConfigError, match="symmetric integers"):
+        learning(fxquant.float16_dynamic_qconfig)
+    rows = learning(QConfig(activation=None, weight=fxquant.default_dynamic_qconfig.weight))
+    with pytest.raises(QConfigError, match="a table has a range for each row"):
+        prepare_qat_fx(
+            nn.Sequential(nn.Embedding(5, 4)).train(),
+            QConfigMapping().set_global(rows),
+            (torch.zeros(1, dtype=torch.long),),
+        )
+
+
+def test_a_value_begins_with_its_first_batch():
+    module = LearnedFakeQuantize(learning(default_qat_qconfig).activation, "'x'")
+    module(torch.tensor([-1.0, 1.55]))
+    assert module.scale.item() == pytest.approx(0.01)
+    assert module.zero_point == 100
+    module(torch.tensor([-5.0, 5.0]))
+    assert module.scale.item() == pytest.approx(0.01)

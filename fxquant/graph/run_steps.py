@@ -44,9 +44,23 @@ class Step(NamedTuple):
     high: float | None = None
 
 
-def knows(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether the library can do what a node does."""
-    return _step_of(module, node) is not None
+def known_nodes(module: fx.GraphModule) -> set[fx.Node]:
+    """Return the nodes that the library can do: those that move values only where these are integers."""
+    integers: set[fx.Node] = set()
+    known = set()
+    for node in module.graph.nodes:
+        step = _step_of(module, node) if node.op.startswith("call_") else None
+        moves = step is None or step.op in _MOVING
+        are_integers = any(part in integers for part in node.all_input_nodes)
+        if step is not None and (are_integers or not moves):
+            known.add(node)
+        if are_integers if step is None or moves else _gives_integers(step):
+            integers.add(node)
+    return known
+
+
+def _gives_integers(step: Step) -> bool:
+    return step.op is not Op.DEQUANTIZE and (step.op is not Op.CONVOLVE or step.places[5] is not None)
 
 
 def plan(
@@ -256,6 +270,7 @@ def _pass(_: fx.GraphModule, node: fx.Node, module: Any) -> Step | None:
 
 
 _SPACE, _MOST_JOINED = 3, 16
+_MOVING = (Op.PASS, Op.FLATTEN, Op.JOIN)
 _SPATIAL = ([2], [2, 3], [2, 3, 4], [-1], [-2, -1], [-3, -2, -1])
 _FUNCTIONS: dict[Any, Callable[[fx.GraphModule, fx.Node], Step | None]] = {
     ops.quantize: _single(Op.QUANTIZE),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.graph.run_steps import knows, plan
+from fxquant.graph.run_steps import known_nodes, plan
 from fxquant.ops import library
 
 _LEAST_NODES, _MOST_NODES = 2, 400
@@ -79,14 +79,15 @@ def _forward(module: fx.GraphModule) -> Callable[..., Any] | None:
 
 def _find(module: fx.GraphModule) -> list[list[fx.Node]]:
     """Return the longest sequences of nodes that the library knows."""
+    known = known_nodes(module)
     found: list[list[fx.Node]] = [[]]
     for node in module.graph.nodes:
         if node.op == "get_attr" or node.op == "placeholder":
             continue
-        if knows(module, node) and len(found[-1]) < _MOST_NODES:
+        if node in known and len(found[-1]) < _MOST_NODES:
             found[-1].append(node)
         elif found[-1]:
-            found.append([node] if knows(module, node) else [])
+            found.append([node] if node in known else [])
     return [nodes for nodes in found if len(nodes) >= _LEAST_NODES]
 
 

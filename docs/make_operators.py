@@ -42,6 +42,7 @@ _DOES = {
     Form.KEEPS: "integers pass as they are, under the same scale",
     Form.PADS: "padded with the zero point, or with values that are there",
     Form.POOLS: "the largest integer, under the same scale",
+    Form.RESIZES: "repeated, under the same scale; linear and bilinear: weighted sums of integers, rounded once",
     Form.LOOKS_UP: "a table of 256 integers; a ReLU or other clamp after a layer or an addition is part of that",
     Form.ADDS: "two values: rounded once, after a layer as part of that; a value and a number: a table of 256 integers",
     Form.MULTIPLIES: "two values: rounded once; a value and a number: a table of 256 integers",

@@ -279,6 +279,32 @@ def test_a_loss_that_became_nan_names_the_first_value():
         prepared(batch(0))
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_calls_with_weights_of_their_own_train(learns):
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.randn(4, 1, 3, 3) / 3), nn.Parameter(torch.rand(4, 3))
+            self.bias, self.norm = nn.Parameter(torch.zeros(4)), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = F.relu(self.norm(F.conv2d(x, self.first, self.bias, padding=1)))
+            return F.relu(F.linear(x.mean((2, 3)), self.second.t()))
+
+    qconfig = default_qat_qconfig
+    if learns:
+        weight = dataclasses.replace(qconfig.weight, range=fxquant.ranges.Learned())
+        qconfig = dataclasses.replace(qconfig, weight=weight)
+    prepared = prepare(Calls().train(), QConfigMapping().set_global(qconfig))
+    prepared(batch(0)).square().mean().backward()
+    assert all(parameter.grad.any() for name, parameter in prepared.named_parameters() if name != "bias")  # normed away
+    torch.optim.SGD(prepared.parameters(), 0.01).step()
+    prepared(batch(1))
+    quantized = convert_fx(prepared.eval())
+    assert [site.operator for site in quantized.record.sites] == ["static convolution", "static linear"]
+    assert sqnr(prepared(batch(2)), quantized(batch(2))) > 30
+
+
 def test_a_shared_module_trains_and_converts():
     class Shared(nn.Module):
         def __init__(self):

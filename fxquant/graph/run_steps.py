@@ -45,8 +45,21 @@ class Step(NamedTuple):
 
 
 def knows(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether the library can do what a node does."""
-    return _step_of(module, node) is not None
+    """Return whether the library can do what a node does: it moves integers only."""
+    step = _step_of(module, node)
+    return step is not None and (step.op not in _MOVES or all(_gives_integers(module, part) for part in step.inputs))
+
+
+_MOVES = (Op.FLATTEN, Op.JOIN, Op.PASS)
+
+
+def _gives_integers(module: fx.GraphModule, node: fx.Node) -> bool:
+    step = _step_of(module, node)
+    if step is None or step.op is Op.DEQUANTIZE:
+        return False
+    if step.op in _MOVES:
+        return all(_gives_integers(module, part) for part in step.inputs)
+    return step.op is not Op.CONVOLVE or step.places[_OUTPUT_SCALE] is not None
 
 
 def plan(
@@ -121,6 +134,8 @@ class _Plan:
             self._guards[id(owner._modules), name] = owner._modules, name, owner._modules[name]
             owner = owner.get_submodule(name)
         self._guards[id(owner), "forward"] = vars(owner), "forward", None
+        if type(owner) in _PASSES:
+            self._guards[id(owner), "training"] = vars(owner), "training", False
         hooks = (owner._forward_hooks, owner._forward_pre_hooks, *_GLOBAL_HOOKS)
         self._guards.update({(id(each), None): (each, None, None) for each in hooks})
 
@@ -255,7 +270,9 @@ def _pass(_: fx.GraphModule, node: fx.Node, module: Any) -> Step | None:
     return Step(Op.PASS, (node.args[0],)) if is_node and not module.training else None  # type: ignore[arg-type]
 
 
+_PASSES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 _SPACE, _MOST_JOINED = 3, 16
+_OUTPUT_SCALE = 5  # of a product's places
 _SPATIAL = ([2], [2, 3], [2, 3, 4], [-1], [-2, -1], [-3, -2, -1])
 _FUNCTIONS: dict[Any, Callable[[fx.GraphModule, fx.Node], Step | None]] = {
     ops.quantize: _single(Op.QUANTIZE),
@@ -270,5 +287,5 @@ _FUNCTIONS: dict[Any, Callable[[fx.GraphModule, fx.Node], Step | None]] = {
 _MODULES: dict[type, Callable[[fx.GraphModule, fx.Node, Any], Step | None]] = {
     **dict.fromkeys((StaticQuantizedConv, StaticQuantizedLinear), _product),
     nn.Flatten: _flatten,
-    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d), _pass),
+    **dict.fromkeys(_PASSES, _pass),
 }

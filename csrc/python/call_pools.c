@@ -27,6 +27,11 @@ int64_t pooled_size(const struct fxq_pool *c, int i, bool rounds_up) {
     return size;
 }
 
+/* Whether 32 bits hold the sum of a window. */
+bool sums_fit(const struct fxq_pool *c) {
+    return !c->is_average || c->kernel[0] * c->kernel[1] * c->kernel[2] <= INT32_MAX / 255;
+}
+
 /* kernel, stride, padding */
 static bool read_windows(PyObject *const *args, int rank, struct fxq_pool *call) {
     if (!read_integers(args[0], rank, call->kernel) || !read_integers(args[1], rank, call->stride) ||
@@ -44,7 +49,8 @@ static PyObject *run_pool(PyObject *asks, struct tensor *x, bool says, bool roun
     struct tensor made;
     for (int i = 0; i < FXQ_SPACE; i++) call->out[i] = pooled_size(call, i, rounds_up);
     for (int i = 2; i < x->dimensions; i++) x->shape[i] = call->out[FXQ_SPACE - x->dimensions + i];
-    if (call->out[0] < 1 || call->out[1] < 1 || call->out[2] < 1 || PyErr_Occurred()) return nothing();
+    if (call->out[0] < 1 || call->out[1] < 1 || call->out[2] < 1 || !sums_fit(call) || PyErr_Occurred())
+        return nothing();
     PyObject *output = new_output(asks, x->shape, x->dimensions, says, false, &made);
     if (output == NULL) return nothing();
     call->y = made.data;
@@ -128,6 +134,7 @@ PyObject *mean_value(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     }
     for (int i = 0; i < FXQ_SPACE; i++) call.kernel[i] = call.stride[i] = call.in[i];
     if (args[7] == Py_True) return run_pool(args[0], &x, says, false, &call);
+    if (!sums_fit(&call)) return nothing();
     const int64_t strides[2] = {x.shape[1], 1};
     PyObject *output = PyErr_Occurred() ? NULL : new_strided(x.shape, strides, 2, UINT8, &made);
     if (output == NULL) return NULL;

@@ -9,15 +9,6 @@ static const char *const capsule_name = "fxquant.plan";
 
 static void free_plan(struct plan *plan) {
     if (plan == NULL) return;
-    for (int i = 0; plan->places && i < plan->place_count; i++) {
-        Py_XDECREF(plan->places[i].dict);
-        Py_XDECREF(plan->places[i].key);
-    }
-    for (int i = 0; plan->guards && i < plan->guard_count; i++) {
-        Py_XDECREF(plan->guards[i].dict);
-        Py_XDECREF(plan->guards[i].key);
-        Py_XDECREF(plan->guards[i].expected);
-    }
     free(plan->places);
     free(plan->guards);
     free(plan->steps);
@@ -67,17 +58,11 @@ static bool read_places(PyObject *tuple, struct plan *plan) {
         PyObject *pair = PyTuple_GetItem(tuple, i);
         if (!PyTuple_Check(pair) || PyTuple_Size(pair) != 2 || !PyDict_Check(PyTuple_GetItem(pair, 0))) return false;
         plan->places[i] = (struct place){PyTuple_GetItem(pair, 0), PyTuple_GetItem(pair, 1)};
-        Py_INCREF(plan->places[i].dict);
-        Py_INCREF(plan->places[i].key);
     }
     return true;
 }
 
-static PyObject *or_null(PyObject *object) {
-    if (object == Py_None) return NULL;
-    Py_INCREF(object);
-    return object;
-}
+static PyObject *or_null(PyObject *object) { return object == Py_None ? NULL : object; }
 
 static bool read_guards(PyObject *tuple, struct plan *plan) {
     for (int i = 0; i < plan->guard_count; i++) {
@@ -99,7 +84,8 @@ static bool all_hold(const struct plan *plan) {
 }
 
 /* plan_run(places ((dict, key), ...), guards ((dict, key, expected), ...), the number of values, inputs, outputs,
- * steps): a capsule for run() */
+ * steps): for run(). A capsule, which owns no references, since Python's garbage collector cannot see into it, and the
+ * two tuples, which own what it refers to: a model that a hook of its own refers to is still collected. */
 PyObject *plan_run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     if (count != 6 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[1]) || !PyTuple_Check(args[5])) return nothing();
@@ -122,8 +108,13 @@ PyObject *plan_run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         fits = read_step(PyTuple_GetItem(args[5], i), plan, &plan->steps[i], &plan->templates[i]);
     }
     PyObject *capsule = fits ? PyCapsule_New(plan, capsule_name, release) : NULL;
-    if (capsule == NULL) free_plan(plan);
-    return capsule ? capsule : nothing();
+    if (capsule == NULL) {
+        free_plan(plan);
+        return nothing();
+    }
+    PyObject *made = PyTuple_Pack(3, capsule, args[0], args[1]);
+    Py_DECREF(capsule);
+    return made;
 }
 
 /* The memory of a call: made together. */
@@ -221,7 +212,8 @@ static int run_all(const struct plan *plan, const struct memory *m, void *const 
 /* run(asks, plan, input, ...): a tuple of the outputs */
 PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    const struct plan *plan = count > 1 ? PyCapsule_GetPointer(args[1], capsule_name) : NULL;
+    PyObject *capsule = count > 1 && PyTuple_Check(args[1]) ? PyTuple_GetItem(args[1], 0) : NULL;
+    const struct plan *plan = capsule ? PyCapsule_GetPointer(capsule, capsule_name) : NULL;
     struct memory m;
     void *data[FXQ_STEP_INPUTS];
     if (plan == NULL || count != 2 + plan->input_count) return nothing();

@@ -141,7 +141,7 @@ static bool prepare_pool(const struct template *t, const struct tensor *tensors,
         if (at >= 0) y->shape[2 + at] = c->out[i];
     }
     if (t->integers[17]) y->dimensions = 2;
-    return true;
+    return sums_fit(c);
 }
 
 static bool prepare_flat(struct fxq_step *s, struct fxq_value *values) {

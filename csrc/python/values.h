@@ -13,6 +13,8 @@ void set_strides(const int64_t *shape, int dimensions, bool by_pixels, int64_t *
 PyObject *new_output(PyObject *asks, const int64_t *shape, int dimensions, bool says, bool is_float,
                      struct tensor *made);
 
-int64_t pooled_size(const struct fxq_pool *c, int i, bool rounds_up); /* call_pools.c */
+/* call_pools.c */
+int64_t pooled_size(const struct fxq_pool *c, int i, bool rounds_up);
+bool sums_fit(const struct fxq_pool *c);
 
 #endif

@@ -60,7 +60,7 @@ def known_nodes(module: fx.GraphModule) -> set[fx.Node]:
 
 
 def _gives_integers(step: Step) -> bool:
-    return step.op is not Op.DEQUANTIZE and (step.op is not Op.CONVOLVE or step.places[5] is not None)
+    return step.op is not Op.DEQUANTIZE and (step.op is not Op.CONVOLVE or step.places[_OUTPUT_SCALE] is not None)
 
 
 def plan(
@@ -135,6 +135,8 @@ class _Plan:
             self._guards[id(owner._modules), name] = owner._modules, name, owner._modules[name]
             owner = owner.get_submodule(name)
         self._guards[id(owner), "forward"] = vars(owner), "forward", None
+        if type(owner) in _PASSES:
+            self._guards[id(owner), "training"] = vars(owner), "training", False
         hooks = (owner._forward_hooks, owner._forward_pre_hooks, *_GLOBAL_HOOKS)
         self._guards.update({(id(each), None): (each, None, None) for each in hooks})
 
@@ -269,7 +271,9 @@ def _pass(_: fx.GraphModule, node: fx.Node, module: Any) -> Step | None:
     return Step(Op.PASS, (node.args[0],)) if is_node and not module.training else None  # type: ignore[arg-type]
 
 
+_PASSES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 _SPACE, _MOST_JOINED = 3, 16
+_OUTPUT_SCALE = 5  # of a product's places
 _MOVING = (Op.PASS, Op.FLATTEN, Op.JOIN)
 _SPATIAL = ([2], [2, 3], [2, 3, 4], [-1], [-2, -1], [-3, -2, -1])
 _FUNCTIONS: dict[Any, Callable[[fx.GraphModule, fx.Node], Step | None]] = {
@@ -285,5 +289,5 @@ _FUNCTIONS: dict[Any, Callable[[fx.GraphModule, fx.Node], Step | None]] = {
 _MODULES: dict[type, Callable[[fx.GraphModule, fx.Node, Any], Step | None]] = {
     **dict.fromkeys((StaticQuantizedConv, StaticQuantizedLinear), _product),
     nn.Flatten: _flatten,
-    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d), _pass),
+    **dict.fromkeys(_PASSES, _pass),
 }

@@ -111,12 +111,13 @@ def _run_adaptive(a: Any, x: torch.Tensor) -> torch.Tensor:
 def _run_max_pool(a: Any) -> torch.Tensor:
     options: list[Any] = [list(part) for part in (a.kernel, a.stride, a.padding, a.dilation)]
     pool: Any = F.max_pool3d if len(a.kernel) == 3 else F.max_pool2d
+    x: torch.Tensor = a.x.contiguous()  # torch refuses more than 255 pixels of uint8 in channels_last
     y: torch.Tensor
     if len(a.kernel) == 1:  # torch has none of rank 1 for uint8
         wide = [[neutral, *part] for neutral, part in zip((1, 1, 0, 1), options, strict=True)]
-        y = pool(a.x.unsqueeze(-2), *wide, ceil_mode=a.ceil_mode).squeeze(-2)
+        y = pool(x.unsqueeze(-2), *wide, ceil_mode=a.ceil_mode).squeeze(-2)
     else:
-        y = pool(a.x, *options, ceil_mode=a.ceil_mode)
+        y = pool(x, *options, ceil_mode=a.ceil_mode)
     return y.contiguous(memory_format=layout(a.x))
 
 

@@ -16,7 +16,7 @@ import torch
 
 from fxquant.formats import FORMATS, Format
 from fxquant.ops import library
-from tests.native import native
+from tests.native import native, static_cases
 from tests.ops import reference
 
 LIBRARY = library._library
@@ -354,6 +354,7 @@ CASES = {
     "rnn_mixed": rnn_mixed_case,
     "embedding": embedding_case,
     "embedding_bag": embedding_bag_case,
+    **static_cases.CASES,
 }
 
 
@@ -361,6 +362,8 @@ def is_right(operator: str, args: tuple[Any, ...], got: torch.Tensor, expected: 
     """Equal to the bit, but for the bags, whose sums torch orders as it likes: those to float rounding."""
     if operator == "linear_float16":  # torch's sums may begin with a product of -0, ours with 0
         return same_bits(got + 0.0, expected + 0.0)
+    if operator in static_cases.CASES:
+        return same_bits(got, expected) and static_cases.same_places(got, expected)
     if operator != "embedding_bag":
         return same_bits(got, expected)
     # of a row's values; a bag has at most 35 of them

@@ -23,3 +23,8 @@ def _native(name):
 linear, lstm, rnn = map(_native, ("linear", "lstm", "rnn"))
 embedding, embedding_bag = map(_native, ("embedding", "embedding_bag"))
 matmul, attention = map(_native, ("matmul", "attention"))
+static_convolution, static_linear = map(_native, ("static_convolution", "static_linear"))
+quantize, dequantize, lookup = map(_native, ("quantize", "dequantize", "lookup"))
+add_values, mul_values = map(_native, ("add_values", "mul_values"))
+max_pool_value, pool_value = map(_native, ("max_pool_value", "pool_value"))
+adaptive_pool_value, mean_value = map(_native, ("adaptive_pool_value", "mean_value"))

@@ -223,7 +223,9 @@ def test_the_package_has_measurements_of_operators_in_the_table_for_each_kind_of
     assert speed_table().isa in ISAS
     for table in measured_tables():
         assert f"where fxquant runs on {table.isa} kernels, 1 thread" in table.source
-        assert {"int8", "int4", "int16", "float16", "uint8", "uint4"} == {dtype for _, dtype in table.speeds}
+        dtypes = {"int8", "int4", "int16", "float16", "uint8", "uint4"}
+        dtypes |= {"int3"} if table.isa != "amx" else set()  # AMX was measured before there were 3 bits
+        assert {dtype for _, dtype in table.speeds} == dtypes
         for (operator, dtype), speeds in table.speeds.items():
             assert any(scheme.accepts(BEST[dtype]) for scheme in rows[operator].schemes)
             shapes = {(speed.tokens, speed.size) for speed in speeds}

@@ -44,6 +44,18 @@ def test_nan_gives_nan_in_its_row_and_nowhere_else(linear):
     assert torch.equal(y[[0, 2]], clean[[0, 2]])
 
 
+@pytest.mark.parametrize("columns", [1, 2, 7, 8, 9, 15, 16, 31, 32, 33, 39, 40, 70])
+def test_a_token_of_any_width_is_measured_whole(isa, columns):
+    """A NaN or a largest value is seen wherever it stands: row i has it in column i."""
+    weight, scale = torch.ones(3, columns, dtype=torch.int8), torch.ones(3)
+    for value in (math.nan, 100.0, -100.0):
+        x = torch.rand(columns, columns) - 0.5
+        x.fill_diagonal_(value)
+        expected = reference.linear(x, weight, scale, None)
+        with kernels(isa, 1):
+            assert torch.equal(native.linear(x, weight, scale, None).nan_to_num(1e9), expected.nan_to_num(1e9)), value
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_infinity_is_the_greatest_float_and_the_others_are_zero(linear, sign):
     y = linear(row(sign * math.inf), WEIGHT, SCALE, BIAS)

@@ -2,8 +2,8 @@
  * compiler: so that it is the same arithmetic everywhere.
  *
  * Expects: FXQ_VALUE, the type of a packed activation: uint8_t (q) or int16_t (q - zero_point); before it measure and
- * quantize_values, if FXQ_OWN_QUANTIZATION says that the includer has its own; and in the same file one of each
- * tables-inl.h and unpack-inl.h.
+ * quantize_values, if FXQ_OWN_QUANTIZATION says that the includer has its own (FXQ_OWN_MEASURE: measure alone); and in
+ * the same file one of each tables-inl.h and unpack-inl.h.
  *
  * The order of a comparison's operands matters: a < b ? b : a keeps a where a is NaN. */
 #include <string.h>
@@ -27,7 +27,7 @@ FXQ_INLINE float bits_float(uint32_t bits) {
     return x;
 }
 
-#ifndef FXQ_OWN_QUANTIZATION /* the includer has these two in its own instructions */
+#if !defined(FXQ_OWN_QUANTIZATION) && !defined(FXQ_OWN_MEASURE)
 static void measure(const float *x, int64_t count, struct fxq_range *range) {
     enum { LANES = 32 };
     float low[LANES], high[LANES];
@@ -60,7 +60,9 @@ static void measure(const float *x, int64_t count, struct fxq_range *range) {
     }
     *range = (struct fxq_range){low[0], high[0], range->is_nan || nan[0]};
 }
+#endif
 
+#ifndef FXQ_OWN_QUANTIZATION
 /* q = clamp(round(x * inverse) + zero_point, 0, qmax), NaN -> 0. The clamp comes first: its ends are whole numbers, so
  * nothing changes but that infinities are gone before the conversion to an integer. The rounded number is the low bits
  * of the sum with ROUND. */

@@ -10,6 +10,7 @@ FXQ_TARGET_BEGIN("avx2,fma,f16c")
 #define FXQ_VALUE int16_t
 #define PANEL_TOKENS 4
 #include "kernels/x86/unpack-inl.h"
+#include "kernels/x86/ymm_measure-inl.h"
 #include "kernels/generic/row_major-inl.h"
 #include "kernels/x86/ymm_epilogue-inl.h"
 #include "kernels/x86/ymm-inl.h"

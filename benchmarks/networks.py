@@ -81,7 +81,7 @@ def _mobilenet_v2() -> nn.Sequential:
 
 
 def _ds_cnn() -> nn.Sequential:
-    """Return the small network for spoken keywords (Zhang et al. 2017), in MLPerf Tiny's shape."""
+    """Return the small network for spoken keywords (Zhang et al. 2017), with MLPerf Tiny's layers."""
     separable = [layer for _ in range(4) for layer in (conv(64, 64, 3, 1, 64), conv(64, 64, 1))]
     return _classifier(64, 12, conv(1, 64, (10, 4), 2), *separable)
 

@@ -4,10 +4,11 @@
         [--threads 1] [--rounds 5] [--seconds 0.5] [--json out.json]
 
 A network is NAME:BATCH. Inputs are channels_last, as is float's model, for torch and torch.ao; ONNX Runtime has its
-own layout. Everybody's activations are uint8 and weights int8 a channel, with ranges from the same inputs. All sides
-run in one process and take turns: in each round every side is called for a while, and the median call counts. Ratios
-are those of a round. Sides whose packages are missing are left out, with a message. FXQUANT_ISA restricts fxquant
-alone; with FXQUANT_RUNS=0 it goes from node to node in Python.
+own layout. Everybody's activations are uint8 and weights int8 a channel, with ranges from the same inputs. Each side
+has a process of its own, since idle threads of one may spin on the cores of another, and the processes take turns: in
+each round every side is called for a while, and the median call counts. Ratios are those of a round. Sides whose
+packages are missing are left out, with a message. FXQUANT_ISA restricts fxquant alone; with FXQUANT_RUNS=0 it goes
+from node to node in Python.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import contextlib
 import functools
 import json
 import logging
+import multiprocessing
 import os
 import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -115,25 +118,56 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.cache
-def quantized(name: str, side: str, threads: int) -> Callable[[Any], Any]:
-    """Return a side's form of a network for so many threads. Raises ImportError where its package is missing."""
-    assert threads == torch.get_num_threads()  # ONNX Runtime keeps the number
+def quantized(name: str, side: str) -> Callable[[Any], Any]:
+    """Return a side's form of a network. Raises ImportError where its package is missing."""
     model, shape = make(name)
     with _quiet():
         return SIDES[side](model, [by_pixels(torch.randn(2, *shape)) for _ in range(2)])
 
 
-def calls(name: str, batch: int, sides: Sequence[str]) -> dict[str, Call]:
-    """Return each side's call of a network on one batch, without the sides that are not here."""
-    x, found = by_pixels(torch.randn(batch, *NETWORKS[name][1])), {}
-    for side in sides:
+def call_of(side: str, name: str, batch: int) -> Call:
+    """Return a side's call of a network on one batch. Raises ImportError where its package is missing."""
+    x = by_pixels(torch.randn(batch, *NETWORKS[name][1]))
+    return functools.partial(quantized(name, side), x.contiguous().numpy() if side == "onnx_runtime" else x)
+
+
+@torch.no_grad()
+def serve(pipe: Connection, side: str, threads: int) -> None:
+    """Answer each (network, batch, seconds) with the median microseconds of a side's calls, or with what is missing.
+
+    The answer is (time, ""), or (0.0, the package's name). None ends it.
+    """
+    torch.set_num_threads(threads)
+    while (asked := pipe.recv()) is not None:
+        name, batch, seconds = asked
         try:
-            model = quantized(name, side, torch.get_num_threads())
+            pipe.send((measure({side: call_of(side, name, batch)}, 1, seconds)[side][0], ""))
         except ImportError as error:
-            print(f"{side}: left out, since there is no {error.name}")
-            continue
-        found[side] = functools.partial(model, x.contiguous().numpy() if side == "onnx_runtime" else x)
-    return found
+            pipe.send((0.0, error.name or str(error)))
+
+
+def start(side: str, threads: int) -> Connection:
+    """Return the end of a pipe to a side's own process, which serves it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=serve, args=(theirs, side, threads), daemon=True).start()
+    return ours
+
+
+def take_turns(pipes: dict[str, Connection], name: str, batch: int, rounds: int, seconds: float) -> Times:
+    """Return each side's microseconds of a round. Sides that are not here leave the pipes, with a message."""
+    times: Times = {side: [] for side in pipes}
+    for turn in range(rounds + 1):  # the first one prepares
+        for side, pipe in list(pipes.items()):
+            pipe.send((name, batch, seconds if turn else 0.0))
+            time, missing = pipe.recv()
+            if missing:
+                print(f"{side}: left out, since there is no {missing}")
+                pipes.pop(side).send(None)
+                del times[side]
+            elif turn:
+                times[side].append(time)
+    return times
 
 
 def report(name: str, batch: int, times: Times) -> str:
@@ -155,17 +189,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="a side's turn (%(default)s)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    print(kernel_info(), flush=True)
+    print(kernel_info(), f"\n{options.threads} thread{'s' if options.threads > 1 else ''} a side", flush=True)
+    pipes = {side: start(side, options.threads) for side in ("fxquant", *options.sides)}
     results: dict[str, Times] = {}
-    with torch.no_grad():
-        for shape in options.networks:
-            name, _, batch = shape.partition(":")
-            called = calls(name, int(batch or 1), ["fxquant", *options.sides])
-            if not results:
-                print(f"\n| network, batch | {' | '.join(called)} |\n|{'---|' * (len(called) + 1)}", flush=True)
-            results[shape] = measure(called, options.rounds, options.seconds)
-            print(report(name, int(batch or 1), results[shape]), flush=True)
+    for shape in options.networks:
+        name, _, batch = shape.partition(":")
+        times = take_turns(pipes, name, int(batch or 1), options.rounds, options.seconds)
+        if not results:
+            print(f"\n| network, batch | {' | '.join(pipes)} |\n|{'---|' * (len(pipes) + 1)}", flush=True)
+        results[shape] = times
+        print(report(name, int(batch or 1), times), flush=True)
+    for pipe in pipes.values():
+        pipe.send(None)
     if options.json:
         content = {"machine": describe_machine(), "microseconds": results}
         options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.static_operators import STATIC, Static
 from fxquant import (
     QConfig,
     QConfigMapping,
@@ -83,10 +84,6 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
-class Static(nn.Sequential):
-    """Modules that are quantized statically: integers between a quantize and floats, calibrated on the inputs."""
-
-
 def _rows(make: Callable[[int], nn.Module]) -> Callable[[int, int], Case]:
     return lambda rows, size: (make(size), (torch.randn(rows, size),))
 
@@ -130,13 +127,7 @@ CASES: dict[str, dict[str, Callable[[int, int], Case]]] = {
             (torch.randint(TABLE, (rows, STEPS)),),
         )
     },
-    "static linear": {"static_linear": _rows(lambda size: Static(nn.Linear(size, size)))},
-    "static convolution": {  # images of 8 × 8
-        "static_convolution": lambda rows, size: (
-            Static(nn.Conv2d(size, size, 3, padding=1)),
-            (torch.randn(rows, size, 8, 8),),
-        )
-    },
+    **STATIC,
 }
 MAKERS = {name: make for cases in CASES.values() for name, make in cases.items()}
 

@@ -13,6 +13,7 @@ from torch import fx, nn
 from fxquant.debug.regressions import Regression, regressions_of
 from fxquant.debug.report.report import Column, Report
 from fxquant.debug.report.table import megabytes, site_name
+from fxquant.debug.slow_static import slow_static
 from fxquant.errors import ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.convert.clean import clean
@@ -25,7 +26,6 @@ from fxquant.graph.why import StaysFloat
 from fxquant.nn import QuantizedModule
 from fxquant.qconfig_mapping import qconfig_name
 
-_STATIC_SPEED = ("slow: static layers run in plain torch so far, slower than float",)
 _SHOWN = 3  # places of one kind and reason
 
 
@@ -77,7 +77,7 @@ class Explanation(Report):
     coverage: how many bytes of the weights are quantized; outcome: the same as a line. saved_bytes: by how much the
     whole model is smaller. dependent: where batch_invariant=True was asked for, what torch still computes in another
     order in another batch: "place: operator". floats: the values of a static model that stay float between integers,
-    and why; has_static: whether there are calibrated sites.
+    and why; has_static: whether there are calibrated sites; slow_static: those of them that are slower than float.
     """
 
     rows: tuple[ExplainRow, ...]
@@ -93,6 +93,7 @@ class Explanation(Report):
     readers: tuple[str, ...] = ()
     floats: tuple[str, ...] = ()
     has_static: bool = False
+    slow_static: tuple[str, ...] = ()
 
     @property
     def total(self) -> str:
@@ -109,7 +110,7 @@ class Explanation(Report):
             *(f"not fused: {chain}" for chain in self.unfused),
             *(f"not traced: {path}" for path in self.untraced),
             *(_wrap(f"float between integers: {value}") for value in self.floats),
-            *(_STATIC_SPEED if self.has_static else ()),
+            *(_wrap(f"slow: {kind}") for kind in self.slow_static),
             *(f"slow: {reader}" for reader in self.readers),
             *([f"not checked on example inputs: {self.unchecked}"] if self.unchecked else []),
             *(f"other bits in another batch (docs/numerics.md): {place}" for place in self.dependent),
@@ -154,9 +155,10 @@ def explain(model: nn.Module) -> Explanation:
     saved = record.float_bytes - edit.byte_count(quantized)
     rows = _rows(record.advance(sites=sites), _sources(model))
     dependent = tuple(_dependent(quantized, record)) if record.batch_invariant else ()
-    totals = (record.outcome, saved, record.unchecked, unfused, dependent, _readers(model))
-    values = tuple(_floats(record.values.floats)), bool(record.values.calls)
-    return Explanation(rows, fusions, untraced, record.stage, record.coverage, *totals, *values)
+    told = (record.outcome, saved, record.unchecked, unfused, dependent, _readers(model))
+    slow = tuple(f"{_some(paths)}: {why}" for paths, why in slow_static(quantized))
+    values = tuple(_floats(record.values.floats)), bool(record.values.calls), slow
+    return Explanation(rows, fusions, untraced, record.stage, record.coverage, *told, *values)
 
 
 def _unfused(record: Record) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Views of static models: each value's error, the sites by themselves, and where integers begin and end."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,12 +80,16 @@ def test_profile_times_static_sites(models):
     assert "static_convolution" in rows["conv"].kernel
 
 
-def test_explain_lists_the_values_that_stay_float_and_says_that_there_is_no_kernel_yet(models):
+def test_explain_lists_the_values_that_stay_float_and_says_where_there_are_no_kernels(models, monkeypatch):
     explanation = fxquant.explain(models[1])
     (value,) = explanation.floats
     assert value.startswith("F.softmax (softmax at ")
     assert value.endswith("): it has no integer form")
-    assert "slow: static layers run in plain torch so far, slower than float" in explanation.footer
+    assert explanation.slow_static == () or fxquant.kernel_info().isa is None
+    monkeypatch.setattr("fxquant.debug.slow_static.kernel_info", lambda: SimpleNamespace(isa=None))
+    line = "stem, conv, last: without the native library static layers run in plain torch, slower than float"
+    assert fxquant.explain(models[1]).slow_static == (line,)
+    assert line in " ".join(" ".join(fxquant.explain(models[1]).footer).split())
     dynamic = fxquant.quantize_dynamic(nn.Sequential(nn.Linear(64, 64)).eval())
     assert fxquant.explain(dynamic).floats == ()
     assert not any("static" in line for line in fxquant.explain(dynamic).footer)

@@ -1,0 +1,67 @@
+"""Static layers that take longer than float with the kernels in use: what has no kernel, and kinds that were measured.
+
+Measured by `python -m benchmarks.operators --operators static_convolution,...` and in whole networks
+(docs/performance.md, static networks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from fxquant.nn.static import StaticQuantizedConv, StaticQuantizedProduct
+from fxquant.ops import kernel_info
+
+_WIDE = ("amx", "avx512_vnni")
+_LEAST_OUTPUTS = 16  # of a group: so many are computed at once
+
+
+@dataclass(frozen=True)
+class SlowKind:
+    """A kind of static layers and why it is slow. is_one: of a layer and the kernels' instruction set, None without."""
+
+    why: str
+    is_one: Callable[[StaticQuantizedProduct, str | None], bool]
+
+
+def _is_transposed(layer: StaticQuantizedProduct, isa: str | None) -> bool:
+    return isa is not None and isinstance(layer, StaticQuantizedConv) and bool(layer.transposed)
+
+
+def _group(layer: StaticQuantizedProduct) -> tuple[int, int] | None:
+    """Return a group's inputs and outputs; None for what has no groups, or is transposed."""
+    if not isinstance(layer, StaticQuantizedConv) or layer.transposed or layer.groups == 1:
+        return None
+    return layer.in_channels // layer.groups, layer.out_channels // layer.groups
+
+
+def _has_small_groups(layer: StaticQuantizedProduct, isa: str | None) -> bool:
+    group = _group(layer)
+    return isa is not None and group not in (None, (1, 1)) and group[1] < _LEAST_OUTPUTS
+
+
+def _is_narrow_depthwise(layer: StaticQuantizedProduct, isa: str | None) -> bool:
+    return isa is not None and isa not in _WIDE and _group(layer) == (1, 1)
+
+
+SLOW_KINDS = (
+    SlowKind("without the native library static layers run in plain torch, slower than float", lambda _, isa: not isa),
+    SlowKind("static transposed convolutions have no native kernel: slower than float", _is_transposed),
+    SlowKind(
+        f"groups of fewer than {_LEAST_OUTPUTS} output channels fill a part of a register: mostly slower than float",
+        _has_small_groups,
+    ),
+    SlowKind("static depthwise convolutions are slower than float without AVX-512", _is_narrow_depthwise),
+)
+
+
+def slow_static(model: nn.Module) -> Iterator[tuple[list[str], str]]:
+    """Yield the paths of a quantized model's static layers of each slow kind that it has, and why that is slow."""
+    isa = kernel_info().isa
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, StaticQuantizedProduct)]
+    for kind in SLOW_KINDS:
+        paths = [path for path, layer in layers if kind.is_one(layer, isa)]
+        if paths:
+            yield paths, kind.why

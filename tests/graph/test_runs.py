@@ -80,28 +80,41 @@ MODELS = {
     "integers leave": (lambda: Join(lambda x: x.flip(2)), image),
     "integers are cut": (lambda: Join(lambda x: x[:, :, 1:]), image),
     "turned": (lambda: Join(lambda x: x.transpose(2, 3)), image),
-    "dropout first": (lambda: chain(nn.Dropout(), nn.Identity(), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1)), image),
-    "dropout last": (lambda: chain(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(240, 3)), image),
+    "dropout first": (
+        lambda: chain(nn.Dropout(), nn.Identity(), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1)),
+        image,
+    ),
+    "dropout last": (
+        lambda: chain(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(240, 3)),
+        image,
+    ),
     "reflected": (lambda: chain(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")), image),
     "transposed": (lambda: chain(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 3, 1)), image),
     "of rank 1": (
-        lambda: chain(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(4, 4, 1), nn.Flatten(), nn.Linear(20, 3)),
+        lambda: chain(
+            nn.Conv1d(3, 4, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(4, 4, 1), nn.Flatten(), nn.Linear(20, 3)
+        ),
         lambda *batch: torch.randn(*(batch or (2,)), 3, 12),
     ),
     "of rank 1, values out": (
-        lambda: chain(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 1)), lambda *b: torch.randn(*(b or (2,)), 3, 12)
+        lambda: chain(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 1)),
+        lambda *b: torch.randn(*(b or (2,)), 3, 12),
     ),
     "of rank 3": (
         lambda: chain(nn.Conv3d(3, 4, 3, padding=1), nn.ReLU(), nn.AvgPool3d(2), nn.Conv3d(4, 4, 1)),
         lambda *batch: torch.randn(*(batch or (2,)), 3, 4, 6, 4),
     ),
-    "linears": (lambda: chain(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 5)), lambda *batch: torch.randn(*(batch or (3,)), 7)),
+    "linears": (
+        lambda: chain(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 5)),
+        lambda *batch: torch.randn(*(batch or (3,)), 7),
+    ),
     "linears on tokens": (
-        lambda: chain(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 5)), lambda *batch: torch.randn(*(batch or (3,)), 4, 7)
+        lambda: chain(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 5)),
+        lambda *batch: torch.randn(*(batch or (3,)), 4, 7),
     ),
     "one channel": (lambda: chain(nn.Conv2d(3, 1, 3), nn.ReLU(), nn.Conv2d(1, 1, 1)), image),
     "one pixel": (lambda: chain(nn.Conv2d(3, 4, (8, 12)), nn.ReLU(), nn.Conv2d(4, 4, 1)), image),
-}  # fmt: skip
+}
 REFUSED = ("linears on tokens",)  # a linear on values of more than two dimensions is called by itself
 
 
@@ -218,8 +231,8 @@ def test_more_inputs_than_a_plan_takes_are_called_one_by_one(native):
             super().__init__()
             self.conv, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(17 * 4, 3, 1)
 
-        def forward(self, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q):
-            images = (a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q)
+        def forward(self, a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q, r):
+            images = (a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q, r)
             return self.last(torch.cat([F.relu(self.conv(x)) for x in images], 1))
 
     inputs = [torch.randn(1, 3, 4, 4) for _ in range(17)]

@@ -37,7 +37,7 @@ def build(
         assert result.returncode == 0, result.stderr
 
     def compile_one(source: Path) -> Path:
-        made = target.with_name(f"{source.stem}.o")
+        made = target.with_name(f"{source.parent.name}_{source.stem}.o")  # values.c is in two folders
         run(*(["-fPIC", "-O0"] if cases.ISAS.get(source.stem) else ["-fPIC", *flags]), "-c", source, "-o", made)
         return made
 

@@ -23,6 +23,13 @@ static void *take(int64_t bytes) {
     return memory;
 }
 
+/* No byte more, for sanitizers. */
+static void *take_exactly(int64_t bytes) {
+    void *memory = malloc((size_t)bytes);
+    if (memory == NULL && bytes > 0) abort();
+    return memory;
+}
+
 static int8_t *int8s(int64_t count) {
     int8_t *w = take(count);
     for (int64_t i = 0; i < count; i++) w[i] = (int8_t)below(256);
@@ -205,6 +212,8 @@ static void recurrent_case(int threads) {
     free(x), free(h0), free(h), free(c), free(out);
 }
 
+#include "harness_static.h"
+
 int main(int count, char **arguments) {
     const int cases = count > 1 ? atoi(arguments[1]) : 300, threads = count > 2 ? atoi(arguments[2]) : 2;
     fxq_least_share = 1;
@@ -221,6 +230,9 @@ int main(int count, char **arguments) {
             if (i % 4 == 0) recurrent_case(threads);
             if (i % 2 == 0) product_case(threads);
             if (i % 8 == 0) attention_case(threads);
+            convolution_case(threads);
+            if (i % 2 == 0) pool_case(threads);
+            if (i % 4 == 0) values_case(threads);
         }
         printf("%s: %016llx\n", fxq_isa_name(isa), (unsigned long long)hash);
     }

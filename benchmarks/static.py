@@ -6,9 +6,9 @@
 A network is NAME:BATCH. Inputs are channels_last, as is float's model, for torch and torch.ao; ONNX Runtime has its
 own layout. Everybody's activations are uint8 and weights int8 a channel, with ranges from the same inputs. Each side
 has a process of its own, and the processes take turns, with a pause, since threads that wait for work may spin on the
-cores of the next side: in each round every side is called for a while, and the median call counts. Ratios are those of a round. Sides whose
-packages are missing are left out, with a message. FXQUANT_ISA restricts fxquant alone; with FXQUANT_RUNS=0 it goes
-from node to node in Python.
+cores of the next side: in each round every side is called for a while, and the median call counts. Ratios are those of
+a round. Sides whose packages are missing are left out, with a message. FXQUANT_ISA restricts fxquant alone; with
+FXQUANT_RUNS=0 it goes from node to node in Python.
 """
 
 from __future__ import annotations

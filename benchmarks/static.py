@@ -5,10 +5,10 @@
 
 A network is NAME:BATCH. Inputs are channels_last, as is float's model, for torch and torch.ao; ONNX Runtime has its
 own layout. Everybody's activations are uint8 and weights int8 a channel, with ranges from the same inputs. Each side
-has a process of its own, since idle threads of one may spin on the cores of another, and the processes take turns: in
-each round every side is called for a while, and the median call counts. Ratios are those of a round. Sides whose
-packages are missing are left out, with a message. FXQUANT_ISA restricts fxquant alone; with FXQUANT_RUNS=0 it goes
-from node to node in Python.
+has a process of its own, and the processes take turns, with a pause, since threads that wait for work may spin on the
+cores of the next side: in each round every side is called for a while, and the median call counts. Ratios are those of
+a round. Sides whose packages are missing are left out, with a message. FXQUANT_ISA restricts fxquant alone; with
+FXQUANT_RUNS=0 it goes from node to node in Python.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -37,6 +38,7 @@ from benchmarks.operators import Call, Times, measure, ratios
 from fxquant import convert_fx, default_static_qconfig_mapping, kernel_info, prepare_fx
 
 Side = Callable[[nn.Module, Sequence[Tensor]], Callable[[Tensor], Any]]
+PAUSE = 0.2  # seconds, in which the threads of the side before fall asleep
 SHAPES = "resnet18:1,resnet50:1,mobilenetv2:1,mobilenetv2:8,dscnn:1"
 
 
@@ -138,12 +140,13 @@ def serve(pipe: Connection, side: str, threads: int) -> None:
     The answer is (time, ""), or (0.0, the package's name). None ends it.
     """
     torch.set_num_threads(threads)
-    while (asked := pipe.recv()) is not None:
-        name, batch, seconds = asked
-        try:
-            pipe.send((measure({side: call_of(side, name, batch)}, 1, seconds)[side][0], ""))
-        except ImportError as error:
-            pipe.send((0.0, error.name or str(error)))
+    with contextlib.suppress(EOFError, BrokenPipeError):  # of a benchmark that was stopped
+        while (asked := pipe.recv()) is not None:
+            name, batch, seconds = asked
+            try:
+                pipe.send((measure({side: call_of(side, name, batch)}, 1, seconds)[side][0], ""))
+            except ImportError as error:
+                pipe.send((0.0, error.name or str(error)))
 
 
 def start(side: str, threads: int) -> Connection:
@@ -159,14 +162,15 @@ def take_turns(pipes: dict[str, Connection], name: str, batch: int, rounds: int,
     times: Times = {side: [] for side in pipes}
     for turn in range(rounds + 1):  # the first one prepares
         for side, pipe in list(pipes.items()):
+            time.sleep(PAUSE if turn else 0)
             pipe.send((name, batch, seconds if turn else 0.0))
-            time, missing = pipe.recv()
+            found, missing = pipe.recv()
             if missing:
                 print(f"{side}: left out, since there is no {missing}")
                 pipes.pop(side).send(None)
                 del times[side]
             elif turn:
-                times[side].append(time)
+                times[side].append(found)
     return times
 
 

@@ -396,7 +396,7 @@ FIELDS = {
         Skipped: "path kind why entry call float_bytes opt_out tied",
         Fusion: "path chain",
         Coverage: "quantized_bytes total_bytes",
-        QConfig: "activation weight weight_observer parts",
+        QConfig: "activation weight weight_observer parts gptq",
         ModuleKind: "type details attributes code release tensors",
         TensorSpec: "dtype qmin qmax symmetric axis dynamic scale_steps group_size range",
         Edge: "name at scale_of spec is_float is_moved",

@@ -40,7 +40,7 @@ TABLES: dict[str, QConfig] = {
 FIRST_SCHEMES = ("int4", "int4 of 32", "int8", "int16", "float16", "float")
 """What suggest_mapping chose from when the fixture was made."""
 
-NEWER = (fxquant.int3_dynamic_qconfig, fxquant.default_static_qconfig)
+NEWER = (fxquant.int3_dynamic_qconfig, fxquant.default_static_qconfig, fxquant.default_qat_qconfig)
 """The presets of formats that are younger than the fixture, which has nothing to compare them with."""
 
 Way = Callable[[nn.Module, tuple[Any, ...]], nn.Module]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fxquant import OPERATORS
-from fxquant.operators.base import ANY
+from fxquant.operators.base import ANY, Operator
 from fxquant.operators.values import VALUE_OPERATORS, Form
 from fxquant.ops import KERNELS
 from fxquant.qconfig import PRESETS
@@ -31,8 +31,7 @@ _VALUES = """## Values without weights
 
 What computes between [static](static_quantization.md) layers, and what it does there with integers. Everything else
 computes with floats, between a dequantize and a quantize, and so do these where their arguments have no integer form (a
-max pooling that returns indices, padding with a constant other than 0, interpolation that is not nearest, PReLU of a
-slope a channel); `explain` lists them.
+max pooling that returns indices, padding with a constant other than 0, bicubic interpolation); `explain` lists them.
 
 | modules | functions and methods, in any of their forms | with integers |
 |---|---|---|
@@ -43,7 +42,7 @@ _DOES = {
     Form.PADS: "padded with the zero point, or with values that are there",
     Form.POOLS: "the largest integer, under the same scale",
     Form.RESIZES: "repeated, under the same scale; linear and bilinear: weighted sums of integers, rounded once",
-    Form.LOOKS_UP: "a table of 256 integers; a ReLU or other clamp after a layer or an addition is part of that",
+    Form.LOOKS_UP: "a table of 256, one a channel where they differ; a clamp after a layer or addition is part of that",
     Form.ADDS: "two values: rounded once, after a layer as part of that; a value and a number: a table of 256 integers",
     Form.MULTIPLIES: "two values: rounded once; a value and a number: a table of 256 integers",
     Form.AVERAGES: "summed exactly and rounded once",
@@ -72,13 +71,18 @@ def _kinds(*kinds: Any) -> str:
     return ", ".join(dict.fromkeys(f"`{_written(kind)}`" for kind in kinds))
 
 
+def _covered(row: Operator) -> tuple[Any, ...]:
+    """Return a row's modules, functions, and the first function of each way to call it."""
+    return (*row.modules, *row.functions, *(pattern.functions[0] for pattern in row.calls))
+
+
 def _glance() -> str:
     """Return the table of layers: with which weights each is dynamic, and what becomes of it under a static mapping."""
-    static = {kind for row in OPERATORS if row.is_static for kind in (*row.modules, *row.functions)}
+    static = {kind for row in OPERATORS if row.is_static for kind in _covered(row)}
     groups: dict[tuple[str, str, str], list[Any]] = {}
     seen: set[Any] = set()
     for row in sorted(OPERATORS, key=lambda row: row.is_static):
-        for kind in (*row.modules, *row.functions, *(pattern.functions[0] for pattern in row.calls)):
+        for kind in _covered(row):
             if kind in seen or getattr(kind, "__module__", "").startswith("fxquant"):
                 continue
             seen.add(kind)

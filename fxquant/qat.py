@@ -67,7 +67,7 @@ def prepare_qat_fx(
     functions = [SPELT.get(node.target, node.target) for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
     architecture = describe(traced.module, own)
-    constants, parts = _constants(own, traced, operators), dict(traced.module.named_modules())
+    constants, parts = _constants(own, traced, operators), dict(traced.module.named_modules(remove_duplicate=False))
     fusions, unfused = fuse(traced.module, traced.hooked, preserved)
     decided = plan(traced, mapping, operators)
     record = teach(traced.module, decided, fusions, parts, constants, traced.hooked).record(

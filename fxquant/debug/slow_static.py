@@ -14,7 +14,6 @@ from torch import nn
 from fxquant.nn.static import StaticQuantizedConv, StaticQuantizedProduct
 from fxquant.ops import kernel_info
 
-_WIDE = ("amx", "avx512_vnni")
 _LEAST_OUTPUTS = 16  # of a group: so many are computed at once
 
 
@@ -42,10 +41,6 @@ def _has_small_groups(layer: StaticQuantizedProduct, isa: str | None) -> bool:
     return isa is not None and group not in (None, (1, 1)) and group[1] < _LEAST_OUTPUTS
 
 
-def _is_narrow_depthwise(layer: StaticQuantizedProduct, isa: str | None) -> bool:
-    return isa is not None and isa not in _WIDE and _group(layer) == (1, 1)
-
-
 SLOW_KINDS = (
     SlowKind("without the native library static layers run in plain torch, slower than float", lambda _, isa: not isa),
     SlowKind("static transposed convolutions have no native kernel: slower than float", _is_transposed),
@@ -53,7 +48,6 @@ SLOW_KINDS = (
         f"groups of fewer than {_LEAST_OUTPUTS} output channels fill a part of a register: mostly slower than float",
         _has_small_groups,
     ),
-    SlowKind("static depthwise convolutions are slower than float without AVX-512", _is_narrow_depthwise),
 )
 
 

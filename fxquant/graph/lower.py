@@ -108,9 +108,13 @@ def _join(module: fx.GraphModule, fusions: Sequence[Fusion]) -> list[Given]:
                 node.target = linear_relu
         if calls and calls[0].op == "call_module":
             layer = module.get_submodule(path)
-            result = _joined(layer, norm, has_relu)
+            result = _joined(layer, norm)
             learned += layer.learned(result) if isinstance(layer, Trained) else []
             _replace(module, layer, result)
+            if has_relu:  # in this place alone: a part beside the graph may call the layer too
+                fused = edit.mirror(result)
+                fused.__class__ = WITH_RELU[type(result)]
+                edit.swap_module(module, path, fused)
     return learned
 
 
@@ -128,15 +132,13 @@ def _absorb(module: fx.GraphModule, node: fx.Node) -> None:
     module.graph.erase_node(follower)
 
 
-def _joined(layer: nn.Module, norm: Any, has_relu: bool) -> nn.Module:
-    """Return the float module of a chain."""
+def _joined(layer: nn.Module, norm: Any) -> nn.Module:
+    """Return the float module of a chain, without its ReLU."""
     if isinstance(layer, TrainedProduct):
         result = layer.to_float() if norm is None else layer.folded(norm)
     else:
         result = layer.to_float() if isinstance(layer, Trained) else layer
         result = edit.mirror(result) if norm is None else folded(result, norm)
-    if has_relu:
-        result.__class__ = WITH_RELU[type(result)]
     return result
 
 

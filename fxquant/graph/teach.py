@@ -23,7 +23,7 @@ from fxquant.graph.plan.targets import Target, name_operands
 from fxquant.graph.record import Fusion, Site
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.nn.modes import ByMode
-from fxquant.nn.trained import TrainedProduct
+from fxquant.nn.trained import Trained, TrainedProduct
 from fxquant.operators import Operator, find_operator
 from fxquant.qconfig import QConfig
 from fxquant.ranges import Fixed, Learned, MinMax, MovingAverage
@@ -144,7 +144,7 @@ def take_apart(
             if node.op == "call_module":
                 has_relu = type(module.get_submodule(path)) in FLOAT_TYPES
             if path in norms:
-                if second not in dict(module.named_modules()):
+                if second not in dict(module.named_modules(remove_duplicate=False)):
                     module.add_submodule(second, parts[second])
                 tail = _append(module, tail, "call_module", second)
             if has_relu:
@@ -184,6 +184,8 @@ def train_module(
         )
         return
     layer = module.get_submodule(site.path)
+    if isinstance(layer, Trained):  # it stands in more than one place
+        return
     trained = operator.train_module(layer, site.qconfig)
     for parent in list(module.modules()):
         for name, child in parent._modules.items():

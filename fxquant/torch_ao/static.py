@@ -97,7 +97,7 @@ def _convolution(kind: type[nn.Module]) -> Callable[[Any], nn.Module]:
 
 
 def convolution_forms(fused: Mapping[str, type[nn.Module]]) -> dict[str, Callable[[Any], nn.Module]]:
-    """Return how the float module is made from torch.ao's, by its name below torch.ao. fused: those with a ReLU."""
+    """Return how the float module of one of torch.ao is made, by its name below torch.ao. fused: those with a ReLU."""
     plain = {f"nn.quantized.modules.conv.{name}": getattr(nn, name) for name in _CONVOLUTIONS}
     named = {f"nn.intrinsic.quantized.modules.conv_relu.{name}": kind for name, kind in fused.items()}
     return {name: _convolution(kind) for name, kind in {**plain, **named}.items()}
@@ -205,7 +205,7 @@ class Lifting:
     @staticmethod
     def need_unsigned(dtype: Any, name: str) -> None:
         """Raise TorchAoError unless a value's integers are unsigned bytes."""
-        if str(dtype) != "torch.quint8":
+        if str(dtype).rpartition(".")[2] != "quint8":
             raise TorchAoError(f"{name!r} gives {dtype}; activations of quint8 alone come over. {STATIC_LATER}")
 
     def _mark(self, x: Any, name: str, qparams: Qparams | None) -> fx.Node:

@@ -7,6 +7,7 @@ are fused are taken apart again, so that each part trains under the user's name,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from fxquant.graph.plan.targets import Target, name_operands
 from fxquant.graph.record import Fusion, Site
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.nn.modes import ByMode
-from fxquant.nn.trained import Trained, TrainedProduct
+from fxquant.nn.trained import TrainedProduct
 from fxquant.operators import Operator, find_operator
 from fxquant.qconfig import QConfig
 from fxquant.ranges import Fixed, Learned, MinMax, MovingAverage
@@ -153,8 +154,18 @@ def take_apart(
                 node.target = F.linear
             tails[node.name] = tail
         if calls and calls[0].op == "call_module":
-            edit.swap_module(module, path, parts[path])
+            edit.swap_module(module, path, _apart(module, parts[path]))
     return tails, norms
+
+
+def _apart(module: nn.Module, part: nn.Module) -> nn.Module:
+    """Return a part; where a module beside the graph calls it too, a twin with its tensors, which is a site of its own."""
+    if not any(child is part for parent in module.modules() for child in parent._modules.values()):
+        return part
+    twin = copy.copy(part)
+    for name in ("_parameters", "_buffers", "_modules"):
+        vars(twin)[name] = dict(vars(part)[name])
+    return twin
 
 
 def calls_of(module: fx.GraphModule, path: str) -> list[fx.Node]:
@@ -184,8 +195,6 @@ def train_module(
         )
         return
     layer = module.get_submodule(site.path)
-    if isinstance(layer, Trained):  # it stands in more than one place
-        return
     trained = operator.train_module(layer, site.qconfig)
     for parent in list(module.modules()):
         for name, child in parent._modules.items():

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -5,7 +6,9 @@ import fxquant
 from fxquant import convert_fx, fuse_fx, prepare_fx, prepare_qat_fx
 from fxquant.graph import edit
 from fxquant.graph.lower import lower
+from tests.graph.convert.test_values import Twice
 from tests.graph.test_teach import Net
+from tests.samples import sqnr
 
 
 def trained(model=None):
@@ -56,3 +59,17 @@ def test_no_trained_part_is_left():
     quantized = convert_fx(trained())
     assert not any(isinstance(m, (nn.BatchNorm2d, nn.Conv2d, fxquant.FakeQuantize)) for m in quantized.modules())
     assert not quantized.training
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("is_later", [True, False])
+def test_a_layer_that_a_part_beside_the_graph_calls_too_trains_and_converts(is_fused, is_later):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    prepared = prepare_qat_fx(Twice(is_fused, is_later).train(), fxquant.default_qat_qconfig_mapping(), (x,))
+    optimizer = torch.optim.SGD(prepared.parameters(), 0.01)
+    prepared(x).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert sqnr(prepared.eval()(x), convert_fx(prepared)(x)) > 60
+    assert prepared.get_submodule("layer").weight is prepared.get_submodule("part.layer").weight

@@ -159,7 +159,7 @@ def take_apart(
 
 
 def _apart(module: nn.Module, part: nn.Module) -> nn.Module:
-    """Return a part; where a module beside the graph calls it too, a twin with its tensors, which is a site of its own."""
+    """Return a part; where a module beside the graph calls it too, a twin with the same tensors: a site of its own."""
     if not any(child is part for parent in module.modules() for child in parent._modules.values()):
         return part
     twin = copy.copy(part)

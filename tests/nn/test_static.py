@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxquant
 from fxquant import ops
 from fxquant.nn.static import StaticQuantizedConv, StaticQuantizedLinear
 
@@ -94,3 +95,18 @@ def test_a_constant_input_is_what_a_bias_is_corrected_by():
 def test_print_tells_the_sizes():
     assert "12, 7" in repr(StaticQuantizedLinear.from_float(nn.Linear(12, 7)))
     assert "kernel_size=(3, 3)" in repr(StaticQuantizedConv.from_float(nn.Conv2d(2, 3, 3)))
+
+
+def test_weights_lie_as_the_kernels_read_them_after_loading_too(tmp_path):
+    def model():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4)).eval()
+
+    x = torch.randn(1, 3, 8, 8)
+    prepared = fxquant.prepare_fx(model(), fxquant.default_static_qconfig_mapping(), (x,))
+    quantized = fxquant.convert_fx(prepared, data=[(x,)])
+    strides = [quantized.get_submodule(name).weight_int8.stride() for name in "01"]
+    assert strides == [(27, 1, 9, 3), (1, 36, 12, 4)]  # a place's inputs, or depthwise its outputs, beside each other
+    fxquant.save(quantized, tmp_path / "q")
+    loaded = fxquant.load(model(), tmp_path / "q")
+    assert [loaded.get_submodule(name).weight_int8.stride() for name in "01"] == strides
+    assert torch.equal(loaded(x), quantized(x))

@@ -13,6 +13,7 @@ from fxquant.graph import edit
 from fxquant.graph.call import Example, bind_inputs
 from fxquant.graph.fingerprint.architecture import describe
 from fxquant.graph.fuse import fuse
+from fxquant.graph.layers import restore_layers
 from fxquant.graph.module import finish
 from fxquant.graph.plan.outcome import judge
 from fxquant.graph.plan.planner import plan
@@ -67,7 +68,10 @@ def prepare_qat_fx(
     functions = [SPELT.get(node.target, node.target) for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
     architecture = describe(traced.module, own)
-    constants, parts = _constants(own, traced, operators), dict(traced.module.named_modules(remove_duplicate=False))
+    constants = _constants(own, traced, operators)
+    restored = restore_layers(traced.module, set(map(id, preserved.modules(traced.module))))
+    constants = [constant for constant in constants if constant.node not in restored]
+    parts = dict(traced.module.named_modules(remove_duplicate=False))
     fusions, unfused = fuse(traced.module, traced.hooked, preserved)
     decided = plan(traced, mapping, operators)
     record = teach(traced.module, decided, fusions, parts, constants, traced.hooked).record(

@@ -48,6 +48,7 @@ TESTED_ELSEWHERE = {
     "debug.measure.activation": "tests/debug/measure/test_compare.py, with what compare shows",
     "frames": "tests/test_errors.py: the lines that errors and warnings name",
     "graph.eager": "tests/test_eager.py, with fxquant.eager",
+    "graph.norms": "tests/graph/test_layers.py and tests/graph/trace/test_aten_values.py",
     "graph.old_keys": "tests/test_old_files.py: files and state_dicts of the old keys",
     "graph.plan.calls": "tests/graph/plan/test_planner.py, with all that a plan decides",
     "graph.plan.decisions": "tests/graph/plan/test_planner.py, with all that a plan decides",

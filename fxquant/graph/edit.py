@@ -175,6 +175,12 @@ def erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
             erase_dead(graph, feeders)
 
 
+def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nothing reads."""
+    if not node.users:
+        graph.erase_node(node)
+
+
 def user_frame(error: BaseException) -> str:
     """Return "file.py:12, in forward: `the line`" of the user's code in which an error arose, or ""."""
     frames = traceback.extract_tb(error.__traceback__)

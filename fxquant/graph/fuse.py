@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxquant.graph import edit
+from fxquant.graph.layers import restore_layers
 from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Preserved
 from fxquant.graph.record import Fusion, Unfused
 from fxquant.graph.why import NotFused, Reason, because
@@ -73,6 +74,7 @@ def fuse(
     kept = set(map(id, preserved.modules(module)))
     scene = _Scene(module, hooked, kept, kept if only is None else set())  # a saved chain may be fused again
     lengths = None if only is None else {fusion.path: len(fusion.chain) for fusion in only}
+    restore_layers(module, scene.untouched, lengths)
     for node in list(module.graph.nodes):
         chain = [_place(node)]
         for step in (_NORM, _RELU):

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxquant.graph import edit
+from fxquant.graph.layers import spelt_as
 from fxquant.graph.plan.decisions import Candidate, Decisions
 from fxquant.graph.plan.reasons import calls_children, refuse_module, why_hidden, why_unknown
 from fxquant.graph.plan.rules import Rules, dynamic, main_rule
@@ -30,10 +31,10 @@ _NO_CONTAINERS = vars(nn.Module()).keys()
 class _Type(NamedTuple):
     """What a module is. base: the table's type that it is or derives from; operator: what quantizes it.
 
-    The type of a fused chain counts as the layer's.
+    The type of a fused chain counts as the layer's, that of a layer which was written as a call is the function.
     """
 
-    module_type: type[nn.Module]
+    module_type: Any
     base: type[nn.Module] | None
     operator: Operator | None
 
@@ -109,7 +110,7 @@ class ModuleWalk:
         base = base_of(module, self._operators) or (nn.Linear if is_linear(module, self._operators) else None)
         is_inherited = base is not None and not redefined(type(module), base)
         operator = find_module_operator(self._operators, base) if base is not None and is_inherited else None
-        return _Type(FLOAT_TYPES.get(type(module), type(module)), base, operator)
+        return _Type(spelt_as(module) or FLOAT_TYPES.get(type(module), type(module)), base, operator)
 
     def _decide(
         self,

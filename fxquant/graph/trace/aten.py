@@ -20,6 +20,7 @@ from torch import fx, nn
 from fxquant.graph import edit
 from fxquant.graph.constants import constant_of
 from fxquant.graph.preserve.attributes import Part
+from fxquant.graph.trace.aten_values import lift_value
 from fxquant.nn.fused import expanded_bmm
 
 _ATEN: Any = torch.ops.aten
@@ -63,6 +64,8 @@ def lift_calls(root: nn.Module, graph: fx.Graph) -> None:
     calls = [node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     for node in calls:
         _lift(root, node, operands_of(node))
+    for node in [node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]:
+        lift_value(root, node, operands_of(node))
     if calls:
         edit.erase_dead(graph, [node for node in graph.nodes if node.op == "get_attr"])
 

@@ -7,7 +7,7 @@ sanitizers: its intrinsics take a compiler ten times as long with them, for code
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,11 +23,17 @@ FLAGS = (
 
 
 def build(
-    target: Path, compiler: str, sources: Sequence[Path], flags: Sequence[str] = (), linking: Sequence[str] = ()
+    target: Path,
+    compiler: str,
+    sources: Sequence[Path],
+    flags: Sequence[str] = (),
+    linking: Sequence[str] = (),
+    plain: Callable[[Path], bool] = lambda source: bool(cases.ISAS.get(source.stem)),
 ) -> Path:
     """Return `target`, a program or library linked from `sources`; skip the test where there is no such compiler.
 
-    flags: after FLAGS, for the files that run here and for the linker. linking: for the linker alone.
+    flags: after FLAGS, for the files that are not plain and for the linker. linking: for the linker alone. plain: which
+    files are compiled without optimization and without the flags; those that do not run here.
     """
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
@@ -38,7 +44,7 @@ def build(
 
     def compile_one(source: Path) -> Path:
         made = target.with_name(f"{source.parent.name}_{source.stem}.o")  # values.c is in two folders
-        run(*(["-fPIC", "-O0"] if cases.ISAS.get(source.stem) else ["-fPIC", *flags]), "-c", source, "-o", made)
+        run(*(["-fPIC", "-O0"] if plain(source) else ["-fPIC", *flags]), "-c", source, "-o", made)
         return made
 
     # The slowest first: the processors then finish together.

@@ -18,8 +18,8 @@ SOURCES = [ROOT / "tests/native/harness.c", *C_FILES]
 pytestmark = pytest.mark.long
 
 
-def build_harness(folder, compiler, *flags):
-    return build(folder / "harness", compiler, SOURCES, flags)
+def build_harness(folder, compiler, *flags, **options):
+    return build(folder / "harness", compiler, SOURCES, flags, **options)
 
 
 def hashes(*command):
@@ -33,7 +33,7 @@ def hashes(*command):
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return build_harness(tmp_path_factory.mktemp("gcc"), "gcc")
+    return build_harness(tmp_path_factory.mktemp("gcc"), "gcc", "-O1")  # half the time of -O3, as the library has it
 
 
 @pytest.fixture(scope="module")
@@ -64,5 +64,8 @@ def test_more_threads_give_the_same_bits(program, one_hash, threads):
 
 
 def test_the_threads_have_no_data_races(tmp_path):
-    program = build_harness(tmp_path, "gcc", "-fsanitize=thread", "-g1", "-O1")
+    def is_kernel(source):  # which share nothing: what calls them, and the portable ones, is watched
+        return "x86" in source.parts
+
+    program = build_harness(tmp_path, "gcc", "-fsanitize=thread", "-g1", "-O1", plain=is_kernel)
     assert len(set(hashes(program, "30", "3").values())) == 1

@@ -15,7 +15,7 @@ WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 C_FILES := $(foreach depth,* */* */*/* */*/*/*,$(wildcard csrc/$(depth).c csrc/$(depth).h))
 
-.PHONY: demo test lint types tutorials docs clean
+.PHONY: demo test lint types tutorials docs wheel clean
 
 demo: $(VENV)/.fxquant
 	$(BIN)/python -m tutorials.word_language_model --data "$(DATA)" --checkpoint "$(CHECKPOINT)" $(ARGS)
@@ -37,6 +37,12 @@ tutorials: $(VENV)/.docs
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
+# A source distribution and a wheel for this machine in dist/, as a package index would take them.
+wheel: $(VENV)/.release
+	rm -rf dist
+	LDFLAGS=-Wl,-s $(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
 # The package, built in place where there is a C compiler, and what the demo needs.
 $(VENV)/.fxquant: pyproject.toml constraints.txt setup.py $(C_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,5 +59,9 @@ $(VENV)/.docs: $(VENV)/.dev
 	$(INSTALL) 'fxquant[docs,tutorials]'
 	touch $@
 
+$(VENV)/.release: $(VENV)/.fxquant
+	$(INSTALL) 'fxquant[release]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build docs/_build .cache *.egg-info
+	rm -rf $(VENV) build dist docs/_build .cache *.egg-info

@@ -5,7 +5,7 @@ attributes, the dtypes that tables give, extra states and the float model's arch
 
 FORMAT grows by one with the first change after a release that another version would read wrongly or not at all: a field
 more or less in the plan, other names, layouts or meanings of a module's tensors. That change decides whether `load`
-still takes older files; it never takes newer ones. 1 is the format of 0.1.0, which may change until that is released.
+still takes older files; it never takes newer ones. 1 is the format of 0.2.0, which may change until that is released.
 """
 
 from __future__ import annotations

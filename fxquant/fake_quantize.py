@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fxquant import ops
 from fxquant.errors import DivergedError
 from fxquant.numerics import (
     FLOAT32_TINY,
@@ -22,6 +24,7 @@ from fxquant.spec import TensorSpec
 from fxquant.straight_through import (
     fake_quantize_numbers,
     fake_quantize_value,
+    with_gradient,
 )
 from fxquant.value_observers import ValueObserver
 
@@ -60,10 +63,14 @@ class FakeQuantize(Rounding, ValueObserver):
         """Whether it has a range."""
         return bool(self.count > 0)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, source: torch.Tensor | None = None, **resize: Any) -> torch.Tensor:
         """Return x rounded, its range noted before; x itself while rounding is off, or, in eval mode, before any
         batch.
+
+        source: x is its linear interpolation, and the range is that of source; resize: arguments of ops.resize_value.
         """
+        if source is not None:
+            return self._resized(x, source, resize)
         is_compiling = torch.compiler.is_compiling()
         if not self.rounds or not x.numel() or not (self.training or is_compiling or self.has_seen):
             return x.relu() if self.rectifies else x
@@ -79,10 +86,25 @@ class FakeQuantize(Rounding, ValueObserver):
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Return x rounded."""
         if torch.compiler.is_compiling() or not x.is_cpu:
-            scale, zero_point = choose_value_qparams(self.low, self.high, self.spec.qmax)
-            return fake_quantize_value(x, scale, zero_point, self.spec.qmax)
+            return fake_quantize_value(x, *self.qparams(), self.spec.qmax)
         numbers = value_qparams_of(self.low.item(), self.high.item(), self.spec.qmax)
         return fake_quantize_numbers(x, *numbers, self.spec.qmax, bool(self.rectifies))
+
+    def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (scale, zero_point) as they are now: () float32, () int32, without gradients."""
+        return choose_value_qparams(self.low, self.high, self.spec.qmax)
+
+    def _resized(self, x: torch.Tensor, source: torch.Tensor, resize: dict[str, Any]) -> torch.Tensor:
+        """Return what the quantized model's integers will be after an interpolation, whose gradients pass.
+
+        Means of integers are often halfway between two, so that rounding floats instead would often err by a step.
+        """
+        if not self.rounds or not x.numel() or not (torch.compiler.is_compiling() or self.has_seen):
+            return x
+        scale, zero_point = self.qparams()
+        q = ops.quantize(source.detach().to(torch.float32), scale, zero_point, self.spec.qmax)
+        rounded = ops.dequantize(ops.resize_value(q, **resize), scale, zero_point)
+        return with_gradient(rounded.to(x.dtype), x)
 
     @torch.no_grad()
     def see(self, x: torch.Tensor) -> None:

@@ -41,6 +41,10 @@ class LearnedFakeQuantize(FakeQuantize):
         """Return x rounded."""
         return learned_value(x, _positive(self.scale), self.zero_point, self.spec.qmax)
 
+    def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (scale, zero_point) as they are now: () float32, () int32, without gradients."""
+        return _positive(self.scale.detach()), self.zero_point
+
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (scale, zero_point): () float32, () int32. CalibrationError and DivergedError as in FakeQuantize."""
         self.check(self.scale.detach())

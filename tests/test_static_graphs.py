@@ -22,6 +22,7 @@ MOVES = [
     lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), lambda x: torch.cat(x.chunk(2, 1), 1),
     lambda x: F.max_pool2d(x, 3, 1, 1), lambda x: x.flatten(2).unflatten(2, x.shape[2:]),
     lambda x: F.interpolate(x, scale_factor=2.0)[:, :, ::2, ::2],
+    lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear")[:, :, ::2, ::2],
 ]  # fmt: skip
 FLOATS = [lambda x: x + F.softmax(x, 1), lambda x: x - x.amax((2, 3), keepdim=True)]
 

@@ -47,7 +47,9 @@ def lower(module: nn.Module, record: Record) -> list[Given]:
                 learned += given(rounding, tensor.t() if shown is not None and shown.is_transposed else tensor)
             edit.swap_module(module, str(site.observer), make_weight_observer(rounding.qconfig))
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), FakeQuantizeTokens):
+        rounding = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        is_second = isinstance(rounding, FakeQuantize) and len(node.args) > 1  # after a linear interpolation
+        if is_second or isinstance(rounding, FakeQuantizeTokens):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     module.recompile()

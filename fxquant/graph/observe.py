@@ -20,9 +20,10 @@ from fxquant.graph.fuse import is_relu
 from fxquant.graph.plan.planner import Plan
 from fxquant.graph.plan.targets import Target, product_input
 from fxquant.graph.record import Site
-from fxquant.graph.values import Edge, Values
+from fxquant.graph.values import Edge, Values, function_of
 from fxquant.learned import make_value_rounding, make_weight_rounding
 from fxquant.operators import find_operator
+from fxquant.operators.pools import resizing
 from fxquant.operators.values import Form
 from fxquant.qconfig import QConfig
 from fxquant.ranges import Fixed
@@ -121,6 +122,22 @@ def round_values(module: fx.GraphModule, values: Values, tails: Mapping[str, fx.
             for user in list(node.users):
                 if user is not rounded and (user in readers or not edge.is_float):
                     user.replace_input_with(node, rounded)
+    paths = {edge.name: observer_path(edge.scale_of) for edge in values.edges}
+    for call in values.calls:
+        if call.form is Form.RESIZES:
+            _round_means(module, nodes[call.node], call.rank, paths[call.inputs[0]])
+
+
+def _round_means(module: fx.GraphModule, node: fx.Node, rank: int, path: str) -> None:
+    """Insert what rounds the means that a linear interpolation gives. path: what rounded its operand."""
+    resize = resizing(function_of(module, node)[1], rank)
+    if resize is None:
+        return
+    source = node.args[0] if node.args else node.kwargs["input"]
+    with module.graph.inserting_after(node):
+        rounded = module.graph.call_module(path, (node, source), resize)
+    rounded.meta.update(node.meta)
+    node.replace_all_uses_with(rounded, lambda user: user is not rounded)
 
 
 def absorb_relus(module: fx.GraphModule, hooked: frozenset[str]) -> None:

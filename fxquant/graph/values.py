@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
 
 from fxquant.graph.why import Reason
-from fxquant.operators.values import Form
+from fxquant.operators.values import Arguments, Form, arguments_of
 from fxquant.spec import TensorSpec
 
 
@@ -78,4 +81,12 @@ class Values:
 
 
 NO_VALUES = Values()
+
 """Those of a model without static sites."""
+
+
+def function_of(module: fx.GraphModule, node: fx.Node) -> tuple[Any, Arguments]:
+    """Return what a node computes, and its arguments beside the value."""
+    called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    kind = node.target if called is None else type(called)
+    return kind, arguments_of(kind, node.args, dict(node.kwargs), called)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,8 @@ from fxquant import FakeQuantize, prepare_qat_fx
 from fxquant.graph.teach import constants_by_mode
 from fxquant.nn.modes import ByMode
 from fxquant.nn.trained import Trained
+from fxquant.ranges import Learned
+from tests.samples import sqnr
 
 
 class Net(nn.Module):
@@ -67,6 +71,34 @@ def test_a_float_reader_of_a_float_reads_it_unrounded():
     assert torch.equal(prepared(x)[1], x.softmax(1))
     quantized = fxquant.convert_fx(prepared)
     assert torch.equal(quantized(x)[1], x.softmax(1))
+
+
+class Enlarges(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.first, self.second, self.options = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 3), options
+
+    def forward(self, x):
+        return self.second(F.interpolate(F.relu(self.first(x)), mode="bilinear", **self.options))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("qmax", [3, 255])
+@pytest.mark.parametrize("options", [{"scale_factor": 2.0}, {"size": (7, 9), "align_corners": True}], ids=str)
+def test_means_of_neighbours_are_rounded_as_the_integers_will_be(options, qmax, learns):
+    activation = dataclasses.replace(fxquant.default_qat_qconfig.activation, qmax=qmax)
+    activation = dataclasses.replace(activation, range=Learned()) if learns else activation
+    qconfig = dataclasses.replace(fxquant.default_qat_qconfig, activation=activation)
+    prepared = prepare(Enlarges(**options).train(), fxquant.QConfigMapping().set_global(qconfig))
+    prepared(torch.randn(2, 2, 6, 6)).square().sum().backward()
+    assert prepared.first.weight.grad.any()
+    x = torch.randn(2, 2, 6, 6)
+    with torch.no_grad():
+        # a mean is often half a step from two integers: rounded as floats, 4 levels would agree to 20 dB
+        assert sqnr(prepared.eval()(x), fxquant.convert_fx(prepared)(x)) > 90
+    prepared.apply(fxquant.disable_fake_quant)
+    y = F.interpolate(F.relu(F.conv2d(x, prepared.first.weight, prepared.first.bias)), mode="bilinear", **options)
+    assert torch.allclose(prepared(x), F.conv2d(y, prepared.second.weight, prepared.second.bias), atol=1e-5)
 
 
 def test_the_mode_decides_where_forward_asks_for_it():

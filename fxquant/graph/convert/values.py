@@ -13,10 +13,10 @@ from fxquant import ops
 from fxquant.errors import CalibrationError
 from fxquant.graph import edit
 from fxquant.graph.observe import mean_path, observer_path
-from fxquant.graph.values import Edge, IntegerCall, Values
+from fxquant.graph.values import Edge, IntegerCall, Values, function_of
 from fxquant.nn.static import StaticQuantizedProduct
 from fxquant.operators.pools import average, max_pool, padding, resizing
-from fxquant.operators.values import MOVING, Form, arguments_of, find_value_operator
+from fxquant.operators.values import MOVING, Form, find_value_operator
 from fxquant.value_observers import InputMean, ValueObserver
 
 Qparams = tuple[fx.Node, fx.Node]
@@ -166,7 +166,7 @@ class _Values:
             node.args = (inputs[0], *node.args[1:])
 
     def _pad(self, call: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
-        sides, mode = padding(*self._function(node))
+        sides, mode = padding(*function_of(self._module, node))
         if mode == "constant":
             args = (inputs[0], self._of(call.inputs[0])[1], sides)
             node.op, node.target, node.args, node.kwargs = "call_function", ops.pad_value, args, {}
@@ -174,21 +174,15 @@ class _Values:
             self._move(call, node, inputs)
 
     def _pool(self, _: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
-        more = max_pool(*self._function(node))
+        more = max_pool(*function_of(self._module, node))
         node.op, node.target, node.args, node.kwargs = "call_function", ops.max_pool_value, (inputs[0],), more
 
     def _resize(self, call: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
-        more = resizing(self._function(node)[1], call.rank)
+        more = resizing(function_of(self._module, node)[1], call.rank)
         if more is None:
             self._move(call, node, inputs)
         else:
             node.op, node.target, node.args, node.kwargs = "call_function", ops.resize_value, (inputs[0],), more
-
-    def _function(self, node: fx.Node) -> tuple[Any, dict[str, Any]]:
-        """Return what a node computes, and its arguments beside the value."""
-        module = self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        kind = node.target if module is None else type(module)
-        return kind, arguments_of(kind, node.args, dict(node.kwargs), module)
 
     def _look_up(self, call: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
         table = self._table(call, node)
@@ -202,7 +196,7 @@ class _Values:
     def _table(self, call: IntegerCall, node: fx.Node) -> torch.Tensor:
         """Return a function's values at what the 256 integers stand for, as integers; those of each channel."""
         scale, zero_point = self._found[self._edges[call.inputs[0]].scale_of]
-        kind, given = self._function(node)
+        kind, given = function_of(self._module, node)
         row = find_value_operator(kind)
         channels = row.channels(given) if row is not None else 0
         shape = (channels, 256) if channels else (256,)
@@ -240,7 +234,7 @@ class _Values:
         node.op, node.args, node.kwargs = "call_function", (*sides, *self._of(call.output)), kwargs
 
     def _average(self, call: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
-        target, more = average(*self._function(node), rank=call.rank)
+        target, more = average(*function_of(self._module, node), rank=call.rank)
         more["qmax"] = self._edges[call.output].spec.qmax
         args = (inputs[0], *self._of(call.inputs[0]), *self._of(call.output))
         node.op, node.target, node.args, node.kwargs = "call_function", target, args, more

@@ -66,9 +66,15 @@ class LearnedWeight(FakeQuantizeWeight):
         scale = scale[:1] if qconfig.weight.axis == "tensor" else scale
         self.scale = nn.Parameter(scale.to(torch.float32))
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the numbers that the weight's integers will stand for: (N, ...); itself while rounding is off."""
-        return learned_weight(weight, self._safe(), self.qconfig.weight) if self.rounds else weight
+    def forward(self, weight: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the numbers that the weight's integers will stand for: (N, ...); itself while rounding is off.
+
+        rows: which rows of the weight these are, (N,); None: all.
+        """
+        if not self.rounds:
+            return weight
+        scale = self._safe() if rows is None else self._safe()[rows]
+        return learned_weight(weight, scale, self.qconfig.weight)
 
     is_scale_free = False
 

@@ -14,18 +14,20 @@ from fxquant.graph.call import Example, bind_inputs
 from fxquant.graph.fingerprint.architecture import describe
 from fxquant.graph.fuse import fuse
 from fxquant.graph.layers import restore_layers
+from fxquant.graph.lower import rounds_of
 from fxquant.graph.module import finish
 from fxquant.graph.plan.outcome import judge
 from fxquant.graph.plan.planner import plan
 from fxquant.graph.plan.rules import as_mapping, check_mapping
 from fxquant.graph.preserve.preserve import preserve
-from fxquant.graph.record import preserved_of, refuse_ours
+from fxquant.graph.record import preserved_of, record_of, refuse_ours
 from fxquant.graph.teach import Constant, constants_by_mode, teach
 from fxquant.graph.trace.checks import check_model, first_line
 from fxquant.graph.trace.trace import Traced, trace
 from fxquant.graph.trace.verify import capture
 from fxquant.graph.whole import prepare_whole
 from fxquant.nn.fused import SPELT
+from fxquant.nn.trained import tie_steps
 from fxquant.operators import OPERATORS, Operator
 from fxquant.qconfig_mapping import QConfigMapping
 
@@ -64,7 +66,7 @@ def prepare_qat_fx(
         traced = capture(own, operators, inputs, preserved, recomputes=True)
     except (TraceError, ExampleInputsError) as error:
         prepared = prepare_whole(own, mapping, operators, inputs, error, strict, batch_invariant, is_trained=True)
-        return _as_it_was(prepared, model)
+        return _finished(prepared, model)
     functions = [SPELT.get(node.target, node.target) for node in traced.module.graph.nodes]
     check_mapping(mapping, traced.names, functions)
     architecture = describe(traced.module, own)
@@ -85,7 +87,7 @@ def prepare_qat_fx(
         is_trained=True,
     )
     judge(type(model).__name__, record, traced.names, functions, strict=strict)
-    return _as_it_was(finish(traced.module, own, record), model)
+    return _finished(finish(traced.module, own, record), model)
 
 
 def _own_copy(model: nn.Module) -> nn.Module:
@@ -115,8 +117,11 @@ def _constants(own: nn.Module, traced: Traced, operators: Sequence[Operator]) ->
     return found or ()
 
 
-def _as_it_was(prepared: nn.Module, model: nn.Module) -> nn.Module:
+def _finished(prepared: nn.Module, model: nn.Module) -> nn.Module:
     """Return a prepared model in training mode, but for those parts that the user's model has in eval mode."""
+    record = record_of(prepared)
+    assert record is not None
+    tie_steps(rounds_of(prepared, record))
     prepared.train()
     modes = {path: part.training for path, part in model.named_modules()}
     for path, part in prepared.named_modules():

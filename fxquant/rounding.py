@@ -62,8 +62,11 @@ class FakeQuantizeWeight(Rounding):
         self.qconfig = qconfig
         self._observer = (qconfig.make_observer(),)  # in a tuple: it holds nothing that a state_dict or .to should find
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the numbers that the weight's integers will stand for: (N, ...); itself while rounding is off."""
+    def forward(self, weight: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
+        """Return the numbers that the weight's integers will stand for: (N, ...); itself while rounding is off.
+
+        rows: which rows of the weight these are, (N,), where each has a range of its own.
+        """
         (observer,) = self._observer
         if not self.rounds:
             return weight

@@ -150,13 +150,79 @@ def test_what_cannot_be_learned_is_refused():
         learning(fxquant.float_qparams_weight_only_qconfig)
     with pytest.raises(QConfigError, match="symmetric integers"):
         learning(fxquant.float16_dynamic_qconfig)
-    rows = learning(QConfig(activation=None, weight=fxquant.default_dynamic_qconfig.weight))
-    with pytest.raises(QConfigError, match="a table has a range for each row"):
-        prepare_qat_fx(
-            nn.Sequential(nn.Embedding(5, 4)).train(),
-            QConfigMapping().set_global(rows),
-            (torch.zeros(1, dtype=torch.long),),
-        )
+
+
+class Looked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(20, 8))
+
+    def forward(self, x):
+        return F.embedding(x, self.table)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Embedding(20, 8), nn.Linear(8, 20)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(nn.Embedding(20, 8)), lambda: nn.Sequential(nn.EmbeddingBag(20, 8)), Looked]
+)
+def test_a_table_learns_the_steps_of_the_rows_that_it_reads(make):
+    qconfig = learning(QConfig(activation=None, weight=fxquant.default_dynamic_qconfig.weight))
+    words = torch.tensor([[3, 4, 3], [0, 7, 7]])
+    prepared = prepare_qat_fx(make().train(), QConfigMapping().set_global(qconfig), (words,))
+    ((_, scale),) = [(n, p) for n, p in prepared.named_parameters() if n.endswith("scale")]
+    prepared(words).square().sum().backward()
+    assert set(scale.grad.nonzero().flatten().tolist()) <= {0, 3, 4, 7}
+    assert scale.grad.any()
+    torch.optim.SGD(prepared.parameters(), 0.01).step()
+    prepared.eval()
+    assert torch.allclose(prepared(words), convert_fx(prepared)(words), atol=1e-6)
+
+
+def test_one_weight_has_one_step_size_wherever_it_is_read():
+    words, mapping = torch.randint(20, (3, 4)), QConfigMapping().set_global(learning(fxquant.default_dynamic_qconfig))
+    prepared = prepare_qat_fx(Tied().train(), mapping, (words,))
+    assert prepared.encoder.weight_rounding.scale is prepared.decoder.weight_rounding.scale
+    prepared(words).square().sum().backward()
+    torch.optim.SGD(prepared.parameters(), 0.01).step()
+    prepared.eval()
+    quantized = convert_fx(prepared)
+    assert quantized.encoder.weight_int8 is quantized.decoder.weight_int8
+    assert sqnr(prepared(words), quantized(words)) > 60
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("more", [[], [nn.BatchNorm2d(8)]], ids=["", "BatchNorm2d"])
+def test_a_transposed_convolution_in_groups_learns_its_steps(groups, more):
+    x, model = torch.randn(4, 4, 5, 5), nn.Sequential(nn.ConvTranspose2d(4, 8, 3, 2, groups=groups), *more)
+    prepared = prepare_qat_fx(model.train(), QConfigMapping().set_global(learning(default_qat_qconfig)), (x,))
+    scale = prepared.get_parameter("0.weight_rounding.scale")
+    before = scale.detach().clone()
+    for _ in range(2):
+        prepared(x).pow(3).sum().backward()
+        torch.optim.SGD(prepared.parameters(), 1e-3).step()
+    assert not torch.equal(before, scale)
+    prepared.eval()
+    with torch.no_grad():
+        assert sqnr(prepared(x), convert_fx(prepared)(x)) > 60
+
+
+def test_a_step_begins_as_the_folded_weights_say():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8))
+    model[1].running_var.fill_(0.01)  # folded, the weights are ten times as large
+    mapping = QConfigMapping().set_global(learning(default_qat_qconfig))
+    prepared = prepare_qat_fx(model.train(), mapping, (torch.randn(2, 4, 6, 6),))
+    layer, norm = prepared.get_submodule("0"), prepared.get_submodule("1")
+    with torch.no_grad():
+        assert sqnr(layer.weight, layer.rounded(norm.weight, norm.running_var)) > 40
 
 
 def test_a_value_begins_with_its_first_batch():

@@ -6,7 +6,7 @@ as their observers. So convert is the same for both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from fxquant.graph.record import Fusion, Record
 from fxquant.graph.teach import calls_of, flat_arguments, put_argument
 from fxquant.nn.fused import WITH_RELU, linear_relu
 from fxquant.nn.modes import ByMode
-from fxquant.nn.trained import Given, Trained, TrainedProduct, given
+from fxquant.nn.trained import Given, Rounds, Trained, TrainedProduct, given
 from fxquant.rounding import FakeQuantizeTokens, FakeQuantizeWeight
 
 
@@ -37,14 +37,10 @@ def lower(module: nn.Module, record: Record) -> list[Given]:
     _restore_relus(module)
     learned = _join(module, record.fusions)
     learned += _lower_modules(module)
+    learned += given(_rounds_of_calls(module, record))
     for site in record.sites:
         rounding = None if site.observer is None else module.get_submodule(site.observer)
         if isinstance(rounding, FakeQuantizeWeight):
-            tensor = edit.get_tensor(module, site.path)
-            (node,) = module.graph.find_nodes(op="call_module", target=site.observer)
-            if tensor is not None:
-                shown = constant_of(node.args[0])
-                learned += given(rounding, tensor.t() if shown is not None and shown.is_transposed else tensor)
             edit.swap_module(module, str(site.observer), make_weight_observer(rounding.qconfig))
     for node in list(module.graph.nodes):
         rounding = module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -56,13 +52,32 @@ def lower(module: nn.Module, record: Record) -> list[Given]:
     return learned
 
 
+def rounds_of(module: nn.Module, record: Record) -> Iterator[Rounds]:
+    """Yield what rounds the weights of a model in training, and the weights; without those before a BatchNorm."""
+    for part in module.modules():
+        if isinstance(part, Trained) and not getattr(part, "norm_eps", 0.0):
+            yield from part.rounds(part)
+    if isinstance(module, fx.GraphModule):
+        yield from _rounds_of_calls(module, record)
+
+
+def _rounds_of_calls(module: fx.GraphModule, record: Record) -> Iterator[Rounds]:
+    for site in record.sites:
+        rounding = None if site.observer is None else module.get_submodule(site.observer)
+        tensor = edit.get_tensor(module, site.path)
+        if isinstance(rounding, FakeQuantizeWeight) and tensor is not None:
+            (node,) = module.graph.find_nodes(op="call_module", target=site.observer)
+            shown = constant_of(node.args[0])
+            yield rounding, tensor.t() if shown is not None and shown.is_transposed else tensor
+
+
 def _lower_modules(root: nn.Module) -> list[Given]:
     """Replace the trained modules of a tree by their float forms, and return what is learned of them."""
     learned: list[Given] = []
     for part in list(root.modules()):
         if isinstance(part, Trained):
             result = part.to_float()
-            learned += part.learned(result)
+            learned += given(part.rounds(result))
             _replace(root, part, result)
     return learned
 
@@ -111,7 +126,7 @@ def _join(module: fx.GraphModule, fusions: Sequence[Fusion]) -> list[Given]:
         if calls and calls[0].op == "call_module":
             layer = module.get_submodule(path)
             result = _joined(layer, norm)
-            learned += layer.learned(result) if isinstance(layer, Trained) else []
+            learned += given(layer.rounds(result)) if isinstance(layer, Trained) else []
             _replace(module, layer, result)
             if has_relu:  # in this place alone: a part beside the graph may call the layer too
                 fused = edit.mirror(result)

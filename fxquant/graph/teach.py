@@ -202,7 +202,7 @@ def train_module(
                 parent._modules[name] = trained
     if site.path in norms and isinstance(trained, TrainedProduct) and isinstance(module, fx.GraphModule):
         norm: Any = module.get_submodule(norms[site.path])
-        trained.norm_eps = norm.eps
+        trained.precede(norm)
         (node,) = [n for n in module.graph.nodes if n.op == "call_module" and n.target == site.path]
         with module.graph.inserting_before(node):
             gamma = None if norm.weight is None else module.graph.get_attr(f"{norms[site.path]}.weight")

@@ -13,7 +13,7 @@ from torch import nn
 from fxquant import ops
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.nn.convolution import paddings
-from fxquant.nn.stored import turn
+from fxquant.nn.stored import turn, turned_weight
 from fxquant.qconfig import QConfig, default_static_qconfig
 
 _CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -36,7 +36,7 @@ class StaticQuantizedProduct(QuantizedModule):
     ) -> None:
         super().__init__(qconfig)
         groups = module.groups if turned else 1
-        weight = turn(module.weight, turned, groups) if turned else module.weight
+        weight = turned_weight(module.weight, turned, groups) if turned else module.weight
         quantized = quantize(weight, qconfig)
         self.out_features, self.in_features = quantized.values.shape[0], quantized.values[0].numel()
         key = self.set_weight("weight", quantized, module.weight, turned, groups)

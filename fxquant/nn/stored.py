@@ -56,6 +56,21 @@ def turn(weight: torch.Tensor, turned: tuple[int, int], groups: int = 1) -> torc
     return parts.transpose(1, 2).flatten(0, 1)
 
 
+def turned_weight(weight: torch.Tensor, turned: tuple[int, int], groups: int = 1) -> torch.Tensor:
+    """Return `turn` of a weight, by which a cache of quantized weights knows it again: `turned_from`."""
+    result = turn(weight, turned, groups)
+    if groups > 1:  # a copy; without groups it is a view, which has the weight's memory
+        result.turned_from = weight  # type: ignore[attr-defined]
+    return result
+
+
+def identity(weight: torch.Tensor) -> tuple[Any, ...]:
+    """Return what tells a weight from all others that exist: its memory and its shape."""
+    shape, weight = weight.shape, getattr(weight, "turned_from", weight)
+    place = weight.untyped_storage().data_ptr() or weight.untyped_storage()._cdata  # on the meta device
+    return place, weight.storage_offset(), shape, weight.stride()
+
+
 class StoredWeights(nn.Module):
     """A module whose weights are buffers of integers and scales. `own` is the fast way to them."""
 

@@ -7,21 +7,19 @@ own; its weight and running variance come in as arguments, since the weights are
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant.errors import QConfigError
 from fxquant.formats import Activation
 from fxquant.learned import LearnedWeight, make_weight_rounding
 from fxquant.nn.convolution import paddings
-from fxquant.nn.stored import turn
+from fxquant.nn.stored import identity, turn, turned_weight
 from fxquant.numerics import QuantizedTensor
 from fxquant.qconfig import QConfig
-from fxquant.ranges import Learned
 from fxquant.rounding import FakeQuantizeTokens
 
 _LEAST_GAIN = 1e-18
@@ -40,14 +38,28 @@ def retyped(module: nn.Module, module_type: type[T]) -> T:
     return twin
 
 
+Rounds = tuple[nn.Module, torch.Tensor]
+"""What rounds a weight, and the weight as it is quantized."""
+
 Given = tuple[torch.Tensor, QConfig, QuantizedTensor]
 """A weight, as it is quantized, its qconfig and its integers."""
 
 
-def given(rounding: nn.Module, weight: torch.Tensor) -> Iterator[Given]:
-    """Yield the integers of a weight if its step size was learned."""
-    if isinstance(rounding, LearnedWeight):
-        yield weight, rounding.qconfig, rounding.quantize(weight)
+def given(rounds: Iterable[Rounds]) -> list[Given]:
+    """Return the integers of the weights whose step sizes were learned."""
+    return [
+        (weight, rounding.qconfig, rounding.quantize(weight))
+        for rounding, weight in rounds
+        if isinstance(rounding, LearnedWeight)
+    ]
+
+
+def tie_steps(rounds: Iterable[Rounds]) -> None:
+    """Let all that round one weight under one spec have one learned step size: they will have the same integers."""
+    first: dict[Any, LearnedWeight] = {}
+    for rounding, weight in rounds:
+        if isinstance(rounding, LearnedWeight):
+            rounding.scale = first.setdefault((*identity(weight), rounding.qconfig.weight), rounding).scale
 
 
 class Trained(nn.Module):
@@ -74,9 +86,9 @@ class Trained(nn.Module):
         """Return a weight as it is quantized, (O, ...)."""
         return weight
 
-    def learned(self, module: Any) -> Iterator[Given]:
-        """Yield the integers of weights whose step sizes were learned, once for each. module: its float form."""
-        yield from given(self.weight_rounding, self._turned(module.weight))
+    def rounds(self, module: Any) -> Iterator[Rounds]:
+        """Yield what rounds each weight, and the weight as it is quantized. module: this one, or its float form."""
+        yield self.weight_rounding, self._turned(module.weight)
 
     def to_float(self) -> nn.Module:
         """Return the float module, with the parameters that it has now."""
@@ -110,11 +122,10 @@ class TrainedProduct(Trained):
     def _turned_groups(self) -> int:
         return int(vars(self).get("groups", 1)) if self.turned else 1
 
-    def add_rounding(self) -> None:
-        """Register what rounds."""
-        if self._turned_groups > 1 and isinstance(self.qconfig.weight.range, Learned):
-            raise QConfigError("the step sizes of a transposed convolution in groups cannot be learned")
-        super().add_rounding()
+    def rounds(self, module: Any) -> Iterator[Rounds]:
+        """Yield what rounds the weight, and the weight as it is quantized."""
+        weight = module.weight
+        yield self.weight_rounding, turned_weight(weight, self.turned, self._turned_groups) if self.turned else weight
 
     def rounded(self, gamma: torch.Tensor | None, variance: torch.Tensor | None) -> torch.Tensor:
         """Return the rounded weight. gamma, variance: of the BatchNorm after it, (O,); None: there is none.
@@ -133,11 +144,22 @@ class TrainedProduct(Trained):
         ):
             weight = self.weight_rounding(weight)
         else:
-            gain, safe = _gain(gamma, variance.detach(), self.norm_eps)
-            gain = torch.where(gain.abs() < _LEAST_GAIN, safe, gain).view(-1, *[1] * (weight.dim() - 1))
+            gain = self._safe_gain(gamma, variance)
             weight = self.weight_rounding(weight * gain) / gain
         rounded: torch.Tensor = self._turned(weight)
         return rounded
+
+    def _safe_gain(self, gamma: torch.Tensor | None, variance: torch.Tensor) -> torch.Tensor:
+        """Return the factor of the BatchNorm after it, (O, 1, ...), that of weight 1 where it is next to nothing."""
+        gain, safe = _gain(gamma, variance.detach(), self.norm_eps)
+        return torch.where(gain.abs() < _LEAST_GAIN, safe, gain).view(-1, *[1] * (self.weight.dim() - 1))
+
+    def precede(self, norm: Any) -> None:
+        """Take note of the BatchNorm after it: with it folded, a learned step size begins otherwise."""
+        self.norm_eps = norm.eps
+        if isinstance(self.weight_rounding, LearnedWeight):
+            weight = self._turned(self.weight).detach() * self._safe_gain(norm.weight, norm.running_var)
+            self.weight_rounding = make_weight_rounding(self.qconfig, weight)
 
     def folded(self, norm: Any) -> nn.Module:
         """Return the float module with a BatchNorm folded into it: the weights that `rounded` rounds in eval mode."""
@@ -196,9 +218,9 @@ class TrainedConv3d(_TrainedConv, nn.Conv3d):
 class TrainedWindows(TrainedProduct):
     """A Conv1d or Conv2d without groups whose windows are rounded one by one: a Linear of windows."""
 
-    def learned(self, module: Any) -> Iterator[Given]:
-        """Yield the integers of a weight whose step sizes were learned, in the order of a window."""
-        yield from given(self.weight_rounding, module.weight.transpose(1, -1))
+    def rounds(self, module: Any) -> Iterator[Rounds]:
+        """Yield what rounds the weight, and the weight in the order of a window."""
+        yield self.weight_rounding, module.weight.transpose(1, -1)
 
     def forward(
         self, input: torch.Tensor, gamma: torch.Tensor | None = None, variance: torch.Tensor | None = None

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxquant.learned import make_weight_rounding
 from fxquant.nn.attention_calls import AttentionCalls
-from fxquant.nn.trained import Given, Trained, given, token_rounding, train_product
+from fxquant.nn.trained import Rounds, Trained, token_rounding, train_product
 from fxquant.qconfig import QConfig
 
 
@@ -29,12 +29,10 @@ class TrainedMultiheadAttention(AttentionCalls, Trained, nn.MultiheadAttention):
         self.input_rounding = token_rounding(self.qconfig)
         self._modules["out_proj"] = train_product(self.out_proj, self.qconfig)
 
-    def learned(self, module: Any) -> Iterator[Given]:
-        """Yield the integers of weights whose step sizes were learned."""
+    def rounds(self, module: Any) -> Iterator[Rounds]:
+        """Yield what rounds each weight, and the weight; `out_proj` is another trained module."""
         for name, rounding in self.weight_roundings.items():
-            yield from given(rounding, getattr(module, name))
-        last: Any = self.out_proj
-        yield from last.learned(module.out_proj)
+            yield rounding, getattr(module, name)
 
     def to_float(self) -> nn.Module:
         """Return the float module, with the parameters that it has now."""

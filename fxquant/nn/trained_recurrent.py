@@ -15,7 +15,7 @@ from torch import nn
 
 from fxquant.learned import make_weight_rounding
 from fxquant.nn.recurrent_calls import CellCalls, RecurrentCalls, States
-from fxquant.nn.trained import Given, Trained, given, token_rounding
+from fxquant.nn.trained import Rounds, Trained, token_rounding
 
 Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -40,10 +40,10 @@ class TrainedRecurrent(RecurrentCalls, Trained):
                 self.weight_roundings[name] = nn.Identity() if part is None else make_weight_rounding(part, weight)
                 self.token_roundings[name] = token_rounding(part)
 
-    def learned(self, module: Any) -> Iterator[Given]:
-        """Yield the integers of weights whose step sizes were learned."""
+    def rounds(self, module: Any) -> Iterator[Rounds]:
+        """Yield what rounds each weight, and the weight."""
         for name, rounding in self.weight_roundings.items():
-            yield from given(rounding, getattr(module, name))
+            yield rounding, getattr(module, name)
 
     def to_float(self) -> nn.Module:
         """Return the float module, with the parameters that it has now."""

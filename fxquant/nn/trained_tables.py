@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant.errors import QConfigError
 from fxquant.nn.trained import Trained
 from fxquant.qconfig import QConfig
 
@@ -22,7 +21,9 @@ class TrainedEmbedding(Trained, nn.Embedding):
         if self.qconfig.weight.axis == "tensor":
             return F.embedding(input, self.weight_rounding(self.weight), *options)
         rows = F.embedding(input, self.weight, *options, self.sparse)
-        rounded: torch.Tensor = self.weight_rounding(rows.flatten(0, -2)).view(rows.shape) if rows.numel() else rows
+        if not rows.numel():
+            return rows
+        rounded: torch.Tensor = self.weight_rounding(rows.flatten(0, -2), input.flatten()).view(rows.shape)
         return rounded
 
 
@@ -41,18 +42,11 @@ class TrainedEmbeddingBag(Trained, nn.EmbeddingBag):
         return F.embedding_bag(input, table, offsets, *more, self.padding_idx)
 
 
-def _refuse_learned(qconfig: QConfig) -> None:
-    if qconfig.is_learned and qconfig.weight.range is not None:
-        raise QConfigError("a table has a range for each row: range=Learned() is for the weights of products")
-
-
 def train_embedding(module: nn.Embedding, qconfig: QConfig) -> Trained:
     """Return the trained form of an Embedding."""
-    _refuse_learned(qconfig)
     return TrainedEmbedding.from_float(module, qconfig)
 
 
 def train_embedding_bag(module: nn.EmbeddingBag, qconfig: QConfig) -> Trained:
     """Return the trained form of an EmbeddingBag."""
-    _refuse_learned(qconfig)
     return TrainedEmbeddingBag.from_float(module, qconfig)

@@ -20,6 +20,7 @@ from fxquant.graph.references import repoint
 from fxquant.graph.values import NO_VALUES, Values
 from fxquant.graph.why import Rounded
 from fxquant.nn import QuantizedModule
+from fxquant.nn.stored import identity
 from fxquant.nn.transformer import avoid_fast_path
 from fxquant.numerics import QuantizedTensor
 from fxquant.observers import Observer
@@ -103,9 +104,7 @@ class WeightCache:
         self._done[self._key(weight, qconfig)] = (weight, quantized, Rounded.TO_NEAREST)
 
     def _key(self, weight: torch.Tensor, qconfig: QConfig) -> tuple[Any, ...]:
-        place = weight.untyped_storage().data_ptr() or weight.untyped_storage()._cdata  # on the meta device
-        chosen = qconfig.weight, qconfig.weight_observer, qconfig.gptq
-        return place, weight.storage_offset(), weight.shape, weight.stride(), *chosen
+        return *identity(weight), qconfig.weight, qconfig.weight_observer, qconfig.gptq
 
 
 def convert(

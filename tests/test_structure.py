@@ -68,6 +68,7 @@ TESTED_ELSEWHERE = {
     "rounding": "tests/test_fake_quantize.py and tests/test_straight_through.py",
     "nn.attention_calls": "tests/nn/test_attention.py, with the quantized layer",
     "nn.recurrent_calls": "tests/nn/test_recurrent.py, with the quantized layers",
+    "nn.trained": "tests/nn/test_trained_product.py and tests/operators/test_training.py: what all of them share",
     "nn.trained_attention": "tests/operators/test_training.py, with all rows in training",
     "nn.trained_tables": "tests/operators/test_training.py, with all rows in training",
     "nn.cells": "tests/nn/test_recurrent.py, with the layers",

@@ -22,7 +22,8 @@ from fxquant.graph.record import Fusion, Record
 from fxquant.graph.teach import calls_of, flat_arguments, put_argument
 from fxquant.nn.fused import WITH_RELU, linear_relu
 from fxquant.nn.modes import ByMode
-from fxquant.nn.trained import Given, Rounds, Trained, TrainedProduct, given
+from fxquant.nn.trained import Given, Rounds, Trained, given
+from fxquant.nn.trained_product import TrainedProduct
 from fxquant.rounding import FakeQuantizeTokens, FakeQuantizeWeight
 
 

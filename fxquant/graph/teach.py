@@ -24,7 +24,7 @@ from fxquant.graph.plan.targets import Target, name_operands
 from fxquant.graph.record import Fusion, Site
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.nn.modes import ByMode
-from fxquant.nn.trained import TrainedProduct
+from fxquant.nn.trained_product import TrainedProduct
 from fxquant.operators import Operator, find_operator
 from fxquant.qconfig import QConfig
 from fxquant.ranges import Fixed, Learned, MinMax, MovingAverage

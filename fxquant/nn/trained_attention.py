@@ -11,7 +11,8 @@ from torch import nn
 
 from fxquant.learned import make_weight_rounding
 from fxquant.nn.attention_calls import AttentionCalls
-from fxquant.nn.trained import Rounds, Trained, token_rounding, train_product
+from fxquant.nn.trained import Rounds, Trained, token_rounding
+from fxquant.nn.trained_product import train_product
 from fxquant.qconfig import QConfig
 
 

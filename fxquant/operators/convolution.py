@@ -10,7 +10,7 @@ from torch import nn
 
 from fxquant.nn import ConvReLU1d, ConvReLU2d, DynamicQuantizedConv, DynamicQuantizedConvReLU
 from fxquant.nn.base import Quantize
-from fxquant.nn.trained import train_product
+from fxquant.nn.trained_product import train_product
 from fxquant.operators.base import INT8_DYNAMIC, Operator, refuse_parameters, refuse_weight
 from fxquant.qconfig import QConfig
 

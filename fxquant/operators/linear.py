@@ -10,7 +10,7 @@ from torch import nn
 from fxquant import ops
 from fxquant.nn import DynamicQuantizedLinear, DynamicQuantizedLinearReLU, LinearReLU, linear_relu
 from fxquant.nn.base import Quantize
-from fxquant.nn.trained import train_product
+from fxquant.nn.trained_product import train_product
 from fxquant.operators.base import (
     PRODUCTS,
     Call,

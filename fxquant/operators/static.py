@@ -12,7 +12,7 @@ from fxquant.nn import ConvReLU1d, ConvReLU2d, LinearReLU
 from fxquant.nn.base import Quantize
 from fxquant.nn.fused import ConvReLU3d, linear_relu
 from fxquant.nn.static import StaticQuantizedConv, StaticQuantizedLinear
-from fxquant.nn.trained import train_product
+from fxquant.nn.trained_product import train_product
 from fxquant.operators.base import INT8_STATIC, Operator, refuse_parameters, refuse_weight
 from fxquant.operators.linear import refuse_linear
 from fxquant.operators.linear_forms import LINEAR_FORMS, refuse_bias

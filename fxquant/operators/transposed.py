@@ -8,7 +8,7 @@ from torch import nn
 
 from fxquant.nn import DynamicQuantizedLinear
 from fxquant.nn.base import Quantize
-from fxquant.nn.trained import TrainedConv1D
+from fxquant.nn.trained_product import TrainedConv1D
 from fxquant.operators.base import PRODUCTS, Operator, refuse_weight
 from fxquant.qconfig import QConfig
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.nn.trained import train_product
+from fxquant.nn.trained_product import train_product
 
 LAYERS = [
     nn.Linear(6, 4), nn.Conv1d(6, 4, 3), nn.Conv2d(6, 4, 3, groups=2, bias=False), nn.Conv3d(6, 4, 1),

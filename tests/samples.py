@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fxquant
 from fxquant import QConfig, QConfigMapping, TensorSpec, convert_fx, prepare_fx
@@ -328,3 +328,18 @@ def linear_bound(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 def sqnr(expected: torch.Tensor, got: torch.Tensor) -> float:
     """Return the signal-to-quantization-noise ratio in dB."""
     return float(10 * torch.log10(expected.detach().pow(2).sum() / (expected - got).detach().pow(2).sum()))
+
+
+@torch.no_grad()
+def steps_apart(prepared, quantized, *inputs):
+    """Yield, for each value that a trained model rounds, the largest distance in steps to what its integers stand for."""
+    rounded, integers = (fx.Interpreter(model, garbage_collect_values=False) for model in (prepared, quantized))
+    rounded.run(*inputs), integers.run(*inputs)
+    values = {node.name: value for node, value in integers.env.items()}
+    edges = [edge for edge in prepared.record.values.edges if edge.scale_of == edge.name and not edge.is_moved]
+    for edge in edges:
+        q = values.get(edge.name)
+        if isinstance(q, torch.Tensor) and q.dtype == torch.uint8:
+            call = prepared.graph.find_nodes(op="call_module", target=f"{edge.name}_observer")[0]
+            scale, zero = (getattr(quantized, f"{edge.name}_{part}") for part in ("scale", "zero_point"))
+            yield edge.name, float(((q.float() - zero) - rounded.env[call] / scale).abs().max())

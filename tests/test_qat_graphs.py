@@ -11,7 +11,7 @@ from torch import nn
 import fxquant
 from fxquant import FakeQuantize, convert_fx, default_dynamic_qconfig, default_qat_qconfig, prepare_qat_fx
 from fxquant.ranges import Learned
-from tests.samples import sqnr
+from tests.samples import sqnr, steps_apart
 from tests.test_static_graphs import Random
 
 COUNT = 16
@@ -68,6 +68,7 @@ def test_the_converted_model_does_what_the_trained_one_does(seed, tmp_path):
         quantized = convert_fx(prepared)
         z = quantized(x)
         assert sqnr(y, z) > 30
+        assert all(steps < 1.01 for _, steps in steps_apart(prepared, quantized, x))
         fxquant.save(quantized, tmp_path / "q")
         assert torch.equal(fxquant.load(Random(random.Random(seed)).eval(), tmp_path / "q")(x), z)
 

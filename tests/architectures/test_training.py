@@ -6,7 +6,7 @@ import torch
 import fxquant
 from fxquant import convert_fx, prepare_qat_fx
 from tests.architectures.convolutional import CONVOLUTIONAL, make
-from tests.samples import leaves, sqnr
+from tests.samples import leaves, sqnr, steps_apart
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
@@ -21,5 +21,9 @@ def test_it_trains_and_converts(name):
     assert all(parameter.grad is not None for parameter in prepared.parameters())
     prepared.eval()
     with torch.no_grad():
-        for expected, got in zip(leaves(prepared(*data[0])), leaves(convert_fx(prepared)(*data[0])), strict=True):
+        quantized = convert_fx(prepared)
+        for expected, got in zip(leaves(prepared(*data[0])), leaves(quantized(*data[0])), strict=True):
             assert sqnr(expected, got) > 30
+    apart = dict(steps_apart(prepared, quantized, *data[0]))
+    assert apart
+    assert max(apart.values()) < 1.01, apart

@@ -16,6 +16,7 @@ the validation text exceeds float's by at most BUDGET, with groups rounded by GP
 """
 
 import argparse
+import dataclasses
 import itertools
 import sys
 import time
@@ -34,6 +35,7 @@ import fxquant  # noqa: E402
 from fxquant import QConfigMapping, convert_fx, prepare_fx, suggest_mapping  # noqa: E402
 from fxquant.formats import FORMATS  # noqa: E402
 from fxquant.qconfig import BEST  # noqa: E402
+from fxquant.ranges import Learned  # noqa: E402
 from fxquant.tuning.ladder import LADDER  # noqa: E402
 from tutorials.word_language_model import (  # noqa: E402
     Corpus,
@@ -52,9 +54,11 @@ LSTMS = {"none": (), "inputs": ("weight_ih_l0", "weight_ih_l1", "weight_ih_l2"),
 """Which of the LSTM's weights have the format; "" for all."""
 
 
-def mapping_of(name: str, group_size: int, lstm: str) -> QConfigMapping:
-    """Return the mapping for a format of GROUPED and a group size; lstm: one of LSTMS."""
+def mapping_of(name: str, group_size: int, lstm: str, learns: bool = False) -> QConfigMapping:
+    """Return the mapping for a format of GROUPED and a group size; lstm: of LSTMS; learns: training learns scales."""
     grouped = BEST[name].with_group_size(group_size)
+    if learns:
+        grouped = dataclasses.replace(grouped, weight=dataclasses.replace(grouped.weight, range=Learned()))
     mapping = (
         QConfigMapping()
         .set_object_type(nn.Embedding, fxquant.uint4_weight_only_qconfig)

@@ -332,7 +332,7 @@ def sqnr(expected: torch.Tensor, got: torch.Tensor) -> float:
 
 @torch.no_grad()
 def steps_apart(prepared, quantized, *inputs):
-    """Yield, for each value that a trained model rounds, the largest distance in steps to what its integers stand for."""
+    """Yield each value that a trained model rounds, and how many steps it is at most away from its integers."""
     rounded, integers = (fx.Interpreter(model, garbage_collect_values=False) for model in (prepared, quantized))
     rounded.run(*inputs), integers.run(*inputs)
     values = {node.name: value for node, value in integers.env.items()}

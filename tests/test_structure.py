@@ -70,7 +70,6 @@ TESTED_ELSEWHERE = {
     "nn.recurrent_calls": "tests/nn/test_recurrent.py, with the quantized layers",
     "nn.trained": "tests/nn/test_trained_product.py and tests/operators/test_training.py: what all of them share",
     "nn.trained_attention": "tests/operators/test_training.py, with all rows in training",
-    "nn.trained_tables": "tests/operators/test_training.py, with all rows in training",
     "nn.cells": "tests/nn/test_recurrent.py, with the layers",
     "nn.stored": "tests/nn/test_base.py, with the modules whose weights these are",
     "operators.attention": "tests/operators/test_rows.py, the rows of all operators",

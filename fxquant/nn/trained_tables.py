@@ -37,9 +37,18 @@ class TrainedEmbeddingBag(Trained, nn.EmbeddingBag):
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return one vector for each bag of rounded rows."""
-        table: Any = self.weight_rounding(self.weight)
+        table, words, padding = self._read(input)
         more = (None, 2.0, self.scale_grad_by_freq, self.mode, False, per_sample_weights, self.include_last_offset)
-        return F.embedding_bag(input, table, offsets, *more, self.padding_idx)
+        return F.embedding_bag(words, table, offsets, *more, padding)
+
+    def _read(self, input: torch.Tensor) -> tuple[Any, torch.Tensor, int | None]:
+        """Return the rounded table, the indices into it, and which of them pads."""
+        if self.qconfig.weight.axis == "tensor" or not input.numel() or torch.compiler.is_compiling():
+            return self.weight_rounding(self.weight), input, self.padding_idx
+        rows, places = torch.unique(input, return_inverse=True)
+        table = self.weight_rounding(F.embedding(rows, self.weight, sparse=self.sparse), rows)
+        padding = None if self.padding_idx is None else (rows == self.padding_idx).nonzero().flatten().tolist()
+        return table, places.to(input.dtype), padding[0] if padding else None
 
 
 def train_embedding(module: nn.Embedding, qconfig: QConfig) -> Trained:

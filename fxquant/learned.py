@@ -28,14 +28,24 @@ class LearnedFakeQuantize(FakeQuantize):
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
 
+    @torch.no_grad()
     def see(self, x: torch.Tensor) -> None:
         """Take the first batch's range."""
-        if not self.has_seen:
-            super().see(x)
-            scale, zero_point = choose_value_qparams(self.low, self.high, self.spec.qmax)
-            with torch.no_grad():
-                self.scale.copy_(scale)
-                self.zero_point.copy_(zero_point)
+        if not torch.compiler.is_compiling():
+            if not self.has_seen:
+                self._begin(x)
+            return
+        kept = (self.scale, self.zero_point, self.low, self.high, self.count)
+        is_first, before = self.count == 0, [tensor.detach().clone() for tensor in kept]
+        self._begin(x)
+        for tensor, old in zip(kept, before, strict=True):
+            tensor.copy_(torch.where(is_first, tensor, old))
+
+    def _begin(self, x: torch.Tensor) -> None:
+        super().see(x)
+        scale, zero_point = choose_value_qparams(self.low, self.high, self.spec.qmax)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Return x rounded."""

@@ -1,5 +1,6 @@
 """Learned step sizes: their gradients, and that the converted model has them."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -223,6 +224,24 @@ def test_a_step_begins_as_the_folded_weights_say():
     layer, norm = prepared.get_submodule("0"), prepared.get_submodule("1")
     with torch.no_grad():
         assert sqnr(layer.weight, layer.rounded(norm.weight, norm.running_var)) > 40
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")  # torch itself does
+def test_a_compiled_model_learns_the_same_steps():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU()).train()
+    mapping = QConfigMapping().set_global(learning(default_qat_qconfig))
+    plain = prepare_qat_fx(model, mapping, (torch.randn(2, 2, 6, 6),))
+    twin = copy.deepcopy(plain)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    for scale in (1, 3):  # the first batch alone makes a range
+        x = scale * torch.randn(2, 2, 6, 6)
+        for each in (plain, compiled):
+            each(x).square().sum().backward()
+    for (name, one), other in zip(plain.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(one, other), name
+        assert torch.allclose(one.grad, other.grad, rtol=1e-3), name
+    assert all(torch.equal(one, other) for one, other in zip(plain.buffers(), twin.buffers(), strict=True))
 
 
 def test_a_value_begins_with_its_first_batch():

@@ -1,4 +1,7 @@
-"""Write docs/coverage.md from tests/architectures: python -m docs.make_coverage."""
+"""Write docs/coverage.md from tests/architectures: python -m docs.make_coverage.
+
+Its last section, which needs transformers, is made by docs/make_transformers_coverage.py and kept as it is.
+"""
 
 import pathlib
 
@@ -91,10 +94,21 @@ def static_cells(name: str) -> list[str]:
     return [name, f"{static}{rest}", f"{100 * record.coverage.share:.0f}", kinds or "nothing", f"{near:.0f}"]
 
 
+TRANSFORMERS = "## Models of transformers"
+
+
+def _kept() -> str:
+    """Return the section that another script makes."""
+    _, heading, text = PAGE.read_text(encoding="utf8").partition(f"\n{TRANSFORMERS}")
+    return heading + text
+
+
 def page() -> str:
     """Return the page's text."""
     rows = "".join(f"| {' | '.join(cells(architecture))} |\n" for architecture in ARCHITECTURES)
-    return _HEAD + rows + _STATIC + "".join(f"| {' | '.join(static_cells(name))} |\n" for name in CONVOLUTIONAL)
+    return (
+        _HEAD + rows + _STATIC + "".join(f"| {' | '.join(static_cells(name))} |\n" for name in CONVOLUTIONAL) + _kept()
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ FLOORS = {
     "operators": 3,
     "graph": 4,
     "quantize_fx": 5, "qat": 5, "eager": 5, "checkpoint": 5, "torch_ao": 5,
-    "debug": 6,
+    "debug": 6, "huggingface": 6,
     "tuning": 7, "selftest": 7,
     "": 8,
     "__main__": 9,
@@ -66,6 +66,7 @@ TESTED_ELSEWHERE = {
     "graph.whole": "tests/test_quantize_fx.py: models that do not trace",
     "graph.preserve.bound": "tests/graph/preserve/test_preserve.py: the methods that a graph keeps",
     "rounding": "tests/test_fake_quantize.py and tests/test_straight_through.py",
+    "huggingface.tree": "tests/huggingface/test_quantizer.py: the models that come of it",
     "nn.attention_calls": "tests/nn/test_attention.py, with the quantized layer",
     "nn.recurrent_calls": "tests/nn/test_recurrent.py, with the quantized layers",
     "nn.trained": "tests/nn/test_trained_product.py and tests/operators/test_training.py: what all of them share",
@@ -156,10 +157,11 @@ def test_nothing_names_what_upstream_deprecates(path):
     assert not theirs
 
 
-def test_importing_it_imports_nothing_of_torch_ao():
+def test_importing_it_imports_nothing_of_torch_ao_or_of_an_extra():
     code = (
         "import sys, torch; had = set(sys.modules); import fxquant; "
-        "print(sorted(m for m in set(sys.modules) - had if m.startswith(('torch.ao', 'torch.quantization'))))"
+        "of = ('torch.ao', 'torch.quantization', 'transformers'); "
+        "print(sorted(m for m in set(sys.modules) - had if m.startswith(of)))"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=PACKAGE.parent)
     assert run.stdout.strip() == "[]"

@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fxquant import tensor_file
-from fxquant._version import __version__
-from fxquant.checkpoint.plan import FORMAT, describe_plan, read_record, set_live
+from fxquant.checkpoint.plan import describe_plan, parse_plan, read_record, set_live
 from fxquant.checkpoint.rebuild import check_tensors, fill_unsaved, rebuild
 from fxquant.errors import CheckpointError, FxQuantError
 from fxquant.graph.old_keys import take_old_keys
@@ -161,14 +160,6 @@ def _read(path: str | os.PathLike[str], mmap: bool) -> tuple[dict[str, Any], dic
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     try:
-        plan: dict[str, Any] = json.loads(metadata["fxquant"])
-        is_newer, is_other = plan["format"] > FORMAT, plan["format"] != FORMAT
+        return parse_plan(metadata, path), tensors
     except (LookupError, TypeError, ValueError) as error:
         raise _senseless(path, error) from error
-    if is_other:
-        cure = "upgrade fxquant" if is_newer else "quantize the float model anew, or load the file with that version"
-        raise CheckpointError(
-            f"{path}: was written by fxquant {plan.get('version')} in format {plan['format']}; this is fxquant "
-            f"{__version__}, which reads format {FORMAT}: {cure}"
-        )
-    return plan, tensors

@@ -10,8 +10,9 @@ still takes older files; it never takes newer ones. 1 is the format of 0.2.0, wh
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -43,7 +44,6 @@ FORMAT = 1
 
 def describe_plan(model: nn.Module, record: Record, aliases: dict[str, str], states: dict[str, Any]) -> dict[str, Any]:
     """Return the plan as JSON values."""
-    mapping = record.mapping.to_dict()
     return {
         "format": FORMAT,
         "version": __version__,
@@ -53,10 +53,7 @@ def describe_plan(model: nn.Module, record: Record, aliases: dict[str, str], sta
         **({"values": plain_values(record.values)} if record.values.calls else {}),
         "left": [plain_skipped(part) for part in record.skipped],
         "fusions": [asdict(fusion) for fusion in record.fusions],
-        "mapping": {
-            key: _plain(value) if key == "" else [[_plain(part) for part in entry] for entry in value]
-            for key, value in mapping.items()
-        },
+        "mapping": plain_mapping(record.mapping),
         "aliases": aliases,
         "preserved": list(record.preserved.names),
         "live": {path: _live(model, path) for path in record.live},
@@ -91,11 +88,35 @@ def set_live(result: nn.Module, values: dict[str, list[Any]]) -> None:
             setattr(result.get_submodule(owner), name, value[0])
 
 
+def plain_mapping(mapping: QConfigMapping) -> dict[str, Any]:
+    """Return a mapping as JSON values, which `read_mapping` takes back."""
+    return {
+        key: _plain(value) if key == "" else [[_plain(part) for part in entry] for entry in value]
+        for key, value in mapping.to_dict().items()
+    }
+
+
 def _plain(part: Any) -> Any:
     """Return one part of a mapping entry as a JSON value: qconfigs as dicts, types by name."""
     if isinstance(part, QConfig):
         return part.to_dict()
     return type_name(part) if callable(part) else part
+
+
+def parse_plan(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the plan in a file's metadata; raise CheckpointError for another format than FORMAT.
+
+    Raises LookupError, TypeError or ValueError for metadata that holds no plan.
+    """
+    plan: dict[str, Any] = json.loads(metadata["fxquant"])
+    is_newer, is_other = plan["format"] > FORMAT, plan["format"] != FORMAT
+    if is_other:
+        cure = "upgrade fxquant" if is_newer else "quantize the float model anew, or load the file with that version"
+        raise CheckpointError(
+            f"{path}: was written by fxquant {plan.get('version')} in format {plan['format']}; this is fxquant "
+            f"{__version__}, which reads format {FORMAT}: {cure}"
+        )
+    return plan
 
 
 def read_record(
@@ -118,7 +139,7 @@ def read_record(
         values=read_values(plan["values"]) if "values" in plan else NO_VALUES,
         skipped=tuple(map(read_skipped, plan["left"])),
         fusions=tuple(Fusion(path=f["path"], chain=tuple(f["chain"])) for f in plan["fusions"]),
-        mapping=_mapping(plan["mapping"], model, operators),
+        mapping=read_mapping(plan["mapping"], model, operators),
         operators=tuple(operators),
         unfused=tuple(map(read_unfused, plan.get("unfused", ()))),
         preserved=preserve(model, tuple(plan["preserved"])),
@@ -134,9 +155,9 @@ def read_record(
     )
 
 
-def _mapping(plain: dict[str, Any], model: nn.Module, operators: Sequence[Operator]) -> QConfigMapping:
+def read_mapping(plain: dict[str, Any], model: nn.Module | None, operators: Sequence[Operator]) -> QConfigMapping:
     """Return the mapping; a type's name becomes the type where the model or the table has it, else stays a name."""
-    types: set[ObjectType] = {type(module) for module in model.modules()}
+    types: set[ObjectType] = set() if model is None else {type(module) for module in model.modules()}
     for operator in operators:
         types.update(operator.modules)
         types.update(*(pattern.functions for pattern in operator.patterns))

@@ -53,6 +53,7 @@ def run(blocks: list[Block], page: str) -> None:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")  # until the page says otherwise
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what peft calls there
             for block in blocks:
                 if block.language == "python":
                     _check(block, page, *_run_one(block, page, module, caught))

@@ -8,11 +8,16 @@ import pytest
 from tests.docs.blocks import PAGES, ROOT, Block, blocks_of, matches, run
 
 WITH_PYTHON = [page for page, path in PAGES.items() if any(block.language == "python" for block in blocks_of(path))]
+NEEDS = {"docs/huggingface.md": ("transformers", "peft")}
+"""What a page's code imports beside fxquant."""
+
 LANGUAGES = {"python", "console", "text"}
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_the_python_of_a_page_runs_and_gives_what_it_shows(page, tmp_path, monkeypatch):
+    for package in NEEDS.get(page, ()):
+        pytest.importorskip(package, reason=f"{page} shows it")
     monkeypatch.chdir(tmp_path)
     run(blocks_of(PAGES[page]), page)
 

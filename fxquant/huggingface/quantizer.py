@@ -34,7 +34,7 @@ class FxQuantizer(HfQuantizer):  # type: ignore[misc]
         if len(devices) > 1 or "disk" in devices:
             raise ArgumentError(
                 f"fxquant: device_map spreads the model over {', '.join(sorted(devices))}; a quantized model lies on "
-                "one device and is not offloaded: device_map='cpu', or {'': 0} for a GPU"
+                "one device and is not offloaded: device_map='cpu'"
             )
 
     @entry

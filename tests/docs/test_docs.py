@@ -1,5 +1,6 @@
 """The documentation says what the code does."""
 
+import importlib
 import importlib.util
 import pathlib
 from xml.etree import ElementTree
@@ -43,3 +44,15 @@ def test_coverage_page_is_made_from_the_architectures():
         assert line == expected, "run python -m docs.make_coverage"
         # Another machine's random weights differ in their last bits: another draw of the noise, here of few outputs.
         assert near == measured or abs(int(near) - int(measured)) <= 6, "run python -m docs.make_coverage"
+
+
+@pytest.mark.parametrize("name", ["BERT", "GPT-2"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_table_of_transformers_is_made_from_its_models(name):
+    pytest.importorskip("transformers", reason="the table is of its models", minversion="5.0")
+    maker = importlib.import_module("docs.make_transformers_coverage")
+    _, _, table = make_coverage.PAGE.read_text(encoding="utf8").partition(make_coverage.TRANSFORMERS)
+    made, line = maker.cells(name), next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
+    told = line.strip("| ").split(" | ")
+    assert told[:5] == made[:5], "run python -m docs.make_transformers_coverage"
+    assert abs(int(told[5]) - int(made[5])) <= 6, "run python -m docs.make_transformers_coverage"

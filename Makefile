@@ -52,7 +52,7 @@ $(VENV)/.fxquant: pyproject.toml constraints.txt setup.py $(C_FILES)
 
 # By its name: the package as it lies here is installed already, and need not be compiled again.
 $(VENV)/.dev: $(VENV)/.fxquant
-	$(INSTALL) 'fxquant[dev,transformers]'
+	$(INSTALL) 'fxquant[dev,transformers,onnx]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.dev

@@ -1,13 +1,14 @@
 """Time statically quantized networks: fxquant, float torch, torch.ao FX (oneDNN) and ONNX Runtime (QDQ).
 
-    python -m benchmarks.static [--networks resnet18:1,mobilenetv2:8] [--sides float,torch_ao,onnx_runtime]
+    python -m benchmarks.static [--networks resnet18:1,mobilenetv2:8] [--sides float,torch_ao,onnx_runtime,onnx_file]
         [--threads 1] [--rounds 5] [--seconds 0.5] [--json out.json]
 
 A network is NAME:BATCH. Inputs are channels_last, as is float's model, for torch and torch.ao; ONNX Runtime has its
-own layout. Everybody's activations are uint8 and weights int8 a channel, with ranges from the same inputs. Each side
-has a process of its own, and the processes take turns, with a pause, since threads that wait for work may spin on the
-cores of the next side: in each round every side is called for a while, and the median call counts. Ratios are those of
-a round. Sides whose packages are missing are left out, with a message. FXQUANT_ISA restricts fxquant alone; with
+own layout; onnx_runtime is its quantizer's model, onnx_file ours, written by fxquant.to_onnx. Everybody's activations
+are uint8 and weights int8 a channel, with ranges from the same inputs. Each side has a process of its own, and the
+processes take turns, with a pause, since threads that wait for work may spin on the cores of the next side: in each
+round every side is called for a while, and the median call counts. Ratios are those of a round. Sides whose packages
+are missing are left out, with a message. FXQUANT_ISA restricts fxquant alone; with
 FXQUANT_RUNS=0 it goes from node to node in Python.
 """
 
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from benchmarks.machine import describe_machine
 from benchmarks.networks import NETWORKS, make
 from benchmarks.operators import Call, Times, measure, ratios
-from fxquant import convert_fx, default_static_qconfig_mapping, kernel_info, prepare_fx
+from fxquant import convert_fx, default_static_qconfig_mapping, kernel_info, prepare_fx, to_onnx
 
 Side = Callable[[nn.Module, Sequence[Tensor]], Callable[[Tensor], Any]]
 PAUSE = 0.2  # seconds, in which the threads of the side before fall asleep
@@ -99,12 +100,30 @@ def onnx_runtime(model: nn.Module, data: Sequence[Tensor]) -> Callable[[Any], An
     return lambda x: session.run(None, {"x": x})
 
 
+def onnx_file(model: nn.Module, data: Sequence[Tensor]) -> Callable[[Any], Any]:
+    """Return a function of an array: fxquant's own model as an ONNX file. Raises ImportError without the packages."""
+    import onnxruntime
+    import onnxscript  # noqa: F401  (the export needs it)
+
+    batches = [(x,) for x in data]
+    with tempfile.TemporaryDirectory() as folder:
+        path, sizes = os.path.join(folder, "model.onnx"), ({0: torch.export.Dim("batch", min=1, max=256)},)
+        to_onnx(fxquant(model, data), batches[0], path, dynamic_shapes=sizes, data=batches, input_names=["x"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"x": x})
+
+
 SIDES: dict[str, Side] = {
     "fxquant": fxquant,
     "float": float_torch,
     "torch_ao": torch_ao,
     "onnx_runtime": onnx_runtime,
+    "onnx_file": onnx_file,
 }
+ARRAYS = ("onnx_runtime", "onnx_file")
+"""The sides that take an array."""
 
 
 @contextlib.contextmanager
@@ -130,7 +149,7 @@ def quantized(name: str, side: str) -> Callable[[Any], Any]:
 def call_of(side: str, name: str, batch: int) -> Call:
     """Return a side's call of a network on one batch. Raises ImportError where its package is missing."""
     x = by_pixels(torch.randn(batch, *NETWORKS[name][1]))
-    return functools.partial(quantized(name, side), x.contiguous().numpy() if side == "onnx_runtime" else x)
+    return functools.partial(quantized(name, side), x.contiguous().numpy() if side in ARRAYS else x)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from fxquant.errors import (
     DivergedError,
     DTypeError,
     ExampleInputsError,
+    ExportError,
     FixedAttributeError,
     FxQuantError,
     IndexRangeError,
@@ -60,6 +61,7 @@ from fxquant.observers import (
     Observer,
     PerChannelMinMaxObserver,
 )
+from fxquant.onnx import to_onnx
 from fxquant.operators import OPERATORS, Operator
 from fxquant.ops import KernelInfo, kernel_info
 from fxquant.qat import prepare_qat_fx
@@ -108,6 +110,7 @@ __all__ = [
     "DeQuantStub",
     "DivergedError",
     "ExampleInputsError",
+    "ExportError",
     "FakeQuantize",
     "FixedAttributeError",
     "FixedQParamsObserver",
@@ -186,6 +189,7 @@ __all__ = [
     "save",
     "sensitivity",
     "suggest_mapping",
+    "to_onnx",
     "uint4_weight_only_qconfig",
     "update_bn_stats",
 ]

@@ -86,6 +86,10 @@ class CheckpointError(FxQuantError):
     """A checkpoint is damaged, foreign, newer than this version, or made for another model."""
 
 
+class ExportError(FxQuantError):
+    """A quantized model has something that the file to be written cannot express."""
+
+
 class TorchAoError(FxQuantError):
     """A model of torch.ao cannot be converted: it is not dynamically quantized, another model's, or unreadable here."""
 

@@ -6,6 +6,7 @@ for anything. What a block warns of or raises must be shown so; what it prints m
 """
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import re
@@ -46,6 +47,15 @@ def blocks_of(path: Path) -> list[Block]:
     return blocks
 
 
+def _needs_more(block: Block) -> bool:
+    """Return whether a block needs an optional package that is not installed."""
+    needed = [package for words, package in _OPTIONAL.items() if words in block.code]
+    return any(importlib.util.find_spec(package) is None for package in needed)
+
+
+_OPTIONAL = {"to_onnx(": "onnxscript", "onnxruntime": "onnxruntime"}
+
+
 def run(blocks: list[Block], page: str) -> None:
     """Run a page's Python blocks in one module; AssertionError where one does something else than the page shows."""
     module = types.ModuleType("page")
@@ -55,7 +65,7 @@ def run(blocks: list[Block], page: str) -> None:
             warnings.simplefilter("always")  # until the page says otherwise
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what peft calls there
             for block in blocks:
-                if block.language == "python":
+                if block.language == "python" and not _needs_more(block):
                     _check(block, page, *_run_one(block, page, module, caught))
     finally:
         del sys.modules["page"]

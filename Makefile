@@ -56,7 +56,7 @@ $(VENV)/.dev: $(VENV)/.fxquant
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.dev
-	$(INSTALL) 'fxquant[docs,tutorials]'
+	$(INSTALL) 'fxquant[docs,tutorials,onnx]'
 	touch $@
 
 $(VENV)/.release: $(VENV)/.fxquant

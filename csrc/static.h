@@ -37,9 +37,13 @@ struct fxq_convolution {
     void *y; /* (batch, out..., outputs): uint8, or float32 */
 };
 int fxq_convolve(const struct fxq_convolution *call, int threads);
+/* The same with scratch memory of the caller's, so much a thread; multiplications; and how much. */
+void fxq_convolve_in(const struct fxq_convolution *call, int threads, void *scratch, int64_t scratch_bytes);
+int64_t fxq_convolution_work(const struct fxq_convolution *call);
+int64_t fxq_convolution_bytes(const struct fxq_convolution *call);
 
 /* transpose.c: as fxq_transpose, of bytes */
-void fxq_turn_bytes(const uint8_t *x, int64_t matrices, int64_t rows, int64_t columns, uint8_t *out);
+void fxq_turn_bytes(const uint8_t *x, int64_t matrices, int64_t rows, int64_t columns, uint8_t *out, int threads);
 
 /* values.c: single values. */
 void fxq_quantize_value(const float *x, int64_t count, struct fxq_scale scale, int qmax, uint8_t *q, int threads);
@@ -95,6 +99,7 @@ struct fxq_value {
     bool is_float, by_rows; /* by_rows: from or for outside, its channels one after another, each with all pixels */
     bool is_turned;         /* lies by rows already */
     void *data;             /* NULL before it is given a place in the arena */
+    void *leaves;           /* where it is wanted by rows as well, or NULL */
 };
 
 struct fxq_step {

@@ -37,12 +37,22 @@ static struct fxq_convolution as_one_row(struct fxq_convolution c) {
     return c;
 }
 
-int fxq_convolve(const struct fxq_convolution *call, int threads) {
+static int64_t pixels_of(const struct fxq_convolution *c) { return c->batch * c->out[0] * c->out[1] * c->out[2]; }
+
+int64_t fxq_convolution_work(const struct fxq_convolution *c) {
+    return pixels_of(c) * c->outputs * (c->inputs / c->groups) * c->kernel[0] * c->kernel[1] * c->kernel[2];
+}
+
+int64_t fxq_convolution_bytes(const struct fxq_convolution *call) {
     const struct fxq_convolution c = as_one_row(*call);
-    struct job job = {.call = &c, .pixels = c.batch * c.out[0] * c.out[1] * c.out[2]};
-    if (job.pixels == 0 || c.outputs == 0) return FXQ_OK;
-    const int64_t window = c.inputs / c.groups * c.kernel[0] * c.kernel[1] * c.kernel[2];
-    const int64_t work = job.pixels * c.outputs * window, blocks = (c.outputs + 63) / 64;
+    return fxq_aligned(fxq_active->convolution_bytes(&c));
+}
+
+void fxq_convolve_in(const struct fxq_convolution *call, int threads, void *scratch, int64_t scratch_bytes) {
+    const struct fxq_convolution c = as_one_row(*call);
+    struct job job = {.call = &c, .pixels = pixels_of(&c), .scratch = scratch, .scratch_bytes = scratch_bytes};
+    if (job.pixels == 0 || c.outputs == 0) return;
+    const int64_t work = fxq_convolution_work(&c), blocks = (c.outputs + 63) / 64;
     const struct fxq_hands hands = fxq_worthwhile(work, job.pixels * blocks, threads);
     const int64_t pieces = fxq_piece_count(job.pixels * blocks, hands);
     /* Weights are packed by each thread that needs them: so few pixels are not shared, as long as there are outputs. */
@@ -50,10 +60,15 @@ int fxq_convolve(const struct fxq_convolution *call, int threads) {
     job.output_parts = shares_outputs ? (blocks < pieces ? blocks : pieces) : 1;
     job.pixel_parts = (pieces + job.output_parts - 1) / job.output_parts;
     if (job.pixel_parts > job.pixels) job.pixel_parts = job.pixels;
-    job.scratch_bytes = fxq_aligned(fxq_active->convolution_bytes(&c));
-    job.scratch = fxq_scratch(hands.threads * job.scratch_bytes);
-    if (job.scratch == NULL) return FXQ_NO_MEMORY;
     fxq_split(convolve, &job, job.pixel_parts * job.output_parts, hands, work);
+}
+
+int fxq_convolve(const struct fxq_convolution *call, int threads) {
+    const int64_t bytes = fxq_convolution_bytes(call);
+    const struct fxq_hands hands = fxq_worthwhile(fxq_convolution_work(call), FXQ_MOST_THREADS, threads);
+    void *scratch = fxq_scratch(hands.threads * bytes);
+    if (scratch == NULL) return FXQ_NO_MEMORY;
+    fxq_convolve_in(call, hands.threads, scratch, bytes);
     fxq_trim_scratch();
     return FXQ_OK;
 }

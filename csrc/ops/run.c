@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "runtime/pool.h"
 
 /* A value's place in the arena. */
 struct place {
@@ -36,96 +37,130 @@ static int64_t place_values(const struct fxq_step *steps, int count, const struc
     return needed;
 }
 
-/* Channels by rows become pixels, and the other way round. */
-static void turn(const struct fxq_value *shape, bool to_rows, const uint8_t *from, uint8_t *to) {
-    const int64_t channels = shape->dimensions > 1 ? shape->shape[1] : 1, pixels = fxq_pixels(shape);
-    if (to_rows) fxq_turn_bytes(from, shape->shape[0], pixels, channels, to);
-    else fxq_turn_bytes(from, shape->shape[0], channels, pixels, to);
-}
+/* Steps with the memory that they need: all of it before they run, so that none can fail. */
+struct run {
+    const struct fxq_step *steps;
+    int count;
+    const struct fxq_value *values;
+    char *scratch; /* so much a thread */
+    int64_t scratch_bytes, turned_bytes;
+    uint8_t *turned;         /* a value between its two layouts */
+    int64_t work, most_work; /* of all steps, and of the greatest */
+};
 
 static int64_t count_of(const struct fxq_value *value) { return fxq_bytes(value) / (value->is_float ? 4 : 1); }
 
-static int quantize(const struct fxq_step *s, const struct fxq_value *x, struct fxq_value *y, int threads) {
-    const int64_t count = count_of(x);
-    uint8_t *q = x->by_rows ? fxq_scratch(count) : y->data;
-    if (q == NULL) return FXQ_NO_MEMORY;
-    fxq_quantize_value(x->data, count, s->call.single.scale, s->call.single.qmax, q, threads);
-    if (x->by_rows) turn(x, false, q, y->data);
-    return FXQ_OK;
+/* Channels by rows become pixels, and the other way round. */
+static void turn(const struct fxq_value *shape, bool to_rows, const uint8_t *from, uint8_t *to, int threads) {
+    const int64_t channels = shape->dimensions > 1 ? shape->shape[1] : 1, pixels = fxq_pixels(shape);
+    if (to_rows) fxq_turn_bytes(from, shape->shape[0], pixels, channels, to, threads);
+    else fxq_turn_bytes(from, shape->shape[0], channels, pixels, to, threads);
 }
 
-static int dequantize(const struct fxq_step *s, const struct fxq_value *x, struct fxq_value *y, int threads) {
-    const int64_t count = count_of(x);
-    const uint8_t *q = x->data;
-    if (y->by_rows) {
-        uint8_t *rows = fxq_scratch(count);
-        if (rows == NULL) return FXQ_NO_MEMORY;
-        turn(x, true, q, rows);
-        q = rows;
-    }
-    fxq_dequantize_value(q, count, s->call.single.scale, y->data, threads);
-    return FXQ_OK;
+static void import(const struct fxq_value *x, uint8_t *q, int threads) {
+    if (x->by_rows) turn(x, false, x->data, q, threads);
+    else fxq_turn_bytes(x->data, 1, 1, count_of(x), q, threads);
 }
 
-static int convolve(struct fxq_step *s, struct fxq_value *values, int threads) {
-    struct fxq_convolution *c = &s->call.convolution;
-    c->x = values[s->inputs[0]].data;
-    c->ending.addend = s->input_count > 1 ? values[s->inputs[1]].data : NULL;
-    c->y = values[s->output].data;
-    return fxq_convolve(c, threads);
+static void quantize(const struct run *run, const struct fxq_step *s, int threads) {
+    const struct fxq_value *x = &run->values[s->inputs[0]], *y = &run->values[s->output];
+    uint8_t *q = x->by_rows ? run->turned : y->data;
+    fxq_quantize_value(x->data, count_of(x), s->call.single.scale, s->call.single.qmax, q, threads);
+    if (x->by_rows) turn(x, false, q, y->data, threads);
 }
 
-static void combine(struct fxq_step *s, struct fxq_value *values, int threads) {
-    struct fxq_pair *c = &s->call.pair;
-    c->a = values[s->inputs[0]].data;
-    c->b = values[s->inputs[1]].data;
-    c->out = values[s->output].data;
-    fxq_combine(c, threads);
+static void dequantize(const struct run *run, const struct fxq_step *s, int threads) {
+    const struct fxq_value *x = &run->values[s->inputs[0]], *y = &run->values[s->output];
+    if (y->by_rows) turn(x, true, x->data, run->turned, threads);
+    fxq_dequantize_value(y->by_rows ? run->turned : x->data, count_of(x), s->call.single.scale, y->data, threads);
 }
 
-static int pool(struct fxq_step *s, struct fxq_value *values, int threads) {
-    struct fxq_pool *c = &s->call.pool;
-    c->x = values[s->inputs[0]].data;
-    c->y = values[s->output].data;
-    return fxq_pool_windows(c, threads);
-}
+struct join_job {
+    const struct fxq_step *step;
+    const struct fxq_value *values;
+    int64_t pixels, pieces;
+};
 
-static void join(const struct fxq_step *s, const struct fxq_value *values) {
-    const struct fxq_value *y = &values[s->output];
-    const int64_t pixels = y->shape[0] * fxq_pixels(y), width = y->shape[1];
-    uint8_t *to = y->data;
-    for (int i = 0; i < s->input_count; i++) {
-        const struct fxq_value *x = &values[s->inputs[i]];
+static void join(void *arg, int thread, int64_t first, int64_t last) {
+    const struct join_job *job = arg;
+    const int64_t width = job->values[job->step->output].shape[1],
+                  begin = fxq_share(job->pixels, 1, first, job->pieces),
+                  end = fxq_share(job->pixels, 1, last, job->pieces);
+    uint8_t *to = job->values[job->step->output].data;
+    (void)thread;
+    for (int i = 0; i < job->step->input_count; i++) {
+        const struct fxq_value *x = &job->values[job->step->inputs[i]];
         const uint8_t *from = x->data;
         const int64_t channels = x->shape[1];
-        for (int64_t p = 0; p < pixels; p++) memcpy(to + p * width, from + p * channels, (size_t)channels);
+        for (int64_t p = begin; p < end; p++) memcpy(to + p * width, from + p * channels, (size_t)channels);
         to += channels;
     }
 }
 
-static void import(const struct fxq_value *x, uint8_t *q) {
-    if (x->by_rows) turn(x, false, x->data, q);
-    else memcpy(q, x->data, (size_t)count_of(x));
+static void join_all(const struct fxq_step *step, const struct fxq_value *values, int threads) {
+    const struct fxq_value *y = &values[step->output];
+    struct join_job job = {step, values, y->shape[0] * fxq_pixels(y), 0};
+    const struct fxq_hands hands = fxq_worthwhile(4 * fxq_bytes(y), job.pixels, threads);
+    job.pieces = fxq_piece_count(job.pixels, hands);
+    fxq_split(join, &job, job.pieces, hands, 4 * fxq_bytes(y));
 }
 
-static int run_step(struct fxq_step *s, struct fxq_value *values, int threads) {
-    struct fxq_value *x = &values[s->inputs[0]], *y = &values[s->output];
+static void run_step(const struct run *run, int thread_count, const struct fxq_step *s) {
+    const struct fxq_value *x = &run->values[s->inputs[0]], *y = &run->values[s->output];
     switch (s->operator) {
-        case FXQ_IMPORT: import(x, y->data); break;
-        case FXQ_QUANTIZE: return quantize(s, x, y, threads);
-        case FXQ_DEQUANTIZE: return dequantize(s, x, y, threads);
-        case FXQ_CONVOLVE: return convolve(s, values, threads);
-        case FXQ_COMBINE: combine(s, values, threads); break;
-        case FXQ_POOL: return pool(s, values, threads);
-        case FXQ_LOOK_UP: fxq_look_up(x->data, count_of(x), s->call.single.table, y->data, threads); break;
-        case FXQ_FLATTEN: turn(x, true, x->data, y->data); break;
-        default: join(s, values);
+        case FXQ_IMPORT: import(x, y->data, thread_count); break;
+        case FXQ_QUANTIZE: quantize(run, s, thread_count); break;
+        case FXQ_DEQUANTIZE: dequantize(run, s, thread_count); break;
+        case FXQ_CONVOLVE: fxq_convolve_in(&s->call.convolution, thread_count, run->scratch, run->scratch_bytes); break;
+        case FXQ_COMBINE: fxq_combine(&s->call.pair, thread_count); break;
+        case FXQ_POOL: fxq_pool_windows(&s->call.pool, thread_count); break;
+        case FXQ_LOOK_UP: fxq_look_up(x->data, count_of(x), s->call.single.table, y->data, thread_count); break;
+        case FXQ_FLATTEN: turn(x, true, x->data, y->data, thread_count); break;
+        default: join_all(s, run->values, thread_count);
     }
-    return FXQ_OK;
+    if (y->leaves == NULL) return;
+    if (y->is_float) fxq_transpose(y->data, y->shape[0], fxq_pixels(y), y->shape[1], y->leaves, thread_count);
+    else turn(y, true, y->data, y->leaves, thread_count);
 }
 
+/* One thread's part: of each step. */
+static void run_job(void *arg, struct fxq_team *team) {
+    const struct run *run = arg;
+    fxq_split_within(team);
+    for (int i = 0; i < run->count; i++) run_step(run, team->threads, &run->steps[i]);
+    fxq_split_within(NULL);
+}
+
+/* Where a step's values lie, now that they have a place; and what it needs. */
+static void bind(struct run *run, struct fxq_step *s) {
+    const struct fxq_value *x = &run->values[s->inputs[0]], *y = &run->values[s->output];
+    int64_t work = 8 * fxq_bytes(y), bytes = 0;
+    if (s->operator == FXQ_CONVOLVE) {
+        struct fxq_convolution *c = &s->call.convolution;
+        c->x = x->data;
+        c->ending.addend = s->input_count > 1 ? run->values[s->inputs[1]].data : NULL;
+        c->y = y->data;
+        bytes = fxq_convolution_bytes(c);
+        work = fxq_convolution_work(c);
+    } else if (s->operator == FXQ_COMBINE) {
+        s->call.pair.a = x->data;
+        s->call.pair.b = run->values[s->inputs[1]].data;
+        s->call.pair.out = y->data;
+    } else if (s->operator == FXQ_POOL) {
+        s->call.pool.x = x->data;
+        s->call.pool.y = y->data;
+    }
+    const bool turns = s->operator == FXQ_QUANTIZE ? x->by_rows : s->operator == FXQ_DEQUANTIZE && y->by_rows;
+    if (turns && count_of(x) > run->turned_bytes) run->turned_bytes = count_of(x);
+    if (bytes > run->scratch_bytes) run->scratch_bytes = bytes;
+    if (work > run->most_work) run->most_work = work;
+    run->work += work;
+}
+
+/* The whole run is one job: a helper is called once, not for each step, and stays until the end. */
 int fxq_run_steps(struct fxq_step *steps, int count, struct fxq_value *values, int threads) {
     int64_t offsets[FXQ_MOST_VALUES];
+    struct run run = {.steps = steps, .count = count, .values = values};
     const int64_t bytes = place_values(steps, count, values, offsets);
     char *arena = fxq_arena(bytes);
     if (arena == NULL) return FXQ_NO_MEMORY;
@@ -133,7 +168,12 @@ int fxq_run_steps(struct fxq_step *steps, int count, struct fxq_value *values, i
         struct fxq_value *value = &values[steps[i].output];
         if (value->data == NULL) value->data = arena + offsets[steps[i].output];
     }
-    int status = FXQ_OK;
-    for (int i = 0; i < count && status == FXQ_OK; i++) status = run_step(&steps[i], values, threads);
-    return status;
+    for (int i = 0; i < count; i++) bind(&run, &steps[i]);
+    const struct fxq_hands hands = fxq_worthwhile(run.most_work, FXQ_MOST_THREADS, threads);
+    run.scratch = fxq_scratch(hands.threads * run.scratch_bytes + run.turned_bytes);
+    if (run.scratch == NULL) return FXQ_NO_MEMORY;
+    run.turned = (uint8_t *)run.scratch + hands.threads * run.scratch_bytes;
+    fxq_run(run_job, &run, hands, run.work);
+    fxq_trim_scratch();
+    return FXQ_OK;
 }

@@ -55,18 +55,36 @@ void fxq_transpose(const float *x, int64_t matrices, int64_t rows, int64_t colum
 /* Blocks of so many columns: their lines stay in the cache while all rows pass. */
 enum { TURNED = 64 };
 
-void fxq_turn_bytes(const uint8_t *x, int64_t matrices, int64_t rows, int64_t columns, uint8_t *out) {
-    if (rows == 1 || columns == 1) {
-        memcpy(out, x, (size_t)(matrices * rows * columns));
-        return;
+struct byte_job {
+    const uint8_t *x;
+    uint8_t *out;
+    int64_t rows, columns, blocks, pieces; /* blocks: of all matrices */
+};
+
+static void turn_block(const uint8_t *x, int64_t rows, int64_t columns, int64_t width, uint8_t *out) {
+    for (int64_t row = 0; row < rows; row++) {
+        for (int64_t column = 0; column < width; column++) out[column * rows + row] = x[row * columns + column];
     }
-    for (int64_t i = 0; i < matrices; i++, x += rows * columns, out += rows * columns) {
-        for (int64_t first = 0; first < columns; first += TURNED) {
-            const int64_t end = columns - first < TURNED ? columns : first + TURNED;
-            for (int64_t row = 0; row < rows; row++) {
-                for (int64_t column = first; column < end; column++)
-                    out[column * rows + row] = x[row * columns + column];
-            }
-        }
+}
+
+static void turn_bytes(void *arg, int thread, int64_t first, int64_t last) {
+    const struct byte_job *job = arg;
+    const int64_t rows = job->rows, columns = job->columns, of_matrix = (columns + TURNED - 1) / TURNED;
+    const int64_t end = fxq_share(job->blocks, 1, last, job->pieces);
+    (void)thread;
+    for (int64_t i = fxq_share(job->blocks, 1, first, job->pieces); i < end; i++) {
+        const int64_t at = i / of_matrix * rows * columns, column = i % of_matrix * TURNED;
+        const int64_t width = columns - column < TURNED ? columns - column : TURNED;
+        turn_block(job->x + at + column, rows, columns, width, job->out + at + column * rows);
     }
+}
+
+void fxq_turn_bytes(const uint8_t *x, int64_t matrices, int64_t rows, int64_t columns, uint8_t *out, int threads) {
+    const bool is_turned = rows == 1 || columns == 1; /* then it is a copy, cut anywhere */
+    struct byte_job job = {x, out, is_turned ? 1 : rows, is_turned ? matrices * rows * columns : columns, 0, 0};
+    job.blocks = (is_turned ? 1 : matrices) * ((job.columns + TURNED - 1) / TURNED);
+    const int64_t work = 8 * matrices * rows * columns;
+    const struct fxq_hands hands = fxq_worthwhile(work, job.blocks, threads);
+    job.pieces = fxq_piece_count(job.blocks, hands);
+    if (job.blocks) fxq_split(turn_bytes, &job, job.pieces, hands, work);
 }

@@ -178,7 +178,7 @@ static bool prepare_call(const struct plan *plan, PyObject *asks, PyObject *cons
 }
 
 /* The outputs' tensors. Those that have to be turned keep a place in the arena first. */
-static PyObject *make_outputs(const struct plan *plan, struct fxq_value *values, void **data) {
+static PyObject *make_outputs(const struct plan *plan, struct fxq_value *values) {
     PyObject *all = PyTuple_New(plan->output_count);
     for (int i = 0; all && i < plan->output_count; i++) {
         struct fxq_value *value = &values[plan->outputs[i]];
@@ -190,23 +190,10 @@ static PyObject *make_outputs(const struct plan *plan, struct fxq_value *values,
             Py_DECREF(all);
             return NULL;
         }
-        data[i] = made.data;
         if (!value->by_rows || value->dimensions < 3 || value->is_turned) value->data = made.data;
+        else value->leaves = made.data;
     }
     return all;
-}
-
-static int run_all(const struct plan *plan, const struct memory *m, void *const *data, int threads) {
-    const int status = fxq_run_steps(m->steps, plan->step_count, m->values, threads);
-    for (int i = 0; i < plan->output_count && status == FXQ_OK; i++) {
-        const struct fxq_value *value = &m->values[plan->outputs[i]];
-        const int64_t pixels = fxq_pixels(value);
-        if (value->data == data[i]) continue;
-        if (value->is_float) fxq_transpose(value->data, value->shape[0], pixels, value->shape[1], data[i], threads);
-        else fxq_turn_bytes(value->data, value->shape[0], pixels, value->shape[1], data[i]);
-    }
-    fxq_trim_arena();
-    return status;
 }
 
 /* run(asks, plan, input, ...): a tuple of the outputs */
@@ -215,16 +202,16 @@ PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     PyObject *capsule = count > 1 && PyTuple_Check(args[1]) ? PyTuple_GetItem(args[1], 0) : NULL;
     const struct plan *plan = capsule ? PyCapsule_GetPointer(capsule, capsule_name) : NULL;
     struct memory m;
-    void *data[FXQ_STEP_INPUTS];
     if (plan == NULL || count != 2 + plan->input_count) return nothing();
     if (!allocate(plan, &m)) return PyErr_NoMemory();
     const bool fits = all_hold(plan) && prepare_call(plan, args[0], args + 2, &m);
     const int threads = fits ? thread_count() : -1;
-    PyObject *outputs = threads > 0 ? make_outputs(plan, m.values, data) : NULL;
+    PyObject *outputs = threads > 0 ? make_outputs(plan, m.values) : NULL;
     int status = FXQ_OK;
     if (outputs) {
         Py_BEGIN_ALLOW_THREADS
-        status = run_all(plan, &m, data, threads);
+        status = fxq_run_steps(m.steps, plan->step_count, m.values, threads);
+        fxq_trim_arena();
         Py_END_ALLOW_THREADS
     }
     for (int i = 0; i < m.held_count; i++) Py_DECREF(m.held[i]);

@@ -235,7 +235,15 @@ static void run_split(void *arg, struct fxq_team *team) {
     fxq_round(team, split->pieces, split->fn, split->arg);
 }
 
+static _Thread_local struct fxq_team *own_team; /* whose rounds this thread's splits are */
+
+void fxq_split_within(struct fxq_team *team) { own_team = team; }
+
 void fxq_split(fxq_pieces fn, void *arg, int64_t pieces, struct fxq_hands hands, int64_t work) {
+    if (own_team) {
+        fxq_round(own_team, pieces, fn, arg);
+        return;
+    }
     struct split split = {fn, arg, pieces};
     fxq_run(run_split, &split, hands, work);
 }

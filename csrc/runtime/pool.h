@@ -41,6 +41,9 @@ int64_t fxq_piece_count(int64_t parts, struct fxq_hands hands);
 void fxq_run(fxq_job job, void *arg, struct fxq_hands hands, int64_t work);
 /* A job of one round. */
 void fxq_split(fxq_pieces fn, void *arg, int64_t pieces, struct fxq_hands hands, int64_t work);
+/* Inside a job, by each of its threads: from here on, what this thread splits is a round of the job. All threads split
+ * the same things in the same order, cut alike, each with an arg of its own that says the same. NULL: no longer. */
+void fxq_split_within(struct fxq_team *team);
 /* Inside a job: see that each of the pieces [0, pieces) is done, pieces <= FXQ_MOST_PIECES. A thread alone does all of
  * them in one call of fn. */
 void fxq_round(struct fxq_team *team, int64_t pieces, fxq_pieces fn, void *arg);

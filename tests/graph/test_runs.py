@@ -187,15 +187,21 @@ def test_sizes_may_change_from_call_to_call(name):
 
 
 @needs_library
-def test_with_threads_a_run_gives_the_same_bits():
-    model, x = make("gate")
+@pytest.mark.parametrize("name", ["residual", "gate", "of rank 1, values out"])
+def test_threads_share_a_run_as_one_job_and_give_the_same_bits(name):
+    model, x = make(name)
     expected = model(x)
     torch.set_num_threads(2)
-    library._library.set_least_share(1)
+    native = library._library
+    native.set_least_share(1)
+    native.use_way("waking")
     try:
-        assert same_bits(model(x), expected)
+        before = native.pool_counts()["waking"]
+        assert all(same_bits(model(x), expected) for _ in range(10))
+        assert native.pool_counts()["waking"] - before == 10
     finally:
-        library._library.set_least_share(1 << 17)
+        native.set_least_share(1 << 17)
+        native.use_way(None)
 
 
 @needs_library

@@ -33,6 +33,9 @@ struct fxq_convolution {
     int64_t batch, inputs, outputs, groups;
     int64_t in[FXQ_SPACE], out[FXQ_SPACE], kernel[FXQ_SPACE], stride[FXQ_SPACE], dilation[FXQ_SPACE];
     int64_t before[FXQ_SPACE]; /* padding, with x's zero point; that after follows from out */
+    /* Each input pixel goes to a window of outputs, not the other way round; before: outputs that are left out. */
+    bool is_transposed;
+    int64_t weight_skip; /* from one group to the next, beyond the outputs' stride */
     struct fxq_ending ending;
     void *y; /* (batch, out..., outputs): uint8, or float32 */
 };
@@ -41,6 +44,16 @@ int fxq_convolve(const struct fxq_convolution *call, int threads);
 void fxq_convolve_in(const struct fxq_convolution *call, int threads, void *scratch, int64_t scratch_bytes);
 int64_t fxq_convolution_work(const struct fxq_convolution *call);
 int64_t fxq_convolution_bytes(const struct fxq_convolution *call);
+
+/* transposed_convolution.c: of one that is transposed, as fxq_convolve and fxq_convolve_in; `shared` has
+ * output + addend bytes. */
+struct fxq_transposed_bytes {
+    int64_t thread, output, addend;
+};
+struct fxq_transposed_bytes fxq_transposed_bytes(const struct fxq_convolution *call);
+void fxq_convolve_transposed(const struct fxq_convolution *call, int threads, char *scratch,
+                             const struct fxq_transposed_bytes *bytes, char *shared);
+int fxq_convolve_phases(const struct fxq_convolution *call, int threads);
 
 /* transpose.c: as fxq_transpose, of bytes */
 void fxq_turn_bytes(const uint8_t *x, int64_t matrices, int64_t rows, int64_t columns, uint8_t *out, int threads);

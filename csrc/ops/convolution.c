@@ -29,7 +29,7 @@ static void convolve(void *arg, int thread, int64_t first, int64_t last) {
 /* A convolution of one place is one of a single row of pixels. */
 static struct fxq_convolution as_one_row(struct fxq_convolution c) {
     for (int i = 0; i < FXQ_SPACE; i++) {
-        if (c.kernel[i] != 1 || c.stride[i] != 1 || c.in[i] != c.out[i]) return c;
+        if (c.kernel[i] != 1 || c.stride[i] != 1 || c.in[i] != c.out[i] || c.before[i] != 0) return c;
     }
     const int64_t pixels = c.batch * c.out[0] * c.out[1] * c.out[2];
     c.batch = c.in[0] = c.in[1] = c.out[0] = c.out[1] = 1;
@@ -40,7 +40,8 @@ static struct fxq_convolution as_one_row(struct fxq_convolution c) {
 static int64_t pixels_of(const struct fxq_convolution *c) { return c->batch * c->out[0] * c->out[1] * c->out[2]; }
 
 int64_t fxq_convolution_work(const struct fxq_convolution *c) {
-    return pixels_of(c) * c->outputs * (c->inputs / c->groups) * c->kernel[0] * c->kernel[1] * c->kernel[2];
+    const int64_t pixels = c->is_transposed ? c->batch * c->in[0] * c->in[1] * c->in[2] : pixels_of(c);
+    return pixels * c->outputs * (c->inputs / c->groups) * c->kernel[0] * c->kernel[1] * c->kernel[2];
 }
 
 int64_t fxq_convolution_bytes(const struct fxq_convolution *call) {
@@ -64,6 +65,7 @@ void fxq_convolve_in(const struct fxq_convolution *call, int threads, void *scra
 }
 
 int fxq_convolve(const struct fxq_convolution *call, int threads) {
+    if (call->is_transposed) return fxq_convolve_phases(call, threads);
     const int64_t bytes = fxq_convolution_bytes(call);
     const struct fxq_hands hands = fxq_worthwhile(fxq_convolution_work(call), FXQ_MOST_THREADS, threads);
     void *scratch = fxq_scratch(hands.threads * bytes);

@@ -44,7 +44,7 @@ struct run {
     const struct fxq_value *values;
     char *scratch; /* so much a thread */
     int64_t scratch_bytes, turned_bytes;
-    uint8_t *turned;         /* a value between its two layouts */
+    uint8_t *turned;         /* a value between its two layouts, or a part of one */
     int64_t work, most_work; /* of all steps, and of the greatest */
 };
 
@@ -105,13 +105,23 @@ static void join_all(const struct fxq_step *step, const struct fxq_value *values
     fxq_split(join, &job, job.pieces, hands, 4 * fxq_bytes(y));
 }
 
+static void convolve(const struct run *run, const struct fxq_convolution *c, int threads) {
+    if (!c->is_transposed) {
+        fxq_convolve_in(c, threads, run->scratch, run->scratch_bytes);
+        return;
+    }
+    struct fxq_transposed_bytes bytes = fxq_transposed_bytes(c);
+    bytes.thread = run->scratch_bytes;
+    fxq_convolve_transposed(c, threads, run->scratch, &bytes, (char *)run->turned);
+}
+
 static void run_step(const struct run *run, int thread_count, const struct fxq_step *s) {
     const struct fxq_value *x = &run->values[s->inputs[0]], *y = &run->values[s->output];
     switch (s->operator) {
         case FXQ_IMPORT: import(x, y->data, thread_count); break;
         case FXQ_QUANTIZE: quantize(run, s, thread_count); break;
         case FXQ_DEQUANTIZE: dequantize(run, s, thread_count); break;
-        case FXQ_CONVOLVE: fxq_convolve_in(&s->call.convolution, thread_count, run->scratch, run->scratch_bytes); break;
+        case FXQ_CONVOLVE: convolve(run, &s->call.convolution, thread_count); break;
         case FXQ_COMBINE: fxq_combine(&s->call.pair, thread_count); break;
         case FXQ_POOL: fxq_pool_windows(&s->call.pool, thread_count); break;
         case FXQ_LOOK_UP: fxq_look_up(x->data, count_of(x), s->call.single.table, y->data, thread_count); break;
@@ -134,13 +144,16 @@ static void run_job(void *arg, struct fxq_team *team) {
 /* Where a step's values lie, now that they have a place; and what it needs. */
 static void bind(struct run *run, struct fxq_step *s) {
     const struct fxq_value *x = &run->values[s->inputs[0]], *y = &run->values[s->output];
-    int64_t work = 8 * fxq_bytes(y), bytes = 0;
+    int64_t work = 8 * fxq_bytes(y), bytes = 0, turned = 0;
     if (s->operator == FXQ_CONVOLVE) {
         struct fxq_convolution *c = &s->call.convolution;
         c->x = x->data;
         c->ending.addend = s->input_count > 1 ? run->values[s->inputs[1]].data : NULL;
         c->y = y->data;
-        bytes = fxq_convolution_bytes(c);
+        const struct fxq_transposed_bytes parts =
+            c->is_transposed ? fxq_transposed_bytes(c) : (struct fxq_transposed_bytes){0};
+        bytes = c->is_transposed ? parts.thread : fxq_convolution_bytes(c);
+        turned = parts.output + parts.addend;
         work = fxq_convolution_work(c);
     } else if (s->operator == FXQ_COMBINE) {
         s->call.pair.a = x->data;
@@ -151,7 +164,8 @@ static void bind(struct run *run, struct fxq_step *s) {
         s->call.pool.y = y->data;
     }
     const bool turns = s->operator == FXQ_QUANTIZE ? x->by_rows : s->operator == FXQ_DEQUANTIZE && y->by_rows;
-    if (turns && count_of(x) > run->turned_bytes) run->turned_bytes = count_of(x);
+    if (turns) turned = count_of(x);
+    if (turned > run->turned_bytes) run->turned_bytes = turned;
     if (bytes > run->scratch_bytes) run->scratch_bytes = bytes;
     if (work > run->most_work) run->most_work = work;
     run->work += work;

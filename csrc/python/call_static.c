@@ -70,11 +70,13 @@ PyObject *static_linear(PyObject *self, PyObject *const *args, Py_ssize_t count)
 static bool read_sizes(const struct tensor *x, const struct tensor *weight, PyObject *const *args,
                        struct fxq_convolution *c, int64_t *shape) {
     const int rank = x->dimensions - 2;
-    int64_t sides[2 * FXQ_SPACE];
+    int64_t sides[2 * FXQ_SPACE], more[FXQ_SPACE] = {0};
     for (int i = 0; i < FXQ_SPACE; i++) c->in[i] = c->out[i] = c->kernel[i] = c->stride[i] = c->dilation[i] = 1;
     c->groups = INTEGER(args[3]);
+    c->is_transposed = args[4] == Py_True;
     if (!read_integers(args[0], rank, c->stride) || PySequence_Size(args[1]) != 2 * rank ||
-        !read_integers(args[2], rank, c->dilation) || c->groups < 1 || PyErr_Occurred()) {
+        !read_integers(args[2], rank, c->dilation) || c->groups < 1 ||
+        (c->is_transposed && !read_integers(args[5], rank, more)) || PyErr_Occurred()) {
         return false;
     }
     for (int i = 0; i < 2 * rank; i++) {
@@ -83,23 +85,31 @@ static bool read_sizes(const struct tensor *x, const struct tensor *weight, PyOb
         Py_XDECREF(item);
     }
     shape[0] = c->batch = x->shape[0];
-    shape[1] = c->outputs = weight->shape[0];
+    shape[1] = c->outputs = c->is_transposed ? weight->shape[1] * c->groups : weight->shape[0];
     c->inputs = x->shape[1];
-    c->weight_strides[0] = weight->strides[0];
-    c->weight_strides[1] = weight->strides[1];
-    int64_t window = weight->shape[1];
+    c->weight_strides[0] = weight->strides[c->is_transposed ? 1 : 0];
+    c->weight_strides[1] = weight->strides[c->is_transposed ? 0 : 1];
+    if (c->is_transposed && c->groups > 1) {
+        c->weight_skip = weight->shape[0] / c->groups * weight->strides[0] - weight->shape[1] * weight->strides[1];
+        if (weight->shape[1] == 1) c->weight_strides[0] += c->weight_skip, c->weight_skip = 0;
+    }
+    int64_t window = c->is_transposed ? weight->shape[0] / c->groups : weight->shape[1];
     for (int i = 0; i < rank; i++) {
         const int at = FXQ_SPACE - rank + i;
         c->in[at] = x->shape[2 + i];
         window *= c->kernel[at] = weight->shape[2 + i];
         c->weight_strides[2 + at] = weight->strides[2 + i];
         c->before[at] = sides[2 * i];
-        const int64_t whole = c->in[at] + sides[2 * i] + sides[2 * i + 1] - c->dilation[at] * (c->kernel[at] - 1) - 1;
-        if (sides[2 * i] < 0 || sides[2 * i + 1] < 0 || c->stride[at] < 1 || c->dilation[at] < 1 || whole < 0)
+        const int64_t beside = sides[2 * i] + sides[2 * i + 1], reach = c->dilation[at] * (c->kernel[at] - 1) + 1;
+        if (sides[2 * i] < 0 || sides[2 * i + 1] < 0 || c->stride[at] < 1 || c->dilation[at] < 1) return false;
+        if (c->is_transposed) c->out[at] = (c->in[at] - 1) * c->stride[at] + reach - beside + more[at];
+        else c->out[at] = c->in[at] + beside < reach ? 0 : (c->in[at] + beside - reach) / c->stride[at] + 1;
+        if (c->in[at] < 1 || c->out[at] < 1 || more[at] < 0 || (c->is_transposed && sides[2 * i] != sides[2 * i + 1]))
             return false;
-        shape[2 + i] = c->out[at] = whole / c->stride[at] + 1;
+        shape[2 + i] = c->out[at];
     }
-    return c->inputs == weight->shape[1] * c->groups && c->outputs % c->groups == 0 && window > 0 &&
+    const int64_t inputs = c->is_transposed ? weight->shape[0] : weight->shape[1] * c->groups;
+    return c->inputs == inputs && inputs % c->groups == 0 && c->outputs % c->groups == 0 && window > 0 &&
            window <= MOST_WINDOW;
 }
 
@@ -111,11 +121,10 @@ PyObject *static_convolution(PyObject *self, PyObject *const *args, Py_ssize_t c
     struct fxq_convolution c = {0};
     int64_t shape[MOST_DIMENSIONS];
     bool says;
-    if (count != 21 || args[13] != Py_False || !may_run(args[0], args[1]) || !read_strided(args[1], &x) ||
-        x.kind != UINT8 || x.dimensions < 3 || x.dimensions > 2 + FXQ_SPACE || !read_strided(args[4], &weight) ||
-        weight.kind != INT8 || weight.dimensions != x.dimensions || !lies_by_pixels(&x, &says) ||
-        !read_scale(args[2], args[3], &c.x_scale) || !read_ending(args + 5, args + 15, weight.shape[0], &c.ending) ||
-        !read_sizes(&x, &weight, args + 9, &c, shape)) {
+    if (count != 21 || !may_run(args[0], args[1]) || !read_strided(args[1], &x) || x.kind != UINT8 ||
+        x.dimensions < 3 || x.dimensions > 2 + FXQ_SPACE || !read_strided(args[4], &weight) || weight.kind != INT8 ||
+        weight.dimensions != x.dimensions || !lies_by_pixels(&x, &says) || !read_scale(args[2], args[3], &c.x_scale) ||
+        !read_sizes(&x, &weight, args + 9, &c, shape) || !read_ending(args + 5, args + 15, c.outputs, &c.ending)) {
         return nothing();
     }
     c.x = x.data;

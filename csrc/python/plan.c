@@ -38,7 +38,17 @@ static bool set_product(const struct template *t, const struct tensor *tensors, 
            (s->input_count == 1 || set_scale(tensors, t->places + 7, &e->addend_scale));
 }
 
-/* integers: qmax, groups, stride, dilation, padding before and after of each dimension; a linear's are not read. */
+/* The outputs of one dimension, or 0; sides: padding before and after it, or what is left out of them; more: of the
+ * outputs of a transposed one. */
+static int64_t convolved_size(const struct fxq_convolution *c, int i, const int64_t *sides, int64_t more) {
+    const int64_t beside = sides[0] + sides[1], reach = c->dilation[i] * (c->kernel[i] - 1) + 1;
+    if (c->in[i] < 1 || (c->is_transposed && sides[0] != sides[1])) return 0;
+    if (c->is_transposed) return (c->in[i] - 1) * c->stride[i] + reach - beside + more;
+    return c->in[i] + beside < reach ? 0 : (c->in[i] + beside - reach) / c->stride[i] + 1;
+}
+
+/* integers: qmax, groups, stride, dilation, padding before and after of each dimension, whether it is transposed, and
+ * its output's padding; a linear's are not read. */
 static bool prepare_product(const struct template *t, const struct tensor *tensors, struct fxq_step *s,
                             struct fxq_value *values) {
     const struct fxq_value *x = &values[s->inputs[0]];
@@ -47,7 +57,8 @@ static bool prepare_product(const struct template *t, const struct tensor *tenso
     if (!set_product(t, tensors, s, values)) return false;
     const struct tensor *weight = &tensors[t->places[2]];
     const int rank = x->dimensions - 2;
-    const int64_t *stride = t->integers + 2, *dilation = stride + FXQ_SPACE, *sides = dilation + FXQ_SPACE;
+    const int64_t *stride = t->integers + 2, *dilation = stride + FXQ_SPACE, *sides = dilation + FXQ_SPACE,
+                  *more = sides + 2 * FXQ_SPACE;
     if (rank < 0 || weight->dimensions != x->dimensions) return false;
     y->dimensions = x->dimensions;
     y->is_float = c->ending.is_float;
@@ -55,6 +66,7 @@ static bool prepare_product(const struct template *t, const struct tensor *tenso
     y->shape[1] = c->outputs;
     c->inputs = x->shape[1];
     c->groups = t->integers[1];
+    c->is_transposed = *more++;
     c->weight_strides[0] = weight->strides[0];
     c->weight_strides[1] = weight->strides[1];
     int64_t window = weight->shape[1];
@@ -66,9 +78,8 @@ static bool prepare_product(const struct template *t, const struct tensor *tenso
         c->stride[i] = stride[i];
         c->dilation[i] = dilation[i];
         c->before[i] = sides[2 * i];
-        const int64_t whole = c->in[i] + sides[2 * i] + sides[2 * i + 1] - dilation[i] * (c->kernel[i] - 1) - 1;
-        if (whole < 0) return false;
-        c->out[i] = whole / stride[i] + 1;
+        c->out[i] = convolved_size(c, i, sides + 2 * i, more[i]);
+        if (c->out[i] < 1) return false;
         if (at >= 0) y->shape[2 + at] = c->out[i];
         window *= c->kernel[i];
     }

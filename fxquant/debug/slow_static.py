@@ -25,13 +25,9 @@ class SlowKind:
     is_one: Callable[[StaticQuantizedProduct, str | None], bool]
 
 
-def _is_transposed(layer: StaticQuantizedProduct, isa: str | None) -> bool:
-    return isa is not None and isinstance(layer, StaticQuantizedConv) and bool(layer.transposed)
-
-
 def _group(layer: StaticQuantizedProduct) -> tuple[int, int] | None:
-    """Return a group's inputs and outputs; None for what has no groups, or is transposed."""
-    if not isinstance(layer, StaticQuantizedConv) or layer.transposed or layer.groups == 1:
+    """Return a group's inputs and outputs; None for what has no groups."""
+    if not isinstance(layer, StaticQuantizedConv) or layer.groups == 1:
         return None
     return layer.in_channels // layer.groups, layer.out_channels // layer.groups
 
@@ -43,7 +39,6 @@ def _has_small_groups(layer: StaticQuantizedProduct, isa: str | None) -> bool:
 
 SLOW_KINDS = (
     SlowKind("without the native library static layers run in plain torch, slower than float", lambda _, isa: not isa),
-    SlowKind("static transposed convolutions have no native kernel: slower than float", _is_transposed),
     SlowKind(
         f"groups of fewer than {_LEAST_OUTPUTS} output channels fill a part of a register: mostly slower than float",
         _has_small_groups,

@@ -258,10 +258,12 @@ def _product(module: fx.GraphModule, node: fx.Node, product: Any) -> Step | None
     places = (*scales[:2], *(_kept(product, name) for name in product._tensors), *scales[2:])
     windows: tuple[int, ...] = (1,) * (1 + 2 * _SPACE) + (0,) * 2 * _SPACE
     if isinstance(product, StaticQuantizedConv):
-        if product.transposed or product.padding_mode != "zeros":
+        if product.padding_mode != "zeros":
             return None
         sides = (0,) * (2 * _SPACE - len(product._sides)) + tuple(product._sides)
         windows = (product.groups, *_three(product.stride), *_three(product.dilation), *sides)
+        if product.transposed:
+            windows = (*windows, 1, *_three(product.output_padding, 0))
     inputs = (a["input"], a["addend"]) if a.get("addend") is not None else (a["input"],)
     return Step(Op.CONVOLVE, inputs, places, (a.get("qmax", 255), *windows), a.get("low"), a.get("high"))
 

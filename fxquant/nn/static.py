@@ -128,9 +128,8 @@ class StaticQuantizedConv(StaticQuantizedProduct):
         An output's window by places, each with all channels; depthwise, where a place has one, all outputs of a place.
         """
         weight: Any = self._buffers[self._tensors[0]]
-        if not self.transposed:
-            first = 0 if self.groups > 1 and weight.shape[1] == 1 else 1
-            weight.data = weight.movedim(first, -1).contiguous().movedim(-1, first)  # in place: it may be tied
+        first = 0 if self.groups > 1 and weight.shape[1] == 1 else 1
+        weight.data = weight.movedim(first, -1).contiguous().movedim(-1, first)  # in place: it may be tied
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -116,8 +116,6 @@ def _prepare_linear(a: Any) -> Any:
 
 
 def _prepare_convolution(a: Any) -> Any:
-    if a.is_transposed:
-        return None
     return a._replace(x=by_pixels(a.x), addend=None if a.addend is None else by_pixels(a.addend))
 
 

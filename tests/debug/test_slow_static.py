@@ -9,7 +9,7 @@ from torch import nn
 from fxquant import convert_fx, default_static_qconfig_mapping, explain, prepare_fx
 from fxquant.debug.slow_static import SLOW_KINDS, slow_static
 
-PLAIN, TRANSPOSED, GROUPS = (kind.why for kind in SLOW_KINDS)
+PLAIN, GROUPS = (kind.why for kind in SLOW_KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def found(monkeypatch, model, isa):
 
 
 @pytest.mark.parametrize("isa", ["amx", "avx512_vnni", "avx_vnni", "avx2", "neon_dot", "portable"])
-def test_what_has_no_kernel_or_leaves_registers_empty_is_slow(stages, monkeypatch, isa):
-    assert found(monkeypatch, stages[1], isa) == {TRANSPOSED: ["transposed"], GROUPS: ["groups", "multiplied"]}
+def test_what_leaves_registers_empty_is_slow(stages, monkeypatch, isa):
+    assert found(monkeypatch, stages[1], isa) == {GROUPS: ["groups", "multiplied"]}
 
 
 def test_without_the_library_everything_is_slow_for_one_reason(stages, monkeypatch):
@@ -50,8 +50,8 @@ def test_explain_says_so_before_and_after_convert(stages, monkeypatch):
     found(monkeypatch, stages[1], "amx")
     before, after = (explain(stage) for stage in stages)
     assert before.slow_static == after.slow_static
-    assert after.slow_static == (f"transposed: {TRANSPOSED}", f"groups, multiplied: {GROUPS}")
-    assert f"slow: transposed: {TRANSPOSED}" in after.footer
+    assert after.slow_static == (f"groups, multiplied: {GROUPS}",)
+    assert f"slow: groups, multiplied: {GROUPS}" in " ".join(" ".join(after.footer).split())
 
 
 def test_a_dynamic_layer_is_none_of_these(monkeypatch):

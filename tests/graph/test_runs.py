@@ -89,7 +89,14 @@ MODELS = {
         image,
     ),
     "reflected": (lambda: chain(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")), image),
-    "transposed": (lambda: chain(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 3, 1)), image),
+    "transposed": (
+        lambda: chain(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), nn.Conv2d(6, 3, 1)),
+        image,
+    ),
+    "transposed last": (
+        lambda: chain(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2, (3, 1), dilation=2)),
+        image,
+    ),
     "of rank 1": (
         lambda: chain(
             nn.Conv1d(3, 4, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(4, 4, 1), nn.Flatten(), nn.Linear(20, 3)
@@ -187,7 +194,7 @@ def test_sizes_may_change_from_call_to_call(name):
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["residual", "gate", "of rank 1, values out"])
+@pytest.mark.parametrize("name", ["residual", "gate", "transposed", "of rank 1, values out"])
 def test_threads_share_a_run_as_one_job_and_give_the_same_bits(name):
     model, x = make(name)
     expected = model(x)

@@ -74,6 +74,11 @@ static void convolution_case(int threads) {
         c.groups = 2 + below(2), c.inputs = c.groups * (1 + below(20)), c.outputs = c.groups * (1 + below(20));
     set_windows(1 + (int)below(3), c.in, c.kernel, c.stride, c.dilation, c.before, after);
     set_outputs(c.in, c.kernel, c.stride, c.dilation, c.before, after, c.out);
+    c.is_transposed = below(4) == 0;
+    for (int i = 0; i < FXQ_SPACE && c.is_transposed; i++) {
+        const int64_t reach = c.dilation[i] * (c.kernel[i] - 1) + 1 - 2 * c.before[i];
+        c.out[i] = (c.in[i] - 1) * c.stride[i] + (reach > 1 ? reach : 1) + below(c.stride[i]);
+    }
     set_strides(&c);
     const int64_t count = c.batch * product_of(c.out) * c.outputs;
     uint8_t *x = bytes(c.batch * product_of(c.in) * c.inputs), *addend = below(3) ? NULL : bytes(count);

@@ -177,6 +177,31 @@ def convolution_case(seed: int) -> Case:
     return _case("static_convolution", rng, (x, *scale, weight, *of_weight, *to, *windows, *rest))
 
 
+def transposed_case(seed: int) -> Case:
+    """Return a transposed convolution of rank 1 to 3."""
+    rng = _begin(seed)
+    rank, groups = rng.choice((1, 2, 2, 2, 3)), rng.choice((1, 1, 1, 2, 3))
+    inputs, outputs = groups * rng.choice(CHANNELS), groups * rng.choice(CHANNELS)
+    if rng.random() < 0.2:
+        inputs = outputs = groups = rng.choice((*CHANNELS[1:], rng.randint(2, 130)))
+    kernel, stride = [[rng.choice((1, 2, 2, 3, 4)) for _ in range(rank)] for _ in range(2)]
+    dilation, sides = (
+        [rng.choice((1, 1, 1, 2, 3, 4)) for _ in range(rank)],
+        [rng.choice((0, 0, 1, 2)) for _ in range(rank)],
+    )
+    more = [rng.randrange(max(stride[i], dilation[i])) for i in range(rank)]
+    least = [2 * sides[i] - dilation[i] * (kernel[i] - 1) - more[i] for i in range(rank)]
+    sizes = [max(0, -(-least[i] // stride[i])) + rng.choice((1, 1, 2, 3, 5)) for i in range(rank)]
+    shape = [(sizes[i] - 1) * stride[i] + 1 - least[i] for i in range(rank)]
+    batch = rng.choice((1, 1, 2, 0 if rng.random() < 0.2 else 1))
+    x, scale = _value(rng, batch, inputs, *sizes), _scale(rng, 0.02)
+    weight = _weight(rng, inputs, outputs // groups, *kernel)
+    window = math.prod(kernel) * inputs // groups
+    of_weight, to, rest = _ending(rng, (batch, outputs, *shape), window, scale[0])
+    windows = (stride, [side for side in sides for _ in range(2)], dilation, groups, True, more)
+    return _case("static_convolution", rng, (x, *scale, weight, *of_weight, *to, *windows, *rest))
+
+
 def linear_case(seed: int) -> Case:
     """Return a linear on tokens of one to three dimensions, now and then of very many inputs."""
     rng = _begin(seed)
@@ -302,6 +327,7 @@ def mean_case(seed: int) -> Case:
 
 CASES: dict[str, Callable[[int], Case]] = {
     "static_convolution": convolution_case,
+    "static_transposed": transposed_case,
     "static_linear": linear_case,
     "quantize": quantize_case,
     "dequantize": dequantize_case,

@@ -49,11 +49,12 @@ static const int8_t *gather_weights(const struct part *p, int64_t n, int64_t cou
     const int64_t row = inputs * kernel[0] * kernel[1] * kernel[2];
     if (has_dense_windows(c)) return c->weight + n * row;
     int8_t *to = p->rows;
+    const int8_t *weight = c->weight + n / (c->outputs / c->groups) * c->weight_skip;
     for (int64_t o = n; o < n + count; o++) {
         for (int64_t d = 0; d < kernel[0]; d++) {
             for (int64_t h = 0; h < kernel[1]; h++) {
                 for (int64_t w = 0; w < kernel[2]; w++) {
-                    const int8_t *from = c->weight + o * stride[0] + d * stride[2] + h * stride[3] + w * stride[4];
+                    const int8_t *from = weight + o * stride[0] + d * stride[2] + h * stride[3] + w * stride[4];
                     for (int64_t i = 0; i < inputs; i++) *to++ = from[i * stride[1]];
                 }
             }

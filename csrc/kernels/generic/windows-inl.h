@@ -37,7 +37,7 @@ static bool has_dense_windows(const struct fxq_convolution *c) {
     const int64_t width = inputs * kernel[2], plane = width * kernel[1];
     return (inputs == 1 || stride[1] == 1) && (kernel[2] == 1 || stride[4] == inputs) &&
            (kernel[1] == 1 || stride[3] == width) && (kernel[0] == 1 || stride[2] == plane) &&
-           (c->outputs == 1 || stride[0] == plane * kernel[0]);
+           (c->outputs == 1 || stride[0] == plane * kernel[0]) && (c->groups == 1 || c->weight_skip == 0);
 }
 
 /* How much of the input so many outputs beside each other see, in dimension i. */

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxquant._version import __version__
 from fxquant.backends import get_default_qat_qconfig, get_default_qconfig
+from fxquant.balance import equalize_fx, smooth_fx
 from fxquant.checkpoint import load, save
 from fxquant.debug import compare, explain, graph_diff, profile, sensitivity
 from fxquant.eager import quantize_dynamic
@@ -162,6 +163,7 @@ __all__ = [
     "disable_observer",
     "enable_fake_quant",
     "enable_observer",
+    "equalize_fx",
     "explain",
     "float16_dynamic_qconfig",
     "float_qparams_weight_only_qconfig",
@@ -188,6 +190,7 @@ __all__ = [
     "quantize_dynamic",
     "save",
     "sensitivity",
+    "smooth_fx",
     "suggest_mapping",
     "to_onnx",
     "uint4_weight_only_qconfig",

@@ -30,7 +30,7 @@ SUCCESSORS = {
     "fuse_custom_config_dict": _KEPT,
     "qconfig_dict": "pass it as qconfig_mapping, which takes the dict form too",
     "qconfig_mapping": "give it to prepare_fx, which decides once",
-    "_equalization_config": f"{_DONE}: each row of an input has a scale of its own already",
+    "_equalization_config": f"{_DONE}: call equalize_fx or smooth_fx before prepare_fx",
     "is_standalone_module": f"{_DONE}: prepare a submodule by itself and put the result in its place",
     "is_reference": f"{_DONE}: every operator has a plain-torch reference, for any device",
     "_remove_qconfig": f"{_DONE}: the result keeps its qconfigs, for fxquant.explain",

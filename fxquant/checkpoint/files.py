@@ -87,16 +87,17 @@ def load(
 ) -> nn.Module:
     """Return the quantized model that `save` wrote.
 
-    model: the float architecture, in eval mode; it may live on the meta device, for no float weight is read or made.
-    It is not changed. operators: the table that the model was prepared with, if it had operators of your own. check:
-    whether a model that computes something else than the saved one (other heads, another activation) is refused.
+    model: the float architecture, in eval mode, or what fuse_fx made of it if that was prepared; it may live on the
+    meta device, for no float weight is read or made. It is not changed. operators: the table that the
+    model was prepared with, if it had operators of your own. check: whether a model that computes something else
+    than the saved one (other heads, another activation) is refused.
     mmap: leave the tensors in the file, mapped, and read them at their first use: processes that load the same file
     share that memory, but the file may never be changed in place (docs/checkpoints.md). By default they are read.
 
     Raises CheckpointError for a file that is damaged, altered, foreign, of another format than this version's,
     or another model's. Warns where code that is not traced comes from another release of its package.
     """
-    refuse_ours(model, "load")
+    refuse_ours(model, "load", ("prepared", "quantized"))
     model = adopt(model)
     check_model(model)
     plan, tensors = _read(path, mmap)

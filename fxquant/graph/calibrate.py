@@ -122,7 +122,7 @@ def gather(prepared: nn.Module, sites: Sequence[Site], data: Iterable[Any], prog
     is_recurrent = any(isinstance(part, nn.RNNBase) for part in twin.modules())
     for number, arguments in enumerate(itertools.chain([first], batches)):
         with _unfused(is_recurrent), counter:
-            _run(twin, arguments, number)
+            run_batch(twin, arguments, number)
     return Hessians(counter.close())
 
 
@@ -134,7 +134,7 @@ def calibrated(prepared: nn.Module, data: Iterable[Any], progress: Progress = it
     twin = edit.mirror(prepared)
     for number, arguments in enumerate(each_batch(data, prepared, progress)):
         with torch.no_grad():
-            _run(twin, arguments, number)
+            run_batch(twin, arguments, number)
     return twin
 
 
@@ -153,12 +153,12 @@ def _written(prepared: nn.Module, first: Inputs) -> frozenset[str]:
         return frozenset() if record is None else record.written
 
     def twin_runs(written: frozenset[str]) -> None:
-        _run(edit.mirror(prepared, written=written), first, 0)
+        run_batch(edit.mirror(prepared, written=written), first, 0)
 
     return without_writes(prepared, twin_runs)[1]
 
 
-def _run(model: nn.Module, arguments: Inputs, number: int) -> None:
+def run_batch(model: nn.Module, arguments: Inputs, number: int) -> None:
     """Run a batch, or raise ExampleInputsError where forward fails."""
     try:
         run(model, arguments, seed=number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -166,6 +167,15 @@ def _finish(out: torch.Tensor, a: AttentionArguments) -> torch.Tensor:
     return lay_out(*a[:4], out.transpose(1, 2).view(_shape(a)))
 
 
+def _run_at_once(native: Callable[..., Any], args: tuple[Any, ...]) -> torch.Tensor | None:
+    """Return the native kernel's result for operands as they lie, (B, H, …), or None."""
+    query, key, value, mask, is_causal, scale = args
+    if query.dim() != 4:
+        return None
+    out: torch.Tensor | None = native(True, query, key, value, mask, is_causal, scale_of(query, scale))
+    return None if out is None else lay_out(query, key, value, mask, out.transpose(1, 2))
+
+
 def _keep(ctx: Any, a: AttentionArguments, _: torch.Tensor) -> None:
     ctx.save_for_backward(*a[:4])
     ctx.is_causal, ctx.scale = a.is_causal, a.scale
@@ -196,5 +206,6 @@ _ATTENTION = Kernel(
     prepare=_prepare,
     finish=_finish,
     gradient=Gradient(_keep, _give),
+    at_once=_run_at_once,
 )
 _ATTENTION.register()

@@ -22,7 +22,7 @@ import torch
 from torch.compiler import is_compiling
 
 from fxquant.errors import DTypeError, ModelStateError, warn
-from fxquant.ops import library
+from fxquant.ops import compiled, library
 from fxquant.ops.autocast import cast_dtype
 
 P = ParamSpec("P")
@@ -56,7 +56,8 @@ class Kernel(Generic[R]):
     returns empty outputs. prepare: returns the arguments as the native library takes them (dense, float32), or None
     where the reference is to run. finish: (what the library returned, arguments), returns the outputs. gradient: None
     where a gradient that comes back is an error. is_cast: whether torch.autocast casts an eager call's output.
-    is_native: whether the native library has it.
+    is_native: whether the native library has it. at_once: (the native library's function, arguments), returns its
+    result for operands as they lie, or None; not needed where that is the function's own.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Kernel(Generic[R]):
     gradient: Gradient | None = None
     is_cast: bool = False
     is_native: bool = True
+    at_once: Callable[[Callable[..., Any], tuple[Any, ...]], R | None] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,6 +129,8 @@ class Kernel(Generic[R]):
     def _run_fake(self, *args: Any, **kwargs: Any) -> R:
         a = self.arguments(*args, **kwargs)
         self.check(a)
+        if library.available():
+            compiled.teach_inductor(self.name, OVERLOADS[self.name], self.arguments)
         return self.fake(a)
 
     def dispatch(self, args: Sequence[Any]) -> R:
@@ -160,6 +164,7 @@ class Kernel(Generic[R]):
         _LIBRARY.impl(name, self.run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         OVERLOADS[self.name] = getattr(getattr(torch.ops.fxquant, self.name), overload or "default")
         KERNELS[self.name] = self
+        compiled.register(self.name, OVERLOADS[self.name], self.native(), self.at_once)
         if self.gradient is not None:
             self._register_gradient(f"fxquant::{name}", self.gradient)
         native, dispatch, is_cast = self.native(), self.dispatch, self.is_cast

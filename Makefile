@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-versi
 # Tests run in a process for each core; more than four wait for memory and for each other.
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
-C_FILES := $(foreach depth,* */* */*/* */*/*/*,$(wildcard csrc/$(depth).c csrc/$(depth).h))
+C_FILES := $(foreach depth,* */* */*/* */*/*/*,$(wildcard csrc/$(depth).c csrc/$(depth).cpp csrc/$(depth).h)) $(wildcard examples/cpp/*.cpp)
 
 .PHONY: demo test lint types tutorials docs wheel clean
 

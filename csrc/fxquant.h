@@ -13,6 +13,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#pragma GCC visibility push(default) /* the doors to the operators may be libraries of their own */
+
 /* How a matrix's values are stored. Of less than 8 bits: in rows of whole blocks. 4 bits: two values a byte, the low
  * nibble first; INT4 holds a value plus 8. INT3 holds a value plus 4, two of them a pair of 6 bits, the low half first;
  * byte i of a block, 0 to 2, has pair i + 1 in its upper bits, and in the lowest two bits 2 i and 2 i + 1 of pair 0. */
@@ -180,5 +182,11 @@ int fxq_isa_count(void);
 const char *fxq_isa_name(int index); /* best first */
 const char *fxq_isa_obstacle(int index);
 bool fxq_select_isa(int index); /* -1: the best one */
+
+/* Makes the library ready, where that has not been done: true then. Every door calls it. */
+bool fxq_begin(void);
+extern bool fxq_is_registered; /* whether torch knows the operators in this process */
+
+#pragma GCC visibility pop
 
 #endif

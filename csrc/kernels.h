@@ -189,10 +189,12 @@ struct fxq_kernels {
     void (*take_greater)(float *out, const float *x, int64_t count); /* out[i] = the greater of the two */
 };
 
+#pragma GCC visibility push(default)
 extern const struct fxq_kernels *fxq_active; /* set by fxq_select_isa */
 
 /* For tests and benchmarks: one form for all int8 products that have it (FXQ_METHODS: the one that pays). */
 extern enum fxq_method fxq_only_method;
+#pragma GCC visibility pop
 
 static inline bool fxq_uses(enum fxq_method method, bool pays) {
     return fxq_only_method == FXQ_METHODS ? pays : fxq_only_method == method;
@@ -203,7 +205,9 @@ static inline bool fxq_uses(enum fxq_method method, bool pays) {
 void *fxq_scratch(int64_t bytes);
 void fxq_trim_scratch(void);    /* gives back an unusually large block */
 void *fxq_arena(int64_t bytes); /* the same, of another block: a run's values */
+#pragma GCC visibility push(default)
 void fxq_trim_arena(void);
+#pragma GCC visibility pop
 
 /* Bytes in whole cache lines. */
 static inline int64_t fxq_aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }

@@ -6,6 +6,8 @@
 
 #include "fxquant.h"
 
+#pragma GCC visibility push(default)
+
 struct fxq_scale {
     float scale;
     int32_t zero_point;
@@ -144,5 +146,7 @@ static inline int64_t fxq_bytes(const struct fxq_value *value) {
 
 /* Runs steps whose values have their shapes, and those from or for outside their data. */
 int fxq_run_steps(struct fxq_step *steps, int count, struct fxq_value *values, int threads);
+
+#pragma GCC visibility pop
 
 #endif

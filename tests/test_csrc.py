@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parents[1] / "csrc"
-FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".c", ".h"))
+FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".c", ".cpp", ".h"))
 NAMES = {str(path.relative_to(CSRC)): path for path in FILES}
 INCLUDE = re.compile(r'^#include "(.+)"', re.M)
 EDGES = {name: INCLUDE.findall(path.read_text()) for name, path in NAMES.items()}

@@ -1,9 +1,10 @@
-/* The Python module: its table of methods, and its settings. The operators stand in call_*.c, after the manner of
- * calls.h. */
+/* The Python module: its table of methods, and its settings. The operators' calls stand in calls/. */
 #include <sys/mman.h>
 
 #include "kernels.h"
-#include "python/calls.h"
+#include "calls/calls.h"
+#include "python/plan.h"
+#include "python/tensors.h"
 #include "runtime/pool.h"
 
 /* isas() -> ((name, obstacle), ...), best first; an empty obstacle: it can be used */
@@ -162,8 +163,8 @@ static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "_native", "fxquant's CPU kernels.", -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__native(void) {
-    fxq_select_isa(-1);
-    fxq_watch_forks();
+    fxq_begin();
+    fxq_is_registered = true; /* by the package, if not by the other door before */
     PyObject *module = PyModule_Create(&definition);
     if (module && PyModule_AddIntConstant(module, "interface", 12) != 0)
         Py_CLEAR(module); /* of library.py's _INTERFACE */

@@ -3,8 +3,8 @@
 #define FXQUANT_PYTHON_PLAN_H
 
 #include "kernels.h"
-#include "python/calls.h"
-#include "python/values.h"
+#include "calls/calls.h"
+#include "calls/layout.h"
 
 enum { STEP_PLACES = 9, STEP_INTEGERS = 18 };
 
@@ -34,6 +34,9 @@ struct plan {
     struct template *templates;
     int inputs[FXQ_STEP_INPUTS], outputs[FXQ_STEP_INPUTS];
 };
+
+CALL(plan_run); /* call_run.c */
+CALL(run);
 
 /* Fills in a step and its output's shape; whether they fit. tensors: of the places. */
 bool prepare_step(const struct template *template, const struct tensor *tensors, struct fxq_step *step,

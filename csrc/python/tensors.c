@@ -172,49 +172,23 @@ bool read_strided(PyObject *object, struct tensor *tensor) {
     return false;
 }
 
-bool read_tensor(PyObject *object, struct tensor *tensor) {
-    if (!read_strided(object, tensor)) return false;
-    bool is_dense = true;
-    int64_t dense = 1; /* stride */
-    for (int i = tensor->dimensions - 1; i >= 0; dense *= tensor->shape[i--]) {
-        is_dense = is_dense && (tensor->shape[i] == 1 || tensor->strides[i] == dense);
-    }
-    return is_dense || tensor->count == 0;
-}
-
-bool read_kind(PyObject *object, enum kind kind, int dimensions, struct tensor *tensor) {
-    return read_tensor(object, tensor) && tensor->kind == kind && tensor->dimensions == dimensions;
-}
-
-bool read_vector(PyObject *object, int64_t count, const float **data) {
-    struct tensor vector;
-    if (!read_kind(object, FLOAT32, 1, &vector) || vector.count != count) return false;
-    *data = vector.data;
-    return true;
-}
-
-bool read_optional_vector(PyObject *object, int64_t count, const float **data) {
-    *data = NULL;
-    return object == Py_None || read_vector(object, count, data);
-}
-
-static bool is_true(PyObject *value) {
+static bool has_truth(PyObject *value) {
     const int truth = value ? PyObject_IsTrue(value) : -1;
     Py_XDECREF(value);
     return truth != 0;
 }
 
 bool is_trained(PyObject *object) {
-    return is_true(PyObject_GetAttr(object, name.requires_grad)) &&
-           is_true(PyObject_CallObject(torch.is_grad_enabled, NULL));
+    return has_truth(PyObject_GetAttr(object, name.requires_grad)) &&
+           has_truth(PyObject_CallObject(torch.is_grad_enabled, NULL));
 }
 
 bool is_watched(PyObject *object) {
     if (!is_plain(object)) return true;
     for (int i = 0; i < WATCHERS; i++) {
-        if (is_true(PyObject_CallObject(torch.watchers[i], NULL))) return true;
+        if (has_truth(PyObject_CallObject(torch.watchers[i], NULL))) return true;
     }
-    return is_trained(object) || is_true(PyObject_CallMethodObjArgs(object, name.is_neg, NULL));
+    return is_trained(object) || has_truth(PyObject_CallMethodObjArgs(object, name.is_neg, NULL));
 }
 
 PyObject *new_tensor(const int64_t *shape, int dimensions, struct tensor *tensor) {

@@ -1,5 +1,6 @@
 /* Which instruction sets this processor and operating system allow, and the choice among them. */
 #include "runtime/isa.h"
+#include "runtime/pool.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -134,4 +135,15 @@ bool fxq_select_isa(int index) {
         if (index >= 0) return false;
     }
     return false;
+}
+
+bool fxq_is_registered = false;
+
+bool fxq_begin(void) {
+    static bool has_begun = false;
+    if (has_begun) return false;
+    has_begun = true;
+    fxq_select_isa(-1);
+    fxq_watch_forks();
+    return true;
 }

@@ -14,6 +14,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#pragma GCC visibility push(default)
+
 enum { FXQ_MOST_THREADS = 256, FXQ_MOST_PIECES = (1 << 16) - 1 };
 
 /* A job as one of its threads sees it. */
@@ -70,5 +72,7 @@ struct fxq_pool_counts {
     uint64_t sleeps;             /* waits that ended in sleep, of callers and workers */
 };
 struct fxq_pool_counts fxq_count_pool(void);
+
+#pragma GCC visibility pop
 
 #endif

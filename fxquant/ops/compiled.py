@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fxquant.ops import packaged
+
 _MODULE = "torch._inductor.lowering"
 _DTYPES = {5: torch.float16, 6: torch.float32, 7: torch.float64, 15: torch.bfloat16}  # as schemas' defaults number them
 calls = SimpleNamespace()
@@ -70,6 +72,11 @@ def _lower(name: str, overload: Any, arguments: Callable[..., Any]) -> None:
 
         def codegen(self, wrapper: Any) -> None:
             """Write the call."""
+            if V.graph.cpp_wrapper and V.graph.aot_mode and packaged.takes(self):
+                self.codegen_comment(wrapper)
+                packaged.write_call(self, wrapper, name)
+                self.codegen_unbacked_symbol_defs(wrapper)
+                return
             if not V.graph.cpp_wrapper:
                 wrapper.add_import_once("from fxquant.ops.compiled import calls as fxquant_calls")
                 self.python_kernel_name = f"fxquant_calls.{name}"

@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import torch
 from fxquant.errors import ModelStateError, ShapeError
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
 
+KERNELS_FILE, OPERATORS_FILE = "libfxquant_kernels.so.1", "libfxquant_ops.so.1"  # as setup.py names them
 _INTERFACE = 12  # what module.c says it is: a library left from another version is not called
 
 
@@ -29,13 +31,15 @@ class KernelInfo:
     """Which kernels run the quantized operators.
 
     library: the library's path, None when plain torch does the work; isa: its instruction set; threads: how many
-    threads the next call may use; why: why no better library or instruction set is used, empty when there is none.
+    threads the next call may use; why: why no better library or instruction set is used, empty when there is none;
+    operators: the path of the library of operators for programs without Python, None where it was not built.
     """
 
     library: str | None
     isa: str | None
     threads: int
     why: str
+    operators: str | None = None
 
     def __str__(self) -> str:
         name = f"{self.isa} kernels" if self.library else "plain torch, no native kernels"
@@ -115,6 +119,15 @@ def function(name: str) -> Callable[..., Any] | None:
     return function
 
 
+def operators_path() -> str | None:
+    """Return the path of the library of operators for programs without Python; None where it was not built.
+
+    `torch.ops.load_library` of it gives a process torch.ops.fxquant without fxquant. Packages of AOTInductor carry it.
+    """
+    path = Path(__file__).parents[1] / OPERATORS_FILE
+    return str(path) if _library is not None and path.exists() else None
+
+
 def available() -> bool:
     """Return whether the native library is loaded."""
     return _library is not None
@@ -125,7 +138,7 @@ def kernel_info() -> KernelInfo:
     threads = torch.get_num_threads()
     if _library is None:
         return KernelInfo(None, None, threads, _why)
-    return KernelInfo(_library.__file__, _library.active_isa(), threads, _why)
+    return KernelInfo(_library.__file__, _library.active_isa(), threads, _why, operators_path())
 
 
 def bare(tensor: torch.Tensor) -> torch.Tensor:

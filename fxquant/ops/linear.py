@@ -25,7 +25,7 @@ from fxquant.ops.register import Gradient, Kernel, arguments_of, per_token_of, p
 from fxquant.ops.weights import check_format, check_matrix, check_qmax, prepare_scale
 
 _FORMATS = tuple(known for known in FORMATS if known.activation is not None and known is not FLOAT32)
-_MOST_DIMENSIONS = 8  # of csrc/python/tensors.h
+_MOST_DIMENSIONS = 8  # of csrc/calls/tensors.h
 EXACT_COLUMNS = 512  # 512 * 255 * 127 < 2**24: such a float32 sum of products is exact in any order
 
 

@@ -11,8 +11,10 @@ What the operator is made of takes its arguments as one named tuple, which `argu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -159,9 +161,11 @@ class Kernel(Generic[R]):
         if overload:
             self._register_per_row()
         name = f"{self.name}.{overload}".rstrip(".")
-        _LIBRARY.define(name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        is_known = _define(self.name, overload, self.schema)
         torch.library.register_fake(f"fxquant::{name}", self._run_fake, lib=_LIBRARY)
-        _LIBRARY.impl(name, self.run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        with _ignoring_warnings() if is_known else contextlib.nullcontext():  # of overriding
+            for key in ("CompositeExplicitAutograd", "CPU")[: 1 + is_known]:
+                _LIBRARY.impl(name, self.run, key)  # type: ignore[no-untyped-call]
         OVERLOADS[self.name] = getattr(getattr(torch.ops.fxquant, self.name), overload or "default")
         KERNELS[self.name] = self
         compiled.register(self.name, OVERLOADS[self.name], self.native(), self.at_once)
@@ -182,7 +186,7 @@ class Kernel(Generic[R]):
     def _register_per_row(self) -> None:
         """Register the overload in which per_token is per_row: for files of torch.export, which name arguments."""
         schema = self.schema.replace("per_token", "per_row")
-        _LIBRARY.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        _define(self.name, "", schema)
         forward = functools.partial(_call_overload, self.name)
         _LIBRARY.impl(self.name, forward, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 
@@ -229,6 +233,23 @@ def check_dense(x: Any, name: str) -> None:
     elif x.is_nested or x.layout is not torch.strided:
         layout, cure = ("nested", "to_padded_tensor(0.0)") if x.is_nested else (str(x.layout), "to_dense()")
         raise DTypeError(f"a quantized {name} takes a dense tensor, got a {layout} one; call x.{cure} before it")
+
+
+@contextlib.contextmanager
+def _ignoring_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _define(name: str, overload: str, schema: str) -> bool:
+    """Define an operator; return whether a library without Python has done so, in a process that loaded it before."""
+    known = torch._C._jit_get_schemas_for_operator(f"fxquant::{name}")
+    if any(one.overload_name == overload for one in known):
+        return True
+    full = f"{name}.{overload}".rstrip(".") + schema
+    _LIBRARY.define(full, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    return False
 
 
 def _call_overload(name: str, *args: Any) -> Any:

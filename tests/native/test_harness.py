@@ -12,7 +12,7 @@ import pytest
 
 from tests.native.build import ROOT, build
 
-C_FILES = (path for path in (ROOT / "csrc").rglob("*.c") if path.parent.name != "python")
+C_FILES = (path for path in (ROOT / "csrc").rglob("*.c") if path.parent.name not in ("python", "calls"))
 SOURCES = [ROOT / "tests/native/harness.c", *C_FILES]
 
 pytestmark = pytest.mark.long

@@ -1,8 +1,8 @@
 /* Integer values, seen from C: their scales, and how they lie. */
-#include "python/values.h"
+#include "calls/layout.h"
 
 /* A value's scale and zero point: a float32 and an int32, of a single element each. */
-bool read_scale(PyObject *scale, PyObject *zero_point, struct fxq_scale *to) {
+bool read_scale(object scale, object zero_point, struct fxq_scale *to) {
     struct tensor s, z;
     if (!read_strided(scale, &s) || s.kind != FLOAT32 || s.count != 1 || !read_strided(zero_point, &z) ||
         z.kind != INT32 || z.count != 1) {
@@ -12,15 +12,13 @@ bool read_scale(PyObject *scale, PyObject *zero_point, struct fxq_scale *to) {
     return to->zero_point >= 0 && to->zero_point <= 255;
 }
 
-float read_bound(PyObject *bound, float none) { return bound == Py_None ? none : (float)PyFloat_AsDouble(bound); }
+float read_bound(object bound, float none) { return is_none(bound) ? none : (float)NUMBER(bound); }
 
 /* `count` integers, to the last places of three; whether there are so many. */
-bool read_integers(PyObject *sequence, int count, int64_t *to) {
-    if (PySequence_Size(sequence) != count) return false;
+bool read_integers(object sequence, int count, int64_t *to) {
+    if (length_of(sequence) != count) return false;
     for (int i = 0; i < count; i++) {
-        PyObject *item = PySequence_GetItem(sequence, i);
-        to[FXQ_SPACE - count + i] = item ? PyLong_AsLongLong(item) : -1;
-        Py_XDECREF(item);
+        to[FXQ_SPACE - count + i] = integer_at(sequence, i);
     }
     return true;
 }
@@ -52,11 +50,10 @@ void set_strides(const int64_t *shape, int dimensions, bool by_pixels, int64_t *
 }
 
 /* An output of these sizes, which lies as the input does; NULL: it would have to lie otherwise than it is computed. */
-PyObject *new_output(PyObject *asks, const int64_t *shape, int dimensions, bool says, bool is_float,
-                     struct tensor *made) {
+object new_output(object asks, const int64_t *shape, int dimensions, bool says, bool is_float, struct tensor *made) {
     int64_t strides[MOST_DIMENSIONS], pixels = 1;
     for (int i = 2; i < dimensions; i++) pixels *= shape[i];
-    if (!says && pixels != 1 && shape[1] != 1 && asks == Py_True) return NULL;
-    set_strides(shape, dimensions, says || asks != Py_True, strides);
+    if (!says && pixels != 1 && shape[1] != 1 && is_yes(asks)) return NULL;
+    set_strides(shape, dimensions, says || !is_yes(asks), strides);
     return new_strided(shape, strides, dimensions, is_float ? FLOAT32 : UINT8, made);
 }

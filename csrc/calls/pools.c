@@ -1,10 +1,10 @@
 /* The module's calls of static quantization's pools. */
-#include "python/calls.h"
-#include "python/values.h"
+#include "calls/calls.h"
+#include "calls/layout.h"
 
 /* A pool's input, whose channels are its second dimension. */
-static bool read_pooled(PyObject *object, struct tensor *x, bool *says, struct fxq_pool *call) {
-    if (!read_strided(object, x) || x->kind != UINT8 || x->dimensions < 3 || x->dimensions > 2 + FXQ_SPACE ||
+static bool read_pooled(object value, struct tensor *x, bool *says, struct fxq_pool *call) {
+    if (!read_strided(value, x) || x->kind != UINT8 || x->dimensions < 3 || x->dimensions > 2 + FXQ_SPACE ||
         !lies_by_pixels(x, says) || x->count == 0) {
         return false;
     }
@@ -33,7 +33,7 @@ bool sums_fit(const struct fxq_pool *c) {
 }
 
 /* kernel, stride, padding */
-static bool read_windows(PyObject *const *args, int rank, struct fxq_pool *call) {
+static bool read_windows(object const *args, int rank, struct fxq_pool *call) {
     if (!read_integers(args[0], rank, call->kernel) || !read_integers(args[1], rank, call->stride) ||
         !read_integers(args[2], rank, call->before)) {
         return false;
@@ -45,21 +45,19 @@ static bool read_windows(PyObject *const *args, int rank, struct fxq_pool *call)
     return true;
 }
 
-static PyObject *run_pool(PyObject *asks, struct tensor *x, bool says, bool rounds_up, struct fxq_pool *call) {
+static object run_pool(object asks, struct tensor *x, bool says, bool rounds_up, struct fxq_pool *call) {
     struct tensor made;
     for (int i = 0; i < FXQ_SPACE; i++) call->out[i] = pooled_size(call, i, rounds_up);
     for (int i = 2; i < x->dimensions; i++) x->shape[i] = call->out[FXQ_SPACE - x->dimensions + i];
-    if (call->out[0] < 1 || call->out[1] < 1 || call->out[2] < 1 || !sums_fit(call) || PyErr_Occurred())
-        return nothing();
-    PyObject *output = new_output(asks, x->shape, x->dimensions, says, false, &made);
+    if (call->out[0] < 1 || call->out[1] < 1 || call->out[2] < 1 || !sums_fit(call) || has_failed()) return nothing();
+    object output = new_output(asks, x->shape, x->dimensions, says, false, &made);
     if (output == NULL) return nothing();
     call->y = made.data;
     RUN(output, fxq_pool_windows(call, threads));
 }
 
 /* max_pool_value(asks, x, kernel, stride, padding, dilation, ceil_mode) */
-PyObject *max_pool_value(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(max_pool_value) {
     struct tensor x;
     struct fxq_pool call = {0};
     bool says;
@@ -68,11 +66,11 @@ PyObject *max_pool_value(PyObject *self, PyObject *const *args, Py_ssize_t count
         call.dilation[0] < 1 || call.dilation[1] < 1 || call.dilation[2] < 1) {
         return nothing();
     }
-    return run_pool(args[0], &x, says, args[6] == Py_True, &call);
+    return run_pool(args[0], &x, says, is_yes(args[6]), &call);
 }
 
 /* x, its scale and zero point, scale, zero_point; and qmax */
-static bool read_averaged(PyObject *const *args, PyObject *qmax, struct tensor *x, bool *says, struct fxq_pool *call) {
+static bool read_averaged(object const *args, object qmax, struct tensor *x, bool *says, struct fxq_pool *call) {
     call->is_average = true;
     return may_run(args[0], args[1]) && read_pooled(args[1], x, says, call) &&
            read_scale(args[2], args[3], &call->x_scale) && read_scale(args[4], args[5], &call->scale) &&
@@ -81,8 +79,7 @@ static bool read_averaged(PyObject *const *args, PyObject *qmax, struct tensor *
 
 /* pool_value(asks, x, its scale and zero point, scale, zero_point, kernel, stride, padding, ceil_mode,
  * count_include_pad, divisor, qmax) */
-PyObject *pool_value(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(pool_value) {
     struct tensor x;
     struct fxq_pool call = {0};
     bool says;
@@ -90,16 +87,15 @@ PyObject *pool_value(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         !read_windows(args + 6, x.dimensions - 2, &call)) {
         return nothing();
     }
-    call.counts_padding = args[10] == Py_True;
-    call.divisor = args[11] == Py_None ? 0 : INTEGER(args[11]);
-    if (args[11] != Py_None && call.divisor < 1) return nothing();
-    return run_pool(args[0], &x, says, args[9] == Py_True, &call);
+    call.counts_padding = is_yes(args[10]);
+    call.divisor = is_none(args[11]) ? 0 : INTEGER(args[11]);
+    if (!is_none(args[11]) && call.divisor < 1) return nothing();
+    return run_pool(args[0], &x, says, is_yes(args[9]), &call);
 }
 
 /* adaptive_pool_value(asks, x, its scale and zero point, scale, zero_point, size, qmax): sizes that divide the input's
  */
-PyObject *adaptive_pool_value(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(adaptive_pool_value) {
     struct tensor x;
     struct fxq_pool call = {0};
     int64_t size[FXQ_SPACE] = {1, 1, 1};
@@ -117,26 +113,23 @@ PyObject *adaptive_pool_value(PyObject *self, PyObject *const *args, Py_ssize_t 
 
 /* mean_value(asks, x, its scale and zero point, scale, zero_point, dims, keepdim, qmax): over all but batch and
  * channels */
-PyObject *mean_value(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(mean_value) {
     struct tensor x, made;
     struct fxq_pool call = {0};
     bool says, is_meant[MOST_DIMENSIONS] = {false};
-    if (count != 9 || !read_averaged(args, args[8], &x, &says, &call) || PySequence_Size(args[6]) != x.dimensions - 2) {
+    if (count != 9 || !read_averaged(args, args[8], &x, &says, &call) || length_of(args[6]) != x.dimensions - 2) {
         return nothing();
     }
     for (int i = 2; i < x.dimensions; i++) {
-        PyObject *item = PySequence_GetItem(args[6], i - 2);
-        const int64_t dim = item ? INTEGER(item) : 0, at = dim < 0 ? dim + x.dimensions : dim;
-        Py_XDECREF(item);
+        const int64_t dim = integer_at(args[6], i - 2), at = dim < 0 ? dim + x.dimensions : dim;
         if (at < 2 || at >= x.dimensions || is_meant[at]) return nothing();
         is_meant[at] = true;
     }
     for (int i = 0; i < FXQ_SPACE; i++) call.kernel[i] = call.stride[i] = call.in[i];
-    if (args[7] == Py_True) return run_pool(args[0], &x, says, false, &call);
+    if (is_yes(args[7])) return run_pool(args[0], &x, says, false, &call);
     if (!sums_fit(&call)) return nothing();
     const int64_t strides[2] = {x.shape[1], 1};
-    PyObject *output = PyErr_Occurred() ? NULL : new_strided(x.shape, strides, 2, UINT8, &made);
+    object output = has_failed() ? NULL : new_strided(x.shape, strides, 2, UINT8, &made);
     if (output == NULL) return NULL;
     call.y = made.data;
     RUN(output, fxq_pool_windows(&call, threads));

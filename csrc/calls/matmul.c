@@ -1,9 +1,9 @@
 /* The module's calls of a product of two activations and of attention. */
-#include "python/calls.h"
+#include "calls/calls.h"
 
 /* A float operand of any strides, and its place in the batches: `dimensions` of them, where it has 1 it is shared. */
-static bool read_operand(PyObject *object, int dimensions, struct tensor *x) {
-    return read_strided(object, x) && x->kind == FLOAT32 && x->dimensions >= 2 && x->dimensions <= dimensions;
+static bool read_operand(object value, int dimensions, struct tensor *x) {
+    return read_strided(value, x) && x->kind == FLOAT32 && x->dimensions >= 2 && x->dimensions <= dimensions;
 }
 
 /* Adds an operand's outer dimensions to the batches; whether they broadcast. */
@@ -19,8 +19,7 @@ static bool add_batches(const struct tensor *x, int operand, struct fxq_batches 
 }
 
 /* matmul(asks, a, b): a (..., M, K) by b (..., K, N), broadcast, both of two dimensions or more */
-PyObject *matmul(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(matmul) {
     struct tensor a, b;
     if (count != 3) return nothing();
     if (!may_run(args[0], args[1]) || !may_run(args[0], args[2]) || !read_operand(args[1], MOST_DIMENSIONS, &a) ||
@@ -68,30 +67,29 @@ static bool read_heads(const struct tensor *x, int operand, int64_t m, int64_t n
 
 /* attention(asks, q, k, v, mask, is_causal, scale): q (B, H, L, E), k (B, H, S, E), v (B, H, S, O), mask float and such
  * that it expands to (B, H, L, S), or None -> (B, L, H, O) */
-PyObject *attention(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(attention) {
     struct tensor q, k, v, mask;
     if (count != 7) return nothing();
     for (int i = 1; i < 5; i++) {
-        if (args[i] != Py_None && !may_run(args[0], args[i])) return nothing();
+        if (!is_none(args[i]) && !may_run(args[0], args[i])) return nothing();
     }
     if (!read_operand(args[1], 4, &q) || q.dimensions != 4 || !read_operand(args[2], 4, &k) || k.dimensions != 4 ||
         !read_operand(args[3], 4, &v) || v.dimensions != 4 || k.shape[3] != q.shape[3] || v.shape[2] != k.shape[2] ||
-        (args[4] != Py_None && (!read_strided(args[4], &mask) || mask.kind != FLOAT32 || mask.dimensions > 4))) {
+        (!is_none(args[4]) && (!read_strided(args[4], &mask) || mask.kind != FLOAT32 || mask.dimensions > 4))) {
         return nothing();
     }
     struct fxq_attention call = {.rows = q.shape[2],
                                  .keys = k.shape[2],
                                  .depth = q.shape[3],
                                  .outputs = v.shape[3],
-                                 .is_causal = PyObject_IsTrue(args[5]) == 1,
-                                 .scale = (float)PyFloat_AsDouble(args[6])};
+                                 .is_causal = is_true(args[5]),
+                                 .scale = (float)NUMBER(args[6])};
     call.batches =
         (struct fxq_batches){.dimensions = 2, .count = q.shape[0] * q.shape[1], .sizes = {q.shape[0], q.shape[1]}};
     if (!read_heads(&q, 0, call.rows, call.depth, &call.batches, &call.q) ||
         !read_heads(&k, 1, call.keys, call.depth, &call.batches, &call.k) ||
         !read_heads(&v, 2, call.keys, call.outputs, &call.batches, &call.v) ||
-        (args[4] != Py_None && !read_heads(&mask, 3, call.rows, call.keys, &call.batches, &call.mask))) {
+        (!is_none(args[4]) && !read_heads(&mask, 3, call.rows, call.keys, &call.batches, &call.mask))) {
         return nothing();
     }
     const int64_t shape[] = {q.shape[0], call.rows, q.shape[1], call.outputs};

@@ -1,8 +1,8 @@
 /* The module's calls of static quantization's operators on single values and on pools' windows. */
 #include <math.h>
 
-#include "python/calls.h"
-#include "python/values.h"
+#include "calls/calls.h"
+#include "calls/layout.h"
 
 /* Whether a tensor has no gaps: in some order of its dimensions it is dense. */
 static bool has_no_gaps(const struct tensor *x) {
@@ -20,18 +20,17 @@ static bool has_no_gaps(const struct tensor *x) {
     return true;
 }
 
-static bool read_values(PyObject *object, enum kind kind, struct tensor *x) {
-    return read_strided(object, x) && x->kind == kind && has_no_gaps(x);
+static bool read_values(object value, enum kind kind, struct tensor *x) {
+    return read_strided(value, x) && x->kind == kind && has_no_gaps(x);
 }
 
 /* A tensor like another one, but for its dtype. */
-static PyObject *new_like(const struct tensor *x, enum kind kind, struct tensor *made) {
-    return PyErr_Occurred() ? NULL : new_strided(x->shape, x->strides, x->dimensions, kind, made);
+static object new_like(const struct tensor *x, enum kind kind, struct tensor *made) {
+    return has_failed() ? NULL : new_strided(x->shape, x->strides, x->dimensions, kind, made);
 }
 
 /* quantize(asks, x, scale, zero_point, qmax) */
-PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(quantize) {
     struct tensor x, made;
     struct fxq_scale scale;
     int qmax;
@@ -39,34 +38,32 @@ PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         !read_scale(args[2], args[3], &scale) || !read_qmax(args[4], &qmax)) {
         return nothing();
     }
-    PyObject *output = new_like(&x, UINT8, &made);
+    object output = new_like(&x, UINT8, &made);
     if (output == NULL) return NULL;
     RUN(output, (fxq_quantize_value(x.data, x.count, scale, qmax, made.data, threads), FXQ_OK));
 }
 
 /* dequantize(asks, q, scale, zero_point) */
-PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(dequantize) {
     struct tensor q, made;
     struct fxq_scale scale;
     if (count != 4 || !may_run(args[0], args[1]) || !read_values(args[1], UINT8, &q) ||
         !read_scale(args[2], args[3], &scale)) {
         return nothing();
     }
-    PyObject *output = new_like(&q, FLOAT32, &made);
+    object output = new_like(&q, FLOAT32, &made);
     if (output == NULL) return NULL;
     RUN(output, (fxq_dequantize_value(q.data, q.count, scale, made.data, threads), FXQ_OK));
 }
 
 /* lookup(asks, q, table) */
-PyObject *lookup(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(lookup) {
     struct tensor q, table, made;
     if (count != 3 || !may_run(args[0], args[1]) || !read_values(args[1], UINT8, &q) ||
         !read_kind(args[2], UINT8, 1, &table) || table.count != 256) {
         return nothing();
     }
-    PyObject *output = new_like(&q, UINT8, &made);
+    object output = new_like(&q, UINT8, &made);
     if (output == NULL) return NULL;
     RUN(output, (fxq_look_up(q.data, q.count, table.data, made.data, threads), FXQ_OK));
 }
@@ -93,7 +90,7 @@ static bool fit(const struct tensor *a, const struct tensor *b, struct fxq_pair 
 }
 
 /* The two values of a pair, and what follows: args from a on. */
-static bool read_pair(PyObject *const *args, struct tensor *a, struct fxq_pair *call) {
+static bool read_pair(object const *args, struct tensor *a, struct fxq_pair *call) {
     struct tensor b;
     if (!read_strided(args[0], a) || a->kind != UINT8 || !read_scale(args[1], args[2], &call->a_scale) ||
         !read_strided(args[3], &b) || b.kind != UINT8 || !read_scale(args[4], args[5], &call->b_scale) ||
@@ -106,25 +103,23 @@ static bool read_pair(PyObject *const *args, struct tensor *a, struct fxq_pair *
 }
 
 /* add_values(asks, a, its scale and zero point, b, its, scale, zero_point, qmax, alpha, low, high) */
-PyObject *add_values(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(add_values) {
     struct tensor a, made;
     struct fxq_pair call = {0};
     if (count != 13 || !may_run(args[0], args[1]) || !may_run(args[0], args[4]) || !read_pair(args + 1, &a, &call)) {
         return nothing();
     }
-    call.subtracts = PyFloat_AsDouble(args[10]) < 0;
+    call.subtracts = NUMBER(args[10]) < 0;
     call.low = read_bound(args[11], -INFINITY);
     call.high = read_bound(args[12], INFINITY);
-    PyObject *output = new_like(&a, UINT8, &made);
+    object output = new_like(&a, UINT8, &made);
     if (output == NULL) return NULL;
     call.out = made.data;
     RUN(output, (fxq_combine(&call, threads), FXQ_OK));
 }
 
 /* mul_values(asks, a, its scale and zero point, b, its, scale, zero_point, qmax, low, high) */
-PyObject *mul_values(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(mul_values) {
     struct tensor a, made;
     struct fxq_pair call = {.multiplies = true};
     if (count != 12 || !may_run(args[0], args[1]) || !may_run(args[0], args[4]) || !read_pair(args + 1, &a, &call)) {
@@ -132,7 +127,7 @@ PyObject *mul_values(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     }
     call.low = read_bound(args[10], -INFINITY);
     call.high = read_bound(args[11], INFINITY);
-    PyObject *output = new_like(&a, UINT8, &made);
+    object output = new_like(&a, UINT8, &made);
     if (output == NULL) return NULL;
     call.out = made.data;
     RUN(output, (fxq_combine(&call, threads), FXQ_OK));

@@ -1,5 +1,5 @@
 /* Weights and tables from tensors and the name of their format. */
-#include "python/calls.h"
+#include "calls/calls.h"
 
 /* What fxquant/formats.py calls each format, and the dtype that holds it. */
 static const struct {
@@ -11,9 +11,9 @@ static const struct {
     [FXQ_UINT8] = {"uint8", UINT8}, [FXQ_UINT4] = {"uint4", UINT8},
 };
 
-enum fxq_format read_format(PyObject *name) {
-    for (int i = FXQ_NONE + 1; i < FXQ_FORMATS && PyUnicode_Check(name); i++) {
-        if (PyUnicode_CompareWithASCIIString(name, formats[i].name) == 0) return (enum fxq_format)i;
+enum fxq_format read_format(object name) {
+    for (int i = FXQ_NONE + 1; i < FXQ_FORMATS; i++) {
+        if (is_text(name, formats[i].name)) return (enum fxq_format)i;
     }
     return FXQ_NONE;
 }
@@ -31,9 +31,9 @@ static int64_t group_size_of(int64_t columns, int64_t groups, int64_t wanted) {
     return 0;
 }
 
-static bool read_groups(PyObject *object, int64_t group, struct fxq_weight *weight) {
+static bool read_groups(object value, int64_t group, struct fxq_weight *weight) {
     struct tensor scale;
-    if (!read_kind(object, BFLOAT16, 2, &scale) || scale.shape[0] != weight->outputs || weight->columns == 0)
+    if (!read_kind(value, BFLOAT16, 2, &scale) || scale.shape[0] != weight->outputs || weight->columns == 0)
         return false;
     weight->scale = scale.data;
     weight->groups = scale.shape[1];
@@ -42,34 +42,34 @@ static bool read_groups(PyObject *object, int64_t group, struct fxq_weight *weig
 }
 
 /* A matrix of so many columns; whether it is one of its format. */
-static bool read_matrix(PyObject *object, enum fxq_format format, int64_t columns, struct tensor *matrix) {
-    return format != FXQ_NONE && read_kind(object, formats[format].stored, 2, matrix) &&
+static bool read_matrix(object value, enum fxq_format format, int64_t columns, struct tensor *matrix) {
+    return format != FXQ_NONE && read_kind(value, formats[format].stored, 2, matrix) &&
            matrix->shape[1] == width_of(format, columns);
 }
 
-bool read_weight(PyObject *object, PyObject *scale, int64_t columns, enum fxq_format format, int64_t group,
+bool read_weight(object value, object scale, int64_t columns, enum fxq_format format, int64_t group,
                  struct fxq_weight *weight) {
     struct tensor matrix;
     const float *row_scale = NULL;
-    if (format == FXQ_UINT8 || format == FXQ_UINT4 || !read_matrix(object, format, columns, &matrix)) return false;
+    if (format == FXQ_UINT8 || format == FXQ_UINT4 || !read_matrix(value, format, columns, &matrix)) return false;
     *weight =
         (struct fxq_weight){.format = format, .data = matrix.data, .outputs = matrix.shape[0], .columns = columns};
     if (fxq_formats[format].is_grouped) return read_groups(scale, group, weight);
     if (group > 0) return false;
     if (fxq_formats[format].takes == FXQ_TO_FLOAT) { /* which have no scale, or an empty one */
-        return scale == Py_None || (read_tensor(scale, &matrix) && matrix.count == 0);
+        return is_none(scale) || (read_tensor(scale, &matrix) && matrix.count == 0);
     }
     const bool is_scaled = read_vector(scale, weight->outputs, &row_scale);
     weight->scale = row_scale;
     return is_scaled;
 }
 
-bool read_table(PyObject *object, PyObject *scale, PyObject *zero_point, int64_t columns, enum fxq_format format,
+bool read_table(object value, object scale, object zero_point, int64_t columns, enum fxq_format format,
                 struct fxq_table *table) {
     struct tensor matrix;
-    if (!read_matrix(object, format, columns, &matrix)) return false;
+    if (!read_matrix(value, format, columns, &matrix)) return false;
     *table = (struct fxq_table){.format = format, .values = matrix.data, .rows = matrix.shape[0], .columns = columns};
-    if (format == FXQ_FLOAT16) return scale == Py_None && zero_point == Py_None;
+    if (format == FXQ_FLOAT16) return is_none(scale) && is_none(zero_point);
     if (format != FXQ_INT8 && format != FXQ_UINT8 && format != FXQ_UINT4) return false;
     return read_vector(scale, table->rows, &table->scale) &&
            read_optional_vector(zero_point, table->rows, &table->zero_point);

@@ -1,10 +1,10 @@
 /* The module's calls of a linear, of a transpose and of a histogram. */
-#include "python/calls.h"
+#include "calls/calls.h"
 
 /* The rows of a call's input of any strides, if each of them is dense; dimensions are joined where one goes on as the
  * other. */
-static bool read_rows(PyObject *object, struct tensor *x, struct fxq_linear *call) {
-    if (!read_strided(object, x) || x->kind != FLOAT32 || x->dimensions < 1 || x->count > INT64_MAX >> 10) return false;
+static bool read_rows(object value, struct tensor *x, struct fxq_linear *call) {
+    if (!read_strided(value, x) || x->kind != FLOAT32 || x->dimensions < 1 || x->count > INT64_MAX >> 10) return false;
     const int last = x->dimensions - 1;
     struct fxq_rows *rows = &call->x;
     rows->data = x->data;
@@ -21,14 +21,13 @@ static bool read_rows(PyObject *object, struct tensor *x, struct fxq_linear *cal
 }
 
 /* linear(asks, x, weight, scale, bias, relu, per_token, qmax, format, group_size, in_features) */
-PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(linear) {
     struct tensor x;
     struct fxq_linear call = {0};
     struct fxq_weight *weight = &call.weight;
     if (count != 11) return nothing();
     const int64_t group = INTEGER(args[9]);
-    const bool trains_bias = args[0] == Py_True && args[4] != Py_None && is_trained(args[4]);
+    const bool trains_bias = is_yes(args[0]) && !is_none(args[4]) && is_trained(args[4]);
     if (group < 0 || !may_run(args[0], args[1]) || trains_bias || !read_rows(args[1], &x, &call) ||
         !read_weight(args[2], args[3], x.shape[x.dimensions - 1], read_format(args[8]), group, weight) ||
         weight->format == FXQ_FLOAT32 || (group && INTEGER(args[10]) != weight->columns) ||
@@ -43,8 +42,7 @@ PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
 }
 
 /* transpose(asks, x): x (B, M, N) as (B, N, M); None too where M or N is so small that torch's loop does as well */
-PyObject *transpose(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(transpose) {
     struct tensor x;
     if (count != 2 || !may_run(args[0], args[1]) || !read_kind(args[1], FLOAT32, 3, &x) || x.shape[1] < 16 ||
         x.shape[2] < 16) {
@@ -55,11 +53,10 @@ PyObject *transpose(PyObject *self, PyObject *const *args, Py_ssize_t count) {
 }
 
 /* histogram(x, inverse, offset): the counts of `fxq_histogram`, (2048,) float32 */
-PyObject *histogram(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(histogram) {
     struct tensor x;
     const int64_t shape[] = {FXQ_HISTOGRAM_BINS};
     if (count != 3 || !read_tensor(args[0], &x) || x.kind != FLOAT32 || x.count > 1 << 24) return nothing();
-    const float inverse = (float)PyFloat_AsDouble(args[1]), offset = (float)PyFloat_AsDouble(args[2]);
+    const float inverse = (float)NUMBER(args[1]), offset = (float)NUMBER(args[2]);
     RETURN_OUTPUT(shape, 1, (fxq_histogram(x.data, x.count, inverse, offset, out), (void)threads, FXQ_OK));
 }

@@ -1,24 +1,24 @@
 /* The module's calls of static products. */
 #include <math.h>
 
-#include "python/calls.h"
-#include "python/values.h"
+#include "calls/calls.h"
+#include "calls/layout.h"
 
 /* weight_scale, bias, scale, zero_point; and addend and its scale, which lies as the output. */
-static bool read_ending(PyObject *const *args, PyObject *const *more, int64_t outputs, struct fxq_ending *to) {
-    to->is_float = args[2] == Py_None;
+static bool read_ending(object const *args, object const *more, int64_t outputs, struct fxq_ending *to) {
+    to->is_float = is_none(args[2]);
     to->low = read_bound(more[4], -INFINITY);
     to->high = read_bound(more[5], INFINITY);
     return read_vector(args[0], outputs, &to->weight_scale) && read_optional_vector(args[1], outputs, &to->bias) &&
            (to->is_float || (read_scale(args[2], args[3], &to->scale) && read_qmax(more[3], &to->qmax))) &&
-           (more[0] == Py_None || read_scale(more[1], more[2], &to->addend_scale));
+           (is_none(more[0]) || read_scale(more[1], more[2], &to->addend_scale));
 }
 
-static bool read_addend(PyObject *object, const struct tensor *output, struct fxq_ending *to) {
+static bool read_addend(object value, const struct tensor *output, struct fxq_ending *to) {
     struct tensor addend;
     to->addend = NULL;
-    if (object == Py_None) return true;
-    if (!read_strided(object, &addend) || addend.kind != UINT8 || addend.dimensions != output->dimensions) return false;
+    if (is_none(value)) return true;
+    if (!read_strided(value, &addend) || addend.kind != UINT8 || addend.dimensions != output->dimensions) return false;
     for (int i = 0; i < addend.dimensions; i++) {
         if (addend.shape[i] != output->shape[i]) return false;
         if (addend.shape[i] != 1 && addend.strides[i] != output->strides[i]) return false;
@@ -32,8 +32,7 @@ enum { MOST_WINDOW = 65535 };
 
 /* static_linear(asks, x, x_scale, x_zero_point, weight, weight_scale, bias, scale, zero_point, addend, addend_scale,
  * addend_zero_point, qmax, low, high) */
-PyObject *static_linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(static_linear) {
     struct tensor x, weight, made;
     struct fxq_convolution c = {0};
     if (count != 15 || !may_run(args[0], args[1]) || !read_tensor(args[1], &x) || x.kind != UINT8 || x.dimensions < 1 ||
@@ -54,36 +53,31 @@ PyObject *static_linear(PyObject *self, PyObject *const *args, Py_ssize_t count)
     x.shape[x.dimensions - 1] = c.outputs;
     int64_t strides[MOST_DIMENSIONS];
     set_strides(x.shape, x.dimensions, false, strides);
-    PyObject *output = PyErr_Occurred()
-                           ? NULL
-                           : new_strided(x.shape, strides, x.dimensions, c.ending.is_float ? FLOAT32 : UINT8, &made);
+    object output =
+        has_failed() ? NULL : new_strided(x.shape, strides, x.dimensions, c.ending.is_float ? FLOAT32 : UINT8, &made);
     if (output == NULL) return NULL;
     c.y = made.data;
     if (!read_addend(args[9], &made, &c.ending)) {
-        Py_DECREF(output);
+        drop(output);
         return nothing();
     }
     RUN(output, fxq_convolve(&c, threads));
 }
 
 /* Sizes of a convolution's input, weight and output; whether they fit. shape: of the output. */
-static bool read_sizes(const struct tensor *x, const struct tensor *weight, PyObject *const *args,
+static bool read_sizes(const struct tensor *x, const struct tensor *weight, object const *args,
                        struct fxq_convolution *c, int64_t *shape) {
     const int rank = x->dimensions - 2;
     int64_t sides[2 * FXQ_SPACE], more[FXQ_SPACE] = {0};
     for (int i = 0; i < FXQ_SPACE; i++) c->in[i] = c->out[i] = c->kernel[i] = c->stride[i] = c->dilation[i] = 1;
     c->groups = INTEGER(args[3]);
-    c->is_transposed = args[4] == Py_True;
-    if (!read_integers(args[0], rank, c->stride) || PySequence_Size(args[1]) != 2 * rank ||
+    c->is_transposed = is_yes(args[4]);
+    if (!read_integers(args[0], rank, c->stride) || length_of(args[1]) != 2 * rank ||
         !read_integers(args[2], rank, c->dilation) || c->groups < 1 ||
-        (c->is_transposed && !read_integers(args[5], rank, more)) || PyErr_Occurred()) {
+        (c->is_transposed && !read_integers(args[5], rank, more)) || has_failed()) {
         return false;
     }
-    for (int i = 0; i < 2 * rank; i++) {
-        PyObject *item = PySequence_GetItem(args[1], i);
-        sides[i] = item ? INTEGER(item) : -1;
-        Py_XDECREF(item);
-    }
+    for (int i = 0; i < 2 * rank; i++) sides[i] = integer_at(args[1], i);
     shape[0] = c->batch = x->shape[0];
     shape[1] = c->outputs = c->is_transposed ? weight->shape[1] * c->groups : weight->shape[0];
     c->inputs = x->shape[1];
@@ -115,8 +109,7 @@ static bool read_sizes(const struct tensor *x, const struct tensor *weight, PyOb
 
 /* static_convolution(asks, x, x_scale, x_zero_point, weight, weight_scale, bias, scale, zero_point, stride, padding,
  * dilation, groups, is_transposed, output_padding, addend, addend_scale, addend_zero_point, qmax, low, high) */
-PyObject *static_convolution(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
+CALL(static_convolution) {
     struct tensor x, weight, made;
     struct fxq_convolution c = {0};
     int64_t shape[MOST_DIMENSIONS];
@@ -129,12 +122,11 @@ PyObject *static_convolution(PyObject *self, PyObject *const *args, Py_ssize_t c
     }
     c.x = x.data;
     c.weight = weight.data;
-    PyObject *output =
-        PyErr_Occurred() ? NULL : new_output(args[0], shape, x.dimensions, says, c.ending.is_float, &made);
+    object output = has_failed() ? NULL : new_output(args[0], shape, x.dimensions, says, c.ending.is_float, &made);
     if (output == NULL) return nothing();
     c.y = made.data;
     if (!read_addend(args[15], &made, &c.ending)) {
-        Py_DECREF(output);
+        drop(output);
         return nothing();
     }
     RUN(output, fxq_convolve(&c, threads));

@@ -91,11 +91,11 @@ def write_call(node: Any, wrapper: Any, name: str) -> None:
     """Write a call of an operator with all its arguments into a model's C++."""
     path = operators_path()
     assert path is not None
-    _write_header(wrapper, path)
     references = [_Reference(x.codegen_reference()) for x in node.inputs]
     args, _ = node.unflatten_args(references, node.constant_args)
     values = ", ".join(_write(wrapper, value) for value in args)
     outputs = [output.get_name() for output in node.outputs]
+    _write_header(wrapper, path)
     wrapper.writeline(f"AtenTensorHandle {outputs[0]}_results[{len(outputs)}];")
     wrapper.writeline(f'fxquant_operators::call("{name}", {{{values}}}, {outputs[0]}_results);')
     for i, output in enumerate(outputs):

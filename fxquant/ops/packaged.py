@@ -94,7 +94,7 @@ def write_call(node: Any, wrapper: Any, name: str) -> None:
     references = [_Reference(x.codegen_reference()) for x in node.inputs]
     args, _ = node.unflatten_args(references, node.constant_args)
     values = ", ".join(_write(wrapper, value) for value in args)
-    outputs = [output.get_name() for output in node.outputs]
+    outputs = [output.get_name() for output in node.outputs or [node]]  # torch 2.14 has a single one as the call itself
     _write_header(wrapper, path)
     wrapper.writeline(f"AtenTensorHandle {outputs[0]}_results[{len(outputs)}];")
     wrapper.writeline(f'fxquant_operators::call("{name}", {{{values}}}, {outputs[0]}_results);')

@@ -155,3 +155,26 @@ def test_calls_are_written_for_the_cpu_alone(device, takes, monkeypatch):
     assert packaged.takes(node) is takes
     monkeypatch.setattr(packaged, "operators_path", lambda: None)
     assert not packaged.takes(node)
+
+
+@pytest.mark.parametrize("outputs", [[], ["buf1"], ["buf1", "buf2"]])  # none: torch 2.14, a call that is its output
+def test_a_call_names_its_outputs(outputs, monkeypatch):
+    monkeypatch.setattr(packaged, "operators_path", lambda: "folder/libfxquant_ops.so.1")
+    lines, named = [], [SimpleNamespace(get_name=lambda name=name: name) for name in outputs]
+    tensor = SimpleNamespace(codegen_reference=lambda: "buf0")
+    node = SimpleNamespace(
+        inputs=[tensor],
+        constant_args=(),
+        unflatten_args=lambda inputs, constants: ([*inputs, *constants], {}),
+        outputs=named,
+        get_name=lambda: "buf9",
+    )
+    header = SimpleNamespace(splice=lines.append)
+    wrapper = SimpleNamespace(additional_files=[], header=header, writeline=lines.append)
+    packaged.write_call(node, wrapper, "lookup")
+    assert wrapper.additional_files == ["folder/libfxquant_kernels.so.1", "folder/libfxquant_ops.so.1"]
+    first = outputs[0] if outputs else "buf9"
+    call = 'fxquant_operators::call("lookup", {fxquant_operators::tensor(buf0)}, '
+    assert lines[2] == f"{call}{first}_results);"
+    results = outputs or ["buf9"]
+    assert lines[3:] == [f"RAIIAtenTensorHandle {name}({first}_results[{i}]);" for i, name in enumerate(results)]

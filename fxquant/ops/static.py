@@ -126,9 +126,10 @@ def _convolution_sums(x: torch.Tensor, a: Any) -> torch.Tensor:
     """
     run = _runner(a)
     window = math.prod(a.weight.shape[2:])
+    whole = a.weight.contiguous()  # torch's own convolution in groups misreads some strides of dimensions of one place
     if window > EXACT_COLUMNS or x.device.type != "cpu" or not _HAS_EXACT_FLOATS:
-        return run(x.to(torch.float64), a.weight.to(torch.float64)).to(torch.int32)
-    weight, groups = a.weight.to(torch.float32), a.groups
+        return run(x.to(torch.float64), whole.to(torch.float64)).to(torch.int32)
+    weight, groups = whole.to(torch.float32), a.groups
     inputs, at_once = x.shape[1] // groups, EXACT_COLUMNS // window
     if inputs <= at_once:
         return run(x, weight).to(torch.int32)

@@ -84,6 +84,16 @@ def test_integers_are_the_float_result_quantized(bounds, has_addend):
     assert torch.equal(ours, ops.quantize(expected, *OUT.values(), 200))
 
 
+def test_weights_may_lie_anyhow():
+    x = integers((1, 24, 11, 1), 0, 256, 0).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    weight, scale, bias = product(6, 8, 3, 1)
+    strided = weight.movedim(1, -1).contiguous().movedim(-1, 1).as_strided((6, 8, 3, 1), (24, 1, 8, 144))
+    assert torch.equal(strided, weight)
+    sizes = (None, None, [3, 1], [0, 1, 0, 0], [3, 1], 3)
+    got, expected = (ops.static_convolution(x, SCALE, ZERO, w, scale, bias, *sizes) for w in (strided, weight))
+    assert torch.equal(got, expected)
+
+
 def test_unequal_sides_are_padded_as_they_are():
     x = integers((1, 2, 5), 0, 256, 0).to(torch.uint8)
     tensors = (x, SCALE, ZERO, *product(3, 2, 3))

@@ -133,10 +133,10 @@ def test_tied_integers_are_stored_once_and_stay_one_tensor(gpt2):
         names = set(file.keys())
     assert "transformer.wte.weight_int8" in names
     assert not [name for name in names if name.startswith("lm_head")]
-    loaded = gpt2.load()
-    assert loaded.lm_head.weight_int8 is loaded.transformer.wte.weight_int8
-    loaded.tie_weights()  # accelerate and Trainer call it
-    assert same(loaded, gpt2.quantized, gpt2.inputs)
+    for model in (gpt2.load(), gpt2.quantize(FxQuantConfig()), as_pretrained(copy.deepcopy(gpt2.by_hand))):
+        assert model.lm_head.weight_int8 is model.transformer.wte.weight_int8
+        model.tie_weights()  # accelerate and Trainer call it
+        assert same(model, gpt2.quantized, gpt2.inputs)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)

@@ -64,6 +64,16 @@ CALL(static_linear) {
     RUN(output, fxq_convolve(&c, threads));
 }
 
+/* How far apart a weight's outputs and inputs lie: a transposed one has its inputs first. */
+static void read_channel_strides(const struct tensor *weight, struct fxq_convolution *c) {
+    c->weight_strides[0] = weight->strides[c->is_transposed ? 1 : 0];
+    c->weight_strides[1] = weight->strides[c->is_transposed ? 0 : 1];
+    if (c->is_transposed && c->groups > 1) {
+        c->weight_skip = weight->shape[0] / c->groups * weight->strides[0] - weight->shape[1] * weight->strides[1];
+        if (weight->shape[1] == 1) c->weight_strides[0] += c->weight_skip, c->weight_skip = 0;
+    }
+}
+
 /* Sizes of a convolution's input, weight and output; whether they fit. shape: of the output. */
 static bool read_sizes(const struct tensor *x, const struct tensor *weight, object const *args,
                        struct fxq_convolution *c, int64_t *shape) {
@@ -81,12 +91,7 @@ static bool read_sizes(const struct tensor *x, const struct tensor *weight, obje
     shape[0] = c->batch = x->shape[0];
     shape[1] = c->outputs = c->is_transposed ? weight->shape[1] * c->groups : weight->shape[0];
     c->inputs = x->shape[1];
-    c->weight_strides[0] = weight->strides[c->is_transposed ? 1 : 0];
-    c->weight_strides[1] = weight->strides[c->is_transposed ? 0 : 1];
-    if (c->is_transposed && c->groups > 1) {
-        c->weight_skip = weight->shape[0] / c->groups * weight->strides[0] - weight->shape[1] * weight->strides[1];
-        if (weight->shape[1] == 1) c->weight_strides[0] += c->weight_skip, c->weight_skip = 0;
-    }
+    read_channel_strides(weight, c);
     int64_t window = c->is_transposed ? weight->shape[0] / c->groups : weight->shape[1];
     for (int i = 0; i < rank; i++) {
         const int at = FXQ_SPACE - rank + i;
@@ -98,8 +103,8 @@ static bool read_sizes(const struct tensor *x, const struct tensor *weight, obje
         if (sides[2 * i] < 0 || sides[2 * i + 1] < 0 || c->stride[at] < 1 || c->dilation[at] < 1) return false;
         if (c->is_transposed) c->out[at] = (c->in[at] - 1) * c->stride[at] + reach - beside + more[at];
         else c->out[at] = c->in[at] + beside < reach ? 0 : (c->in[at] + beside - reach) / c->stride[at] + 1;
-        if (c->in[at] < 1 || c->out[at] < 1 || more[at] < 0 || (c->is_transposed && sides[2 * i] != sides[2 * i + 1]))
-            return false;
+        const bool is_uneven = c->is_transposed && sides[2 * i] != sides[2 * i + 1];
+        if (c->in[at] < 1 || c->out[at] < 1 || more[at] < 0 || is_uneven) return false;
         shape[2 + i] = c->out[at];
     }
     const int64_t inputs = c->is_transposed ? weight->shape[0] : weight->shape[1] * c->groups;

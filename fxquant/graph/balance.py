@@ -77,7 +77,7 @@ def find_norm_pairs(module: fx.GraphModule, fixed: frozenset[int]) -> list[Pair]
 def equalize_pairs(module: fx.GraphModule, pairs: list[Pair]) -> None:
     """Give both layers of each pair weights of equal ranges, channel by channel, as nearly as powers of two can.
 
-    Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", eq. 11.
+    Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction".
     """
     layers = {path: module.get_submodule(path) for pair in pairs for path in (pair.source, *pair.readers)}
     weights = {path: _weight(layer) for path, layer in layers.items()}
@@ -97,7 +97,7 @@ def equalize_pairs(module: fx.GraphModule, pairs: list[Pair]) -> None:
 def smooth_pairs(module: fx.GraphModule, peaks: dict[str, torch.Tensor], pairs: list[Pair], strength: float) -> None:
     """Shift the outliers of normalized channels into the weights of the Linears that read them.
 
-    peaks: the greatest magnitude of each channel, by the normalization's path. Xiao et al. 2023, "SmoothQuant", eq. 4.
+    peaks: the greatest magnitude of each channel, by the normalization's path. Xiao et al. 2023, "SmoothQuant".
     """
     for pair in pairs:
         readers = [module.get_submodule(reader) for reader in pair.readers]

@@ -93,10 +93,10 @@ MOVES = ValueOperator(
         *(torch.swapaxes, torch.chunk, torch.split, torch.unbind, torch.cat, torch.concat, torch.stack, torch.roll),
         *(torch.flip, torch.narrow, torch.select, torch.tile, operator.getitem, torch.t, torch.broadcast_to),
         *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pixel_shuffle, F.pixel_unshuffle, torch.channel_shuffle),
-        *(torch.unflatten, torch.clone),
+        *(torch.unflatten, torch.clone, torch.index_select),
         *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "movedim", "swapaxes", "chunk"),
         *("split", "unbind", "contiguous", "expand", "repeat", "roll", "flip", "narrow", "select", "t", "clone"),
-        *("unflatten", "detach", "view_as", "reshape_as", "expand_as"),
+        *("index_select", "unflatten", "detach", "view_as", "reshape_as", "expand_as"),
     ),
 )
 PADS = ValueOperator(

@@ -96,6 +96,7 @@ SHAPES = {
     nn.PixelUnshuffle: (2,), nn.ChannelShuffle: (2,), nn.Upsample: (None, 2, "bilinear"), nn.PReLU: (8, 0.1),
     nn.Hardshrink: (0.0,), nn.UpsamplingNearest2d: (None, 2), nn.UpsamplingBilinear2d: (None, 2),
     nn.BatchNorm1d: (8,), nn.BatchNorm2d: (8,),
+    torch.index_select: (1, torch.tensor([5, 1, 1, 0])), "index_select": (1, torch.tensor([5, 1, 1, 0])),
     nn.BatchNorm3d: (8,), **dict.fromkeys((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), (1, 0.0)),
 }  # fmt: skip
 """The arguments of a kind beside the value."""

@@ -7,8 +7,9 @@ import dataclasses
 import functools
 import inspect
 import keyword
+import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.utils import rnn
 
 from fxquant import ops
+from fxquant.graph.constants import method_of
 from fxquant.graph.preserve.attributes import Attributes, watched
 from fxquant.graph.trace.leaves import base_of
 from fxquant.graph.trace.signature import STARS, SignatureCodeGen, check_argument, unpacked
@@ -98,6 +100,11 @@ class Tracer(fx.Tracer):
                     parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
                 return parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Yield the parts of what is split into a known number of them, which torch.fx knows only where it unpacks."""
+        count = _count_parts(obj.node)
+        return super().iter(obj) if count is None else (operator.getitem(obj, i) for i in range(count))
 
     def create_arg(self, a: Any) -> Any:
         """Return a value as an operand. The transpose of a buffer that forward meets as it is keeps the buffer's name.
@@ -216,6 +223,20 @@ def _autocast() -> tuple[torch.dtype | None, ...]:
     """Return the dtypes that torch.autocast now casts to on each device type; None where it is off."""
     devices = ("cpu", "cuda")
     return tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in devices)
+
+
+def _count_parts(node: fx.Node) -> int | None:
+    """Return into how many parts a call splits a tensor, None where that depends on its shape.
+
+    A chunk can come out as fewer parts than it asks for: then the graph fails on the example inputs.
+    """
+    name = method_of(node)
+    given = node.args[1] if len(node.args) > 1 else None
+    if name in ("split", "split_with_sizes"):
+        sizes = node.kwargs.get("split_size_or_sections", node.kwargs.get("split_size", given))
+        return len(sizes) if isinstance(sizes, (list, tuple)) else None
+    chunks = node.kwargs.get("chunks", given) if name in ("chunk", "unsafe_chunk") else None
+    return chunks if isinstance(chunks, int) else None
 
 
 def _refuse_keywords(path: str) -> None:

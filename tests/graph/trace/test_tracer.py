@@ -160,3 +160,37 @@ def test_the_limits_of_a_dtype_are_calls_in_the_graph(tmp_path):
             assert same_bits(twin(x, mask), quantized(x, mask))
     assert torch.finfo.__module__ == torch.iinfo.__module__ == "torch"
     assert isinstance(torch.finfo(torch.half), torch.finfo)  # nothing of the trace stays
+
+
+PARTS = {
+    "torch.split": lambda x: torch.split(x, [2, 4], 1),
+    ".split()": lambda x: x.split([2, 4], dim=1),
+    "by name": lambda x: torch.split(x, split_size_or_sections=[2, 4], dim=1),
+    "torch.chunk": lambda x: torch.chunk(x, 2, 1),
+    ".chunk()": lambda x: x.chunk(chunks=2, dim=1),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_loops_over_the_parts_of_a_split_are_traced(name):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv1d(part.shape[1], 3, 1) for part in PARTS[name](torch.ones(2, 6, 5)))
+
+        def forward(self, x):
+            return torch.cat([conv(part) for part, conv in zip(PARTS[name](x), self.convs, strict=True)], 1)
+
+    model, x = Mixed().eval(), torch.randn(2, 6, 5)
+    graph = trace(model, OPERATORS).module
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["convs.0", "convs.1"]
+    assert torch.equal(graph(x), model(x))
+
+
+def test_loops_over_an_unknown_number_of_parts_are_not():
+    class Unknown(nn.Module):
+        def forward(self, x):
+            return sum(torch.split(x, 2, 1))
+
+    with pytest.raises(fxquant.TraceError):
+        trace(Unknown().eval(), OPERATORS)

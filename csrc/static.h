@@ -13,13 +13,18 @@ struct fxq_scale {
     int32_t zero_point;
 };
 
-/* What becomes of a product's sums: y = float(sum) * (x's scale * weight_scale) + bias + addend, clamped; and, but
- * where it stays float, quantized. */
+/* What a product may end with, in place of bounds: fxquant/ops/elementwise.py. */
+enum fxq_curve { FXQ_NO_CURVE, FXQ_LEAKY_RELU, FXQ_HARDSWISH, FXQ_SILU };
+
+/* What becomes of a product's sums: y = float(sum) * (x's scale * weight_scale) + bias + addend, a curve of it or
+ * clamped; and, but where it stays float, quantized. */
 struct fxq_ending {
     const float *weight_scale, *bias; /* (outputs,); bias may be NULL */
     const uint8_t *addend;            /* as the output, or NULL */
     struct fxq_scale addend_scale;
     float low, high; /* infinite: no bound */
+    enum fxq_curve curve;
+    float slope; /* of the leaky ReLU */
     bool is_float;
     struct fxq_scale scale;
     int qmax;

@@ -42,7 +42,8 @@ _DOES = {
     Form.PADS: "padded with the zero point, or with values that are there",
     Form.POOLS: "the largest integer, under the same scale",
     Form.RESIZES: "repeated, under the same scale; linear and bilinear: weighted sums of integers, rounded once",
-    Form.LOOKS_UP: "a table of 256, one a channel where they differ; a clamp after a layer or addition is part of that",
+    Form.LOOKS_UP: "a table of 256, one a channel where they differ; "
+    "after a layer or addition a clamp is part of that, and after a layer hardswish, SiLU and leaky ReLU too",
     Form.ADDS: "two values: rounded once, after a layer as part of that; a value and a number: a table of 256 integers",
     Form.MULTIPLIES: "two values: rounded once; a value and a number: a table of 256 integers",
     Form.AVERAGES: "summed exactly and rounded once",

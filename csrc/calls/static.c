@@ -4,6 +4,18 @@
 #include "calls/calls.h"
 #include "calls/layout.h"
 
+/* None or a curve's name, which has no bounds beside it, and its slope. */
+static bool read_curve(object curve, object slope, struct fxq_ending *to) {
+    static const char *const names[] = {"leaky_relu", "hardswish", "silu"};
+    to->curve = FXQ_NO_CURVE;
+    if (is_none(curve)) return true;
+    to->slope = read_bound(slope, 0.0f);
+    for (int i = 0; i < 3; i++) {
+        if (is_text(curve, names[i])) to->curve = (enum fxq_curve)(i + 1);
+    }
+    return to->curve != FXQ_NO_CURVE && to->low == -INFINITY && to->high == INFINITY && !has_failed();
+}
+
 /* weight_scale, bias, scale, zero_point; and addend and its scale, which lies as the output. */
 static bool read_ending(object const *args, object const *more, int64_t outputs, struct fxq_ending *to) {
     to->is_float = is_none(args[2]);
@@ -11,7 +23,7 @@ static bool read_ending(object const *args, object const *more, int64_t outputs,
     to->high = read_bound(more[5], INFINITY);
     return read_vector(args[0], outputs, &to->weight_scale) && read_optional_vector(args[1], outputs, &to->bias) &&
            (to->is_float || (read_scale(args[2], args[3], &to->scale) && read_qmax(more[3], &to->qmax))) &&
-           (is_none(more[0]) || read_scale(more[1], more[2], &to->addend_scale));
+           (is_none(more[0]) || read_scale(more[1], more[2], &to->addend_scale)) && read_curve(more[6], more[7], to);
 }
 
 static bool read_addend(object value, const struct tensor *output, struct fxq_ending *to) {
@@ -31,11 +43,11 @@ static bool read_addend(object value, const struct tensor *output, struct fxq_en
 enum { MOST_WINDOW = 65535 };
 
 /* static_linear(asks, x, x_scale, x_zero_point, weight, weight_scale, bias, scale, zero_point, addend, addend_scale,
- * addend_zero_point, qmax, low, high) */
+ * addend_zero_point, qmax, low, high, curve, slope) */
 CALL(static_linear) {
     struct tensor x, weight, made;
     struct fxq_convolution c = {0};
-    if (count != 15 || !may_run(args[0], args[1]) || !read_tensor(args[1], &x) || x.kind != UINT8 || x.dimensions < 1 ||
+    if (count != 17 || !may_run(args[0], args[1]) || !read_tensor(args[1], &x) || x.kind != UINT8 || x.dimensions < 1 ||
         !read_scale(args[2], args[3], &c.x_scale) || !read_kind(args[4], INT8, 2, &weight) ||
         x.shape[x.dimensions - 1] != weight.shape[1] || weight.shape[1] > MOST_WINDOW || weight.shape[1] == 0 ||
         !read_ending(args + 5, args + 9, weight.shape[0], &c.ending)) {
@@ -107,19 +119,19 @@ static bool read_sizes(const struct tensor *x, const struct tensor *weight, obje
         if (c->in[at] < 1 || c->out[at] < 1 || more[at] < 0 || is_uneven) return false;
         shape[2 + i] = c->out[at];
     }
-    const int64_t inputs = c->is_transposed ? weight->shape[0] : weight->shape[1] * c->groups;
-    return c->inputs == inputs && inputs % c->groups == 0 && c->outputs % c->groups == 0 && window > 0 &&
-           window <= MOST_WINDOW;
+    return c->inputs == (c->is_transposed ? weight->shape[0] : weight->shape[1] * c->groups) &&
+           c->inputs % c->groups == 0 && c->outputs % c->groups == 0 && window > 0 && window <= MOST_WINDOW;
 }
 
 /* static_convolution(asks, x, x_scale, x_zero_point, weight, weight_scale, bias, scale, zero_point, stride, padding,
- * dilation, groups, is_transposed, output_padding, addend, addend_scale, addend_zero_point, qmax, low, high) */
+ * dilation, groups, is_transposed, output_padding, addend, addend_scale, addend_zero_point, qmax, low, high, curve,
+ * slope) */
 CALL(static_convolution) {
     struct tensor x, weight, made;
     struct fxq_convolution c = {0};
     int64_t shape[MOST_DIMENSIONS];
     bool says;
-    if (count != 21 || !may_run(args[0], args[1]) || !read_strided(args[1], &x) || x.kind != UINT8 ||
+    if (count != 23 || !may_run(args[0], args[1]) || !read_strided(args[1], &x) || x.kind != UINT8 ||
         x.dimensions < 3 || x.dimensions > 2 + FXQ_SPACE || !read_strided(args[4], &weight) || weight.kind != INT8 ||
         weight.dimensions != x.dimensions || !lies_by_pixels(&x, &says) || !read_scale(args[2], args[3], &c.x_scale) ||
         !read_sizes(&x, &weight, args + 9, &c, shape) || !read_ending(args + 5, args + 15, c.outputs, &c.ending)) {

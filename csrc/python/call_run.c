@@ -36,9 +36,9 @@ static int read_numbers(PyObject *tuple, int most, int below, int least, int *to
     return count;
 }
 
-/* (operator, output, last use, inputs, places, integers, low, high) */
+/* (operator, output, last use, inputs, places, integers, low, high, slope) */
 static bool read_step(PyObject *tuple, const struct plan *plan, struct fxq_step *step, struct template *template) {
-    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != 8) return false;
+    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != 9) return false;
     const int64_t operator = INTEGER(PyTuple_GetItem(tuple, 0)), output = INTEGER(PyTuple_GetItem(tuple, 1));
     step->operator = (enum fxq_operator)operator;
     step->output = (int)output;
@@ -49,6 +49,7 @@ static bool read_step(PyObject *tuple, const struct plan *plan, struct fxq_step 
     const int integers = read_tuple(PyTuple_GetItem(tuple, 5), STEP_INTEGERS, template->integers);
     template->low = read_bound(PyTuple_GetItem(tuple, 6), -INFINITY);
     template->high = read_bound(PyTuple_GetItem(tuple, 7), INFINITY);
+    template->slope = read_bound(PyTuple_GetItem(tuple, 8), 0.0f);
     return !PyErr_Occurred() && operator >= 0 && operator <= FXQ_JOIN && output >= 0 && output < plan->value_count &&
            step->input_count > 0 && places >= 0 && integers >= 0;
 }

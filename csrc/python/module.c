@@ -166,7 +166,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     fxq_begin();
     fxq_is_registered = true; /* by the package, if not by the other door before */
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "interface", 12) != 0)
+    if (module && PyModule_AddIntConstant(module, "interface", 13) != 0)
         Py_CLEAR(module); /* of library.py's _INTERFACE */
     return module;
 }

@@ -18,7 +18,7 @@ static bool set_vector(const struct tensor *tensors, int place, int64_t count, c
                          tensors[place].count == count && (count < 2 || tensors[place].strides[0] == 1));
 }
 
-/* places: x's scale, weight, its scale, bias, the output's scale, the addend's. integers: qmax. */
+/* places: x's scale, weight, its scale, bias, the output's scale, the addend's. integers: qmax, the curve. */
 static bool set_product(const struct template *t, const struct tensor *tensors, struct fxq_step *s,
                         const struct fxq_value *values) {
     struct fxq_convolution *c = &s->call.convolution;
@@ -27,6 +27,8 @@ static bool set_product(const struct template *t, const struct tensor *tensors, 
     e->low = t->low;
     e->high = t->high;
     e->qmax = (int)t->integers[0];
+    e->curve = (enum fxq_curve)t->integers[1];
+    e->slope = t->slope;
     if (t->places[2] < 0 || t->places[3] < 0) return false;
     const struct tensor *weight = &tensors[t->places[2]];
     c->outputs = weight->shape[0];
@@ -47,8 +49,8 @@ static int64_t convolved_size(const struct fxq_convolution *c, int i, const int6
     return c->in[i] + beside < reach ? 0 : (c->in[i] + beside - reach) / c->stride[i] + 1;
 }
 
-/* integers: qmax, groups, stride, dilation, padding before and after of each dimension, whether it is transposed, and
- * its output's padding; a linear's are not read. */
+/* integers: qmax, curve, groups, stride, dilation, padding before and after of each dimension, whether it is
+ * transposed, and its output's padding; of a linear the first two are read. */
 static bool prepare_product(const struct template *t, const struct tensor *tensors, struct fxq_step *s,
                             struct fxq_value *values) {
     const struct fxq_value *x = &values[s->inputs[0]];
@@ -57,7 +59,7 @@ static bool prepare_product(const struct template *t, const struct tensor *tenso
     if (!set_product(t, tensors, s, values)) return false;
     const struct tensor *weight = &tensors[t->places[2]];
     const int rank = x->dimensions - 2;
-    const int64_t *stride = t->integers + 2, *dilation = stride + FXQ_SPACE, *sides = dilation + FXQ_SPACE,
+    const int64_t *stride = t->integers + 3, *dilation = stride + FXQ_SPACE, *sides = dilation + FXQ_SPACE,
                   *more = sides + 2 * FXQ_SPACE;
     if (rank < 0 || weight->dimensions != x->dimensions) return false;
     y->dimensions = x->dimensions;
@@ -65,7 +67,7 @@ static bool prepare_product(const struct template *t, const struct tensor *tenso
     y->shape[0] = c->batch = x->shape[0];
     y->shape[1] = c->outputs;
     c->inputs = x->shape[1];
-    c->groups = t->integers[1];
+    c->groups = t->integers[2];
     c->is_transposed = *more++;
     c->weight_strides[0] = weight->strides[0];
     c->weight_strides[1] = weight->strides[1];

@@ -6,13 +6,13 @@
 #include "calls/calls.h"
 #include "calls/layout.h"
 
-enum { STEP_PLACES = 9, STEP_INTEGERS = 18 };
+enum { STEP_PLACES = 9, STEP_INTEGERS = 19 };
 
 /* What a step reads beside its values: the numbers of places, -1 for none; and constants, by operator. */
 struct template {
     int places[STEP_PLACES];
     int64_t integers[STEP_INTEGERS];
-    float low, high;
+    float low, high, slope;
 };
 
 /* A tensor that is looked up at each call: whoever replaces it, or its memory, is heard. */

@@ -59,6 +59,7 @@ struct Values {
         if (type == "float") return keep(values::to<double>(value));
         if (type == "float?") return keep(values::to<std::optional<double>>(value));
         if (type == "str") return keep(values::to<std::string>(value));
+        if (type == "str?") return keep(values::to<std::optional<std::string>>(value));
         if (type == "str[]?") return keep(values::to<std::optional<std::vector<std::string>>>(value));
         if (type == "ScalarType") return keep((int64_t)values::to<int32_t>(value));
         throw std::runtime_error("fxquant: a schema has an argument of type " + type);

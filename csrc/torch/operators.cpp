@@ -67,14 +67,14 @@ const Operator operators[OPERATORS] = {
      "(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_scale, Tensor? "
      "bias=None, Tensor? scale=None, Tensor? zero_point=None, Tensor? addend=None, Tensor? "
      "addend_scale=None, Tensor? addend_zero_point=None, int qmax=255, float? low=None, float? "
-     "high=None) -> Tensor",
+     "high=None, str? curve=None, float slope=0.0) -> Tensor",
      static_linear, Operands::ANYHOW, 1},
     {"static_convolution", "",
      "(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_scale, Tensor? "
      "bias, Tensor? scale, Tensor? zero_point, int[] stride, int[] padding, int[] dilation, int "
      "groups=1, bool is_transposed=False, int[] output_padding=[], Tensor? addend=None, Tensor? "
      "addend_scale=None, Tensor? addend_zero_point=None, int qmax=255, float? low=None, float? "
-     "high=None) -> Tensor",
+     "high=None, str? curve=None, float slope=0.0) -> Tensor",
      static_convolution, Operands::PIXELS, 1},
 };
 

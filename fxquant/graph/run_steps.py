@@ -12,6 +12,7 @@ from torch import fx, nn
 from fxquant import ops
 from fxquant.nn.static import StaticQuantizedConv, StaticQuantizedLinear
 from fxquant.ops import library
+from fxquant.ops.elementwise import CURVES
 from fxquant.ops.register import KERNELS
 
 Place = tuple[dict[str, Any], str]
@@ -42,6 +43,7 @@ class Step(NamedTuple):
     integers: Sequence[int] = ()
     low: float | None = None
     high: float | None = None
+    slope: float = 0.0
 
 
 def known_nodes(module: fx.GraphModule) -> set[fx.Node]:
@@ -87,7 +89,7 @@ class _Plan:
         floats = dict(zip(inputs, given, strict=True))
         for node, number in floats.items():
             if any(user in self._nodes and user.target is not ops.quantize for user in node.users):
-                self._values[node] = self._add(Op.IMPORT, (number,), (), (), None, None)
+                self._values[node] = self._add(Op.IMPORT, (number,), (), (), None, None, 0.0)
         for node in self._nodes:
             step = _step_of(self._module, node)
             assert step is not None
@@ -99,7 +101,7 @@ class _Plan:
             numbers = tuple((known if part in known else self._values)[part] for part in step.inputs)
             places = tuple(-1 if place is None else self._place(place) for place in step.places)
             integers = tuple(map(int, step.integers))
-            self._values[node] = self._add(step.op, numbers, places, integers, step.low, step.high)
+            self._values[node] = self._add(step.op, numbers, places, integers, step.low, step.high, step.slope)
         ends = tuple(self._values[node] for node in self._outputs)
         for step_row in self._steps:
             step_row[2] = len(self._steps) if step_row[1] in ends else step_row[2]
@@ -265,7 +267,9 @@ def _product(module: fx.GraphModule, node: fx.Node, product: Any) -> Step | None
         if product.transposed:
             windows = (*windows, 1, *_three(product.output_padding, 0))
     inputs = (a["input"], a["addend"]) if a.get("addend") is not None else (a["input"],)
-    return Step(Op.CONVOLVE, inputs, places, (a.get("qmax", 255), *windows), a.get("low"), a.get("high"))
+    curve = 1 + CURVES.index(a["curve"]) if a.get("curve") else 0
+    integers = (a.get("qmax", 255), curve, *windows)
+    return Step(Op.CONVOLVE, inputs, places, integers, a.get("low"), a.get("high"), a.get("slope", 0.0))
 
 
 def _pass(_: fx.GraphModule, node: fx.Node, module: Any) -> Step | None:

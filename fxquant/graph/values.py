@@ -35,8 +35,9 @@ class IntegerCall:
     """One node that computes with integers.
 
     node: its name; form: what it does. inputs: the edges' names; output: the name of its edge, ""
-    where it gives floats. low, high: what it clamps to; addend: the edge that it adds first, or "". absorbed: the
-    nodes after it that it does. rank: the dimensions of its input.
+    where it gives floats. low, high: what it clamps to; curve, slope: what a product ends with in their place, or "";
+    addend: the edge that it adds first, or "". absorbed: the nodes after it that it does. rank: the dimensions of its
+    input.
     """
 
     node: str
@@ -45,6 +46,8 @@ class IntegerCall:
     output: str = ""
     low: float | None = None
     high: float | None = None
+    curve: str = ""
+    slope: float = 0.0
     addend: str = ""
     absorbed: tuple[str, ...] = ()
     rank: int = 0

@@ -35,7 +35,7 @@ class Model:
         return self.tensor(value).item()
 
     def next_range(self) -> tuple[float, float]:
-        """Return the measured range of the next product to which a value is added; all numbers where none is known."""
+        """Return the measured range of the next of `bare_products`; all numbers where none is known."""
         return next(self._ranges, (-math.inf, math.inf))
 
     def store(self, form: str, values: Sequence[Any], make: Callable[..., Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The ranges of products before something is added to them, from data: in fxquant such a product is never rounded."""
+"""The ranges of products before an addend or a curve, from data: in fxquant such a product is never rounded."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Range = tuple[float, float]
 
 _PRODUCTS = {OVERLOADS[name]: name for name in ("static_linear", "static_convolution")}
 _ALONE: dict[str, Any] = dict.fromkeys(
-    ("addend", "addend_scale", "addend_zero_point", "scale", "zero_point", "low", "high")
+    ("addend", "addend_scale", "addend_zero_point", "scale", "zero_point", "low", "high", "curve")
 )
 
 
-def added_products(graph: fx.Graph) -> list[fx.Node]:
-    """Return the products of a graph to which a value is added before they are rounded, in their order."""
-    return [node for node in graph.nodes if node.target in _PRODUCTS and _is_added(_arguments(node))]
+def bare_products(graph: fx.Graph) -> list[fx.Node]:
+    """Return the products of a graph that the file rounds before an addend or a curve, in their order."""
+    return [node for node in graph.nodes if node.target in _PRODUCTS and _is_bare(_arguments(node))]
 
 
 def measure(program: torch.export.ExportedProgram, data: Iterable[Sequence[Any]]) -> list[Range]:
-    """Return the least and the greatest real value of each product of `added_products`, over calls of the program.
+    """Return the least and the greatest real value of each product of `bare_products`, over calls of the program.
 
     Raises ArgumentError where there is no call.
     """
@@ -37,11 +37,11 @@ def measure(program: torch.export.ExportedProgram, data: Iterable[Sequence[Any]]
             ranges.run(*batch)
     if not calls:
         raise ArgumentError("the data of to_onnx holds no batch; leave it out, or give inputs as for calibration")
-    return [ranges.found[node] for node in added_products(module.graph)]
+    return [ranges.found[node] for node in bare_products(module.graph)]
 
 
 class _Ranges(fx.Interpreter):
-    """Runs a graph, and measures its products to which a value is added."""
+    """Runs a graph, and measures its `bare_products`."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -53,7 +53,7 @@ class _Ranges(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node."""
-        if n.target in _PRODUCTS and _is_added(_arguments(n)):
+        if n.target in _PRODUCTS and _is_bare(_arguments(n)):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             product = n.target(*KERNELS[_PRODUCTS[n.target]].arguments(*args, **kwargs)._replace(**_ALONE))
             low, high = (float(bound) for bound in torch.aminmax(product))
@@ -66,5 +66,5 @@ def _arguments(node: fx.Node) -> Any:
     return KERNELS[_PRODUCTS[node.target]].arguments(*node.args, **node.kwargs)  # type: ignore[index]
 
 
-def _is_added(a: Any) -> bool:
-    return a.addend is not None and a.scale is not None
+def _is_bare(a: Any) -> bool:
+    return (a.addend is not None or a.curve is not None) and a.scale is not None

@@ -71,6 +71,16 @@ def clip(y: Any, low: float | None, high: float | None) -> Any:
     return y if low is None and high is None else op.Clip(y, *bounds)
 
 
+def _end(a: Any, y: Any) -> Any:
+    """Return a product's float result clamped, or bent by its curve."""
+    if a.curve == "leaky_relu":
+        return op.LeakyRelu(y, alpha=a.slope)
+    if a.curve == "hardswish":
+        part = op.Clip(op.Add(y, number(3.0)), number(0.0), number(6.0))
+        return op.Mul(op.Mul(y, part), number(1.0 / 6.0))
+    return op.Mul(y, op.Sigmoid(y)) if a.curve == "silu" else clip(y, a.low, a.high)
+
+
 def quantize(model: Model, a: Any) -> Any:
     """Return the integers of a float value."""
     return to_integers(to_float(a.x), grid_of(model, a.scale, a.zero_point), a.qmax)
@@ -158,7 +168,7 @@ def static_convolution(model: Model, a: Any) -> Any:
     y = y if rest is None else op.Add(y, rest)
     if a.scale is not None:
         return _integers(model, a, y, None)
-    return clip(_with_addend(model, a, y), a.low, a.high)
+    return _end(a, _with_addend(model, a, y))
 
 
 def _operands(
@@ -195,13 +205,13 @@ def _group_scale(model: Model, a: Any, groups: int) -> torch.Tensor:
 
 
 def _floats(model: Model, a: Any, sums: Any, grid: Grid, spread: int) -> Any:
-    """Return what exact int32 sums stand for, with bias and addend, clamped: the single operations of fxquant."""
+    """Return what exact int32 sums stand for, with bias and addend, clamped or bent: fxquant's single operations."""
     shape = (-1, *[1] * (spread - 1))
     scale = (model.tensor(a.weight_scale).to(torch.float32) * grid.scale).view(shape)
     y = op.Mul(cast(sums, ir.DataType.FLOAT), constant(scale))
     if a.bias is not None:
         y = op.Add(y, constant(model.tensor(a.bias).detach().to(torch.float32).view(shape)))
-    return clip(_with_addend(model, a, y), a.low, a.high)
+    return _end(a, _with_addend(model, a, y))
 
 
 def _with_addend(model: Model, a: Any, y: Any) -> Any:
@@ -211,26 +221,44 @@ def _with_addend(model: Model, a: Any, y: Any) -> Any:
 
 
 def _integers(model: Model, a: Any, y: Any, shape: Any) -> Any:
-    """Return a product's integers, with an addend, clamped. shape: that it is to have."""
+    """Return a product's integers, with an addend, clamped or bent. shape: that it is to have."""
     grid = grid_of(model, a.scale, a.zero_point)
-    if a.addend is not None:
-        y = _between(model, y, grid, grid_of(model, a.addend_scale, a.addend_zero_point), a)
-        y = y if shape is None else op.Reshape(y, shape)
-        return to_integers(_with_addend(model, a, y), grid, a.qmax, a.low, a.high)
+    if a.addend is not None or a.curve is not None:
+        y = _between(model, y, grid, a)
+        y = _with_addend(model, a, y if shape is None else op.Reshape(y, shape))
+        return to_integers(y if a.curve is None else _end(a, y), grid, a.qmax, a.low, a.high)
     q = to_integers(y, grid, a.qmax, a.low, a.high)
     return q if shape is None else op.Reshape(q, shape)
 
 
-def _between(model: Model, y: Any, grid: Grid, addend: Grid, a: Any) -> Any:
-    """Return a product rounded to integers of its own before something is added, without which no runtime fuses it.
+def _between(model: Model, y: Any, grid: Grid, a: Any) -> Any:
+    """Return a product rounded to integers of its own before what follows it, without which no runtime fuses it.
 
-    Their range is the measured one, if it is known, and no wider than where clamping to it changes no sum: a product
+    Their range is the measured one, if it is known, and no wider than where clamping to it changes no result: a product
     below it makes the sum less than the least result, whatever the addend is.
     """
     least, greatest = model.next_range()
-    low = max(grid.low, -math.inf if a.low is None else a.low) - addend.high
-    high = min(grid.high, math.inf if a.high is None else a.high) - addend.low
+    low = max(grid.low, -math.inf if a.low is None else a.low)
+    high = min(grid.high, math.inf if a.high is None else a.high)
+    if a.curve is not None:
+        low, high = _before_curve(grid, a)
+    if a.addend is not None:
+        addend = grid_of(model, a.addend_scale, a.addend_zero_point)
+        low, high = low - addend.high, high - addend.low
     low, high = min(max(low, least), 0.0), max(min(high, greatest), 0.0)
     scale = max((high - low) / 255, FLOAT32_TINY)
     middle = Grid(float(torch.tensor(scale)), max(0, min(255, round(-low / scale))))
     return real(op.QuantizeLinear(y, *middle.parts()), middle)
+
+
+def _before_curve(grid: Grid, a: Any) -> tuple[float, float]:
+    """Return the range beyond which a curve's results are clipped, or change by less than half a step."""
+    if a.curve == "hardswish":
+        return -3.0, max(grid.high, 3.0)
+    if a.curve == "silu":
+        low = -1.0
+        while low / (1.0 + math.exp(-low)) < -grid.scale / 2:
+            low -= 0.25
+        return low, grid.high + 0.5  # x - silu(x) is 0.28 at most
+    edge = grid.low if a.slope > 0 else grid.high
+    return edge / a.slope if a.slope else 0.0, grid.high

@@ -22,6 +22,21 @@ def expm1_(x: torch.Tensor) -> torch.Tensor:
     return x.copy_(p.mul_(power).add_(power - 1.0))
 
 
+CURVES = ("leaky_relu", "hardswish", "silu")
+"""What a static product can end with, in the order of the library's numbers from 1 on: csrc/static.h."""
+
+
+def curved(y: torch.Tensor, curve: str | None, slope: float) -> torch.Tensor:
+    """Return a curve of y, from single float32 operations; y itself where it is None. docs/numerics.md, "curves"."""
+    if curve is None:
+        return y
+    if curve == "leaky_relu":
+        return torch.where(y > 0, y, y * slope)
+    if curve == "hardswish":
+        return y * (y + 3.0).clamp_(0.0, 6.0) * (1.0 / 6.0)
+    return y / expm1_(-y).add_(2.0)
+
+
 def exp_of_negative(x: torch.Tensor) -> torch.Tensor:
     """Return exp(x) for x ≤ 0, and 0 below -87."""
     p, power = _reduce_(x.clamp(min=_LEAST))

@@ -1,7 +1,7 @@
 """The static products: uint8 values by int8 weights, exact int32 sums, and float or uint8 results.
 
-A result is what the float epilogue gives, (Σ (q - z) w) (s_x s_w) + bias + addend, clamped, and then, where it is to be
-an integer, quantized as `quantize` does: docs/numerics.md, "static product".
+A result is what the float epilogue gives, (Σ (q - z) w) (s_x s_w) + bias + addend, clamped or bent by a curve, and
+then, where it is to be an integer, quantized as `quantize` does: docs/numerics.md, "static product".
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxquant.errors import ShapeError
+from fxquant.errors import ArgumentError, ShapeError
 from fxquant.numerics import dequantize_value, quantize_value
+from fxquant.ops.elementwise import CURVES, curved
 from fxquant.ops.library import plain
 from fxquant.ops.linear import EXACT_COLUMNS, integer_matmul
 from fxquant.ops.register import public
@@ -42,13 +43,16 @@ def static_linear(
     qmax: int = 255,
     low: float | None = None,
     high: float | None = None,
+    curve: str | None = None,
+    slope: float = 0.0,
 ) -> torch.Tensor:
     """Return x @ weight.T + bias + addend, clamped to [low, high]: float32, or uint8 under (scale, zero_point).
 
     x: (..., I) uint8; weight: (O, I) int8; weight_scale: (O,) float32; bias: (O,) or None; addend: (..., O) uint8.
+    curve: "leaky_relu" with this slope, "hardswish" or "silu", in place of bounds; None: none of them.
     """
     product = (x, x_scale, x_zero_point, weight, weight_scale, bias, scale, zero_point)
-    return _linear((*product, addend, addend_scale, addend_zero_point, qmax, low, high))
+    return _linear((*product, addend, addend_scale, addend_zero_point, qmax, low, high, curve, slope))
 
 
 @public
@@ -73,15 +77,19 @@ def static_convolution(
     qmax: int = 255,
     low: float | None = None,
     high: float | None = None,
+    curve: str | None = None,
+    slope: float = 0.0,
 ) -> torch.Tensor:
     """Return a convolution of uint8 values by int8 weights + bias + addend, clamped: float32, or uint8.
 
     x: (B, I, L), (B, I, H, W) or (B, I, D, H, W); weight: (O, I / groups, ...), of a transposed one
-    (I, O / groups, ...); weight_scale: (O,). padding: before and after in each dimension, with real 0.
+    (I, O / groups, ...); weight_scale: (O,). padding: before and after in each dimension, with real 0. curve, slope: as
+    of `static_linear`.
     """
     product = (x, x_scale, x_zero_point, weight, weight_scale, bias, scale, zero_point)
     windows = (stride, padding, dilation, groups, is_transposed, output_padding)
-    return _convolution((*product, *windows, addend, addend_scale, addend_zero_point, qmax, low, high))
+    ending = (addend, addend_scale, addend_zero_point, qmax, low, high, curve, slope)
+    return _convolution((*product, *windows, *ending))
 
 
 def _finish(sums: torch.Tensor, a: Any, shape: tuple[int, ...]) -> torch.Tensor:
@@ -91,7 +99,7 @@ def _finish(sums: torch.Tensor, a: Any, shape: tuple[int, ...]) -> torch.Tensor:
         y.add_(a.bias.to(torch.float32).view(shape))
     if a.addend is not None:
         y.add_(dequantize_value(a.addend, a.addend_scale, a.addend_zero_point))
-    y = clamped(y, a.low, a.high)
+    y = clamped(curved(y, a.curve, a.slope), a.low, a.high)
     return y if a.scale is None else quantize_value(y, a.scale, a.zero_point, a.qmax)
 
 
@@ -160,6 +168,7 @@ def _runner(a: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 def _check_linear(a: Any) -> None:
     check_value("a linear", a.x)
+    _check_curve(a)
     if a.x.dim() == 0 or a.x.shape[-1] != a.weight.shape[1]:
         inputs = a.weight.shape[1]
         raise ShapeError(
@@ -169,12 +178,21 @@ def _check_linear(a: Any) -> None:
 
 def _check_convolution(a: Any) -> None:
     check_value("a convolution", a.x)
+    _check_curve(a)
     rank = a.weight.dim()
     inputs = a.weight.shape[0] if a.is_transposed else a.weight.shape[1] * a.groups
     if a.x.dim() != rank or a.x.shape[1] != inputs:
         raise ShapeError(
             f"a quantized Conv{rank - 2}d of {inputs} channels takes {rank}-D input with {inputs} in dimension 1, got "
             f"{tuple(a.x.shape)}"
+        )
+
+
+def _check_curve(a: Any) -> None:
+    if a.curve is not None and (a.curve not in CURVES or a.low is not None or a.high is not None):
+        raise ArgumentError(
+            f"a static product ends with one of {', '.join(CURVES)}, or with bounds; got {a.curve!r}, "
+            f"[{a.low}, {a.high}]"
         )
 
 
@@ -192,7 +210,7 @@ def _convolution_fake(a: Any) -> torch.Tensor:
 _X = "(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias"
 _END = (
     "Tensor? addend=None, Tensor? addend_scale=None, Tensor? addend_zero_point=None, int qmax=255, float? low=None,"
-    " float? high=None) -> Tensor"
+    " float? high=None, str? curve=None, float slope=0.0) -> Tensor"
 )
 
 

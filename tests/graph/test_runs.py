@@ -93,6 +93,13 @@ MODELS = {
         lambda: chain(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), nn.Conv2d(6, 3, 1)),
         image,
     ),
+    "curves": (
+        lambda: chain(
+            *(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.ConvTranspose2d(4, 5, 3, 2, 1), nn.LeakyReLU(0.3)),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 6), nn.Hardswish(), nn.Linear(6, 3)),
+        ),
+        image,
+    ),
     "transposed last": (
         lambda: chain(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2, (3, 1), dilation=2)),
         image,

@@ -84,13 +84,15 @@ static void convolution_case(int threads) {
     uint8_t *x = bytes(c.batch * product_of(c.in) * c.inputs), *addend = below(3) ? NULL : bytes(count);
     int8_t *weight = (int8_t *)bytes(c.outputs * c.inputs / c.groups * product_of(c.kernel));
     float *scale = floats(c.outputs, 1e-6f, false), *bias = below(3) ? floats(c.outputs, 1e-4f, true) : NULL;
-    const bool is_float = below(4) == 0, is_clamped = below(3) == 0;
+    const bool is_float = below(4) == 0, is_clamped = below(3) == 0, is_curved = !is_clamped && below(2);
     c.ending = (struct fxq_ending){.weight_scale = scale,
                                    .bias = bias,
                                    .addend = addend,
                                    .addend_scale = any_scale(0.05f),
                                    .low = is_clamped ? 0.0f : -INFINITY,
                                    .high = is_clamped ? 6.0f : INFINITY,
+                                   .curve = is_curved ? (enum fxq_curve)(1 + below(3)) : FXQ_NO_CURVE,
+                                   .slope = 0.1f,
                                    .is_float = is_float,
                                    .scale = any_scale(0.1f),
                                    .qmax = any_qmax()};

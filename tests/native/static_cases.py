@@ -21,6 +21,7 @@ from tests.native import native
 Case = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], bool]
 CHANNELS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 70, 100, 130)
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+CURVES = (None, None, None, "leaky_relu", "hardswish", "silu")
 CLAMPS = ((None, None), (None, None), (0.0, None), (0.0, 6.0), (-1.0, 0.5), (None, 1.0))
 _PAGE = mmap.PAGESIZE
 _C = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else None
@@ -127,7 +128,9 @@ def _ending(
     spread = 5500.0 * math.sqrt(max(window, 1)) * float(x_scale) * 0.005 / 64
     scale: tuple[Any, ...] = (None, None) if rng.random() < 0.25 else _scale(rng, spread)
     addend = (_value(rng, *output), *_scale(rng, spread)) if rng.random() < 0.4 else (None, None, None)
-    return (of_weight, bias), scale, (*addend, _qmax(rng), *rng.choice(CLAMPS))
+    bounds, curve = rng.choice(CLAMPS), rng.choice(CURVES)
+    bounds = bounds if curve is None else (None, None)
+    return (of_weight, bias), scale, (*addend, _qmax(rng), *bounds, curve, rng.choice((0.0, 0.1, 1.5, -0.5)))
 
 
 def _window(rng: random.Random, rank: int, is_deep: bool) -> dict[str, list[int]]:

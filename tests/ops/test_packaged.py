@@ -68,6 +68,7 @@ def cases():
         [1, 1, 1, 1],
         [1, 1],
     )
+    bent = (None, None, None, 255, None, None)
     query = floats(1, 3, 2, 4).transpose(1, 2)
     return [
         ("linear", (floats(3, 8), weight, scale, bias, True)),
@@ -88,6 +89,8 @@ def cases():
         ("mean_value", (value, *one, *one, [2, 3])),
         ("static_convolution", (value, *one, *convolution)),
         ("static_convolution", (value.contiguous(memory_format=torch.channels_last), *one, *convolution)),
+        ("static_convolution", (value, *one, *convolution, 1, False, [], *bent, "leaky_relu", 0.3)),
+        ("static_linear", (value[0, 0], *one, weight[:, :6], scale, bias, *one, *bent, "silu")),
         ("add_values", (value, *one, value.flip(0), *one, *one)),
     ]  # fmt: skip
 

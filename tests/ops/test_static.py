@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fxquant import ops
-from fxquant.errors import DTypeError, ShapeError
+from fxquant.errors import ArgumentError, DTypeError, ShapeError
 from fxquant.ops import static
 
 SCALE, ZERO = torch.tensor(0.05), torch.tensor(100, dtype=torch.int32)
@@ -92,6 +92,27 @@ def test_weights_may_lie_anyhow():
     sizes = (None, None, [3, 1], [0, 1, 0, 0], [3, 1], 3)
     got, expected = (ops.static_convolution(x, SCALE, ZERO, w, scale, bias, *sizes) for w in (strided, weight))
     assert torch.equal(got, expected)
+
+
+CURVES = [("leaky_relu", -0.3, lambda x: F.leaky_relu(x, -0.3)), ("hardswish", 0.0, F.hardswish), ("silu", 0.0, F.silu)]
+
+
+@pytest.mark.parametrize(("curve", "slope", "function"), CURVES)
+def test_a_curve_is_of_the_float_result_and_is_rounded_once(curve, slope, function):
+    tensors = (integers((3, 4, 70), 0, 256, 0).to(torch.uint8), SCALE, ZERO, *product(6, 70))
+    plain = ops.static_linear(*tensors)
+    curved = ops.static_linear(*tensors, curve=curve, slope=slope)
+    torch.testing.assert_close(curved, function(plain.double()).float(), rtol=2e-6, atol=1e-7)  # some roundings
+    ours = ops.static_linear(*tensors, *OUT.values(), qmax=200, curve=curve, slope=slope)
+    assert torch.equal(ours, ops.quantize(curved, *OUT.values(), 200))
+
+
+def test_a_curve_that_is_unknown_or_beside_bounds_is_refused():
+    tensors = (torch.zeros(1, 2, dtype=torch.uint8), SCALE, ZERO, *product(3, 2))
+    with pytest.raises(ArgumentError, match="one of leaky_relu, hardswish, silu, or with bounds; got 'gelu'"):
+        ops.static_linear(*tensors, curve="gelu")
+    with pytest.raises(ArgumentError, match=r"got 'silu', \[0.0, None\]"):
+        ops.static_linear(*tensors, low=0.0, curve="silu")
 
 
 def test_unequal_sides_are_padded_as_they_are():

@@ -57,6 +57,26 @@ static void begin_outputs_64(const struct fxq_convolution *c, int64_t first, int
     }
 }
 
+FXQ_INLINE float curve_of(float v, enum fxq_curve curve, float slope) {
+    if (curve == FXQ_LEAKY_RELU) return v > 0.0f ? v : v * slope;
+    if (curve == FXQ_SILU) return v / (exp_minus_1(-v) + 2.0f);
+    float part = v + 3.0f;
+    part = part < 0.0f ? 0.0f : part;
+    part = part > 6.0f ? 6.0f : part;
+    return v * part * (float)(1.0 / 6.0);
+}
+
+/* 64 floats become what a curve gives of them, in a loop of each curve's own. */
+static void bend(float *v, enum fxq_curve curve, float slope) {
+    if (curve == FXQ_LEAKY_RELU) {
+        for (int i = 0; i < 64; i++) v[i] = curve_of(v[i], FXQ_LEAKY_RELU, slope);
+    } else if (curve == FXQ_SILU) {
+        for (int i = 0; i < 64; i++) v[i] = curve_of(v[i], FXQ_SILU, slope);
+    } else {
+        for (int i = 0; i < 64; i++) v[i] = curve_of(v[i], FXQ_HARDSWISH, slope);
+    }
+}
+
 /* adds, is_float: constants wherever this is inlined. */
 FXQ_INLINE void end_sums(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, const uint8_t *addend,
                          void *y, bool adds, bool is_float) {
@@ -77,9 +97,24 @@ FXQ_INLINE void end_sums(const struct ending *e, const struct outputs_64 *o, con
     }
 }
 
+/* The bounds of an ending with a curve are infinite. */
+static void end_curved(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, const uint8_t *addend,
+                       void *y) {
+    _Alignas(64) float v[64] = {0.0f};
+    if (addend) end_sums(e, o, sums, addend, v, true, true);
+    else end_sums(e, o, sums, addend, v, false, true);
+    bend(v, e->of.curve, e->of.slope);
+    for (int64_t i = 0; i < o->width; i++) {
+        if (e->of.is_float) ((float *)y)[i] = v[i];
+        else ((uint8_t *)y)[i] = to_uint8(v[i] * e->inverse, e->least, e->most, e->of.scale.zero_point);
+    }
+}
+
 FXQ_INLINE void end_whole_sums(const struct ending *e, const struct outputs_64 *o, const int32_t *sums,
                                const uint8_t *addend, void *y) {
-    if (e->of.is_float) {
+    if (e->of.curve) {
+        end_curved(e, o, sums, addend, y);
+    } else if (e->of.is_float) {
         if (addend) end_sums(e, o, sums, addend, y, true, true);
         else end_sums(e, o, sums, addend, y, false, true);
     } else if (addend) {

@@ -157,6 +157,8 @@ class _Values:
             kwargs["addend"] = self._ints[call.addend]
             kwargs["addend_scale"], kwargs["addend_zero_point"] = self._of(call.addend)
         kwargs.update({name: bound for name in ("low", "high") if (bound := getattr(call, name)) is not None})
+        if call.curve:
+            kwargs.update(curve=call.curve, slope=call.slope)
         node.args, node.kwargs = (inputs[0], *self._of(call.inputs[0])), kwargs
 
     def _move(self, _: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
 from fxquant.operators.values import Form, ValueOperator
+from fxquant.ranges import Fixed
 
 LISTS = (torch.cat, torch.concat, torch.stack)
 SHAPED_LIKE = ("view_as", "reshape_as", "expand_as")
@@ -21,6 +23,8 @@ _CLAMPS: dict[Any, tuple[float | None, float | None]] = {
     **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), (0.0, None)),
     **dict.fromkeys((nn.ReLU6, F.relu6), (0.0, 6.0)),
 }
+_UNIT: tuple[Any, ...] = (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_", nn.Hardsigmoid, F.hardsigmoid)
+_SIGNED: tuple[Any, ...] = (nn.Tanh, torch.tanh, F.tanh, "tanh", "tanh_")
 _BOUNDED = (torch.clamp, torch.clip, "clamp", "clip", F.hardtanh)
 
 
@@ -42,6 +46,46 @@ def bounds_of(kind: Any, module: Any, node: fx.Node) -> Bounds | None:
     if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
         return None
     return _number(low), _number(high)
+
+
+def fixed_range_of(kind: Any) -> Fixed | None:
+    """Return the range of a function's values that is known without data. kind: the function or type."""
+    return Fixed(0.0, 1.0) if kind in _UNIT else Fixed(-1.0, 1.0) if kind in _SIGNED else None
+
+
+class Curve(NamedTuple):
+    """A function of single values that a static product can end with: fxquant/ops/elementwise.py."""
+
+    name: str
+    slope: float = 0.0
+
+
+NO_CURVE = Curve("")
+
+
+@dataclass
+class Chain:
+    """A node, and those after it that it does too."""
+
+    tail: fx.Node
+    low: float | None = None
+    high: float | None = None
+    curve: Curve = NO_CURVE
+    addend: fx.Node | None = None
+    absorbed: list[str] = field(default_factory=list)
+
+
+def curve_of(kind: Any, module: Any, node: fx.Node) -> Curve | None:
+    """Return the curve that a node is, None where it does something else. kind: its function or type."""
+    if kind in (nn.Hardswish, F.hardswish):
+        return Curve("hardswish")
+    if kind in (nn.SiLU, F.silu):
+        return Curve("silu")
+    if kind not in (nn.LeakyReLU, F.leaky_relu):
+        return None
+    given = (*node.args[1:2], node.kwargs.get("negative_slope", 0.01))
+    slope = given[0] if module is None else module.negative_slope
+    return Curve("leaky_relu", float(slope)) if isinstance(slope, (int, float)) else None
 
 
 def operands_of(node: fx.Node, row: ValueOperator | None) -> list[fx.Node]:

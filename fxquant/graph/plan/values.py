@@ -8,37 +8,32 @@ wanted is quantized where it is first moved or read. Nothing is changed here: do
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from fxquant.graph.plan.floats import find_floats
-from fxquant.graph.plan.operands import LISTS, SHAPED_LIKE, bounds_of, is_float, is_minus, operands_of, shape_of
+from fxquant.graph.plan.operands import (
+    LISTS,
+    SHAPED_LIKE,
+    Chain,
+    Curve,
+    bounds_of,
+    curve_of,
+    fixed_range_of,
+    is_float,
+    is_minus,
+    operands_of,
+    shape_of,
+)
 from fxquant.graph.plan.targets import product_input
 from fxquant.graph.record import Site, Skipped
 from fxquant.graph.values import NO_VALUES, Edge, IntegerCall, Values
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.operators import OPERATORS, Operator
 from fxquant.operators.values import MOVING, Form, ValueOperator, arguments_of, find_value_operator
-from fxquant.ranges import Fixed
 from fxquant.spec import TensorSpec
-
-_UNIT: tuple[Any, ...] = (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_", nn.Hardsigmoid, F.hardsigmoid)
-_SIGNED: tuple[Any, ...] = (nn.Tanh, torch.tanh, F.tanh, "tanh", "tanh_")
-
-
-@dataclass
-class _Chain:
-    """A node, and those after it that it does too."""
-
-    tail: fx.Node
-    low: float | None = None
-    high: float | None = None
-    addend: fx.Node | None = None
-    absorbed: list[str] = field(default_factory=list)
 
 
 def plan_values(
@@ -172,7 +167,7 @@ class _Walk:
         if any(self._reads(user, node) is not None for user in node.users):
             self._quantized[node] = None
 
-    def _make(self, node: fx.Node, form: Form, site: Site | None = None) -> _Chain:
+    def _make(self, node: fx.Node, form: Form, site: Site | None = None) -> Chain:
         """Let a node compute with integers, and do what follows it."""
         row = self._rows[node]
         operands = operands_of(node, row) if site is None else [product_input(node, site, self._operators)]
@@ -180,7 +175,7 @@ class _Walk:
             if operand not in self._made:
                 self._quantized[operand] = None
         has_clamp = site is not None or form in (Form.ADDS, Form.MULTIPLIES) or self._has_channels(node)
-        chain = self._absorb(node, site) if has_clamp else _Chain(node)
+        chain = self._absorb(node, site) if has_clamp else Chain(node)
         is_made = chain.tail in self._wanted
         if is_made:
             self._made.add(chain.tail)
@@ -193,6 +188,8 @@ class _Walk:
                 output=node.name if is_made else "",
                 low=chain.low,
                 high=chain.high,
+                curve=chain.curve.name,
+                slope=chain.curve.slope,
                 addend=self._named([chain.addend])[0] if chain.addend is not None else "",
                 absorbed=tuple(chain.absorbed),
                 rank=len(shape_of(operands[0]) or ()),
@@ -206,15 +203,20 @@ class _Walk:
         given = arguments_of(self._kind(node), node.args, dict(node.kwargs), module)
         return row is not None and row.form is Form.LOOKS_UP and row.channels(given) > 0
 
-    def _absorb(self, node: fx.Node, site: Site | None) -> _Chain:
-        """Return what a node can do of what follows it: an addition, by a site, and a clamp."""
-        chain = _Chain(node, low=0.0 if self._is_rectified(node) else None)
+    def _absorb(self, node: fx.Node, site: Site | None) -> Chain:
+        """Return what a node can do of what follows it: an addition or a curve, by a site, and a clamp."""
+        chain = Chain(node, low=0.0 if self._is_rectified(node) else None)
         while len(chain.tail.users) == 1:
             (user,) = chain.tail.users
             bounds = bounds_of(self._kind(user), self._submodule(user), user) if self._rows[user] else None
             if bounds is not None and operands_of(user, self._rows[user]) == [chain.tail]:
                 chain.low, chain.high = _higher(chain.low, bounds[0]), bounds[1]
                 chain.tail = user
+                chain.absorbed.append(user.name)
+                break
+            curve = self._curve(chain, site, user)
+            if curve is not None:
+                chain.curve, chain.tail = curve, user
                 chain.absorbed.append(user.name)
                 break
             addend = self._addend(node, chain, user) if site is not None else None
@@ -224,11 +226,17 @@ class _Walk:
             chain.absorbed.append(user.name)
         return chain
 
+    def _curve(self, chain: Chain, site: Site | None, user: fx.Node) -> Curve | None:
+        """Return the curve that a node is, if a site may do it: its integers are wanted, and there is no bound yet."""
+        if site is None or (chain.low, chain.high) != (None, None) or user not in self._wanted or not self._rows[user]:
+            return None
+        return curve_of(self._kind(user), self._submodule(user), user)
+
     def _is_rectified(self, node: fx.Node) -> bool:
         """Return whether a site is one module with its ReLU."""
         return node.target is linear_relu or (node.op == "call_module" and self._kind(node) in FLOAT_TYPES)
 
-    def _addend(self, node: fx.Node, chain: _Chain, user: fx.Node) -> fx.Node | None:
+    def _addend(self, node: fx.Node, chain: Chain, user: fx.Node) -> fx.Node | None:
         """Return what an addition adds to what a site gives, if the site can do that."""
         row = self._rows[user]
         if (
@@ -271,7 +279,7 @@ class _Walk:
         for node in values:
             root = self._root(node)
             spec = classes[root]
-            fixed = self._fixed(node) if root is node else None
+            fixed = fixed_range_of(self._kind(node)) if root is node else None
             if fixed is not None and not any(self._root(other) is root for other in values if other is not node):
                 spec = replace(spec, range=fixed)
             yield Edge(
@@ -282,11 +290,6 @@ class _Walk:
                 is_float=node not in self._made,
                 is_moved=node in self._moved,
             )
-
-    def _fixed(self, node: fx.Node) -> Fixed | None:
-        """Return the range of a function that is known without data."""
-        kind = self._kind(node)
-        return Fixed(0.0, 1.0) if kind in _UNIT else Fixed(-1.0, 1.0) if kind in _SIGNED else None
 
 
 def _higher(one: float | None, other: float | None) -> float | None:

@@ -35,7 +35,7 @@ def targets(module):
         (nn.AdaptiveAvgPool2d((2, 3)), 8, ops.adaptive_pool_value),
         (lambda x: x.mean((2, 3), keepdim=True), 8, ops.mean_value),
         (lambda x: F.pad(x, (1, 2)), 8, ops.pad_value),
-        (nn.Hardswish(), 8, ops.lookup),
+        (nn.GELU(), 8, ops.lookup),
         (lambda x: x * 0.5 + 1, 8, ops.lookup),
         (nn.PReLU(8, 0.1), 8, ops.lookup_channels),
         (lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"), 8, ops.resize_value),

@@ -50,6 +50,41 @@ def test_a_clamp_is_done_by_the_product_before_it(body, bounds):
     assert (values.calls[0].low, values.calls[0].high) == bounds
 
 
+@pytest.mark.parametrize(
+    ("body", "curve"),
+    [
+        (F.hardswish, ("hardswish", 0.0)),
+        (nn.SiLU(), ("silu", 0.0)),
+        (lambda x: F.silu(x, inplace=True), ("silu", 0.0)),
+        (F.leaky_relu, ("leaky_relu", 0.01)),
+        (lambda x: F.leaky_relu(x, 0.2), ("leaky_relu", 0.2)),
+        (lambda x: F.leaky_relu(x, negative_slope=0.3), ("leaky_relu", 0.3)),
+        (nn.LeakyReLU(0.4), ("leaky_relu", 0.4)),
+    ],
+)
+def test_a_curve_is_done_by_the_product_before_it(body, curve):
+    values = values_of(Net(body))
+    assert forms(values) == [Form.PRODUCT, Form.PRODUCT]
+    assert (values.calls[0].curve, values.calls[0].slope) == curve
+
+
+@pytest.mark.parametrize(
+    "body",
+    [lambda x: F.silu(F.relu(x)), lambda x: F.silu(x) + x, F.gelu, nn.PReLU()],
+    ids=["relu", "read", "other", "own"],
+)
+def test_other_curves_and_those_after_a_clamp_or_of_what_others_read_are_tables(body):
+    calls = values_of(Net(body)).calls
+    assert Form.LOOKS_UP in [call.form for call in calls]
+    assert not any(call.curve for call in calls)
+
+
+def test_a_curve_whose_floats_alone_are_read_stays_float():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Hardswish())
+    (call,) = values_of(model).calls
+    assert (call.output, call.curve, call.absorbed) == ("", "", ())
+
+
 def test_a_clamp_of_what_others_read_too_is_not():
     values = values_of(Net(lambda x: F.relu6(x) + x))
     assert forms(values) == [Form.PRODUCT, Form.LOOKS_UP, Form.ADDS, Form.PRODUCT]

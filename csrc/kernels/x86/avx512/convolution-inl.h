@@ -6,6 +6,7 @@
 #include "kernels/generic/windows-inl.h"
 #include "kernels/generic/ending-inl.h"
 #include "kernels/generic/values-inl.h"
+#include "kernels/x86/avx512/exponentials-inl.h"
 #include "kernels/x86/avx512/ending-inl.h"
 #include "kernels/generic/depthwise-inl.h"
 enum { TILE_PIXELS = 6, REGISTERS_TOGETHER = 1 };
@@ -157,7 +158,7 @@ static void convolve_pair(const struct windows *v, const struct ending *e, const
         const __m512i first = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(lanes, from + at[0]));
         unpack_bytes(_mm512_inserti64x4(first, _mm256_maskz_loadu_epi8(lanes, from + at[1]), 1), addend);
     }
-    FXQ_FOR(4, int j = 0; j < 4; j++) q[j] = end_16(e, o, 16 * j, sums[j], addend[j], from != NULL);
+    end_registers(e, o, sums, addend, from != NULL, 64, q);
     const __m512i bytes = pack_bytes(q);
     _mm256_mask_storeu_epi8((uint8_t *)e->y + at[0], lanes, _mm512_castsi512_si256(bytes));
     _mm256_mask_storeu_epi8((uint8_t *)e->y + at[1], lanes, _mm512_extracti64x4_epi64(bytes, 1));

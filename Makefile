@@ -15,7 +15,7 @@ WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 C_FILES := $(foreach depth,* */* */*/* */*/*/*,$(wildcard csrc/$(depth).c csrc/$(depth).cpp csrc/$(depth).h))
 
-.PHONY: demo test lint types tutorials docs wheel clean
+.PHONY: demo test lint types tutorials docs wheel triton clean
 
 demo: $(VENV)/.fxquant
 	$(BIN)/python -m tutorials.word_language_model --data "$(DATA)" --checkpoint "$(CHECKPOINT)" $(ARGS)
@@ -36,6 +36,10 @@ tutorials: $(VENV)/.docs
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# Triton (1 GB), unless torch brought its own: `make test` then runs the kernels for GPUs too, by Triton's interpreter.
+triton: $(VENV)/.dev
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(INSTALL) triton==3.9.0
 
 # A source distribution and a wheel for this machine in dist/, as a package index would take them.
 wheel: $(VENV)/.release

@@ -1,9 +1,13 @@
 """Every test starts from the same seed, on one thread: the suite is to be repeatable and quick on a busy machine."""
 
+import os
 import sys
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton, where it is installed, is then imported as an interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):

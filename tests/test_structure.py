@@ -91,6 +91,7 @@ TESTED_ELSEWHERE = {
     "operators.recurrent": "tests/operators/test_rows.py, the rows of all operators",
     "operators.transposed": "tests/operators/test_linear_forms.py, with the forms of the Linear row",
     "ops.library": "tests/ops/test_register.py and tests/ops/test_calls.py: what is registered, and where calls run",
+    "ops.triton_common": "tests/ops/test_triton_values.py and its like: what all of Triton's kernels share",
     "ops.output_pool": "tests/native/test_output_pool.py",
     "tensor_file": "tests/test_checkpoint.py: the files that save writes and load reads",
     "torch_ao.architecture": "tests/torch_ao/test_load.py: the checkpoints of torch.ao",

@@ -1,8 +1,10 @@
 """An operator as one dataclass, and the one place that decides where a call of it runs.
 
-    compiled or exported          `torch.ops.fxquant`, which compilers hold, and which runs one of the last two later
+    compiled or exported          `torch.ops.fxquant`, which compilers hold, and which runs one of the last three later
     eager, plain CPU tensors      the native kernel at once: torch's dispatcher would cost more than a small product
+    eager, plain CUDA tensors     Triton's kernels at once, where they serve the call (`gpu`)
     other strided CPU tensors     through the dispatcher, the native kernel on the operands that `Kernel.prepare` makes
+    other strided CUDA tensors    through the dispatcher, Triton's kernels
     everything else               through the dispatcher, the plain-torch reference
 
 An operator's signature is written twice: in its schema, for torch, and at its function of `fxquant.ops`, for callers.
@@ -24,7 +26,7 @@ import torch
 from torch.compiler import is_compiling
 
 from fxquant.errors import DTypeError, ModelStateError, warn
-from fxquant.ops import compiled, library
+from fxquant.ops import compiled, gpu, library
 from fxquant.ops.autocast import cast_dtype
 
 P = ParamSpec("P")
@@ -59,7 +61,8 @@ class Kernel(Generic[R]):
     where the reference is to run. finish: (what the library returned, arguments), returns the outputs. gradient: None
     where a gradient that comes back is an error. is_cast: whether torch.autocast casts an eager call's output.
     is_native: whether the native library has it. at_once: (the native library's function, arguments), returns its
-    result for operands as they lie, or None; not needed where that is the function's own.
+    result for operands as they lie, or None; not needed where that is the function's own. on_gpu: its Triton function;
+    None: on a GPU it is the reference alone.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Kernel(Generic[R]):
     is_cast: bool = False
     is_native: bool = True
     at_once: Callable[[Callable[..., Any], tuple[Any, ...]], R | None] | None = None
+    on_gpu: gpu.OnGpu | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,12 +114,21 @@ class Kernel(Generic[R]):
             return None
         return self.finish(out, a)
 
+    def run_triton(self, a: Any) -> R | None:
+        """Return the Triton kernels' result, or None where the reference is to run."""
+        return gpu.run(self.on_gpu, a, self.tensors(a))  # type: ignore[no-any-return]
+
+    def tensors(self, args: Sequence[Any]) -> Iterator[torch.Tensor]:
+        """Yield the tensors of a call, those in lists too."""
+        return (tensor for _, tensor in self._tensors(args))
+
     def run(self, *args: Any) -> R:
-        """Run the native kernel or the reference: the implementation of the registered operator."""
+        """Run the native kernel, Triton's or the reference: the implementation of the registered operator."""
         a = self.arguments(*args)
         self.check(a)
         try:
             out = self.run_native(a)
+            out = self.run_triton(a) if out is None else out
             return self.reference(a) if out is None else out
         except Exception:
             self._refuse_freed(a)
@@ -144,6 +157,8 @@ class Kernel(Generic[R]):
             return OVERLOADS[self.name](*args)  # type: ignore[no-any-return]
         first, native = args[0], self.native()
         check_dense(first, self.name.replace("_", " "))
+        if self._is_for_gpu(first) and not gpu.is_watched(self.tensors(args)):
+            return self.run(*args)
         is_tensor = native is not None and isinstance(first, torch.Tensor)
         if is_tensor and first.dtype in _COPIED and not first.is_contiguous():
             copied: R | None = native(True, first.contiguous(), *args[1:])  # type: ignore[misc]
@@ -154,6 +169,9 @@ class Kernel(Generic[R]):
             if isinstance(part, torch.Tensor) and part.requires_grad:
                 part.register_hook(functools.partial(_refuse_gradient, self.name))  # type: ignore[no-untyped-call]
         return out
+
+    def _is_for_gpu(self, first: Any) -> bool:
+        return self.on_gpu is not None and isinstance(first, torch.Tensor) and (first.is_cuda or gpu.interprets())
 
     def register(self) -> Callable[[tuple[Any, ...]], R]:
         """Register the operator with torch, and return what an eager call of it runs, with all its arguments."""

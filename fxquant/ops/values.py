@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from fxquant.errors import DTypeError, ShapeError
 from fxquant.numerics import dequantize_value, quantize_value
+from fxquant.ops.gpu import OnGpu, is_dense
 from fxquant.ops.library import bare
 from fxquant.ops.register import Kernel, arguments_of, public
 
@@ -168,6 +169,17 @@ def _pair_fake(a: Any) -> torch.Tensor:
     return torch.empty_like(a.a + a.b)
 
 
+def has_usual_qparams(a: Any) -> bool:
+    """Return whether all scales of a call are single float32 numbers, as models have them."""
+    scales = [value for name, value in a._asdict().items() if name.endswith("scale") and value is not None]
+    return all(scale.dtype == torch.float32 and scale.numel() == 1 for scale in scales)
+
+
+def _lies_alike(a: Any) -> bool:
+    """Return whether two values have one shape and lie in one way, without gaps."""
+    return a.a.shape == a.b.shape and a.a.stride() == a.b.stride() and is_dense(a.a) and has_usual_qparams(a)
+
+
 _QPARAMS = "Tensor scale, Tensor zero_point"
 _PAIR = f"(Tensor a, Tensor a_scale, Tensor a_zero_point, Tensor b, Tensor b_scale, Tensor b_zero_point, {_QPARAMS}, "
 
@@ -181,6 +193,7 @@ def register_value(
     prepare: Callable[[Any], Any] = lambda a: a,
     finish: Callable[[torch.Tensor, Any], torch.Tensor] = lambda out, _: out,
     is_native: bool = True,
+    on_gpu: OnGpu | None = None,
 ) -> Callable[[tuple[Any, ...]], torch.Tensor]:
     """Register an operator on integer values, and return what calls it."""
     kernel: Kernel[torch.Tensor] = Kernel(
@@ -193,6 +206,7 @@ def register_value(
         prepare=prepare,
         finish=finish,
         is_native=is_native,
+        on_gpu=on_gpu,
     )
     return kernel.register()
 
@@ -203,6 +217,7 @@ _quantize = register_value(
     lambda a: quantize_value(a.x, a.scale, a.zero_point, a.qmax),
     _check_float,
     lambda a: torch.empty_like(a.x, dtype=torch.uint8),
+    on_gpu=OnGpu("triton_values", "quantize", has_usual_qparams),
 )
 _dequantize = register_value(
     dequantize,
@@ -210,6 +225,7 @@ _dequantize = register_value(
     lambda a: dequantize_value(a.q, a.scale, a.zero_point),
     lambda a: check_value("dequantize", a.q),
     lambda a: torch.empty_like(a.q, dtype=torch.float32),
+    on_gpu=OnGpu("triton_values", "dequantize", has_usual_qparams),
 )
 _lookup = register_value(
     lookup,
@@ -217,6 +233,7 @@ _lookup = register_value(
     lambda a: torch.empty_like(a.q).copy_(a.table.index_select(0, a.q.reshape(-1).to(torch.int32)).view(a.q.shape)),
     lambda a: check_value("lookup", a.q),
     lambda a: torch.empty_like(a.q),
+    on_gpu=OnGpu("triton_values", "lookup"),
 )
 _lookup_channels = register_value(
     lookup_channels,
@@ -232,6 +249,7 @@ _add = register_value(
     _add_reference,
     _check_pair("add_values"),
     _pair_fake,
+    on_gpu=OnGpu("triton_values", "add", _lies_alike),
 )
 _mul = register_value(
     mul_values,
@@ -239,6 +257,7 @@ _mul = register_value(
     _mul_reference,
     _check_pair("mul_values"),
     _pair_fake,
+    on_gpu=OnGpu("triton_values", "mul", _lies_alike),
 )
 _pad = register_value(
     pad_value,

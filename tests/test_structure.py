@@ -92,6 +92,8 @@ TESTED_ELSEWHERE = {
     "operators.transposed": "tests/operators/test_linear_forms.py, with the forms of the Linear row",
     "ops.library": "tests/ops/test_register.py and tests/ops/test_calls.py: what is registered, and where calls run",
     "ops.triton_common": "tests/ops/test_triton_values.py and its like: what all of Triton's kernels share",
+    "ops.triton_gemv": "tests/ops/test_triton_linear.py, with more tokens",
+    "ops.triton_tokens": "tests/ops/test_triton_linear.py, with the products of these tokens",
     "ops.output_pool": "tests/native/test_output_pool.py",
     "tensor_file": "tests/test_checkpoint.py: the files that save writes and load reads",
     "torch_ao.architecture": "tests/torch_ao/test_load.py: the checkpoints of torch.ao",

@@ -142,6 +142,7 @@ def is_watched(tensors: Iterable[torch.Tensor]) -> bool:
     return any(
         (type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter)
         or (records and tensor.requires_grad)
+        or tensor.is_neg()
         for tensor in tensors
     )
 

@@ -20,6 +20,7 @@ import torch
 from fxquant.errors import DTypeError, ModelStateError, ShapeError
 from fxquant.formats import FLOAT32, FORMATS, Activation, format_of
 from fxquant.numerics import QuantizedTensor, dequantize, quantize_tokens, quantize_tokens_int16
+from fxquant.ops.gpu import OnGpu
 from fxquant.ops.library import bare, plain, vector
 from fxquant.ops.register import Gradient, Kernel, arguments_of, per_token_of, public
 from fxquant.ops.weights import check_format, check_matrix, check_qmax, prepare_scale
@@ -200,6 +201,12 @@ def _give(ctx: Any, grad: torch.Tensor, needs: dict[str, bool]) -> dict[str, tor
     return {"x": to_x, "bias": to_bias}
 
 
+def _is_for_triton(a: Any) -> bool:
+    """Return whether Triton's kernels compute a product: of integers, and of something."""
+    is_usual = a.scale is not None and a.scale.dtype == format_of(a.format).scale
+    return is_usual and a.x.numel() > 0 and a.weight.numel() > 0
+
+
 _LINEAR = Kernel[torch.Tensor](
     name="linear",
     schema="(Tensor x, Tensor weight, Tensor? scale, Tensor? bias=None, bool relu=False, bool per_token=True,"
@@ -212,5 +219,6 @@ _LINEAR = Kernel[torch.Tensor](
     finish=lambda out, a: out.view(*a.x.shape[:-1], a.weight.shape[0]).to(a.x.dtype),
     gradient=Gradient(_keep, _give),
     is_cast=True,
+    on_gpu=OnGpu("triton_linear", "linear", _is_for_triton),
 )
 _run = _LINEAR.register()

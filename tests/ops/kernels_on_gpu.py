@@ -12,6 +12,14 @@ from fxquant.ops import KERNELS, gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not gpu.is_installed(), reason="Triton is not installed: pip install 'fxquant[gpu]'")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+USES_KERNELS = [
+    needs_triton,
+    pytest.mark.usefixtures("triton_kernels"),
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # numpy's, of what floats are meant to do
+]
+"""The marks of tests that run Triton's kernels."""
+
+TRUNCATES = "Triton's interpreter truncates where a GPU rounds to bfloat16"
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.ops.kernels_on_gpu import check, needs_triton, run_triton, triton_kernels  # noqa: F401
+from tests.ops.kernels_on_gpu import USES_KERNELS, check, run_triton, triton_kernels  # noqa: F401
 
-pytestmark = [needs_triton, pytest.mark.usefixtures("triton_kernels")]
+pytestmark = USES_KERNELS
 ONE = torch.tensor(0.05), torch.tensor(120, dtype=torch.int32)
 OTHER = torch.tensor(0.083), torch.tensor(17, dtype=torch.int32)
 SUM = torch.tensor(0.11), torch.tensor(70, dtype=torch.int32)

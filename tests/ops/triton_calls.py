@@ -2,6 +2,8 @@
 
 import torch
 
+from fxquant.formats import format_of
+
 
 def _values(*shape):
     return torch.randint(256, shape, dtype=torch.uint8)
@@ -9,6 +11,15 @@ def _values(*shape):
 
 def _qparams(scale, zero_point):
     return torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
+
+
+def product(weight_format, outputs, columns, group_size=0):
+    """Return (weight, scale), random ones, and (format, group_size, in_features)."""
+    low, high = weight_format.limits
+    weight = weight_format.pack(torch.randint(low, high + 1, (outputs, columns)).to(torch.int16))
+    weight = weight.to(weight_format.storage)
+    scale = torch.randn(weight_format.scale_shape(outputs, columns, group_size)).to(weight_format.scale) * 0.1
+    return (weight, scale), (weight_format.name, group_size, columns)
 
 
 def calls():
@@ -21,3 +32,15 @@ def calls():
     yield "add_values", (_values(3, 50), *one, _values(3, 50), *other, *total)
     yield "add_values", (_values(3, 50), *one, _values(3, 50), *other, *total, 255, -1.0, 0.0, 6.0)
     yield "mul_values", (_values(3, 50), *one, _values(3, 50), *other, *total)
+    for name, tokens, group_size in (
+        ("int8", 1, 0),
+        ("int8", 256, 0),
+        ("int4", 1, 128),
+        ("int4", 256, 64),
+        ("int3", 9, 64),
+        ("int16", 9, 0),
+    ):
+        operands, end = product(format_of(name), 512, 1024, group_size)
+        yield "linear", (torch.randn(tokens, 1024), *operands, torch.randn(512), True, True, 255, *end)
+    operands, end = product(format_of("int8"), 512, 1000)
+    yield "linear", (torch.randn(3, 1000).bfloat16(), *operands, None, False, False, 127, *end)

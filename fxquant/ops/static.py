@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fxquant.errors import ArgumentError, ShapeError
 from fxquant.numerics import dequantize_value, quantize_value
 from fxquant.ops.elementwise import CURVES, curved
+from fxquant.ops.gpu import OnGpu
 from fxquant.ops.library import plain
 from fxquant.ops.linear import EXACT_COLUMNS, integer_matmul
 from fxquant.ops.register import public
@@ -106,7 +107,7 @@ def _finish(sums: torch.Tensor, a: Any, shape: tuple[int, ...]) -> torch.Tensor:
 def _linear_reference(a: Any) -> torch.Tensor:
     rows: torch.Tensor = a.x.reshape(math.prod(a.x.shape[:-1]), a.x.shape[-1]).to(torch.float32)
     zero_point = a.x_zero_point.to(torch.float32).expand(len(rows), 1)
-    sums = integer_matmul(rows, zero_point, a.weight)
+    sums = integer_matmul(rows, zero_point, a.weight.contiguous())
     return _finish(sums.view(*a.x.shape[:-1], len(a.weight)), a, (-1,))
 
 
@@ -207,6 +208,19 @@ def _convolution_fake(a: Any) -> torch.Tensor:
     return _as_input(_runner(a)(a.x.to(torch.float32), a.weight.to(torch.float32)).to(dtype), a)
 
 
+def _is_for_triton(a: Any) -> bool:
+    """Return whether Triton's kernel computes a product: of something, in any ending but SiLU."""
+    single = [scale for scale in (a.x_scale, a.scale, a.addend_scale) if scale is not None]
+    is_usual = all(scale.dtype == torch.float32 for scale in (*single, a.weight_scale))
+    is_usual = is_usual and all(scale.numel() == 1 for scale in single)
+    return is_usual and a.curve != "silu" and a.x.numel() > 0 and a.weight.numel() > 0
+
+
+def _is_image_for_triton(a: Any) -> bool:
+    """Return whether Triton's kernel computes a convolution: of images, in one group, not transposed."""
+    return a.x.dim() == 4 and a.groups == 1 and not a.is_transposed and _is_for_triton(a)
+
+
 _X = "(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias"
 _END = (
     "Tensor? addend=None, Tensor? addend_scale=None, Tensor? addend_zero_point=None, int qmax=255, float? low=None,"
@@ -221,6 +235,7 @@ _linear = register_value(
     _check_linear,
     _linear_fake,
     _prepare_linear,
+    on_gpu=OnGpu("triton_static", "linear", _is_for_triton),
 )
 _convolution = register_value(
     static_convolution,
@@ -231,4 +246,5 @@ _convolution = register_value(
     _convolution_fake,
     _prepare_convolution,
     _as_input,
+    on_gpu=OnGpu("triton_static", "convolution", _is_image_for_triton),
 )

@@ -27,17 +27,19 @@ from fxquant.ops.triton_common import EXACT
 from fxquant.ops.triton_tokens import CENTRED, SHIFTED, SPLIT, WIDE
 from fxquant.ops.triton_tuning import Shape, tuned
 
-_SPANS = tl.constexpr(8)  # tiles of tokens that are computed side by side, so that they find weights in the L2 cache
+_SIDE_BY_SIDE = tl.constexpr(
+    8
+)  # tiles of tokens that are computed side by side, so that they find weights in the L2 cache
 
 
 @triton.jit
-def _tile(rows, outputs, TOKENS: tl.constexpr, BN: tl.constexpr):
+def tile_of(rows, outputs, TOKENS: tl.constexpr, BN: tl.constexpr):
     """Return which tile of tokens and which of outputs a program computes."""
     pid = tl.program_id(0)
     tall, wide = tl.cdiv(rows, TOKENS), tl.cdiv(outputs, BN)
-    first = pid // (_SPANS * wide) * _SPANS
-    height = tl.minimum(tall - first, _SPANS)
-    inner = pid % (_SPANS * wide)
+    first = pid // (_SIDE_BY_SIDE * wide) * _SIDE_BY_SIDE
+    height = tl.minimum(tall - first, _SIDE_BY_SIDE)
+    inner = pid % (_SIDE_BY_SIDE * wide)
     return first + inner % height, inner // height
 
 
@@ -67,7 +69,7 @@ def int8_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of BM - 1 tokens by BN outputs. EVEN: whether BK divides the columns."""
-    m, n = _tile(rows, outputs, BM - 1, BN)
+    m, n = tile_of(rows, outputs, BM - 1, BN)
     r, k = tl.arange(0, BM), tl.arange(0, BK)
     at, outs = m * (BM - 1) + r, n * BN + tl.arange(0, BN)
     source = tl.where(r == BM - 1, rows, tl.minimum(at, rows - 1)).to(tl.int64)
@@ -121,7 +123,7 @@ def int4_kernel(
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of BM tokens by BN outputs. EVEN: whether GROUP divides the columns."""
-    m, n = _tile(rows, outputs, BM, BN)
+    m, n = tile_of(rows, outputs, BM, BN)
     at, outs, pair = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN), tl.arange(0, GROUP // 2)
     token = tl.minimum(at, rows - 1)
     result = _started(bias, outs, outputs, BM, BN, HAS_BIAS)
@@ -146,7 +148,7 @@ def int3_kernel(
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of BM tokens by BN outputs. EVEN: whether GROUP divides the columns."""
-    m, n = _tile(rows, outputs, BM, BN)
+    m, n = tile_of(rows, outputs, BM, BN)
     at, outs, k = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN), tl.arange(0, GROUP)
     token = tl.minimum(at, rows - 1)
     result = _started(bias, outs, outputs, BM, BN, HAS_BIAS)
@@ -177,7 +179,7 @@ def int16_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of BM tokens by BN outputs. EVEN: whether BK divides the columns."""
-    m, n = _tile(rows, outputs, BM, BN)
+    m, n = tile_of(rows, outputs, BM, BN)
     at, outs, k = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN), tl.arange(0, BK)
     token = tl.minimum(at, rows - 1)
     left = q + token.to(tl.int64)[:, None] * stride + k[None, :]

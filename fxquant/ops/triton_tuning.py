@@ -61,7 +61,12 @@ _INT16: _Choice = {
     16: (Shape(16, 32, 128, 4, 3), Shape(16, 16, 128, 2, 4)),
     1 << 62: (Shape(64, 64, 64, 4, 3), Shape(32, 64, 128, 4, 3)),
 }
-_SHAPES = {"int8": _INT8, "int4": _INT4, "int3": _GROUPS, "int16": _INT16}
+_STATIC: _Choice = {
+    15: (Shape(16, 32, 128, 4, 4), Shape(16, 64, 128, 4, 4)),
+    4095: (Shape(64, 64, 64, 4, 4), Shape(64, 64, 128, 4, 3), Shape(32, 64, 64, 4, 4)),
+    1 << 62: (Shape(128, 64, 64, 4, 4), Shape(128, 128, 64, 8, 3), Shape(64, 64, 64, 4, 4), Shape(128, 64, 32, 4, 4)),
+}
+_SHAPES = {"static": _STATIC, "int8": _INT8, "int4": _INT4, "int3": _GROUPS, "int16": _INT16}
 
 
 def shapes(weight_format: str, tokens: int) -> tuple[Shape, ...]:

@@ -44,3 +44,8 @@ def calls():
         yield "linear", (torch.randn(tokens, 1024), *operands, torch.randn(512), True, True, 255, *end)
     operands, end = product(format_of("int8"), 512, 1000)
     yield "linear", (torch.randn(3, 1000).bfloat16(), *operands, None, False, False, 127, *end)
+    weight, scales = torch.randint(-127, 128, (64, 128, 3, 3), dtype=torch.int8), torch.rand(64) / 99
+    image = _values(1, 128, 14, 14).to(memory_format=torch.channels_last)
+    same = ([1, 1], [1] * 4, [1, 1])
+    yield "static_convolution", (image, *one, weight, scales, torch.randn(64), *total, *same)
+    yield "static_linear", (_values(3, 128), *one, weight[:, :, 0, 0].contiguous(), scales)

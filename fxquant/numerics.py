@@ -3,7 +3,7 @@
 Sources: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
 Inference" (affine scheme with an exact zero); gemmlowp, doc/quantization.md (nudged zero point); torch.ao's
 `_choose_qparams` (symmetric scale over half the steps). Every float operation here is a single IEEE float32
-operation in a stated order, never fused, so that each kernel can give the same bits.
+operation in a stated order, never fused, so that each kernel and each device can give the same bits.
 """
 
 from __future__ import annotations
@@ -70,12 +70,20 @@ def quantize_tokens(
         high = high.amax(dim=0, keepdim=True).expand(x.shape[0], 1)
     low = low.clamp(-FLOAT32_MAX, 0.0)  # real 0 must be exact: padding and ReLU produce it
     high = high.clamp(0.0, FLOAT32_MAX)
-    scale = (high * 0.5 - low * 0.5) / (qmax * 0.5)  # halves: the widest range does not overflow
+    scale = divided(high * 0.5 - low * 0.5, qmax * 0.5)  # halves: the widest range does not overflow
     scale = torch.where(scale < FLOAT32_TINY, 1.0, scale)
     inverse = 1.0 / scale
     zero_point = (low * -inverse).round_().clamp_(0, qmax)
     q = (x * inverse).round_().add_(zero_point).clamp_(0, qmax)
     return q.nan_to_num_(nan=0.0), scale, zero_point.nan_to_num(nan=0.0)
+
+
+def divided(x: torch.Tensor, number: float) -> torch.Tensor:
+    """Return x / number, rounded once on every device.
+
+    By a tensor: on a GPU torch multiplies with the reciprocal of a Python number, and rounds twice.
+    """
+    return x / x.new_full((), number)
 
 
 def choose_value_qparams(low: torch.Tensor, high: torch.Tensor, qmax: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +92,7 @@ def choose_value_qparams(low: torch.Tensor, high: torch.Tensor, qmax: int) -> tu
     low, high: () float32; the range is widened to hold 0. docs/numerics.md, "Static values".
     """
     low, high = low.clamp(-FLOAT32_MAX, 0.0), high.clamp(0.0, FLOAT32_MAX)
-    scale = (high * 0.5 - low * 0.5) / (torch.full_like(high, qmax) * 0.5)
+    scale = divided(high * 0.5 - low * 0.5, qmax * 0.5)
     scale = torch.where(scale < FLOAT32_TINY, 1.0, scale)
     zero_point = (low * -(1.0 / scale)).round_().clamp_(0, qmax)
     return scale, zero_point.to(torch.int32)
@@ -134,7 +142,7 @@ def quantize_tokens_int16(x: torch.Tensor, per_token: bool = True) -> tuple[torc
     largest = torch.maximum(-low, high)
     if not per_token:
         largest = largest.amax(dim=0, keepdim=True).expand(x.shape[0], 1)
-    scale = largest.clamp(max=FLOAT32_MAX) / INT16_MAX
+    scale = divided(largest.clamp(max=FLOAT32_MAX), INT16_MAX)
     scale = torch.where(scale < FLOAT32_TINY, 1.0, scale)
     q = (x * (1.0 / scale)).round_().clamp_(-INT16_MAX, INT16_MAX)
     return q.nan_to_num_(nan=0.0), scale
@@ -152,12 +160,12 @@ def choose_qparams(low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> t
     is exact.
     """
     if spec.axis == "group":
-        scale = torch.where(high > -low, high, low) / spec.qmin
+        scale = divided(torch.where(high > -low, high, low), spec.qmin)
         return torch.where(scale.abs() < FLOAT32_TINY, 1.0, scale).to(spec.format.scale), torch.zeros_like(scale)
     if spec.symmetric:
-        scale = torch.maximum(low.abs(), high.abs()) / (spec.scale_steps or spec.qmax)
+        scale = divided(torch.maximum(low.abs(), high.abs()), spec.scale_steps or spec.qmax)
         return torch.where(scale < FLOAT32_TINY, 1.0, scale), torch.zeros_like(scale)
-    scale = (high * 0.5 - low * 0.5) / ((spec.scale_steps or spec.qmax - spec.qmin) * 0.5)
+    scale = divided(high * 0.5 - low * 0.5, (spec.scale_steps or spec.qmax - spec.qmin) * 0.5)
     flat = scale < FLOAT32_TINY
     # A constant output channel c: q = 0 and (0 - zero_point) * scale = c with scale |c|, zero_point -sign(c).
     constant = torch.where(low.abs() < FLOAT32_TINY, 0.0, low)

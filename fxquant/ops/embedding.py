@@ -86,23 +86,41 @@ def _reference(a: Any) -> Any:
 
 
 def _bag_reference(a: Any) -> torch.Tensor:
-    rows, indices = _embed(a).to(torch.float32), a.indices
-    places = torch.arange(rows.shape[0], device=indices.device, dtype=indices.dtype).reshape(indices.shape)
-    padding = None
-    if a.padding_idx is not None:  # every padded place points at one extra row, which embedding_bag then leaves out
-        padding = rows.shape[0]
-        places = torch.where(indices == a.padding_idx % a.weight.shape[0], padding, places)
-        rows = torch.cat((rows, rows.new_zeros(1, a.embedding_dim)))
-    bags = F.embedding_bag(
-        places,
-        rows,
-        None if a.offsets is None else a.offsets.to(indices.dtype),
-        mode=a.mode,
-        per_sample_weights=None if a.per_sample_weights is None else a.per_sample_weights.to(torch.float32),
-        include_last_offset=a.include_last_offset,
-        padding_idx=padding,
-    )
+    rows, indices = _embed(a), a.indices.reshape(-1)
+    weights = None if a.per_sample_weights is None else a.per_sample_weights.to(torch.float32)
+    _check_bags(a, rows[:, :1], weights)
+    starts, lengths = _bags(a)
+    counted = None if a.padding_idx is None else indices != a.padding_idx % a.weight.shape[0]
+    bags, counts = rows.new_zeros(len(starts), rows.shape[1]), rows.new_zeros(len(starts), 1)
+    for k in range(int(lengths.max()) if lengths.numel() else 0):  # in the bags' order, on every device
+        at = (starts + k).clamp_(max=max(len(rows) - 1, 0))
+        row = rows[at] if weights is None else rows[at] * weights.reshape(-1, 1)[at]
+        is_in = (lengths > k) if counted is None else (lengths > k) & counted[at]
+        more = torch.where((row > bags) | (counts == 0), row, bags) if a.mode == "max" else bags + row
+        bags, counts = torch.where(is_in.unsqueeze(1), more, bags), counts + is_in.unsqueeze(1)
+    bags = bags / counts.clamp_(min=1.0) if a.mode == "mean" else bags
     return bags.to(a.dtype)
+
+
+def _bags(a: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where each bag begins among the flattened indices, and how many it has."""
+    count = a.indices.numel()
+    if a.offsets is None:
+        bags, width = a.indices.shape
+        return torch.arange(bags, device=a.indices.device) * width, a.indices.new_full((bags,), width)
+    starts = a.offsets.to(torch.int64)
+    ends = torch.cat((starts[1:], starts.new_full((1,), count)))
+    bags = len(starts) - a.include_last_offset
+    return starts[:bags], (ends - starts)[:bags]
+
+
+def _check_bags(a: Any, rows: torch.Tensor, weights: torch.Tensor | None) -> None:
+    """Raise torch's errors for what cannot be bags, by its own function on a column of the rows."""
+    places = torch.arange(len(rows), device=rows.device).reshape(a.indices.shape)
+    offsets = None if a.offsets is None else a.offsets.to(places.dtype)
+    F.embedding_bag(
+        places, rows, offsets, mode=a.mode, per_sample_weights=weights, include_last_offset=a.include_last_offset
+    )
 
 
 def _check_range(indices: torch.Tensor, rows: int) -> None:

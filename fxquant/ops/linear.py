@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fxquant.errors import DTypeError, ModelStateError, ShapeError
 from fxquant.formats import FLOAT32, FORMATS, Activation, format_of
@@ -80,7 +81,7 @@ def multiply(
     rows: (M, K) float32; weight: (N, K); start: (N,), (M, N) or None -> (M, N) float32, a new tensor.
     """
     if weight.format.activation is Activation.FLOAT:
-        product = rows @ dequantize(weight).t()
+        product = _float_matmul(rows, dequantize(weight))
         return product if start is None else product.add_(start)
     assert weight.scale is not None
     matmul: Callable[..., torch.Tensor]
@@ -103,6 +104,21 @@ def multiply(
     return y if scales.shape[1] else y.expand(len(rows), -1).clone()
 
 
+def _float_matmul(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return rows @ weight.T of float32: by float64 where torch would round the factors to TF32's 11 bits."""
+    if rows.is_cuda and _has_tf32():
+        return (rows.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.float32)
+    return rows @ weight.t()
+
+
+def _has_tf32() -> bool:
+    """Return whether torch may multiply float32 as TF32 on CUDA devices."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9; once that is set, the older name raises
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
+
+
 def _wide_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return q @ weight.T, exactly: (M, K) float32 of whole numbers of 16 bits, (N, K) of such -> (M, N) int64."""
     # Whole numbers are exact in any order for K * 2**30 <= 2**53, far beyond MAX_COLUMNS. An integer 0 has no sign.
@@ -116,10 +132,10 @@ def integer_matmul(q: torch.Tensor, zero_point: torch.Tensor, weight: torch.Tens
     """
     rows, columns = q.shape
     # One column: torch._int_mm takes weight.t() of (N, 1) for another layout and gives wrong products (torch 2.13).
-    if rows and columns > 1 and weight.shape[0] and q.device.type == "cpu" and has_exact_int_mm():
+    if rows and columns > 1 and weight.shape[0] and (q.is_cuda or (q.is_cpu and has_exact_int_mm())):
         # q - 128 fits int8; a last row of ones gives the weights' sums, which turn it back into q - zero_point.
         signed = torch.cat((q - 128.0, q.new_ones(1, columns))).to(torch.int8)
-        sums = torch._int_mm(signed, weight.t())
+        sums = _int_mm_on_gpu(signed, weight) if q.is_cuda else torch._int_mm(signed, weight.t())
         return sums[:-1] + (128.0 - zero_point).to(torch.int32) * sums[-1]
     centred = q - zero_point
     total = torch.zeros(rows, weight.shape[0], dtype=torch.int32, device=q.device)
@@ -127,6 +143,18 @@ def integer_matmul(q: torch.Tensor, zero_point: torch.Tensor, weight: torch.Tens
         part = slice(start, start + EXACT_COLUMNS)
         total += (centred[:, part] @ weight[:, part].to(torch.float32).t()).to(torch.int32)
     return total
+
+
+def _int_mm_on_gpu(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return q @ weight.T, exactly: (M, K) int8, (N, K) int8 -> (M, N) int32, on a CUDA device."""
+    (rows, columns), outputs = q.shape, len(weight)
+    filling = -columns % 8  # what torch._int_mm takes there: more than 16 rows, columns and outputs by the eight
+    left = F.pad(q, (0, filling, 0, max(0, 17 - rows)))
+    right = F.pad(weight, (0, filling, 0, -outputs % 8))
+    try:
+        return torch._int_mm(left, right.t())[:rows, :outputs]
+    except RuntimeError:  # a device, or a build of torch, without products of int8
+        return (q.to(torch.float64) @ weight.to(torch.float64).t()).to(torch.int32)
 
 
 @functools.cache

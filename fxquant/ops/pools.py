@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxquant.numerics import quantize_value
+from fxquant.numerics import divided, quantize_value
 from fxquant.ops.register import public
 from fxquant.ops.values import by_pixels, check_value, layout, register_value
 
@@ -79,7 +80,7 @@ def max_pool_value(
 def _mean_reference(a: Any) -> torch.Tensor:
     count = math.prod(a.x.shape[dim] for dim in a.dims)
     sums = a.x.to(torch.int32).sub_(a.x_zero_point).sum(tuple(a.dims), keepdim=a.keepdim)
-    return _averaged(a, sums.to(torch.float64) / count)
+    return _averaged(a, divided(sums.to(torch.float64), count))
 
 
 def _averaged(a: Any, average: torch.Tensor) -> torch.Tensor:
@@ -88,7 +89,6 @@ def _averaged(a: Any, average: torch.Tensor) -> torch.Tensor:
 
 
 _POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-_ADAPTIVE: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 def _run_pool(a: Any, x: torch.Tensor) -> torch.Tensor:
@@ -99,26 +99,34 @@ def _run_pool(a: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _run_adaptive(a: Any, x: torch.Tensor) -> torch.Tensor:
-    rank, sizes = len(a.size), x.shape[2:]
-    if all(n % out == 0 for n, out in zip(sizes, a.size, strict=True) if out):  # a sum, divided once
-        windows = [n // out if out else 1 for n, out in zip(sizes, a.size, strict=True)]
-        y: torch.Tensor = _POOLS[rank](x, windows) if 0 not in a.size else _ADAPTIVE[rank](x, list(a.size))
-    else:
-        y = _ADAPTIVE[rank](x, list(a.size))
-    return y
+    sizes = list(zip(x.shape[2:], a.size, strict=True))
+    if 0 in a.size:
+        return x.new_empty(*x.shape[:2], *a.size)
+    if all(n % out == 0 for n, out in sizes):  # a sum, divided once
+        y: torch.Tensor = _POOLS[len(sizes)](x, [n // out for n, out in sizes])
+        return y
+    counts = []
+    for dim, (n, out) in enumerate(sizes, 2):  # whole numbers: differences of running sums are exact
+        at = torch.arange(out, device=x.device)
+        first, last = at * n // out, ((at + 1) * n + out - 1) // out
+        sums = F.pad(x.movedim(dim, -1).cumsum(-1), (1, 0))
+        x = (sums.index_select(-1, last) - sums.index_select(-1, first)).movedim(-1, dim)
+        counts.append((last - first).to(x.dtype).view(-1, *[1] * (x.dim() - dim - 1)))
+    return functools.reduce(torch.div, counts, x)  # as torch divides on the CPU
 
 
 def _run_max_pool(a: Any) -> torch.Tensor:
     options: list[Any] = [list(part) for part in (a.kernel, a.stride, a.padding, a.dilation)]
     pool: Any = F.max_pool3d if len(a.kernel) == 3 else F.max_pool2d
     x: torch.Tensor = a.x.contiguous()  # torch refuses more than 255 pixels of uint8 in channels_last
+    x = x if x.is_cpu else x.to(torch.float32)  # on a GPU torch pools floats alone
     y: torch.Tensor
     if len(a.kernel) == 1:  # torch has none of rank 1 for uint8
         wide = [[neutral, *part] for neutral, part in zip((1, 1, 0, 1), options, strict=True)]
         y = pool(x.unsqueeze(-2), *wide, ceil_mode=a.ceil_mode).squeeze(-2)
     else:
         y = pool(x, *options, ceil_mode=a.ceil_mode)
-    return y.contiguous(memory_format=layout(a.x))
+    return y.to(torch.uint8).contiguous(memory_format=layout(a.x))
 
 
 def _prepare(a: Any) -> Any:

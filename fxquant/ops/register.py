@@ -129,10 +129,17 @@ class Kernel(Generic[R]):
         try:
             out = self.run_native(a)
             out = self.run_triton(a) if out is None else out
-            return self.reference(a) if out is None else out
+            return self.run_reference(a) if out is None else out
         except Exception:
             self._refuse_freed(a)
             raise
+
+    def run_reference(self, a: Any) -> R:
+        """Return the reference's result; torch.autocast has no say in its products."""
+        if not torch._C._is_any_autocast_enabled():
+            return self.reference(a)
+        with torch.autocast(a[0].device.type, enabled=False):
+            return self.reference(a)
 
     def _refuse_freed(self, args: Sequence[Any]) -> None:
         """Raise ModelStateError where a tensor's memory was given back: untyped_storage().resize_(0)."""

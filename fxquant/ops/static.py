@@ -131,13 +131,14 @@ def _prepare_convolution(a: Any) -> Any:
 def _convolution_sums(x: torch.Tensor, a: Any) -> torch.Tensor:
     """Return the int32 sums of a convolution of whole numbers, exactly.
 
-    By float32 convolutions of so few channels that their sums are exact in any order, or by one in float64.
+    By float32 convolutions of so few channels that their sums are exact in any order, or by one in float64, which may
+    be transformed (by FFT, say) as long as it rounds to the right whole numbers.
     """
     run = _runner(a)
     window = math.prod(a.weight.shape[2:])
     whole = a.weight.contiguous()  # torch's own convolution in groups misreads some strides of dimensions of one place
     if window > EXACT_COLUMNS or x.device.type != "cpu" or not _HAS_EXACT_FLOATS:
-        return run(x.to(torch.float64), whole.to(torch.float64)).to(torch.int32)
+        return run(x.to(torch.float64), whole.to(torch.float64)).round_().to(torch.int32)
     weight, groups = whole.to(torch.float32), a.groups
     inputs, at_once = x.shape[1] // groups, EXACT_COLUMNS // window
     if inputs <= at_once:

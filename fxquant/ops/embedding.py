@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fxquant.errors import DTypeError, IndexRangeError
 from fxquant.formats import FORMATS, format_of
 from fxquant.numerics import QuantizedTensor, dequantize
+from fxquant.ops.gpu import OnGpu
 from fxquant.ops.library import floats, plain, vector
 from fxquant.ops.register import Kernel, arguments_of, public
 from fxquant.ops.weights import check_format, check_matrix, prepare_scale
@@ -166,6 +167,22 @@ def _prepare_table(a: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Ten
     return plain(a.weight), prepare_scale(table), zero_point
 
 
+def _is_for_triton(a: Any) -> bool:
+    """Return whether Triton's kernel computes a call: of something, with tensors as models have them."""
+    _prepare_table(a)  # raises for what does not fit
+    is_usual = all(part is None or part.dtype == torch.float32 for part in (a.scale, a.zero_point))
+    return is_usual and a.indices.numel() > 0 and a.embedding_dim > 0
+
+
+def _is_bag_for_triton(a: Any) -> bool:
+    """Return whether Triton's kernel computes a call; not what torch has an error for."""
+    is_bags = a.indices.dim() == 2 if a.offsets is None else a.indices.dim() == 1 == a.offsets.dim()
+    samples = a.per_sample_weights
+    is_sum = samples is None or (a.mode == "sum" and samples.shape == a.indices.shape)
+    offsets = a.offsets is None or (len(a.offsets) > a.include_last_offset and not a.offsets.is_floating_point())
+    return is_bags and is_sum and offsets and a.mode in ("sum", "mean", "max") and _is_for_triton(a)
+
+
 _EMBEDDING = Kernel[torch.Tensor](
     name="embedding",
     schema="(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, SymInt embedding_dim,"
@@ -176,6 +193,7 @@ _EMBEDDING = Kernel[torch.Tensor](
     fake=lambda a: a.weight.new_empty((*a.indices.shape, a.embedding_dim), dtype=a.dtype),
     prepare=_prepare_embedding,
     finish=lambda out, a: out.view(*a.indices.shape, a.embedding_dim).to(a.dtype),
+    on_gpu=OnGpu("triton_embedding", "embedding", _is_for_triton),
 )
 _run_embedding = _EMBEDDING.register()
 
@@ -190,5 +208,6 @@ _EMBEDDING_BAG = Kernel[torch.Tensor](
     fake=_fake_bag,
     prepare=_prepare_bag,
     finish=lambda out, a: out.to(a.dtype),
+    on_gpu=OnGpu("triton_embedding", "embedding_bag", _is_bag_for_triton),
 )
 _run_bag = _EMBEDDING_BAG.register()

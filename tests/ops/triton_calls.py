@@ -49,3 +49,6 @@ def calls():
     same = ([1, 1], [1] * 4, [1, 1])
     yield "static_convolution", (image, *one, weight, scales, torch.randn(64), *total, *same)
     yield "static_linear", (_values(3, 128), *one, weight[:, :, 0, 0].contiguous(), scales)
+    table = (torch.randint(16, (20, 96), dtype=torch.uint8), torch.rand(20), torch.rand(20))
+    yield "embedding", (torch.randint(20, (3, 2)), *table, 192, "uint4")
+    yield "embedding_bag", (torch.randint(20, (3, 2)), *table, 192, None, "mean", None, False, None, "uint4")

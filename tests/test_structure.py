@@ -35,6 +35,7 @@ LONG_FUNCTIONS = {
     "nn.attention_calls.forward": "torch's signature, and the conditions of its fast path",
     "nn.embedding.forward": "torch's signature of nn.EmbeddingBag, and its checks",
     "qat.prepare_qat_fx": "the docstring of a public function",
+    "ops.triton_walk.walk_kernel": "a kernel's operands, and what the steps of a walk share",
     "quantize_fx.prepare_fx": "the docstring of a public function",
     "torch_ao.load.from_torch_ao": "the docstring of a public function",
 }
@@ -90,6 +91,10 @@ TESTED_ELSEWHERE = {
     "operators.static": "tests/operators/test_rows.py, the rows of all operators",
     "operators.recurrent": "tests/operators/test_rows.py, the rows of all operators",
     "operators.transposed": "tests/operators/test_linear_forms.py, with the forms of the Linear row",
+    "ops.recurrent_checks": "tests/ops/test_recurrent.py: what the operators refuse",
+    "ops.triton_cells": "tests/ops/test_triton_recurrent.py, with the layers",
+    "ops.triton_states": "tests/ops/test_triton_recurrent.py, with the layers",
+    "ops.triton_walk": "tests/ops/test_triton_recurrent.py, with the layers",
     "ops.library": "tests/ops/test_register.py and tests/ops/test_calls.py: what is registered, and where calls run",
     "ops.triton_common": "tests/ops/test_triton_values.py and its like: what all of Triton's kernels share",
     "ops.triton_gemv": "tests/ops/test_triton_linear.py, with more tokens",

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import torch
 
-_LOG2E = 1.4426950408889634
-_LN2_HIGH = 0.693359375  # 10 significant bits: n * _LN2_HIGH is exact
-_LN2_LOW = -2.1219444e-4
-_SERIES = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2)  # Taylor's, of (exp(r) - 1 - r) / r², highest first
+LOG2E = 1.4426950408889634
+LN2_HIGH = 0.693359375  # 10 significant bits: n * LN2_HIGH is exact
+LN2_LOW = -2.1219444e-4
+SERIES = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2)  # Taylor's, of (exp(r) - 1 - r) / r², highest first
 _LEAST = -87.0  # below it exp is 0 here: above it the result is a normal float32
 
 
@@ -48,12 +48,12 @@ def _reduce_(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Cody and Waite's two-part reduction.
     """
-    n = (x * _LOG2E).round_()
-    r = x.sub_(n * _LN2_HIGH).sub_(n * _LN2_LOW)
-    p = r * _SERIES[0]
-    for coefficient in _SERIES[1:-1]:
+    n = (x * LOG2E).round_()
+    r = x.sub_(n * LN2_HIGH).sub_(n * LN2_LOW)
+    p = r * SERIES[0]
+    for coefficient in SERIES[1:-1]:
         p.add_(coefficient).mul_(r)
-    p.add_(_SERIES[-1]).mul_(r * r).add_(r)
+    p.add_(SERIES[-1]).mul_(r * r).add_(r)
     bits = n.nan_to_num_(nan=0.0).to(torch.int32).add_(127).bitwise_left_shift_(23)
     return p, bits.view(torch.float32)
 

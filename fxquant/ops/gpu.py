@@ -2,8 +2,9 @@
 
 `register` asks `run` for a call that the native library of CPU kernels does not take. An operator's `OnGpu` names its
 function, in a module `triton_*` that is imported at the first such call, and the calls that it serves. All tensors of a
-call must be on one CUDA device. Triton compiles a kernel when it first runs, and keeps it on the disk; the kernels give
-the references' bits. FXQUANT_TRITON=0, read at the first call, switches them off.
+call must be on one CUDA device, but for those that `OnGpu.host` names. Triton compiles a kernel when it first runs,
+and keeps it on the disk; the kernels give the references' bits. FXQUANT_TRITON=0, read at the first call, switches them
+off.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ class OnGpu(NamedTuple):
     """An operator's Triton function.
 
     module, function: where it is found, in fxquant.ops; it takes the operator's arguments and returns its result.
-    serves: (arguments), returns whether it can; the reference runs where not.
+    serves: (arguments), returns whether it can; the reference runs where not. host: the names of arguments that may be
+    on another device, as the sizes of packed sequences are on the CPU.
     """
 
     module: str
     function: str
     serves: Callable[[Any], bool] = lambda _: True
+    host: tuple[str, ...] = ()
 
     def load(self) -> Callable[[Any], Any]:
         """Return the function; importing it imports Triton."""

@@ -13,21 +13,20 @@ from typing import Any, TypeAlias
 
 import torch
 
-from fxquant.errors import ArgumentError, DTypeError, ShapeError
-from fxquant.formats import FLOAT32, FORMATS, INT8, Activation, format_of
-from fxquant.numerics import QuantizedTensor, dequantize, to_floats
+from fxquant.errors import ArgumentError
+from fxquant.formats import FLOAT32, Activation, format_of
+from fxquant.numerics import dequantize, to_floats
 from fxquant.ops.elementwise import gru_cell, lstm_cell, tanh
+from fxquant.ops.gpu import OnGpu
 from fxquant.ops.library import floats, plain
 from fxquant.ops.linear import multiply
+from fxquant.ops.recurrent_checks import check, checked_sizes, matrix
 from fxquant.ops.register import Kernel, arguments_of, per_token_of, public
-from fxquant.ops.weights import check_format, check_matrix, check_qmax
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
 Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # rows, what is added to products
 
 _KINDS = {"gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}  # the modes of rnn, and their names in errors
-_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}  # output channels of a weight for each hidden unit
-_FORMATS = tuple(known for known in FORMATS if known.activation is not None)
 
 
 @public
@@ -141,99 +140,34 @@ def _run_stack(a: Any, h: torch.Tensor, step: Callable[[int, Sequence[Multiply],
     return rows.reshape(*a.x.shape[:-1], rows.shape[-1]).to(a.x.dtype)
 
 
-def _matrix(a: Any, i: int, columns: int) -> QuantizedTensor:
-    """Return the weight i, of so many columns; its scale's shape says how many columns share one."""
-    weight_format, scale = format_of(a.formats[i]) if a.formats else INT8, a.scales[i] if a.scales else None
-    groups = scale.shape[-1] if scale is not None and scale.dim() else 0
-    group_size = weight_format.find_group_size(columns, groups)
-    return QuantizedTensor(weight_format, a.weights[i], scale, None, columns, group_size)
-
-
 def _multiplier(a: Any, i: int, columns: int) -> Multiply:
     """Return the product with the weight i, of so many columns."""
-    weight = _matrix(a, i, columns)
+    weight = matrix(a, i, columns)
     if weight.format.activation is Activation.FLOAT:  # widened once, not at each step
         weight = to_floats(dequantize(replace(weight, scale=None)), FLOAT32)
     return lambda rows, start: multiply(rows, weight, start, a.per_token, a.qmax)
 
 
 def _check_lstm(a: Any) -> None:
-    _check("LSTM", a, (a.h0, a.c0), ())
+    check("LSTM", a, (a.h0, a.c0), ())
 
 
 def _check_rnn(a: Any) -> None:
     if a.mode not in _KINDS:
         raise ArgumentError(f"the operator rnn takes one of the modes {', '.join(map(repr, _KINDS))}, got {a.mode!r}")
-    _check(_KINDS[a.mode], a, (a.h0,), a.hidden_biases)
-
-
-def _check(layer_type: str, a: Any, states: Tensors, hidden_biases: Tensors) -> None:
-    check_qmax(layer_type, a.qmax)
-    for name in a.formats or ():
-        check_format(layer_type, name, _FORMATS)
-    _check_sequence(layer_type, a, states)
-    _check_parts(layer_type, a, states, hidden_biases)
-
-
-def _check_sequence(layer_type: str, a: Any, states: Tensors) -> None:
-    """Raise unless x is (T, B, I) or packed (N, I), h0 (L, B, P), and an LSTM's c0 (L, B, H)."""
-    x, weights = a.x, a.weights
-    for name, tensor in (("input", x), *zip(("h0", "c0"), states, strict=False)):
-        if not tensor.is_floating_point():
-            raise DTypeError(f"a quantized {layer_type} takes float tensors, got {name} of {tensor.dtype}")
-    want, width = 3 if a.batch_sizes is None else 2, x.shape[-1] if x.dim() else 0
-    inputs = width
-    if weights:
-        weight_format, stored = format_of(a.formats[0]) if a.formats else INT8, weights[0].shape[-1]
-        numbers, values = weight_format.block  # an unfinished last block is filled up
-        inputs = width if weight_format.stored_columns(width) == stored else stored // values * numbers
-    if x.dim() != want or width != inputs:
-        raise ShapeError(
-            f"a quantized {layer_type} of {inputs} inputs takes {want}-D input whose last dimension is {inputs}, "
-            f"got {tuple(x.shape)}"
-        )
-    batch = x.shape[1] if a.batch_sizes is None else None
-    for name, state in zip(("h0", "c0"), states, strict=False):
-        if state.dim() != 3 or (batch is not None and state.shape[1] != batch):
-            raise ShapeError(f"a quantized {layer_type} with batch {batch} got {name} of shape {tuple(state.shape)}")
-    if states[0].shape[0] == 0 or states[0].shape[:2] != states[-1].shape[:2]:
-        shapes = " and ".join(str(tuple(state.shape)) for state in states)
-        raise ShapeError(f"a quantized {layer_type} takes states of the same cells, 1 or more, and batch, got {shapes}")
-
-
-def _check_parts(layer_type: str, a: Any, states: Tensors, hidden_biases: Tensors) -> None:
-    """Raise unless weights, scales and biases are those of cells for such columns and states."""
-    weights, scales, biases = a.weights, a.scales, a.biases
-    cells, outputs, hidden = states[0].shape[0], states[0].shape[2], states[-1].shape[2]
-    directions, rows = 2 if a.bidirectional else 1, _GATES[layer_type] * hidden
-    is_projected = layer_type == "LSTM" and len(weights) == 3 * cells
-    numbers = {
-        "weights": (weights, (3 if is_projected else 2) * cells),
-        "scales": (scales, len(weights) if scales else 0),
-        "formats": (a.formats or (), len(weights) if a.formats else 0),
-        "biases": (biases, cells if biases else 0),
-        "hidden biases": (hidden_biases, cells if hidden_biases else 0),
-    }
-    layers = f"a quantized {layer_type} of {cells} cells with {hidden} hidden units and {outputs} outputs"
-    for name, (tensors, count) in numbers.items():
-        if len(tensors) != count:
-            raise ShapeError(f"{layers} takes {count} {name}, got {len(tensors)}")
-    if cells % directions or (hidden != outputs and not is_projected):
-        raise ShapeError(f"{layers} cannot be: {directions} directions, {'a' if is_projected else 'no'} projection")
-    for i, vector in enumerate((*biases, *hidden_biases)):
-        if vector.shape != (rows if i < len(biases) else hidden,):
-            raise ShapeError(f"{layers} got a bias of shape {tuple(vector.shape)}")
-    for i in range(len(weights)):
-        cell, place = divmod(i, 3 if is_projected else 2)
-        inputs = a.x.shape[-1] if cell < directions else directions * outputs
-        shape = ((rows, inputs), (rows, outputs), (outputs, hidden))[place]
-        name = f"{layers}: weight_{('ih', 'hh', 'hr')[place]} of cell {cell}"
-        check_matrix(name, _matrix(a, i, shape[1]), shape[0])
+    check(_KINDS[a.mode], a, (a.h0,), a.hidden_biases)
 
 
 def _fake(a: Any) -> tuple[torch.Tensor, torch.Tensor]:
     columns = a.h0.shape[-1] * (2 if a.bidirectional else 1)
     return a.x.new_empty((*a.x.shape[:-1], columns)), a.x.new_empty(a.h0.shape)
+
+
+def _serves(a: Any) -> bool:
+    """Return whether Triton's kernels compute a call: integer weights alone, a scale a token, and nothing empty."""
+    states = (a.h0, a.c0) if hasattr(a, "c0") else (a.h0,)
+    is_whole = all(format_of(name).activation is not Activation.FLOAT for name in a.formats or ())
+    return is_whole and a.per_token and all(tensor.numel() for tensor in (a.x, *states))
 
 
 def _prepare_lstm(a: Any) -> Any:
@@ -249,23 +183,12 @@ def _prepare_rnn(a: Any) -> Any:
 def _prepare(a: Any) -> dict[str, Any]:
     return {
         "x": floats(a.x),
-        "batch_sizes": _sizes(a.batch_sizes, a.x.shape[0], a.h0.shape[1]),
+        "batch_sizes": None if a.batch_sizes is None else torch.tensor(checked_sizes(a)),
         "h0": floats(a.h0),
         "weights": [plain(weight) for weight in a.weights],
         "scales": [plain(scale) if scale.dtype is torch.bfloat16 else floats(scale) for scale in a.scales],
         "biases": [floats(bias) for bias in a.biases],
     }
-
-
-def _sizes(batch_sizes: torch.Tensor | None, rows: int, batch: int) -> torch.Tensor | None:
-    """Return the sizes as the library takes them; they fall from at most `batch` to at least 1, `rows` in all."""
-    if batch_sizes is None:
-        return None
-    given = batch_sizes.tolist()
-    falls = all(a >= b for a, b in zip([batch, *given], [*given, 1], strict=True))
-    if not falls or sum(given) != rows:
-        raise ShapeError(f"packed rows: {rows} rows of a batch of {batch} cannot have batch_sizes {given}")
-    return plain(batch_sizes).to(torch.int64)
 
 
 def _finish(out: Tensors, a: Any) -> Any:
@@ -282,6 +205,7 @@ _LSTM = Kernel[tuple[torch.Tensor, torch.Tensor, torch.Tensor]](
     fake=lambda a: (*_fake(a), a.x.new_empty(a.c0.shape)),
     prepare=_prepare_lstm,
     finish=_finish,
+    on_gpu=OnGpu("triton_recurrent", "lstm", _serves, host=("batch_sizes",)),
 )
 _run_lstm = _LSTM.register()
 
@@ -296,5 +220,6 @@ _RNN = Kernel[tuple[torch.Tensor, torch.Tensor]](
     fake=_fake,
     prepare=_prepare_rnn,
     finish=_finish,
+    on_gpu=OnGpu("triton_recurrent", "rnn", _serves, host=("batch_sizes",)),
 )
 _run_rnn = _RNN.register()

@@ -116,7 +116,8 @@ class Kernel(Generic[R]):
 
     def run_triton(self, a: Any) -> R | None:
         """Return the Triton kernels' result, or None where the reference is to run."""
-        return gpu.run(self.on_gpu, a, self.tensors(a))  # type: ignore[no-any-return]
+        host = self.on_gpu.host if self.on_gpu is not None else ()
+        return gpu.run(self.on_gpu, a, (x for name, x in self._tensors(a) if name not in host))  # type: ignore[no-any-return]
 
     def tensors(self, args: Sequence[Any]) -> Iterator[torch.Tensor]:
         """Yield the tensors of a call, those in lists too."""

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fxquant.ops import KERNELS, gpu
+from fxquant.ops import KERNELS, gpu, triton_recurrent
 from tests.ops import triton_calls
 
 INEXACT = {"fma": r"\bfma\.rn(\.ftz)?\.f32", "flush": r"\.ftz\b", "approximation": r"\.approx\b|div\.full"}
@@ -44,7 +44,8 @@ def compile_calls():
 
     JITFunction.run = compile_only
     gpu._interprets = True
-    for name, arguments in triton_calls.calls():
+    triton_recurrent._multiprocessors = lambda _: 132
+    for name, arguments in (*triton_calls.calls(), *triton_calls.recurrent_calls()):
         kernel = KERNELS[name]
         assert kernel.run_triton(kernel.arguments(*arguments)) is not None, name
     return found

@@ -6,10 +6,13 @@ from fxquant.qconfig import (
     default_dynamic_qconfig,
     float_qparams_weight_only_qconfig,
     float_qparams_weight_only_qconfig_4bit,
+    int3_dynamic_qconfig,
     int4_dynamic_qconfig,
 )
 
 INT8 = default_dynamic_qconfig
+_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+_GROUPED = {"int4": int4_dynamic_qconfig.with_group_size(32), "int3": int3_dynamic_qconfig.with_group_size(32)}
 
 
 def random_int8(*shape):
@@ -67,3 +70,28 @@ def table_arguments(bits=8, affine=False):
     affine_qconfigs = {8: float_qparams_weight_only_qconfig, 4: float_qparams_weight_only_qconfig_4bit}
     qconfig = affine_qconfigs[bits] if affine or bits == 4 else INT8
     return torch.randint(10, (3, 4)), *qconfig.quantize_weight(torch.randn(10, 7)).tensors, 7
+
+
+def _stored(rows, columns, name):
+    """Return (weight, scale) of a random matrix in a format."""
+    if name in _GROUPED:
+        return _GROUPED[name].quantize_weight(torch.randn(rows, columns)).tensors[:2]
+    if name == "int16":
+        return torch.randint(-32767, 32768, (rows, columns), dtype=torch.int16), torch.rand(rows) / 32767
+    return quantized(rows, columns)
+
+
+def recurrent_call(kind, names=("int8", "int8"), hidden=9, batch=3, steps=2, inputs=5, proj=0, both=False, packed=None):
+    """Return an operator and its arguments for one layer: lstm or rnn. names: the weights' formats; packed: sizes."""
+    torch.manual_seed(3)
+    rows, size, cells = _GATES[kind] * hidden, proj or hidden, 1 + both
+    shapes = [(rows, inputs), (rows, size), (proj, hidden)][: 3 if proj else 2]
+    weights = [_stored(*shape, name) for _ in range(cells) for shape, name in zip(shapes, names, strict=True)]
+    x = torch.randn(steps, batch, inputs) if packed is None else torch.randn(sum(packed), inputs)
+    sizes = None if packed is None else torch.tensor(packed)
+    start = (x, sizes, torch.randn(cells, batch, size))
+    lists = ([w for w, _ in weights], [s for _, s in weights], [torch.randn(rows) for _ in range(cells)])
+    how = (both, True, 255, list(names) * cells)
+    if kind == "lstm":
+        return "lstm", *start, torch.randn(cells, batch, hidden), *lists, *how
+    return "rnn", *start, *lists, [torch.randn(hidden) for _ in range(cells)] if kind == "gru" else [], kind, *how

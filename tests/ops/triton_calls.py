@@ -3,6 +3,7 @@
 import torch
 
 from fxquant.formats import format_of
+from tests.ops.operands import recurrent_call
 
 
 def _values(*shape):
@@ -52,3 +53,18 @@ def calls():
     table = (torch.randint(16, (20, 96), dtype=torch.uint8), torch.rand(20), torch.rand(20))
     yield "embedding", (torch.randint(20, (3, 2)), *table, 192, "uint4")
     yield "embedding_bag", (torch.randint(20, (3, 2)), *table, 192, None, "mean", None, False, None, "uint4")
+
+
+def recurrent_calls():
+    """Yield calls of recurrent layers: each kind and format, batches that are packed, large, and projected."""
+
+    def call(*args, **kwargs):
+        name, *arguments = recurrent_call(*args, **kwargs)
+        return name, arguments
+
+    yield call("lstm", hidden=256, steps=3)
+    yield call("lstm", hidden=256, steps=3, batch=256)
+    yield call("lstm", ("int8", "int8", "int4"), hidden=256, proj=128, both=True, packed=[3, 2])
+    yield call("gru", hidden=256, steps=1)
+    for kind, name in (("gru", "int16"), ("rnn_tanh", "int3"), ("rnn_relu", "int4")):
+        yield call(kind, ("int8", name), hidden=128, packed=[3, 2])

@@ -1,13 +1,14 @@
 """Whether each operator gives its reference's bits on this machine: what `python -m fxquant` tries.
 
-Layers of every operator and format are called in a mode that sees each call of an operator, and has both the native
-kernel and the plain-torch reference compute it. Products of floats (float16 weights, matmul, attention) have another
-order of summation in torch: there the two may differ by float rounding.
+Layers of every operator and format are called in a mode that sees each call of an operator, and has both the kernel
+(the native one, on a GPU Triton's) and the plain-torch reference compute it. Products of floats (float16 weights, matmul,
+attention) have another order of summation in torch: there the two may differ by float rounding.
 """
 
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxquant import ops
 from fxquant.nn.base import quantize_alone
 from fxquant.operators import OPERATORS, find_module_operator
-from fxquant.ops.register import KERNELS
+from fxquant.ops.register import KERNELS, Kernel
 from fxquant.qconfig import BEST
 
 
@@ -27,7 +28,7 @@ from fxquant.qconfig import BEST
 class Tried:
     """What came of an operator's calls.
 
-    native: how many the native library computed; rounded: how many of these differ by float rounding, as float sums
+    native: how many a kernel computed; rounded: how many of these differ by float rounding, as float sums
     may; wrong: how many differ otherwise.
     """
 
@@ -46,11 +47,14 @@ class Tried:
         return f"as the reference in {self.native} of {self.native} native calls{near}"
 
 
-def try_operators() -> list[Tried]:
-    """Return what came of each operator's calls, in the order of their names; it takes a second or two."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+def try_operators(device: torch.device | None = None, on_gpu: bool = False) -> list[Tried]:
+    """Return what came of each operator's calls, in the order of their names; it takes a second or two.
+
+    device: where to call them, on a GPU longer the first time; on_gpu: whether to try Triton's kernels.
+    """
+    with torch.random.fork_rng(), torch.no_grad(), device or torch.device("cpu"):
         torch.manual_seed(0)
-        with _Comparing() as seen:
+        with _Comparing(Kernel.run_triton if on_gpu else Kernel.run_native) as seen:
             _call_layers()
             _call_values()
             _call_float()
@@ -63,8 +67,9 @@ def try_operators() -> list[Tried]:
 class _Comparing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Computes each call of an operator twice, and counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Callable[[Kernel[Any], Any], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.run = run
         self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def __torch_dispatch__(
@@ -75,7 +80,7 @@ class _Comparing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kernel is None:
             return func(*args, **(kwargs or {}))
         arguments = kernel.arguments(*args, **(kwargs or {}))
-        expected, got = kernel.reference(arguments), kernel.run_native(arguments)
+        expected, got = kernel.reference(arguments), self.run(kernel, arguments)
         self.counts[kernel.name, "calls"] += 1
         self.counts[kernel.name, "native"] += got is not None
         if got is not None:

@@ -9,6 +9,7 @@ from fxquant.__main__ import main
 from fxquant.ops import library
 from fxquant.ops.register import KERNELS
 from fxquant.selftest import Tried, try_operators
+from tests.ops.kernels_on_gpu import DEVICE, needs_triton, triton_kernels  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,31 @@ def test_all_is_well_here(capsys):
 
 def test_one_that_was_not_called_says_so():
     assert str(Tried("a", 0, 0, 0, 0)) == "not tried"
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+def test_triton_kernels_are_tried(triton_kernels):  # noqa: F811
+    tried = {one.name: one for one in try_operators(torch.device(DEVICE), on_gpu=True)}
+    assert not any(one.wrong for one in tried.values())
+    assert {name for name, one in tried.items() if one.native} == {
+        name for name, kernel in KERNELS.items() if kernel.on_gpu is not None
+    }
+
+
+def test_a_gpu_has_a_column_of_its_own(monkeypatch, capsys):
+    asked = []
+
+    def try_it(device=None, on_gpu=False):
+        asked.append((device, on_gpu))
+        return [Tried("lookup", 1, 1, 0, int(on_gpu))]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("fxquant.__main__.try_operators", try_it)
+    monkeypatch.setattr("fxquant.__main__.kernel_info", lambda: "kernels")
+    assert main() == 1
+    assert asked == [(None, False), (torch.device("cuda", 0), True)]
+    shown = capsys.readouterr().out
+    assert "on its GPU" in shown
+    assert "wrong: lookup;" in shown

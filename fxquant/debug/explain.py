@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch import fx, nn
 
+from fxquant.debug.on_gpu import runs_on
 from fxquant.debug.regressions import Regression, regressions_of
 from fxquant.debug.report.report import Column, Report
 from fxquant.debug.report.table import megabytes, site_name
@@ -78,6 +79,7 @@ class Explanation(Report):
     whole model is smaller. dependent: where batch_invariant=True was asked for, what torch still computes in another
     order in another batch: "place: operator". floats: the values of a static model that stay float between integers,
     and why; has_static: whether there are calibrated sites; slow_static: those of them that are slower than float.
+    on_gpu: what runs a model on its CUDA device, a line each.
     """
 
     rows: tuple[ExplainRow, ...]
@@ -94,6 +96,7 @@ class Explanation(Report):
     floats: tuple[str, ...] = ()
     has_static: bool = False
     slow_static: tuple[str, ...] = ()
+    on_gpu: tuple[str, ...] = ()
 
     @property
     def total(self) -> str:
@@ -114,6 +117,7 @@ class Explanation(Report):
             *(f"slow: {reader}" for reader in self.readers),
             *([f"not checked on example inputs: {self.unchecked}"] if self.unchecked else []),
             *(f"other bits in another batch (docs/numerics.md): {place}" for place in self.dependent),
+            *(_wrap(line) for line in self.on_gpu),
             *map(str, regressions),
             *(_wrap(f"such times were measured on {source}; yours may differ") for source in sources),
         )
@@ -153,11 +157,12 @@ def explain(model: nn.Module) -> Explanation:
     untraced = tuple(f"{path or 'the whole model'}: {why}" for path, why in record.untraced.items())
     quantized, sites = (model, record.sites) if record.stage == "quantized" else _foreseen(model, record)
     saved = record.float_bytes - edit.byte_count(quantized)
-    rows = _rows(record.advance(sites=sites), _sources(model))
+    on_gpu = runs_on(model)
+    rows = _rows(record.advance(sites=sites), _sources(model), not on_gpu)
     dependent = tuple(_dependent(quantized, record)) if record.batch_invariant else ()
     told = (record.outcome, saved, record.unchecked, unfused, dependent, _readers(model))
-    slow = tuple(f"{_some(paths)}: {why}" for paths, why in slow_static(quantized))
-    values = tuple(_floats(record.values.floats)), bool(record.values.calls), slow
+    slow = () if on_gpu else tuple(f"{_some(paths)}: {why}" for paths, why in slow_static(quantized))
+    values = tuple(_floats(record.values.floats)), bool(record.values.calls), slow, on_gpu
     return Explanation(rows, fusions, untraced, record.stage, record.coverage, *told, *values)
 
 
@@ -230,7 +235,7 @@ def _source(sources: dict[tuple[str, str], str], path: str, call: str | None) ->
     return sources.get(("", call) if call else (path, ""), "")
 
 
-def _rows(record: Record, sources: dict[tuple[str, str], str]) -> tuple[ExplainRow, ...]:
+def _rows(record: Record, sources: dict[tuple[str, str], str], is_timed: bool) -> tuple[ExplainRow, ...]:
     quantized = [
         ExplainRow(
             path=site.path,
@@ -243,7 +248,7 @@ def _rows(record: Record, sources: dict[tuple[str, str], str]) -> tuple[ExplainR
             float_bytes=site.float_bytes,
             saved_bytes=site.float_bytes - site.int_bytes,
             source=_source(sources, site.path, site.call),
-            regressions=regressions_of(site),
+            regressions=regressions_of(site, is_timed),
         )
         for site in record.sites
     ]

@@ -145,13 +145,18 @@ def speed_table() -> SpeedTable:
     return nearest_table(measured_tables(), kernel_info().isa)
 
 
-def regressions_of(site: Site) -> tuple[Regression, ...]:
-    """Return what a converted site costs more than float: bytes, and time where its shape is known."""
+def regressions_of(site: Site, is_timed: bool = True) -> tuple[Regression, ...]:
+    """Return what a converted site costs more than float: bytes, and time where its shape is known.
+
+    is_timed: False where it does not run on a processor, of which the times are.
+    """
     regressions = []
     if site.int_bytes > site.float_bytes:
         regressions.append(
             Regression(site.path, "larger", site.int_bytes, site.float_bytes, "its tensors", site.opt_out)
         )
+    if not is_timed:
+        return tuple(regressions)
     table = speed_table()
     speed = table.find(site.operator, site.qconfig, site.shape, site.kind, site.call is not None)
     if speed is not None and speed.is_slower:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
@@ -85,10 +86,27 @@ def why_not(index: int) -> str:
     return ""
 
 
+def version() -> str:
+    """Return Triton's version."""
+    return importlib.metadata.version("triton")
+
+
 def state(index: int) -> str:
     """Return what runs the operators on a CUDA device, for people: Triton and its version, or plain torch and why."""
     why = why_not(index)
-    return f"plain torch ({why})" if why else f"Triton {importlib.import_module('triton').__version__}"
+    return f"plain torch ({why})" if why else f"Triton {version()}"
+
+
+def summary() -> str:
+    """Return what runs the operators on the process's CUDA device, "" without one; no device is begun to find out."""
+    if not torch.cuda.is_available():
+        return ""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        index = torch.cuda.current_device()
+        return f"on {torch.cuda.get_device_name(index)}: {state(index)}"
+    if is_off() or not is_installed():
+        return f"on CUDA: plain torch ({why_not(0)})"
+    return f"on CUDA: Triton {version()}, not tried yet"
 
 
 @functools.cache
@@ -117,13 +135,19 @@ def find_device(tensors: Iterable[torch.Tensor]) -> torch.device | None:
     return device
 
 
-def run(on_gpu: OnGpu | None, a: Any, tensors: Iterable[torch.Tensor]) -> Any:
-    """Return what an operator's Triton kernels give of its arguments, or None where the reference is to run.
+def device_for(on_gpu: OnGpu | None, a: Any, tensors: Iterable[torch.Tensor]) -> torch.device | None:
+    """Return the device on which Triton's kernels serve a call, None where they do not.
 
     tensors: those among the arguments, the first operand first.
     """
     device = None if on_gpu is None else find_device(tensors)
-    if on_gpu is None or device is None or not on_gpu.serves(a):
+    return device if on_gpu is not None and device is not None and on_gpu.serves(a) else None
+
+
+def run(on_gpu: OnGpu | None, a: Any, tensors: Iterable[torch.Tensor]) -> Any:
+    """Return what an operator's Triton kernels give of its arguments, or None where the reference is to run."""
+    device = device_for(on_gpu, a, tensors)
+    if on_gpu is None or device is None:
         return None
     function = on_gpu.load()
     if device.type != "cuda" or device.index == torch.cuda.current_device():

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fxquant.errors import ModelStateError, ShapeError
+from fxquant.ops import gpu
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
 
 KERNELS_FILE, OPERATORS_FILE = "libfxquant_kernels.so.1", "libfxquant_ops.so.1"  # as setup.py names them
@@ -32,7 +33,8 @@ class KernelInfo:
 
     library: the library's path, None when plain torch does the work; isa: its instruction set; threads: how many
     threads the next call may use; why: why no better library or instruction set is used, empty when there is none;
-    operators: the path of the library of operators for programs without Python, None where it was not built.
+    operators: the path of the library of operators for programs without Python, None where it was not built; gpu: what
+    runs them on the process's CUDA device, "" where there is none.
     """
 
     library: str | None
@@ -40,11 +42,13 @@ class KernelInfo:
     threads: int
     why: str
     operators: str | None = None
+    gpu: str = ""
 
     def __str__(self) -> str:
         name = f"{self.isa} kernels" if self.library else "plain torch, no native kernels"
         threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
-        return f"fxquant runs on {name}, {threads}" + (f" ({self.why})" if self.why else "")
+        on_gpu = f"; {self.gpu}" if self.gpu else ""
+        return f"fxquant runs on {name}, {threads}" + (f" ({self.why})" if self.why else "") + on_gpu
 
 
 def _load() -> tuple[Any, str]:
@@ -137,8 +141,8 @@ def kernel_info() -> KernelInfo:
     """Return which library, instruction set and threads run the quantized operators, and why no better ones."""
     threads = torch.get_num_threads()
     if _library is None:
-        return KernelInfo(None, None, threads, _why)
-    return KernelInfo(_library.__file__, _library.active_isa(), threads, _why, operators_path())
+        return KernelInfo(None, None, threads, _why, None, gpu.summary())
+    return KernelInfo(_library.__file__, _library.active_isa(), threads, _why, operators_path(), gpu.summary())
 
 
 def bare(tensor: torch.Tensor) -> torch.Tensor:

@@ -119,6 +119,10 @@ class Kernel(Generic[R]):
         host = self.on_gpu.host if self.on_gpu is not None else ()
         return gpu.run(self.on_gpu, a, (x for name, x in self._tensors(a) if name not in host))  # type: ignore[no-any-return]
 
+    def takes_on_gpu(self, args: Sequence[Any]) -> bool:
+        """Return whether Triton's kernels compute a call."""
+        return gpu.device_for(self.on_gpu, self.arguments(*args), self.tensors(args)) is not None
+
     def tensors(self, args: Sequence[Any]) -> Iterator[torch.Tensor]:
         """Yield the tensors of a call, those in lists too."""
         return (tensor for _, tensor in self._tensors(args))

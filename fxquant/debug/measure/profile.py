@@ -158,7 +158,8 @@ def _kernel(operator: torch._ops.OpOverload, args: Sequence[Any]) -> tuple[str, 
     name = operator._schema.name.partition("::")[2]
     if operator.namespace != "fxquant":
         return f"{operator.namespace}.{name}", ""
-    return name, _usual() if KERNELS[name].takes(args) else _PLAIN
+    kernel = KERNELS[name]
+    return name, _usual() if kernel.takes(args) else "Triton" if kernel.takes_on_gpu(args) else _PLAIN
 
 
 def _usual() -> str:

@@ -1,8 +1,8 @@
 """Whether each operator gives its reference's bits on this machine: what `python -m fxquant` tries.
 
 Layers of every operator and format are called in a mode that sees each call of an operator, and has both the kernel
-(the native one, on a GPU Triton's) and the plain-torch reference compute it. Products of floats (float16 weights, matmul,
-attention) have another order of summation in torch: there the two may differ by float rounding.
+(the native one, on a GPU Triton's) and the plain-torch reference compute it. Products of floats (float16 weights,
+matmul, attention) have another order of summation in torch: there the two may differ by float rounding.
 """
 
 from __future__ import annotations

@@ -114,26 +114,29 @@ class Kernel(Generic[R]):
             return None
         return self.finish(out, a)
 
-    def run_triton(self, a: Any) -> R | None:
-        """Return the Triton kernels' result, or None where the reference is to run."""
-        host = self.on_gpu.host if self.on_gpu is not None else ()
-        return gpu.run(self.on_gpu, a, (x for name, x in self._tensors(a) if name not in host))  # type: ignore[no-any-return]
+    def run_triton(self, a: Any, tensors: list[torch.Tensor] | None = None) -> R | None:
+        """Return the Triton kernels' result, or None where the reference is to run. tensors: those of `on_device`."""
+        return gpu.run(self.on_gpu, a, self.on_device(a) if tensors is None else tensors)  # type: ignore[no-any-return]
 
     def takes_on_gpu(self, args: Sequence[Any]) -> bool:
         """Return whether Triton's kernels compute a call."""
-        return gpu.device_for(self.on_gpu, self.arguments(*args), self.tensors(args)) is not None
+        return gpu.device_for(self.on_gpu, self.arguments(*args), self.on_device(args)) is not None
 
-    def tensors(self, args: Sequence[Any]) -> Iterator[torch.Tensor]:
-        """Yield the tensors of a call, those in lists too."""
-        return (tensor for _, tensor in self._tensors(args))
+    def on_device(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """Return the tensors of a call that must be on the device that computes it, those in lists too."""
+        host = self.on_gpu.host if self.on_gpu is not None else ()
+        return [tensor for name, tensor in self._tensors(args) if name not in host]
 
     def run(self, *args: Any) -> R:
         """Run the native kernel, Triton's or the reference: the implementation of the registered operator."""
-        a = self.arguments(*args)
+        return self._run(self.arguments(*args), None)
+
+    def _run(self, a: Any, tensors: list[torch.Tensor] | None) -> R:
+        """Run an operator. tensors: those of `on_device`, where they are known to be on a GPU."""
         self.check(a)
         try:
-            out = self.run_native(a)
-            out = self.run_triton(a) if out is None else out
+            out = self.run_native(a) if tensors is None else None
+            out = self.run_triton(a, tensors) if out is None else out
             return self.run_reference(a) if out is None else out
         except Exception:
             self._refuse_freed(a)
@@ -169,8 +172,9 @@ class Kernel(Generic[R]):
             return OVERLOADS[self.name](*args)  # type: ignore[no-any-return]
         first, native = args[0], self.native()
         check_dense(first, self.name.replace("_", " "))
-        if self._is_for_gpu(first) and not gpu.is_watched(self.tensors(args)):
-            return self.run(*args)
+        tensors = self.on_device(args) if self._is_for_gpu(first) else None
+        if tensors is not None and not gpu.is_watched(tensors):
+            return self._run(self.arguments(*args), tensors)
         is_tensor = native is not None and isinstance(first, torch.Tensor)
         if is_tensor and first.dtype in _COPIED and not first.is_contiguous():
             copied: R | None = native(True, first.contiguous(), *args[1:])  # type: ignore[misc]

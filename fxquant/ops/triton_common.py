@@ -44,3 +44,13 @@ def to_value(y, scale, zero_point, qmax):
 def from_value(q, scale, zero_point):
     """Return what uint8 values stand for: numerics.dequantize_value."""
     return (q.to(tl.float32) - zero_point) * scale
+
+
+def blocks(count: int, size: int) -> int:
+    """Return how many blocks of a size hold so many; triton.cdiv takes microseconds."""
+    return -(-count // size)
+
+
+def power_of_two(count: int) -> int:
+    """Return the least power of two that is not less."""
+    return 1 << (count - 1).bit_length()

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fxquant.ops.triton_common import EXACT
+from fxquant.ops.triton_common import EXACT, blocks, power_of_two
 
 _MOST_AT_ONCE = 1024  # of a row's columns
 _MODES = {"sum": 0, "mean": 1, "max": 2}
@@ -92,7 +92,7 @@ def bag_kernel(
 def _table(a: Any) -> tuple[tuple[Any, ...], dict[str, Any], int]:
     """Return the table's tensors, what kernels must know of them, and in how many blocks they take the columns."""
     weight = a.weight.contiguous()
-    block = min(triton.next_power_of_2(max(a.embedding_dim, 1)), _MOST_AT_ONCE)
+    block = min(power_of_two(max(a.embedding_dim, 1)), _MOST_AT_ONCE)
     parts = tuple(weight if part is None else part.contiguous() for part in (a.scale, a.zero_point))
     meta = {
         "PACKED": a.format == "uint4",
@@ -100,7 +100,7 @@ def _table(a: Any) -> tuple[tuple[Any, ...], dict[str, Any], int]:
         "HAS_ZERO_POINT": a.zero_point is not None,
         "BLOCK": block,
     }
-    return (weight, *parts), meta | _CHECKED, triton.cdiv(a.embedding_dim, block)
+    return (weight, *parts), meta | _CHECKED, blocks(a.embedding_dim, block)
 
 
 def embedding(a: Any) -> torch.Tensor:

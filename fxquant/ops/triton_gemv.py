@@ -11,6 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from fxquant.ops.triton_common import blocks, power_of_two
 from fxquant.ops.triton_tokens import affine_qparams, to_integers, token_range
 
 _READ = tl.constexpr(1024)  # a token's values that are measured at a time
@@ -101,10 +102,10 @@ def int4_token_kernel(
 
 def launch_int8(operands: tuple[Any, ...], sizes: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Run the product of a token. operands: x, weight, scale, bias, y; sizes: outputs, columns, half_steps, qmax."""
-    int8_token_kernel[(triton.cdiv(sizes[0], options["BN"]),)](*operands, *sizes, **options)
+    int8_token_kernel[(blocks(sizes[0], options["BN"]),)](*operands, *sizes, **options)
 
 
 def launch_int4(operands: tuple[Any, ...], sizes: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Run the product of a token; sizes: as of `launch_int8`, then stored columns and groups."""
-    some = min(triton.next_power_of_2(sizes[-1]), _COLUMNS // options["GROUP"])
-    int4_token_kernel[(triton.cdiv(sizes[0], options["BN"]),)](*operands, *sizes, SOME=some, **options)
+    some = min(power_of_two(sizes[-1]), _COLUMNS // options["GROUP"])
+    int4_token_kernel[(blocks(sizes[0], options["BN"]),)](*operands, *sizes, SOME=some, **options)

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from fxquant.formats import INT16_MAX
 from fxquant.ops import triton_gemv, triton_tokens
-from fxquant.ops.triton_common import EXACT
+from fxquant.ops.triton_common import EXACT, blocks
 from fxquant.ops.triton_tokens import CENTRED, SHIFTED, SPLIT, WIDE
 from fxquant.ops.triton_tuning import Shape, tuned
 
@@ -242,7 +242,7 @@ def multiply(rows: torch.Tensor, a: Any, y: torch.Tensor) -> None:
             _OF_A_TOKEN[a.format]((rows, *right), (outputs, columns, qmax * 0.5, float(qmax), *packed), options)
             return
         tokens = triton_tokens.quantize(rows, form, qmax, a.per_token)
-        programs = triton.cdiv(count, tile.tokens - (form == SHIFTED)) * triton.cdiv(outputs, tile.outputs)
+        programs = blocks(count, tile.tokens - (form == SHIFTED)) * blocks(outputs, tile.outputs)
         even = columns % (a.group_size or tile.columns) == 0
         sizes = (count, outputs, columns, tokens.stride, *packed)
         kernel[(programs,)](*tokens[:2], *right, *sizes, EVEN=even, **options, BM=tile.tokens)

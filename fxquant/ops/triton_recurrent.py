@@ -12,12 +12,11 @@ import itertools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from fxquant.numerics import QuantizedTensor
 from fxquant.ops.recurrent_checks import checked_sizes, matrix
 from fxquant.ops.register import KERNELS
-from fxquant.ops.triton_common import EXACT
+from fxquant.ops.triton_common import EXACT, blocks, power_of_two
 from fxquant.ops.triton_states import FORMATS, INTEGERS
 from fxquant.ops.triton_walk import KINDS, walk_kernel
 
@@ -127,7 +126,7 @@ def _walk(cell: _Cell, gates: torch.Tensor, out: torch.Tensor, sizes: torch.Tens
     w, w_scale = _stored(cell.weight)
     p, p_scale = _stored(projection)
     shares = share(batch, hidden, w.numel() * w.element_size(), steps > 1, cell.projection is not None, out.device)
-    some = min(shares.rows, triton.next_power_of_2(batch))  # rows of a tile that may be there
+    some = min(shares.rows, power_of_two(batch))  # rows of a tile that may be there
     q, p_q, qparams = _memory(cell, shares, some, out.device)
     operands = (gates, out, cell.h0, cell.h, out if cell.c is None else cell.c, inner, w, w_scale)
     more = (gates if cell.hidden_bias is None else cell.hidden_bias, p, p_scale, gates if sizes is None else sizes)
@@ -145,7 +144,7 @@ def _walk(cell: _Cell, gates: torch.Tensor, out: torch.Tensor, sizes: torch.Tens
         "BM": shares.rows,
         "BR": some,
         "BU": _UNITS if hidden > _UNITS // 2 else _UNITS // 2,
-        "BK": min(64 if "int16" in formats else 128, max(32, triton.next_power_of_2(width))),
+        "BK": min(64 if "int16" in formats else 128, max(32, power_of_two(width))),
         **_columns(width, some, ""),
         **_columns(hidden, some, "P_"),
     }
@@ -154,17 +153,17 @@ def _walk(cell: _Cell, gates: torch.Tensor, out: torch.Tensor, sizes: torch.Tens
 
 def _columns(width: int, rows: int, prefix: str) -> dict[str, Any]:
     """Return how many columns of a state are read at once: all of them, if there are few."""
-    most, every = max(32, _AT_ONCE // rows), triton.next_power_of_2(width)
+    most, every = max(32, _AT_ONCE // rows), power_of_two(width)
     return {f"{prefix}BH": min(most, every), f"{prefix}ONCE": every <= most}
 
 
 def _memory(cell: _Cell, shares: Shares, rows: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Return memory for the tokens that programs quantize: of the width of h, of that of the units, and for scales."""
-    programs, width, hidden = shares.tiles * shares.programs, triton.cdiv(cell.h.shape[1], 16) * 16, cell.hidden
+    programs, width, hidden = shares.tiles * shares.programs, blocks(cell.h.shape[1], 16) * 16, cell.hidden
     q = torch.empty((programs, rows, width), dtype=INTEGERS[cell.weight.format.name], device=device)
     p_q = q
     if cell.projection is not None:
-        shape = (programs, rows, triton.cdiv(hidden, 16) * 16)
+        shape = (programs, rows, blocks(hidden, 16) * 16)
         p_q = torch.empty(shape, dtype=INTEGERS[cell.projection.format.name], device=device)
     return q, p_q, torch.empty((programs, 2, shares.rows), dtype=torch.float32, device=device)
 
@@ -186,10 +185,10 @@ def share(
 ) -> Shares:
     """Return how to divide a walk: into so many programs that each reads little, but no more than run at once."""
     rows = 16 if batch <= 64 else 32 if batch <= 128 else 64
-    tiles, programs = triton.cdiv(batch, rows), triton.cdiv(hidden, _UNITS)
+    tiles, programs = blocks(batch, rows), blocks(hidden, _UNITS)
     if not has_steps and not is_projected:
         return Shares(rows, tiles, programs, False)
-    programs = min(programs, triton.cdiv(weight_bytes, _LEAST_BYTES), max(1, _multiprocessors(device) // tiles))
+    programs = min(programs, blocks(weight_bytes, _LEAST_BYTES), max(1, _multiprocessors(device) // tiles))
     return Shares(rows, tiles, programs, programs > 1)
 
 

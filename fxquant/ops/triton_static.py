@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fxquant.ops.triton_common import EXACT, clamped, from_value, to_value
+from fxquant.ops.triton_common import EXACT, blocks, clamped, from_value, to_value
 from fxquant.ops.triton_linear import tile_of
 from fxquant.ops.triton_tuning import Shape, tuned
 from fxquant.ops.values import by_pixels, layout
@@ -140,7 +140,7 @@ def _run(a: Any, x: torch.Tensor, weight: torch.Tensor, addend: Any, y: torch.Te
     }
 
     def launch(tile: Shape) -> None:
-        programs = triton.cdiv(pixels, tile.tokens - 1) * triton.cdiv(outputs, tile.outputs)
+        programs = blocks(pixels, tile.tokens - 1) * blocks(outputs, tile.outputs)
         numbers = (*sizes, float(a.qmax), low, high, float(a.slope))
         even = channels % tile.columns == 0
         static_kernel[(programs,)](*operands, *numbers, **meta, EVEN=even, BM=tile.tokens, **tile.options)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fxquant.ops.triton_common import EXACT, LARGEST, TINY, clamped, rounded
+from fxquant.ops.triton_common import EXACT, LARGEST, TINY, clamped, power_of_two, rounded
 
 SHIFTED, CENTRED, SPLIT, WIDE = range(4)
 """Forms of integers: q - 128 as int8, and after the tokens a row of ones; q - zero_point as float16; these with the
@@ -130,7 +130,7 @@ def quantize(rows: torch.Tensor, form: int, qmax: int, per_token: bool) -> Token
     integers = torch.empty((programs, stride), dtype=_DTYPES[form], device=rows.device)
     qparams = torch.empty(2 * count, dtype=torch.float32, device=rows.device)
     low, high = (rows, rows) if per_token else torch.aminmax(rows.to(torch.float32))
-    block = min(triton.next_power_of_2(columns), _MOST_AT_ONCE)
+    block = min(power_of_two(columns), _MOST_AT_ONCE)
     args = (low, high, integers, qparams, count, columns, stride, qmax * 0.5, float(qmax))
     meta: dict[str, Any] = {"FORM": form, "MEASURED": not per_token, "BLOCK": block}
     tokens_kernel[(programs,)](rows, rows.stride(0), *args, **meta, num_warps=4 if block <= 4096 else 8, **EXACT)

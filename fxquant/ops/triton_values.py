@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fxquant.ops.gpu import is_dense
-from fxquant.ops.triton_common import EXACT, clamped, from_value, to_value
+from fxquant.ops.triton_common import EXACT, blocks, clamped, from_value, to_value
 
 _BLOCK = 1024
 
@@ -117,4 +117,4 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 def _run(kernel: Any, out: torch.Tensor, *args: Any, **options: Any) -> None:
     count = out.numel()
     if count:
-        kernel[(triton.cdiv(count, _BLOCK),)](*args, count, BLOCK=_BLOCK, **options, **EXACT)
+        kernel[(blocks(count, _BLOCK),)](*args, count, BLOCK=_BLOCK, **options, **EXACT)

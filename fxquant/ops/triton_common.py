@@ -16,14 +16,14 @@ EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 TINY = tl.constexpr(1.1754943508222875e-38)
-_WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float32 near it is whole
+WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float32 near it is whole
 _FAR = tl.constexpr(2097152.0)  # beyond any integer of a quantized tensor
 
 
 @triton.jit
 def rounded(x):
     """Return x rounded half to even; what is beyond ±2²¹ counts as that, NaN as one of the two."""
-    return (tl.minimum(tl.maximum(x, -_FAR), _FAR) + _WHOLE) - _WHOLE
+    return (tl.minimum(tl.maximum(x, -_FAR), _FAR) + WHOLE) - WHOLE
 
 
 @triton.jit

@@ -147,8 +147,14 @@ def _walk(cell: _Cell, gates: torch.Tensor, out: torch.Tensor, sizes: torch.Tens
         "BK": min(64 if "int16" in formats else 128, max(32, power_of_two(width))),
         **_columns(width, some, ""),
         **_columns(hidden, some, "P_"),
+        "ALIGNED": _is_aligned(out) and _is_aligned(cell.h0),
     }
     launch(shares, steps, (*operands, *more, q, p_q, qparams), (*numbers, float(cell.qmax)), meta)
+
+
+def _is_aligned(rows: torch.Tensor) -> bool:
+    """Return whether each of the rows of a matrix of floats begins at a multiple of 16 bytes."""
+    return rows.data_ptr() % 16 == 0 and rows.stride(0) % 4 == 0
 
 
 def _columns(width: int, rows: int, prefix: str) -> dict[str, Any]:

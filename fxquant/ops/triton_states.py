@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fxquant.ops.triton_tokens import affine_qparams, to_integers, wide_qparams
+from fxquant.ops.triton_common import WHOLE
+from fxquant.ops.triton_tokens import affine_qparams, wide_qparams
 
 FORMATS = {"int8": 0, "int4": 1, "int3": 2, "int16": 3}
 """The formats by what the kernels call them, as FORMAT."""
@@ -28,20 +29,26 @@ INTEGERS = {"int8": torch.int8, "int4": torch.float16, "int3": torch.float16, "i
 
 
 @triton.jit
-def states(first, second, is_first, k, width):
-    """Return columns of hidden states, each of which lies in one of two places: (rows, columns)."""
-    inside = (k < width)[None, :]
-    one = tl.load(first[:, None] + k[None, :], mask=is_first[:, None] & inside, other=0.0, cache_modifier=".cg")
-    other = tl.load(second[:, None] + k[None, :], mask=(~is_first)[:, None] & inside, other=0.0, cache_modifier=".cg")
-    return tl.where(is_first[:, None], one, other)
+def places_of(is_first, first, second, ALIGNED: tl.constexpr):
+    """Return where each row of states is, in one of two places. ALIGNED: whether all begin at multiples of 16 bytes."""
+    places = tl.where(is_first, first, second)
+    return tl.multiple_of(places, 16) if ALIGNED else places
+
+
+@triton.jit
+def states(places, k, width):
+    """Return columns of hidden states, (rows, columns); places: where each row is."""
+    return tl.load(places[:, None] + k[None, :], mask=(k < width)[None, :], other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def _span(x):
-    """Return the least and the greatest value of each token, 0 included, NaN left out, and whether there is a NaN."""
-    bad = tl.max((x != x).to(tl.int32), 1)
-    x = tl.where(x == x, x, 0.0)
-    return tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0), bad
+    """Return the least and the greatest value of each token, 0 included, and whether there is a NaN, which is left out.
+
+    A NaN's bits without its sign are above those of infinity.
+    """
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    return tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0), (bits > 0x7F800000).to(tl.int32)
 
 
 @triton.jit
@@ -59,38 +66,47 @@ def _qparams(low, high, bad, qmax, FORMAT: tl.constexpr):
 
 @triton.jit
 def _store_integers(x, inverse, zero_point, q, r, k, width, stride, qmax, FORMAT: tl.constexpr):
-    """Write tokens as the product takes them; of int4 the even columns first, the odd ones from half the stride on."""
+    """Write tokens as the product takes them; of int4 the even columns first, the odd ones from half the stride on.
+
+    A number added to 1.5 * 2**23 is rounded half to even, and the lower bits of the sum are those of the integer. Only
+    infinities are too large for that, and they are clamped. A token with a NaN has a scale of NaN, whatever is written.
+    """
     inverse, zero_point, inside = inverse[:, None], zero_point[:, None], (k < width)[None, :]
+    shifted, at = x * inverse + WHOLE, k
     if FORMAT == 3:
-        values, at = to_integers(x, inverse, 0.0, -32767.0, 32767.0).to(tl.int32).to(tl.int16), k
-    elif FORMAT == 0:
-        values, at = (to_integers(x, inverse, zero_point, 0.0, qmax) - 128.0).to(tl.int8), k
+        shifted = tl.minimum(tl.maximum(shifted, WHOLE - 32767.0), WHOLE + 32767.0)
+        values = shifted.to(tl.int32, bitcast=True).to(tl.int16)
     else:
-        values = (to_integers(x, inverse, zero_point, 0.0, qmax) - zero_point).to(tl.float16)
-        at = k // 2 + (k % 2) * (stride // 2) if FORMAT == 1 else k
+        shifted = tl.minimum(tl.maximum(shifted, WHOLE - zero_point), WHOLE + (qmax - zero_point))
+        if FORMAT == 0:
+            values = (shifted + (zero_point - 128.0)).to(tl.int32, bitcast=True).to(tl.int8)
+        else:
+            values = (shifted - WHOLE).to(tl.float16)
+        if FORMAT == 1:
+            at = k // 2 + (k % 2) * (stride // 2)
     tl.store(q + r[:, None] * stride + at[None, :], values, mask=inside)
 
 
 @triton.jit
 def quantize_states(
-    first, second, is_first, q, qparams, width, stride, qmax,
+    places, q, qparams, width, stride, qmax,
     FORMAT: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """Write BR tokens to q, and their scales and 128 - zero points to qparams, (2, BM). ONCE: BK columns are all."""
     r, k = tl.arange(0, BR), tl.arange(0, BK)
     if ONCE:
-        x = states(first, second, is_first, k, width)
+        x = states(places, k, width)
         low, high, bad = _span(x)
         scale, inverse, zero_point = _qparams(low, high, bad, qmax, FORMAT)
         _store_integers(x, inverse, zero_point, q, r, k, width, stride, qmax, FORMAT)
     else:
         low, high, bad = tl.zeros((BR,), tl.float32), tl.zeros((BR,), tl.float32), tl.zeros((BR,), tl.int32)
         for start in range(0, width, BK):
-            least, most, nan = _span(states(first, second, is_first, start + k, width))
+            least, most, nan = _span(states(places, start + k, width))
             low, high, bad = tl.minimum(low, least), tl.maximum(high, most), tl.maximum(bad, nan)
         scale, inverse, zero_point = _qparams(low, high, bad, qmax, FORMAT)
         for start in range(0, width, BK):
-            x = states(first, second, is_first, start + k, width)
+            x = states(places, start + k, width)
             _store_integers(x, inverse, zero_point, q, r, start + k, width, stride, qmax, FORMAT)
     tl.store(qparams + r, scale)
     tl.store(qparams + BM + r, 128.0 - zero_point)

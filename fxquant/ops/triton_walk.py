@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fxquant.ops.triton_cells import gru_step, lstm_step, relu, tanh
-from fxquant.ops.triton_states import add_product, quantize_states, states
+from fxquant.ops.triton_states import add_product, places_of, quantize_states, states
 
 KINDS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 """The layers by what the kernel calls them, as KIND."""
@@ -51,14 +51,14 @@ def _started(gates, hidden_bias, live, unit, gate, hidden, KIND: tl.constexpr, H
 
 
 @triton.jit
-def _loaded(c, gates, former, initial, is_former, units, keep, hidden, KIND: tl.constexpr):
+def _loaded(c, gates, former, units, keep, hidden, KIND: tl.constexpr):
     """Return what a step takes beside its sums, (BM, BU) each: c; of a GRU the input's part of n, and h."""
     if KIND == 0:
         c_or_n = tl.load(c[:, None] + units[None, :], mask=keep, other=0.0)
         return c_or_n, c_or_n
     elif KIND == 1:
         c_or_n = tl.load(gates[:, None] + (2 * hidden + units)[None, :], mask=keep, other=0.0)
-        return c_or_n, states(former, initial, is_former, units, hidden)
+        return c_or_n, states(former, units, hidden)
     else:
         return units, units
 
@@ -91,7 +91,7 @@ def _store(out, h, values, keep, ends, columns):
 
 @triton.jit
 def _advanced(
-    x, hidden_bias, c, former, initial, is_former, live, unit, q, qparams, r, stride, hidden, width, w, w_scale, stored,
+    x, hidden_bias, c, former, live, unit, q, qparams, r, stride, hidden, width, w, w_scale, stored,
     KIND: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
     BM: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +103,7 @@ def _advanced(
     channel = tl.where((of < hidden) & (gate < GATES), gate * hidden + of, 0)
     keep = live[:, None] & (units < hidden)[None, :]
     y = _started(x, hidden_bias, live, of, gate, hidden, KIND, HAS_BIAS)
-    c_or_n, own = _loaded(c, x, former, initial, is_former, units, keep, hidden, KIND)
+    c_or_n, own = _loaded(c, x, former, units, keep, hidden, KIND)
     y = add_product(y, q, qparams, r, stride, width, w, w_scale, channel, stored, FORMAT, GROUP, BM, BK, WAYS * BU)
     return _stepped(y, c_or_n, own, c, units, keep, KIND, BM, BU), units, keep
 
@@ -127,7 +127,7 @@ def walk_kernel(
     KIND: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, P_FORMAT: tl.constexpr, P_GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, REVERSED: tl.constexpr, PACKED: tl.constexpr, MEETS: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr, ONCE: tl.constexpr,
-    P_BH: tl.constexpr, P_ONCE: tl.constexpr,
+    P_BH: tl.constexpr, P_ONCE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Take some rows of the batch, and some of their hidden units, from step `first` to before step `last`.
 
@@ -150,16 +150,14 @@ def walk_kernel(
         had, before = _rows_at(sizes, t + 1 if REVERSED else t - 1, steps, batch, PACKED)
         kept, _ = _rows_at(sizes, t - 1 if REVERSED else t + 1, steps, batch, PACKED)
         live, ends, new = row < size, row >= kept, out + (start + place) * out_stride
-        former, x = out + before * out_stride, gates + (start + place) * (GATES * hidden)
-        quantize_states(
-            former + some_place * out_stride, h0 + some_place * width, some < had, q, qparams, width, stride,
-            qmax, FORMAT, BM, BR, BH, ONCE,
-        )  # fmt: skip
+        former = places_of(row < had, out + (before + place) * out_stride, h0 + place * width, ALIGNED)
+        places = places_of(some < had, out + (before + some_place) * out_stride, h0 + some_place * width, ALIGNED)
+        quantize_states(places, q, qparams, width, stride, qmax, FORMAT, BM, BR, BH, ONCE)
+        x = gates + (start + place) * (GATES * hidden)
         for unit in range(share * BU, hidden, shares * BU):
             values, units, keep = _advanced(
-                x, hidden_bias, c + place * hidden, former + place * out_stride, h0 + place * width, row < had, live,
-                unit, q, qparams, r, stride, hidden, width, w, w_scale, stored,
-                KIND, FORMAT, GROUP, HAS_BIAS, BM, BU, BK,
+                x, hidden_bias, c + place * hidden, former, live, unit, q, qparams, r, stride, hidden, width,
+                w, w_scale, stored, KIND, FORMAT, GROUP, HAS_BIAS, BM, BU, BK,
             )  # fmt: skip
             if P_FORMAT >= 0:
                 tl.store((inner + place * hidden)[:, None] + units[None, :], values, mask=keep)
@@ -168,10 +166,8 @@ def walk_kernel(
         if P_FORMAT >= 0:
             met += shares
             _meet(counter, met, MEETS)
-            whole = inner + some_place * hidden
-            quantize_states(
-                whole, whole, some < batch, p_q, qparams, hidden, p_stride, qmax, P_FORMAT, BM, BR, P_BH, P_ONCE
-            )
+            places = inner + some_place * hidden
+            quantize_states(places, p_q, qparams, hidden, p_stride, qmax, P_FORMAT, BM, BR, P_BH, P_ONCE)
             for unit in range(share * BU, width, shares * BU):
                 values, units = _projected(
                     unit, p_q, qparams, r, p_stride, hidden, width, p, p_scale, p_stored, P_FORMAT, P_GROUP, BM, BU, BK

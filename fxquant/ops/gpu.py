@@ -166,12 +166,12 @@ def is_watched(tensors: Iterable[torch.Tensor]) -> bool:
     ):
         return True
     records = torch.is_grad_enabled()
-    return any(
-        (type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter)
-        or (records and tensor.requires_grad)
-        or tensor.is_neg()
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+            return True
+        if (records and tensor.requires_grad) or tensor.is_neg():
+            return True
+    return False
 
 
 def is_dense(x: torch.Tensor) -> bool:

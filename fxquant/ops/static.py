@@ -210,11 +210,11 @@ def _convolution_fake(a: Any) -> torch.Tensor:
 
 
 def _is_for_triton(a: Any) -> bool:
-    """Return whether Triton's kernel computes a product: of something, in any ending but SiLU."""
+    """Return whether Triton's kernel computes a product: of something, with scales as models have them."""
     single = [scale for scale in (a.x_scale, a.scale, a.addend_scale) if scale is not None]
     is_usual = all(scale.dtype == torch.float32 for scale in (*single, a.weight_scale))
     is_usual = is_usual and all(scale.numel() == 1 for scale in single)
-    return is_usual and a.curve != "silu" and a.x.numel() > 0 and a.weight.numel() > 0
+    return is_usual and a.x.numel() > 0 and a.weight.numel() > 0
 
 
 def _is_image_for_triton(a: Any) -> bool:

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fxquant.ops.elementwise import CURVES
+from fxquant.ops.triton_cells import expm1
 from fxquant.ops.triton_common import EXACT, blocks, clamped, from_value, to_value
 from fxquant.ops.triton_linear import tile_of
 from fxquant.ops.triton_tuning import Shape, tuned
@@ -44,6 +46,8 @@ def _bent(y, low, high, slope, CURVE: tl.constexpr):
         bent = tl.where(y > 0, y, y * slope)
     elif CURVE == 2:
         bent = y * clamped(y + 3.0, 0.0, 6.0) * 0.16666666666666666
+    elif CURVE == 3:
+        bent = tl.div_rn(y, expm1(-y) + 2.0)
     else:
         bent = clamped(y, low, high)
     return bent
@@ -117,7 +121,7 @@ def static_kernel(
     tl.store(y + places, ended, mask=keep)
 
 
-_CURVES = {None: 0, "leaky_relu": 1, "hardswish": 2}
+_CURVES = {None: 0} | {name: i for i, name in enumerate(CURVES, 1)}
 
 
 def _run(a: Any, x: torch.Tensor, weight: torch.Tensor, addend: Any, y: torch.Tensor, images: _Images) -> None:

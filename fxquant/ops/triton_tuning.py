@@ -7,6 +7,7 @@ a shape that is new then takes the first way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -31,7 +32,7 @@ class Shape:
     warps: int
     stages: int
 
-    @property
+    @functools.cached_property
     def options(self) -> dict[str, Any]:
         """What a launch takes."""
         sizes = {"BN": self.outputs, "BK": self.columns} if self.columns else {"BN": self.outputs}
@@ -71,15 +72,21 @@ _SHAPES = {"static": _STATIC, "int8": _INT8, "int4": _INT4, "int3": _GROUPS, "in
 
 def shapes(weight_format: str, tokens: int) -> tuple[Shape, ...]:
     """Return the shapes to choose from for a format and so many tokens."""
-    return next(known for most, known in _SHAPES[weight_format].items() if tokens <= most)
+    return _SHAPES[weight_format][_most(weight_format, tokens)]
+
+
+def _most(weight_format: str, tokens: int) -> int:
+    """Return up to how many tokens the shapes are for that are for so many."""
+    return next(most for most in _SHAPES[weight_format] if tokens <= most)
 
 
 def tuned(key: tuple[Hashable, ...], tokens: int, device: torch.device, launch: Callable[[Shape], None]) -> None:
     """Run a product in its fastest shape. key: what its speed depends on beside the tokens, its format first."""
-    known = shapes(str(key[0]), tokens)
-    key = (key, 1 << (tokens - 1).bit_length(), known, device.index)
+    name = str(key[0])
+    key = (key, (tokens - 1).bit_length(), _most(name, tokens), device.index)
     shape = _chosen.get(key)
     if shape is None:
+        known = shapes(name, tokens)
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             shape = known[0]
         else:

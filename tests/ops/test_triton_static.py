@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fxquant.ops.elementwise import CURVES
 from tests.ops.kernels_on_gpu import USES_KERNELS, check, run_triton, triton_kernels  # noqa: F401
 from tests.ops.operands import random_int8
 
@@ -18,6 +19,8 @@ ENDINGS = {
     "float, ReLU": {"low": 0.0},
     "leaky ReLU": {"scale": OUT[0], "zero_point": OUT[1], "curve": "leaky_relu", "slope": 0.01},
     "hardswish": {"curve": "hardswish"},
+    "SiLU": {"curve": "silu"},
+    "SiLU, uint8": {"scale": OUT[0], "zero_point": OUT[1], "curve": "silu"},
 }
 
 
@@ -49,6 +52,8 @@ def test_nan_in_a_bias():
     operands = values(2, 8), *IN, random_int8(4, 8), scales(4), bias
     check("static_linear", *operands, *OUT, low=0.0)
     check("static_linear", *operands, low=-1.0, high=1.0)
+    for curve in CURVES:
+        check("static_linear", *operands, curve=curve, slope=0.1)
 
 
 def test_sums_at_the_ends_of_their_range():
@@ -91,4 +96,5 @@ def test_what_is_the_references():
     assert run_triton("static_convolution", x, *IN, whole, scales(8), None, *OUT, *same, 1, True, [0, 0]) is None
     line = values(1, 8, 5)
     assert run_triton("static_convolution", line, *IN, whole[..., 0], scales(8), None, *OUT, [1], [1, 1], [1]) is None
-    assert run_triton("static_linear", values(2, 8), *IN, random_int8(4, 8), scales(4), curve="silu") is None
+    double = torch.tensor(0.5, dtype=torch.float64), IN[1]
+    assert run_triton("static_linear", values(2, 8), *double, random_int8(4, 8), scales(4)) is None

@@ -48,7 +48,9 @@ def calls():
     weight, scales = torch.randint(-127, 128, (64, 128, 3, 3), dtype=torch.int8), torch.rand(64) / 99
     image = _values(1, 128, 14, 14).to(memory_format=torch.channels_last)
     same = ([1, 1], [1] * 4, [1, 1])
-    yield "static_convolution", (image, *one, weight, scales, torch.randn(64), *total, *same)
+
+    ending = (1, False, [], None, None, None, 255, None, None, "silu")
+    yield "static_convolution", (image, *one, weight, scales, torch.randn(64), *total, *same, *ending)
     yield "static_linear", (_values(3, 128), *one, weight[:, :, 0, 0].contiguous(), scales)
     table = (torch.randint(16, (20, 96), dtype=torch.uint8), torch.rand(20), torch.rand(20))
     yield "embedding", (torch.randint(20, (3, 2)), *table, 192, "uint4")

@@ -120,7 +120,7 @@ def _projected(
     return y, units
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first", "last", "steps", "batch"))  # one kernel for sequences of all lengths
 def walk_kernel(
     gates, out, h0, h, c, inner, w, w_scale, hidden_bias, p, p_scale, sizes, q, p_q, qparams, counters,
     first, last, steps, batch, hidden, width, out_stride, stored, p_stored, stride, p_stride, qmax,

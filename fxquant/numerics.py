@@ -64,7 +64,7 @@ def quantize_tokens(
     """
     if x.shape[0] == 0 or x.shape[1] == 0:
         return x, x.new_ones(x.shape[0], 1), x.new_zeros(x.shape[0], 1)
-    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    low, high = _ends(x, keepdim=True)
     if not per_token:
         low = low.amin(dim=0, keepdim=True).expand(x.shape[0], 1)
         high = high.amax(dim=0, keepdim=True).expand(x.shape[0], 1)
@@ -84,6 +84,11 @@ def divided(x: torch.Tensor, number: float) -> torch.Tensor:
     By a tensor: on a GPU torch multiplies with the reciprocal of a Python number, and rounds twice.
     """
     return x / x.new_full((), number)
+
+
+def _ends(rows: torch.Tensor, keepdim: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the least and the greatest value of each row; in two passes, for torch does not vectorize aminmax."""
+    return rows.amin(1, keepdim), rows.amax(1, keepdim)
 
 
 def choose_value_qparams(low: torch.Tensor, high: torch.Tensor, qmax: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +143,7 @@ def quantize_tokens_int16(x: torch.Tensor, per_token: bool = True) -> tuple[torc
     """
     if x.shape[0] == 0 or x.shape[1] == 0:
         return x, x.new_ones(x.shape[0], 1)
-    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    low, high = _ends(x, keepdim=True)
     largest = torch.maximum(-low, high)
     if not per_token:
         largest = largest.amax(dim=0, keepdim=True).expand(x.shape[0], 1)
@@ -223,7 +228,7 @@ def weight_range(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, 
     rows = weight.reshape(weight.shape[0], -1) if weight.numel() else weight.new_zeros(weight.shape[0], 1)
     if rows.shape[0] == 0:
         return rows.new_zeros(0), rows.new_zeros(0)
-    low, high = torch.aminmax(rows, dim=1)
+    low, high = _ends(rows)
     if spec.axis == "tensor":
         low, high = low.amin().expand_as(low), high.amax().expand_as(high)
     return low, high

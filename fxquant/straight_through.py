@@ -67,8 +67,10 @@ def fake_quantize_weight(
     if not spec.symmetric:
         q = q.add_(spread(zero_point, real.shape, size))
     q = q.round_()
-    passing = (q >= spec.qmin) & (q <= spec.qmax) if clips else None
-    q = q.clamp_(spec.qmin, spec.qmax)
+    passing = None
+    if clips:
+        passing = (q >= spec.qmin) & (q <= spec.qmax)
+        q = q.clamp_(spec.qmin, spec.qmax)
     if not spec.symmetric:
         q = q.sub_(spread(zero_point, real.shape, size))
     return with_gradient(q.mul_(wide).to(weight.dtype), weight, passing)

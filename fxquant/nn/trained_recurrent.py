@@ -5,7 +5,6 @@ Each weight is rounded once a call, each token that meets it by itself: the inpu
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -107,15 +106,18 @@ class TrainedRecurrent(RecurrentCalls, Trained):
         bias, hidden_bias = self._biases(cell)
         gates, hidden = self._product(f"weight_ih{cell}")(rows, bias), self._product(f"weight_hh{cell}")
         project = self._product(f"weight_hr{cell}") if self.proj_size else None
-        starts, outputs = [0, *itertools.accumulate(counts)], [rows] * len(counts)
+        steps = gates.split_with_sizes(counts)  # the gradient of a slice would be as large as that of all of them
+        outputs = [rows] * len(counts)
         for t in reversed(range(len(counts))) if is_reversed else range(len(counts)):
-            live = counts[t]  # a packed batch shrinks as sequences end
-            new = self.step(hidden, gates[starts[t] : starts[t + 1]], hidden_bias, tuple(s[:live] for s in states))
+            live = counts[t]
+            is_whole = live == len(states[0])  # a packed batch shrinks as sequences end
+            before = states if is_whole else tuple(state[:live] for state in states)
+            new = self.step(hidden, steps[t], hidden_bias, before)
             if project is not None:
                 new = (project(new[0], None), *new[1:])
             outputs[t] = new[0]
-            resting = [state[live:] for state in states]
-            states = tuple(torch.cat(both) if len(both[1]) else both[0] for both in zip(new, resting, strict=True))
+            resting = () if is_whole else [state[live:] for state in states]
+            states = new if is_whole else tuple(map(torch.cat, zip(new, resting, strict=True)))
         return torch.cat(outputs), states
 
 

@@ -163,6 +163,8 @@ def learned_value(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
     """Return `fake_quantize_value`, whose scale has a gradient too, that of Esser et al. 2020.
 
     scale: () float32. Its gradient is divided by √(N qmax) for the N numbers that x has for each of its first index.
+    What lies beyond the range is told by its integer, half a step farther out than in the paper: the largest weight is
+    qmax steps to begin with, and float rounding would decide whether it learns.
     """
     share = 1 / math.sqrt(max(1, x[0].numel() if x.dim() else 1) * qmax)
     y: torch.Tensor = _Learned.apply(x, scale, zero_point, (0, qmax), share, x.dim() * (1,))  # type: ignore[no-untyped-call]
@@ -209,7 +211,8 @@ class _Learned(torch.autograd.Function):
         x, scale, zero_point = ctx.saved_tensors
         low, high = (bound - zero_point for bound in ctx.bounds)
         real = x.to(torch.float32) * (1.0 / scale)
-        passing = (real >= low) & (real <= high)
-        change = real.round().clamp_(low, high) - torch.where(passing, real, 0.0)
+        q = real.round()
+        passing = (q >= low) & (q <= high)
+        change = q.clamp_(low, high) - torch.where(passing, real, 0.0)
         to_scale = (grad.to(torch.float32) * change).sum_to_size(ctx.shape).reshape(scale.shape) * ctx.share
         return torch.where(passing, grad, 0.0), to_scale, None, None, None, None

@@ -57,6 +57,19 @@ def test_the_gradients_of_a_weight_are_the_papers(qconfig):
     assert torch.allclose(scale.grad, steps.grad / (count * spec.qmax) ** 0.5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["int8", "int16", "int4", "int3"])
+def test_the_largest_weights_learn_from_the_first_step_on(name):
+    qconfig, weight = learning(fxquant.qconfig.BEST[name]), torch.randn(200, 64)
+    rounding, weight = LearnedWeight(qconfig, weight), weight.requires_grad_()
+    rounding(weight).sum().backward()
+    groups = weight.detach().view(-1, qconfig.weight.group_size or 64)
+    largest = groups.abs().argmax(1, keepdim=True)  # 127 steps of int8, give or take a rounding of the float
+    assert (weight.grad.view(groups.shape).gather(1, largest) == 1).all()
+    if not qconfig.weight.group_size:  # whose integers reach farther on one side, so that some are clipped
+        spec = qconfig.weight
+        assert rounding.scale.grad.abs().max() * (64 * spec.qmax) ** 0.5 <= 64 * 0.51  # at most half a step of each
+
+
 @pytest.mark.parametrize("name", ["int8", "int4", "int3", "int16"])
 @pytest.mark.parametrize(
     "layer", [nn.Linear(70, 5), nn.LSTM(70, 5), nn.GRUCell(70, 5), nn.MultiheadAttention(70, 2)], ids=str

@@ -20,6 +20,7 @@ from fxquant.numerics import (
 )
 from fxquant.ranges import Fixed, MovingAverage
 from fxquant.rounding import Rounding
+from fxquant.snapshot import snapshot
 from fxquant.spec import TensorSpec
 from fxquant.straight_through import (
     fake_quantize_numbers,
@@ -86,7 +87,8 @@ class FakeQuantize(Rounding, ValueObserver):
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Return x rounded."""
         if torch.compiler.is_compiling() or not x.is_cpu:
-            return fake_quantize_value(x, *self.qparams(), self.spec.qmax)
+            scale, zero_point = self.qparams()
+            return fake_quantize_value(x, snapshot(scale), snapshot(zero_point), self.spec.qmax)
         numbers = value_qparams_of(self.low.item(), self.high.item(), self.spec.qmax)
         return fake_quantize_numbers(x, *numbers, self.spec.qmax, bool(self.rectifies))
 
@@ -185,7 +187,8 @@ def _least_error(
     scale = ((high - low) * shares / qmax).clamp(min=FLOAT32_TINY).unsqueeze(1)
     zero = (-low * shares).unsqueeze(1).div(scale).round()
     q = (sample / scale).round_().add_(zero).clamp_(0, qmax)
-    share = shares[q.sub_(zero).mul_(scale).sub_(sample).square_().sum(1).argmin()]
+    best = q.sub_(zero).mul_(scale).sub_(sample).square_().sum(1).argmin()
+    share = shares.index_select(0, best.view(1)).view(())  # torch.compile cannot index by a tensor's number
     return low * share, high * share
 
 

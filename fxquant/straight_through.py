@@ -153,10 +153,9 @@ def _reach(scale: torch.Tensor, zero_point: torch.Tensor, qmax: int) -> tuple[to
 
 def _traced_value(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmax: int) -> torch.Tensor:
     """Return the same from plain operators, which torch.compile makes one loop of."""
-    real = x.to(torch.float32)
-    clipped = real.clamp(*_reach(scale, zero_point, qmax))
+    real, (low, high) = x.detach().to(torch.float32), _reach(scale, zero_point, qmax)
     rounded = (real * (1.0 / scale)).round().clamp(-zero_point, qmax - zero_point) * scale
-    return (rounded.detach() + (clipped - clipped.detach())).to(x.dtype)
+    return with_gradient(rounded.to(x.dtype), x, (real > low) & (real < high))
 
 
 def learned_value(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmax: int) -> torch.Tensor:

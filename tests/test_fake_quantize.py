@@ -52,6 +52,13 @@ def test_few_levels_clip_what_lies_far_out():
     assert error < 0.6 * (wide(values) - values).square().mean()
 
 
+def test_few_levels_compile_as_one_graph():
+    plain, x = with_range(MovingAverage(), qmax=3), torch.randn(50)
+    twin = copy.deepcopy(plain)
+    assert torch.equal(torch.compile(twin, backend="eager", fullgraph=True)(x), plain(x))
+    assert torch.equal(twin.high, plain.high)
+
+
 @pytest.mark.parametrize("why", ["eval", "fake quantization off", "observer off"])
 def test_a_range_rests(why):
     module = with_range(MovingAverage())

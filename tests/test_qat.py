@@ -395,7 +395,7 @@ def test_it_compiles():
     prepared(batch(0))
     prepared.drop.p = 0.0
     twin = copy.deepcopy(prepared)
-    compiled = torch.compile(twin, backend="aot_eager")
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
     for seed in (1, 2):
         for each in (prepared, compiled):
             each(batch(seed)).square().sum().backward()

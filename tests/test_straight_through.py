@@ -42,13 +42,16 @@ def test_the_gradient_passes_in_the_range_alone(function):
 def test_other_devices_round_alike(bounds):
     """By the same operations in the same order: what other devices run, run here."""
     scale, zero = qparams(*bounds)
-    x = 3 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, z = fake_quantize_value(ours, scale, zero, 255), _OnDevice.apply(theirs, scale, zero, 255)
-    y.sum().backward()
-    z.sum().backward()
-    assert torch.equal(y, z)
-    assert torch.equal(ours.grad, theirs.grad)
+    ends = torch.stack([(end - zero) * scale for end in (-0.5, 255.5)])  # as of a batch whose ends are -m and m
+    x = torch.cat([3 * torch.randn(1000, generator=torch.Generator().manual_seed(0)), ends])
+    expected = None
+    for function in (fake_quantize_value, _OnDevice.apply, _traced_value):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf, scale, zero, 255)
+        y.sum().backward()
+        expected = expected or (y, leaf.grad)
+        assert torch.equal(y, expected[0])
+        assert torch.equal(leaf.grad, expected[1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -15,7 +15,7 @@ FLOORS = {
     "errors": 0, "entry": 0, "formats": 0, "spec": 0, "_version": 0, "ranges": 0, "observer_names": 0,
     "torch_ao.names": 0, "frames": 0, "progress": 0,
     "tensor_file": 1, "plain_values": 1,
-    "numerics": 1, "gptq": 1, "ops": 1, "straight_through": 1,
+    "numerics": 1, "gptq": 1, "ops": 1, "straight_through": 1, "snapshot": 1,
     "qconfig": 2, "qconfig_mapping": 2, "observers": 2, "value_observers": 2, "nn": 2,
     "backends": 2, "fake_quantize": 2, "rounding": 2, "learned": 2,
     "operators": 3,

@@ -18,6 +18,7 @@ from fxquant.nn.convolution import paddings
 from fxquant.nn.stored import turn, turned_weight
 from fxquant.nn.trained import Rounds, Trained
 from fxquant.qconfig import QConfig
+from fxquant.snapshot import snapshot
 
 _LEAST_GAIN = 1e-18
 """A smaller factor of a folded normalization counts as one of weight 1: its channel gives its bias alone anyway."""
@@ -68,7 +69,8 @@ class TrainedProduct(Trained):
     def _safe_gain(self, gamma: torch.Tensor | None, variance: torch.Tensor) -> torch.Tensor:
         """Return the factor of the BatchNorm after it, (O, 1, ...), that of weight 1 where it is next to nothing."""
         gain, safe = _gain(gamma, variance.detach(), self.norm_eps)
-        return torch.where(gain.abs() < _LEAST_GAIN, safe, gain).view(-1, *[1] * (self.weight.dim() - 1))
+        gain = torch.where(gain.abs() < _LEAST_GAIN, safe, gain)
+        return (snapshot(gain) if self.training else gain).view(-1, *[1] * (self.weight.dim() - 1))
 
     def precede(self, norm: Any) -> None:
         """Take note of the BatchNorm after it: with it folded, a learned step size begins otherwise."""

@@ -160,8 +160,12 @@ class FakeQuantize(Rounding, ValueObserver):
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (scale, zero_point): () float32, () int32. DivergedError where training left a range without end."""
-        self.check(self.high - self.low)
+        self.refuse_diverged()
         return super().calculate_qparams()
+
+    def refuse_diverged(self) -> None:
+        """Raise DivergedError where training left a range without end."""
+        self.check(self.high - self.low)
 
     def check(self, span: torch.Tensor) -> None:
         """Raise DivergedError unless a range or step size is finite."""

@@ -57,9 +57,13 @@ class LearnedFakeQuantize(FakeQuantize):
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (scale, zero_point): () float32, () int32. CalibrationError and DivergedError as in FakeQuantize."""
-        self.check(self.scale.detach())
         super().calculate_qparams()
         return _positive(self.scale.detach()), self.zero_point.clone()
+
+    def refuse_diverged(self) -> None:
+        """Raise DivergedError where training left a step size, or the first batch's range, without end."""
+        self.check(self.scale.detach())
+        super().refuse_diverged()
 
 
 class LearnedWeight(FakeQuantizeWeight):

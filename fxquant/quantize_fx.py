@@ -19,7 +19,7 @@ from fxquant.graph.convert.convert import WeightCache, convert
 from fxquant.graph.eager import convert_tree
 from fxquant.graph.fingerprint.architecture import describe
 from fxquant.graph.fuse import fuse
-from fxquant.graph.lower import lower
+from fxquant.graph.lower import lower, refuse_diverged
 from fxquant.graph.module import FxModule, finish
 from fxquant.graph.observe import observe
 from fxquant.graph.plan.outcome import judge
@@ -126,7 +126,7 @@ def convert_fx(
     """
     record = need_stage(prepared, "prepared", "convert_fx", "prepare_fx(model, qconfig_mapping, example_inputs)")
     if record.is_trained:
-        prepared = _trained(prepared, data)
+        prepared = _trained(prepared, record, data)
     if data is not None and record.values.edges:
         again = list(data) if uses_hessians(record.sites) else None  # which needs a second pass
         prepared, data = calibrated(prepared, data if again is None else again, progress), again
@@ -153,13 +153,14 @@ def convert_with(prepared: nn.Module, hessians: Hessians | None) -> nn.Module:
     return finish(quantized, prepared, record.advance(stage="quantized", sites=sites, example=None))
 
 
-def _trained(prepared: nn.Module, data: Iterable[Any] | None) -> nn.Module:
+def _trained(prepared: nn.Module, record: Record, data: Iterable[Any] | None) -> nn.Module:
     """Return a mirror, in eval mode, of a model that was trained; ArgumentError where data is given."""
     if data is not None:
         raise ArgumentError(
             "convert_fx takes no data for a model of prepare_qat_fx: its ranges and weights are those of training; "
             "leave data out"
         )
+    refuse_diverged(prepared, record)
     return edit.mirror(prepared).train(False)
 
 

@@ -279,6 +279,27 @@ def test_a_loss_that_became_nan_names_the_first_value():
         prepared(batch(0))
 
 
+@pytest.mark.parametrize("layer", [nn.LSTM(6, 8), nn.MultiheadAttention(6, 1), nn.Linear(6, 8)], ids=str)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_became_nan_are_named_at_convert(layer, number):
+    class Of(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Linear(6, 6), copy.deepcopy(layer)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+
+    mapping = QConfigMapping().set_global(fxquant.default_dynamic_qconfig)
+    prepared = prepare_qat_fx(Of().train(), mapping, (torch.randn(3, 2, 6),))
+    name, weight = next(iter(prepared.layer.named_parameters()))
+    with torch.no_grad():
+        weight[0, 0] = number
+    with pytest.raises(fxquant.DivergedError, match=rf"'{name}' of 'layer' \(nn\.\w+\) became NaN or infinite"):
+        convert_fx(prepared)
+
+
 @pytest.mark.parametrize("learns", [False, True])
 def test_calls_with_weights_of_their_own_train(learns):
     class Calls(nn.Module):

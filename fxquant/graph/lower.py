@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxquant.errors import DivergedError
 from fxquant.fake_quantize import FakeQuantize
 from fxquant.graph import edit
 from fxquant.graph.constants import constant_of
@@ -51,6 +53,22 @@ def lower(module: nn.Module, record: Record) -> list[Given]:
             module.graph.erase_node(node)
     module.recompile()
     return learned
+
+
+def refuse_diverged(module: nn.Module, record: Record) -> None:
+    """Raise DivergedError where a range or a weight of a model in training is not finite, naming the first."""
+    for part in module.modules():
+        if isinstance(part, FakeQuantize):
+            part.refuse_diverged()
+    for site in record.sites:
+        tensor = edit.get_tensor(module, site.path)
+        named = module.get_submodule(site.path).named_parameters() if tensor is None else [("", tensor)]
+        for name, weight in named:
+            if weight.numel() and not all(map(torch.isfinite, weight.detach().aminmax())):
+                where = f"{name!r} of {site.path!r}" if name else repr(site.path)
+                raise DivergedError(
+                    f"{where} ({site.kind}) became NaN or infinite in training; load a checkpoint from before that"
+                )
 
 
 def rounds_of(module: nn.Module, record: Record) -> Iterator[Rounds]:

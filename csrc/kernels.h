@@ -24,7 +24,7 @@ struct fxq_range {
 /* How activations lie, by the weight's format and the number of tokens. Those for grouped weights: see groups.c. */
 enum fxq_form {
     FXQ_BYTES,          /* as the instruction set's matmul wants them */
-    FXQ_LOW_HIGH,       /* as int16-inl.h says */
+    FXQ_LOW_HIGH,       /* as low_high-inl.h says */
     FXQ_FLOATS,         /* as floats-inl.h says */
     FXQ_NIBBLE_GEMV,    /* few rows, for weights as they lie: (rows, fxq_nibble_depth(columns)) int8, and `less` */
     FXQ_GROUPS,         /* more rows, for all groups in one pass */
@@ -137,7 +137,7 @@ struct fxq_kernels {
     bool (*packs_weight)(int64_t rows, int64_t columns, int64_t outputs);
     void (*matmul)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to, void *scratch);
 
-    /* int16, without packing or scratch; float16 and float32. */
+    /* FXQ_LOW_HIGH, without packing or scratch; and floats. */
     void (*quantize_int16)(const struct fxq_activations *x, int64_t first, int count, const float *const *rows);
     void (*matmul_int16)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to);
     void (*matmul_floats)(const struct fxq_matmul *job, int64_t n0, int64_t n1, const struct fxq_target *to,

@@ -48,7 +48,7 @@ def fake_quantize_numbers(
 def fake_quantize_tokens(x: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """Return x, each token rounded as it will be at each call, in x's dtype. Nothing is clipped: all gradients pass.
 
-    x: (..., K) float; spec: of a dynamic activation, uint8 or int16.
+    x: (..., K) float; spec: of a dynamic activation of integers.
     """
     return with_gradient(_rounded_tokens(x.detach(), spec), x)
 

@@ -12,7 +12,7 @@ FXQ_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 #define FXQ_VALUE uint8_t
 #include "kernels/generic/row_major-inl.h"
 #include "kernels/generic/epilogue-inl.h"
-#include "kernels/generic/int16-inl.h"
+#include "kernels/generic/low_high-inl.h"
 #include "kernels/arm/neon_floats-inl.h"
 #include "kernels/generic/tables-inl.h"
 #include "kernels/generic/plain_convolution-inl.h"

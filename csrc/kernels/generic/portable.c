@@ -2,7 +2,7 @@
 #define FXQ_VALUE int16_t
 #include "kernels/generic/row_major-inl.h"
 #include "kernels/generic/epilogue-inl.h"
-#include "kernels/generic/int16-inl.h"
+#include "kernels/generic/low_high-inl.h"
 #include "kernels/generic/floats-inl.h"
 #include "kernels/generic/tables-inl.h"
 #include "kernels/generic/plain_convolution-inl.h"

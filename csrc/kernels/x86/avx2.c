@@ -39,7 +39,7 @@ FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) {
 }
 
 #include "kernels/x86/ymm_lstm-inl.h"
-#include "kernels/x86/ymm_int16-inl.h"
+#include "kernels/x86/ymm_low_high-inl.h"
 #include "kernels/x86/ymm_floats-inl.h"
 #include "kernels/generic/tables-inl.h"
 #include "kernels/x86/ymm_convolution-inl.h"

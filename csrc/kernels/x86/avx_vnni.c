@@ -49,7 +49,7 @@ static void row_sums(const struct fxq_weight *weight, int64_t n0, int64_t n1, in
 FXQ_INLINE __m256i add_pairs(__m256i sum, __m256i a, __m256i w) { return _mm256_dpwssd_avx_epi32(sum, a, w); }
 
 #include "kernels/x86/ymm_lstm-inl.h"
-#include "kernels/x86/ymm_int16-inl.h"
+#include "kernels/x86/ymm_low_high-inl.h"
 #include "kernels/x86/ymm_floats-inl.h"
 #include "kernels/generic/tables-inl.h"
 #include "kernels/x86/ymm_convolution-inl.h"

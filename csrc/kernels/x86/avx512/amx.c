@@ -21,7 +21,7 @@ FXQ_TARGET_BEGIN(
 #include "kernels/x86/avx512/amx_packed-inl.h"
 #include "kernels/x86/avx512/lstm-inl.h"
 #include "kernels/x86/avx512/nibbles-inl.h"
-#include "kernels/x86/avx512/int16-inl.h"
+#include "kernels/x86/avx512/low_high-inl.h"
 #include "kernels/x86/avx512/groups-inl.h"
 #include "kernels/x86/avx512/amx_groups-inl.h"
 #include "kernels/x86/avx512/floats-inl.h"

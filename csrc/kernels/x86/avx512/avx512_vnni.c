@@ -20,7 +20,7 @@ FXQ_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-wi
 #include "kernels/x86/avx512/convolution-inl.h"
 #include "kernels/x86/avx512/lstm-inl.h"
 #include "kernels/x86/avx512/nibbles-inl.h"
-#include "kernels/x86/avx512/int16-inl.h"
+#include "kernels/x86/avx512/low_high-inl.h"
 #include "kernels/x86/avx512/stream-inl.h"
 #include "kernels/x86/avx512/vnni_packed-inl.h"
 #include "kernels/x86/avx512/groups-inl.h"

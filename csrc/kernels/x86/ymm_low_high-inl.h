@@ -1,4 +1,4 @@
-/* The registers of int16-inl.h in 256 bits. Expects: add_pairs, and what int16-inl.h does. */
+/* The registers of low_high-inl.h in 256 bits. Expects: add_pairs, and what low_high-inl.h does. */
 #define FXQ_LANES __m256i
 #define FXQ_TILE 4
 
@@ -28,4 +28,4 @@ FXQ_INLINE void sum_lanes(const __m256i v[4], int64_t *sums) {
                                                           _mm256_permute2x128_si256(pair[0], pair[1], 0x31)));
 }
 
-#include "kernels/generic/int16-inl.h"
+#include "kernels/generic/low_high-inl.h"

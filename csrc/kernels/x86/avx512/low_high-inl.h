@@ -2,7 +2,7 @@
  *
  * Expects: common-inl.h.
  *
- * gemv, few rows: int16-inl.h, with the registers described here. Lanes are columns, and are added up at the end.
+ * gemv, few rows: low_high-inl.h, with the registers described here. Lanes are columns, and are added up at the end.
  *
  * Packed gemm, more rows: 32 outputs' weights are copied, 256 columns at a time, to a panel of words: two columns.
  * Lanes are outputs then, so that nothing is added up across lanes, and a word of a row goes to all lanes. 4 rows by 32
@@ -51,7 +51,7 @@ FXQ_INLINE void sum_lanes(const __m512i v[8], int64_t *sums) {
                                                _mm512_shuffle_i64x2(half[0], half[1], 0xdd)));
 }
 
-#include "kernels/generic/int16-inl.h"
+#include "kernels/generic/low_high-inl.h"
 
 enum { WORDS = EXACT_PRODUCTS / 2, GROUP_ROWS = 4, MOST_PANEL_ROWS = 64 };
 

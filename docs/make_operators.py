@@ -55,7 +55,8 @@ _SIGNS: dict[Any, str] = {
     operator.sub: "-",
     operator.neg: "-x",
     **dict.fromkeys((operator.mul, operator.imul), "*"),
-    operator.truediv: "/",
+    **dict.fromkeys((operator.truediv, operator.itruediv), "/"),
+    operator.pow: "**",
 }
 
 

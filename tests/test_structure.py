@@ -60,6 +60,7 @@ TESTED_ELSEWHERE = {
     "graph.plan.reasons": "tests/debug/test_explain.py: the reasons that explain gives",
     "graph.plan.targets": "tests/graph/plan/test_rules.py: what the entries of a mapping match",
     "graph.values": "tests/graph/plan/test_values.py, with the decisions about values",
+    "graph.plan.functions": "tests/graph/test_pointwise.py, with the functions that are written out",
     "graph.plan.floats": "tests/graph/plan/test_values.py, with the decisions about values",
     "graph.plan.operands": "tests/graph/plan/test_values.py, with the decisions about values",
     "graph.record": "tests/graph/test_plain.py: what a record holds, and in files",

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxquant.graph import edit
+from fxquant.graph.in_place import read_results
 from fxquant.graph.layers import restore_layers
 from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Preserved
 from fxquant.graph.record import Fusion, Unfused
@@ -64,7 +65,7 @@ def fuse(
     preserved: Preserved = NOTHING_PRESERVED,
     only: tuple[Fusion, ...] | None = None,
 ) -> tuple[tuple[Fusion, ...], tuple[Unfused, ...]]:
-    """Fuse in place and return what was fused, and what was not and why.
+    """Fuse in place and return what was fused, and what not and why; what is written in place is read by its result.
 
     hooked: modules that must stay callable by themselves, for their hooks. only: the fusions to repeat (a
     checkpoint's); None: all that apply.
@@ -86,6 +87,7 @@ def fuse(
                 chain += outcome
         if len(chain) > 1:
             fusions.append(Fusion(path=chain[0], chain=tuple(chain)))
+    read_results(module)
     module.recompile()
     reported = {part for chain in unfused for part in chain.chain}
     return tuple(fusions), (*unfused, *(alone for alone in _lone_norms(module) if alone.chain[0] not in reported))
@@ -291,9 +293,5 @@ def is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in _RELU_METHODS
 
 
-def _never(_module: fx.GraphModule, _node: fx.Node, _follower: fx.Node) -> None:
-    """Return None: a ReLU can always be fused."""
-
-
 _NORM = _Step(_is_normed, _refuse_norm, _fold_norm)
-_RELU = _Step(_is_rectified, _never, _absorb_relu)
+_RELU = _Step(_is_rectified, lambda *_: None, _absorb_relu)

@@ -48,6 +48,7 @@ class ValueOperator:
 
     modules, functions: as in an Operator; methods by name. form: how they run. takes: whether one has an integer form
     by its arguments beside the value. channels: how many tables it needs, one each; 0: one for all of the value.
+    is_pair: whether it takes two values, and has a form only where both come from one.
     """
 
     name: str
@@ -56,6 +57,11 @@ class ValueOperator:
     functions: tuple[Kind, ...] = ()
     takes: Callable[[Arguments], bool] = lambda _: True
     channels: Callable[[Arguments], int] = lambda _: 0
+    is_pair: bool = False
+
+
+PASSES: tuple[Kind, ...] = (nn.Identity, "detach")
+"""Those that give their operand as it is, memory format and all."""
 
 
 def takes_pad(given: Arguments) -> bool:
@@ -128,43 +134,35 @@ CURVES = ValueOperator(
     name="curve",
     form=Form.LOOKS_UP,
     modules=(
+        *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.ELU, nn.SELU, nn.CELU),
         *(
-            nn.ReLU,
-            nn.ReLU6,
-            nn.Hardtanh,
-            nn.Hardswish,
-            nn.Hardsigmoid,
-            nn.SiLU,
-            nn.GELU,
-            nn.ELU,
-            nn.SELU,
-            nn.CELU,
             nn.Mish,
+            nn.LeakyReLU,
+            nn.Sigmoid,
+            nn.Tanh,
+            nn.Softplus,
+            nn.Softsign,
+            nn.Hardshrink,
+            nn.LogSigmoid,
+            nn.Tanhshrink,
         ),
-        *(nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardshrink, nn.LogSigmoid, nn.Tanhshrink),
     ),
     functions=(
-        *(
-            F.relu,
-            torch.relu,
-            torch.relu_,
-            "relu",
-            "relu_",
-            F.relu6,
-            F.hardtanh,
-            F.hardswish,
-            F.hardsigmoid,
-            F.silu,
-            F.gelu,
-            F.elu,
-            F.selu,
-            F.celu,
-            F.mish,
-        ),
-        *(F.leaky_relu, F.sigmoid, F.tanh, torch.sigmoid, torch.tanh, F.softplus, F.softsign, torch.clamp, torch.clip),
-        *(F.logsigmoid, torch.exp, torch.abs, torch.neg, operator.neg, torch.square, torch.sqrt, torch.log1p),
-        *("clamp", "clip", "sigmoid", "tanh", "abs", "neg", "square", "sqrt", "exp", "clamp_", "sigmoid_", "tanh_"),
+        *(F.relu, torch.relu, torch.relu_, F.relu6, F.hardtanh, F.hardtanh_, F.hardswish, F.hardsigmoid, F.silu),
+        *(F.gelu, F.elu, F.elu_, F.selu, F.selu_, F.celu, F.celu_, F.mish, F.leaky_relu, F.leaky_relu_, F.softplus),
+        *(torch.selu, torch.celu, F.sigmoid, F.tanh, torch.sigmoid, torch.sigmoid_, torch.tanh, torch.tanh_),
+        *(F.softsign, F.logsigmoid, torch.clamp, torch.clamp_, torch.clip, torch.clamp_min, torch.clamp_max),
+        *(torch.exp, torch.abs, torch.neg, operator.neg, torch.square, torch.sqrt, torch.log1p, torch.erf, torch.pow),
+        *(operator.pow, "relu", "relu_", "clamp", "clamp_", "clip", "clamp_min", "clamp_min_", "clamp_max"),
+        *("clamp_max_", "sigmoid", "sigmoid_", "tanh", "tanh_", "abs", "neg", "square", "sqrt", "exp", "erf", "pow"),
     ),
+    takes=lambda given: isinstance(given.get("exponent", 1), (int, float)),
+)
+EXTREMES = ValueOperator(
+    name="extreme",
+    form=Form.LOOKS_UP,
+    functions=(torch.maximum, torch.minimum, torch.max, torch.min, torch.fmax, torch.fmin, "maximum", "minimum"),
+    is_pair=True,
 )
 PRELU = ValueOperator(
     name="PReLU",
@@ -188,15 +186,8 @@ MULTIPLIES = ValueOperator(
     name="mul",
     form=Form.MULTIPLIES,
     functions=(
-        operator.mul,
-        operator.imul,
-        operator.truediv,
-        torch.mul,
-        torch.multiply,
-        torch.div,
-        "mul",
-        "mul_",
-        "div",
+        *(operator.mul, operator.imul, operator.truediv, operator.itruediv, torch.mul, torch.multiply, torch.div),
+        *(torch.true_divide, "mul", "mul_", "multiply", "div", "div_", "true_divide"),
     ),
 )
 AVERAGES = ValueOperator(
@@ -216,7 +207,7 @@ AVERAGES = ValueOperator(
     ),
 )
 
-VALUE_OPERATORS = (MOVES, PADS, MAX_POOLS, ENLARGES, CURVES, PRELU, NORMS, ADDS, MULTIPLIES, AVERAGES)
+VALUE_OPERATORS = (MOVES, PADS, MAX_POOLS, ENLARGES, CURVES, EXTREMES, PRELU, NORMS, ADDS, MULTIPLIES, AVERAGES)
 """The table."""
 
 
@@ -229,6 +220,7 @@ _NAMES: dict[Any, tuple[str, ...]] = {
     F.pad: ("pad", "mode", "value"),
     F.interpolate: (*("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"),),
     F.upsample: ("size", "scale_factor", "mode", "align_corners"),
+    **dict.fromkeys((torch.pow, operator.pow, "pow"), ("exponent",)),
     **dict.fromkeys((torch.mean, "mean"), ("dim", "keepdim", "dtype")),
     **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), ("output_size",)),
     **dict.fromkeys(

@@ -92,6 +92,9 @@ SHAPES = {
     torch.channel_shuffle: (2,), torch.unflatten: (1, (2, 4)), "unflatten": (1, (2, 4)), F.pad: ((1, 2, 0, 1),),
     F.interpolate: (None, 2.0), F.upsample: (None, 2.0, "bilinear", False), torch.clamp: (-1.0, 0.5),
     torch.clip: (0.0, 2.0), "clamp": (-1.0, 0.5), "clip": (-0.5,), "clamp_": (-1.0, 0.5), "flatten": (1,),
+    torch.clamp_: (-1.0, 0.5), **dict.fromkeys((torch.clamp_min, "clamp_min", "clamp_min_"), (-1.0,)),
+    **dict.fromkeys((torch.clamp_max, "clamp_max", "clamp_max_"), (0.5,)),
+    **dict.fromkeys((torch.pow, operator.pow, "pow"), (2,)),
     torch.mean: ((2, 3),), "mean": (1,), nn.Flatten: (1,), nn.Unflatten: (1, (2, 4)), nn.PixelShuffle: (2,),
     nn.PixelUnshuffle: (2,), nn.ChannelShuffle: (2,), nn.Upsample: (None, 2, "bilinear"), nn.PReLU: (8, 0.1),
     nn.Hardshrink: (0.0,), nn.UpsamplingNearest2d: (None, 2), nn.UpsamplingBilinear2d: (None, 2),
@@ -129,6 +132,8 @@ def body_of(kind):
         if isinstance(kind, str):
             return lambda x: getattr(x * 1.0, kind)(other(x))
         return lambda x: kind(x * 1.0, other(x))
+    if row.is_pair:
+        return lambda x: getattr(x * 0.5, kind)(-x) if isinstance(kind, str) else kind(x * 0.5, -x)
     if kind in (torch.cat, torch.concat, torch.stack):
         return lambda x: kind([x, x.flip(3)], 1)
     if kind in ("view_as", "reshape_as", "expand_as"):

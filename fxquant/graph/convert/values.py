@@ -13,6 +13,7 @@ from fxquant import ops
 from fxquant.errors import CalibrationError
 from fxquant.graph import edit
 from fxquant.graph.observe import mean_path, observer_path
+from fxquant.graph.pointwise import evaluate
 from fxquant.graph.values import Edge, IntegerCall, Values, function_of
 from fxquant.nn.static import StaticQuantizedProduct
 from fxquant.operators.pools import average, max_pool, padding, resizing
@@ -81,7 +82,7 @@ class _Values:
             node = self._nodes[call.node]
             tail = ends[call.node][-1] if ends[call.node] else node
             users = list(tail.users)
-            self._rewrite(call, node)
+            self._rewrite(call, [node, *ends[call.node]])
             for user in users:
                 if user is not node and tail is not node:
                     user.replace_input_with(tail, node)
@@ -133,15 +134,18 @@ class _Values:
         for user in users:
             user.replace_input_with(node, real)
 
-    def _rewrite(self, call: IntegerCall, node: fx.Node) -> None:
-        """Let a node compute with integers."""
+    def _rewrite(self, call: IntegerCall, nodes: Sequence[fx.Node]) -> None:
+        """Let a node compute with integers, and do those after it."""
+        if call.form is Form.LOOKS_UP or (call.form in (Form.ADDS, Form.MULTIPLIES) and len(call.inputs) == 1):
+            self._look_up(call, nodes)
+            return
+        node = nodes[0]
         rewrite: dict[Form, Callable[[IntegerCall, fx.Node, list[fx.Node]], None]] = {
             Form.PRODUCT: self._product,
             Form.KEEPS: self._move,
             Form.PADS: self._pad,
             Form.POOLS: self._pool,
             Form.RESIZES: self._resize,
-            Form.LOOKS_UP: self._look_up,
             Form.ADDS: self._combine,
             Form.MULTIPLIES: self._combine,
             Form.AVERAGES: self._average,
@@ -186,21 +190,20 @@ class _Values:
         else:
             node.op, node.target, node.args, node.kwargs = "call_function", ops.resize_value, (inputs[0],), more
 
-    def _look_up(self, call: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
-        table = self._table(call, node)
+    def _look_up(self, call: IntegerCall, nodes: Sequence[fx.Node]) -> None:
+        table = self._table(call, nodes)
         path = edit.free_name(self._module, f"{call.output}_table")
         edit.set_tensor(self._module, path, table)
+        node = nodes[0]
         with self._graph.inserting_before(node):
             read = self._graph.get_attr(path)
-        function = ops.lookup if table.dim() == 1 else ops.lookup_channels
-        node.op, node.target, node.args, node.kwargs = "call_function", function, (inputs[0], read), {}
+        function, x = ops.lookup if table.dim() == 1 else ops.lookup_channels, self._ints[call.inputs[0]]
+        node.op, node.target, node.args, node.kwargs = "call_function", function, (x, read), {}
 
-    def _table(self, call: IntegerCall, node: fx.Node) -> torch.Tensor:
-        """Return a function's values at what the 256 integers stand for, as integers; those of each channel."""
+    def _table(self, call: IntegerCall, nodes: Sequence[fx.Node]) -> torch.Tensor:
+        """Return what nodes make of what the 256 integers stand for, as integers; those of each channel."""
         scale, zero_point = self._found[self._edges[call.inputs[0]].scale_of]
-        kind, given = function_of(self._module, node)
-        row = find_value_operator(kind)
-        channels = row.channels(given) if row is not None else 0
+        channels = max(self._channels(node) for node in nodes)
         shape = (channels, 256) if channels else (256,)
         if scale.is_meta:
             return torch.empty(shape, dtype=torch.uint8, device="meta")
@@ -208,25 +211,19 @@ class _Values:
         if channels:  # as a value of these channels and as many dimensions
             rest = [1] * (max(call.rank, 3) - 3)
             every = every.view(256, *rest).expand(1, channels, 256, *rest)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: every)
-        with torch.no_grad():
-            if node.op == "call_module":
-                real = self._module.get_submodule(str(node.target))(*args, **kwargs)
-            elif node.op == "call_method":
-                real = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                real = node.target(*args, **kwargs)  # type: ignore[operator]
         edge = self._edges[call.output]
         out_scale, out_zero_point = self._found[edge.scale_of]
-        if call.low is not None or call.high is not None:
-            real = real.clamp(call.low, call.high)
+        real = evaluate(self._module, nodes, every)
         table = ops.quantize(real, out_scale.cpu(), out_zero_point.cpu(), edge.spec.qmax).to(scale.device)
         return table.view(shape)
 
+    def _channels(self, node: fx.Node) -> int:
+        """Return how many tables a function of values needs, one for each channel; 0: one for all of the value."""
+        kind, given = function_of(self._module, node)
+        row = find_value_operator(kind)
+        return row.channels(given) if row is not None else 0
+
     def _combine(self, call: IntegerCall, node: fx.Node, inputs: list[fx.Node]) -> None:
-        if len(inputs) == 1:
-            self._look_up(call, node, inputs)
-            return
         sides = [part for name, one in zip(call.inputs, inputs, strict=True) for part in (one, *self._of(name))]
         kwargs: dict[str, Any] = {n: bound for n in ("low", "high") if (bound := getattr(call, n)) is not None}
         kwargs["qmax"] = self._edges[call.output].spec.qmax

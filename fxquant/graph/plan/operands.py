@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ _CLAMPS: dict[Any, tuple[float | None, float | None]] = {
 }
 _UNIT: tuple[Any, ...] = (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_", nn.Hardsigmoid, F.hardsigmoid)
 _SIGNED: tuple[Any, ...] = (nn.Tanh, torch.tanh, F.tanh, "tanh", "tanh_")
+_DIVISIONS: tuple[Any, ...] = (
+    *(operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_", "true_divide"),
+)
 _BOUNDED = (torch.clamp, torch.clip, "clamp", "clip", F.hardtanh)
 
 
@@ -53,16 +56,6 @@ def fixed_range_of(kind: Any) -> Fixed | None:
     return Fixed(0.0, 1.0) if kind in _UNIT else Fixed(-1.0, 1.0) if kind in _SIGNED else None
 
 
-class Curve(NamedTuple):
-    """A function of single values that a static product can end with: fxquant/ops/elementwise.py."""
-
-    name: str
-    slope: float = 0.0
-
-
-NO_CURVE = Curve("")
-
-
 @dataclass
 class Chain:
     """A node, and those after it that it does too."""
@@ -70,22 +63,10 @@ class Chain:
     tail: fx.Node
     low: float | None = None
     high: float | None = None
-    curve: Curve = NO_CURVE
+    curve: str = ""
+    slope: float = 0.0
     addend: fx.Node | None = None
     absorbed: list[str] = field(default_factory=list)
-
-
-def curve_of(kind: Any, module: Any, node: fx.Node) -> Curve | None:
-    """Return the curve that a node is, None where it does something else. kind: its function or type."""
-    if kind in (nn.Hardswish, F.hardswish):
-        return Curve("hardswish")
-    if kind in (nn.SiLU, F.silu):
-        return Curve("silu")
-    if kind not in (nn.LeakyReLU, F.leaky_relu):
-        return None
-    given = (*node.args[1:2], node.kwargs.get("negative_slope", 0.01))
-    slope = given[0] if module is None else module.negative_slope
-    return Curve("leaky_relu", float(slope)) if isinstance(slope, (int, float)) else None
 
 
 def operands_of(node: fx.Node, row: ValueOperator | None) -> list[fx.Node]:
@@ -97,6 +78,9 @@ def operands_of(node: fx.Node, row: ValueOperator | None) -> list[fx.Node]:
         nodes = [part for part in given if isinstance(part, fx.Node)] if isinstance(given, (list, tuple)) else []
         return nodes if isinstance(given, (list, tuple)) and len(nodes) == len(given) else []
     first, rest = node.args[0], node.args[1:]
+    if row.is_pair:
+        both = [part for part in node.args if isinstance(part, fx.Node)]
+        return both if len(both) == len(node.args) == 2 and not node.kwargs else []
     if row.form in (Form.ADDS, Form.MULTIPLIES):
         return _pair(node, first, rest)
     return [first] if isinstance(first, fx.Node) else []
@@ -110,7 +94,7 @@ def _pair(node: fx.Node, first: Any, rest: tuple[Any, ...]) -> list[fx.Node]:
     numbers = [part for part in (first, rest[0]) if isinstance(part, (int, float)) and not isinstance(part, bool)]
     if len(both) + len(numbers) != 2 or not both:
         return []
-    if node.target in (operator.truediv, torch.div, "div") and not (numbers and rest[0] in numbers):
+    if node.target in _DIVISIONS and not (numbers and rest[0] in numbers):
         return []
     return both
 

@@ -11,28 +11,18 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from fxquant.graph.plan.floats import find_floats
-from fxquant.graph.plan.operands import (
-    LISTS,
-    SHAPED_LIKE,
-    Chain,
-    Curve,
-    bounds_of,
-    curve_of,
-    fixed_range_of,
-    is_float,
-    is_minus,
-    operands_of,
-    shape_of,
-)
+from fxquant.graph.plan.functions import Functions
+from fxquant.graph.plan.operands import LISTS, Chain, fixed_range_of, is_minus, shape_of
 from fxquant.graph.plan.targets import product_input
+from fxquant.graph.pointwise import Ending, ending_of
 from fxquant.graph.record import Site, Skipped
 from fxquant.graph.values import NO_VALUES, Edge, IntegerCall, Values
 from fxquant.nn.fused import FLOAT_TYPES, linear_relu
 from fxquant.operators import OPERATORS, Operator
-from fxquant.operators.values import MOVING, Form, ValueOperator, arguments_of, find_value_operator
+from fxquant.operators.values import MOVING, Form
 from fxquant.spec import TensorSpec
 
 
@@ -63,7 +53,7 @@ class _Walk:
         self._module, self._static, self._hooked, self._operators = module, static, hooked, operators
         self._nodes = list(module.graph.nodes)
         self._order = {node: number for number, node in enumerate(self._nodes)}
-        self._rows = {node: self._row(node) for node in self._nodes}
+        self._functions = Functions(module, hooked)
         self._wanted: dict[fx.Node, TensorSpec] = {}
         self._made: set[fx.Node] = set()  # as integers
         self._moved: set[fx.Node] = set()  # of those, what other values are moved from
@@ -86,7 +76,8 @@ class _Walk:
             elif node in self._wanted:
                 done |= set(self._visit(node))
         integer = {name for call in self._calls for name in (call.node, *call.absorbed)}
-        floats = find_floats(self._nodes, self._made, self._quantized, integer, self._wanted, self._kind, candidates)
+        kind = self._functions.kind
+        floats = find_floats(self._nodes, self._made, self._quantized, integer, self._wanted, kind, candidates)
         return Values(tuple(self._edges()), tuple(self._calls), floats)
 
     def _site(self, node: fx.Node) -> Site | None:
@@ -98,26 +89,6 @@ class _Walk:
         site = self._site(user)
         return site if site is not None and product_input(user, site, self._operators) is node else None
 
-    def _row(self, node: fx.Node) -> ValueOperator | None:
-        """Return the operator of a function of values, None where its form has no place for the node's arguments."""
-        kind = self._kind(node)
-        row = find_value_operator(kind) if node.op in ("call_function", "call_method", "call_module") else None
-        if row is None or not is_float(node) or (node.op == "call_module" and node.target in self._hooked):
-            return None
-        operands = operands_of(node, row)
-        if not operands or not all(map(is_float, operands)):
-            return None
-        rest = {n for n in node.all_input_nodes if n not in operands and node.target not in SHAPED_LIKE}
-        given = arguments_of(kind, node.args, dict(node.kwargs), self._submodule(node))
-        return None if any(map(is_float, rest)) or not row.takes(given) else row
-
-    def _submodule(self, node: fx.Node) -> nn.Module | None:
-        return self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-    def _kind(self, node: fx.Node) -> Any:
-        module = self._submodule(node)
-        return node.target if module is None else type(module)
-
     # Backward
 
     def _want(self, node: fx.Node) -> None:
@@ -127,7 +98,7 @@ class _Walk:
             if site is not None:
                 assert site.qconfig.activation is not None
                 self._note(node, site.qconfig.activation)
-            elif user in self._wanted and self._rows[user] is not None and node in operands_of(user, self._rows[user]):
+            elif user in self._wanted and node in self._functions.operands(user):
                 self._note(node, self._wanted[user])
 
     def _note(self, node: fx.Node, spec: TensorSpec) -> None:
@@ -139,11 +110,14 @@ class _Walk:
 
     def _visit(self, node: fx.Node) -> list[str]:
         """Decide for a wanted node that is no static site; return what it absorbs."""
-        row = self._rows[node]
+        row, operands = self._functions.row(node), self._functions.operands(node)
         if row is None:
             self._quantize_for_site(node)
             return []
-        operands = operands_of(node, row)
+        functions = self._functions.starting(node) if set(operands) <= self._made else ()
+        function = next((nodes for nodes in functions if nodes[-1] in self._wanted), None)
+        if function is not None:
+            return self._make_table(operands[0], function)
         if row.form in MOVING:
             floats = [operand for operand in operands if operand not in self._made]
             if (node.target in LISTS and floats == operands) or any(shape_of(operand) is None for operand in floats):
@@ -157,7 +131,7 @@ class _Walk:
             rank = len(shape_of(operands[0]) or ())
             self._calls.append(IntegerCall(node=node.name, form=row.form, inputs=self._named(operands), rank=rank))
             return []
-        if all(operand in self._made for operand in operands):
+        if all(operand in self._made for operand in operands) and not row.is_pair:
             return self._make(node, row.form).absorbed
         self._quantize_for_site(node)
         return []
@@ -169,13 +143,14 @@ class _Walk:
 
     def _make(self, node: fx.Node, form: Form, site: Site | None = None) -> Chain:
         """Let a node compute with integers, and do what follows it."""
-        row = self._rows[node]
-        operands = operands_of(node, row) if site is None else [product_input(node, site, self._operators)]
+        operands = self._functions.operands(node)
+        if site is not None:
+            operands = [product_input(node, site, self._operators)]
         for operand in operands:
             if operand not in self._made:
                 self._quantized[operand] = None
-        has_clamp = site is not None or form in (Form.ADDS, Form.MULTIPLIES) or self._has_channels(node)
-        chain = self._absorb(node, site) if has_clamp else Chain(node)
+        has_more = site is not None or form in (Form.ADDS, Form.MULTIPLIES)
+        chain = self._absorb(node, site) if has_more else Chain(node)
         is_made = chain.tail in self._wanted
         if is_made:
             self._made.add(chain.tail)
@@ -188,8 +163,8 @@ class _Walk:
                 output=node.name if is_made else "",
                 low=chain.low,
                 high=chain.high,
-                curve=chain.curve.name,
-                slope=chain.curve.slope,
+                curve=chain.curve,
+                slope=chain.slope,
                 addend=self._named([chain.addend])[0] if chain.addend is not None else "",
                 absorbed=tuple(chain.absorbed),
                 rank=len(shape_of(operands[0]) or ()),
@@ -197,48 +172,63 @@ class _Walk:
         )
         return chain
 
-    def _has_channels(self, node: fx.Node) -> bool:
-        """Return whether a function of values is one for each channel."""
-        row, module = self._rows[node], self._submodule(node)
-        given = arguments_of(self._kind(node), node.args, dict(node.kwargs), module)
-        return row is not None and row.form is Form.LOOKS_UP and row.channels(given) > 0
+    def _make_table(self, source: fx.Node, function: Sequence[fx.Node]) -> list[str]:
+        """Let a table be what some nodes make of a value; return those after the first."""
+        first, *rest = function
+        self._made.add(function[-1])
+        self._names[function[-1]] = first.name
+        absorbed = tuple(node.name for node in rest)
+        self._calls.append(
+            IntegerCall(
+                node=first.name,
+                form=Form.LOOKS_UP,
+                inputs=self._named([source]),
+                output=first.name,
+                absorbed=absorbed,
+                rank=len(shape_of(source) or ()),
+            )
+        )
+        return list(absorbed)
 
     def _absorb(self, node: fx.Node, site: Site | None) -> Chain:
         """Return what a node can do of what follows it: an addition or a curve, by a site, and a clamp."""
         chain = Chain(node, low=0.0 if self._is_rectified(node) else None)
-        while len(chain.tail.users) == 1:
-            (user,) = chain.tail.users
-            bounds = bounds_of(self._kind(user), self._submodule(user), user) if self._rows[user] else None
-            if bounds is not None and operands_of(user, self._rows[user]) == [chain.tail]:
-                chain.low, chain.high = _higher(chain.low, bounds[0]), bounds[1]
-                chain.tail = user
-                chain.absorbed.append(user.name)
+        while True:
+            function, ending = self._ending(chain, site)
+            if function:
+                chain.low, chain.high = _higher(chain.low, ending.low), ending.high
+                chain.curve, chain.slope = ending.curve, ending.slope
+                chain.tail = function[-1]
+                chain.absorbed += [part.name for part in function]
                 break
-            curve = self._curve(chain, site, user)
-            if curve is not None:
-                chain.curve, chain.tail = curve, user
-                chain.absorbed.append(user.name)
-                break
-            addend = self._addend(node, chain, user) if site is not None else None
-            if addend is None:
+            (user,) = chain.tail.users if len(chain.tail.users) == 1 else (None,)
+            addend = self._addend(node, chain, user) if site is not None and user is not None else None
+            if addend is None or user is None:
                 break
             chain.addend, chain.tail = addend, user
             chain.absorbed.append(user.name)
         return chain
 
-    def _curve(self, chain: Chain, site: Site | None, user: fx.Node) -> Curve | None:
-        """Return the curve that a node is, if a site may do it: its integers are wanted, and there is no bound yet."""
-        if site is None or (chain.low, chain.high) != (None, None) or user not in self._wanted or not self._rows[user]:
-            return None
-        return curve_of(self._kind(user), self._submodule(user), user)
+    def _ending(self, chain: Chain, site: Site | None) -> tuple[Sequence[fx.Node], Ending]:
+        """Return the longest function of a chain's result, which nothing else reads, that a node can end with.
+
+        A curve only by a site, without bounds, and where its integers are wanted.
+        """
+        for function in self._functions.after(chain.tail):
+            ending = ending_of(self._module, function) if set(chain.tail.users) <= set(function) else None
+            is_curve = ending is not None and ending.curve != ""
+            may_bend = site is not None and chain.low is None and function[-1] in self._wanted
+            if ending is not None and (may_bend or not is_curve):
+                return function, ending
+        return (), Ending()
 
     def _is_rectified(self, node: fx.Node) -> bool:
         """Return whether a site is one module with its ReLU."""
-        return node.target is linear_relu or (node.op == "call_module" and self._kind(node) in FLOAT_TYPES)
+        return node.target is linear_relu or (node.op == "call_module" and self._functions.kind(node) in FLOAT_TYPES)
 
     def _addend(self, node: fx.Node, chain: Chain, user: fx.Node) -> fx.Node | None:
         """Return what an addition adds to what a site gives, if the site can do that."""
-        row = self._rows[user]
+        row = self._functions.row(user)
         if (
             chain.addend is not None
             or chain.low is not None
@@ -247,7 +237,7 @@ class _Walk:
             or is_minus(user)
         ):
             return None
-        others = [operand for operand in operands_of(user, row) if operand is not chain.tail]
+        others = [operand for operand in self._functions.operands(user) if operand is not chain.tail]
         if len(others) != 1 or others[0] not in self._made or self._order[others[0]] > self._order[node]:
             return None
         return others[0] if shape_of(others[0]) == shape_of(node) else None
@@ -279,7 +269,7 @@ class _Walk:
         for node in values:
             root = self._root(node)
             spec = classes[root]
-            fixed = fixed_range_of(self._kind(node)) if root is node else None
+            fixed = fixed_range_of(self._functions.kind(node)) if root is node else None
             if fixed is not None and not any(self._root(other) is root for other in values if other is not node):
                 spec = replace(spec, range=fixed)
             yield Edge(

@@ -23,6 +23,12 @@ _SAME: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.sigmoid: ("sigmoid.default",),
     torch.tanh: ("tanh.default",),
     torch.clamp: ("clamp.default",),
+    torch.clamp_min: ("clamp_min.default",),
+    torch.clamp_max: ("clamp_max.default",),
+    torch.maximum: ("maximum.default",),
+    torch.minimum: ("minimum.default",),
+    torch.erf: ("erf.default",),
+    torch.pow: ("pow.Tensor_Scalar",),
     torch.exp: ("exp.default",),
     torch.abs: ("abs.default",),
     torch.neg: ("neg.default",),
@@ -81,7 +87,15 @@ _IN_PLACE: dict[Callable[..., Any], str] = {
 }
 """Functions whose keyword says that they write into their operand."""
 
-_METHODS = ("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "clamp_.default", "sigmoid_.default", "tanh_.default")
+_METHODS = (
+    "add_.Tensor",
+    "sub_.Tensor",
+    "mul_.Tensor",
+    "div_.Tensor",
+    "clamp_.default",
+    "sigmoid_.default",
+    "tanh_.default",
+)
 _METHODS_TOO = ("contiguous.default", "expand.default", "repeat.default")
 
 
@@ -120,6 +134,8 @@ def lift_value(root: nn.Module, node: fx.Node, operands: dict[str, Any]) -> None
     elif target is _ATEN.constant_pad_nd.default:
         node.target, node.kwargs = F.pad, {"mode": "constant", "value": operands["value"]}
         node.args = (operands["self"], operands["pad"])
+    elif target is _ATEN.rsub.Scalar and operands["alpha"] == 1:
+        node.target, node.args, node.kwargs = operator.sub, (operands["other"], operands["self"]), {}
     elif target is _ATEN.slice.Tensor:
         _as_index(node, operands)
     elif target is _ATEN.batch_norm.default:

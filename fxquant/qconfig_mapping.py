@@ -137,6 +137,12 @@ class QConfigMapping:
                 return Rule(self.object_type_qconfigs[object_type], entry, True)
         return Rule(self.global_qconfig, Entry(Setter.NONE if self.global_qconfig is None else Setter.GLOBAL), False)
 
+    @property
+    def has_static(self) -> bool:
+        """Whether an entry's qconfig needs calibration."""
+        held = (value.values() if isinstance(value, dict) else [value] for value in vars(self).values())
+        return any(qconfig is not None and qconfig.is_static for qconfigs in held for qconfig in qconfigs)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping in torch.ao's dict form, which `from_dict` takes back."""
         return {
@@ -177,8 +183,7 @@ class QConfigMapping:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, QConfigMapping):
             return NotImplemented
-        # The first regex that matches decides, so their order counts.
-        return self.to_dict().keys() == other.to_dict().keys() and all(
+        return all(  # the first regex that matches decides, so their order counts
             list(a.items()) == list(b.items()) if name == "module_name_regex_qconfigs" else a == b
             for (name, a), b in zip(vars(self).items(), vars(other).values(), strict=True)
         )

@@ -109,7 +109,7 @@ def check_argument(value: Any, name: str, fixed: Any) -> None:
 
 @fx.node.has_side_effect
 def check_sizes(value: Any, name: str, sizes: tuple[tuple[int, int | None], ...]) -> None:
-    """Raise ShapeError unless an input has sizes that its graph was exported for. sizes: the least and the greatest."""
+    """Raise ShapeError unless an input has sizes that its graph was made for. sizes: the least and the greatest."""
     if has_torch_function((value,)):
         handle_torch_function(check_sizes, (value,), value, name, sizes)
         return
@@ -118,8 +118,8 @@ def check_sizes(value: Any, name: str, sizes: tuple[tuple[int, int | None], ...]
     if len(shape) != len(sizes) or not all(fits):
         expected = [str(low) if low == high else f"{low} to {high or 'any'}" for low, high in sizes]
         raise ShapeError(
-            f"{name!r}: this program was exported for ({', '.join(expected)}), got {shape}; export the model again "
-            "with dynamic_shapes for what varies"
+            f"{name!r}: this model was exported, or traced, for ({', '.join(expected)}), got {shape}; export it again "
+            "with dynamic_shapes for what varies, or prepare it with such inputs"
         )
 
 

@@ -18,10 +18,12 @@ from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.utils import rnn
 
 from fxquant import ops
+from fxquant.graph import edit
 from fxquant.graph.constants import method_of
 from fxquant.graph.preserve.attributes import Attributes, watched
 from fxquant.graph.trace.leaves import base_of
-from fxquant.graph.trace.signature import STARS, SignatureCodeGen, check_argument, unpacked
+from fxquant.graph.trace.signature import STARS, SignatureCodeGen, check_argument, check_sizes, unpacked
+from fxquant.graph.trace.sizes import Shapes, SizedProxy, as_sized
 from fxquant.nn import QuantizedModule
 from fxquant.nn.transformer import PLAIN_FORWARDS
 from fxquant.operators import Operator
@@ -62,6 +64,11 @@ class Tracer(fx.Tracer):
         self._operators, self._whole, self._thread = operators, whole, threading.get_ident()
         self.failed = ""  # the path of the innermost module in which tracing failed; "": the root
         self._autocast = _autocast()
+        self.shapes: Shapes | None = None  # where sizes are numbers
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return a node's stand-in."""
+        return super().proxy(node) if self.shapes is None else SizedProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module is called as it is, rather than traced through."""
@@ -78,7 +85,7 @@ class Tracer(fx.Tracer):
 
         torch.fx patches the calls of all modules while it traces; those in other threads run as usual.
         """
-        if threading.get_ident() != self._thread:
+        if self._is_elsewhere():
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         _refuse_keywords(path)  # outside the try: this is a failure of the caller
@@ -91,7 +98,7 @@ class Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Return what forward gets for an attribute; torch.fx cannot combine buffers and param_shapes_constant."""
-        if threading.get_ident() != self._thread:
+        if self._is_elsewhere():
             return attr_val
         if self.proxy_buffer_attributes and isinstance(attr_val, torch.Tensor):
             name = next((name for name, buffer in self.root.named_buffers() if buffer is attr_val), None)
@@ -100,6 +107,10 @@ class Tracer(fx.Tracer):
                     parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
                 return parameter_proxy_cache[name]
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _is_elsewhere(self) -> bool:
+        """Return whether a call is none that is traced: another thread's, or of a node whose shape is asked for."""
+        return threading.get_ident() != self._thread or (self.shapes is not None and self.shapes.is_running)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Yield the parts of what is split into a known number of them, which torch.fx knows only where it unpacks."""
@@ -161,9 +172,7 @@ class Tracer(fx.Tracer):
             default = () if parameter.default is parameter.empty else (parameter.default,)
             value: Any = self.create_proxy("placeholder", name, default, {}, type_expr=hints.get(parameter.name))
             if name in concrete_args:
-                fixed = concrete_args[name]
-                self.create_proxy("call_function", check_argument, (value, name, fixed), {})
-                value = unpacked(parameter.kind, value, fixed)
+                value = self._fix(parameter, name, value, concrete_args[name])
             if value is not parameter.default or has_rest:  # a decorator may look at which arguments are passed
                 bound.arguments[parameter.name] = value
 
@@ -173,13 +182,26 @@ class Tracer(fx.Tracer):
         forward.__annotations__ = {"return": hints["return"]} if "return" in hints else {}
         return forward, []
 
+    def _fix(self, parameter: inspect.Parameter, name: str, value: fx.Proxy, fixed: Any) -> Any:
+        """Let the graph check an argument that it is made for, and return what forward gets for it."""
+        sized = as_sized(fixed)
+        if sized is not None:
+            self.create_proxy("call_function", check_sizes, (value, name, sized.bounds), {})
+            return value
+        self.create_proxy("call_function", check_argument, (value, name, fixed), {})
+        return unpacked(parameter.kind, value, fixed)
+
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a module, its placeholders named as forward's arguments."""
+        if any(as_sized(fixed) is not None for fixed in (concrete_args or {}).values()):
+            self.shapes = Shapes(root, concrete_args or {})
         plain = PLAIN_FORWARDS.get(forward_of(root))
         if plain is not None:  # torch.fx takes the root's forward from its class
             root.__class__ = type(type(root).__name__, (type(root),), {"forward": plain})
         with register_module_buffer_registration_hook(_refuse_stand_in):
             graph = super().trace(root, concrete_args)
+        for node in reversed(graph.find_nodes(op="call_method", target="size") if self.shapes else []):
+            edit.erase_unread(graph, node)
         graph._tracer_cls = _Retracer  # what torch.fx unpickles with
         graph.set_codegen(SignatureCodeGen(root))
         graph.output_node().meta[BUFFERS_ARE_NODES] = self.proxy_buffer_attributes

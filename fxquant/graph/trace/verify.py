@@ -23,6 +23,7 @@ from fxquant.graph.call import Inputs, copies
 from fxquant.graph.preserve.preserve import NOTHING_PRESERVED, Keep, Preserved
 from fxquant.graph.trace.checks import first_line
 from fxquant.graph.trace.signature import Interpreter, arguments_of, describe, fixable
+from fxquant.graph.trace.sizes import Sized, doubled, sizes_of
 from fxquant.graph.trace.trace import Traced, trace
 from fxquant.graph.trace.writes import without_writes
 from fxquant.nn.transformer import avoid_fast_path
@@ -37,6 +38,7 @@ def capture(
     inputs: Inputs,
     preserved: Preserved = NOTHING_PRESERVED,
     recomputes: bool = False,
+    may_fix_sizes: bool = False,
 ) -> Traced:
     """Return a model's graph, run once on the example inputs, so that every node's shapes and dtypes are recorded.
 
@@ -45,14 +47,54 @@ def capture(
     graph with submodules that do not trace called as they are. Never the last two together: such a model (GPT-2, with
     its cache and `generate`) keeps more of itself in its own class, module by module.
 
+    may_fix_sizes: whether a graph for the example inputs' sizes, which checks them, is preferred to one that calls
+    submodules with weights as they are.
+
     The graph has copies of the parameters that forward writes into, and shares all others with the model. recomputes:
     as `Keep` has it. Raises what `trace` and `propagate` raise.
     """
 
     def run(written: frozenset[str]) -> Traced:
-        return _capture(model, operators, inputs, Keep(preserved, None, written, recomputes))
+        keep, whole = Keep(preserved, None, written, recomputes), None
+        try:
+            whole = _capture(model, operators, inputs, keep)
+            if not may_fix_sizes or not any(_has_weights(model.get_submodule(path)) for path in whole.untraced):
+                return whole
+        except (TraceError, ExampleInputsError):
+            if not may_fix_sizes:
+                raise
+            traced = _sized(model, operators, inputs, keep)
+            if traced is None:
+                raise
+            return traced
+        return _sized(model, operators, inputs, keep) or whole
 
     return without_writes(model, run)[0]
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _sized(model: nn.Module, operators: Sequence[Operator], inputs: Inputs, keep: Keep) -> Traced | None:
+    """Return a graph for the sizes of the example inputs, with a warning; None where that does not trace either.
+
+    For any batch, if the model gives the same for a batch of twice the size, too.
+    """
+    for more in ({}, fixable(model, inputs)):
+        for any_batch in (True, False):
+            sizes = sizes_of(model, inputs, any_batch)
+            try:
+                traced = _faithful(model, operators, inputs, {**more, **sizes}, False, keep)
+                if any_batch:
+                    verify(model, traced.module, doubled(model, inputs), keep.written)
+            except Exception:  # of any kind: it is another batch than the user's
+                continue
+            _warn_of_sizes(model, sizes)
+            if more:
+                _warn_of_constants(model, more)
+            return traced
+    return None
 
 
 def _capture(model: nn.Module, operators: Sequence[Operator], inputs: Inputs, keep: Keep) -> Traced:
@@ -108,6 +150,15 @@ def _warn_of_constants(model: nn.Module, constants: dict[str, Any]) -> None:
     warn(
         f"{type(model).__name__} was traced for {arguments}, because its forward branches on such values; the graph "
         "checks them. For others, prepare the model again with them in example_inputs"
+    )
+
+
+def _warn_of_sizes(model: nn.Module, sizes: dict[str, Sized]) -> None:
+    inputs = ", ".join(f"{name} of {sized}" for name, sized in sizes.items())
+    warn(
+        f"{type(model).__name__} was traced for {inputs}, because its forward computes with sizes in Python; the graph "
+        "checks them. For others, prepare the model again with them in example_inputs, or, if it exports with them, "
+        "prepare torch.export.export(model, …, dynamic_shapes=…).module()"
     )
 
 

@@ -163,12 +163,12 @@ def test_other_sizes_are_refused_unless_they_vary():
     batch = torch.export.Dim("batch", max=9)
     model, x = nn.Linear(8, 3), torch.randn(4, 8)
     with pytest.raises(
-        ShapeError, match=r"'input': this program was exported for \(4, 8\), got \(5, 8\); export the mod"
+        ShapeError, match=r"'input': this model was exported, or traced, for \(4, 8\), got \(5, 8\); export"
     ):
         by_fx(export(nn.Sequential(model), x).module(), x)(torch.randn(5, 8))
     quantized = by_fx(export(nn.Sequential(model), x, dynamic_shapes=(({0: batch}),)).module(), x)
     assert quantized(torch.randn(9, 8)).shape == (9, 3)
-    with pytest.raises(ShapeError, match=r"exported for \(\d to 9, 8\), got \(10, 8\)"):
+    with pytest.raises(ShapeError, match=r"or traced, for \(\d to 9, 8\), got \(10, 8\)"):
         quantized(torch.randn(10, 8))
     with pytest.raises(ShapeError, match=r"for \(2, 0 to any\), got \(2,\)"):
         check_sizes(torch.ones(2), "x", ((2, 2), (0, None)))

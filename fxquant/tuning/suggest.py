@@ -12,18 +12,16 @@ from torch import nn
 
 from fxquant.debug.measure.metric import Metric
 from fxquant.debug.measure.trial import Trial
-from fxquant.debug.report.table import site_name
 from fxquant.errors import ArgumentError, QConfigError, each_warning_once, warn
 from fxquant.graph import edit
-from fxquant.graph.record import Site, record_of
+from fxquant.graph.record import record_of
 from fxquant.progress import Progress
 from fxquant.qconfig_mapping import QConfigMapping, default_dynamic_qconfig_mapping
 from fxquant.tuning.ladder import LADDER, check_schemes, scheme_name
 from fxquant.tuning.mapping import by_name, by_type
 from fxquant.tuning.search import Point, Search
+from fxquant.tuning.static import StaticSearch
 from fxquant.tuning.suggestion import Suggestion, SuggestionSite, SuggestionStep
-
-_SHOWN_STATIC = 3
 
 
 def _check_aims(budget: Any, minimize: str) -> None:
@@ -32,19 +30,6 @@ def _check_aims(budget: Any, minimize: str) -> None:
         raise QConfigError(f"minimize is 'bytes' or 'ms', got {minimize!r}")
     if not isinstance(budget, numbers.Real) or math.isnan(budget):
         raise ArgumentError(f"budget is how much worse than float the metric may be, a number, got {budget!r}")
-
-
-def _refuse_static(sites: Sequence[Site]) -> None:
-    """Raise QConfigError for static sites: their integers go from one to the next, so none can change alone."""
-    static = [site for site in sites if site.is_static]
-    if static:
-        names = ", ".join(map(site_name, static[:_SHOWN_STATIC])) + (", …" if len(static) > _SHOWN_STATIC else "")
-        raise QConfigError(
-            f"suggest_mapping chooses among dynamic and weight-only schemes, and under this mapping {len(static)} of "
-            f"{len(sites)} sites are static: {names}. Give it one of dynamic qconfigs (as a qconfig's .as_dynamic is), "
-            "or see with sensitivity(model, qconfig_mapping, data) which static sites do harm, and leave these float "
-            "with set_module_name(path, None)"
-        )
 
 
 @each_warning_once()
@@ -71,21 +56,51 @@ def suggest_mapping(
     error_feedback: whether weights of 3 and 4 bits are rounded by GPTQ, as in `convert_fx(prepared, data=data)`, which
     takes one pass over data, and seconds for a large weight.
 
+    Static sites stay so where the budget allows it; others become "dynamic int8", "int16" or "float": `tuning.static`.
     Each site (for bytes, all places of a tied weight together) is tried alone under its schemes, from the smallest up
     to the first that does little harm; then 10 to 40 whole models are measured by passes over all data: see `search`.
 
     The same arguments give the same mapping; for "ms", the same timings do. The figures are measured on the model that
     the mapping gives. Warns if the result is outside the budget. Raises QConfigError for an unknown `minimize` or
-    scheme or a mapping under which sites are static, and what `sensitivity` raises.
+    scheme, and what `sensitivity` raises.
     """
     _check_aims(budget, minimize)
-    names = check_schemes(schemes)
     mapping = default_dynamic_qconfig_mapping() if qconfig_mapping is None else qconfig_mapping
     trial = Trial(model, mapping, data, metric)
-    _refuse_static(trial.record.sites)
-    search = Search(trial, model, names, budget, -1.0 if higher_is_better else 1.0, minimize, error_feedback)
+    aims = budget, -1.0 if higher_is_better else 1.0, minimize
+    if trial.is_static:
+        return _static_result(StaticSearch(trial, model, schemes, *aims), progress)
+    search = Search(trial, model, check_schemes(schemes), *aims, error_feedback)
     search.run(progress)
     return _result(trial, model, search, is_ours=qconfig_mapping is None)
+
+
+def _static_result(search: StaticSearch, progress: Progress) -> Suggestion:
+    """Return what a search over static sites suggests, or the nearest, with a warning."""
+    point = search.run(progress)
+    if not search.is_within(point):
+        _warn_outside(point.metric, search.budget, len(search.points), search.start)
+    return Suggestion(
+        rows=search.rows(point),
+        mapping=point.mapping,
+        model=point.model,
+        metric=point.metric,
+        bytes=point.bytes,
+        sites=search.sites(point),
+        float_metric=search.start,
+        float_bytes=search.record.float_bytes,
+        budget=search.budget,
+        is_within_budget=search.is_within(point),
+        minimize="ms" if search.is_fast else "bytes",
+        higher_is_better=search.sign < 0,
+    )
+
+
+def _warn_outside(value: float, budget: float, count: int, start: float) -> None:
+    warn(
+        f"suggest_mapping: the metric of the result, {value:.5g}, is outside the budget of {budget:g}; it "
+        f"is the nearest of {count} models, float has {start:.5g}"
+    )
 
 
 def _result(trial: Trial, model: nn.Module, search: Search, is_ours: bool) -> Suggestion:
@@ -99,10 +114,7 @@ def _result(trial: Trial, model: nn.Module, search: Search, is_ours: bool) -> Su
         if search.is_within(value):
             break
     else:
-        warn(
-            f"suggest_mapping: the metric of the result, {value:.5g}, is outside the budget of {search.budget:g}; it "
-            f"is the nearest of {len(search.points)} models, float has {search.start:.5g}"
-        )
+        _warn_outside(value, search.budget, len(search.points), search.start)
     return Suggestion(
         rows=_rows(search, point),
         mapping=mapping,

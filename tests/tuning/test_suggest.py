@@ -15,7 +15,6 @@ from fxquant import (
     QConfigMapping,
     convert_fx,
     default_dynamic_qconfig,
-    default_static_qconfig,
     float16_dynamic_qconfig,
     int4_dynamic_qconfig,
     per_channel_dynamic_qconfig,
@@ -359,12 +358,3 @@ def test_that_a_model_does_not_trace_is_said_once():
 def test_a_metric_that_is_0_for_all_is_an_error(model, data):
     with pytest.raises(ArgumentError, match=r"metric gives 0 or NaN for all .* quantized models that were tried"):
         suggest_mapping(model, data, lambda candidate: 0.0, budget=1.0)
-
-
-def test_a_mapping_with_static_sites_is_refused_with_what_to_do():
-    float_model, batches = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), [(torch.randn(4, 8),)]
-    mapping = QConfigMapping().set_global(default_dynamic_qconfig).set_module_name("2", default_static_qconfig)
-    with pytest.raises(QConfigError, match=r"1 of 2 sites are static: 2\. .*\.as_dynamic.* or see with sensitivity"):
-        suggest_mapping(float_model, batches, budget=0.5, qconfig_mapping=mapping)
-    mapping.set_module_name("2", default_static_qconfig.as_dynamic)  # what the message says works
-    assert suggest_mapping(float_model, batches, budget=0.5, qconfig_mapping=mapping).is_within_budget

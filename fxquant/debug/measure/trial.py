@@ -46,9 +46,8 @@ class Trial:
         self.data, self._metric = list(data), metric
         self.batches = list(each_batch(self.data, model))
         self._hessians: Hessians | None = None
-        self.prepared = self._prepare(model, mapping)
-        is_static = any(site.is_static for site in record_of(self.prepared).sites)  # type: ignore[union-attr]
-        self.quantized = convert_fx(self.prepared, data=self.data if is_static else None, check=False)
+        self.prepared = self.prepare(model, mapping)
+        self.quantized = self._calibrated(self.prepared)
         self.record = need_stage(self.quantized, "quantized", "sensitivity", "a mapping that quantizes something")
         if not self.record.sites:
             raise ModelStateError("the mapping quantizes nothing of this model: there is nothing to try")
@@ -58,6 +57,11 @@ class Trial:
         self._other_sizes = self._sizes_outside(opened)
         is_pure = metric is None and not self.record.untraced  # the code of an untraced module may keep state
         self._partial: PartialPasses | None = partial_passes(self._float, self.batches) if is_pure else None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether any site is static."""
+        return any(site.is_static for site in self.record.sites)
 
     @property
     def is_default(self) -> bool:
@@ -85,7 +89,15 @@ class Trial:
 
     def convert(self, model: nn.Module, mapping: QConfigMapping) -> nn.Module:
         """Return the model quantized with a mapping, prepared with the first batch."""
-        return convert_with(self._prepare(model, mapping), self._hessians)
+        return convert_with(self.prepare(model, mapping), self._hessians)
+
+    def calibrate(self, model: nn.Module, mapping: QConfigMapping) -> nn.Module:
+        """Return the model quantized with a mapping and calibrated on all batches."""
+        return self._calibrated(self.prepare(model, mapping))
+
+    def _calibrated(self, prepared: nn.Module) -> nn.Module:
+        is_static = any(site.is_static for site in record_of(prepared).sites)  # type: ignore[union-attr]
+        return convert_fx(prepared, data=self.data if is_static else None, check=False)
 
     def watch(self, qconfigs: Iterable[tuple[int, QConfig]]) -> None:
         """Round weights by GPTQ with the inputs that they meet in data from now on, if any of these qconfigs uses that.
@@ -130,7 +142,8 @@ class Trial:
         twins = {n: edit.get_tensor(self._float.model, n) for n in others}  # which a float site may share
         return edit.sizes(tensor if (twin := twins[n]) is None else twin for n, tensor in others.items())
 
-    def _prepare(self, model: nn.Module, mapping: QConfigMapping) -> nn.Module:
+    def prepare(self, model: nn.Module, mapping: QConfigMapping) -> nn.Module:
+        """Return the model prepared with a mapping and the first batch."""
         args, kwargs = self.batches[0]
         return prepare_fx(model, mapping, args, example_kwargs=kwargs)
 

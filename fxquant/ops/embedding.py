@@ -194,6 +194,7 @@ _EMBEDDING = Kernel[torch.Tensor](
     prepare=_prepare_embedding,
     finish=lambda out, a: out.view(*a.indices.shape, a.embedding_dim).to(a.dtype),
     on_gpu=OnGpu("triton_embedding", "embedding", _is_for_triton),
+    floats=("dtype",),
 )
 _run_embedding = _EMBEDDING.register()
 
@@ -209,5 +210,6 @@ _EMBEDDING_BAG = Kernel[torch.Tensor](
     prepare=_prepare_bag,
     finish=lambda out, a: out.to(a.dtype),
     on_gpu=OnGpu("triton_embedding", "embedding_bag", _is_bag_for_triton),
+    floats=("per_sample_weights", "dtype"),
 )
 _run_bag = _EMBEDDING_BAG.register()

@@ -248,5 +248,6 @@ _LINEAR = Kernel[torch.Tensor](
     gradient=Gradient(_keep, _give),
     is_cast=True,
     on_gpu=OnGpu("triton_linear", "linear", _is_for_triton),
+    floats=("x", "bias"),
 )
 _run = _LINEAR.register()

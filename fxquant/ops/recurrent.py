@@ -171,13 +171,12 @@ def _serves(a: Any) -> bool:
 
 
 def _prepare_lstm(a: Any) -> Any:
-    is_empty = 0 in (a.x.numel(), a.h0.numel(), a.c0.numel())
-    return None if is_empty else a._replace(c0=floats(a.c0), **_prepare(a))
+    return None if 0 in (a.x.numel(), a.h0.numel(), a.c0.numel()) else a._replace(c0=floats(a.c0), **_prepare(a))
 
 
 def _prepare_rnn(a: Any) -> Any:
-    is_empty = 0 in (a.x.numel(), a.h0.numel())
-    return None if is_empty else a._replace(hidden_biases=[floats(bias) for bias in a.hidden_biases], **_prepare(a))
+    biases = [floats(bias) for bias in a.hidden_biases]
+    return None if 0 in (a.x.numel(), a.h0.numel()) else a._replace(hidden_biases=biases, **_prepare(a))
 
 
 def _prepare(a: Any) -> dict[str, Any]:
@@ -206,6 +205,7 @@ _LSTM = Kernel[tuple[torch.Tensor, torch.Tensor, torch.Tensor]](
     prepare=_prepare_lstm,
     finish=_finish,
     on_gpu=OnGpu("triton_recurrent", "lstm", _serves, host=("batch_sizes",)),
+    floats=("x", "h0", "c0", "biases"),
 )
 _run_lstm = _LSTM.register()
 
@@ -221,5 +221,6 @@ _RNN = Kernel[tuple[torch.Tensor, torch.Tensor]](
     prepare=_prepare_rnn,
     finish=_finish,
     on_gpu=OnGpu("triton_recurrent", "rnn", _serves, host=("batch_sizes",)),
+    floats=("x", "h0", "biases", "hidden_biases"),
 )
 _run_rnn = _RNN.register()

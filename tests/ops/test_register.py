@@ -188,3 +188,41 @@ def test_per_row_is_an_old_name_of_per_token(name):
     registered = getattr(torch.ops.fxquant, name)
     assert same_bits(registered(*arguments, per_token=False), expected)
     assert same_bits(registered.default(*arguments, per_row=False), expected)  # as in files of torch.export
+
+
+def _as(dtype, value):
+    if isinstance(value, list):
+        return [_as(dtype, part) for part in value]
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+
+
+WITH_FLOATS = {
+    "linear": lambda dtype: ((_as(dtype, torch.randn(6, 3).t()), *quantized(4, 6), _as(dtype, torch.randn(4))), {}),
+    "lstm": lambda dtype: ([_as(dtype, a) if i in (0, 2, 3, 6) else a for i, a in enumerate(lstm_arguments())], {}),
+    "rnn": lambda dtype: ([_as(dtype, a) if i in (0, 2, 5, 6) else a for i, a in enumerate(rnn_arguments("gru"))], {}),
+    "embedding": lambda dtype: (table_arguments(), {"dtype": dtype}),
+    "embedding_bag": lambda dtype: (
+        (torch.tensor([[1, 2], [0, 3]]), *table_arguments()[1:]),
+        {"mode": "sum", "per_sample_weights": torch.rand(2, 2).to(dtype), "dtype": dtype},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", WITH_FLOATS)
+def test_other_floats_reach_the_library_without_the_dispatcher(name, dtype, monkeypatch):
+    args, kwargs = WITH_FLOATS[name](dtype)
+    with torch.no_grad():
+        expected = ops.OVERLOADS[name](*args, **kwargs)
+        monkeypatch.setitem(ops.OVERLOADS, name, None if library.available() else ops.OVERLOADS[name])
+        got = getattr(ops, name)(*args, **kwargs)
+    assert same_bits(got, expected)
+    assert (got if isinstance(got, torch.Tensor) else got[0]).dtype == dtype
+
+
+def test_a_gradient_passes_other_floats():
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    ops.linear(x, *LINEAR).sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float64
+    assert x.grad.any()

@@ -256,9 +256,14 @@ def arguments_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return namedtuple(function.__name__, [parameter.name for parameter in parameters], defaults=defaults)
 
 
+PUBLIC: list[Callable[..., Any]] = []
+"""The functions of `fxquant.ops` that graphs call."""
+
+
 def public(function: Callable[P, R]) -> Callable[P, R]:
     """Return a function as one of `fxquant.ops`: graphs, pickles and reports name it by where it is found."""
     function.__module__ = "fxquant.ops"
+    PUBLIC.append(function)
     return function
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxquant import FxQuantError, convert_fx, explain, fuse_fx
+from fxquant import FxQuantError, convert_fx, default_static_qconfig_mapping, explain, fuse_fx, prepare_fx
 from fxquant.graph.module import FxModule
 from fxquant.graph.record import record_of
 from tests.samples import WordLM, everything, lm_inputs, prepare, quantize, same_bits
@@ -257,3 +257,34 @@ def test_the_old_name_of_what_was_skipped_warns():
     record = prepare(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), mapping=everything(None)).record
     with pytest.warns(DeprecationWarning, match=r"record\.left is now record\.skipped"):
         assert record.left == record.skipped != ()
+
+
+class Segmenter(nn.Module):
+    """What stands between static layers: sums, products, pools, padding, interpolations to computed sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.side = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 1)
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        size = x.shape[-2:]
+        y = F.avg_pool2d(F.pad(F.gelu(self.down(x)), (1, 1, 1, 1)), 3, 1)
+        z = self.norm(F.adaptive_avg_pool2d(y, 3) * torch.sigmoid(self.side(y).mean((2, 3), keepdim=True)))
+        z = F.interpolate(F.max_pool2d(z, 2), size=y.shape[-2:], mode="bilinear")
+        z = torch.cat([z + y, y.softmax(1)], 1)
+        return {"out": F.interpolate(self.head(z), size=size, mode="bilinear")}
+
+
+@pytest.mark.parametrize("twin_of", TWINS.values(), ids=TWINS)
+def test_a_static_twin_calls_the_same_functions(twin_of):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 12, 12)
+    prepared = prepare_fx(Segmenter().eval(), default_static_qconfig_mapping(), x)
+    model = convert_fx(prepared, data=[x])
+    twin = twin_of(model)
+    called = {node.target for node in model.graph.nodes if getattr(node.target, "__module__", "") == "fxquant.ops"}
+    assert len(called) >= 7
+    for a, b in zip(model.graph.nodes, twin.graph.nodes, strict=True):
+        assert (a.name, a.op, a.target) == (b.name, b.op, b.target)
+    assert same_bits(twin(x), model(x))

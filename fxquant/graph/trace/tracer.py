@@ -17,7 +17,6 @@ from torch import fx, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.utils import rnn
 
-from fxquant import ops
 from fxquant.graph import edit
 from fxquant.graph.constants import method_of
 from fxquant.graph.preserve.attributes import Attributes, watched
@@ -27,21 +26,20 @@ from fxquant.graph.trace.sizes import Shapes, SizedProxy, as_sized
 from fxquant.nn import QuantizedModule
 from fxquant.nn.transformer import PLAIN_FORWARDS
 from fxquant.operators import Operator
+from fxquant.ops.register import PUBLIC
 
-_LEAF_FUNCTIONS = (
+_LEAF_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     rnn.pack_padded_sequence,
     rnn.pad_packed_sequence,
     rnn.pack_sequence,
     rnn.unpack_sequence,
     rnn.pad_sequence,
     rnn.unpad_sequence,
-    ops.linear,
-    ops.embedding,
-    ops.embedding_bag,
     torch.finfo,
     torch.iinfo,
+    *PUBLIC,
 )
-"""Functions that are not traced through: those of torch that look at values, and ours."""
+"""Functions that are not traced through: those of torch that look at values, and ours, which a pickle's code calls."""
 TRACING = threading.RLock()
 """Held during a trace: torch.fx patches nn.Module for the whole process."""
 

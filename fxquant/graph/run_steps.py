@@ -105,9 +105,8 @@ class _Plan:
         ends = tuple(self._values[node] for node in self._outputs)
         for step_row in self._steps:
             step_row[2] = len(self._steps) if step_row[1] in ends else step_row[2]
-        make = library.function("plan_run")
+        make, rows = library.function("plan_run"), tuple(map(tuple, self._steps))
         assert make is not None
-        rows = tuple(map(tuple, self._steps))
         return make(tuple(self._found), tuple(self._guards.values()), self._count, tuple(given), ends, rows)
 
     def _new(self) -> int:
@@ -153,7 +152,8 @@ def _step_of(module: fx.GraphModule, node: fx.Node) -> Step | None:
         return None if make is None else make(module, node, target)
     if node.op == "call_function" and node.target in _FUNCTIONS:
         return _FUNCTIONS[node.target](module, node)
-    return _flatten(module, node) if (node.op, node.target) == ("call_method", "flatten") else None
+    method = {"flatten": _flatten, "expand_as": _expand}.get(str(node.target)) if node.op == "call_method" else None
+    return None if method is None else method(module, node)
 
 
 def _stored(module: fx.GraphModule, *nodes: Any) -> list[Place | None] | None:
@@ -200,14 +200,8 @@ def _pair(module: fx.GraphModule, node: fx.Node) -> Step | None:
     places = _stored(module, a.a_scale, a.a_zero_point, a.b_scale, a.b_zero_point, a.scale, a.zero_point)
     if places is None or not isinstance(a.a, fx.Node) or not isinstance(a.b, fx.Node):
         return None
-    return Step(
-        Op.COMBINE,
-        (a.a, a.b),
-        places,
-        (a.qmax, node.target is ops.mul_values, getattr(a, "alpha", 1.0) < 0),
-        a.low,
-        a.high,
-    )
+    integers = (a.qmax, node.target is ops.mul_values, getattr(a, "alpha", 1.0) < 0)
+    return Step(Op.COMBINE, (a.a, a.b), places, integers, a.low, a.high)
 
 
 def _max_pool(_: fx.GraphModule, node: fx.Node) -> Step | None:
@@ -218,10 +212,9 @@ def _max_pool(_: fx.GraphModule, node: fx.Node) -> Step | None:
 
 def _averages(module: fx.GraphModule, node: fx.Node) -> Step | None:
     a = _called(node)
-    places = _stored(module, a.x_scale, a.x_zero_point, a.scale, a.zero_point)
-    if places is None:
-        return None
     more: tuple[int, ...]
+    if (places := _stored(module, a.x_scale, a.x_zero_point, a.scale, a.zero_point)) is None:
+        return None
     if node.target is ops.pool_value:
         windows = (*_three(a.kernel), *_three(a.stride), *_three(a.padding, 0), 1, 1, 1)
         more = (*windows, a.ceil_mode, a.count_include_pad, a.divisor or 0)
@@ -275,6 +268,14 @@ def _product(module: fx.GraphModule, node: fx.Node, product: Any) -> Step | None
 def _pass(_: fx.GraphModule, node: fx.Node, module: Any) -> Step | None:
     is_node = len(node.args) == 1 and isinstance(node.args[0], fx.Node)
     return Step(Op.PASS, (node.args[0],)) if is_node and not module.training else None  # type: ignore[arg-type]
+
+
+def _expand(_: fx.GraphModule, node: fx.Node) -> Step | None:
+    """Return a step for y.expand_as(x) where it is only combined with x, which the library does for y as it is."""
+    y, x = (*node.args, None, None)[:2]
+    pairs = [_called(user) for user in node.users if user.target in (ops.add_values, ops.mul_values)]
+    fits = len(pairs) == len(node.users) and all((a.a, a.b) == (x, node) for a in pairs)
+    return Step(Op.PASS, (y,)) if fits and isinstance(y, fx.Node) else None
 
 
 _PASSES = (nn.Identity, nn.Dropout, nn.Dropout2d)

@@ -21,6 +21,7 @@ from torch import fx
 from fxquant.graph.run_steps import known_nodes, plan
 from fxquant.ops import library
 
+_OF_SIZES = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod)
 _LEAST_NODES, _MOST_NODES = 2, 400
 _REFUSALS = 3  # of a run that never came about: its values have other shapes than the library takes
 
@@ -86,9 +87,18 @@ def _find(module: fx.GraphModule) -> list[list[fx.Node]]:
             continue
         if node in known and len(found[-1]) < _MOST_NODES:
             found[-1].append(node)
-        elif found[-1]:
+        elif found[-1] and not _reads_sizes(node):
             found.append([node] if node in known else [])
     return [nodes for nodes in found if len(nodes) >= _LEAST_NODES]
+
+
+def _reads_sizes(node: fx.Node) -> bool:
+    """Return whether a node only reads a tensor's sizes, or computes with such."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    return node.target in _OF_SIZES and all(_reads_sizes(part) for part in node.all_input_nodes)
 
 
 def _ends(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -111,8 +121,9 @@ def _cut(graph: fx.Graph, nodes: Sequence[fx.Node], inputs: Iterable[fx.Node], o
 
 
 def _fused(graph: fx.Graph, runs: dict[fx.Node, tuple[Sequence[fx.Node], Callable[..., Any]]]) -> fx.Graph:
-    """Return the graph with a call for each run, at its last node."""
+    """Return the graph with a call for each run, at its last node; sizes of its values are read after it."""
     inside = {node for nodes, _ in runs.values() for node in nodes}
+    waiting: list[fx.Node] = []
     result = fx.Graph()
     result._codegen = graph._codegen
     twins: dict[fx.Node, fx.Node] = {}
@@ -123,6 +134,11 @@ def _fused(graph: fx.Graph, runs: dict[fx.Node, tuple[Sequence[fx.Node], Callabl
             call = result.call_function(run, tuple(twins[part] for part in inputs))
             for i, output in enumerate(outputs):
                 twins[output] = result.call_function(operator.getitem, (call, i))
+            for each in waiting:
+                twins[each] = result.node_copy(each, lambda n: twins[n])
+            waiting = []
+        elif _reads_sizes(node) and not all(part in twins for part in node.all_input_nodes):
+            waiting.append(node)
         elif node not in inside and (node.op != "get_attr" or any(user not in inside for user in node.users)):
             twins[node] = result.node_copy(node, lambda n: twins[n])
     return result

@@ -160,6 +160,35 @@ def floats(tensor: torch.Tensor) -> torch.Tensor:
     return plain(tensor).to(torch.float32)
 
 
+def is_unwatched(value: Any) -> bool:
+    """Return whether an argument is, or holds, only plain tensors on the CPU that no gradient is wanted for."""
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        return value.is_cpu and not (value.requires_grad and torch.is_grad_enabled())
+    if isinstance(value, (list, tuple)):
+        return all(map(is_unwatched, value))
+    return not hasattr(type(value), "__torch_function__")  # subclasses, and what torch.fx traces with
+
+
+def is_any_mode_active() -> bool:
+    """Return whether torch's modes, function transforms or tracers want to see calls of operators."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+    )
+
+
+def in_float32(value: Any) -> Any:
+    """Return dense float32 for a tensor of floats, the tensors of a list, or a floating dtype; others as they are."""
+    if isinstance(value, list):
+        return [in_float32(part) for part in value]
+    if isinstance(value, torch.dtype):
+        return torch.float32
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.to(torch.float32, memory_format=torch.contiguous_format) if is_float else value
+
+
 def vector(name: str, values: torch.Tensor | None, count: int) -> torch.Tensor:
     """Return a scale or bias as dense floats, or raise ShapeError: the kernels read `count` of them."""
     if values is None or values.numel() != count:

@@ -133,6 +133,11 @@ def _prepare(a: Any) -> Any:
     return a._replace(x=by_pixels(a.x))
 
 
+def _prepare_mean(a: Any) -> Any:
+    is_spatial = a.x.dim() > 2 and {dim % a.x.dim() for dim in a.dims} == set(range(2, a.x.dim()))
+    return _prepare(a) if is_spatial else a
+
+
 def _as_input(out: torch.Tensor, a: Any) -> torch.Tensor:
     return out.contiguous(memory_format=layout(a.x))
 
@@ -157,6 +162,7 @@ _mean = register_value(
     _mean_reference,
     lambda a: check_value("mean_value", a.x),
     _mean_fake,
+    _prepare_mean,
 )
 _pool = register_value(
     pool_value,

@@ -183,12 +183,14 @@ class Kernel(Generic[R]):
             copied: R | None = native(True, first.contiguous(), *args[1:])  # type: ignore[misc]
             if copied is not None:
                 return copied
-        if is_tensor and self.floats and first.is_cpu and not is_any_mode_active():
+        if is_tensor and self.floats and first.is_cpu and not library.is_any_mode_active():
             a = self.arguments(*args)
-            as_floats = {name: in_float32(getattr(a, name)) for name in self.floats}
+            as_floats = {name: library.in_float32(getattr(a, name)) for name in self.floats}
             given = native(True, *a._replace(**as_floats))  # type: ignore[misc]
             if given is not None:
                 return self.finish(given, a)
+        if all(map(library.is_unwatched, args)) and not library.is_any_mode_active():
+            return self.run(*args)
         out: R = OVERLOADS[self.name](*args)
         for part in (out if isinstance(out, tuple) else (out,)) if self.gradient is None else ():
             if isinstance(part, torch.Tensor) and part.requires_grad:
@@ -271,26 +273,6 @@ def per_token_of(per_row: bool) -> bool:
     """Return what the old name of per_token was given, with a DeprecationWarning."""
     warn("per_row of fxquant.ops is now per_token", category=DeprecationWarning)
     return per_row
-
-
-def is_any_mode_active() -> bool:
-    """Return whether torch's modes, function transforms or tracers want to see calls of operators."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-    )
-
-
-def in_float32(value: Any) -> Any:
-    """Return dense float32 for a tensor of floats, the tensors of a list, or a floating dtype; others as they are."""
-    if isinstance(value, list):
-        return [in_float32(part) for part in value]
-    if isinstance(value, torch.dtype):
-        return torch.float32
-    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.to(torch.float32, memory_format=torch.contiguous_format) if is_float else value
 
 
 def check_dense(x: Any, name: str) -> None:

@@ -166,7 +166,39 @@ def _mul_reference(a: Any) -> torch.Tensor:
 
 
 def _pair_fake(a: Any) -> torch.Tensor:
-    return torch.empty_like(a.a + a.b)
+    return torch.empty_like(a.a.to(torch.float32) + a.b.to(torch.float32), dtype=torch.uint8)
+
+
+def _prepare_pair(a: Any) -> Any:
+    """Return a pair as the library takes it: a whole, pixel by pixel, and b like it, or a value for each channel."""
+    x, y = _unexpanded(bare(a.a), a.b), _unexpanded(bare(a.b), a.a)
+    shape: torch.Size = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
+    whole, other = (a.a_scale, a.a_zero_point), (a.b_scale, a.b_zero_point)
+    if x.shape != shape and getattr(a, "alpha", 1.0) > 0:
+        x, y, whole, other = y, x, other, whole
+    by_channel = (*shape[:2], *[1] * (len(shape) - 2))
+    if x.shape != shape or len(shape) < 2:
+        return a
+    y = y.contiguous() if len(shape) > 3 and y.shape == by_channel else by_pixels(y.expand(shape))
+    names = ("a", "a_scale", "a_zero_point", "b", "b_scale", "b_zero_point")
+    return a._replace(**dict(zip(names, (by_pixels(x), *whole, y, *other), strict=True)))
+
+
+def _unexpanded(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return x with size 1 where it was expanded to the size of what it is combined with: x.expand_as(other)."""
+    for dim in range(-min(x.dim(), other.dim()), 0):
+        if x.stride(dim) == 0 != other.stride(dim) and x.shape[dim] == other.shape[dim]:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
+def _finish_pair(out: torch.Tensor, a: Any) -> torch.Tensor:
+    """Return the library's output lying in memory as the reference's does: mostly as a."""
+    like = torch.empty_like(a.a)
+    if a.a.shape != out.shape or a.a.stride() != like.stride():
+        like = _pair_fake(a)
+    same: torch.Tensor = out if out.stride() == like.stride() else like.copy_(out)
+    return same
 
 
 def has_usual_qparams(a: Any) -> bool:
@@ -249,6 +281,8 @@ _add = register_value(
     _add_reference,
     _check_pair("add_values"),
     _pair_fake,
+    _prepare_pair,
+    _finish_pair,
     on_gpu=OnGpu("triton_values", "add", _lies_alike),
 )
 _mul = register_value(
@@ -257,6 +291,8 @@ _mul = register_value(
     _mul_reference,
     _check_pair("mul_values"),
     _pair_fake,
+    _prepare_pair,
+    _finish_pair,
     on_gpu=OnGpu("triton_values", "mul", _lies_alike),
 )
 _pad = register_value(

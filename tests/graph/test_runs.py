@@ -52,6 +52,22 @@ class Gate(nn.Module):
         return self.last(gated), {"gated": F.avg_pool2d(gated, 2)}
 
 
+class Squeeze(nn.Module):
+    """A gate as most squeeze-and-excitation networks write it: by sizes of the input, and expanded to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last, self.pool = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1)
+        self.gate = nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 8), nn.Sigmoid())
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        b, c, h, w = x.size()
+        y = self.gate(self.pool(x).view(b, c)).view(b, c, 1, 1)
+        x = self.last(x * y.expand_as(x))
+        return x.view(b, -1, h * w), x.shape[0]
+
+
 class Join(nn.Module):
     def __init__(self, middle=lambda x: x):
         super().__init__()
@@ -75,6 +91,7 @@ LINEARS = (nn.Linear, 6)
 MODELS = {
     "residual": (Sum, image),
     "gate": (Gate, image),
+    "squeeze": (Squeeze, image),
     "join": (Join, image),
     "two runs": (lambda: Join(lambda x: F.softmax(x, 1)), image),
     "integers leave": (lambda: Join(lambda x: x.flip(2)), image),
@@ -185,6 +202,13 @@ def test_a_run_gives_the_bits_of_its_nodes(name, native):
         assert all(taken is (name not in REFUSED) for taken in native)
     if x.dim() == 4:  # with gaps: one by one
         check(model, x.transpose(2, 3).contiguous().transpose(2, 3))
+
+
+def test_sizes_of_a_value_cut_no_run(native):
+    model, x = make("squeeze")
+    with torch.no_grad():
+        model(x)
+    assert len(native) == (3 if library.available() else 0)  # cut by the two views alone
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "dropout last"])

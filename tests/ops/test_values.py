@@ -1,11 +1,14 @@
 """The operators on integer values: what float arithmetic on the values gives, quantized."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fxquant import ops
 from fxquant.errors import DTypeError, ShapeError
+from tests.native.static_cases import same_places
 
 SCALE, ZERO = torch.tensor(0.05), torch.tensor(100, dtype=torch.int32)
 OUT_SCALE, OUT_ZERO = torch.tensor(0.11), torch.tensor(37, dtype=torch.int32)
@@ -121,3 +124,44 @@ def test_floats_are_refused(name):
 def test_quantize_refuses_integers():
     with pytest.raises(DTypeError, match=r"quantize takes a float tensor, got torch.uint8"):
         ops.quantize(value(3), SCALE, ZERO)
+
+
+def operand(rng, shape):
+    """Return a uint8 tensor that broadcasts to a shape, in a layout that users' models have."""
+    kind = rng.choice(("whole", "whole", "channels", "some", "expanded", "fewer"))
+    own = [*shape[:2], *[1] * (len(shape) - 2)] if kind == "channels" else shape[kind == "fewer" :]
+    own = [rng.choice((n, 1)) for n in own] if kind in ("some", "expanded") else own
+    order = rng.sample(range(len(own)), len(own))
+    x = value(*(own[i] for i in order), seed=rng.randrange(99)).permute([order.index(i) for i in range(len(own))])
+    if rng.random() < 0.4:
+        x = x.contiguous()
+    elif x.dim() == 4 and rng.random() < 0.5:
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif rng.random() < 0.2:
+        x = value(*(2 * n for n in own), seed=1)[tuple(slice(0, n) for n in own)]
+    return x.expand(shape) if kind == "expanded" else x
+
+
+@pytest.mark.parametrize("name", ["add_values", "mul_values"])
+def test_pairs_of_any_layout_have_the_references_numbers_and_strides(name):
+    rng, kernel = random.Random(0), ops.KERNELS[name]
+    for _ in range(300):
+        shape = [rng.choice((1, 2, 3, 5)) for _ in range(rng.choice((1, 2, 3, 4, 4, 5)))]
+        more = (255, rng.choice((1.0, -1.0)), None, 2.0) if name == "add_values" else (255, 0.0, None)
+        pair = operand(rng, shape), operand(rng, shape)
+        args = (pair[0], SCALE, ZERO, pair[1], OUT_SCALE, OUT_ZERO, SCALE, OUT_ZERO, *more)
+        expected, got = kernel.reference(kernel.arguments(*args)), getattr(ops, name)(*args)
+        like = kernel.fake(kernel.arguments(*args))
+        assert torch.equal(got, expected)
+        assert same_places(got, expected), pair
+        assert same_places(like, expected), pair
+
+
+@pytest.mark.parametrize("dims", [[2], [-2, -1], [1]])
+def test_means_lie_as_the_references(dims):
+    kernel, x = ops.KERNELS["mean_value"], value(2, 3, 4, *[5] * (len(dims) - 1))
+    for keepdim in (True, False):
+        args = (x, SCALE, ZERO, OUT_SCALE, OUT_ZERO, dims, keepdim)
+        expected = kernel.reference(kernel.arguments(*args))
+        assert torch.equal(ops.mean_value(*args), expected)
+        assert same_places(ops.mean_value(*args), expected)

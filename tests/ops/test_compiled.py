@@ -1,8 +1,10 @@
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import fxquant
 from fxquant.ops import compiled, library
@@ -27,6 +29,43 @@ def test_compiled_graphs_call_the_native_library(name, monkeypatch):
     assert len(seen) == 1
     native = KERNELS[name].native()
     assert (KERNELS[name].at_once or (lambda native, args: native(True, *args)))(native, seen[0]) is not None
+
+
+@needs_library
+def test_compiled_graphs_check_no_sizes_around_calls():
+    quantized = fxquant.quantize_dynamic(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4)).eval())
+    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
+        _, (code,) = run_and_get_code(torch.compile(quantized, dynamic=False), torch.arange(3))
+    assert "fxquant_calls.linear(" in code
+    written = [line for line in code.splitlines() if line.strip().startswith("assert_size_stride(")]
+    assert len(written) <= 1, written  # torch 2.14 checks the first call's inputs in one line
+
+
+def graph_of_inputs():
+    """Return a graph in which a call alone reads `weight`, and torch as well reads `x`."""
+    graph = torch.fx.Graph()
+    x, weight, scale = map(graph.placeholder, ("x", "weight", "scale"))
+    graph.output((graph.call_function(OVERLOADS["linear"], (x, weight, scale)), graph.call_function(torch.neg, (x,))))
+    return graph
+
+
+def check(name, op_name="input"):
+    return SimpleNamespace(name=name, op_name=op_name)
+
+
+def test_inputs_that_others_read_too_are_checked():
+    kept = ["# a comment", check("x"), check("weight", "aten.add")]
+    wrapper = SimpleNamespace(lines=[*kept, check("weight")], _pending_input_asserts={"x": (), "scale": ()})
+    compiled._leave_out_checks(wrapper, graph_of_inputs())
+    assert wrapper.lines == kept
+    assert wrapper._pending_input_asserts == {"x": ()}
+
+
+@pytest.mark.parametrize("line", ["assert_size_stride(weight, (2, ), (1, ))", SimpleNamespace(op_name="input")])
+def test_checks_that_another_inductor_writes_stay(line):
+    wrapper = SimpleNamespace(lines=[line])
+    compiled._leave_out_checks(wrapper, graph_of_inputs())
+    assert wrapper.lines == [line]
 
 
 class Attention(nn.Module):

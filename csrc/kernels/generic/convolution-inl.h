@@ -10,10 +10,11 @@
  * REGISTERS_TOGETHER             whether the weights of a block's 16s of outputs alternate, or follow each other
  * pack_runs(rows, stride, count, columns, packed, step, sums)
  *                                `count` of 16 rows of weights, 4 columns of each to every `step` bytes; and their sums
- * multiply_pixels(tile, count, registers, sums)
- *                                `count` pixels by 16 * registers outputs
+ * multiply_pixels(tile, count, registers, at)
+ *                                `count` pixels by 16 * registers outputs, and what becomes of their sums (end_pixels);
+ *                                at: where the first one's outputs begin
  * end_pixel(ending, outputs, sums, at)
- *                                what becomes of a pixel's sums; at: where its outputs begin */
+ *                                what becomes of a pixel's sums */
 
 #define FXQ_STATIC .convolution_bytes = convolution_bytes, .convolve = convolve, FXQ_VALUES
 
@@ -25,13 +26,23 @@ struct tile {
     int64_t step, offsets[TILE_PIXELS]; /* of each one's windows; step: if all of them are so far apart, else 0 */
     const int8_t *weights;
     int64_t register_bytes; /* of 16 outputs' weights; 0: they alternate */
-    const int32_t *start;   /* what sums begin with */
+    const struct outputs_64 *outputs;
+    const struct ending *ending;
+    int64_t row; /* from one pixel's outputs to the next one's */
+    /* Where to fetch weights that are needed soon, and how much further with each word of columns; or any place, and 0.
+     */
+    const int8_t *soon;
+    int64_t soon_step;
 };
 
 FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int64_t columns, int8_t *packed,
                           int64_t step, int32_t *sums);
-static void multiply_pixels(const struct tile *tile, int count, int registers, int32_t (*sums)[BLOCK_OUTPUTS]);
+static void multiply_pixels(const struct tile *tile, int count, int registers, int64_t at);
 FXQ_INLINE void end_pixel(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at);
+
+static inline void end_pixels(const struct tile *tile, int count, int32_t (*sums)[BLOCK_OUTPUTS], int64_t at) {
+    for (int i = 0; i < count; i++) end_pixel(tile->ending, tile->outputs, sums[i], at + i * tile->row);
+}
 
 /* One thread's part of a convolution: of one group of channels after another. */
 struct part {
@@ -40,6 +51,8 @@ struct part {
     struct ending ending;
     int8_t *rows, *packed; /* 64 outputs' weights: as they lie, where they must be gathered, and packed */
     int64_t depth;         /* of a window, each run in whole words of 4 */
+    const int8_t *soon;    /* what is left to fetch of the next block's weights, */
+    int64_t soon_bytes;    /* so much: they may have to come from memory */
 };
 
 /* The weights of `count` outputs as rows of runs: where they lie so, or copied. */
@@ -79,33 +92,48 @@ static void pack_outputs(const struct part *p, int64_t n, int64_t count, struct 
     }
 }
 
+static void begin_fetching(struct part *p, int64_t n, int64_t n1) {
+    const int64_t row = p->windows.taps * p->windows.run, count = n1 - n < BLOCK_OUTPUTS ? n1 - n : BLOCK_OUTPUTS;
+    const bool has_more = count > 0 && has_dense_windows(p->call);
+    p->soon = p->call->weight + n * row;
+    p->soon_bytes = has_more ? count * row : 0;
+}
+
+/* A line of the next block's weights with each word of this one's: they have come before the first pixels are over. */
+static void fetch_soon(struct part *p, struct tile *tile) {
+    const int64_t bytes = p->depth / 4 * 64;
+    tile->soon = p->soon_bytes > 0 ? p->soon : p->packed;
+    tile->soon_step = p->soon_bytes > 0 ? 64 : 0;
+    p->soon += bytes;
+    p->soon_bytes -= bytes;
+}
+
 /* `count` pixels of a segment by a block of outputs, from the one at the cursor on; pixel: of the output. even: whether
  * they are of one row. */
-static void multiply_run(const struct part *p, struct cursor *cursor, int64_t pixel, int64_t count, bool even,
+static void multiply_run(struct part *p, struct cursor *cursor, int64_t pixel, int64_t count, bool even,
                          const struct outputs_64 *outputs) {
-    _Alignas(64) int32_t sums[TILE_PIXELS][BLOCK_OUTPUTS];
     const int registers = (int)(outputs->width / 16);
-    const int64_t tiles = (count + TILE_PIXELS - 1) / TILE_PIXELS, row = p->call->outputs;
+    const int64_t tiles = (count + TILE_PIXELS - 1) / TILE_PIXELS;
     struct tile tile = {.windows = &p->windows,
                         .step = even ? cursor->step : 0,
                         .weights = p->packed,
                         .register_bytes = REGISTERS_TOGETHER ? 0 : 16 * p->depth,
-                        .start = outputs->start};
+                        .outputs = outputs,
+                        .ending = &p->ending,
+                        .row = p->call->outputs};
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t first = count * i / tiles, end = count * (i + 1) / tiles;
         if (even) tile.offsets[0] = cursor->offset + first * cursor->step;
         for (int64_t m = first; m < end && !even; m++, advance(cursor)) tile.offsets[m - first] = cursor->offset;
-        multiply_pixels(&tile, (int)(end - first), registers, sums);
-        for (int64_t m = first; m < end; m++) {
-            end_pixel(&p->ending, outputs, sums[m - first], (pixel + m) * row + outputs->first);
-        }
+        fetch_soon(p, &tile);
+        multiply_pixels(&tile, (int)(end - first), registers, (pixel + first) * tile.row + outputs->first);
     }
     if (even) cursor->offset += (count - 1) * cursor->step + cursor->turn;
 }
 
 /* Rows that are long enough are cut into tiles by themselves: then windows are evenly apart. Tiles of others may begin
  * in one row and end in the next. */
-static void multiply_segment(const struct part *p, const struct segment *s, const struct outputs_64 *outputs) {
+static void multiply_segment(struct part *p, const struct segment *s, const struct outputs_64 *outputs) {
     struct cursor cursor = begin_cursor(&p->windows, s);
     if (s->columns < LEAST_EVEN && s->columns < s->count) {
         multiply_run(p, &cursor, s->pixel, s->count, false, outputs);
@@ -123,6 +151,7 @@ static void multiply_outputs(struct part *p, int64_t p0, int64_t p1, int64_t n0,
         const int64_t count = n1 - n < BLOCK_OUTPUTS ? n1 - n : BLOCK_OUTPUTS;
         begin_outputs_64(p->call, n, count, &outputs);
         pack_outputs(p, n, count, &outputs);
+        begin_fetching(p, n + BLOCK_OUTPUTS, n1);
         for (struct segment s = first_segment(&p->windows, p0, p1); s.count; s = next_segment(&p->windows, &s, p1)) {
             find_windows(&p->windows, &s, n / (p->call->outputs / p->call->groups));
             multiply_segment(p, &s, &outputs);

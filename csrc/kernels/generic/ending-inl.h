@@ -1,6 +1,8 @@
 /* What becomes of the sums of static products, as fxquant/ops/static.py says: plain C, vectorized by the compiler.
  *
  * Expects: elementwise-inl.h. */
+#include <math.h>
+
 #include "static.h"
 
 /* An ending, with what all outputs share. A clamp and then a quantization is one clamp, since rounding keeps order:
@@ -8,12 +10,15 @@
 struct ending {
     struct fxq_ending of;
     float inverse, least, most;
+    uint8_t lowest, highest; /* what those are as integers */
+    bool clamps;             /* whether they are within what a byte holds */
     void *y;
 };
 
 /* Up to 64 outputs from `first` on, in whole registers. */
 struct outputs_64 {
     int64_t first, count, width;
+    bool is_near; /* whether each y / scale is a number within ±2^30, whatever the inputs */
     _Alignas(64) float scale[64];
     _Alignas(64) float bias[64];
     _Alignas(64) int32_t start[64]; /* what sums begin with: -zero_point * sum(weights) */
@@ -43,7 +48,20 @@ static struct ending begin_ending(const struct fxq_convolution *c) {
     struct ending e = {.of = *of, .inverse = of->is_float ? 1.0f : 1.0f / of->scale.scale, .y = c->y};
     e.least = least_of(of->scale, e.inverse, of->low);
     e.most = most_of(of->scale, e.inverse, of->high, of->qmax);
+    e.lowest = to_uint8(e.least, e.least, e.most, of->scale.zero_point);
+    e.highest = to_uint8(e.most, e.least, e.most, of->scale.zero_point);
+    e.clamps = e.lowest > 0 || e.highest < 255;
     return e;
+}
+
+/* Whether the sums of any inputs stay near; not so where a scale or a bias is no number. */
+static bool are_near(const struct fxq_convolution *c, const struct outputs_64 *o) {
+    const float most = (float)(c->inputs / c->groups * c->kernel[0] * c->kernel[1] * c->kernel[2]) * (255.0f * 128.0f);
+    const float addend = c->ending.addend ? 255.0f * fabsf(c->ending.addend_scale.scale) : 0.0f;
+    const float bound = fabsf(c->ending.scale.scale) * 0x1p30f;
+    bool all = true;
+    for (int64_t i = 0; i < o->width; i++) all &= most * fabsf(o->scale[i]) + fabsf(o->bias[i]) + addend < bound;
+    return all && !c->ending.is_float && 1.0f / c->ending.scale.scale < INFINITY;
 }
 
 static void begin_outputs_64(const struct fxq_convolution *c, int64_t first, int64_t count, struct outputs_64 *o) {
@@ -55,6 +73,7 @@ static void begin_outputs_64(const struct fxq_convolution *c, int64_t first, int
         o->scale[i] = is_real ? c->ending.weight_scale[first + i] * c->x_scale.scale : 0.0f;
         o->bias[i] = is_real && c->ending.bias ? c->ending.bias[first + i] : -0.0f; /* y + -0 is y, to the bit */
     }
+    o->is_near = are_near(c, o);
 }
 
 FXQ_INLINE float curve_of(float v, enum fxq_curve curve, float slope) {

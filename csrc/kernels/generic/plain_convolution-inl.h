@@ -37,13 +37,15 @@ static void multiply_pixel(const struct tile *tile, int64_t offset, const int8_t
     memcpy(sums, acc, sizeof acc);
 }
 
-static void multiply_pixels(const struct tile *tile, int count, int registers, int32_t (*sums)[BLOCK_OUTPUTS]) {
+static void multiply_pixels(const struct tile *tile, int count, int registers, int64_t at) {
+    int32_t sums[TILE_PIXELS][BLOCK_OUTPUTS];
     for (int r = 0; r < registers; r++) {
         for (int i = 0; i < count; i++) {
             multiply_pixel(tile, tile->step ? tile->offsets[0] + i * tile->step : tile->offsets[i],
-                           tile->weights + r * tile->register_bytes, tile->start + 16 * r, sums[i] + 16 * r);
+                           tile->weights + r * tile->register_bytes, tile->outputs->start + 16 * r, sums[i] + 16 * r);
         }
     }
+    end_pixels(tile, count, sums, at);
 }
 
 FXQ_INLINE void end_pixel(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at) {

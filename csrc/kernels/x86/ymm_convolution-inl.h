@@ -54,8 +54,8 @@ FXQ_INLINE void multiply_pixels_by(const struct tile *tile, const int8_t *w, int
     }
     __m256i acc[TILE_PIXELS][2];
     FXQ_FOR(8, int i = 0; i < count; i++) {
-        acc[i][0] = _mm256_load_si256((const __m256i *)(tile->start + first));
-        acc[i][1] = _mm256_load_si256((const __m256i *)(tile->start + first + 8));
+        acc[i][0] = _mm256_load_si256((const __m256i *)(tile->outputs->start + first));
+        acc[i][1] = _mm256_load_si256((const __m256i *)(tile->outputs->start + first + 8));
     }
     for (int64_t t = 0; t < v->taps; t++) {
         const CONV_VALUE *a[TILE_PIXELS];
@@ -75,7 +75,8 @@ FXQ_INLINE void multiply_pixels_by(const struct tile *tile, const int8_t *w, int
     }
 }
 
-static void multiply_pixels(const struct tile *tile, int count, int registers, int32_t (*sums)[BLOCK_OUTPUTS]) {
+static void multiply_pixels(const struct tile *tile, int count, int registers, int64_t at) {
+    _Alignas(64) int32_t sums[TILE_PIXELS][BLOCK_OUTPUTS];
     for (int r = 0; r < registers; r++) {
         const int8_t *w = tile->weights + r * tile->register_bytes;
         switch (count) {
@@ -89,6 +90,7 @@ static void multiply_pixels(const struct tile *tile, int count, int registers, i
             default: multiply_pixels_by(tile, w, 1, sums, 16 * r);
         }
     }
+    end_pixels(tile, count, sums, at);
 }
 
 FXQ_INLINE void end_pixel(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at) {

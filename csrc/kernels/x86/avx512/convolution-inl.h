@@ -28,18 +28,19 @@ FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int
 }
 
 /* count, registers, even: constants wherever this is inlined. */
-FXQ_INLINE void multiply_pixels_by(const struct tile *tile, int count, int registers, bool even,
-                                   int32_t (*sums)[BLOCK_OUTPUTS]) {
+FXQ_INLINE void multiply_pixels_by(const struct tile *tile, int count, int registers, bool even, int64_t at) {
     const struct windows *v = tile->windows;
+    const struct outputs_64 *o = tile->outputs;
     const int64_t run = v->run, step = tile->step;
-    const int8_t *w = tile->weights;
+    const int8_t *w = tile->weights, *soon = tile->soon;
     __m512i acc[TILE_PIXELS][4];
-    FXQ_FOR(24, int i = 0; i < 4 * count; i++) acc[i / 4][i % 4] = _mm512_load_si512(tile->start + 16 * (i % 4));
+    FXQ_FOR(24, int i = 0; i < 4 * count; i++) acc[i / 4][i % 4] = _mm512_load_si512(o->start + 16 * (i % 4));
     for (int64_t t = 0; t < v->taps; t++) {
         const uint8_t *q[TILE_PIXELS];
         FXQ_FOR(6, int i = 0; i < count; i++) q[i] = v->at[t] + tile->offsets[even ? 0 : i];
-        for (int64_t k = 0; k < run; k += 4, w += 64 * registers) {
+        for (int64_t k = 0; k < run; k += 4, w += 64 * registers, soon += tile->soon_step) {
             __m512i weights[4];
+            _mm_prefetch((const char *)soon, _MM_HINT_T1);
             FXQ_FOR(4, int j = 0; j < registers; j++) weights[j] = _mm512_load_si512(w + 64 * j);
             FXQ_FOR(6, int i = 0; i < count; i++) {
                 int32_t four;
@@ -51,21 +52,27 @@ FXQ_INLINE void multiply_pixels_by(const struct tile *tile, int count, int regis
             }
         }
     }
+    if (registers == 4 && o->count == 64 && is_near(tile->ending, o)) {
+        end_near(tile->ending, o, acc, count, at, tile->row);
+        return;
+    }
+    _Alignas(64) int32_t sums[TILE_PIXELS][BLOCK_OUTPUTS];
     FXQ_FOR(6, int i = 0; i < count; i++) {
         FXQ_FOR(4, int j = 0; j < registers; j++) _mm512_store_si512(sums[i] + 16 * j, acc[i][j]);
     }
+    end_pixels(tile, count, sums, at);
 }
 
-#define FXQ_PIXELS(registers, even, name)                                                                \
-    static void name##_##registers(const struct tile *tile, int count, int32_t (*sums)[BLOCK_OUTPUTS]) { \
-        switch (count) {                                                                                 \
-            case 6: multiply_pixels_by(tile, 6, registers, even, sums); break;                           \
-            case 5: multiply_pixels_by(tile, 5, registers, even, sums); break;                           \
-            case 4: multiply_pixels_by(tile, 4, registers, even, sums); break;                           \
-            case 3: multiply_pixels_by(tile, 3, registers, even, sums); break;                           \
-            case 2: multiply_pixels_by(tile, 2, registers, even, sums); break;                           \
-            default: multiply_pixels_by(tile, 1, registers, even, sums);                                 \
-        }                                                                                                \
+#define FXQ_PIXELS(registers, even, name)                                            \
+    static void name##_##registers(const struct tile *tile, int count, int64_t at) { \
+        switch (count) {                                                             \
+            case 6: multiply_pixels_by(tile, 6, registers, even, at); break;         \
+            case 5: multiply_pixels_by(tile, 5, registers, even, at); break;         \
+            case 4: multiply_pixels_by(tile, 4, registers, even, at); break;         \
+            case 3: multiply_pixels_by(tile, 3, registers, even, at); break;         \
+            case 2: multiply_pixels_by(tile, 2, registers, even, at); break;         \
+            default: multiply_pixels_by(tile, 1, registers, even, at);               \
+        }                                                                            \
     }
 FXQ_PIXELS(1, true, even_pixels)
 FXQ_PIXELS(2, true, even_pixels)
@@ -76,12 +83,12 @@ FXQ_PIXELS(2, false, any_pixels)
 FXQ_PIXELS(3, false, any_pixels)
 FXQ_PIXELS(4, false, any_pixels)
 
-static void multiply_pixels(const struct tile *tile, int count, int registers, int32_t (*sums)[BLOCK_OUTPUTS]) {
+static void multiply_pixels(const struct tile *tile, int count, int registers, int64_t at) {
     switch (registers) {
-        case 4: (tile->step ? even_pixels_4 : any_pixels_4)(tile, count, sums); break;
-        case 3: (tile->step ? even_pixels_3 : any_pixels_3)(tile, count, sums); break;
-        case 2: (tile->step ? even_pixels_2 : any_pixels_2)(tile, count, sums); break;
-        default: (tile->step ? even_pixels_1 : any_pixels_1)(tile, count, sums);
+        case 4: (tile->step ? even_pixels_4 : any_pixels_4)(tile, count, at); break;
+        case 3: (tile->step ? even_pixels_3 : any_pixels_3)(tile, count, at); break;
+        case 2: (tile->step ? even_pixels_2 : any_pixels_2)(tile, count, at); break;
+        default: (tile->step ? even_pixels_1 : any_pixels_1)(tile, count, at);
     }
 }
 
@@ -192,7 +199,7 @@ static void convolve_pixel(const struct windows *v, const struct ending *e, cons
 FXQ_INLINE void end_pixel(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at) {
     __m512i registers[4];
     if (e->of.is_float) {
-        end_plainly(e, o, sums, at);
+        end_reals(e, o, sums, at);
         return;
     }
     FXQ_FOR(4, int j = 0; j < 4; j++) registers[j] = _mm512_load_si512(sums + 16 * j);

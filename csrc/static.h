@@ -52,6 +52,12 @@ void fxq_convolve_in(const struct fxq_convolution *call, int threads, void *scra
 int64_t fxq_convolution_work(const struct fxq_convolution *call);
 int64_t fxq_convolution_bytes(const struct fxq_convolution *call);
 
+/* few_pixels.c: whether there is another way, with so much scratch, of pixels [p0, p1) and outputs [n0, n1). */
+bool fxq_has_few_pixels(const struct fxq_convolution *call);
+int64_t fxq_few_pixels_bytes(const struct fxq_convolution *call);
+void fxq_multiply_few_pixels(const struct fxq_convolution *call, int64_t p0, int64_t p1, int64_t n0, int64_t n1,
+                             void *scratch);
+
 /* transposed_convolution.c: of one that is transposed, as fxq_convolve and fxq_convolve_in; `shared` has
  * output + addend bytes. */
 struct fxq_transposed_bytes {

@@ -12,6 +12,7 @@ struct job {
 static void convolve(void *arg, int thread, int64_t first, int64_t last) {
     const struct job *job = arg;
     void *scratch = job->scratch + thread * job->scratch_bytes;
+    const bool is_few = fxq_has_few_pixels(job->call);
     while (first < last) { /* pieces of the same pixels together: their outputs lie side by side */
         const int64_t row = first / job->output_parts, from = first % job->output_parts;
         const int64_t most = job->output_parts - from, count = last - first < most ? last - first : most;
@@ -21,7 +22,9 @@ static void convolve(void *arg, int thread, int64_t first, int64_t last) {
         if (count == job->output_parts) rows = (last - first) / count; /* and all outputs of some pixels */
         const int64_t p0 = fxq_share(job->pixels, 1, row, job->pixel_parts),
                       p1 = fxq_share(job->pixels, 1, row + rows, job->pixel_parts);
-        if (n0 < n1 && p0 < p1) fxq_active->convolve(job->call, p0, p1, n0, n1, scratch);
+        if (n0 < n1 && p0 < p1) {
+            (is_few ? fxq_multiply_few_pixels : fxq_active->convolve)(job->call, p0, p1, n0, n1, scratch);
+        }
         first += rows * count;
     }
 }
@@ -46,7 +49,7 @@ int64_t fxq_convolution_work(const struct fxq_convolution *c) {
 
 int64_t fxq_convolution_bytes(const struct fxq_convolution *call) {
     const struct fxq_convolution c = as_one_row(*call);
-    return fxq_aligned(fxq_active->convolution_bytes(&c));
+    return fxq_has_few_pixels(&c) ? fxq_few_pixels_bytes(&c) : fxq_aligned(fxq_active->convolution_bytes(&c));
 }
 
 void fxq_convolve_in(const struct fxq_convolution *call, int threads, void *scratch, int64_t scratch_bytes) {

@@ -56,6 +56,51 @@ def test_depthwise_convolutions_of_each_width_give_the_references_bits(channels)
                 assert same_bits(native.static_convolution(*a), expected), (isa, threads)
 
 
+@pytest.mark.parametrize("inputs", [1, 70, 1280])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9])
+def test_linears_of_few_rows_give_the_references_bits(rows, inputs):
+    """Up to 8 rows take the kernels of dynamic products."""
+    x, addend = torch.randint(0, 256, (rows, inputs)).to(torch.uint8), torch.randint(0, 256, (rows, 70)).to(torch.uint8)
+    x[-1], weight = 255, torch.randint(-128, 128, (70, inputs), dtype=torch.int8)
+    product = (
+        static_cases.fenced(x),
+        ONE * 0.5,
+        ZERO + 255,
+        static_cases.fenced(weight),
+        torch.rand(70),
+        torch.randn(70),
+    )
+    for to in ((None, None), (ONE * inputs**0.5 * 40, ZERO + 100)):
+        for more in (
+            {},
+            {"low": 0.0, "high": 900.0},
+            {"addend": addend, "addend_scale": ONE * 9, "addend_zero_point": ZERO + 7},
+        ):
+            a = KERNELS["static_linear"].arguments(*product, *to, **more)
+            expected = KERNELS["static_linear"].reference(a)
+            for isa, threads in SETTINGS:
+                with kernels(isa, threads):
+                    assert same_bits(native.static_linear(*a), expected), (isa, threads, to, more)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30, float("nan"), float("inf")])
+@pytest.mark.parametrize("bias", [0.0, 3e38, float("inf"), float("nan")])
+def test_sums_beyond_any_scale_end_as_the_references(scale, bias):
+    """One of 64 outputs is no number, or far beyond what 32 bits hold in units of the scale."""
+    x, weight = torch.full((1, 8, 13), 255, dtype=torch.uint8), torch.full((64, 8, 1), -128, dtype=torch.int8)
+    weight[::2] = 127
+    scales, biases = torch.full((64,), 0.25), torch.zeros(64)
+    scales[[5, 8]], biases[[6, 9]] = scale, bias
+    for extra in ({}, {"low": 0.0}, {"low": -3.0, "high": 2.0, "qmax": 15}):
+        a = KERNELS["static_convolution"].arguments(
+            x, ONE, ZERO + 3, weight, scales, biases, ONE * 1e-3, ZERO + 9, [1], [0, 0], [1], **extra
+        )
+        expected = KERNELS["static_convolution"].reference(a)
+        for isa in cases.usable():
+            with kernels(isa, 1):
+                assert same_bits(native.static_convolution(*a), expected), (isa, extra)
+
+
 @pytest.mark.parametrize("weight", [-128, 127])
 @pytest.mark.parametrize(("value", "zero_point"), [(255, 0), (0, 255), (255, 255)])
 @pytest.mark.parametrize("groups", [1, 3])

@@ -78,6 +78,8 @@ def why_not(index: int) -> str:
         return "Triton needs a device of capability {}.{} or better, this is {}.{}".format(
             *_LEAST_CAPABILITY, *capability
         )
+    if torch.cuda.is_current_stream_capturing():
+        return ""  # nothing can be tried while a graph is captured
     try:
         _load("triton_values", "probe")(torch.device("cuda", index))
     except Exception as error:  # whatever an installation lacks: a C compiler, ptxas, a driver's symbol
@@ -88,7 +90,10 @@ def why_not(index: int) -> str:
 
 def version() -> str:
     """Return Triton's version."""
-    return importlib.metadata.version("triton")
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # installed under another name, as with torch's nightly builds
+        return str(importlib.import_module("triton").__version__)
 
 
 def state(index: int) -> str:

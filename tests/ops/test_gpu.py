@@ -119,10 +119,35 @@ def test_a_device_that_triton_does_not_take(monkeypatch, forgets, capability, wh
 
     monkeypatch.setattr(gpu, "is_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(gpu, "_load", lambda *_: fail)
     assert why in gpu.why_not(0)
     if capability == (8, 0):
         assert gpu.why_not(0) == "Triton cannot compile here: RuntimeError: Failed to find C compiler."
+
+
+def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch, forgets):
+    monkeypatch.setattr(gpu, "is_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(gpu, "_load", lambda *_: pytest.fail("tried"))
+    assert gpu.why_not(0) == ""
+
+
+def test_what_runs_on_a_gpu_is_said_without_beginning_one(monkeypatch, forgets):
+    assert gpu.summary() == "" or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(gpu, "version", lambda: "3.9.0")
+    monkeypatch.setattr(gpu, "is_installed", lambda: True)
+    assert gpu.summary() == "on CUDA: Triton 3.9.0, not tried yet"
+    assert str(ops.kernel_info()).endswith("; on CUDA: Triton 3.9.0, not tried yet")
+    monkeypatch.setenv("FXQUANT_TRITON", "0")
+    assert gpu.summary() == "on CUDA: plain torch (FXQUANT_TRITON=0 switched it off)"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+    assert gpu.summary() == "on card 1: plain torch (FXQUANT_TRITON=0 switched it off)"
 
 
 @needs_triton

@@ -44,7 +44,7 @@ def calls():
         operands, end = product(format_of(name), 512, 1024, group_size)
         yield "linear", (torch.randn(tokens, 1024), *operands, torch.randn(512), True, True, 255, *end)
     operands, end = product(format_of("int8"), 512, 1000)
-    yield "linear", (torch.randn(3, 1000).bfloat16(), *operands, None, False, False, 127, *end)
+    yield "linear", (torch.randn(3, 1000).bfloat16(), *operands, None, False, False, 127, *end)  # one scale for all
     weight, scales = torch.randint(-127, 128, (64, 128, 3, 3), dtype=torch.int8), torch.rand(64) / 99
     image = _values(1, 128, 14, 14).to(memory_format=torch.channels_last)
     same = ([1, 1], [1] * 4, [1, 1])
@@ -55,6 +55,9 @@ def calls():
     table = (torch.randint(16, (20, 96), dtype=torch.uint8), torch.rand(20), torch.rand(20))
     yield "embedding", (torch.randint(20, (3, 2)), *table, 192, "uint4")
     yield "embedding_bag", (torch.randint(20, (3, 2)), *table, 192, None, "mean", None, False, None, "uint4")
+    bags, weights = torch.tensor([0, 2, 5], dtype=torch.int32), torch.rand(6)
+    yield "embedding_bag", (torch.randint(20, (6,)), *table, 192, bags, "sum", weights, True, 3, "uint4")
+    yield "embedding_bag", (torch.randint(20, (6,)), *table, 192, bags, "max", None, False, None, "uint4")
 
 
 def recurrent_calls():

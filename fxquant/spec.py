@@ -37,7 +37,7 @@ class TensorSpec:
     Raises QConfigError when the fields contradict each other.
     """
 
-    dtype: str
+    dtype: str = "uint8"
     qmin: int = 0
     qmax: int = 0
     symmetric: bool = False

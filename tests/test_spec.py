@@ -118,3 +118,10 @@ def test_an_old_pickle_has_the_new_axis():
 def test_to_dict_goes_through_json():
     spec = TensorSpec(dtype="int8", qmin=-128, qmax=127, symmetric=True, scale_steps=127.5)
     assert TensorSpec(**json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_fewer_levels_need_no_more_than_their_number():
+    spec = TensorSpec(qmax=15)
+    assert (spec.dtype, spec.qmin, spec.qmax, spec.axis) == ("uint8", 0, 15, "tensor")
+    assert str(spec) == "uint8 0–15 affine per tensor"
+    assert fxquant.QConfig(activation=spec, weight=fxquant.default_static_qconfig.weight).is_static

@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from fxquant.debug.measure.regions import Region, integer_regions
 from fxquant.debug.measure.sites import OpenModel, open_float, open_quantized
 from fxquant.debug.report.report import Column, Report
-from fxquant.debug.report.table import megabytes, milliseconds, site_name
+from fxquant.debug.report.table import first_few, megabytes, milliseconds, site_name
 from fxquant.errors import ExampleInputsError, ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, as_arguments
@@ -25,6 +26,7 @@ from fxquant.graph.record import Record, record_of
 from fxquant.ops import KERNELS, kernel_info
 
 _PLAIN = "plain torch"
+_SHOWN_REGIONS = 4
 _BUSY = 0.2
 """If the parts' medians add up to more or less than the call's by more than this share, do not trust the figures."""
 
@@ -68,6 +70,7 @@ class Profile(Report):
     """Every site's milliseconds and bytes, slowest first: print it, show it in a notebook, sort it, or read its lines.
 
     ms, float_ms: of a whole call; bytes, float_bytes: of a whole model; all milliseconds are medians of the rounds.
+    regions: where a static model computes with integers.
     """
 
     rows: tuple[ProfileRow, ...]
@@ -78,6 +81,7 @@ class Profile(Report):
     rounds: int
     threads: int
     kernels: str
+    regions: tuple[Region, ...] = ()
 
     title: ClassVar[str] = "Profile: milliseconds and bytes of each site"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -106,8 +110,19 @@ class Profile(Report):
         return (
             f"a call: {milliseconds(self.ms)} ms{'' if is_alone else speed}; {sizes}",
             *([warning] if is_busy else []),
+            *(
+                [f"integers: {', '.join(first_few(self._regions(), _SHOWN_REGIONS, 'regions'))}"]
+                if self.regions
+                else []
+            ),
             f"medians of {self.rounds} rounds; {self.threads} thread{'s' if self.threads != 1 else ''}, {self.kernels}",
         )
+
+    def _regions(self) -> list[str]:
+        """Return each region in words, with what its sites take."""
+        ms = {row.call or row.path: row.ms for row in self.rows}
+        sums = [sum(ms.get(name, 0.0) for name in region.sites) for region in self.regions]
+        return [f"{region}, sites {milliseconds(spent)} ms" for region, spent in zip(self.regions, sums, strict=True)]
 
 
 class _Timer:
@@ -243,6 +258,7 @@ def profile(model: nn.Module, inputs: Any, *, float_model: nn.Module | None = No
         rounds=rounds,
         threads=torch.get_num_threads(),
         kernels=f"{kernel_info().isa} kernels" if kernel_info().isa else "plain torch, no native kernels",
+        regions=integer_regions(model, record),
     )
     return report.sort("ms")
 

@@ -63,7 +63,7 @@ def prepare_qat_fx(
     preserved = preserve(own, preserved_attributes, preserved_of(own))
     inputs = bind_inputs(own, example_inputs, example_kwargs)
     try:
-        traced = capture(own, operators, inputs, preserved, recomputes=True, may_fix_sizes=mapping.has_static)
+        traced = capture(own, operators, inputs, preserved, recomputes=True, for_static=mapping.has_static)
     except (TraceError, ExampleInputsError) as error:
         prepared = prepare_whole(own, mapping, operators, inputs, error, strict, batch_invariant, is_trained=True)
         return _finished(prepared, model)

@@ -75,7 +75,7 @@ def prepare_fx(
     preserved = preserve(model, preserved_attributes, preserved_of(model))
     inputs = bind_inputs(model, example_inputs, example_kwargs)
     try:
-        traced = capture(model, operators, inputs, preserved, may_fix_sizes=mapping.has_static)
+        traced = capture(model, operators, inputs, preserved, for_static=mapping.has_static)
         if original is not model:
             verify(original, traced.module, inputs)
     except (TraceError, ExampleInputsError) as error:

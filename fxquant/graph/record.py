@@ -194,7 +194,7 @@ class Record:
     @property
     def keep(self) -> Keep:
         """What another trace of the same model has to take care of."""
-        return Keep(self.preserved, self.live, self.written, self.is_trained)
+        return Keep(self.preserved, self.live, self.written, self.is_trained, checks=True)
 
     def __repr__(self) -> str:
         return f"<fused: {len(self.fusions)} chains>" if self.stage == "fused" else f"<{self.stage}: {self.outcome}>"

@@ -19,9 +19,13 @@ import torch
 from torch import fx
 
 from fxquant.graph.run_steps import known_nodes, plan
+from fxquant.graph.trace.conditions import check_condition
 from fxquant.ops import library
 
-_OF_SIZES = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod)
+_OF_SIZES = (
+    *(operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod),
+    *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, check_condition),
+)
 _LEAST_NODES, _MOST_NODES = 2, 400
 _REFUSALS = 3  # of a run that never came about: its values have other shapes than the library takes
 
@@ -93,7 +97,7 @@ def _find(module: fx.GraphModule) -> list[list[fx.Node]]:
 
 
 def _reads_sizes(node: fx.Node) -> bool:
-    """Return whether a node only reads a tensor's sizes, or computes with such."""
+    """Return whether a node only reads a tensor's sizes, computes with such, or checks them."""
     if node.op == "call_method":
         return node.target in ("size", "dim")
     if node.target is getattr:

@@ -30,7 +30,7 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
     if strict:
         _refuse_unasked(model, record)
         _refuse_floats(model, record)
-    if record.sites and not record.is_traced and _asks_for_static(mapping):
+    if record.sites and not record.is_traced and mapping.has_static:
         warn(
             f"this {model} has no graph, and so no values to calibrate: its static qconfigs quantize activations as it "
             "runs (their as_dynamic); data calibrates nothing"
@@ -52,15 +52,6 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
             if reasons or not any(_covers(entry, part, known) for part in decided):
                 why = reasons[0] if reasons else "nothing there has a weight that can be quantized"
                 warn(f"the mapping's {entry} quantizes nothing: {why}; in all, {record.outcome}")
-
-
-def _asks_for_static(mapping: QConfigMapping) -> bool:
-    chosen = (
-        *(mapping.global_qconfig, *mapping.object_type_qconfigs.values(), *mapping.module_name_qconfigs.values()),
-        *mapping.module_name_regex_qconfigs.values(),
-        *mapping.module_name_object_type_order_qconfigs.values(),
-    )
-    return any(qconfig is not None and qconfig.is_static for qconfig in chosen)
 
 
 def _refuse_unasked(model: str, record: Record) -> None:

@@ -116,13 +116,15 @@ class Keep(NamedTuple):
     """What a trace must preserve. preserved: what the graph keeps beside forward. live: the attributes that it
     reads at each call; None: as many of those that may be set as do not steer forward. written: the parameters that
     forward writes into, of which the graph gets copies. recomputes: whether weights that are computed from others
-    (weight_norm, w * 2) are so at each call, as training needs, and not once, now.
+    (weight_norm, w * 2) are so at each call, as training needs, and not once, now. checks: whether the graph checks the
+    conditions on which forward raises (assert), rather than that it does not trace.
     """
 
     preserved: Preserved = NOTHING_PRESERVED
     live: tuple[str, ...] | None = None
     written: frozenset[str] = frozenset()
     recomputes: bool = False
+    checks: bool = False
 
 
 @dataclass

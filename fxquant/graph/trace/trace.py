@@ -224,7 +224,7 @@ def _graph(
     one by an input's size, or if kept code may write into one.
     """
     failures = []
-    model, device, (preserved, _, written, recomputes) = source
+    model, device, (preserved, _, written, recomputes, checks) = source
     nodes_first = _keeps_buffers(model, preserved)
     for buffers_are_nodes in (nodes_first, not nodes_first):
         root, tracer = edit.mirror(model, device, hooks=False, written=written), make_tracer()
@@ -232,7 +232,7 @@ def _graph(
             make_plain(root)
         give_class_values(root, preserved)
         states = replace(wanted, read={}, checked={}, baked={})
-        tracer.proxy_buffer_attributes = buffers_are_nodes
+        tracer.proxy_buffer_attributes, tracer.checks = buffers_are_nodes, checks
         buffers, attributes = _buffers(root), _attributes(root)
         try:
             watching = watched(root, tracer, states) if preserved.names else nullcontext()

@@ -8,6 +8,7 @@ import functools
 import inspect
 import keyword
 import operator
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,9 +18,11 @@ from torch import fx, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.utils import rnn
 
+from fxquant.frames import caller
 from fxquant.graph import edit
 from fxquant.graph.constants import method_of
 from fxquant.graph.preserve.attributes import Attributes, watched
+from fxquant.graph.trace.conditions import check_condition, required_outcome
 from fxquant.graph.trace.leaves import base_of
 from fxquant.graph.trace.signature import STARS, SignatureCodeGen, check_argument, check_sizes, unpacked
 from fxquant.graph.trace.sizes import Shapes, SizedProxy, as_sized
@@ -60,6 +63,7 @@ class Tracer(fx.Tracer):
         super().__init__(autowrap_functions=_LEAF_FUNCTIONS, param_shapes_constant=True)
         self._autowrap_search += [rnn, torch]  # also where a model calls them as nn.utils.rnn.pack_padded_sequence
         self._operators, self._whole, self._thread = operators, whole, threading.get_ident()
+        self.checks = False  # whether the graph checks conditions on which forward raises
         self.failed = ""  # the path of the innermost module in which tracing failed; "": the root
         self._autocast = _autocast()
         self.shapes: Shapes | None = None  # where sizes are numbers
@@ -109,6 +113,14 @@ class Tracer(fx.Tracer):
     def _is_elsewhere(self) -> bool:
         """Return whether a call is none that is traced: another thread's, or of a node whose shape is asked for."""
         return threading.get_ident() != self._thread or (self.shapes is not None and self.shapes.is_running)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Return what a condition has to be, lest forward raise, and make the graph check it; TraceError for others."""
+        required = required_outcome(sys._getframe(2)) if self.checks else None
+        if required is None:
+            return super().to_bool(obj)
+        self.create_proxy("call_function", check_condition, (obj, required, caller()), {})
+        return required
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Yield the parts of what is split into a known number of them, which torch.fx knows only where it unpacks."""

@@ -38,7 +38,7 @@ def capture(
     inputs: Inputs,
     preserved: Preserved = NOTHING_PRESERVED,
     recomputes: bool = False,
-    may_fix_sizes: bool = False,
+    for_static: bool = False,
 ) -> Traced:
     """Return a model's graph, run once on the example inputs, so that every node's shapes and dtypes are recorded.
 
@@ -47,21 +47,22 @@ def capture(
     graph with submodules that do not trace called as they are. Never the last two together: such a model (GPT-2, with
     its cache and `generate`) keeps more of itself in its own class, module by module.
 
-    may_fix_sizes: whether a graph for the example inputs' sizes, which checks them, is preferred to one that calls
-    submodules with weights as they are.
+    for_static: whether a graph is needed, for values to be calibrated. Then it checks conditions on which forward raises,
+    and one for the example inputs' sizes, which checks them, is preferred to one that calls submodules with weights as
+    they are.
 
     The graph has copies of the parameters that forward writes into, and shares all others with the model. recomputes:
     as `Keep` has it. Raises what `trace` and `propagate` raise.
     """
 
     def run(written: frozenset[str]) -> Traced:
-        keep, whole = Keep(preserved, None, written, recomputes), None
+        keep, whole = Keep(preserved, None, written, recomputes, checks=for_static), None
         try:
             whole = _capture(model, operators, inputs, keep)
-            if not may_fix_sizes or not any(_has_weights(model.get_submodule(path)) for path in whole.untraced):
+            if not for_static or not any(_has_weights(model.get_submodule(path)) for path in whole.untraced):
                 return whole
         except (TraceError, ExampleInputsError):
-            if not may_fix_sizes:
+            if not for_static:
                 raise
             traced = _sized(model, operators, inputs, keep)
             if traced is None:

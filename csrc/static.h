@@ -104,6 +104,35 @@ struct fxq_pool {
 };
 int fxq_pool_windows(const struct fxq_pool *call, int threads);
 
+/* moves.c. By rows, each channel is an image of its own with one. */
+struct fxq_pad {
+    const uint8_t *x;                                                          /* (batch, in..., channels) */
+    int64_t batch, channels, in[FXQ_SPACE], out[FXQ_SPACE], before[FXQ_SPACE]; /* before: negative: cut off */
+    uint8_t zero_point;
+    uint8_t *y;
+};
+void fxq_pad_value(const struct fxq_pad *call, int threads);
+
+/* Linear interpolation. step: from one output to the next, in inputs. */
+struct fxq_resize {
+    const uint8_t *x;
+    int64_t batch, channels, in[FXQ_SPACE], out[FXQ_SPACE];
+    double step[FXQ_SPACE];
+    bool aligns_corners;
+    uint8_t *y;
+};
+void fxq_resize_value(const struct fxq_resize *call, int threads);
+
+/* A table of 256 integers for each channel. by_rows: q is (images, channels, pixels), else (images, pixels, channels).
+ */
+struct fxq_tables {
+    const uint8_t *q, *tables;
+    int64_t images, channels, pixels;
+    bool by_rows;
+    uint8_t *out;
+};
+void fxq_look_up_channels(const struct fxq_tables *call, int threads);
+
 /* run.c: operators one after another, in one call. Values are known by their number; those with channels lie pixel by
  * pixel. */
 enum { FXQ_RANK = 2 + FXQ_SPACE, FXQ_STEP_INPUTS = 16, FXQ_MOST_VALUES = 512 };
@@ -116,7 +145,11 @@ enum fxq_operator {
     FXQ_POOL,
     FXQ_LOOK_UP,
     FXQ_FLATTEN,
-    FXQ_JOIN /* channels of one value after those of another */
+    FXQ_JOIN, /* channels of one value after those of another */
+    FXQ_PAD,
+    FXQ_RESIZE,
+    FXQ_LOOK_UP_CHANNELS,
+    FXQ_STEPS
 };
 
 struct fxq_value {
@@ -136,6 +169,9 @@ struct fxq_step {
         struct fxq_convolution convolution;
         struct fxq_pair pair;
         struct fxq_pool pool;
+        struct fxq_pad pad;
+        struct fxq_resize resize;
+        struct fxq_tables tables;
         struct {
             struct fxq_scale scale;
             int qmax;

@@ -64,6 +64,7 @@ TESTED_ELSEWHERE = {
     "graph.plan.floats": "tests/graph/plan/test_values.py, with the decisions about values",
     "graph.plan.operands": "tests/graph/plan/test_values.py, with the decisions about values",
     "graph.record": "tests/graph/test_plain.py: what a record holds, and in files",
+    "graph.run_nodes": "tests/graph/test_runs.py, with the runs that are made of them",
     "graph.run_steps": "tests/graph/test_runs.py, with the runs that are made of them",
     "graph.why": "tests/debug/test_explain.py: the reasons that explain gives",
     "graph.whole": "tests/test_quantize_fx.py: models that do not trace",

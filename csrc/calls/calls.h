@@ -86,5 +86,8 @@ CALL(mean_value);
 CALL(pool_value);
 CALL(adaptive_pool_value);
 CALL(max_pool_value);
+CALL(pad_value);
+CALL(resize_value);
+CALL(lookup_channels);
 
 #endif

@@ -15,4 +15,8 @@ object new_output(object asks, const int64_t *shape, int dimensions, bool says, 
 int64_t pooled_size(const struct fxq_pool *c, int i, bool rounds_up);
 bool sums_fit(const struct fxq_pool *c);
 
+/* moves.c */
+int64_t padded_size(int64_t size, int64_t before, int64_t after);
+bool resized(struct fxq_resize *c, int i, int64_t size, double factor);
+
 #endif

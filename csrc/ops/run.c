@@ -125,6 +125,9 @@ static void run_step(const struct run *run, int thread_count, const struct fxq_s
         case FXQ_COMBINE: fxq_combine(&s->call.pair, thread_count); break;
         case FXQ_POOL: fxq_pool_windows(&s->call.pool, thread_count); break;
         case FXQ_LOOK_UP: fxq_look_up(x->data, count_of(x), s->call.single.table, y->data, thread_count); break;
+        case FXQ_PAD: fxq_pad_value(&s->call.pad, thread_count); break;
+        case FXQ_RESIZE: fxq_resize_value(&s->call.resize, thread_count); break;
+        case FXQ_LOOK_UP_CHANNELS: fxq_look_up_channels(&s->call.tables, thread_count); break;
         case FXQ_FLATTEN: turn(x, true, x->data, y->data, thread_count); break;
         default: join_all(s, run->values, thread_count);
     }
@@ -162,6 +165,15 @@ static void bind(struct run *run, struct fxq_step *s) {
     } else if (s->operator == FXQ_POOL) {
         s->call.pool.x = x->data;
         s->call.pool.y = y->data;
+    } else if (s->operator == FXQ_PAD) {
+        s->call.pad.x = x->data;
+        s->call.pad.y = y->data;
+    } else if (s->operator == FXQ_RESIZE) {
+        s->call.resize.x = x->data;
+        s->call.resize.y = y->data;
+    } else if (s->operator == FXQ_LOOK_UP_CHANNELS) {
+        s->call.tables.q = x->data;
+        s->call.tables.out = y->data;
     }
     const bool turns = s->operator == FXQ_QUANTIZE ? x->by_rows : s->operator == FXQ_DEQUANTIZE && y->by_rows;
     if (turns) turned = count_of(x);

@@ -50,7 +50,7 @@ static bool read_step(PyObject *tuple, const struct plan *plan, struct fxq_step 
     template->low = read_bound(PyTuple_GetItem(tuple, 6), -INFINITY);
     template->high = read_bound(PyTuple_GetItem(tuple, 7), INFINITY);
     template->slope = read_bound(PyTuple_GetItem(tuple, 8), 0.0f);
-    return !PyErr_Occurred() && operator >= 0 && operator <= FXQ_JOIN && output >= 0 && output < plan->value_count &&
+    return !PyErr_Occurred() && operator >= 0 && operator < FXQ_STEPS && output >= 0 && output < plan->value_count &&
            step->input_count > 0 && places >= 0 && integers >= 0;
 }
 

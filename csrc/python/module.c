@@ -144,6 +144,9 @@ static PyMethodDef methods[] = {FAST(set_torch),
                                 FAST(pool_value),
                                 FAST(adaptive_pool_value),
                                 FAST(max_pool_value),
+                                FAST(pad_value),
+                                FAST(resize_value),
+                                FAST(lookup_channels),
                                 FAST(plan_run),
                                 FAST(run),
                                 FAST(use_huge_pages),
@@ -166,7 +169,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     fxq_begin();
     fxq_is_registered = true; /* by the package, if not by the other door before */
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "interface", 13) != 0)
+    if (module && PyModule_AddIntConstant(module, "interface", 14) != 0)
         Py_CLEAR(module); /* of library.py's _INTERFACE */
     return module;
 }

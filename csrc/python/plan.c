@@ -157,6 +157,63 @@ static bool prepare_pool(const struct template *t, const struct tensor *tensors,
     return sums_fit(c);
 }
 
+/* places: the zero point. integers: padding before and after of each dimension. */
+static bool prepare_pad(const struct template *t, const struct tensor *tensors, struct fxq_step *s,
+                        struct fxq_value *values) {
+    const struct fxq_value *x = &values[s->inputs[0]];
+    struct fxq_value *y = &values[s->output];
+    struct fxq_pad *c = &s->call.pad;
+    if (t->places[0] < 0 || x->is_float || x->dimensions < 3) return false;
+    const struct tensor *zero_point = &tensors[t->places[0]];
+    const int64_t fill = zero_point->kind == INT32 && zero_point->count == 1 ? *(const int32_t *)zero_point->data : -1;
+    *c = (struct fxq_pad){.batch = x->shape[0], .channels = x->shape[1], .zero_point = (uint8_t)fill};
+    *y = (struct fxq_value){.dimensions = x->dimensions, .shape = {c->batch, c->channels}, .data = y->data};
+    for (int i = 0; i < FXQ_SPACE; i++) {
+        const int at = i - FXQ_RANK + x->dimensions;
+        c->in[i] = at < 0 ? 1 : x->shape[2 + at];
+        c->before[i] = t->integers[2 * i];
+        c->out[i] = padded_size(c->in[i], c->before[i], t->integers[2 * i + 1]);
+        if (c->out[i] < 1 || (at < 0 && c->out[i] != 1)) return false;
+        if (at >= 0) y->shape[2 + at] = c->out[i];
+    }
+    return fill >= 0 && fill <= 255;
+}
+
+/* integers: the rank, whether corners are aligned, sizes, and factors, which are the bits of doubles; 0: not given. */
+static bool prepare_resize(const struct template *t, struct fxq_step *s, struct fxq_value *values) {
+    const struct fxq_value *x = &values[s->inputs[0]];
+    struct fxq_value *y = &values[s->output];
+    struct fxq_resize *c = &s->call.resize;
+    const int rank = x->dimensions - 2;
+    if (rank < 1 || x->is_float || t->integers[0] != rank) return false;
+    *c = (struct fxq_resize){.batch = x->shape[0], .channels = x->shape[1], .aligns_corners = t->integers[1]};
+    *y = (struct fxq_value){.dimensions = x->dimensions, .shape = {c->batch, c->channels}, .data = y->data};
+    for (int i = 0; i < FXQ_SPACE; i++) {
+        const int at = i - FXQ_SPACE + rank;
+        double factor;
+        memcpy(&factor, &t->integers[5 + i], sizeof factor);
+        c->in[i] = at < 0 ? 1 : x->shape[2 + at];
+        if (!resized(c, i, at < 0 ? 1 : t->integers[2 + i], at < 0 ? 0.0 : factor)) return false;
+        if (at >= 0) y->shape[2 + at] = c->out[i];
+    }
+    return true;
+}
+
+/* places: the tables. */
+static bool prepare_tables(const struct template *t, const struct tensor *tensors, struct fxq_step *s,
+                           struct fxq_value *values) {
+    const struct fxq_value *x = &values[s->inputs[0]];
+    struct fxq_value *y = &values[s->output];
+    if (t->places[0] < 0 || x->is_float || x->dimensions < 3) return false;
+    const struct tensor *table = &tensors[t->places[0]];
+    y->dimensions = x->dimensions;
+    memcpy(y->shape, x->shape, sizeof y->shape);
+    s->call.tables = (struct fxq_tables){
+        .tables = table->data, .images = x->shape[0], .channels = x->shape[1], .pixels = fxq_pixels(x)};
+    return table->kind == UINT8 && table->dimensions == 2 && table->shape[0] == x->shape[1] && table->shape[1] == 256 &&
+           table->strides[1] == 1 && (table->shape[0] == 1 || table->strides[0] == 256);
+}
+
 static bool prepare_flat(struct fxq_step *s, struct fxq_value *values) {
     const struct fxq_value *x = &values[s->inputs[0]];
     struct fxq_value *y = &values[s->output];
@@ -208,6 +265,9 @@ static bool prepare(const struct template *template, const struct tensor *tensor
         case FXQ_POOL: return prepare_pool(template, tensors, step, values);
         case FXQ_FLATTEN: return prepare_flat(step, values);
         case FXQ_JOIN: return prepare_join(step, values);
+        case FXQ_PAD: return prepare_pad(template, tensors, step, values);
+        case FXQ_RESIZE: return prepare_resize(template, step, values);
+        case FXQ_LOOK_UP_CHANNELS: return prepare_tables(template, tensors, step, values);
         default: return prepare_single(template, tensors, step, values);
     }
 }
@@ -215,7 +275,8 @@ static bool prepare(const struct template *template, const struct tensor *tensor
 /* Whether an operator by itself would give its output by rows: as its input lies, or looks to. */
 static bool gives_rows(const struct fxq_step *step, const struct fxq_value *values) {
     const struct fxq_value *x = &values[step->inputs[0]];
-    const bool has_windows = step->operator == FXQ_CONVOLVE || step->operator == FXQ_POOL;
+    const bool has_windows = step->operator == FXQ_CONVOLVE || step->operator == FXQ_POOL ||
+                             step->operator == FXQ_PAD || step->operator == FXQ_RESIZE;
     return x->by_rows || x->dimensions < 4 || (has_windows && (x->shape[1] == 1 || fxq_pixels(x) == 1));
 }
 

@@ -56,6 +56,8 @@ struct Values {
         if (type == "int" || type == "SymInt") return keep(values::to<int64_t>(value));
         if (type == "int?") return keep(values::to<std::optional<int64_t>>(value));
         if (type == "int[]" || type == "SymInt[]") return keep(values::to<std::vector<int64_t>>(value));
+        if (type == "SymInt[]?") return keep(values::to<std::optional<std::vector<int64_t>>>(value));
+        if (type == "float[]?") return keep(values::to<std::optional<std::vector<double>>>(value));
         if (type == "float") return keep(values::to<double>(value));
         if (type == "float?") return keep(values::to<std::optional<double>>(value));
         if (type == "str") return keep(values::to<std::string>(value));

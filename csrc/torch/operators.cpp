@@ -53,6 +53,10 @@ const Operator operators[OPERATORS] = {
      "(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode=False) -> "
      "Tensor",
      max_pool_value, Operands::PIXELS, 1},
+    {"pad_value", "", "(Tensor x, Tensor zero_point, SymInt[] pad) -> Tensor", pad_value, Operands::ANYHOW, 1},
+    {"resize_value", "", "(Tensor x, SymInt[]? size=None, float[]? factors=None, bool align_corners=False) -> Tensor",
+     resize_value, Operands::ANYHOW, 1},
+    {"lookup_channels", "", "(Tensor q, Tensor table) -> Tensor", lookup_channels, Operands::ANYHOW, 1},
     {"lstm", "per_token",
      "(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, Tensor[] scales, "
      "Tensor[] biases, bool bidirectional=False, bool per_token=True, int qmax=255, str[]? "

@@ -27,7 +27,7 @@ struct Operator {
     Operands operands;
     int results;
 };
-constexpr int OPERATORS = 18;
+constexpr int OPERATORS = 21;
 extern const Operator operators[OPERATORS];
 
 /* An operator's arguments, as its schema has them. */

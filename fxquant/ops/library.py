@@ -24,7 +24,7 @@ from fxquant.ops import gpu
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
 
 KERNELS_FILE, OPERATORS_FILE = "libfxquant_kernels.so.1", "libfxquant_ops.so.1"  # as setup.py names them
-_INTERFACE = 13  # what module.c says it is: a library left from another version is not called
+_INTERFACE = 14  # what module.c says it is: a library left from another version is not called
 
 
 @dataclass(frozen=True)

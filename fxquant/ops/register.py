@@ -60,10 +60,9 @@ class Kernel(Generic[R]):
     returns empty outputs. prepare: returns the arguments as the native library takes them (dense, float32), or None
     where the reference is to run. finish: (what the library returned, arguments), returns the outputs. gradient: None
     where a gradient that comes back is an error. is_cast: whether torch.autocast casts an eager call's output.
-    is_native: whether the native library has it. at_once: (the native library's function, arguments), returns its
-    result for operands as they lie, or None; not needed where that is the function's own. on_gpu: its Triton function;
-    None: on a GPU it is the reference alone. floats: the arguments that are of other floats in a model of such, for
-    which the library gets float32.
+    at_once: (the native library's function, arguments), returns its result for operands as they lie, or None; not
+    needed where that is the function's own. on_gpu: its Triton function; None: on a GPU it is the reference alone.
+    floats: the arguments that are of other floats in a model of such, for which the library gets float32.
     """
 
     name: str
@@ -76,7 +75,6 @@ class Kernel(Generic[R]):
     finish: Callable[[Any, Any], R]
     gradient: Gradient | None = None
     is_cast: bool = False
-    is_native: bool = True
     at_once: Callable[[Callable[..., Any], tuple[Any, ...]], R | None] | None = None
     on_gpu: gpu.OnGpu | None = None
     floats: tuple[str, ...] = ()
@@ -102,7 +100,7 @@ class Kernel(Generic[R]):
 
     def native(self) -> Callable[..., Any] | None:
         """Return the native library's function, None where there is none."""
-        return library.function(self.name) if self.is_native else None
+        return library.function(self.name)
 
     def run_native(self, a: Any) -> R | None:
         """Return the native kernel's result for operands made dense, or None where the reference is to run."""

@@ -9,7 +9,7 @@ import torch
 
 from fxquant.errors import ShapeError
 from fxquant.ops.register import public
-from fxquant.ops.values import check_value, layout, register_value
+from fxquant.ops.values import as_it_lies, check_value, layout, register_value
 
 
 @public
@@ -68,5 +68,5 @@ _resize = register_value(
     _resize_reference,
     _check_resize,
     lambda a: a.x.new_empty((*a.x.shape[:2], *_sizes(a))).contiguous(memory_format=layout(a.x)),
-    is_native=False,
+    as_it_lies,
 )

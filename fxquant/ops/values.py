@@ -118,6 +118,11 @@ def by_pixels(x: torch.Tensor) -> torch.Tensor:
     return bare(x).movedim(1, -1).contiguous().movedim(-1, 1)
 
 
+def as_it_lies(a: Any) -> Any:
+    """Return arguments whose x, or a copy, is dense, by rows or by pixels."""
+    return a._replace(x=bare(a.x).contiguous(memory_format=layout(a.x)))
+
+
 def check_value(name: str, x: torch.Tensor) -> None:
     """Raise DTypeError unless x is uint8."""
     if x.dtype != torch.uint8:
@@ -151,6 +156,12 @@ def _lookup_channels_reference(a: Any) -> torch.Tensor:
     at = a.q.to(torch.int32) + first.view(-1, *[1] * (a.q.dim() - 2))
     found: torch.Tensor = a.table.view(-1).index_select(0, at.reshape(-1)).view(a.q.shape)
     return found.contiguous(memory_format=layout(a.q))
+
+
+def _pad_reference(a: Any) -> torch.Tensor:
+    centred = F.pad(a.x.to(torch.int16).sub_(a.zero_point), list(a.pad))
+    padded: torch.Tensor = centred.add_(a.zero_point).to(torch.uint8)
+    return padded.contiguous(memory_format=layout(a.x))
 
 
 def _add_reference(a: Any) -> torch.Tensor:
@@ -224,7 +235,6 @@ def register_value(
     fake: Callable[[Any], torch.Tensor],
     prepare: Callable[[Any], Any] = lambda a: a,
     finish: Callable[[torch.Tensor, Any], torch.Tensor] = lambda out, _: out,
-    is_native: bool = True,
     on_gpu: OnGpu | None = None,
 ) -> Callable[[tuple[Any, ...]], torch.Tensor]:
     """Register an operator on integer values, and return what calls it."""
@@ -237,7 +247,6 @@ def register_value(
         fake=fake,
         prepare=prepare,
         finish=finish,
-        is_native=is_native,
         on_gpu=on_gpu,
     )
     return kernel.register()
@@ -273,7 +282,7 @@ _lookup_channels = register_value(
     _lookup_channels_reference,
     _check_channels,
     lambda a: torch.empty_like(a.q, memory_format=layout(a.q)),
-    is_native=False,
+    lambda a: a._replace(q=bare(a.q).contiguous(memory_format=layout(a.q)), table=a.table.contiguous()),
 )
 _add = register_value(
     add_values,
@@ -298,8 +307,8 @@ _mul = register_value(
 _pad = register_value(
     pad_value,
     "(Tensor x, Tensor zero_point, SymInt[] pad) -> Tensor",
-    lambda a: F.pad(a.x.to(torch.int16).sub_(a.zero_point), list(a.pad)).add_(a.zero_point).to(torch.uint8),
+    _pad_reference,
     lambda a: check_value("pad_value", a.x),
-    lambda a: F.pad(a.x, list(a.pad)),
-    is_native=False,
+    lambda a: F.pad(a.x, list(a.pad)).contiguous(memory_format=layout(a.x)),
+    as_it_lies,
 )

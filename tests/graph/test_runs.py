@@ -79,6 +79,18 @@ class Join(nn.Module):
         return self.c(self.middle(x)).flatten(1)
 
 
+class Resize(nn.Module):
+    """To a size, with aligned corners, between convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        x = F.interpolate(self.first(x), size=(5, 7), mode="bilinear", align_corners=True)
+        return self.last(x)
+
+
 def image(*batch):
     return torch.randn(*(batch or (2,)), 3, 8, 12)
 
@@ -120,6 +132,21 @@ MODELS = {
     "transposed last": (
         lambda: chain(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2, (3, 1), dilation=2)),
         image,
+    ),
+    "padded": (
+        lambda: chain(
+            nn.Conv2d(3, 4, 3), nn.ZeroPad2d((1, 0, 2, -1)), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1)
+        ),
+        image,
+    ),
+    "resized": (
+        lambda: chain(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=1.5, mode="bilinear"), nn.Conv2d(4, 4, 3), Resize()),
+        image,
+    ),
+    "of each channel": (lambda: chain(nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.Conv2d(4, 3, 1)), image),
+    "padded, of rank 1": (
+        lambda: chain(nn.Conv1d(3, 4, 3), nn.ConstantPad1d((2, 1), 0.0), nn.Conv1d(4, 4, 1)),
+        lambda *batch: torch.randn(*(batch or (2,)), 3, 12),
     ),
     "of rank 1": (
         lambda: chain(

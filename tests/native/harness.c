@@ -233,6 +233,7 @@ int main(int count, char **arguments) {
             convolution_case(threads);
             if (i % 2 == 0) pool_case(threads);
             if (i % 4 == 0) values_case(threads);
+            if (i % 4 == 2) move_case(threads);
         }
         printf("%s: %016llx\n", fxq_isa_name(isa), (unsigned long long)hash);
     }

@@ -137,6 +137,53 @@ static void pair_case(int threads) {
     free(a), free(b), free(c.out);
 }
 
+static void pad_case(int threads) {
+    struct fxq_pad c = {.batch = 1 + below(2), .channels = any_channels(), .zero_point = (uint8_t)below(256)};
+    for (int i = 0; i < FXQ_SPACE; i++) {
+        c.in[i] = 1 + below(6), c.before[i] = below(6) - 2;
+        c.out[i] = c.in[i] + c.before[i] + below(6) - 2;
+        if (c.out[i] < 1) return;
+    }
+    const int64_t count = c.batch * product_of(c.out) * c.channels;
+    uint8_t *x = bytes(c.batch * product_of(c.in) * c.channels);
+    c.x = x, c.y = take_exactly(count);
+    fxq_pad_value(&c, threads);
+    mix_bytes(c.y, count);
+    free(x), free(c.y);
+}
+
+/* Steps as they may be: of factors, not of sizes, the last outputs lie beyond the input. */
+static void resize_case(int threads) {
+    struct fxq_resize c = {.batch = 1 + below(2), .channels = any_channels(), .aligns_corners = below(2)};
+    for (int i = 0; i < FXQ_SPACE; i++) {
+        c.in[i] = i || below(2) ? 1 + below(6) : 1, c.out[i] = i || c.in[0] > 1 ? 1 + below(7) : 1;
+        c.step[i] = below(2) ? (double)c.in[i] / (double)c.out[i] : 0.3 * (double)below(7);
+    }
+    const int64_t count = c.batch * product_of(c.out) * c.channels;
+    uint8_t *x = bytes(c.batch * product_of(c.in) * c.channels);
+    c.x = x, c.y = take_exactly(count);
+    fxq_resize_value(&c, threads);
+    mix_bytes(c.y, count);
+    free(x), free(c.y);
+}
+
+static void tables_case(int threads) {
+    struct fxq_tables c = {
+        .images = 1 + below(3), .channels = any_channels(), .pixels = 1 + below(40), .by_rows = below(2)};
+    const int64_t count = c.images * c.channels * c.pixels;
+    uint8_t *q = bytes(count), *tables = bytes(256 * c.channels);
+    c.q = q, c.tables = tables, c.out = take_exactly(count);
+    fxq_look_up_channels(&c, threads);
+    mix_bytes(c.out, count);
+    free(q), free(tables), free(c.out);
+}
+
+static void move_case(int threads) {
+    pad_case(threads);
+    resize_case(threads);
+    tables_case(threads);
+}
+
 /* A pair, and single values there and back. */
 static void values_case(int threads) {
     const int64_t count = below(4) ? below(300) : 4000 + below(9000);

@@ -328,6 +328,34 @@ def mean_case(seed: int) -> Case:
     return _case("mean_value", rng, (x, *_scale(rng, 0.05), *_scale(rng, 0.02), dims, rng.random() < 0.5, _qmax(rng)))
 
 
+def pad_case(seed: int) -> Case:
+    """Return padding of some dimensions, which may also cut off."""
+    rng = _begin(seed)
+    rank, x = _pooled(rng)
+    pad = [rng.choice((0, 0, 1, 2, 5, -1)) for _ in range(2 * rng.randint(1, rank))]
+    if rng.random() < 0.1:  # nothing of x, or one pixel, is left in the last dimension
+        left, right = -x.shape[-1], rng.choice((1, 4))
+        pad[:2] = rng.choice(((left, right), (right, left), (left + 1, 0)))
+    return _case("pad_value", rng, (x, _scale(rng, 0.1)[1], pad))
+
+
+def resize_case(seed: int) -> Case:
+    """Return an interpolation, to a size or by factors or both."""
+    rng = _begin(seed)
+    rank, x = _pooled(rng)
+    size = [rng.choice((1, 2, 3, 5, 9, 16)) for _ in range(rank)]
+    factors = [rng.choice((0.5, 0.7, 1.0, 1.5, 2.0, 3.3)) for _ in range(rank)]
+    given = rng.choice(((size, None), (None, factors), (size, factors)))
+    return _case("resize_value", rng, (x, *given, rng.random() < 0.4))
+
+
+def lookup_channels_case(seed: int) -> Case:
+    """Return any values and any tables."""
+    rng = _begin(seed)
+    _, x = _pooled(rng)
+    return _case("lookup_channels", rng, (x, torch.randint(0, 256, (x.shape[1], 256), dtype=torch.uint8)))
+
+
 CASES: dict[str, Callable[[int], Case]] = {
     "static_convolution": convolution_case,
     "static_transposed": transposed_case,
@@ -341,4 +369,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "pool_value": pool_case,
     "adaptive_pool_value": adaptive_pool_case,
     "mean_value": mean_case,
+    "pad_value": pad_case,
+    "resize_value": resize_case,
+    "lookup_channels": lookup_channels_case,
 }

@@ -47,9 +47,9 @@ def capture(
     graph with submodules that do not trace called as they are. Never the last two together: such a model (GPT-2, with
     its cache and `generate`) keeps more of itself in its own class, module by module.
 
-    for_static: whether a graph is needed, for values to be calibrated. Then it checks conditions on which forward raises,
-    and one for the example inputs' sizes, which checks them, is preferred to one that calls submodules with weights as
-    they are.
+    for_static: whether a graph is needed, for values to be calibrated. Then it checks conditions on which forward
+    raises, and one for the example inputs' sizes, which checks them, is preferred to one that calls submodules with
+    weights as they are.
 
     The graph has copies of the parameters that forward writes into, and shares all others with the model. recomputes:
     as `Keep` has it. Raises what `trace` and `propagate` raise.

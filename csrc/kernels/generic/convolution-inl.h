@@ -40,7 +40,8 @@ FXQ_INLINE void pack_runs(const int8_t *rows, int64_t stride, int64_t count, int
 static void multiply_pixels(const struct tile *tile, int count, int registers, int64_t at);
 FXQ_INLINE void end_pixel(const struct ending *e, const struct outputs_64 *o, const int32_t *sums, int64_t at);
 
-static inline void end_pixels(const struct tile *tile, int count, int32_t (*sums)[BLOCK_OUTPUTS], int64_t at) {
+static __attribute__((noinline)) void end_pixels(const struct tile *tile, int count, int32_t (*sums)[BLOCK_OUTPUTS],
+                                                 int64_t at) {
     for (int i = 0; i < count; i++) end_pixel(tile->ending, tile->outputs, sums[i], at + i * tile->row);
 }
 

@@ -30,6 +30,7 @@ from fxquant.debug.measure.activation import Activation
 from fxquant.debug.measure.metric import NO_FLOATS
 from fxquant.debug.measure.sites import OpenModel, first_tensor, open_float, open_quantized
 from fxquant.debug.measure.static import End
+from fxquant.debug.measure.values import ValueRow, watch_values
 from fxquant.debug.report.charts import Bar, bar_chart
 from fxquant.debug.report.page import write
 from fxquant.debug.report.report import Column, Report
@@ -101,7 +102,7 @@ class Comparison(Report):
     """Every site's error, worst first: print it, show it in a notebook, sort it, or read its lines.
 
     batches: how many were run. outputs: the errors of the floating-point outputs; output_sqnr_db, output_relative_rms,
-    output_max_error: of the worst one.
+    output_max_error: of the worst one. values: those of the integer values between a static model's sites, worst first.
     """
 
     rows: tuple[CompareRow, ...]
@@ -110,6 +111,7 @@ class Comparison(Report):
     output_relative_rms: float
     output_max_error: float
     outputs: tuple[OutputRow, ...] = ()
+    values: tuple[ValueRow, ...] = ()
 
     title: ClassVar[str] = "Comparison: the error of each site"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -129,11 +131,13 @@ class Comparison(Report):
         missed = [site_name(row) for row in self.rows if not row.calls]
         apart = [f"{site_name(row)}: {row.unpaired}" for row in self.rows if row.unpaired]
         each = [f"{row.name} {decibels(row.sqnr_db) or 'not compared'}" for row in self.outputs]
+        values = [f"{row.name} {decibels(row.sqnr_db) or 'not compared'}" for row in self.values]
         return (
             "SQNR, RMS (relative) and max (absolute) error as it runs; local: SQNR of the site alone, on float inputs",
             "input: the range of these; peak: how far a token's largest value sticks out, 1 if all have one magnitude",
             *([f"never called: {', '.join(missed)}"] if missed else ()),
             *([f"calls without a counterpart in the other model: {', '.join(apart)}"] if apart else ()),
+            *([f"values, SQNR: {', '.join(first_few(values, _SHOWN_OUTPUTS, 'values'))}"] if values else ()),
             *([f"outputs, SQNR: {', '.join(first_few(each, _SHOWN_OUTPUTS, 'outputs'))}"] if len(each) > 1 else ()),
             f"{self._worst_output()}; {self.batches} batch{'es' if self.batches != 1 else ''}",
         )
@@ -261,17 +265,21 @@ def compare(
     record = need_stage(quantized, "quantized", "compare", "convert_fx(prepared) or quantize_dynamic(model)")
     ours, theirs = open_quantized(quantized, record), open_float(float_model, record)
     watches = [_Watch(number, site, theirs, ours) for number, site in enumerate(record.sites)]
+    values = watch_values(theirs.model, ours.model, record)
     outputs, batches = _Outputs(), 0
     for arguments in each_batch(data, ours.model, progress):
         expected, got = (run(side.model, arguments, seed=batches) for side in (theirs, ours))
         batches += 1
         for watch in watches:
             watch.end_batch()
+        for value in values:
+            value.end_batch()
         outputs.add(named_floats(expected), named_floats(got))
     comparison = Comparison(
         rows=tuple(watch.row() for watch in watches),
         batches=batches,
         outputs=outputs.rows(),
+        values=tuple(sorted((value.row() for value in values), key=lambda row: (math.isnan(row.sqnr_db), row.sqnr_db))),
         **_figures(outputs.worst(), "output_"),
     )
     return comparison.sort("sqnr_db")

@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from fxquant.debug.measure.regions import Region, integer_regions
+from fxquant.debug.measure.regions import Region, in_words, integer_regions
 from fxquant.debug.measure.sites import OpenModel, open_float, open_quantized
 from fxquant.debug.report.report import Column, Report
-from fxquant.debug.report.table import first_few, megabytes, milliseconds, site_name
+from fxquant.debug.report.table import megabytes, milliseconds, site_name
 from fxquant.errors import ExampleInputsError, ModelStateError
 from fxquant.graph import edit
 from fxquant.graph.call import Inputs, as_arguments
@@ -26,7 +26,6 @@ from fxquant.graph.record import Record, record_of
 from fxquant.ops import KERNELS, kernel_info
 
 _PLAIN = "plain torch"
-_SHOWN_REGIONS = 4
 _BUSY = 0.2
 """If the parts' medians add up to more or less than the call's by more than this share, do not trust the figures."""
 
@@ -110,19 +109,9 @@ class Profile(Report):
         return (
             f"a call: {milliseconds(self.ms)} ms{'' if is_alone else speed}; {sizes}",
             *([warning] if is_busy else []),
-            *(
-                [f"integers: {', '.join(first_few(self._regions(), _SHOWN_REGIONS, 'regions'))}"]
-                if self.regions
-                else []
-            ),
+            *in_words(self.regions, {row.call or row.path: row.ms for row in self.rows}),
             f"medians of {self.rounds} rounds; {self.threads} thread{'s' if self.threads != 1 else ''}, {self.kernels}",
         )
-
-    def _regions(self) -> list[str]:
-        """Return each region in words, with what its sites take."""
-        ms = {row.call or row.path: row.ms for row in self.rows}
-        sums = [sum(ms.get(name, 0.0) for name in region.sites) for region in self.regions]
-        return [f"{region}, sites {milliseconds(spent)} ms" for region, spent in zip(self.regions, sums, strict=True)]
 
 
 class _Timer:

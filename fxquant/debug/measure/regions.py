@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from fxquant import ops
+from fxquant.debug.report.table import first_few, milliseconds
 from fxquant.graph.record import Record
+
+_SHOWN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,13 @@ def integer_regions(model: nn.Module, record: Record) -> tuple[Region, ...]:
     order = {node: number for number, node in enumerate(model.graph.nodes)}
     regions = {id(group): sorted(group, key=order.__getitem__) for group in groups.values()}
     return tuple(_region(nodes, names) for nodes in regions.values())
+
+
+def in_words(regions: Sequence[Region], ms: Mapping[str, float]) -> list[str]:
+    """Return a line about some regions, with what their sites take, if there are any. ms: by the sites' names."""
+    sums = [sum(ms.get(name, 0.0) for name in region.sites) for region in regions]
+    each = [f"{region}, sites {milliseconds(spent)} ms" for region, spent in zip(regions, sums, strict=True)]
+    return [f"integers: {', '.join(first_few(each, _SHOWN, 'regions'))}"] if each else []
 
 
 def _reads(node: fx.Node, groups: Mapping[fx.Node, object]) -> Iterable[fx.Node]:

@@ -37,9 +37,10 @@ tutorials: $(VENV)/.docs
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-# Triton (1 GB), unless torch brought its own: `make test` then runs the kernels for GPUs too, by Triton's interpreter.
+# Triton (1 GB), unless torch brought its own: `make test` then runs the kernels for GPUs too, by Triton's interpreter. Its
+# version is not in constraints.txt, because torch's builds with CUDA ask for others.
 triton: $(VENV)/.dev
-	$(BIN)/python -c 'import triton' 2> /dev/null || $(INSTALL) triton==3.9.0
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(INSTALL) 'fxquant[gpu]' triton==3.9.0
 
 # A source distribution and a wheel for this machine in dist/, as a package index would take them.
 wheel: $(VENV)/.release

@@ -21,6 +21,7 @@ def names(requirements):
 
 def test_every_requirement_is_pinned():
     pinned = names(line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned |= names(re.findall(r" (\S+==\S+)", (ROOT / "Makefile").read_text(encoding="utf8")))
     needed = names([*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)])
     assert needed | {"setuptools", "wheel"} <= pinned
 

@@ -12,7 +12,7 @@ from torch import nn
 from fxquant import ops
 from fxquant.errors import ShapeError
 from fxquant.nn.transformer import additive_mask
-from fxquant.ops.register import check_dense
+from fxquant.ops.library import check_dense
 
 _NAME = "a quantized MultiheadAttention"
 

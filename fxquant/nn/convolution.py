@@ -13,7 +13,7 @@ from fxquant import ops
 from fxquant.errors import ShapeError
 from fxquant.nn.base import Quantize, quantize_alone
 from fxquant.nn.linear import QuantizedProduct
-from fxquant.ops.register import check_dense
+from fxquant.ops.library import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 _SHOWN = ("kernel_size", "stride", "padding", "dilation", "padding_mode")

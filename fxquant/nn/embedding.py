@@ -11,7 +11,7 @@ from fxquant import ops
 from fxquant.errors import ShapeError
 from fxquant.nn.base import Quantize, QuantizedModule, quantize_alone
 from fxquant.nn.stored import moved_dtype
-from fxquant.ops.register import check_dense
+from fxquant.ops.library import check_dense
 from fxquant.qconfig import QConfig, default_dynamic_qconfig
 
 

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxquant.errors import DTypeError, ShapeError
 from fxquant.ops.autocast import cast_dtype
-from fxquant.ops.register import check_dense
+from fxquant.ops.library import check_dense
 
 States = tuple[torch.Tensor, ...]
 

@@ -182,3 +182,14 @@ def is_watched(tensors: Iterable[torch.Tensor]) -> bool:
 def is_dense(x: torch.Tensor) -> bool:
     """Return whether a tensor's numbers fill its memory, in whatever order: torch.empty_like of it lies as it does."""
     return torch.ops.aten.is_non_overlapping_and_dense(x)  # type: ignore[no-any-return]
+
+
+def has_usual_qparams(a: Any) -> bool:
+    """Return whether all scales of a call are single float32 numbers, as models have them."""
+    scales = [value for name, value in a._asdict().items() if name.endswith("scale") and value is not None]
+    return all(scale.dtype == torch.float32 and scale.numel() == 1 for scale in scales)
+
+
+def lies_alike(a: Any) -> bool:
+    """Return whether two values have one shape and lie in one way, without gaps."""
+    return a.a.shape == a.b.shape and a.a.stride() == a.b.stride() and is_dense(a.a) and has_usual_qparams(a)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fxquant.errors import ModelStateError, ShapeError
+from fxquant.errors import DTypeError, ModelStateError, ShapeError
 from fxquant.ops import gpu
 from fxquant.ops.output_pool import OutputPool, limit_from_environment
 
@@ -195,3 +195,13 @@ def vector(name: str, values: torch.Tensor | None, count: int) -> torch.Tensor:
         got = "none" if values is None else tuple(values.shape)
         raise ShapeError(f"a quantized operator of {count} rows needs a {name} of shape ({count},), got {got}")
     return floats(values).reshape(count)
+
+
+def check_dense(x: Any, name: str) -> None:
+    """Raise DTypeError unless x is a tensor or torch.fx's proxy of one, neither sparse nor nested."""
+    if not isinstance(x, torch.Tensor):
+        if not hasattr(type(x), "__torch_function__"):  # as what torch.fx traces with has
+            raise DTypeError(f"a quantized {name} takes a tensor, got {type(x).__name__}")
+    elif x.is_nested or x.layout is not torch.strided:
+        layout, cure = ("nested", "to_padded_tensor(0.0)") if x.is_nested else (str(x.layout), "to_dense()")
+        raise DTypeError(f"a quantized {name} takes a dense tensor, got a {layout} one; call x.{cure} before it")

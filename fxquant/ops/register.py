@@ -25,7 +25,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch.compiler import is_compiling
 
-from fxquant.errors import DTypeError, ModelStateError, warn
+from fxquant.errors import ModelStateError, warn
 from fxquant.ops import compiled, gpu, library
 from fxquant.ops.autocast import cast_dtype
 
@@ -172,9 +172,9 @@ class Kernel(Generic[R]):
         if is_compiling():
             return OVERLOADS[self.name](*args)  # type: ignore[no-any-return]
         first, native = args[0], self.native()
-        check_dense(first, self.name.replace("_", " "))
-        tensors = self.on_device(args) if self._is_for_gpu(first) else None
-        if tensors is not None and not gpu.is_watched(tensors):
+        library.check_dense(first, self.name.replace("_", " "))
+        is_for_gpu = self.on_gpu is not None and isinstance(first, torch.Tensor) and (first.is_cuda or gpu.interprets())
+        if is_for_gpu and not gpu.is_watched(tensors := self.on_device(args)):
             return self._run(self.arguments(*args), tensors)
         is_tensor = native is not None and isinstance(first, torch.Tensor)
         if is_tensor and first.dtype in _COPIED and not first.is_contiguous():
@@ -194,9 +194,6 @@ class Kernel(Generic[R]):
             if isinstance(part, torch.Tensor) and part.requires_grad:
                 part.register_hook(functools.partial(_refuse_gradient, self.name))  # type: ignore[no-untyped-call]
         return out
-
-    def _is_for_gpu(self, first: Any) -> bool:
-        return self.on_gpu is not None and isinstance(first, torch.Tensor) and (first.is_cuda or gpu.interprets())
 
     def register(self) -> Callable[[tuple[Any, ...]], R]:
         """Register the operator with torch, and return what an eager call of it runs, with all its arguments."""
@@ -271,16 +268,6 @@ def per_token_of(per_row: bool) -> bool:
     """Return what the old name of per_token was given, with a DeprecationWarning."""
     warn("per_row of fxquant.ops is now per_token", category=DeprecationWarning)
     return per_row
-
-
-def check_dense(x: Any, name: str) -> None:
-    """Raise DTypeError unless x is a tensor or torch.fx's proxy of one, neither sparse nor nested."""
-    if not isinstance(x, torch.Tensor):
-        if not hasattr(type(x), "__torch_function__"):  # as what torch.fx traces with has
-            raise DTypeError(f"a quantized {name} takes a tensor, got {type(x).__name__}")
-    elif x.is_nested or x.layout is not torch.strided:
-        layout, cure = ("nested", "to_padded_tensor(0.0)") if x.is_nested else (str(x.layout), "to_dense()")
-        raise DTypeError(f"a quantized {name} takes a dense tensor, got a {layout} one; call x.{cure} before it")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from fxquant.errors import DTypeError, ShapeError
 from fxquant.numerics import dequantize_value, quantize_value
-from fxquant.ops.gpu import OnGpu, is_dense
+from fxquant.ops.gpu import OnGpu, has_usual_qparams, lies_alike
 from fxquant.ops.library import bare
 from fxquant.ops.register import Kernel, arguments_of, public
 
@@ -145,10 +145,8 @@ def _check_float(a: Any) -> None:
 def _check_channels(a: Any) -> None:
     check_value("lookup_channels", a.q)
     if a.q.dim() < 2 or a.q.shape[1] != a.table.shape[0]:
-        raise ShapeError(
-            f"lookup_channels of {a.table.shape[0]} channels takes x with so many in dimension 1, got "
-            f"{tuple(a.q.shape)}"
-        )
+        channels, got = a.table.shape[0], tuple(a.q.shape)
+        raise ShapeError(f"lookup_channels of {channels} channels takes x with so many in dimension 1, got {got}")
 
 
 def _lookup_channels_reference(a: Any) -> torch.Tensor:
@@ -208,19 +206,7 @@ def _finish_pair(out: torch.Tensor, a: Any) -> torch.Tensor:
     like = torch.empty_like(a.a)
     if a.a.shape != out.shape or a.a.stride() != like.stride():
         like = _pair_fake(a)
-    same: torch.Tensor = out if out.stride() == like.stride() else like.copy_(out)
-    return same
-
-
-def has_usual_qparams(a: Any) -> bool:
-    """Return whether all scales of a call are single float32 numbers, as models have them."""
-    scales = [value for name, value in a._asdict().items() if name.endswith("scale") and value is not None]
-    return all(scale.dtype == torch.float32 and scale.numel() == 1 for scale in scales)
-
-
-def _lies_alike(a: Any) -> bool:
-    """Return whether two values have one shape and lie in one way, without gaps."""
-    return a.a.shape == a.b.shape and a.a.stride() == a.b.stride() and is_dense(a.a) and has_usual_qparams(a)
+    return out if out.stride() == like.stride() else like.copy_(out)
 
 
 _QPARAMS = "Tensor scale, Tensor zero_point"
@@ -292,7 +278,7 @@ _add = register_value(
     _pair_fake,
     _prepare_pair,
     _finish_pair,
-    on_gpu=OnGpu("triton_values", "add", _lies_alike),
+    on_gpu=OnGpu("triton_values", "add", lies_alike),
 )
 _mul = register_value(
     mul_values,
@@ -302,7 +288,7 @@ _mul = register_value(
     _pair_fake,
     _prepare_pair,
     _finish_pair,
-    on_gpu=OnGpu("triton_values", "mul", _lies_alike),
+    on_gpu=OnGpu("triton_values", "mul", lies_alike),
 )
 _pad = register_value(
     pad_value,

@@ -140,10 +140,8 @@ class _Kernels(TorchDispatchMode):
         self._hooks = [hook for i, site in enumerate(sites) for hook in self._watch(i, site)]
 
     def _watch(self, number: int, site: nn.Module) -> list[RemovableHandle]:
-        return [
-            site.register_forward_pre_hook(lambda *_: self._open.append(number)),
-            site.register_forward_hook(lambda *_: self._open.remove(number), prepend=True),
-        ]
+        begins = site.register_forward_pre_hook(lambda *_: self._open.append(number))
+        return [begins, site.register_forward_hook(lambda *_: self._open.remove(number), prepend=True)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note an operator, and run it."""

@@ -1,19 +1,34 @@
-"""Which modules the table knows: subclasses with an inherited forward too. And weights computed at each call."""
+"""Which modules the table knows: subclasses with an inherited forward too; which functions are not traced through; and
+weights computed at each call.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, rnn
 
 from fxquant.graph import edit
 from fxquant.graph.trace.names import names_in
 from fxquant.operators import Operator, find_module_operator
+from fxquant.ops.register import PUBLIC
 
+LEAF_FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    rnn.pack_padded_sequence,
+    rnn.pad_packed_sequence,
+    rnn.pack_sequence,
+    rnn.unpack_sequence,
+    rnn.pad_sequence,
+    rnn.unpad_sequence,
+    torch.finfo,
+    torch.iinfo,
+    *PUBLIC,
+)
+"""Functions that are not traced through: those of torch that look at values, and ours, which a pickle's code calls."""
 _CALL = {"__call__", "_call_impl", "__getattr__", "__getattribute__"}
 
 

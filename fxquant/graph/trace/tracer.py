@@ -23,26 +23,13 @@ from fxquant.graph import edit
 from fxquant.graph.constants import method_of
 from fxquant.graph.preserve.attributes import Attributes, watched
 from fxquant.graph.trace.conditions import check_condition, required_outcome
-from fxquant.graph.trace.leaves import base_of
+from fxquant.graph.trace.leaves import LEAF_FUNCTIONS, base_of
 from fxquant.graph.trace.signature import STARS, SignatureCodeGen, check_argument, check_sizes, unpacked
 from fxquant.graph.trace.sizes import Shapes, SizedProxy, as_sized
 from fxquant.nn import QuantizedModule
 from fxquant.nn.transformer import PLAIN_FORWARDS
 from fxquant.operators import Operator
-from fxquant.ops.register import PUBLIC
 
-_LEAF_FUNCTIONS: tuple[Callable[..., Any], ...] = (
-    rnn.pack_padded_sequence,
-    rnn.pad_packed_sequence,
-    rnn.pack_sequence,
-    rnn.unpack_sequence,
-    rnn.pad_sequence,
-    rnn.unpad_sequence,
-    torch.finfo,
-    torch.iinfo,
-    *PUBLIC,
-)
-"""Functions that are not traced through: those of torch that look at values, and ours, which a pickle's code calls."""
 TRACING = threading.RLock()
 """Held during a trace: torch.fx patches nn.Module for the whole process."""
 
@@ -60,7 +47,7 @@ class Tracer(fx.Tracer):
 
     def __init__(self, operators: Sequence[Operator] = (), whole: frozenset[str] = frozenset()) -> None:
         """operators: the table, whose modules are leaves. whole: the paths of further leaves."""
-        super().__init__(autowrap_functions=_LEAF_FUNCTIONS, param_shapes_constant=True)
+        super().__init__(autowrap_functions=LEAF_FUNCTIONS, param_shapes_constant=True)
         self._autowrap_search += [rnn, torch]  # also where a model calls them as nn.utils.rnn.pack_padded_sequence
         self._operators, self._whole, self._thread = operators, whole, threading.get_ident()
         self.checks = False  # whether the graph checks conditions on which forward raises
@@ -217,7 +204,7 @@ class Tracer(fx.Tracer):
         graph.output_node().meta[BUFFERS_ARE_NODES] = self.proxy_buffer_attributes
         graph.output_node().type = inspect.unwrap(type(root).forward).__annotations__.get("return")
         for node in graph.nodes:
-            if node.target in _LEAF_FUNCTIONS:
+            if node.target in LEAF_FUNCTIONS:
                 node.meta.pop("is_wrapped", None)  # torch.fx would write a wrap("torch.nn…") that breaks later traces
             node.meta.pop("nn_module_stack", None)  # it holds classes, which pickle may not find
             if isinstance(node.type, str) or "<locals>" in getattr(node.type, "__qualname__", ""):

@@ -6,12 +6,12 @@
 /* indices, weight, scale, zero_point, embedding_dim as the operators have them */
 static bool read_look_up(object const *args, object format, object dtype, struct fxq_table *table,
                          struct fxq_indices *indices, struct tensor *index) {
-    if (!is_float32(dtype) || !read_tensor(args[0], index) || (index->kind != INT32 && index->kind != INT64) ||
+    if (!is_float32(dtype) || !read_tensor(args[0], index) || (index->dtype != INT32 && index->dtype != INT64) ||
         index->dimensions == MOST_DIMENSIONS ||
         !read_table(args[1], args[2], args[3], INTEGER(args[4]), read_format(format), table)) {
         return false;
     }
-    *indices = (struct fxq_indices){index->data, index->count, index->kind == INT64};
+    *indices = (struct fxq_indices){index->data, index->count, index->dtype == INT64};
     return true;
 }
 
@@ -39,13 +39,13 @@ static bool read_bags(object mode, object offsets, object weights, bool has_end,
     bags->count = index->shape[0];
     bags->width = is_none(offsets) ? index->shape[1] : 0;
     if (!is_none(offsets)) {
-        if (!read_kind(offsets, INT64, 1, &tensor) || tensor.count < has_end) return false;
+        if (!read_dtype(offsets, INT64, 1, &tensor) || tensor.count < has_end) return false;
         bags->offsets = tensor.data;
         bags->has_end = has_end;
         bags->count = tensor.count - has_end;
     }
     if (is_none(weights)) return true;
-    if (bags->mode != FXQ_SUM || !read_kind(weights, FLOAT32, index->dimensions, &tensor) ||
+    if (bags->mode != FXQ_SUM || !read_dtype(weights, FLOAT32, index->dimensions, &tensor) ||
         memcmp(tensor.shape, index->shape, (size_t)index->dimensions * sizeof *index->shape) != 0) {
         return false;
     }

@@ -4,8 +4,8 @@
 /* A value's scale and zero point: a float32 and an int32, of a single element each. */
 bool read_scale(object scale, object zero_point, struct fxq_scale *to) {
     struct tensor s, z;
-    if (!read_strided(scale, &s) || s.kind != FLOAT32 || s.count != 1 || !read_strided(zero_point, &z) ||
-        z.kind != INT32 || z.count != 1) {
+    if (!read_strided(scale, &s) || s.dtype != FLOAT32 || s.count != 1 || !read_strided(zero_point, &z) ||
+        z.dtype != INT32 || z.count != 1) {
         return false;
     }
     *to = (struct fxq_scale){*(const float *)s.data, *(const int32_t *)z.data};

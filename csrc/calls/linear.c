@@ -4,7 +4,7 @@
 /* The rows of a call's input of any strides, if each of them is dense; dimensions are joined where one goes on as the
  * other. */
 static bool read_rows(object value, struct tensor *x, struct fxq_linear *call) {
-    if (!read_strided(value, x) || x->kind != FLOAT32 || x->dimensions < 1 || x->count > INT64_MAX >> 10) return false;
+    if (!read_strided(value, x) || x->dtype != FLOAT32 || x->dimensions < 1 || x->count > INT64_MAX >> 10) return false;
     const int last = x->dimensions - 1;
     struct fxq_rows *rows = &call->x;
     rows->data = x->data;
@@ -44,7 +44,7 @@ CALL(linear) {
 /* transpose(asks, x): x (B, M, N) as (B, N, M); None too where M or N is so small that torch's loop does as well */
 CALL(transpose) {
     struct tensor x;
-    if (count != 2 || !may_run(args[0], args[1]) || !read_kind(args[1], FLOAT32, 3, &x) || x.shape[1] < 16 ||
+    if (count != 2 || !may_run(args[0], args[1]) || !read_dtype(args[1], FLOAT32, 3, &x) || x.shape[1] < 16 ||
         x.shape[2] < 16) {
         return nothing();
     }
@@ -56,7 +56,7 @@ CALL(transpose) {
 CALL(histogram) {
     struct tensor x;
     const int64_t shape[] = {FXQ_HISTOGRAM_BINS};
-    if (count != 3 || !read_tensor(args[0], &x) || x.kind != FLOAT32 || x.count > 1 << 24) return nothing();
+    if (count != 3 || !read_tensor(args[0], &x) || x.dtype != FLOAT32 || x.count > 1 << 24) return nothing();
     const float inverse = (float)NUMBER(args[1]), offset = (float)NUMBER(args[2]);
     RETURN_OUTPUT(shape, 1, (fxq_histogram(x.data, x.count, inverse, offset, out), (void)threads, FXQ_OK));
 }

@@ -3,7 +3,7 @@
 
 /* A float operand of any strides, and its place in the batches: `dimensions` of them, where it has 1 it is shared. */
 static bool read_operand(object value, int dimensions, struct tensor *x) {
-    return read_strided(value, x) && x->kind == FLOAT32 && x->dimensions >= 2 && x->dimensions <= dimensions;
+    return read_strided(value, x) && x->dtype == FLOAT32 && x->dimensions >= 2 && x->dimensions <= dimensions;
 }
 
 /* Adds an operand's outer dimensions to the batches; whether they broadcast. */
@@ -75,7 +75,7 @@ CALL(attention) {
     }
     if (!read_operand(args[1], 4, &q) || q.dimensions != 4 || !read_operand(args[2], 4, &k) || k.dimensions != 4 ||
         !read_operand(args[3], 4, &v) || v.dimensions != 4 || k.shape[3] != q.shape[3] || v.shape[2] != k.shape[2] ||
-        (!is_none(args[4]) && (!read_strided(args[4], &mask) || mask.kind != FLOAT32 || mask.dimensions > 4))) {
+        (!is_none(args[4]) && (!read_strided(args[4], &mask) || mask.dtype != FLOAT32 || mask.dimensions > 4))) {
         return nothing();
     }
     struct fxq_attention call = {.rows = q.shape[2],

@@ -13,7 +13,7 @@ struct image {
 
 static bool read_image(object value, struct image *image) {
     struct tensor *x = &image->x;
-    if (!read_strided(value, x) || x->kind != UINT8 || x->dimensions < 3 || x->dimensions > 2 + FXQ_SPACE ||
+    if (!read_strided(value, x) || x->dtype != UINT8 || x->dimensions < 3 || x->dimensions > 2 + FXQ_SPACE ||
         x->count == 0) {
         return false;
     }
@@ -46,7 +46,7 @@ CALL(pad_value) {
     struct image image;
     struct tensor zero_point, made;
     if (count != 4 || !may_run(args[0], args[1]) || !read_image(args[1], &image) ||
-        !read_strided(args[2], &zero_point) || zero_point.kind != INT32 || zero_point.count != 1) {
+        !read_strided(args[2], &zero_point) || zero_point.dtype != INT32 || zero_point.count != 1) {
         return nothing();
     }
     const int64_t fill = *(const int32_t *)zero_point.data, sides = length_of(args[3]);
@@ -108,7 +108,7 @@ CALL(lookup_channels) {
     struct image image;
     struct tensor table, made;
     if (count != 3 || !may_run(args[0], args[1]) || !read_image(args[1], &image) ||
-        !read_kind(args[2], UINT8, 2, &table) || table.shape[0] != image.x.shape[1] || table.shape[1] != 256) {
+        !read_dtype(args[2], UINT8, 2, &table) || table.shape[0] != image.x.shape[1] || table.shape[1] != 256) {
         return nothing();
     }
     object output = new_image(&image, image.in, &made);

@@ -4,7 +4,7 @@
 
 /* A pool's input, whose channels are its second dimension. */
 static bool read_pooled(object value, struct tensor *x, bool *says, struct fxq_pool *call) {
-    if (!read_strided(value, x) || x->kind != UINT8 || x->dimensions < 3 || x->dimensions > 2 + FXQ_SPACE ||
+    if (!read_strided(value, x) || x->dtype != UINT8 || x->dimensions < 3 || x->dimensions > 2 + FXQ_SPACE ||
         !lies_by_pixels(x, says) || x->count == 0) {
         return false;
     }

@@ -69,9 +69,9 @@ static bool read_sequence(struct fxq_recurrent *call, object x, object batch_siz
                           struct tensor *state, struct tensor *cell_state, bool is_bidirectional) {
     struct tensor input, sizes;
     const bool is_packed = !is_none(batch_sizes);
-    if (!read_kind(x, FLOAT32, is_packed ? 2 : 3, &input) || !read_kind(h0, FLOAT32, 3, state)) return false;
+    if (!read_dtype(x, FLOAT32, is_packed ? 2 : 3, &input) || !read_dtype(h0, FLOAT32, 3, state)) return false;
     *cell_state = *state;
-    if (!is_none(c0) && !read_kind(c0, FLOAT32, 3, cell_state)) return false;
+    if (!is_none(c0) && !read_dtype(c0, FLOAT32, 3, cell_state)) return false;
     call->x = input.data;
     call->inputs = input.shape[input.dimensions - 1];
     call->batch = state->shape[1];
@@ -85,7 +85,7 @@ static bool read_sequence(struct fxq_recurrent *call, object x, object batch_siz
         return false;
     }
     if (!is_packed) return input.shape[1] == call->batch;
-    if (!read_kind(batch_sizes, INT64, 1, &sizes) || !are_sizes_sound(&sizes, input.shape[0], call->batch))
+    if (!read_dtype(batch_sizes, INT64, 1, &sizes) || !are_sizes_sound(&sizes, input.shape[0], call->batch))
         return false;
     call->steps = sizes.count;
     call->sizes = sizes.data;

@@ -30,7 +30,7 @@ static bool read_addend(object value, const struct tensor *output, struct fxq_en
     struct tensor addend;
     to->addend = NULL;
     if (is_none(value)) return true;
-    if (!read_strided(value, &addend) || addend.kind != UINT8 || addend.dimensions != output->dimensions) return false;
+    if (!read_strided(value, &addend) || addend.dtype != UINT8 || addend.dimensions != output->dimensions) return false;
     for (int i = 0; i < addend.dimensions; i++) {
         if (addend.shape[i] != output->shape[i]) return false;
         if (addend.shape[i] != 1 && addend.strides[i] != output->strides[i]) return false;
@@ -47,8 +47,8 @@ enum { MOST_WINDOW = 65535 };
 CALL(static_linear) {
     struct tensor x, weight, made;
     struct fxq_convolution c = {0};
-    if (count != 17 || !may_run(args[0], args[1]) || !read_tensor(args[1], &x) || x.kind != UINT8 || x.dimensions < 1 ||
-        !read_scale(args[2], args[3], &c.x_scale) || !read_kind(args[4], INT8, 2, &weight) ||
+    if (count != 17 || !may_run(args[0], args[1]) || !read_tensor(args[1], &x) || x.dtype != UINT8 ||
+        x.dimensions < 1 || !read_scale(args[2], args[3], &c.x_scale) || !read_dtype(args[4], INT8, 2, &weight) ||
         x.shape[x.dimensions - 1] != weight.shape[1] || weight.shape[1] > MOST_WINDOW || weight.shape[1] == 0 ||
         !read_ending(args + 5, args + 9, weight.shape[0], &c.ending)) {
         return nothing();
@@ -131,8 +131,8 @@ CALL(static_convolution) {
     struct fxq_convolution c = {0};
     int64_t shape[MOST_DIMENSIONS];
     bool says;
-    if (count != 23 || !may_run(args[0], args[1]) || !read_strided(args[1], &x) || x.kind != UINT8 ||
-        x.dimensions < 3 || x.dimensions > 2 + FXQ_SPACE || !read_strided(args[4], &weight) || weight.kind != INT8 ||
+    if (count != 23 || !may_run(args[0], args[1]) || !read_strided(args[1], &x) || x.dtype != UINT8 ||
+        x.dimensions < 3 || x.dimensions > 2 + FXQ_SPACE || !read_strided(args[4], &weight) || weight.dtype != INT8 ||
         weight.dimensions != x.dimensions || !lies_by_pixels(&x, &says) || !read_scale(args[2], args[3], &c.x_scale) ||
         !read_sizes(&x, &weight, args + 9, &c, shape) || !read_ending(args + 5, args + 15, c.outputs, &c.ending)) {
         return nothing();

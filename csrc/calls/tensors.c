@@ -11,13 +11,13 @@ bool read_tensor(object value, struct tensor *tensor) {
     return is_dense || tensor->count == 0;
 }
 
-bool read_kind(object value, enum kind kind, int dimensions, struct tensor *tensor) {
-    return read_tensor(value, tensor) && tensor->kind == kind && tensor->dimensions == dimensions;
+bool read_dtype(object value, enum dtype dtype, int dimensions, struct tensor *tensor) {
+    return read_tensor(value, tensor) && tensor->dtype == dtype && tensor->dimensions == dimensions;
 }
 
 bool read_vector(object value, int64_t count, const float **data) {
     struct tensor vector;
-    if (!read_kind(value, FLOAT32, 1, &vector) || vector.count != count) return false;
+    if (!read_dtype(value, FLOAT32, 1, &vector) || vector.count != count) return false;
     *data = vector.data;
     return true;
 }

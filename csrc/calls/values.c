@@ -20,13 +20,13 @@ static bool has_no_gaps(const struct tensor *x) {
     return true;
 }
 
-static bool read_values(object value, enum kind kind, struct tensor *x) {
-    return read_strided(value, x) && x->kind == kind && has_no_gaps(x);
+static bool read_values(object value, enum dtype dtype, struct tensor *x) {
+    return read_strided(value, x) && x->dtype == dtype && has_no_gaps(x);
 }
 
 /* A tensor like another one, but for its dtype. */
-static object new_like(const struct tensor *x, enum kind kind, struct tensor *made) {
-    return has_failed() ? NULL : new_strided(x->shape, x->strides, x->dimensions, kind, made);
+static object new_like(const struct tensor *x, enum dtype dtype, struct tensor *made) {
+    return has_failed() ? NULL : new_strided(x->shape, x->strides, x->dimensions, dtype, made);
 }
 
 /* quantize(asks, x, scale, zero_point, qmax) */
@@ -60,7 +60,7 @@ CALL(dequantize) {
 CALL(lookup) {
     struct tensor q, table, made;
     if (count != 3 || !may_run(args[0], args[1]) || !read_values(args[1], UINT8, &q) ||
-        !read_kind(args[2], UINT8, 1, &table) || table.count != 256) {
+        !read_dtype(args[2], UINT8, 1, &table) || table.count != 256) {
         return nothing();
     }
     object output = new_like(&q, UINT8, &made);
@@ -92,8 +92,8 @@ static bool fit(const struct tensor *a, const struct tensor *b, struct fxq_pair 
 /* The two values of a pair, and what follows: args from a on. */
 static bool read_pair(object const *args, struct tensor *a, struct fxq_pair *call) {
     struct tensor b;
-    if (!read_strided(args[0], a) || a->kind != UINT8 || !read_scale(args[1], args[2], &call->a_scale) ||
-        !read_strided(args[3], &b) || b.kind != UINT8 || !read_scale(args[4], args[5], &call->b_scale) ||
+    if (!read_strided(args[0], a) || a->dtype != UINT8 || !read_scale(args[1], args[2], &call->a_scale) ||
+        !read_strided(args[3], &b) || b.dtype != UINT8 || !read_scale(args[4], args[5], &call->b_scale) ||
         !read_scale(args[6], args[7], &call->scale) || !read_qmax(args[8], &call->qmax) || !fit(a, &b, call)) {
         return false;
     }

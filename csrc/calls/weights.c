@@ -4,7 +4,7 @@
 /* What fxquant/formats.py calls each format, and the dtype that holds it. */
 static const struct {
     const char *name;
-    enum kind stored;
+    enum dtype stored;
 } formats[FXQ_FORMATS] = {
     [FXQ_INT8] = {"int8", INT8},    [FXQ_INT16] = {"int16", INT16},       [FXQ_INT4] = {"int4", UINT8},
     [FXQ_INT3] = {"int3", UINT8},   [FXQ_FLOAT16] = {"float16", FLOAT16}, [FXQ_FLOAT32] = {"float32", FLOAT32},
@@ -33,7 +33,7 @@ static int64_t group_size_of(int64_t columns, int64_t groups, int64_t wanted) {
 
 static bool read_groups(object value, int64_t group, struct fxq_weight *weight) {
     struct tensor scale;
-    if (!read_kind(value, BFLOAT16, 2, &scale) || scale.shape[0] != weight->outputs || weight->columns == 0)
+    if (!read_dtype(value, BFLOAT16, 2, &scale) || scale.shape[0] != weight->outputs || weight->columns == 0)
         return false;
     weight->scale = scale.data;
     weight->groups = scale.shape[1];
@@ -43,7 +43,7 @@ static bool read_groups(object value, int64_t group, struct fxq_weight *weight) 
 
 /* A matrix of so many columns; whether it is one of its format. */
 static bool read_matrix(object value, enum fxq_format format, int64_t columns, struct tensor *matrix) {
-    return format != FXQ_NONE && read_kind(value, formats[format].stored, 2, matrix) &&
+    return format != FXQ_NONE && read_dtype(value, formats[format].stored, 2, matrix) &&
            matrix->shape[1] == width_of(format, columns);
 }
 

@@ -150,14 +150,14 @@ static bool allocate(const struct plan *plan, struct memory *m) {
 static bool read_input(PyObject *asks, PyObject *object, struct fxq_value *value) {
     struct tensor x;
     bool says = false, by_pixels;
-    if (!may_run(asks, object) || !read_strided(object, &x) || (x.kind != UINT8 && x.kind != FLOAT32) ||
+    if (!may_run(asks, object) || !read_strided(object, &x) || (x.dtype != UINT8 && x.dtype != FLOAT32) ||
         x.dimensions < 1 || x.dimensions > FXQ_RANK || x.count == 0) {
         return false;
     }
     by_pixels = x.dimensions > 1 && lies_by_pixels(&x, &says) && says;
     if (!by_pixels && !read_tensor(object, &x)) return false;
     *value = (struct fxq_value){
-        .dimensions = x.dimensions, .is_float = x.kind == FLOAT32, .by_rows = !by_pixels, .data = x.data};
+        .dimensions = x.dimensions, .is_float = x.dtype == FLOAT32, .by_rows = !by_pixels, .data = x.data};
     memcpy(value->shape, x.shape, sizeof value->shape);
     return true;
 }

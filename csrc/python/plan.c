@@ -6,7 +6,7 @@
 static bool set_scale(const struct tensor *tensors, const int *places, struct fxq_scale *to) {
     if (places[0] < 0 || places[1] < 0) return false;
     const struct tensor *scale = &tensors[places[0]], *zero_point = &tensors[places[1]];
-    if (scale->kind != FLOAT32 || scale->count != 1 || zero_point->kind != INT32 || zero_point->count != 1)
+    if (scale->dtype != FLOAT32 || scale->count != 1 || zero_point->dtype != INT32 || zero_point->count != 1)
         return false;
     *to = (struct fxq_scale){*(const float *)scale->data, *(const int32_t *)zero_point->data};
     return to->zero_point >= 0 && to->zero_point <= 255;
@@ -14,7 +14,7 @@ static bool set_scale(const struct tensor *tensors, const int *places, struct fx
 
 static bool set_vector(const struct tensor *tensors, int place, int64_t count, const float **to) {
     *to = place < 0 ? NULL : tensors[place].data;
-    return place < 0 || (tensors[place].kind == FLOAT32 && tensors[place].dimensions == 1 &&
+    return place < 0 || (tensors[place].dtype == FLOAT32 && tensors[place].dimensions == 1 &&
                          tensors[place].count == count && (count < 2 || tensors[place].strides[0] == 1));
 }
 
@@ -33,7 +33,7 @@ static bool set_product(const struct template *t, const struct tensor *tensors, 
     const struct tensor *weight = &tensors[t->places[2]];
     c->outputs = weight->shape[0];
     c->weight = weight->data;
-    return weight->kind == INT8 && set_scale(tensors, t->places, &c->x_scale) && !values[s->inputs[0]].is_float &&
+    return weight->dtype == INT8 && set_scale(tensors, t->places, &c->x_scale) && !values[s->inputs[0]].is_float &&
            set_vector(tensors, t->places[3], c->outputs, &e->weight_scale) &&
            set_vector(tensors, t->places[4], c->outputs, &e->bias) &&
            (e->is_float || set_scale(tensors, t->places + 5, &e->scale)) &&
@@ -165,7 +165,7 @@ static bool prepare_pad(const struct template *t, const struct tensor *tensors, 
     struct fxq_pad *c = &s->call.pad;
     if (t->places[0] < 0 || x->is_float || x->dimensions < 3) return false;
     const struct tensor *zero_point = &tensors[t->places[0]];
-    const int64_t fill = zero_point->kind == INT32 && zero_point->count == 1 ? *(const int32_t *)zero_point->data : -1;
+    const int64_t fill = zero_point->dtype == INT32 && zero_point->count == 1 ? *(const int32_t *)zero_point->data : -1;
     *c = (struct fxq_pad){.batch = x->shape[0], .channels = x->shape[1], .zero_point = (uint8_t)fill};
     *y = (struct fxq_value){.dimensions = x->dimensions, .shape = {c->batch, c->channels}, .data = y->data};
     for (int i = 0; i < FXQ_SPACE; i++) {
@@ -210,8 +210,8 @@ static bool prepare_tables(const struct template *t, const struct tensor *tensor
     memcpy(y->shape, x->shape, sizeof y->shape);
     s->call.tables = (struct fxq_tables){
         .tables = table->data, .images = x->shape[0], .channels = x->shape[1], .pixels = fxq_pixels(x)};
-    return table->kind == UINT8 && table->dimensions == 2 && table->shape[0] == x->shape[1] && table->shape[1] == 256 &&
-           table->strides[1] == 1 && (table->shape[0] == 1 || table->strides[0] == 256);
+    return table->dtype == UINT8 && table->dimensions == 2 && table->shape[0] == x->shape[1] &&
+           table->shape[1] == 256 && table->strides[1] == 1 && (table->shape[0] == 1 || table->strides[0] == 256);
 }
 
 static bool prepare_flat(struct fxq_step *s, struct fxq_value *values) {
@@ -254,7 +254,7 @@ static bool prepare_single(const struct template *t, const struct tensor *tensor
     if (s->operator != FXQ_LOOK_UP) return set_scale(tensors, t->places, &s->call.single.scale);
     const struct tensor *table = &tensors[t->places[0]];
     s->call.single.table = table->data;
-    return table->kind == UINT8 && table->dimensions == 1 && table->count == 256 && table->strides[0] == 1;
+    return table->dtype == UINT8 && table->dimensions == 1 && table->count == 256 && table->strides[0] == 1;
 }
 
 static bool prepare(const struct template *template, const struct tensor *tensors, struct fxq_step *step,

@@ -26,16 +26,16 @@ struct dl_exchange {
     int (*view)(void *object, struct dl_tensor *out); /* -1: an exception is set */
 };
 enum { DL_CPU = 1, DL_MAJOR = 1 };
-static const struct dl_type dl_types[KINDS] = {[FLOAT32] = {2, 32, 1}, [INT8] = {0, 8, 1},    [UINT8] = {1, 8, 1},
-                                               [INT32] = {0, 32, 1},   [INT64] = {0, 64, 1},  [BFLOAT16] = {4, 16, 1},
-                                               [INT16] = {0, 16, 1},   [FLOAT16] = {2, 16, 1}};
+static const struct dl_type dl_types[DTYPES] = {[FLOAT32] = {2, 32, 1}, [INT8] = {0, 8, 1},    [UINT8] = {1, 8, 1},
+                                                [INT32] = {0, 32, 1},   [INT64] = {0, 64, 1},  [BFLOAT16] = {4, 16, 1},
+                                                [INT16] = {0, 16, 1},   [FLOAT16] = {2, 16, 1}};
 
 enum { WATCHERS = 4 };
 
 /* Of torch: set once, before any kernel. */
 static struct {
     PyObject *tensor, *parameter; /* types */
-    PyObject *dtypes[KINDS];
+    PyObject *dtypes[DTYPES];
     PyObject *empty, *float32_on_cpu;       /* torch.empty and its keywords */
     PyObject *empty_strided, *uint8_on_cpu; /* torch.empty_strided, and its keywords for the other dtype */
     PyObject *new_large, *get_num_threads, *is_grad_enabled;
@@ -58,18 +58,18 @@ static bool make_names(void) {
            (name.data_ptr = PyUnicode_InternFromString("data_ptr"));
 }
 
-/* set_torch((Tensor, Parameter), dtypes in the order of enum kind,
+/* set_torch((Tensor, Parameter), dtypes in the order of enum dtype,
  * (empty, its keywords, empty_strided, its keywords for uint8),
  * (new_large, get_num_threads, is_grad_enabled), watchers, the exchange interface's capsule or None) */
 PyObject *set_torch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    PyObject **targets[5][KINDS] = {{&torch.tensor, &torch.parameter},
-                                    {&torch.dtypes[0], &torch.dtypes[1], &torch.dtypes[2], &torch.dtypes[3],
-                                     &torch.dtypes[4], &torch.dtypes[5], &torch.dtypes[6], &torch.dtypes[7]},
-                                    {&torch.empty, &torch.float32_on_cpu, &torch.empty_strided, &torch.uint8_on_cpu},
-                                    {&torch.new_large, &torch.get_num_threads, &torch.is_grad_enabled},
-                                    {&torch.watchers[0], &torch.watchers[1], &torch.watchers[2], &torch.watchers[3]}};
-    static const Py_ssize_t sizes[5] = {2, KINDS, 4, 3, WATCHERS};
+    PyObject **targets[5][DTYPES] = {{&torch.tensor, &torch.parameter},
+                                     {&torch.dtypes[0], &torch.dtypes[1], &torch.dtypes[2], &torch.dtypes[3],
+                                      &torch.dtypes[4], &torch.dtypes[5], &torch.dtypes[6], &torch.dtypes[7]},
+                                     {&torch.empty, &torch.float32_on_cpu, &torch.empty_strided, &torch.uint8_on_cpu},
+                                     {&torch.new_large, &torch.get_num_threads, &torch.is_grad_enabled},
+                                     {&torch.watchers[0], &torch.watchers[1], &torch.watchers[2], &torch.watchers[3]}};
+    static const Py_ssize_t sizes[5] = {2, DTYPES, 4, 3, WATCHERS};
     if (count != 6) return PyErr_Format(PyExc_TypeError, "set_torch takes 6 arguments, got %zd", count);
     if (!make_names()) return NULL;
     for (int i = 0; i < 5; i++) {
@@ -92,10 +92,10 @@ PyObject *set_torch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
 
 bool is_float32(PyObject *dtype) { return dtype == torch.dtypes[FLOAT32]; }
 
-static bool find_kind(const struct dl_type *type, enum kind *kind) {
-    for (int i = 0; i < KINDS; i++) {
+static bool find_dtype(const struct dl_type *type, enum dtype *dtype) {
+    for (int i = 0; i < DTYPES; i++) {
         if (dl_types[i].code == type->code && dl_types[i].bits == type->bits && type->lanes == 1) {
-            *kind = (enum kind)i;
+            *dtype = (enum dtype)i;
             return true;
         }
     }
@@ -105,7 +105,7 @@ static bool find_kind(const struct dl_type *type, enum kind *kind) {
 static bool read_exchanged(PyObject *object, struct tensor *tensor) {
     struct dl_tensor seen;
     if (torch.exchange->view(object, &seen) != 0) return false;
-    if (seen.device_type != DL_CPU || seen.dimensions > MOST_DIMENSIONS || !find_kind(&seen.type, &tensor->kind))
+    if (seen.device_type != DL_CPU || seen.dimensions > MOST_DIMENSIONS || !find_dtype(&seen.type, &tensor->dtype))
         return false;
     tensor->data = (char *)seen.data + seen.byte_offset;
     tensor->dimensions = seen.dimensions;
@@ -124,12 +124,12 @@ static long long integer_from(PyObject *value) {
     return integer;
 }
 
-static bool has_known_dtype(PyObject *object, enum kind *kind) {
-    PyObject *dtype = PyObject_GetAttr(object, name.dtype);
-    Py_XDECREF(dtype); /* dtypes live for ever */
-    for (int i = 0; dtype && i < KINDS; i++) {
-        if (torch.dtypes[i] == dtype) {
-            *kind = (enum kind)i;
+static bool has_known_dtype(PyObject *object, enum dtype *dtype) {
+    PyObject *known = PyObject_GetAttr(object, name.dtype);
+    Py_XDECREF(known); /* dtypes live for ever */
+    for (int i = 0; known && i < DTYPES; i++) {
+        if (torch.dtypes[i] == known) {
+            *dtype = (enum dtype)i;
             return true;
         }
     }
@@ -137,7 +137,7 @@ static bool has_known_dtype(PyObject *object, enum kind *kind) {
 }
 
 static bool read_by_methods(PyObject *object, struct tensor *tensor) {
-    if (!has_known_dtype(object, &tensor->kind) || integer_from(PyObject_GetAttr(object, name.is_cpu)) != 1)
+    if (!has_known_dtype(object, &tensor->dtype) || integer_from(PyObject_GetAttr(object, name.is_cpu)) != 1)
         return false;
     PyObject *shape = PyObject_GetAttr(object, name.shape);
     PyObject *strides = shape ? PyObject_CallMethodObjArgs(object, name.stride, NULL) : NULL;
@@ -214,12 +214,12 @@ static PyObject *integers(const int64_t *values, int count) {
     return tuple;
 }
 
-PyObject *new_strided(const int64_t *shape, const int64_t *strides, int dimensions, enum kind kind,
+PyObject *new_strided(const int64_t *shape, const int64_t *strides, int dimensions, enum dtype dtype,
                       struct tensor *tensor) {
     PyObject *sizes = integers(shape, dimensions), *steps = integers(strides, dimensions);
     PyObject *args = sizes && steps ? PyTuple_Pack(2, sizes, steps) : NULL, *made = NULL;
     if (args)
-        made = PyObject_Call(torch.empty_strided, args, kind == UINT8 ? torch.uint8_on_cpu : torch.float32_on_cpu);
+        made = PyObject_Call(torch.empty_strided, args, dtype == UINT8 ? torch.uint8_on_cpu : torch.float32_on_cpu);
     Py_XDECREF(args);
     Py_XDECREF(sizes);
     Py_XDECREF(steps);

@@ -9,16 +9,16 @@ extern "C" {
 
 struct fxq_argument fxq_none = {FXQ_IS_NONE, 0, {0}};
 
-static int32_t (*const dtypes[KINDS])() = {aoti_torch_dtype_float32, aoti_torch_dtype_int8,   aoti_torch_dtype_uint8,
-                                           aoti_torch_dtype_int32,   aoti_torch_dtype_int64,  aoti_torch_dtype_bfloat16,
-                                           aoti_torch_dtype_int16,   aoti_torch_dtype_float16};
+static int32_t (*const dtypes[DTYPES])() = {
+    aoti_torch_dtype_float32, aoti_torch_dtype_int8,     aoti_torch_dtype_uint8, aoti_torch_dtype_int32,
+    aoti_torch_dtype_int64,   aoti_torch_dtype_bfloat16, aoti_torch_dtype_int16, aoti_torch_dtype_float16};
 
-static bool read_kind_of(AtenTensorHandle handle, enum kind *kind) {
-    int32_t dtype;
-    if (aoti_torch_get_dtype(handle, &dtype)) return false;
-    for (int i = 0; i < KINDS; i++) {
-        if (dtypes[i]() == dtype) {
-            *kind = (enum kind)i;
+static bool read_dtype_of(AtenTensorHandle handle, enum dtype *dtype) {
+    int32_t known;
+    if (aoti_torch_get_dtype(handle, &known)) return false;
+    for (int i = 0; i < DTYPES; i++) {
+        if (dtypes[i]() == known) {
+            *dtype = (enum dtype)i;
             return true;
         }
     }
@@ -31,7 +31,7 @@ bool read_strided(object value, struct tensor *to) {
     int32_t device, layout;
     if (handle == nullptr || aoti_torch_get_device_type(handle, &device) || device != aoti_torch_device_type_cpu() ||
         aoti_torch_get_layout(handle, &layout) || layout != aoti_torch_layout_strided() ||
-        aoti_torch_get_dim(handle, &dimensions) || dimensions > MOST_DIMENSIONS || !read_kind_of(handle, &to->kind) ||
+        aoti_torch_get_dim(handle, &dimensions) || dimensions > MOST_DIMENSIONS || !read_dtype_of(handle, &to->dtype) ||
         aoti_torch_get_sizes(handle, &sizes) || aoti_torch_get_strides(handle, &strides) ||
         aoti_torch_get_data_ptr(handle, &to->data)) {
         return false;
@@ -50,12 +50,12 @@ bool is_watched(object) { return false; } /* torch's dispatcher has been there a
 bool is_trained(object) { return false; }
 bool is_float32(object dtype) { return dtype->as.integer == aoti_torch_dtype_float32(); }
 
-object new_strided(const int64_t *shape, const int64_t *strides, int dimensions, enum kind kind,
+object new_strided(const int64_t *shape, const int64_t *strides, int dimensions, enum dtype dtype,
                    struct tensor *tensor) {
     AtenTensorHandle handle;
     object made = (object)calloc(1, sizeof *made);
     if (made == nullptr) return nullptr;
-    if (aoti_torch_empty_strided(dimensions, shape, strides, dtypes[kind](), aoti_torch_device_type_cpu(), 0,
+    if (aoti_torch_empty_strided(dimensions, shape, strides, dtypes[dtype](), aoti_torch_device_type_cpu(), 0,
                                  &handle)) {
         free(made);
         return nullptr;

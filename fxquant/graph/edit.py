@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -66,7 +67,7 @@ def mirror(root: nn.Module, device: str | None = None, hooks: bool = True, writt
     copy_references([module for module in modules if not isinstance(module, fx.GraphModule)], memo)
     for module in reversed(modules):  # children first: a GraphModule's own deepcopy reads them
         if isinstance(module, fx.GraphModule):
-            copy.deepcopy(module, memo)
+            quiet_copy(module, memo)
         else:
             twin = memo[id(module)]
             twin.__dict__.update({name: twin_of(value, memo) for name, value in module.__dict__.items()})
@@ -93,6 +94,13 @@ def _alias(tensor: torch.Tensor, device: str | None, is_constant: bool) -> torch
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(shared, tensor.requires_grad and not tensor.is_inference())
     return shared if device is not None or is_constant else shared.clone()
+
+
+def quiet_copy(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Return a deep copy of what holds a graph, without torch's warning of how it copies an exported program's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+        return copy.deepcopy(value, memo)
 
 
 def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:

@@ -33,7 +33,8 @@ def judge(model: str, record: Record, known: Names, functions: Iterable[Any] = (
     if record.sites and not record.is_traced and mapping.has_static:
         warn(
             f"this {model} has no graph, and so no values to calibrate: its static qconfigs quantize activations as it "
-            "runs (their as_dynamic); data calibrates nothing"
+            "runs (their as_dynamic); data calibrates nothing. torch.export can make a graph of most models: "
+            "prepare_fx(torch.export.export(model, example_inputs).module(), qconfig_mapping, example_inputs)"
         )
     decided: list[Site | Skipped] = [*record.sites, *skipped]
     used = {entry for site in record.sites for entry in (site.entry, *site.part_entries)}

@@ -72,6 +72,7 @@ def trace_error(model: nn.Module, error: Exception) -> TraceError:
         f"  at {where or f'{home}.{type(model).__name__}.forward; put the module inside one of your own, as a leaf'}\n"
         "  torch.fx runs forward once with stand-ins for tensors, so Python cannot branch on, loop over or convert "
         "their values there; without a graph only its modules could be quantized, and none can. Try one of:\n"
+        "  - give prepare_fx torch.export.export(model, example_inputs).module(), with the branches of these inputs;\n"
         "  - write the choice with tensors (torch.where) or base it on a module attribute;\n"
         "  - make tensors of an input's size from it: x.new_zeros(x.shape[0], 8), not torch.zeros(x.shape[0], 8);\n"
         "  - move that part into a function and mark it with torch.fx.wrap;\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ def adopt(model: Any) -> Any:
     """
     if not is_exported(model):
         return model
-    plain = fx.GraphModule(model, copy.deepcopy(model.graph), type(model).__name__)
+    plain = fx.GraphModule(model, edit.quiet_copy(model.graph), type(model).__name__)
     _guard_sizes(plain, model.range_constraints)
     for node in plain.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload):

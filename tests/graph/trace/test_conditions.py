@@ -99,3 +99,23 @@ def test_outcomes_are_read_from_the_bytecode(check, required):
     number = type("Number", (), dict.fromkeys(COMPARISONS, lambda *_: asked))
     check(number(), 0)
     assert asked.required is required
+
+
+class Counted(nn.Module):
+    """A branch on a size, which no graph holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x) if x.shape[0] > 1 else x
+
+
+def test_without_a_graph_a_static_mapping_names_the_way_to_one(recwarn):
+    prepared = prepare_fx(Counted().eval(), default_static_qconfig_mapping(), torch.randn(2, 8))
+    told = [str(warning.message) for warning in recwarn]
+    assert any("data calibrates nothing. torch.export can make a graph of most models" in text for text in told)
+    recwarn.clear()
+    convert_fx(prepared, data=[torch.randn(2, 8)])
+    assert [str(warning.message) for warning in recwarn] == []

@@ -212,3 +212,11 @@ def test_hooks_of_the_user_stay_and_torch_s_go():
     program.register_forward_hook(lambda *_: seen.append(1))
     by_fx(program, torch.ones(2, 8))(torch.ones(2, 8))
     assert seen == [1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_of_torchs_own_is_warned_of():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(), torch.randn(2, 3, 8, 8)
+    program = torch.export.export(model, (x,)).module()
+    prepared = prepare_fx(program, fxquant.default_static_qconfig_mapping(), x)
+    assert torch.equal(convert_fx(prepared, data=[x])(x), convert_fx(prepared, data=[x])(x))

@@ -130,10 +130,8 @@ def convert_fx(
     if data is not None and record.values.edges:
         again = list(data) if uses_hessians(record.sites) else None  # which needs a second pass
         prepared, data = calibrated(prepared, data if again is None else again, progress), again
-    elif asks_for_static(record.mapping) and not uses_hessians(record.sites):
-        data = (
-            None  # which was to calibrate; that there is nothing to calibrate was said by prepare_fx, or explain does
-        )
+    elif record.mapping.has_static and not uses_hessians(record.sites):
+        data = None  # it was to calibrate: prepare_fx, or explain, said that there is nothing
     hessians = gather(prepared, record.sites, data, progress) if data is not None else None
     if not check:
         return convert_with(prepared, hessians)

@@ -264,7 +264,9 @@ def _find_qparams(module: fx.GraphModule, edges: Sequence[Edge]) -> dict[str, tu
         else:
             unseen.append(edge.scale_of)
     if unseen:
-        names = ", ".join(map(repr, unseen[:3])) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
+        places = {node.name: edit.node_frame(node) for node in module.graph.nodes}
+        named = [f"{name!r} ({places[name]})" if places.get(name) else repr(name) for name in unseen[:3]]
+        names = ", ".join(named) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
         raise CalibrationError(
             f"the static model is not calibrated: {names} of {len(found) + len(unseen)} values saw no data. Run the "
             "prepared model on some batches like those that it will see, or give them to convert_fx(prepared, "

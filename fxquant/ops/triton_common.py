@@ -54,3 +54,11 @@ def blocks(count: int, size: int) -> int:
 def power_of_two(count: int) -> int:
     """Return the least power of two that is not less."""
     return 1 << (count - 1).bit_length()
+
+
+@triton.jit
+def halves(values):
+    """Return the upper and the lower half of int16 values, -128 to 128 and -128 to 127, as float16."""
+    wide = values.to(tl.int32)
+    low = ((wide + 128) & 255) - 128
+    return ((wide - low) >> 8).to(tl.float16), low.to(tl.float16)

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from fxquant.formats import INT16_MAX
 from fxquant.ops import triton_gemv, triton_tokens
-from fxquant.ops.triton_common import EXACT, blocks
+from fxquant.ops.triton_common import EXACT, blocks, halves
 from fxquant.ops.triton_tokens import CENTRED, SHIFTED, SPLIT, WIDE
 from fxquant.ops.triton_tuning import Shape, tuned
 
@@ -165,14 +165,6 @@ def int3_kernel(
 
 
 @triton.jit
-def _halves(values):
-    """Return the upper and the lower half of int16 values, -128 to 128 and -128 to 127, as float16."""
-    wide = values.to(tl.int32)
-    low = ((wide + 128) & 255) - 128
-    return ((wide - low) >> 8).to(tl.float16), low.to(tl.float16)
-
-
-@triton.jit
 def int16_kernel(
     q, qparams, weight, scale, bias, y, rows, outputs, columns, stride,
     HAS_BIAS: tl.constexpr, RELU: tl.constexpr, EVEN: tl.constexpr,
@@ -187,8 +179,8 @@ def int16_kernel(
     upper, middle, lower = tl.zeros((BM, BN), tl.int32), tl.zeros((BM, BN), tl.int64), tl.zeros((BM, BN), tl.int32)
     for start in range(0, columns, BK):
         inside = start + k < columns
-        a, c = _halves(tl.load(left) if EVEN else tl.load(left, mask=inside[None, :], other=0))
-        b, d = _halves(tl.load(right) if EVEN else tl.load(right, mask=inside[:, None], other=0))
+        a, c = halves(tl.load(left) if EVEN else tl.load(left, mask=inside[None, :], other=0))
+        b, d = halves(tl.load(right) if EVEN else tl.load(right, mask=inside[:, None], other=0))
         upper += tl.dot(a, b).to(tl.int32)
         middle += tl.dot(c, b, tl.dot(a, d)).to(tl.int32)
         lower += tl.dot(c, d).to(tl.int32)

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fxquant.ops.triton_common import WHOLE
+from fxquant.ops.triton_common import WHOLE, halves
 from fxquant.ops.triton_tokens import affine_qparams, wide_qparams
 
 FORMATS = {"int8": 0, "int4": 1, "int3": 2, "int16": 3}
@@ -114,14 +114,6 @@ def quantize_states(
 
 
 @triton.jit
-def _halves(values):
-    """Return the upper and the lower half of int16 values, -128 to 128 and -128 to 127, as float16."""
-    wide = values.to(tl.int32)
-    low = ((wide + 128) & 255) - 128
-    return ((wide - low) >> 8).to(tl.float16), low.to(tl.float16)
-
-
-@triton.jit
 def _int3(w, block, stored):
     """Return a tile of int3, (N, 8 columns a block of 3 bytes), as float16; w: where each row begins."""
     places, inside = w[:, None] + block[None, :] * 3, (block * 3 < stored)[None, :]
@@ -150,8 +142,8 @@ def _int16_sums(q, w, width, BM: tl.constexpr, BK: tl.constexpr, N: tl.constexpr
     upper, middle, lower = tl.zeros((BM, N), tl.int64), tl.zeros((BM, N), tl.int64), tl.zeros((BM, N), tl.int64)
     for start in range(0, width, BK):
         k = start + tl.arange(0, BK)
-        a, c = _halves(tl.load(q[:, None] + k[None, :], mask=(k < width)[None, :], other=0))
-        b, d = _halves(tl.load(w[None, :] + k[:, None], mask=(k < width)[:, None], other=0))
+        a, c = halves(tl.load(q[:, None] + k[None, :], mask=(k < width)[None, :], other=0))
+        b, d = halves(tl.load(w[None, :] + k[:, None], mask=(k < width)[:, None], other=0))
         upper += tl.dot(a, b).to(tl.int32)
         middle += tl.dot(c, b, tl.dot(a, d)).to(tl.int32)
         lower += tl.dot(c, d).to(tl.int32)

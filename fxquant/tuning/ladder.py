@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -46,19 +46,23 @@ def scheme_name(qconfig: QConfig | None) -> str:
     return finer if (finer := f"{name} of {size}") in LADDER else name
 
 
-def check_schemes(schemes: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the schemes to try, smallest first; raise QConfigError for an unknown one, or none at all."""
-    chosen = tuple(LADDER) if schemes is None else tuple(schemes)
+def check_schemes(schemes: Sequence[str] | None, known: Iterable[str] = (), of: str = "") -> tuple[str, ...]:
+    """Return the names of the schemes to try, smallest first; raise QConfigError for an unknown one, or none at all.
+
+    known: those that there are, LADDER's by default; of: " of a static model", say.
+    """
+    names = tuple(known) or tuple(LADDER)
+    chosen = names if schemes is None else tuple(schemes)
     for name in chosen:
-        if isinstance(schemes, str) or name not in LADDER:
+        if isinstance(schemes, str) or name not in names:
             wrong = schemes if isinstance(schemes, str) else name
             raise QConfigError(
-                f"schemes is a tuple of some of {', '.join(map(repr, LADDER))}, got {wrong!r}"
-                f"{'' if isinstance(schemes, str) else nearest(str(name), LADDER)}"
+                f"schemes{of} is a tuple of some of {', '.join(map(repr, names))}, got {wrong!r}"
+                f"{'' if isinstance(schemes, str) else nearest(str(name), names)}"
             )
     if not chosen:
         raise QConfigError("schemes is empty: name what a site may become, ('int8', 'float')")
-    return tuple(name for name in LADDER if name in chosen)
+    return tuple(name for name in names if name in chosen)
 
 
 def ladder_of(site: Site, operator: Operator, schemes: Sequence[str], weight: str = "") -> Ladder:

@@ -23,13 +23,14 @@ from fxquant.debug.measure.metric import need_number
 from fxquant.debug.measure.replay import Variant
 from fxquant.debug.measure.trial import Trial
 from fxquant.debug.report.table import site_name
-from fxquant.errors import QConfigError, nearest
+from fxquant.errors import QConfigError
 from fxquant.graph import edit
 from fxquant.graph.call import run
 from fxquant.graph.record import Record, record_of
 from fxquant.progress import Progress
 from fxquant.qconfig import BEST, QConfig
 from fxquant.qconfig_mapping import QConfigMapping
+from fxquant.tuning.ladder import check_schemes
 from fxquant.tuning.mapping import by_name
 from fxquant.tuning.suggestion import SuggestionSite, SuggestionStep
 
@@ -71,7 +72,7 @@ class StaticSearch:
         self.record: Record = record
         self.start = trial.measure_all({"float": Variant({}, {})})["float"]
         need_number(self.start)
-        self.options = self._options(_check_schemes(schemes))
+        self.options = self._options(check_schemes(schemes, LADDER, " of a static model"))
         self.points: list[Point] = []
         self.alone: dict[int, float] = {}
 
@@ -209,21 +210,6 @@ class StaticSearch:
             for i, scheme in enumerate(point.schemes)
             if scheme != "int8"
         )
-
-
-def _check_schemes(schemes: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the schemes to try, cheapest first; raise QConfigError for an unknown one, or none at all."""
-    chosen = LADDER if schemes is None else tuple(schemes)
-    for name in chosen:
-        if isinstance(schemes, str) or name not in LADDER:
-            wrong = schemes if isinstance(schemes, str) else name
-            raise QConfigError(
-                f"schemes of a static model is a tuple of some of {', '.join(map(repr, LADDER))}, got {wrong!r}"
-                f"{'' if isinstance(schemes, str) else nearest(str(name), LADDER)}"
-            )
-    if not chosen:
-        raise QConfigError("schemes is empty: name what a site may become, ('int8', 'float')")
-    return tuple(name for name in LADDER if name in chosen)
 
 
 def _milliseconds(model: nn.Module, trial: Trial) -> float:
